@@ -1,0 +1,3 @@
+"""HyperGen serves open diffusion models behind the image APIs that applications already speak."""
+
+__version__ = "0.1.0"
