@@ -1,0 +1,166 @@
+"""What was asked, what comes back, and who draws it: plain values that both halves of the server share.
+
+Nothing here knows tensors or HTTP. Everything is frozen and can be pickled, because it crosses from the HTTP
+process to the engine process and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from hypergen.errors import GenerationError
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+# exact: rows of one forward pass do not depend on their neighbours, proved by a probe; close: they do, in the
+# last bits.
+Verdict = Literal["exact", "close"]
+State = Literal["loading", "ready", "recovering", "failed", "draining"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request for `n` pictures: defaults resolved, ranges checked, seed drawn.
+
+    Image j starts from `seed + j`. `seed_given` tells whether the client asked for this seed, and so for
+    these bytes.
+    """
+
+    id: str
+    prompt: str
+    negative_prompt: str | None
+    width: int  # pixels
+    height: int  # pixels
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    seed_given: bool
+    n: int = 1
+    sampler: str | None = None  # None: the scheduler that the model was published with
+    output_format: OutputFormat = "png"
+    output_compression: int = 100
+    metadata: bool = True
+
+    @property
+    def work(self) -> float:
+        """Rough cost for queue estimates: megapixels x steps x images, twice when guided."""
+        rows = 2 if self.guidance_scale > 1 else 1
+        return self.n * rows * self.num_inference_steps * self.width * self.height / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDefaults:
+    """What a request gets that does not say."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """What the HTTP half knows about a loaded model; dialects check requests against it and nothing else."""
+
+    id: str
+    family: str
+    defaults: ModelDefaults
+    samplers: dict[str, int]  # public name -> fewest steps it can do
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first image of the request joined the batch: the request no longer waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Denoising steps done and due, over all images of the request."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFinished:
+    """One finished picture as the bytes of its file."""
+
+    index: int
+    seed: int
+    data: bytes
+    prompt_tokens: int
+    # Forward passes in which rows of other requests ran beside this image's.
+    shared_forwards: int
+
+
+Event = Started | Progress | ImageFinished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """What one engine last said of itself."""
+
+    state: State
+    device: str | None = None
+    reason: str | None = None
+    determinism: dict[str, Verdict] = field(
+        default_factory=dict[str, Verdict]
+    )  # "512x512" -> verdict of the probe
+    forwards: int = 0  # forward passes since the start
+    image_steps: int = 0  # images in those passes, summed
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorStatus:
+    """What `/health` tells: the state of the whole, its requests, and each engine."""
+
+    state: State
+    reason: str | None
+    running: int
+    waiting: int
+    at_the_door: int
+    engines: tuple[EngineStatus, ...]
+
+    @property
+    def queue_size(self) -> int:
+        """Requests accepted and unfinished, the door included."""
+        return self.running + self.waiting + self.at_the_door
+
+
+class ImageGenerator(Protocol):
+    """Whoever draws: the pool of engine processes in a server, one engine in the process of a script."""
+
+    def describe(self) -> ModelDescription | None:
+        """The loaded model; None until it is loaded."""
+        ...
+
+    def status(self) -> GeneratorStatus:
+        """The state right now; never waits."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Draw; yields events until the last `ImageFinished`. Closing the generator cancels the request.
+
+        Raises:
+            RequestError: from the generator, when the request cannot be finished.
+        """
+        ...
+
+
+async def draw_all(generator: ImageGenerator, request: GenerationRequest) -> list[ImageFinished]:
+    """Draw every image of a request and give them back in order."""
+    images: list[ImageFinished] = []
+    events = generator.generate(request)
+    try:
+        async for event in events:
+            if isinstance(event, ImageFinished):
+                images.append(event)
+    finally:
+        await events.aclose()
+    if len(images) != request.n:
+        raise GenerationError("The engine ended the request before all pictures were drawn.")
+    return sorted(images, key=lambda image: image.index)
