@@ -1,0 +1,297 @@
+"""The model store: everything that is served lies in BentoML's store, imported from a folder or the hub.
+
+An entry is built beside the store and renamed into it, so that a killed import leaves nothing that looks
+whole. Its metadata lists its files with sizes and times, so that later damage is noticed. Weights are hard
+links where the file system allows; else copies when the model is small; else symbolic links, which serve a
+large model where it lies (a Bento built from such an entry still gets the files: BentoML follows links).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hypergen.errors import ModelError
+from hypergen.hub import HUB_ID, download, look_up
+from hypergen.model_folder import (
+    PIPELINE_FILE,
+    Selection,
+    digest,
+    is_unchanged,
+    place_file,
+    select_in_folder,
+)
+from hypergen.model_folder import check_folder as check_folder
+
+EMBEDDED_NAME = "hypergen-tiny"
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+MAX_COPY_BYTES = 2 * 1024**3
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model of the store.
+
+    Args:
+        tag: "name:version"; the version is a digest of the content or the hub's commit.
+        source: what was given: a hub id, a folder, or "hypergen-tiny" for the embedded model.
+        path: the folder in diffusers layout to load from.
+    """
+
+    tag: str
+    source: str
+    path: Path
+    size_bytes: int
+    created: datetime
+
+
+def ensure(
+    model: str | None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> StoredModel:
+    """Get a model from the store, importing it first where it is not there.
+
+    A hub model that is in the store is taken as it is, without asking the hub; `import_model` asks.
+
+    Args:
+        revision: of a hub model: branch, tag or commit; other kinds of model have none.
+        dtype: "float16" and "bfloat16" prefer fp16 variants of weights.
+    """
+    return _resolve(model, revision, dtype, progress or (lambda _: None), ask_hub=False)
+
+
+def import_model(
+    source: str | None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> StoredModel:
+    """Bring the source's present state into the store; what is there already is not copied again."""
+    return _resolve(source, revision, dtype, progress or (lambda _: None), ask_hub=True)
+
+
+def find(tag: str) -> StoredModel:
+    """Look up "name:version", "name:latest" or "name"; the latest is the newest whole entry."""
+    name, _, version = tag.lower().partition(":")
+    if version not in ("", "latest") and (_store_folder() / name / version).is_dir():
+        return _read(f"{name}:{version}")
+    versions = [stored for stored in list_models() if stored.tag.startswith(f"{name}:")]
+    if version not in ("", "latest") or not versions:
+        raise ModelError(_unknown(tag))
+    return versions[0]
+
+
+def list_models() -> list[StoredModel]:
+    """Every whole model of the store in diffusers layout, newest first."""
+    found: list[StoredModel] = []
+    for folder in _store_folder().glob("*/*/"):
+        with suppress(ModelError):
+            found.append(_read(f"{folder.parent.name}:{folder.name}"))
+    return sorted(found, key=lambda stored: stored.created, reverse=True)
+
+
+def _resolve(
+    given: str | None, revision: str | None, dtype: str | None, say: Progress, *, ask_hub: bool
+) -> StoredModel:
+    half = dtype in ("float16", "bfloat16")
+    path = os.path.expanduser(given or "")  # Path.expanduser raises for unknown users
+    if given is None or given == EMBEDDED_NAME:
+        stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, half, say)
+    elif os.path.isdir(path):
+        stored = _import_folder(Path(path), given, half, say)
+    elif os.path.isfile(path):
+        raise ModelError(f"{given} is a file: HyperGen serves folders in diffusers layout.")
+    elif given.startswith(("/", ".", "~")):
+        raise ModelError(f"No such folder: {given}")
+    elif "/" not in given:
+        stored = find(given)
+    elif HUB_ID.fullmatch(given):
+        stored = None if ask_hub else _find_hub_model(given, revision, half)
+        stored = stored or _import_hub_model(given, revision, half, say)
+    else:
+        raise ModelError(_unknown(given))
+    check_folder(stored.path)
+    return stored
+
+
+def _import_folder(folder: Path, source: str, half: bool, say: Progress) -> StoredModel:
+    check_folder(folder)
+    folder = folder.resolve()
+    selection = select_in_folder(folder, half=half)
+    embedded = source == EMBEDDED_NAME
+    version = digest(folder, selection, of_contents=embedded)
+    name = EMBEDDED_NAME if embedded else _store_name(folder.name)
+    stored = _import(f"{name}:{version}", source, folder, selection, {}, say)
+    return replace(stored, source=source)
+
+
+def _import_hub_model(repo: str, revision: str | None, half: bool, say: Progress) -> StoredModel:
+    say(f"Asking the hub about {repo}")
+    model = look_up(repo, revision=revision, half=half)
+    version = model.commit[:12] + ("-fp16" if model.selection.fp16 == "taken" else "")
+    tag = f"{_store_name(repo)}:{version}"
+    with suppress(ModelError):
+        return _read(tag)
+    say(f"Downloading {repo}: {len(model.selection.files)} files, {model.size_bytes / 1e9:.1f} GB")
+    metadata = {"revision": model.commit, "asked_revision": revision or "", "fp16": model.selection.fp16}
+    return _import(tag, repo, download(model), model.selection, metadata, say)
+
+
+def _find_hub_model(repo: str, revision: str | None, half: bool) -> StoredModel | None:
+    import bentoml
+
+    for stored in list_models():
+        metadata = bentoml.models.get(stored.tag).info.metadata
+        if stored.source != repo or "revision" not in metadata:
+            continue
+        revisions = [metadata["asked_revision"]] + ([metadata["revision"]] if revision else [])
+        suits = metadata["fp16"] == "none" or (metadata["fp16"] == "taken") == half
+        if (revision or "") in revisions and suits:
+            return stored
+    return None
+
+
+def _import(
+    tag: str, source: str, folder: Path, selection: Selection, metadata: dict[str, Any], say: Progress
+) -> StoredModel:
+    """Make the entry once, however many processes ask for it at the same time."""
+    with suppress(ModelError):
+        return _read(tag)
+    name = tag.partition(":")[0]
+    try:
+        with _lock(name, say):
+            with suppress(ModelError):
+                return _read(tag)
+            say(f"Importing {source} as {tag}")
+            _build(tag, folder, selection, {"source": source, "origin": str(folder), **metadata})
+    except OSError as error:
+        raise ModelError(f"{source} cannot be imported: {error}") from error
+    return _read(tag)
+
+
+def _build(tag: str, folder: Path, selection: Selection, metadata: dict[str, Any]) -> None:
+    """Write the entry into a staging store and move it over.
+
+    `bentoml.models.create` copies what its folder holds into the store at exit, so links would not survive.
+    So it writes the entry's description only, and the files join it in the staging store.
+    """
+    import bentoml
+    from bentoml._internal.models import ModelStore
+    from bentoml.exceptions import BentoMLException
+
+    name, _, version = tag.partition(":")
+    stats = {stored: (folder / file).stat() for stored, file in selection.files.items()}
+    metadata["files"] = {stored: [stat.st_size, stat.st_mtime_ns] for stored, stat in stats.items()}
+    small = sum(stat.st_size for stat in stats.values()) < MAX_COPY_BYTES
+    store, staging = _store_folder(), _work_folder() / name
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with bentoml.models.create(
+            tag, labels={"made-by": "hypergen"}, metadata=metadata, _model_store=ModelStore(staging)
+        ):
+            pass
+        for stored, file in selection.files.items():
+            target = staging / name / version / stored
+            target.parent.mkdir(exist_ok=True)
+            place_file(folder / file, target, copy_weights=small)
+        _check_staged(staging / name / version, metadata["source"])
+        shutil.rmtree(store / name / version, ignore_errors=True)  # of this tag, found damaged above
+        (store / name).mkdir(parents=True, exist_ok=True)
+        (store / name / "latest").unlink(missing_ok=True)
+        shutil.move(staging / name / version, store / name / version)
+        with suppress(BentoMLException):
+            bentoml.models.get(name)  # writes `latest` anew
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_staged(folder: Path, source: str) -> None:
+    try:
+        check_folder(folder)
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(folder), source)) from None
+
+
+def _read(tag: str) -> StoredModel:
+    """Open the entry of exactly this tag and compare its files with what was imported."""
+    import bentoml
+    from bentoml.exceptions import BentoMLException
+
+    try:
+        model = bentoml.models.get(tag)
+    except (BentoMLException, ValueError):
+        raise ModelError(f"No model '{tag}' in the store.") from None
+    path = Path(model.path)
+    metadata: dict[str, Any] = model.info.metadata
+    # BentoML takes the start of a version for the version.
+    if str(model.tag) != tag or not (path / PIPELINE_FILE).is_file():
+        raise ModelError(f"No model '{tag}' in the store.")
+    files: dict[str, list[int]] = metadata.get("files", {})
+    for name, (size, mtime_ns) in files.items():
+        if not is_unchanged(path / name, size, mtime_ns):
+            origin = metadata["origin"]
+            raise ModelError(f"{tag}: {name} is gone or changed since its import; import {origin} again.")
+    size_bytes = sum(size for size, _ in files.values()) if files else model.file_size
+    return StoredModel(tag, str(metadata.get("source", tag)), path, size_bytes, model.creation_time)
+
+
+def _store_name(given: str) -> str:
+    """What BentoML allows as a name: [a-z0-9._-], at most 63, and not the embedded model's own."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", given.lower().replace("/", "--")).strip("._-") or "model"
+    if len(name) > 63:
+        name = f"{name[:54]}-{hashlib.sha256(given.encode()).hexdigest()[:8]}"
+    return f"{name}-folder" if name == EMBEDDED_NAME else name
+
+
+@contextmanager
+def _lock(name: str, say: Progress) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(_work_folder() / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"Waiting for another process that is importing {name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _store_folder() -> Path:
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    return Path(BentoMLContainer.model_store.get()._path)
+
+
+def _work_folder() -> Path:
+    """Locks and unfinished imports; on the store's file system, so that links and renames reach the store."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    folder = Path(BentoMLContainer.bentoml_home.get()) / "hypergen"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _unknown(given: str) -> str:
+    tags = [stored.tag for stored in list_models()]
+    has = f"it has {', '.join(tags[:5])}{' ...' if len(tags) > 5 else ''}" if tags else "it is empty"
+    return (
+        f"Unknown model '{given}': give a hub id (owner/name), a folder, or a tag of the model store "
+        f"(name:version; {has})."
+    )
