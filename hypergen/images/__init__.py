@@ -1,0 +1,1 @@
+"""Pixels to files, and the files behind `url` results. NumPy and Pillow only."""
