@@ -1,0 +1,54 @@
+"""What the engine asks of a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hypergen.generation import GenerationRequest, ModelDescription
+from hypergen.trajectory import Trajectory
+
+
+class Family(Protocol):
+    """A loaded model, cut at the seams between which the engine schedules."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that runs once per step: a UNet or a transformer."""
+        ...
+
+    def describe(self, model_id: str) -> ModelDescription:
+        """What requests are checked against."""
+        ...
+
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size in pixels at which a picture of the asked size is drawn, before it is cropped or resized
+        to it.
+        """
+        ...
+
+    def start(self, request: GenerationRequest, index: int) -> Trajectory:
+        """Encode the prompts (from the cache if they are there) and draw the noise of image `index`."""
+        ...
+
+    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        """One forward pass over all of them, then guidance: one prediction of shape (1, C, h, w) each."""
+        ...
+
+    def decode(self, trajectory: Trajectory) -> np.ndarray:
+        """Pixels of one finished image: uint8, shape (drawn height, drawn width, 3)."""
+        ...
+
+    def probe_rows(
+        self, width: int, height: int, rows: int, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """Random arguments for `forward`, as they would come from trajectories of this drawn size."""
+        ...
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        """The denoiser alone, over stacked rows."""
+        ...

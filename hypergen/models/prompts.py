@@ -1,0 +1,82 @@
+"""Prompts: cut into the chunks that CLIP reads, encoded one by one, and remembered."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Embeddings of one text, shape (1, 77 x chunks, D), and how many of its tokens they hold."""
+
+    embeds: Tensor
+    tokens: int
+
+
+def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[int]], int]:
+    """Token ids in chunks of the tokenizer's length (77 for CLIP), each with its own start, end and filling.
+
+    Returns the chunks, at least one, and the number of tokens of the text they hold. A longer text is cut
+    off, and the
+    log says so: the request must not fail for it.
+    """
+    inside = tokenizer.model_max_length - 2
+    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    if len(ids) > inside * max_chunks:
+        logger.warning("A prompt of %d tokens was cut off after %d.", len(ids), inside * max_chunks)
+        ids = ids[: inside * max_chunks]
+    chunks: list[list[int]] = []
+    for start in range(0, max(len(ids), 1), inside):
+        part = ids[start : start + inside]
+        filling = [tokenizer.pad_token_id] * (inside - len(part))
+        chunks.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *filling])
+    return chunks, len(ids)
+
+
+class PromptCache:
+    """Embeddings of the latest texts, by text, up to a number of bytes; the empty text is never dropped.
+
+    The encoder sees one chunk per call, so that its batch size, and with it the bits of its output, never
+    vary.
+    """
+
+    def __init__(self, encode: Callable[[str], EncodedPrompt], max_bytes: int) -> None:
+        self._encode = encode
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._empty = encode("")
+
+    def get(self, text: str) -> EncodedPrompt:
+        if not text:
+            return self._empty
+        if text in self._entries:
+            self._entries.move_to_end(text)
+            return self._entries[text]
+        encoded = self._encode(text)
+        self._entries[text] = encoded
+        self._bytes += encoded.embeds.nbytes
+        while self._bytes > self._max_bytes and self._entries:
+            _, dropped = self._entries.popitem(last=False)
+            self._bytes -= dropped.embeds.nbytes
+        return encoded
+
+
+def fill_to(embeds: Tensor, length: int, empty: Tensor) -> Tensor:
+    """Append chunks of the empty prompt until the sequence is `length` long.
+
+    Args:
+        embeds: shape (1, L, D).
+        empty: embeddings of one empty chunk, shape (1, 77, D); `length` - L is a multiple of its length.
+    """
+    missing = (length - embeds.shape[1]) // empty.shape[1]
+    return torch.cat([embeds, *[empty] * missing], dim=1) if missing else embeds

@@ -1,0 +1,140 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet that predicts noise or velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from hypergen.config import EngineSettings
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
+from hypergen.models.sizes import nearest_native_size, round_up
+from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
+from hypergen.trajectory import Trajectory
+
+
+class StableDiffusion:
+    """The pipeline's modules, called step by step.
+
+    Args:
+        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`
+            and
+            `max_native_area` in pixels, above which pictures are drawn at the nearest native size and
+            resized.
+    """
+
+    name = "sd"
+    pipeline_class = StableDiffusionPipeline
+
+    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+        self.unet: Any = pipeline.unet
+        self.vae: Any = pipeline.vae
+        self.text_encoder: Any = pipeline.text_encoder
+        self.tokenizer: Any = pipeline.tokenizer
+        self.card = card
+        self.max_prompt_chunks = settings.max_prompt_chunks
+        self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        with torch.inference_mode():
+            self.prompts = PromptCache(self._encode_text, settings.prompt_cache_mb * 1_000_000)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    def describe(self, model_id: str) -> ModelDescription:
+        side = self.unet.config.sample_size * self.vae_scale_factor
+        defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
+        return ModelDescription(
+            id=model_id,
+            family=self.name,
+            defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
+            samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
+            device=self.unet.device.type,
+            dtype=str(self.unet.dtype).removeprefix("torch."),
+        )
+
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        native_area: int | None = self.card.get("max_native_area")
+        if native_area is not None and width * height > native_area:
+            return nearest_native_size(width, height, native_area, self.vae_scale_factor)
+        return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
+
+    def start(self, request: GenerationRequest, index: int) -> Trajectory:
+        positive = self.prompts.get(request.prompt)
+        prompt_embeds, negative_prompt_embeds = positive.embeds, None
+        if request.guidance_scale > 1:
+            negative = self.prompts.get(request.negative_prompt or "").embeds
+            empty = self.prompts.get("").embeds
+            length = max(prompt_embeds.shape[1], negative.shape[1])
+            prompt_embeds = fill_to(prompt_embeds, length, empty)
+            negative_prompt_embeds = fill_to(negative, length, empty)
+
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
+        width, height = self.drawn_size(request.width, request.height)
+        noise = torch.randn(self._latent_shape(width, height), generator=generator, dtype=self.unet.dtype)
+        return Trajectory(
+            request=request,
+            index=index,
+            latents=noise.to(self.unet.device) * scheduler.init_noise_sigma,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_tokens=positive.tokens,
+            generator=generator,
+            scheduler=scheduler,
+            draws_noise=takes_generator(scheduler),
+        )
+
+    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        inputs = [t.model_input() for t in trajectories]
+        guided = [i for i, t in enumerate(trajectories) if t.guided]
+        rows = guided + list(range(len(trajectories)))  # negative rows first, as diffusers orders them
+        negative = [t.negative_prompt_embeds for t in trajectories if t.negative_prompt_embeds is not None]
+        noise_pred = self.forward(
+            torch.cat([inputs[i] for i in rows]),
+            torch.stack([trajectories[i].timestep.to(torch.float32) for i in rows]),
+            torch.cat(negative + [t.prompt_embeds for t in trajectories]),
+        ).split(1)
+        predictions = list(noise_pred[len(guided) :])
+        for row, i in enumerate(guided):
+            guidance_scale = trajectories[i].request.guidance_scale
+            # Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, with guidance_scale = w + 1.
+            predictions[i] = noise_pred[row] + guidance_scale * (predictions[i] - noise_pred[row])
+        return predictions
+
+    def decode(self, trajectory: Trajectory) -> np.ndarray:
+        latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        image: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float() * 255
+        return pixels[0].round().to(torch.uint8).cpu().numpy()
+
+    def probe_rows(
+        self, width: int, height: int, rows: int, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        device, dtype = self.unet.device, self.unet.dtype
+        shape = self._latent_shape(width, height)
+        embeds = self.prompts.get("").embeds
+        latents = torch.randn((rows, *shape[1:]), generator=generator).to(device, dtype)
+        timesteps = torch.randint(0, 1000, (rows,), generator=generator).to(device, torch.float32)
+        noise = torch.randn((rows, *embeds.shape[1:]), generator=generator).to(device, dtype)
+        return latents, timesteps, embeds + noise
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        latents, timesteps, prompt_embeds = rows
+        return self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+
+    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return (1, self.unet.config.in_channels, height // factor, width // factor)
+
+    def _encode_text(self, text: str) -> EncodedPrompt:
+        chunks, tokens = chunk_tokens(self.tokenizer, text, self.max_prompt_chunks)
+        device = self.text_encoder.device
+        embeds = [self.text_encoder(torch.tensor([chunk], device=device))[0] for chunk in chunks]
+        return EncodedPrompt(torch.cat(embeds, dim=1).to(self.unet.dtype), tokens)

@@ -1,0 +1,80 @@
+"""One image on its way from noise to pixels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergen.generation import GenerationRequest
+
+
+@dataclass(kw_only=True, eq=False)
+class Trajectory:
+    """The state of one image between two denoising steps; a request for n images makes n of them.
+
+    Attributes:
+        latents: shape (1, C, h, w), h and w in latent pixels.
+        prompt_embeds, negative_prompt_embeds: shape (1, L, D) with the same L; no negative ones without
+            guidance.
+        generator: the image's own source of noise, on the CPU, so that the seed means the same on every
+            device.
+        scheduler: the image's own, with the history that multistep samplers keep.
+        lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
+            alone.
+    """
+
+    request: GenerationRequest
+    index: int
+    latents: Tensor
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor | None
+    prompt_tokens: int
+    generator: torch.Generator
+    scheduler: Any
+    draws_noise: bool
+    lone: bool = False
+    step_index: int = 0
+    shared_forwards: int = 0
+    arrived_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed + self.index
+
+    @property
+    def guided(self) -> bool:
+        return self.negative_prompt_embeds is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a forward pass that one step of this image takes."""
+        return 2 if self.guided else 1
+
+    @property
+    def timesteps(self) -> Tensor:
+        return self.scheduler.timesteps
+
+    @property
+    def remaining_steps(self) -> int:
+        """Forward passes to go; second-order samplers have nearly two per step asked for."""
+        return len(self.timesteps) - self.step_index
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.timesteps[self.step_index]
+
+    def model_input(self) -> Tensor:
+        """The latents as the denoiser wants them at this timestep."""
+        return self.scheduler.scale_model_input(self.latents, self.timestep)
+
+    def advance(self, noise_pred: Tensor) -> None:
+        """Take one step along the prediction, shape (1, C, h, w), guidance already applied."""
+        noise = {"generator": self.generator} if self.draws_noise else {}
+        self.latents = self.scheduler.step(
+            noise_pred, self.timestep, self.latents, **noise, return_dict=False
+        )[0]
+        self.step_index += 1
