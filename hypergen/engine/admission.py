@@ -1,0 +1,147 @@
+"""Admission: a place in the queue, a wait at the door, or a refusal that says when to come back."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from hypergen.config import QueueSettings
+from hypergen.errors import QueueFullError
+
+
+@dataclass(eq=False)
+class Place:
+    """One accepted request. It waits until `started` is called, then it runs until it is left."""
+
+    admission: Admission
+    work: float
+    running: bool = False
+
+    def started(self) -> None:
+        """The request has taken its first step: its place in the queue is free."""
+        if not self.running:
+            self.running = True
+            self.admission.place_started()
+
+
+class WorkRate:
+    """How much work is done per busy second, the distant past fading.
+
+    Work is counted in `GenerationRequest.work`; busy is when anything runs. Times are monotonic seconds.
+    """
+
+    _FADING = 0.9
+
+    def __init__(self) -> None:
+        self._work = 0.0
+        self._busy_s = 0.0
+        self._busy_since: float | None = None
+
+    def busy(self, is_busy: bool) -> None:
+        now = time.monotonic()
+        if self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+        self._busy_since = now if is_busy else None
+
+    def done(self, work: float) -> None:
+        self._work = self._work * self._FADING + work
+        self._busy_s *= self._FADING
+
+    def seconds_for(self, work: float) -> float:
+        """How long this much work takes; infinite as long as nothing was measured."""
+        now = time.monotonic()
+        busy_s = self._busy_s + (now - self._busy_since if self._busy_since is not None else 0)
+        return work * busy_s / self._work if self._work else math.inf
+
+
+class Admission:
+    """At most `max_queue_size` requests wait for the engine; more wait at the door, first come first served,
+    for at most `queue_timeout_s` and at most four times as many; the rest is refused. Lives on the event
+    loop.
+    """
+
+    _DOOR_FACTOR = 4
+    _RETRY_AFTER_S = (1, 60)  # clients give up on longer ones (contract, section 6)
+
+    def __init__(self, settings: QueueSettings) -> None:
+        self._settings = settings
+        self._door: deque[asyncio.Future[None]] = deque()
+        self._rate = WorkRate()
+        self._work = 0.0
+        self.waiting = 0
+        self.running = 0
+
+    @property
+    def at_the_door(self) -> int:
+        return len(self._door)
+
+    @asynccontextmanager
+    async def place(self, work: float) -> AsyncGenerator[Place, None]:
+        """A place for one request, held until the block is left.
+
+        Raises:
+            QueueFullError: the door is full or the wait at it ended; `retry_after_s` says when to come back.
+        """
+        await self._enter()
+        place = Place(self, work)
+        self._work += work
+        try:
+            yield place
+        finally:
+            self._work -= work
+            if place.running:
+                self.running -= 1
+                self._rate.done(work)
+                self._rate.busy(self.running > 0)
+            else:
+                self._leave_queue()
+
+    def place_started(self) -> None:
+        self.running += 1
+        self._rate.busy(True)
+        self._leave_queue()
+
+    def retry_after_s(self) -> int:
+        """Whole seconds until the work ahead is done at the measured rate, within what clients accept."""
+        least, most = self._RETRY_AFTER_S
+        seconds = self._rate.seconds_for(self._work)
+        return most if math.isinf(seconds) else min(max(math.ceil(seconds), least), most)
+
+    async def _enter(self) -> None:
+        if self.waiting < self._settings.max_queue_size and not self._door:
+            self.waiting += 1
+            return
+        full = len(self._door) >= self._DOOR_FACTOR * self._settings.max_queue_size
+        if self._settings.queue_timeout_s == 0 or full:
+            raise self._refusal("The queue is full.")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._door.append(turn)
+        try:
+            # Shielded, so that a turn which comes in the very moment of the time-out is seen below, not lost.
+            await asyncio.wait_for(asyncio.shield(turn), self._settings.queue_timeout_s)
+        except BaseException as error:
+            if turn.done():  # the place was given, and nobody is left to take it
+                self._leave_queue()
+            else:
+                self._door.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise self._refusal("The queue stayed full.") from None
+            raise
+
+    def _leave_queue(self) -> None:
+        """Give a free place to the first at the door; `waiting` then stays as it is."""
+        while self._door:
+            turn = self._door.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.waiting -= 1
+
+    def _refusal(self, message: str) -> QueueFullError:
+        seconds = self.retry_after_s()
+        return QueueFullError(f"{message} Try again in {seconds} s.", retry_after_s=seconds)

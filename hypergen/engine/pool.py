@@ -1,0 +1,278 @@
+"""The pool: engine processes, one per accelerator, least work first; what a dead one had is drawn again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypergen.config import Settings
+from hypergen.engine import wire
+from hypergen.engine.admission import Admission
+from hypergen.engine.supervisor import Supervisor
+from hypergen.errors import GenerationError, RequestError, UnavailableError, unpack
+from hypergen.generation import (
+    Event,
+    GenerationRequest,
+    GeneratorStatus,
+    ImageFinished,
+    ModelDescription,
+    Started,
+    State,
+)
+
+logger = logging.getLogger(__name__)
+
+_LOADING_RETRY_AFTER_S = 5
+
+
+@dataclass(eq=False)
+class _Call:
+    """One request on its way through an engine."""
+
+    request: GenerationRequest
+    events: asyncio.Queue[Event | RequestError] = field(default_factory=asyncio.Queue)
+    started: bool = False
+    delivered: set[int] = field(
+        default_factory=set
+    )  # images that the client's side has, not to be sent twice
+    crashes: int = 0
+
+
+@dataclass(eq=False)
+class _Desk:
+    """The calls of one engine.
+
+    After a crash, what was running is under suspicion and runs alone, one by one, while everything else is
+    held back: so a request that kills engines is found, and nobody else dies of it twice.
+    """
+
+    supervisor: Supervisor
+    submitted: dict[str, _Call] = field(default_factory=dict)
+    suspects: deque[_Call] = field(default_factory=deque)
+    held: deque[_Call] = field(default_factory=deque)
+
+    @property
+    def work(self) -> float:
+        calls = [*self.submitted.values(), *self.suspects, *self.held]
+        return sum(call.request.work for call in calls)
+
+    def add(self, call: _Call) -> None:
+        self.held.append(call)
+        self.submit_next()
+
+    def submit_next(self) -> None:
+        if self.supervisor.status.state != "ready":
+            return
+        if self.suspects:
+            if not self.submitted:
+                self._submit(self.suspects.popleft())
+            return
+        if any(call.crashes for call in self.submitted.values()):
+            return
+        while self.held:
+            self._submit(self.held.popleft())
+
+    def _submit(self, call: _Call) -> None:
+        self.submitted[call.request.id] = call
+        self.supervisor.send(wire.Submit(call.request))
+
+    def remove(self, call: _Call, cancel: bool) -> None:
+        if self.submitted.pop(call.request.id, None) and cancel:
+            self.supervisor.send(wire.Cancel(call.request.id))
+        for line in (self.suspects, self.held):
+            with suppress(ValueError):
+                line.remove(call)
+        self.submit_next()
+
+    def lost(self) -> None:
+        """The engine is gone: line its calls up again, or end them when it does not come back."""
+        calls = list(self.submitted.values())
+        self.submitted.clear()
+        if self.supervisor.status.state == "failed":
+            error = UnavailableError("The engine stopped and could not be started again.", code="failed")
+            for call in [*calls, *self.suspects, *self.held]:
+                call.events.put_nowait(error)
+            self.suspects.clear()
+            self.held.clear()
+            return
+        for call in reversed(calls):
+            if not call.started:
+                self.held.appendleft(call)
+                continue
+            call.started = False
+            call.crashes += 1
+            if call.crashes > 1:
+                message = "The engine died twice while it drew this picture; it is not tried again."
+                call.events.put_nowait(GenerationError(message, code="poison"))
+            else:
+                self.suspects.appendleft(call)
+
+
+class EnginePool:
+    """The `ImageGenerator` of a server. `start`, `stop` and `generate` belong to one event loop.
+
+    Args:
+        accelerators: one engine process is started for each, with these variables added to its environment;
+            absent:
+            one for each GPU that is visible, else a single one.
+    """
+
+    def __init__(self, settings: Settings, accelerators: Sequence[Mapping[str, str]] | None = None) -> None:
+        self._settings = settings
+        self._accelerators = accelerators
+        self._admission = Admission(settings.queue)
+        self._desks: list[_Desk] = []
+        self._draining = False
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, model_path: Path, model_id: str) -> None:
+        """Start the engines; does not wait for them to load."""
+        start = wire.Start(model_path, model_id, self._settings.engine)
+        accelerators = self._accelerators
+        if accelerators is None:
+            accelerators = await asyncio.to_thread(_visible_accelerators, self._settings.engine.device)
+        for environment in accelerators:
+            supervisor = Supervisor(
+                start,
+                environment,
+                on_ready=self._on_ready,
+                on_message=self._on_message,
+                on_lost=self._on_lost,
+            )
+            self._desks.append(_Desk(supervisor))
+            supervisor.launch()
+        self._watch = asyncio.create_task(self._watch_for_stalls())
+
+    async def stop(self) -> None:
+        """End the engines. Requests that still run end with 503."""
+        self._draining = True
+        if self._watch:
+            self._watch.cancel()
+        for desk in self._desks:
+            for call in [*desk.submitted.values(), *desk.suspects, *desk.held]:
+                call.events.put_nowait(UnavailableError("The server is shutting down.", code="draining"))
+        await asyncio.gather(*(desk.supervisor.stop() for desk in self._desks))
+
+    def drain(self) -> None:
+        """Refuse new requests; those accepted go on."""
+        self._draining = True
+
+    def describe(self) -> ModelDescription | None:
+        descriptions = (desk.supervisor.description for desk in self._desks)
+        return next((description for description in descriptions if description), None)
+
+    def status(self) -> GeneratorStatus:
+        engines = tuple(desk.supervisor.status for desk in self._desks)
+        states: set[State] = {engine.state for engine in engines}
+        if self._draining:
+            states.add("draining")
+        order: tuple[State, ...] = ("draining", "ready", "recovering", "loading", "failed")
+        return GeneratorStatus(
+            state=next((state for state in order if state in states), "loading"),
+            reason=next((engine.reason for engine in engines if engine.state == "failed"), None),
+            running=self._admission.running,
+            waiting=self._admission.waiting,
+            at_the_door=self._admission.at_the_door,
+            engines=engines,
+        )
+
+    def engine_pids(self) -> list[int]:
+        """The process ids of the engines, for whoever watches from outside."""
+        return [desk.supervisor.pid for desk in self._desks if desk.supervisor.pid is not None]
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See `ImageGenerator.generate`.
+
+        Raises:
+            UnavailableError: no engine is ready, or the one that had the request did not come back.
+            QueueFullError: there is no room, not even at the door.
+            GenerationError: drawing failed.
+        """
+        self._refuse_unless_ready()
+        async with self._admission.place(request.work) as place:
+            self._refuse_unless_ready()  # the wait at the door may have been long
+            call = _Call(request)
+            desk = min(
+                (d for d in self._desks if d.supervisor.status.state != "failed"), key=lambda desk: desk.work
+            )
+            desk.add(call)
+            ended = False
+            try:
+                while len(call.delivered) < request.n:
+                    event = await call.events.get()
+                    if isinstance(event, RequestError):
+                        ended = True
+                        raise event
+                    if isinstance(event, Started):
+                        place.started()
+                    elif isinstance(event, ImageFinished):
+                        if event.index in call.delivered:
+                            continue
+                        call.delivered.add(event.index)
+                        ended = len(call.delivered) == request.n
+                    yield event
+            finally:
+                desk.remove(call, cancel=not ended)
+
+    def _refuse_unless_ready(self) -> None:
+        state = self.status().state
+        if state == "ready":
+            return
+        messages = {
+            "loading": "The model is still loading.",
+            "recovering": "The engine is being started again.",
+            "draining": "The server is shutting down.",
+            "failed": "The model could not be loaded; the server's log and /health say why.",
+        }
+        raise UnavailableError(messages[state], code=state, retry_after_s=_LOADING_RETRY_AFTER_S)
+
+    def _on_ready(self, supervisor: Supervisor) -> None:
+        self._desk_of(supervisor).submit_next()
+
+    def _on_lost(self, supervisor: Supervisor) -> None:
+        self._desk_of(supervisor).lost()
+
+    def _desk_of(self, supervisor: Supervisor) -> _Desk:
+        return next(desk for desk in self._desks if desk.supervisor is supervisor)
+
+    def _on_message(self, message: wire.Happened | wire.Failed) -> None:
+        calls = (desk.submitted.get(message.request_id) for desk in self._desks)
+        call = next((call for call in calls if call), None)
+        if call is None:  # cancelled while the message was on its way
+            return
+        if isinstance(message, wire.Failed):
+            call.events.put_nowait(unpack(message.error))
+            return
+        call.started = call.started or isinstance(message.event, Started)
+        call.events.put_nowait(message.event)
+
+    async def _watch_for_stalls(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            for desk in self._desks:
+                if desk.submitted:
+                    desk.supervisor.kill_if_stalled(self._settings.engine.engine_stall_timeout_s)
+
+
+def _visible_accelerators(device: str | None) -> list[dict[str, str]]:
+    """One environment per GPU, found without torch; a single empty one where none is there or wanted."""
+    if device not in (None, "cuda"):
+        return [{}]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        names = [name.strip() for name in listed.split(",") if name.strip()]
+    else:
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            names = [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        except pynvml.NVMLError:
+            names = []
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]

@@ -1,0 +1,126 @@
+"""The main of an engine process: loads one model, then draws until its parent says so or is gone.
+
+Started by the pool as `python -m hypergen.engine.process FD`, with one end of a socket pair as descriptor FD.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+
+from hypergen import logs
+from hypergen.engine import wire
+from hypergen.engine.engine import Engine
+from hypergen.errors import ModelError, RequestError, pack
+from hypergen.generation import Event
+from hypergen.models import loading
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    # BentoML's process manager signals a worker's children before it drains the worker; the pool decides
+    # instead.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _quieten_libraries()
+    logs.configure("engine")
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    start = wire.receive(connection)
+    if not isinstance(start, wire.Start):
+        return
+    outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
+
+    engines: list[Engine] = []
+    # Reads from the start, so that a parent that leaves while the model loads is noticed.
+    threading.Thread(target=_read, args=(connection, engines), daemon=True).start()
+
+    torch.set_num_threads(usable_cores())
+    torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
+    try:
+        family = loading.load(start.model_path, start.settings)
+        engine = Engine(family, start.model_id, start.settings, _reporter(outbox))
+        engine.warm_up()
+    except Exception as error:  # the last edge: whatever it is, the parent must hear of it
+        logger.exception("The model %s could not be loaded.", start.model_id)
+        reason = (
+            str(error) if isinstance(error, ModelError | RequestError) else f"{type(error).__name__}: {error}"
+        )
+        wire.send(connection, wire.LoadFailed(" ".join(reason.split())[:500]))
+        os._exit(1)
+    engines.append(engine)
+    outbox.put(wire.Loaded(family.describe(start.model_id)))
+    threading.Thread(target=_beat, args=(engine, outbox), daemon=True).start()
+    engine.run()
+
+
+def _quieten_libraries() -> None:
+    """Their progress bars and hints are for notebooks; what matters to an operator, they raise."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: a container's share, not the machine's, or threads fight for time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        share = cores if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        share = cores
+    return min(share, cores, torch.get_num_threads())
+
+
+def _reporter(outbox: queue.SimpleQueue[Any]) -> Any:
+    def report(request_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, RequestError):
+            outbox.put(wire.Failed(request_id, pack(event)))
+        else:
+            outbox.put(wire.Happened(request_id, event))
+
+    return report
+
+
+def _write(connection: socket.socket, outbox: queue.SimpleQueue[Any]) -> None:
+    while True:
+        try:
+            wire.send(connection, outbox.get())
+        except OSError:
+            os._exit(0)
+
+
+def _read(connection: socket.socket, engines: list[Engine]) -> None:
+    """Requests go to the one engine in the list; the pool sends none before that."""
+    while True:
+        message = wire.receive(connection)
+        match message:
+            case wire.Submit(request):
+                engines[0].submit(request)
+            case wire.Cancel(request_id):
+                engines[0].cancel(request_id)
+            case _:  # Shutdown, or None: the parent is gone; the main thread may be deep in a kernel
+                os._exit(0)
+
+
+def _beat(engine: Engine, outbox: queue.SimpleQueue[Any]) -> None:
+    while True:
+        outbox.put(wire.Alive(time.monotonic() - engine.last_step_at, engine.status()))
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()

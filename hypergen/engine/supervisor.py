@@ -1,0 +1,210 @@
+"""One engine process seen from the HTTP half: started, watched, and started again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypergen.engine import wire
+from hypergen.generation import EngineStatus, ModelDescription
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_ENGINE_ENVIRONMENT = {
+    # An engine must not talk to anything but its parent.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    # Threads that spin while they wait made a pass 100 times slower beside another busy process.
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+class Supervisor:
+    """Keeps one engine process alive. All methods belong to the event loop.
+
+    Args:
+        start: what the process is told to load.
+        environment: added to the process's environment, for example which accelerator it may see.
+        on_ready: called each time a process has loaded the model.
+        on_message: called with (request id, event or packed error) of a running request.
+        on_lost: called when the process is gone and everything it had was lost.
+    """
+
+    _RELOADS = 3
+    _SHUTDOWN_S = 5.0
+
+    def __init__(
+        self,
+        start: wire.Start,
+        environment: Mapping[str, str],
+        *,
+        on_ready: Callable[[Supervisor], None],
+        on_message: Callable[[wire.Happened | wire.Failed], None],
+        on_lost: Callable[[Supervisor], None],
+    ) -> None:
+        self.description: ModelDescription | None = None
+        self.status = EngineStatus(state="loading")
+        self._start = start
+        self._environment = environment
+        self._on_ready = on_ready
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._loading = False
+        self._load_error: str | None = None
+        self._failed_loads = 0
+        self._restarts = 0
+        self._step_seen_at = 0.0
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def launch(self) -> None:
+        """Start a process; it says when it has loaded."""
+        ours, theirs = socket.socketpair()
+        # An engine has no use for the key, so it does not get it.
+        environment = {name: value for name, value in os.environ.items() if name != "HYPERGEN_API_KEY"}
+        environment |= {"PYTHONPATH": str(_PACKAGE_PARENT), **_ENGINE_ENVIRONMENT, **self._environment}
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "hypergen.engine.process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._process, self._outbox = process, outbox
+        self._loading, self._load_error = True, None
+        loop = asyncio.get_running_loop()
+        for target in (self._read, self._write):
+            threading.Thread(target=target, args=(loop, process, ours, outbox), daemon=True).start()
+        outbox.put(self._start)
+
+    def send(self, message: wire.Submit | wire.Cancel) -> None:
+        self._outbox.put(message)
+
+    def kill_if_stalled(self, timeout_s: float) -> None:
+        """End a process that has taken no step for this long while it had work; it is then started again."""
+        if (
+            self.status.state == "ready"
+            and time.monotonic() - self._step_seen_at > timeout_s
+            and self._process
+        ):
+            logger.error(
+                "Engine %d has not moved for %.0f s and is started again.", self._process.pid, timeout_s
+            )
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Ask the process to leave, and see that it has."""
+        self._stopping = True
+        process = self._process
+        if process is None:
+            return
+        self._outbox.put(wire.Shutdown())
+        try:
+            await asyncio.to_thread(process.wait, self._SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+    def _read(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        process: subprocess.Popen[bytes],
+        connection: socket.socket,
+        outbox: Any,
+    ) -> None:
+        while (message := wire.receive(connection)) is not None:
+            if not _call_soon(loop, self._received, process, message):
+                return
+        connection.close()
+        outbox.put(None)
+        process.wait()
+        _call_soon(loop, self._gone, process)
+
+    @staticmethod
+    def _write(
+        _loop: asyncio.AbstractEventLoop,
+        _process: subprocess.Popen[bytes],
+        connection: socket.socket,
+        outbox: Any,
+    ) -> None:
+        while (message := outbox.get()) is not None:
+            try:
+                wire.send(connection, message)
+            except OSError:  # the reader notices too, and tells
+                return
+
+    def _received(self, process: subprocess.Popen[bytes], message: Any) -> None:
+        if process is not self._process:
+            return
+        match message:
+            case wire.Happened() | wire.Failed():
+                self._on_message(message)
+            case wire.Alive(step_age_s, status):
+                self._step_seen_at = time.monotonic() - step_age_s
+                self._set_status(status)
+            case wire.Loaded(description):
+                self._failed_loads, self._loading = 0, False
+                self._step_seen_at = time.monotonic()
+                self.description = description
+                self._set_status(EngineStatus(state="ready", device=description.device))
+                self._on_ready(self)
+            case wire.LoadFailed(reason):
+                self._load_error = reason
+
+    def _gone(self, process: subprocess.Popen[bytes]) -> None:
+        """The process has ended. A first load that fails is final; an engine that worked once gets new
+        chances.
+        """
+        if process is not self._process or self._stopping:
+            return
+        reason = self._load_error or f"the engine process ended with code {process.returncode}"
+        logger.error("Engine %d is gone: %s", process.pid, reason)
+        if self._loading:
+            self._failed_loads += 1
+        else:
+            self._restarts += 1
+        if self.description is None or self._failed_loads >= self._RELOADS:
+            self._set_status(EngineStatus(state="failed", reason=reason))
+            self._on_lost(self)
+            return
+        self._set_status(EngineStatus(state="recovering", reason=reason))
+        self._on_lost(self)
+        task = asyncio.get_running_loop().create_task(self._relaunch(delay_s=float(self._failed_loads)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _relaunch(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        if not self._stopping:
+            self.launch()
+
+    def _set_status(self, status: EngineStatus) -> None:
+        self.status = replace(status, restarts=self._restarts)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
+    try:
+        loop.call_soon_threadsafe(callback, *args)
+    except RuntimeError:  # the loop is closed: the server is leaving
+        return False
+    return True
