@@ -1,0 +1,1 @@
+"""The HTTP half: no torch, no engine, only the Protocol `ImageGenerator`."""

@@ -1,0 +1,1 @@
+"""Dialects: one file each, from a client's words to a `GenerationRequest` and back."""

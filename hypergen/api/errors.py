@@ -1,0 +1,85 @@
+"""Errors over HTTP: the one table of status codes and the one body that every reader understands."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+from hypergen.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    GenerationError,
+    InvalidRequestError,
+    NotFoundError,
+    OutOfMemoryError,
+    PayloadTooLargeError,
+    QueueFullError,
+    RequestError,
+    StorageFullError,
+    UnavailableError,
+    UnsupportedMediaTypeError,
+)
+
+STATUS: dict[type[RequestError], int] = {
+    InvalidRequestError: 400,
+    AuthenticationError: 401,
+    NotFoundError: 404,
+    PayloadTooLargeError: 413,
+    UnsupportedMediaTypeError: 415,
+    QueueFullError: 429,
+    GenerationError: 500,
+    OutOfMemoryError: 500,
+    UnavailableError: 503,
+    DeadlineExceededError: 504,
+    StorageFullError: 507,
+}
+
+_TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
+_SERVER_TYPES = {503: "service_unavailable_error", 504: "timeout_error"}
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "payload_too_large",
+    415: "unsupported_media_type",
+}
+# These would fail again, and the official clients would otherwise send them three times in all.
+_FINAL = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
+# The body of these was not read to its end, so the connection cannot carry another request.
+_CLOSING = (AuthenticationError, PayloadTooLargeError)
+
+
+def envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The error body: `error` for OpenAI's clients and Hyperbolic's, `detail` for the HyperGen documents."""
+    if status < 500:
+        kind = _TYPES.get(status, "invalid_request_error")
+    else:
+        kind = _SERVER_TYPES.get(status, "internal_error")
+    code = code or _CODES.get(status, "invalid_request" if status < 500 else "internal_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
+
+
+def to_response(error: RequestError) -> Response:
+    """An error as the client gets it."""
+    status = STATUS[type(error)]
+    body = envelope(status, error.message, error.param, error.code)
+    headers: dict[str, str] = {}
+    if isinstance(error, AuthenticationError):
+        # LiteLLM finds the reason in `error.message` by OpenAI's words; the HyperGen documents fix `detail`.
+        body["error"]["message"] = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY'."
+        body["detail"] = "Invalid API key"
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, _FINAL) or error.code == "poison":
+        headers["x-should-retry"] = "false"
+    if isinstance(error, _CLOSING):
+        headers["Connection"] = "close"
+    return json_response(body, status, headers)
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in ASCII: a prompt may hold characters that UTF-8 cannot carry."""
+    data = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return Response(data, status, headers, media_type="application/json")

@@ -1,0 +1,80 @@
+"""Reading a request's body: within limits, and only as strict JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope
+
+from hypergen.errors import InvalidRequestError, PayloadTooLargeError, UnsupportedMediaTypeError
+
+
+class BodyLimit:
+    """Counts the bytes of one request's body, by its header first and then as they come."""
+
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._received = 0
+        self.exceeded = any(
+            name == b"content-length" and value.isdigit() and int(value[:20]) > max_bytes
+            for name, value in scope["headers"]
+        )
+
+    def error(self) -> PayloadTooLargeError:
+        return PayloadTooLargeError(
+            f"The body is larger than the {self._max_bytes:,} bytes that this server reads."
+        )
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_bytes:
+            self.exceeded = True
+            raise self.error()
+        return message
+
+
+async def read_json_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object; fields that are null are left out, they count as not given.
+
+    Raises:
+        UnsupportedMediaTypeError: the body is declared as something else, or compressed.
+        InvalidRequestError: it is not one JSON object in UTF-8 without duplicate keys, NaN or Infinity.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaTypeError("Send the request as JSON, with 'Content-Type: application/json'.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaTypeError("Compressed request bodies are not read.")
+    return parse_json_object(await request.body())
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """See `read_json_object`."""
+    try:
+        body = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except InvalidRequestError:
+        raise
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.", code="invalid_json") from None
+    except ValueError:  # also broken UTF-8 and numbers of thousands of digits
+        raise InvalidRequestError("The body is not valid JSON.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
+    fields = cast(dict[str, Any], body)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Parsers disagree on which of two equal keys counts, so a proxy could check one and we draw the other.
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise InvalidRequestError("The body names a field twice.", code="invalid_json")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise InvalidRequestError(f"{name} is not valid JSON.", code="invalid_json")
