@@ -1,0 +1,194 @@
+"""The command line: hypergen serve | generate | models | import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+# Before anything imports bentoml or a hub client: nothing is reported to anybody.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import click
+from pydantic.fields import FieldInfo
+
+from hypergen import __version__
+from hypergen.config import api_keys, environment_of, fields, load_settings, option_name
+from hypergen.errors import HyperGenError
+
+Command = Callable[..., None]
+
+
+def setting_options(*names: str) -> Callable[[Command], Command]:
+    """Flags for settings: name, type, help, unit and default follow from the fields; no names means all."""
+
+    def add(command: Command) -> Command:
+        chosen = [
+            (name, field) for _, name, field in fields() if (not names or name in names) and name != "model"
+        ]
+        for name, field in reversed(chosen):
+            command = click.option(
+                *_declaration(name, field), type=_type(field), default=None, help=_help(field)
+            )(command)
+        return command
+
+    return add
+
+
+def _declaration(name: str, field: FieldInfo) -> list[str]:
+    flag = option_name(name).replace("_", "-")
+    return [f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}", name]
+
+
+def _type(field: FieldInfo) -> Any:
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
+    kind = kinds[0]
+    if get_origin(field.annotation) is Literal:
+        return click.Choice(kinds)
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    return {int: int, float: float, bool: bool, Path: click.Path(path_type=Path)}.get(kind, str)
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.default
+    shown = "" if default is None else f"  [default: {'yes' if default is True else default}]"
+    return f"{field.description}{shown}"
+
+
+CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML file with settings; flags and HYPERGEN_... variables win over it",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Serve open diffusion models behind the image APIs that applications already speak."""
+
+
+@main.command()
+@click.argument("model", required=False)
+@CONFIG
+@click.option("--reload", is_flag=True, help="restart when the source changes")
+@setting_options()
+def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) -> None:
+    """Serve MODEL over HTTP.
+
+    MODEL is a hub id (owner/name), a folder in diffusers' layout, or a tag of the model store; without it the
+    model that comes with HyperGen is served.
+    """
+    from hypergen import serving, store
+
+    flags["model"] = model
+    settings = load_settings(config, os.environ, flags)
+    keys = api_keys(settings.server)
+    serving.check_port(settings.server)
+    stored = store.ensure(
+        settings.model, revision=settings.revision, dtype=settings.engine.dtype, progress=_say
+    )
+    if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
+        _say(
+            f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
+        )
+    # The service reads the same settings again, from its environment: nothing secret stands on a command
+    # line.
+    flags |= {
+        "model": stored.tag,
+        "served_model_name": settings.served_model_name or settings.model or stored.source,
+    }
+    environment = environment_of(flags)
+    if config:
+        environment["HYPERGEN_CONFIG"] = str(config.resolve())
+    sys.exit(serving.serve(settings.server, environment, reload, _say))
+
+
+@main.command()
+@click.argument("prompt")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="file to write; "
+    "its ending chooses png, jpeg or webp; with several images a number is added to its name",
+)
+@click.option("-m", "--model", help="hub id, folder or model-store tag  [default: the embedded model]")
+@click.option("-n", type=int, help="number of images, 1 to 10  [default: 1]")
+@click.option("--negative-prompt", help="what not to draw")
+@click.option("--size", help="WIDTHxHEIGHT in pixels, multiples of 8  [default: the model's]")
+@click.option(
+    "--steps", "num_inference_steps", type=int, help="denoising steps, 1 to 150  [default: the model's]"
+)
+@click.option("--guidance-scale", type=float, help="1 to 20, 1 is no guidance  [default: the model's]")
+@click.option("--seed", type=int, help="the same seed gives the same bytes  [default: drawn]")
+@click.option("--sampler", help="name of a sampler  [default: the model's]")
+@CONFIG
+@setting_options("device", "dtype", "image_metadata")
+def generate(
+    prompt: str,
+    output: Path,
+    model: str | None,
+    config: Path | None,
+    device: Any,
+    dtype: Any,
+    image_metadata: Any,
+    **options: Any,
+) -> None:
+    """Draw PROMPT into a file, without a server."""
+    from hypergen import drawing, store
+
+    flags = {"model": model, "device": device, "dtype": dtype, "image_metadata": image_metadata}
+    settings = load_settings(config, os.environ, flags)
+    stored = store.ensure(
+        settings.model, revision=settings.revision, dtype=settings.engine.dtype, progress=_say
+    )
+    for file, seed in drawing.draw_files(settings, stored, {"prompt": prompt, **options}, output):
+        _say(f"{file} (seed {seed})")
+
+
+@main.command()
+def models() -> None:
+    """List the models in the model store."""
+    from hypergen import store
+
+    rows = [("TAG", "SIZE", "IMPORTED", "SOURCE")]
+    for model in store.list_models():
+        created = model.created.strftime("%Y-%m-%d %H:%M")
+        rows.append((model.tag, f"{model.size_bytes / 1e6:.1f} MB", created, model.source))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@main.command("import")
+@click.argument("source", required=False)
+@setting_options("revision", "dtype")
+def import_(source: str | None, revision: str | None, dtype: Any) -> None:
+    """Put SOURCE into the model store: a hub id or a folder; without it the embedded model."""
+    from hypergen import store
+
+    stored = store.import_model(source, revision=revision, dtype=dtype, progress=_say)
+    click.echo(stored.tag)
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def run() -> None:
+    """The entry point: our own errors are one line and exit code 1."""
+    try:
+        main()
+    except HyperGenError as error:
+        _say(f"Error: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

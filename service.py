@@ -1,0 +1,72 @@
+"""The BentoML service: one class, the HTTP half in its process, each engine in a process of its own.
+
+`bentoml serve` in this folder, or `hypergen serve`. Settings come from the environment (HYPERGEN_...) or from
+the file that HYPERGEN_CONFIG names. Importing this file starts nothing and imports no torch.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+import bentoml
+from bentoml.models import BentoModel
+
+from hypergen import logs, store
+from hypergen.api.door import Door
+from hypergen.api.native import NativeResult, draw_item
+from hypergen.app import create_app, leave_with_parent
+from hypergen.config import api_keys, load_settings
+from hypergen.dispatch import ContinuousBatchingService
+from hypergen.engine.pool import EnginePool
+
+settings = load_settings(environment=os.environ)
+stored = store.ensure(settings.model, revision=settings.revision, dtype=settings.engine.dtype)
+model_id = settings.served_model_name or stored.source
+pool = EnginePool(settings)
+
+
+@bentoml.asgi_app(create_app(settings, pool, model_id), path="/")
+@bentoml.service(
+    name="hypergen",
+    service_class=ContinuousBatchingService,
+    workers=1,  # one queue, one set of limits; more accelerators are more engines, not more workers
+    # Deadlines and limits are ours: BentoML's would answer before the key check and without Retry-After.
+    traffic={"timeout": 86400, "concurrency": settings.engine.max_batch_size},
+    logging={"access": {"enabled": False}},
+)
+class HyperGen:
+    model = BentoModel(stored.tag)
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        logs.configure("http")
+        launcher = os.environ.get("_HYPERGEN_LAUNCHER_PID")
+        self.watch = asyncio.create_task(leave_with_parent(int(launcher) if launcher else None))
+        await pool.start(store.find(stored.tag).path, model_id)
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        self.watch.cancel()
+        await pool.stop()
+
+    @bentoml.api(
+        batchable=True, max_batch_size=max(2, settings.engine.max_batch_size), max_latency_ms=86_400_000
+    )
+    async def generate(self, items: list[dict[str, Any]]) -> list[NativeResult]:
+        """Draw every item; its fields are those of POST /v1/images/generations."""
+        return await asyncio.gather(*(draw_item(pool, settings, item) for item in items))
+
+    def __is_ready__(self) -> bool:
+        return pool.status().state == "ready"
+
+    def __is_alive__(self) -> bool:
+        return pool.status().state != "failed"
+
+
+HyperGen.add_asgi_middleware(
+    Door,  # pyright: ignore[reportArgumentType]  BentoML's Protocol describes a function, not a class
+    keys=api_keys(settings.server),
+    max_body_bytes=int(settings.server.max_body_mb * 1e6),
+)

@@ -1,0 +1,45 @@
+"""What many tests share: small models on disk and servers that draw with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported: threads that spin while they wait slow everything down on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from tests.live import LiveServer, start_server
+from tests.small_models import save_sd
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion 1.x with random weights; native size 128x128."""
+    return save_sd(tmp_path_factory.mktemp("models") / "small-sd")
+
+
+@pytest.fixture(scope="session")
+def v_prediction_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion 2.x with random weights, predicting velocity."""
+    return save_sd(tmp_path_factory.mktemp("models") / "small-sd2", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[LiveServer]:
+    """A server without a key that draws noise quickly, for everything but what pictures show."""
+    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
+    with start_server(tmp_path_factory.mktemp("server"), *arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def keyed_server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[LiveServer]:
+    """The same with a bearer key."""
+    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
+    with start_server(tmp_path_factory.mktemp("keyed"), *arguments, api_key="sk-right-key") as server:
+        yield server
