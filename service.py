@@ -16,7 +16,7 @@ from bentoml.models import BentoModel
 from hypergen import logs, store
 from hypergen.api.door import Door
 from hypergen.api.native import NativeResult, draw_item
-from hypergen.app import create_app, leave_with_parent
+from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
 from hypergen.config import api_keys, load_settings
 from hypergen.dispatch import ContinuousBatchingService
 from hypergen.engine.pool import EnginePool
@@ -42,6 +42,7 @@ class HyperGen:
     @bentoml.on_startup
     async def start(self) -> None:
         logs.configure("http")
+        drain_on_sigterm(pool, settings.queue.drain_timeout_s)
         launcher = os.environ.get("_HYPERGEN_LAUNCHER_PID")
         self.watch = asyncio.create_task(leave_with_parent(int(launcher) if launcher else None))
         await pool.start(store.find(stored.tag).path, model_id)

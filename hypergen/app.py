@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from types import FrameType
 
 import psutil
 from fastapi import FastAPI
@@ -31,8 +31,6 @@ def create_app(settings: Settings, pool: EnginePool, model_id: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        # BentoML lets only warnings of other loggers through; the access log is one of ours.
-        logging.getLogger("hypergen").setLevel(logging.INFO)
         yield
         storage.close()
 
@@ -62,6 +60,19 @@ def create_app(settings: Settings, pool: EnginePool, model_id: str) -> FastAPI:
     return app
 
 
+def drain_on_sigterm(pool: EnginePool, timeout_s: float) -> None:
+    """Let SIGTERM start our drain before uvicorn's, which would end what is left with a plain-text error."""
+    loop = asyncio.get_running_loop()
+    uvicorn_handler = signal.getsignal(signal.SIGTERM)
+
+    def drain(signum: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(pool.drain, timeout_s)
+        if callable(uvicorn_handler):
+            uvicorn_handler(signum, frame)
+
+    signal.signal(signal.SIGTERM, drain)
+
+
 async def leave_with_parent(launcher: int | None) -> None:
     """End this process when those that started it are gone, so that killing them leaves no orphan on the
     port.
@@ -72,7 +83,8 @@ async def leave_with_parent(launcher: int | None) -> None:
     """
     parent = os.getppid()
     while os.getppid() == parent:
-        if launcher is not None and not psutil.pid_exists(launcher):
+        # Asked of the parent, because a process that nobody waited for still has its id.
+        if launcher is not None and psutil.Process(parent).ppid() != launcher:
             os.kill(parent, signal.SIGTERM)
             return
         await asyncio.sleep(1)

@@ -105,7 +105,7 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     environment = environment_of(flags)
     if config:
         environment["HYPERGEN_CONFIG"] = str(config.resolve())
-    sys.exit(serving.serve(settings.server, environment, reload, _say))
+    sys.exit(serving.serve(settings, environment, reload, _say))
 
 
 @main.command()

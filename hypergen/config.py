@@ -79,6 +79,12 @@ class QueueSettings(BaseModel, frozen=True, extra="forbid"):
     request_timeout_s: float = Field(
         3600, gt=0, allow_inf_nan=False, description="seconds a request may take in all before 504"
     )
+    drain_timeout_s: float = Field(
+        60,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that accepted requests get when the server is stopped",
+    )
 
 
 class ServerSettings(BaseModel, frozen=True, extra="forbid"):

@@ -5,6 +5,7 @@ ready.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -17,11 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hypergen.config import ServerSettings
+from hypergen.config import ServerSettings, Settings
 from hypergen.errors import ConfigurationError, ModelError
 
 _PACKAGE = Path(__file__).resolve().parent
-_SHUTDOWN_S = 60
 
 
 def service_folder() -> Path:
@@ -56,7 +56,7 @@ def check_port(server: ServerSettings) -> None:
 
 
 def serve(
-    server: ServerSettings, environment: Mapping[str, str], reload: bool, say: Callable[[str], None]
+    settings: Settings, environment: Mapping[str, str], reload: bool, say: Callable[[str], None]
 ) -> int:
     """Run the service until it ends or a signal ends it; returns its exit code.
 
@@ -66,9 +66,11 @@ def serve(
     Raises:
         ModelError: the first load failed; the service is gone again.
     """
+    server = settings.server
     command = [sys.executable, "-m", "bentoml", "serve", "service:HyperGen", "--host", server.host]
     command += ["--port", str(server.port), "--working-dir", str(service_folder())]
-    command += ["--timeout-graceful-shutdown", str(_SHUTDOWN_S)]
+    # BentoML's own limit comes a little later than ours, for what hangs.
+    command += ["--timeout-graceful-shutdown", str(math.ceil(settings.queue.drain_timeout_s) + 10)]
     if reload:
         command.append("--reload")
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}

@@ -1,4 +1,4 @@
-"""The real server as a test starts it: `hypergen serve` in a process of its own, with its own store and port."""
+"""The real server as a test starts it: `hypergen serve` in a process with a store and a port of its own."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ class LiveServer:
 
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def wait_until_running(self) -> None:
+        """Until the engine works on a request."""
+        until = time.monotonic() + 60
+        while not self.health()["running"]:
+            assert time.monotonic() < until, "no request came to the engine"
+            time.sleep(0.01)
 
     def processes(self) -> list[psutil.Process]:
         """Every process of the server, the engines too."""

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
@@ -108,7 +108,7 @@ class _Answer:
     async def _send_error(self, start: Message) -> None:
         self._held = None
         body = self._body
-        if self._limit.exceeded and start["status"] != 413:
+        if self._limit.exceeded and start["status"] not in (401, 413):  # a stranger learns of the key first
             await self._answer_instead(errors.to_response(self._limit.error()))
             return
         is_probe = self._scope["path"] in OPEN_PATHS  # these tell a state, not an error
@@ -126,6 +126,8 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": response.body})
 
     def log(self) -> None:
+        if self._scope["path"] in OPEN_PATHS:  # probes come every few seconds
+            return
         # Escaped: a path may hold line feeds and terminal codes, and must not forge a line of the log.
         path = self._scope["path"].encode("unicode_escape").decode("ascii")[:200]
         milliseconds = (time.monotonic() - self._arrived) * 1000
@@ -146,7 +148,8 @@ def _in_our_shape(status: int, body: bytes) -> Response:
     message = {404: "Not found.", 405: "Method not allowed."}.get(status, "The request was refused.")
     with suppress(ValueError, LookupError, TypeError):
         said: Any = json.loads(body)
-        said = said[0] if isinstance(said, list) else said  # pyright: ignore[reportUnknownVariableType]  JSON
+        if isinstance(said, list):
+            said = cast(list[Any], said)[0]
         message = said["error"] if isinstance(said["error"], str) else message
         first: Any = said["detail"][0]  # pydantic's; the line before names only its internal class
         message = f"{'.'.join(map(str, first['loc'])) or 'The body'}: {first['msg']}."

@@ -41,7 +41,8 @@ class _Call:
     delivered: set[int] = field(
         default_factory=set
     )  # images that the client's side has, not to be sent twice
-    crashes: int = 0
+    losses: int = 0  # engines that died while they had it
+    crashes: int = 0  # those of them that it may have killed
 
 
 @dataclass(eq=False)
@@ -63,7 +64,7 @@ class _Desk:
         return sum(call.request.work for call in calls)
 
     def add(self, call: _Call) -> None:
-        self.held.append(call)
+        (self.suspects if call.crashes else self.held).append(call)
         self.submit_next()
 
     def submit_next(self) -> None:
@@ -90,28 +91,17 @@ class _Desk:
                 line.remove(call)
         self.submit_next()
 
-    def lost(self) -> None:
-        """The engine is gone: line its calls up again, or end them when it does not come back."""
-        calls = list(self.submitted.values())
-        self.submitted.clear()
-        if self.supervisor.status.state == "failed":
-            error = UnavailableError("The engine stopped and could not be started again.", code="failed")
-            for call in [*calls, *self.suspects, *self.held]:
-                call.events.put_nowait(error)
-            self.suspects.clear()
-            self.held.clear()
-            return
-        for call in reversed(calls):
-            if not call.started:
-                self.held.appendleft(call)
-                continue
+    def give_up_calls(self) -> list[_Call]:
+        """The engine is gone: all calls, with suspicion on those that may have killed it."""
+        for call in self.submitted.values():
+            call.losses += 1
+            # One that had not started is innocent the first time; then starting may be what kills.
+            call.crashes += call.started or call.losses > 1
             call.started = False
-            call.crashes += 1
-            if call.crashes > 1:
-                message = "The engine died twice while it drew this picture; it is not tried again."
-                call.events.put_nowait(GenerationError(message, code="poison"))
-            else:
-                self.suspects.appendleft(call)
+        calls = [*self.submitted.values(), *self.suspects, *self.held]
+        for line in (self.submitted, self.suspects, self.held):
+            line.clear()
+        return calls
 
 
 class EnginePool:
@@ -154,14 +144,19 @@ class EnginePool:
         self._draining = True
         if self._watch:
             self._watch.cancel()
+        self._end_all_calls()
+        await asyncio.gather(*(desk.supervisor.stop() for desk in self._desks))
+
+    def drain(self, timeout_s: float) -> None:
+        """Refuse new requests; those accepted go on for so many seconds, then they end with 503."""
+        if not self._draining:
+            self._draining = True
+            asyncio.get_running_loop().call_later(timeout_s, self._end_all_calls)
+
+    def _end_all_calls(self) -> None:
         for desk in self._desks:
             for call in [*desk.submitted.values(), *desk.suspects, *desk.held]:
                 call.events.put_nowait(UnavailableError("The server is shutting down.", code="draining"))
-        await asyncio.gather(*(desk.supervisor.stop() for desk in self._desks))
-
-    def drain(self) -> None:
-        """Refuse new requests; those accepted go on."""
-        self._draining = True
 
     def describe(self) -> ModelDescription | None:
         descriptions = (desk.supervisor.description for desk in self._desks)
@@ -172,9 +167,9 @@ class EnginePool:
         states: set[State] = {engine.state for engine in engines}
         if self._draining:
             states.add("draining")
-        order: tuple[State, ...] = ("draining", "ready", "recovering", "loading", "failed")
+        order: tuple[State, ...] = ("draining", "ready", "recovering", "failed", "loading")
         return GeneratorStatus(
-            state=next((state for state in order if state in states), "loading"),
+            state=next((state for state in order if state in states), order[-1]),
             reason=next((engine.reason for engine in engines if engine.state == "failed"), None),
             running=self._admission.running,
             waiting=self._admission.waiting,
@@ -198,16 +193,11 @@ class EnginePool:
         async with self._admission.place(request.work) as place:
             self._refuse_unless_ready()  # the wait at the door may have been long
             call = _Call(request)
-            desk = min(
-                (d for d in self._desks if d.supervisor.status.state != "failed"), key=lambda desk: desk.work
-            )
-            desk.add(call)
-            ended = False
+            self._assign(call)
             try:
                 while len(call.delivered) < request.n:
                     event = await call.events.get()
                     if isinstance(event, RequestError):
-                        ended = True
                         raise event
                     if isinstance(event, Started):
                         place.started()
@@ -215,10 +205,10 @@ class EnginePool:
                         if event.index in call.delivered:
                             continue
                         call.delivered.add(event.index)
-                        ended = len(call.delivered) == request.n
                     yield event
             finally:
-                desk.remove(call, cancel=not ended)
+                for desk in self._desks:
+                    desk.remove(call, cancel=len(call.delivered) < request.n)
 
     def _refuse_unless_ready(self) -> None:
         state = self.status().state
@@ -236,7 +226,24 @@ class EnginePool:
         self._desk_of(supervisor).submit_next()
 
     def _on_lost(self, supervisor: Supervisor) -> None:
-        self._desk_of(supervisor).lost()
+        desk = self._desk_of(supervisor)
+        for call in desk.give_up_calls():
+            if call.crashes > 1:
+                message = "The engine died twice while it drew this picture; it is not tried again."
+                call.events.put_nowait(GenerationError(message, code="poison"))
+            elif call.crashes and supervisor.status.state != "failed":
+                desk.add(call)
+            else:
+                self._assign(call)
+
+    def _assign(self, call: _Call) -> None:
+        """To the engine with the least work, a ready one if there is any."""
+        desks = [desk for desk in self._desks if desk.supervisor.status.state != "failed"]
+        if desks:
+            min(desks, key=lambda desk: (desk.supervisor.status.state != "ready", desk.work)).add(call)
+        else:
+            message = "The engine stopped and could not be started again."
+            call.events.put_nowait(UnavailableError(message, code="failed"))
 
     def _desk_of(self, supervisor: Supervisor) -> _Desk:
         return next(desk for desk in self._desks if desk.supervisor is supervisor)

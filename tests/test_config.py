@@ -1,0 +1,92 @@
+"""Settings: where they come from, which wins, and what is an error at start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypergen.config import Settings, api_keys, environment_of, fields, load_settings, option_name
+from hypergen.errors import ConfigurationError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_defaults_are_those_of_the_documents() -> None:
+    settings = load_settings()
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8000)
+    assert settings.queue.max_queue_size == 100
+    assert settings.queue.queue_timeout_s == 600
+    assert settings.engine.determinism == "strict"
+    assert settings.model is None
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("queue: {max_queue_size: 1, queue_timeout_s: 1}\nserver: {port: 1001}\n")
+    environment = {"HYPERGEN_CONFIG": str(file), "HYPERGEN_QUEUE_TIMEOUT": "2", "HYPERGEN_PORT": "1002"}
+    settings = load_settings(environment=environment, flags={"port": 1003, "host": None})
+    assert settings.queue.max_queue_size == 1
+    assert settings.queue.queue_timeout_s == 2
+    assert settings.server.port == 1003
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_configuration_loads(file: Path) -> None:
+    load_settings(file)
+
+
+@pytest.mark.parametrize("name", sorted(name for _, name, _ in fields()))
+def test_every_setting_has_a_description_and_survives_the_way_to_a_child(name: str) -> None:
+    section, _, field = next(entry for entry in fields() if entry[1] == name)
+    assert field.description
+    defaults = Settings.model_validate({}).model_dump()
+    value = (defaults[section] if section else defaults)[name]
+    read = load_settings(environment=environment_of({name: value})).model_dump()
+    assert (read[section] if section else read)[name] == value
+    assert not option_name(name).endswith("_s")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("qeue: {}", "Unknown setting 'qeue'"),
+        ("queue: {max_que: 1}", "Unknown setting 'queue.max_que'"),
+        ("queue: {max_queue_size: 0}", "queue.max_queue_size"),
+        ("queue: {queue_timeout_s: .nan}", "queue.queue_timeout_s"),
+        ("server: {public_url: 'ftp://host'}", "server.public_url"),
+        ("- a list", "names and values"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings(file)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_misspelt_variable_is_an_error_but_those_of_kubernetes_are_not() -> None:
+    with pytest.raises(ConfigurationError, match="HYPERGEN_QUEUE_SIZE"):
+        load_settings(environment={"HYPERGEN_QUEUE_SIZE": "1"})
+    kubernetes = {"HYPERGEN_PORT": "tcp://10.0.0.1:80", "HYPERGEN_SERVICE_HOST": "10.0.0.1"}
+    assert load_settings(environment=kubernetes).server.port == 8000
+
+
+def test_a_wrong_key_never_stands_in_the_message() -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings(flags={"api_key": ["sk-secret"]})
+    assert "sk-secret" not in str(raised.value)
+
+
+def test_keys_come_from_the_setting_and_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_text("# team\nsk-one\n\nsk-two\n")
+    settings = load_settings(flags={"api_key": "sk-three", "api_key_file": file})
+    assert api_keys(settings.server) == ("sk-three", "sk-one", "sk-two")
+    assert "sk-three" not in repr(settings)
+    file.write_text("# nothing\n")
+    with pytest.raises(ConfigurationError, match="holds no key"):
+        api_keys(settings.server)

@@ -1,0 +1,114 @@
+"""Samplers: every one at every number of steps, for both kinds of prediction, one scheduler per image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, PNDMScheduler
+
+from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
+
+_STABLE_DIFFUSION: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+_PUBLISHED = {
+    "epsilon": DDIMScheduler(prediction_type="epsilon", **_STABLE_DIFFUSION),
+    "epsilon, trailing": DDIMScheduler(
+        prediction_type="epsilon", timestep_spacing="trailing", **_STABLE_DIFFUSION
+    ),
+    "v_prediction": DDIMScheduler(prediction_type="v_prediction", **_STABLE_DIFFUSION),
+    # Zero signal at the end cannot go with noise prediction: x0 would be divided by zero.
+    "v_prediction, zero signal": DDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        **_STABLE_DIFFUSION,
+    ),
+}
+_NAMES: list[str | None] = [None, *SAMPLERS]
+
+
+class Image:
+    """The least that a trajectory is: noise, a scheduler, and a denoiser that squeezes."""
+
+    def __init__(self, factory: SchedulerFactory, sampler: str | None, steps: int, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.scheduler = factory.make(sampler, steps)
+        self.latents = torch.randn(1, 4, 4, 4, generator=self.generator) * self.scheduler.init_noise_sigma
+        self.left = list(self.scheduler.timesteps)
+        self.noise = {"generator": self.generator} if takes_generator(self.scheduler) else {}
+
+    def step(self) -> None:
+        timestep = self.left.pop(0)
+        prediction = torch.tanh(self.scheduler.scale_model_input(self.latents, timestep))
+        self.latents = self.scheduler.step(
+            prediction, timestep, self.latents, return_dict=False, **self.noise
+        )[0]
+
+    def finish(self) -> torch.Tensor:
+        while self.left:
+            self.step()
+        return self.latents
+
+
+@pytest.mark.parametrize("published", _PUBLISHED)
+@pytest.mark.parametrize("sampler", _NAMES)
+def test_every_sampler_takes_few_and_many_steps(sampler: str | None, published: str) -> None:
+    factory = SchedulerFactory(_PUBLISHED[published], torch.device("cpu"))
+    fewest = SAMPLERS[sampler].min_steps if sampler else 1
+    for steps in {fewest, 2, 3, 4, 7, 20, 150}:
+        latents = Image(factory, sampler, steps, seed=steps).finish()
+        assert latents.dtype == torch.float32
+        assert torch.isfinite(latents).all(), f"{steps} steps"
+        assert latents.abs().max() < 1e3
+
+
+@pytest.mark.parametrize("sampler", _NAMES)
+def test_images_between_each_others_steps_share_nothing(sampler: str | None) -> None:
+    factory = SchedulerFactory(_PUBLISHED["v_prediction"], torch.device("cpu"))
+    alone = [Image(factory, sampler, steps, seed).finish() for seed, steps in enumerate((6, 6, 9))]
+    images = [Image(factory, sampler, steps, seed) for seed, steps in enumerate((6, 6, 9))]
+    while any(image.left for image in images):
+        for image in images:
+            if image.left:
+                image.step()
+    assert all(torch.equal(image.latents, one) for image, one in zip(images, alone, strict=True))
+
+
+def test_a_scheduler_is_used_up_but_its_prototype_is_not() -> None:
+    factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
+    for name in SAMPLERS:
+        first = Image(factory, name, 5, seed=3).finish()
+        assert torch.equal(first, Image(factory, name, 5, seed=3).finish()), name
+
+
+def test_old_prototypes_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SchedulerFactory, "_KEPT_PROTOTYPES", 3)
+    factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
+    for steps in range(1, 10):
+        assert len(factory.make("euler", steps).timesteps) == steps
+    assert len(factory._prototypes) == 3
+
+
+def test_lcm_takes_more_steps_than_it_was_distilled_on_and_few_ones_as_ever() -> None:
+    factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
+    assert len(factory.make("lcm", 150).timesteps) == 150
+    stock: Any = LCMScheduler.from_config(_PUBLISHED["epsilon"].config)
+    stock.set_timesteps(4)
+    assert torch.equal(factory.make("lcm", 4).timesteps, stock.timesteps)
+
+
+def test_a_model_published_with_pndm_takes_one_step() -> None:
+    published = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    factory = SchedulerFactory(published, torch.device("cpu"))
+    for steps in (1, 2, 5):
+        assert torch.isfinite(Image(factory, None, steps, seed=0).finish()).all()
