@@ -7,13 +7,14 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import takewhile
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.dialects import openai
@@ -92,7 +93,8 @@ def create_router(
             )
         return json_response(_model(model_id))
 
-    @router.api_route(FILES_PREFIX + "{name}", methods=["GET", "HEAD"], summary="A picture, without a key")
+    @router.head(FILES_PREFIX + "{name}", include_in_schema=False)
+    @router.get(FILES_PREFIX + "{name}", summary="A picture, without a key")
     async def get_file(name: str) -> Response:
         stored = storage.get(name)
         if stored is None:
@@ -128,11 +130,13 @@ def create_router(
     async def not_found(request: Request, path: str) -> Response:
         # This route takes every path, so that BentoML's own pages and plain-text errors do not show; a known
         # path with another method lands here too.
-        outer = request.scope["router"].routes  # BentoML's own, when the app is mounted there
+        # BentoML's own routes; those behind the mount of this app are never reached.
+        outer = takewhile(lambda route: not isinstance(route, Mount), request.scope["router"].routes)
         for route in [*outer, *request.app.router.routes, *router.routes]:
             if route.matches(request.scope)[0] is Match.PARTIAL:
-                allowed = {"Allow": ", ".join(sorted(route.methods or ()))}
-                raise HTTPException(405, f"{request.method} is not allowed here", allowed)
+                methods: set[str] = getattr(route, "methods", None) or set()
+                headers = {"Allow": ", ".join(sorted(methods))}
+                raise HTTPException(405, f"{request.method} is not allowed here", headers)
         raise NotFoundError("There is no such path; /docs lists those that there are.")
 
     return router

@@ -117,6 +117,8 @@ def to_request(
         )
     if asked.stream:
         raise InvalidRequestError("Streaming is not served; leave stream out.", param="stream")
+    if asked.seed is not None and asked.seed + asked.n - 1 > MAX_SEED:
+        raise InvalidRequestError(f"The last picture's seed would be above {MAX_SEED}.", param="seed")
     if asked.lora_path is not None:
         raise InvalidRequestError("lora_path must name a LoRA this server offers.", param="lora_path")
 

@@ -1,0 +1,65 @@
+"""Clients of the shared servers, and one more server whose limits are so tight that tests reach them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.wire import GENERATIONS, QUICK, client_of
+from tests.live import LiveServer, start_server
+
+TIGHT = {
+    "HYPERGEN_MAX_QUEUE_SIZE": "1",
+    "HYPERGEN_QUEUE_TIMEOUT": "0",
+    "HYPERGEN_REQUEST_TIMEOUT": "2",
+    "HYPERGEN_MAX_BODY_MB": "0.1",
+    "HYPERGEN_IMAGE_METADATA": "false",
+    "HYPERGEN_PUBLIC_URL": "https://pictures.example/hypergen/",
+    "HYPERGEN_SERVED_MODEL_NAME": "owner/small-sd",
+}
+
+
+@dataclass(frozen=True)
+class TightServer:
+    """A server with little room, and how it behaved while its model was still loading."""
+
+    server: LiveServer
+    client: httpx.Client
+    health_while_loading: httpx.Response
+    refusal_while_loading: httpx.Response
+    models_while_loading: httpx.Response
+    health_seconds_while_loading: list[float]
+
+
+@pytest.fixture(scope="session")
+def client(server: LiveServer) -> Iterator[httpx.Client]:
+    """Of the server without a key."""
+    with client_of(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tight(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[TightServer]:
+    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
+    folder = tmp_path_factory.mktemp("tight")
+    with (
+        start_server(folder, *arguments, environment=TIGHT, wait=False) as server,
+        client_of(server) as client,
+    ):
+        health = client.get("/health")
+        refusal = client.post(GENERATIONS, json=QUICK)
+        models = client.get("/v1/models")
+        seconds: list[float] = []
+        until = time.monotonic() + 60
+        status = ""
+        while status != "healthy" and time.monotonic() < until:
+            started = time.perf_counter()
+            status = client.get("/health").json()["status"]
+            seconds.append(time.perf_counter() - started)
+            time.sleep(0.01)
+        yield TightServer(server, client, health, refusal, models, seconds)

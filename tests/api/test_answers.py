@@ -1,0 +1,130 @@
+"""What an answer holds."""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.conftest import TightServer
+from tests.api.wire import GENERATIONS, QUICK, assert_error, draw
+
+
+def test_an_answer_tells_what_was_drawn(client: httpx.Client) -> None:
+    before = int(time.time())
+    answer = draw(client, n=2, size="128x64", seed=3)
+    assert set(answer) == {"created", "data", "size", "quality", "background", "output_format", "usage"}
+    assert type(answer["created"]) is int
+    assert before <= answer["created"] <= time.time()
+    assert answer["size"] == "128x64"
+    assert answer["quality"] == "medium"
+    assert answer["background"] == "opaque"
+    assert answer["output_format"] == "png"
+    assert [item["revised_prompt"] for item in answer["data"]] == [QUICK["prompt"]] * 2
+
+
+def test_usage_counts_tokens(client: httpx.Client) -> None:
+    usage = draw(client, n=2, prompt="abc")["usage"]
+    assert usage == {
+        "input_tokens": 3,  # the small model reads byte by byte
+        "output_tokens": 2 * 8 * 8,
+        "total_tokens": 3 + 128,
+        "input_tokens_details": {"text_tokens": 3, "image_tokens": 0},
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": 128},
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (None, "medium"),
+        ("auto", "medium"),
+        ("standard", "medium"),
+        ("hd", "high"),
+        ("low", "low"),
+        ("medium", "medium"),
+        ("high", "high"),
+        ("xhigh", "xhigh"),
+        ("max", "max"),
+    ],
+)
+def test_quality_is_told_in_openais_words_and_changes_no_pixel(
+    client: httpx.Client, asked: str | None, told: str
+) -> None:
+    answer = draw(client, seed=1, quality=asked)
+    assert answer["quality"] == told
+    assert answer["data"][0]["b64_json"] == draw(client, seed=1)["data"][0]["b64_json"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys"),
+    [
+        ({}, {"b64_json", "url"}),
+        ({"response_format": None}, {"b64_json", "url"}),
+        ({"response_format": "b64_json"}, {"b64_json"}),
+        ({"response_format": "url"}, {"url"}),
+    ],
+)
+def test_keys_that_were_not_asked_for_are_absent(
+    client: httpx.Client, asked: dict[str, Any], keys: set[str]
+) -> None:
+    answer = draw(client, n=2, **asked)
+    for item in answer["data"]:
+        assert set(item) & {"b64_json", "url"} == keys
+    assert None not in [value for item in answer["data"] for value in item.values()]
+    assert None not in answer.values()
+
+
+def test_url_and_base64_hold_the_same_bytes(client: httpx.Client) -> None:
+    for item in draw(client, n=3)["data"]:
+        assert httpx.get(item["url"]).content == base64.b64decode(item["b64_json"], validate=True)
+
+
+def test_urls_have_the_origin_that_the_request_came_to(client: httpx.Client) -> None:
+    port = client.base_url.port
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "pictures.example"):
+        response = client.post(GENERATIONS, json=QUICK, headers={"Host": host})
+        assert response.json()["data"][0]["url"].startswith(f"http://{host}/v1/images/files/")
+
+
+@pytest.mark.parametrize(
+    "host", ["x/health?", "a b", "user@host", "host:99999999", "h\\x", "[::1", "é.example"]
+)
+def test_a_host_that_is_none_is_refused(client: httpx.Client, host: str) -> None:
+    response = client.post(GENERATIONS, json=QUICK, headers=[(b"Host", host.encode())])
+    assert_error(response, 400, code="invalid_host")
+
+
+def test_a_public_url_stands_before_the_name_of_the_picture(tight: TightServer) -> None:
+    url = draw(tight.client)["data"][0]["url"]
+    assert url.startswith("https://pictures.example/hypergen/v1/images/files/")
+
+
+def test_image_answers_tell_how_long_they_took(client: httpx.Client) -> None:
+    started = time.monotonic()
+    response = client.post(GENERATIONS, json=QUICK)
+    assert 1 <= int(response.headers["openai-processing-ms"]) <= (time.monotonic() - started) * 1000 + 1
+
+
+def test_request_ids_are_unique_and_on_every_answer(client: httpx.Client) -> None:
+    responses = [client.get("/health") for _ in range(20)]
+    responses += [client.get("/nothing"), client.post(GENERATIONS), client.head("/v1/models")]
+    responses += [client.post(GENERATIONS, json=QUICK), client.get("/schema.json"), client.get("/livez")]
+    responses += [client.get("/health", headers={"x-request-id": "mine"})]
+    ids = {response.headers["x-request-id"] for response in responses}
+    assert len(ids) == len(responses)
+    assert all(request_id.startswith("req_") for request_id in ids)
+
+
+def test_answers_do_not_tell_what_serves_them(client: httpx.Client) -> None:
+    for response in (
+        client.get("/health"),
+        client.get("/schema.json"),
+        client.get("/livez"),
+        client.get("/x"),
+    ):
+        assert "server" not in response.headers
+        assert not [name for name in response.headers if "bento" in name]

@@ -1,0 +1,127 @@
+"""Request bodies: only strict JSON, and only so much of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.api.conftest import TightServer
+from tests.api.wire import GENERATIONS, JSON, QUICK, assert_error
+
+GOOD = json.dumps(QUICK).encode()
+
+NOT_ONE_JSON_OBJECT = {
+    "empty": b"",
+    "blank": b"  ",
+    "list": b'[{"prompt": "a"}]',
+    "text": b'"a"',
+    "null": b"null",
+    "cut off": GOOD[:-1],
+    "two documents": GOOD + GOOD,
+    "something after": GOOD + b"x",
+    "single quotes": b"{'prompt': 'a'}",
+    "comment": b'{"prompt": "a" /* a */}',
+    "trailing comma": b'{"prompt": "a",}',
+    "BOM": b"\xef\xbb\xbf" + GOOD,
+    "UTF-16": GOOD.decode().encode("utf-16"),
+    "UTF-16 without a mark": GOOD.decode().encode("utf-16-le"),
+    "UTF-32": GOOD.decode().encode("utf-32"),
+    "broken UTF-8": b'{"prompt": "\xff\xfe"}',
+    "surrogates as UTF-8": b'{"prompt": "\xed\xa0\x80"}',
+    "raw control character": b'{"prompt": "a\x01"}',
+    "NaN": b'{"prompt": "a", "guidance_scale": NaN}',
+    "Infinity": b'{"prompt": "a", "guidance_scale": Infinity}',
+    "-Infinity": b'{"prompt": "a", "lora_scale": -Infinity}',
+    "NaN in an unknown field": b'{"prompt": "a", "other": [NaN]}',
+    "10000 digits": b'{"prompt": "a", "n": ' + b"9" * 10_000 + b"}",
+    "the same field twice": b'{"prompt": "a", "n": 1, "n": 2}',
+    "the same inner field twice": b'{"prompt": "a", "other": {"x": 1, "x": 1}}',
+    "deep lists": b'{"prompt": "a", "other": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep objects": b'{"prompt": "a", "other": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}",
+    "only brackets": b"[" * 100_000,
+    "form": b"prompt=a",
+}
+
+
+@pytest.mark.parametrize("body", NOT_ONE_JSON_OBJECT.values(), ids=NOT_ONE_JSON_OBJECT)
+def test_what_is_not_one_json_object_is_refused(client: httpx.Client, body: bytes) -> None:
+    assert_error(client.post(GENERATIONS, content=body, headers=JSON), 400, param=None, code="invalid_json")
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        None,
+        "",
+        "text/plain",
+        "text/json",
+        "application/jsonx",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/vnd.bentoml+pickle",
+    ],
+)
+def test_other_media_types_are_refused(client: httpx.Client, media_type: str | None) -> None:
+    headers = {} if media_type is None else {"Content-Type": media_type}
+    response = client.post(GENERATIONS, content=GOOD, headers=headers)
+    assert_error(response, 415, code="unsupported_media_type")
+
+
+@pytest.mark.parametrize(
+    "media_type", ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON"]
+)
+def test_json_is_recognised_by_its_media_type(client: httpx.Client, media_type: str) -> None:
+    response = client.post(GENERATIONS, content=GOOD, headers={"Content-Type": media_type})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "GZIP"])
+def test_compressed_bodies_are_refused(client: httpx.Client, encoding: str) -> None:
+    headers = {**JSON, "Content-Encoding": encoding}
+    response = client.post(GENERATIONS, content=gzip.compress(GOOD), headers=headers)
+    assert_error(response, 415, code="unsupported_media_type")
+
+
+def test_a_hundred_thousand_fields_are_read(client: httpx.Client) -> None:
+    body = {**QUICK, **{f"field{number}": number for number in range(100_000)}}
+    assert client.post(GENERATIONS, json=body).status_code == 200
+
+
+def chunks(size: int) -> Iterator[bytes]:
+    """A body without Content-Length."""
+    yield b'{"prompt": "a", "other": "'
+    for _ in range(size // 1000):
+        yield b"a" * 1000
+    yield b'"}'
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, "/generate", "/v1/nothing"])
+def test_a_body_too_large_by_its_header_is_refused(tight: TightServer, path: str) -> None:
+    response = tight.client.post(path, content=b"a" * 100_001, headers=JSON)
+    message = assert_error(response, 413, code="payload_too_large")
+    assert "100,000" in message
+    assert response.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, "/generate"])
+def test_a_body_too_large_by_its_bytes_is_refused(tight: TightServer, path: str) -> None:
+    response = tight.client.post(path, content=chunks(200_000), headers=JSON)
+    assert_error(response, 413, code="payload_too_large")
+
+
+def test_a_body_just_within_the_limit_is_read(tight: TightServer) -> None:
+    filling = {**QUICK, "other": ""}
+    filling["other"] = "a" * (100_000 - len(json.dumps(filling)))
+    body = json.dumps(filling).encode()
+    assert len(body) == 100_000
+    assert tight.client.post(GENERATIONS, content=body, headers=JSON).status_code == 200
+    assert tight.client.post(GENERATIONS, content=chunks(99_000), headers=JSON).status_code != 413
+
+
+def test_megabytes_are_read_by_default(client: httpx.Client) -> None:
+    response = client.post(GENERATIONS, json={**QUICK, "other": "a" * 8_000_000})
+    assert response.status_code == 200

@@ -1,0 +1,93 @@
+"""GET /v1/models, GET /health, and a picture as the official client sees it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.conftest import TightServer
+from tests.api.wire import assert_error, draw_bytes
+from tests.live import LiveServer
+
+
+def test_exactly_the_served_model_is_listed(client: httpx.Client, sd_folder: Path) -> None:
+    body = client.get("/v1/models").json()
+    assert set(body) == {"object", "data"}
+    assert body["object"] == "list"
+    (model,) = body["data"]
+    assert set(model) == {"id", "object", "created", "owned_by"}
+    assert model["id"] == str(sd_folder)
+    assert model["object"] == "model"
+    assert model["owned_by"] == "hypergen"
+    assert abs(model["created"] - time.time()) < 10
+
+
+def test_the_official_client_reads_the_models(server: LiveServer, tight: TightServer) -> None:
+    for live in (server, tight.server):
+        with live.openai() as client:
+            (model,) = client.models.list().data
+            assert client.models.retrieve(model.id).id == model.id
+
+
+@pytest.mark.parametrize(
+    "path", ["owner/small-sd", "owner%2Fsmall-sd", "/owner/small-sd", "%2Fowner%2Fsmall-sd"]
+)
+def test_a_model_is_found_by_its_id_in_every_spelling(tight: TightServer, path: str) -> None:
+    response = tight.client.get(f"/v1/models/{path}")
+    assert response.json()["id"] == "owner/small-sd"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt-image-1", "owner", "owner/small", "owner/small-sd/x", "Owner/small-sd", "a" * 5000, "%ff", ""],
+)
+def test_other_models_are_not_found(tight: TightServer, name: str) -> None:
+    assert_error(tight.client.get(f"/v1/models/{name}"), 404, param="model", code="model_not_found")
+
+
+def test_health_tells_state_model_queue_and_device(client: httpx.Client, sd_folder: Path) -> None:
+    response = client.get("/health")
+    assert response.status_code == 200
+    body = response.json()
+    assert body["status"] == "healthy"
+    assert body["model"] == str(sd_folder)
+    assert body["queue_size"] == 0
+    assert body["device"] == "cpu"
+    assert "euler" in body["samplers"]
+
+
+def test_the_official_client_draws(server: LiveServer, client: httpx.Client) -> None:
+    extra = {"seed": 9, "num_inference_steps": 1, "negative_prompt": "blue", "guidance_scale": 2.5}
+    with server.openai() as official:
+        answer = official.images.generate(
+            prompt="a red circle",
+            model="gpt-image-1",
+            n=2,
+            size="64x64",  # pyright: ignore[reportArgumentType]  OpenAI's own models draw larger ones only
+            quality="high",
+            output_format="webp",
+            user="somebody",
+            extra_body=extra,
+        )
+    assert answer.data
+    assert answer.usage
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    assert len({item.b64_json for item in answer.data}) == 2
+    fields = {"n": 2, "size": "64x64", "output_format": "webp", **extra}
+    pictures = draw_bytes(client, prompt="a red circle", **fields)
+    assert [httpx.get(item.url or "").content for item in answer.data] == pictures
+
+
+def test_the_servers_own_description_names_its_paths_and_fields(
+    server: LiveServer, client: httpx.Client
+) -> None:
+    body = client.get("/openapi.json").json()
+    assert {"/v1/images/generations", "/v1/models", "/v1/models/{model}", "/health"} <= set(body["paths"])
+    content = body["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]
+    fields = content["application/json"]["schema"]["properties"]
+    assert {"prompt", "n", "size", "seed", "negative_prompt", "sampler", "lora_scale"} <= set(fields)
+    assert client.get("/docs").status_code == 200
+    assert "UserWarning" not in server.log()

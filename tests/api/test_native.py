@@ -1,0 +1,60 @@
+"""BentoML's own batchable route, POST /generate, beside the OpenAI one."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.wire import JSON, QUICK, assert_error, draw_bytes
+
+
+def generate(client: httpx.Client, *items: dict[str, Any]) -> list[dict[str, Any]]:
+    response = client.post("/generate", json={"items": items})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_items_are_drawn_as_the_openai_route_draws_them(client: httpx.Client) -> None:
+    (result,) = generate(client, {**QUICK, "seed": 6, "n": 2, "output_format": "webp", "style": None})
+    assert result["status"] == 200
+    assert [image["seed"] for image in result["images"]] == [6, 7]
+    data = [base64.b64decode(image["b64_json"]) for image in result["images"]]
+    assert data == draw_bytes(client, seed=6, n=2, output_format="webp")
+
+
+def test_an_item_fails_alone(client: httpx.Client) -> None:
+    good, bad, also_bad = generate(client, QUICK, {**QUICK, "n": 99}, {})
+    assert (good["status"], len(good["images"])) == (200, 1)
+    assert (bad["status"], bad["error"]["param"]) == (400, "n")
+    assert set(bad["error"]) == {"message", "type", "param", "code"}
+    assert (also_bad["status"], also_bad["error"]["param"]) == (400, "prompt")
+
+
+def test_no_items_give_no_results(client: httpx.Client) -> None:
+    assert generate(client) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "items: Field required."),
+        (b"{}", "items: Field required."),
+        (b'{"items": "x"}', "items: Input should be a valid array."),
+        (b'{"items": [1]}', "items.0: Input should be an object."),
+        (b"[" * 100_000, "The body: Invalid JSON"),
+        (b"{", "The body: Invalid JSON"),
+        (b'{"items": [{"prompt": "\\ud800"}]}', "The body: Invalid JSON"),
+        (b"\xff", "The body: Invalid JSON"),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_a_bad_body_gets_the_one_error_body(client: httpx.Client, body: bytes, message: str) -> None:
+    assert assert_error(client.post("/generate", content=body, headers=JSON), 400).startswith(message)
+
+
+def test_pickles_are_refused(client: httpx.Client) -> None:
+    headers = {"Content-Type": "application/vnd.bentoml+pickle"}
+    assert_error(client.post("/generate", content=b"x", headers=headers), 415, code="unsupported_media_type")

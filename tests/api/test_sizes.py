@@ -1,0 +1,115 @@
+"""The field `size`: its grammar, its limits, and the size of what is drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from hypergen.api.dialects import openai
+from hypergen.config import ServerSettings
+from hypergen.errors import InvalidRequestError
+from hypergen.generation import ModelDefaults, ModelDescription
+from tests.api.wire import GENERATIONS, QUICK, assert_error, draw, draw_image
+
+DESCRIPTION = ModelDescription(
+    id="m",
+    family="sd",
+    defaults=ModelDefaults(num_inference_steps=50, guidance_scale=7.5, width=512, height=512),
+    samplers={"euler": 1},
+    device="cpu",
+    dtype="float32",
+)
+
+MALFORMED = [
+    "",
+    "x",
+    "512",
+    "512x",
+    "x512",
+    "512x512x512",
+    "512 x512",
+    " 512x512",
+    "512x512\n",
+    "512X512",
+    "512*512",
+    "512,512",
+    "+512x512",
+    "-512x512",
+    "512x-512",
+    "0x512",
+    "0512x512",
+    "5_12x512",
+    "51.2x512",
+    "1e3x8",
+    "0x200x0x200",
+    "AUTO",
+    "large",
+    "\uff15\uff11\uff12x512",  # full-width digits
+    "\u0661\u0662\u0668x\u0661\u0662\u0668",  # Arabic digits
+    "\u096b\u0967\u0968x512",  # Devanagari digits
+    "512\u0445512",  # a Cyrillic letter
+    "512\xd7512",  # a multiplication sign
+    "512x512\0",
+    "512\0x512",
+    "9" * 100_000 + "x512",
+    f"{2**64}x{2**64}",
+]
+REFUSED = ["100x100", "1001x1000", "1000x1001", "56x64", "64x56", "8x8", "2056x64", "64x2056", "65536x65536"]
+NOT_TEXT = [True, 512, 512.0, ["512x512"], {"width": 512}]
+
+
+@pytest.mark.parametrize("size", MALFORMED, ids=lambda size: ascii(size)[:30])
+def test_a_malformed_size_is_refused_in_the_documented_words(client: httpx.Client, size: str) -> None:
+    message = assert_error(client.post(GENERATIONS, json={**QUICK, "size": size}), 400, param="size")
+    assert message == f"Invalid size format: {size[:40]}. Use format like '1024x1024'"
+
+
+@pytest.mark.parametrize("size", [*REFUSED, *NOT_TEXT], ids=str)
+def test_a_size_that_cannot_be_drawn_is_refused(client: httpx.Client, size: Any) -> None:
+    message = assert_error(client.post(GENERATIONS, json={**QUICK, "size": size}), 400, param="size")
+    assert "8" in message or "string" in message
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("1000x1000", (1000, 1000)),
+        ("64x64", (64, 64)),
+        ("2048x2048", (2048, 2048)),
+        ("64x2048", (64, 2048)),
+        ("1024x1792", (1024, 1792)),
+        ("auto", (512, 512)),
+        (None, (512, 512)),
+    ],
+)
+def test_every_multiple_of_8_within_the_limits_is_taken(size: str | None, expected: tuple[int, int]) -> None:
+    body = {"prompt": "a"} if size is None else {"prompt": "a", "size": size}
+    generation = openai.to_request(body, DESCRIPTION, ServerSettings.model_validate({}), "id").generation
+    assert (generation.width, generation.height) == expected
+
+
+def test_the_documented_maxima_are_within_the_work_of_one_request() -> None:
+    body = {"prompt": "a", "n": 10, "num_inference_steps": 150, "size": "2048x2048"}
+    openai.to_request(body, DESCRIPTION, ServerSettings.model_validate({}), "id")
+    with pytest.raises(InvalidRequestError, match="images x steps x megapixels"):
+        openai.to_request(
+            body, DESCRIPTION, ServerSettings.model_validate({"max_megapixel_steps": 6000}), "id"
+        )
+
+
+@pytest.mark.parametrize(("width", "height"), [(72, 136), (136, 72), (64, 64)])
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_the_file_has_exactly_the_size_asked_for(
+    client: httpx.Client, width: int, height: int, output_format: str
+) -> None:
+    image = draw_image(client, size=f"{width}x{height}", output_format=output_format)
+    assert image.size == (width, height)
+    assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("fields", [{}, {"size": "auto"}])
+def test_without_a_size_the_models_own_is_drawn(client: httpx.Client, fields: dict[str, Any]) -> None:
+    assert draw(client, **fields)["size"] == "128x128"
+    assert draw_image(client, **fields).size == (128, 128)

@@ -1,0 +1,93 @@
+"""Pixels to files."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hypergen.generation import GenerationRequest
+from hypergen.images.codec import FORMATS, encode, fit
+
+
+def request(width: int = 64, height: int = 64, **changes: Any) -> GenerationRequest:
+    given: dict[str, Any] = {
+        "id": "id",
+        "prompt": "a red circle",
+        "negative_prompt": None,
+        "width": width,
+        "height": height,
+        "num_inference_steps": 20,
+        "guidance_scale": 7.5,
+        "seed": 5,
+        "seed_given": True,
+    }
+    return GenerationRequest(**{**given, **changes})
+
+
+def noise(width: int = 64, height: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_a_png_holds_exactly_the_pixels() -> None:
+    pixels = noise()
+    image = Image.open(BytesIO(encode(pixels, request(), 0, "m")))
+    assert image.format == "PNG"
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_what_its_name_says(name: str) -> None:
+    image = Image.open(BytesIO(encode(noise(), request(output_format=name), 0, "m")))
+    assert image.format == name.upper()
+    assert image.get_format_mimetype() == FORMATS[name].media_type
+    assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("metadata", [True, False])
+def test_the_same_pixels_make_the_same_bytes(name: str, metadata: bool) -> None:
+    files = {encode(noise(), request(output_format=name, metadata=metadata), 0, "m") for _ in range(3)}
+    assert len(files) == 1
+
+
+def test_metadata_is_of_the_image_and_not_of_its_request() -> None:
+    of_many = encode(noise(), request(n=4, id="a", seed_given=False), 2, "m")
+    assert of_many == encode(noise(), request(id="b", seed=7), 0, "m")
+    assert json.loads(Image.open(BytesIO(of_many)).info["hypergen"])["seed"] == 7
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_without_metadata_a_file_holds_nothing_but_the_picture(name: str) -> None:
+    image = Image.open(BytesIO(encode(noise(), request(output_format=name, metadata=False), 0, "m")))
+    assert not image.getexif()
+    assert not {"exif", "hypergen", "comment"} & set(image.info)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("length", [60_000, 64_500, 65_000, 65_536, 200_000])
+def test_metadata_of_any_length_makes_a_file(name: str, length: int) -> None:
+    data = encode(noise(), request(output_format=name, prompt="a" * length), 0, "m")
+    Image.open(BytesIO(data)).load()
+
+
+def test_what_was_drawn_larger_is_cropped_in_the_middle() -> None:
+    pixels = noise(80, 72)
+    fitted = fit(Image.fromarray(pixels), 64, 64)
+    assert np.array_equal(np.asarray(fitted), pixels[4:68, 8:72])
+
+
+def test_what_was_drawn_smaller_is_resized() -> None:
+    white = np.full((64, 32, 3), 255, np.uint8)
+    fitted = fit(Image.fromarray(white), 128, 256)
+    assert fitted.size == (128, 256)
+    assert np.asarray(fitted).min() == 255
+
+
+def test_what_has_the_right_size_is_left_alone() -> None:
+    image = Image.fromarray(noise())
+    assert fit(image, 64, 64) is image
