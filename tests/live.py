@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,7 @@ def free_port() -> int:
 def start_server(
     folder: Path,
     *arguments: str,
+    program: Sequence[str] = (sys.executable, "-m", "hypergen.cli", "serve"),
     environment: Mapping[str, str] | None = None,
     api_key: str | None = None,
     wait: bool = True,
@@ -77,7 +78,7 @@ def start_server(
     """
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "hypergen.cli", "serve", *arguments, "--port", str(port)]
+    command = [*program, *arguments, "--port", str(port)]
     given = {**os.environ, "BENTOML_HOME": str(folder / "bentoml"), **(environment or {})}
     if api_key:
         given["HYPERGEN_API_KEY"] = api_key
