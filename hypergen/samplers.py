@@ -68,6 +68,7 @@ class SchedulerFactory:
     def __init__(self, published: Scheduler, device: torch.device) -> None:
         self._published = published
         self._device = device
+        self._without_steps: dict[str | None, Scheduler] = {}  # making one takes KDPM2 half a second
         self._prototypes: OrderedDict[tuple[str | None, int], Scheduler] = OrderedDict()
 
     def make(self, sampler: str | None, num_inference_steps: int) -> Scheduler:
@@ -91,11 +92,14 @@ class SchedulerFactory:
         return scheduler
 
     def _prototype(self, sampler: str | None, num_inference_steps: int) -> Scheduler:
-        if sampler is None:
-            scheduler = type(self._published).from_config(self._published.config)
-        else:
-            entry = SAMPLERS[sampler]
-            scheduler = entry.scheduler.from_config(self._published.config, **entry.overrides)
+        if sampler not in self._without_steps:
+            entry = Sampler(type(self._published)) if sampler is None else SAMPLERS[sampler]
+            config = self._published.config
+            self._without_steps[sampler] = entry.scheduler.from_config(config, **entry.overrides)
+        scheduler = copy.copy(self._without_steps[sampler])
+        # LCM picks its steps from those it was distilled on, 50, and refuses more.
+        if num_inference_steps > scheduler.config.get("original_inference_steps", num_inference_steps):
+            scheduler.register_to_config(original_inference_steps=num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=self._device)
         return scheduler
 

@@ -110,9 +110,8 @@ def create_router(
             "status": words.get(status.state, status.state),
             "model": model_id,
             "queue_size": status.queue_size,
-            "device": next(
-                (engine.device for engine in status.engines if engine.device), settings.engine.device
-            ),
+            # "auto" until the engine has chosen.
+            "device": next((e.device for e in status.engines if e.device), settings.engine.device or "auto"),
             "running": status.running,
             "waiting": status.waiting,
             "at_the_door": status.at_the_door,

@@ -87,19 +87,22 @@ class Admission:
         Raises:
             QueueFullError: the door is full or the wait at it ended; `retry_after_s` says when to come back.
         """
-        await self._enter()
-        place = Place(self, work)
+        self._refuse_if_full()
         self._work += work
         try:
-            yield place
+            await self._enter()
+            place = Place(self, work)
+            try:
+                yield place
+                self._rate.done(work)
+            finally:
+                if place.running:
+                    self.running -= 1
+                    self._rate.busy(self.running > 0)
+                else:
+                    self._leave_queue()
         finally:
             self._work -= work
-            if place.running:
-                self.running -= 1
-                self._rate.done(work)
-                self._rate.busy(self.running > 0)
-            else:
-                self._leave_queue()
 
     def place_started(self) -> None:
         self.running += 1
@@ -112,18 +115,24 @@ class Admission:
         seconds = self._rate.seconds_for(self._work)
         return most if math.isinf(seconds) else min(max(math.ceil(seconds), least), most)
 
+    def _refuse_if_full(self) -> None:
+        door = self._DOOR_FACTOR * self._settings.max_queue_size if self._settings.queue_timeout_s else 0
+        if not self._has_room() and len(self._door) >= door:
+            raise self._refusal("The queue is full.")
+
+    def _has_room(self) -> bool:
+        return self.waiting < self._settings.max_queue_size and not self._door
+
     async def _enter(self) -> None:
-        if self.waiting < self._settings.max_queue_size and not self._door:
+        if self._has_room():
             self.waiting += 1
             return
-        full = len(self._door) >= self._DOOR_FACTOR * self._settings.max_queue_size
-        if self._settings.queue_timeout_s == 0 or full:
-            raise self._refusal("The queue is full.")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._door.append(turn)
         try:
             # Shielded, so that a turn which comes in the very moment of the time-out is seen below, not lost.
-            await asyncio.wait_for(asyncio.shield(turn), self._settings.queue_timeout_s)
+            async with asyncio.timeout(self._settings.queue_timeout_s):
+                await asyncio.shield(turn)
         except BaseException as error:
             if turn.done():  # the place was given, and nobody is left to take it
                 self._leave_queue()
@@ -135,12 +144,10 @@ class Admission:
 
     def _leave_queue(self) -> None:
         """Give a free place to the first at the door; `waiting` then stays as it is."""
-        while self._door:
-            turn = self._door.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self.waiting -= 1
+        if self._door:
+            self._door.popleft().set_result(None)
+        else:
+            self.waiting -= 1
 
     def _refusal(self, message: str) -> QueueFullError:
         seconds = self.retry_after_s()

@@ -22,6 +22,11 @@ class GroupKey(NamedTuple):
     # The id of an image that must run alone, see Trajectory.lone.
     lone: int | None = None
 
+    @property
+    def shared(self) -> GroupKey:
+        """The key of the same shape for images that may share their passes."""
+        return self._replace(lone=None)
+
 
 def group_key(trajectory: Trajectory) -> GroupKey:
     shape = tuple(trajectory.latents.shape[1:])
@@ -55,8 +60,9 @@ class CostCurve:
         known = self.seconds.get(rows)
         if known is None:
             self.seconds[rows] = seconds
-        else:  # one pass that the machine interrupted must not move the curve far
-            self.seconds[rows] = known + 0.1 * (min(seconds, 3 * known) - known)
+        else:  # faster is believed sooner than slower: another process can only have made it slower
+            rate = 0.5 if seconds < known else 0.1
+            self.seconds[rows] = known + rate * (min(seconds, 3 * known) - known)
 
     def knee(self) -> int:
         """The fewest rows that reach nearly the best throughput; all that fit as long as nothing is known."""
@@ -95,16 +101,18 @@ def next_batch(
     group, and its group fills the pass up to the knee of its cost curve.
     """
 
+    seconds_per_row = {key: curve.seconds_per_row() for key, curve in costs.items()}
+
     def urgency(trajectory: Trajectory) -> float:
-        seconds_per_row = costs[group_key(trajectory)].seconds_per_row()
-        remaining_s = trajectory.remaining_steps * trajectory.rows * seconds_per_row
+        remaining_rows = trajectory.remaining_steps * trajectory.rows
+        remaining_s = remaining_rows * seconds_per_row[group_key(trajectory).shared]
         return remaining_s - aging * (now - trajectory.arrived_at)
 
     ordered = sorted(active, key=urgency)
     if not ordered:
         return []
     key = group_key(ordered[0])
-    room = costs[key].knee()
+    room = costs[key.shared].knee()
     batch: list[Trajectory] = []
     for trajectory in ordered:
         if len(batch) == max_batch_size or room <= 0:
@@ -113,6 +121,6 @@ def next_batch(
         if fits and group_key(trajectory) == key:
             batch.append(trajectory)
             room -= trajectory.rows
-    while not costs[key].serves(sum(trajectory.rows for trajectory in batch)):
+    while not costs[key.shared].serves(sum(trajectory.rows for trajectory in batch)):
         batch.pop()
     return batch

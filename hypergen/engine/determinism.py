@@ -5,14 +5,15 @@ A kernel may add numbers in another order when the batch has another size, and t
 last bits, on who shared the forward pass. On CPU two operations were found to do so: linear layers over a 2-D
 input with few rows (timestep and pooled embeddings), and some convolutions over a single row. The rule: such
 linear inputs are filled up to 16 rows, and such convolutions, found by trying each at its real input, run
-over two rows. Everything else is not
-assumed but probed: rows 1, 2, 3, 4, 8 ... of the same input must agree bit for bit.
+over two rows. Everything else is not assumed but probed: the same rows must agree bit for bit in passes of
+1, 2, 3, 4, 6 ... rows, at every position. With more threads or odd sizes some numbers of rows do not; those
+are left out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,15 +31,19 @@ _ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 @dataclass
 class Probe:
-    """What was found for one drawn size.
+    """What was found for one drawn size and one length of prompts.
 
     Attributes:
+        passes: runs the probe, one forward pass for each item; the rest is final when it is used up.
         verdict: exact when the rows of all passes in `seconds` agree bit for bit. In strict mode those are
             the only ones that serve, so the verdict covers everything that is drawn.
         seconds: rows -> seconds of one pass, the first points of the cost curve.
         repaired: layers that the rule changed for this size.
     """
 
+    width: int
+    height: int
+    passes: Iterator[None] = field(default_factory=lambda: iter(()), repr=False)
     verdict: Verdict = "exact"
     seconds: dict[int, float] = field(default_factory=dict)
     repaired: int = 0
@@ -54,8 +59,6 @@ class DeterminismRule:
             usable.
     """
 
-    _SLOW_PASS_S = 2.0
-
     def __init__(self, family: Family, *, enabled: bool, max_rows: int, budget_s: float = 20) -> None:
         self._family = family
         self._enabled = enabled
@@ -67,45 +70,54 @@ class DeterminismRule:
                 if isinstance(module, nn.Linear):
                     _replace_forward(module, _filled_linear)
 
-    def probe(self, width: int, height: int) -> Probe:
-        """Repair what a drawn size of width x height pixels needs, then compare passes of different rows."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        most = max(2, self._max_rows)
-        arguments = self._family.probe_rows(width, height, most, generator)
-        found = Probe()
-        if self._enabled:
-            found.repaired = self._double_single_row_convolutions([rows[:1] for rows in arguments])
-
-        started = time.monotonic()
-        alone: list[Tensor] = []
-        for count in sorted({count for count in _ROW_COUNTS if count < most} | {most}):
-            # Reversed, so that a row meets other neighbours at another position than in the pass before.
-            rows = [argument[:count].flip(0) for argument in arguments]
-            output, seconds = self._timed_forward(rows)
-            output = output.flip(0)
-            agrees = all(torch.equal(one, output[i]) for i, one in enumerate(alone))
-            if not agrees and self._enabled and count > 2:
-                break  # smaller passes are exact, and they are enough to serve with
-            if not agrees:
-                found.verdict = "close"
-            found.seconds[count] = seconds
-            alone = [*alone, *output[len(alone) :]]
-            if count >= 2 and time.monotonic() - started > self._budget_s:
-                break
+    def probe(self, width: int, height: int, prompt_length: int) -> Probe:
+        """A probe, not yet run, of pictures drawn at width x height pixels from prompts of this length."""
+        found = Probe(width, height)
+        found.passes = self._passes(found, prompt_length)
         return found
 
+    def _passes(self, found: Probe, prompt_length: int) -> Iterator[None]:
+        """Repair what the shape needs, then compare passes of different rows."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        most = max(2, self._max_rows)
+        arguments = self._family.probe_rows(found.width, found.height, prompt_length, most, generator)
+        if self._enabled:
+            found.repaired = self._double_single_row_convolutions([rows[:1] for rows in arguments])
+            yield
+
+        spent_s = 0.0
+        known: list[Tensor] = []  # outputs of the first rows, as the passes so far gave them
+        for count in sorted({count for count in _ROW_COUNTS if count < most} | {most}):
+            if count > max(1, 2 * len(known)):
+                continue  # in two orders, the known rows would not stand at every position
+            rows = [argument[:count] for argument in arguments]
+            try:
+                output, seconds = self._timed_forward(rows)
+                reversed_output, seconds_again = self._timed_forward([row.flip(0) for row in rows])
+            except torch.OutOfMemoryError:
+                if count <= 2:  # not even one guided image
+                    raise
+                return
+            spent_s += seconds + seconds_again
+            agrees = torch.equal(output, reversed_output.flip(0)) and all(
+                torch.equal(one, output[i]) for i, one in enumerate(known)
+            )
+            if not agrees and (count <= 2 or not self._enabled):
+                found.verdict = "close"
+            # With the rule, a larger pass that differs is left out: the others are enough to serve with.
+            if agrees or count <= 2 or not self._enabled:
+                # The first pass of a shape also prepares kernels.
+                found.seconds[count] = min(seconds, seconds_again)
+                known += output[len(known) :]
+            if count >= 2 and spent_s > self._budget_s:
+                return
+            yield
+
     def _timed_forward(self, rows: list[Tensor]) -> tuple[Tensor, float]:
-        """A pass and its seconds; twice, because the first one of a shape also prepares kernels, unless it is
-        slow.
-        """
-        seconds: list[float] = []
-        while True:
-            started = time.monotonic()
-            output = self._family.forward(*rows)
-            _synchronize(output)
-            seconds.append(time.monotonic() - started)
-            if len(seconds) == 2 or seconds[0] > self._SLOW_PASS_S:
-                return output, min(seconds)
+        started = time.monotonic()
+        output = self._family.forward(*rows)
+        synchronize(output)
+        return output, time.monotonic() - started
 
     def _double_single_row_convolutions(self, row: list[Tensor]) -> int:
         differing: list[nn.Module] = []
@@ -153,6 +165,7 @@ def _doubled_convolution(forward: Callable[[Tensor], Tensor], x: Tensor, *args: 
     return forward(x.expand(2, -1, -1, -1).contiguous(), *args)[:1]
 
 
-def _synchronize(output: Tensor) -> None:
+def synchronize(output: Tensor) -> None:
+    """Wait until the device is done, else a clock would tell how fast kernels are queued."""
     if output.device.type == "cuda":
         torch.cuda.synchronize()

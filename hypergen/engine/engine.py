@@ -8,27 +8,21 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hypergen.config import EngineSettings
-from hypergen.engine.batching import CostCurve, GroupKey, group_key, next_batch
-from hypergen.engine.determinism import DeterminismRule, Probe
-from hypergen.errors import GenerationError, OutOfMemoryError, RequestError
-from hypergen.generation import (
-    EngineStatus,
-    Event,
-    GenerationRequest,
-    ImageFinished,
-    Progress,
-    Started,
-    Verdict,
-)
+from hypergen.engine.batching import group_key, next_batch
+from hypergen.engine.determinism import synchronize
+from hypergen.engine.failures import as_request_error
+from hypergen.engine.shapes import Shapes
+from hypergen.errors import GenerationError, RequestError
+from hypergen.generation import EngineStatus, Event, GenerationRequest, ImageFinished, Progress, Started
 from hypergen.images import codec
 from hypergen.models.family import Family
 from hypergen.trajectory import Trajectory
@@ -47,7 +41,6 @@ class _Running:
     steps_done: int = 0
     steps_due: int = 0
     started: bool = False
-    trajectories: list[Trajectory] = field(default_factory=list)
 
 
 class Engine:
@@ -68,16 +61,13 @@ class Engine:
         self._report = report
         self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
         self._arrived: deque[GenerationRequest] = deque()
+        self._admission: Iterator[None] | None = None  # of the first of them
         self._running: dict[str, _Running] = {}
         self._active: list[Trajectory] = []
         self._denoised: deque[Trajectory] = deque()
         self._stopping = False
         self._encoders = ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
-        self._rule = DeterminismRule(
-            family, enabled=settings.determinism == "strict", max_rows=2 * settings.max_batch_size
-        )
-        self._probes: dict[tuple[int, int], Probe] = {}
-        self._costs: dict[GroupKey, CostCurve] = {}
+        self._shapes = Shapes(family, settings)
         self._forwards = 0
         self._image_steps = 0
 
@@ -93,13 +83,10 @@ class Engine:
         self._inbox.put(None)
 
     def status(self) -> EngineStatus:
-        verdicts: dict[str, Verdict] = {
-            f"{w}x{h}": probe.verdict for (w, h), probe in list(self._probes.items())
-        }
         return EngineStatus(
             state="ready",
             device=self.family.describe(self.model_id).device,
-            determinism=verdicts,
+            determinism=self._shapes.verdicts(),
             forwards=self._forwards,
             image_steps=self._image_steps,
         )
@@ -124,8 +111,8 @@ class Engine:
             seed=0,
             seed_given=False,
         )
-        self._probe(request)
         trajectory = self.family.start(request, 0)
+        deque(self._shapes.learn(trajectory), maxlen=0)
         while trajectory.remaining_steps:
             trajectory.advance(self.family.denoise([trajectory])[0])
         codec.encode(self._decode(trajectory), request, 0, self.model_id)
@@ -138,20 +125,27 @@ class Engine:
         while not self._stopping:
             self._read_inbox(wait=not (self._arrived or self._active or self._denoised))
             self.last_step_at = time.monotonic()
-            # One encoding and one decoding at most between two steps, so that running images do not stall.
+            # At most one request's encoding or one pass of a probe, and one decoding, between two steps, so
+            # that running images do not stall.
             if self._arrived:
-                self._admit(self._arrived.popleft())
+                self._admit()
             self.step()
             if self._denoised:
+                self.last_step_at = time.monotonic()
                 self._finish(self._denoised.popleft())
         self._encoders.shutdown()
 
     def step(self) -> None:
         """Advance one batch of images by one denoising step."""
         now = time.monotonic()
-        batch = next_batch(self._active, self._costs, self.settings.max_batch_size, self.settings.aging, now)
+        batch = next_batch(
+            self._active, self._shapes.costs, self.settings.max_batch_size, self.settings.aging, now
+        )
         if not batch:
             return
+        self.last_step_at = now
+        for trajectory in batch:
+            self._start(trajectory.request.id)
         for trajectory, noise_pred in self._denoise(batch):
             self._advance(trajectory, noise_pred)
         for request_id in {trajectory.request.id for trajectory in batch} & self._running.keys():
@@ -172,62 +166,65 @@ class Engine:
         except queue.Empty:
             pass
 
-    def _admit(self, request: GenerationRequest) -> None:
-        """Turn a request into its trajectories and let them join."""
+    def _admit(self) -> None:
+        """Bring the oldest request one move nearer to joining."""
+        request = self._arrived[0]
+        self._admission = self._admission or self._join(request)
         try:
-            probe = self._probe(request)
-            trajectories = [self.family.start(request, index) for index in range(request.n)]
+            next(self._admission)
+        except StopIteration:
+            self._arrived.popleft()
+            self._admission = None
         except Exception as error:  # the edge where one request's trouble must not become everyone's
-            self._fail(request.id, _as_request_error(error, request))
-            return
-        lone = self.settings.determinism == "strict" and request.seed_given and probe.verdict == "close"
+            self._fail(request.id, as_request_error(error, request))
+
+    def _join(self, request: GenerationRequest) -> Iterator[None]:
+        """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
+        trajectories = [self.family.start(request, index) for index in range(request.n)]
+        yield from self._shapes.learn(trajectories[0])
         for trajectory in trajectories:
-            trajectory.lone = lone
-            key = group_key(trajectory)
-            if key not in self._costs:
-                self._costs[key] = self._cost_curve(probe)
+            trajectory.lone = self._shapes.must_run_alone(trajectory)
         steps_due = sum(trajectory.remaining_steps for trajectory in trajectories)
-        self._running[request.id] = _Running(
-            request, request.n, steps_due=steps_due, trajectories=trajectories
-        )
+        self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
         self._active.extend(trajectories)
-
-    def _probe(self, request: GenerationRequest) -> Probe:
-        size = self.family.drawn_size(request.width, request.height)
-        if size not in self._probes:
-            self._probes[size] = self._rule.probe(*size)
-            logger.info("Probed %dx%d: %s", *size, self._probes[size])
-        return self._probes[size]
-
-    def _cost_curve(self, probe: Probe) -> CostCurve:
-        if self.settings.determinism == "fast":
-            return CostCurve(2 * self.settings.max_batch_size, None, dict(probe.seconds))
-        return CostCurve(max(probe.seconds), frozenset(probe.seconds), dict(probe.seconds))
+        self._shapes.forget_old({group_key(trajectory).shared for trajectory in self._active})
 
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
-        """One forward pass; when it fails, one pass for each image, so that only the guilty request fails."""
-        key = group_key(batch[0])
-        rows = sum(trajectory.rows for trajectory in batch)
-        started = time.monotonic()
+        """One forward pass; when it fails, one for each half, until only the guilty request fails."""
         try:
-            predictions = self.family.denoise(batch)
+            return list(zip(batch, self._forward(batch), strict=True))
         except Exception as error:  # the same edge
             if len(batch) == 1:
-                self._fail(batch[0].request.id, _as_request_error(error, batch[0].request))
+                self._fail(batch[0].request.id, as_request_error(error, batch[0].request))
                 return []
-            logger.warning("A pass over %d rows failed (%s); each image runs alone now.", rows, error)
-            if isinstance(error, torch.OutOfMemoryError):
-                self._costs[key].max_rows = max(2, rows // 2)
-                torch.cuda.empty_cache()
-            return [pair for trajectory in batch for pair in self._denoise([trajectory])]
-        _wait_for(predictions[0])
-        self._costs[key].record(rows, time.monotonic() - started)
+            logger.warning("A pass over %d images failed (%s); each half runs alone now.", len(batch), error)
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        # Outside the handler: inside, the error's frames would keep the memory of the failed pass.
+        if out_of_memory:
+            torch.cuda.empty_cache()
+            rows = sum(trajectory.rows for trajectory in batch)
+            self._shapes.costs[group_key(batch[0]).shared].max_rows = max(2, rows // 2)
+        middle = len(batch) // 2
+        return self._denoise(batch[:middle]) + self._denoise(batch[middle:])
+
+    def _forward(self, batch: list[Trajectory]) -> list[Tensor]:
+        started = time.monotonic()
+        predictions = self.family.denoise(batch)
+        synchronize(predictions[0])
+        rows = sum(trajectory.rows for trajectory in batch)
+        self._shapes.costs[group_key(batch[0]).shared].record(rows, time.monotonic() - started)
         self._forwards += 1
         self._image_steps += len(batch)
         shared = len({trajectory.request.id for trajectory in batch}) > 1
         for trajectory in batch:
             trajectory.shared_forwards += shared
-        return list(zip(batch, predictions, strict=True))
+        return predictions
+
+    def _start(self, request_id: str) -> None:
+        running = self._running[request_id]
+        if not running.started:
+            running.started = True
+            self._report(request_id, Started())
 
     def _advance(self, trajectory: Trajectory, noise_pred: Tensor) -> None:
         running = self._running.get(trajectory.request.id)
@@ -236,12 +233,9 @@ class Engine:
         try:
             trajectory.advance(noise_pred)
         except Exception as error:  # the same edge
-            self._fail(trajectory.request.id, _as_request_error(error, trajectory.request))
+            self._fail(trajectory.request.id, as_request_error(error, trajectory.request))
             return
         running.steps_done += 1
-        if not running.started:
-            running.started = True
-            self._report(trajectory.request.id, Started())
         if not trajectory.remaining_steps:
             self._active.remove(trajectory)
             self._denoised.append(trajectory)
@@ -252,12 +246,12 @@ class Engine:
         try:
             pixels = self._decode(trajectory)
         except Exception as error:  # the same edge
-            self._fail(request.id, _as_request_error(error, request))
+            self._fail(request.id, as_request_error(error, request))
             return
         running = self._running[request.id]
         running.images_left -= 1
         if running.images_left == 0:
-            self._forget(request.id)
+            del self._running[request.id]
         self._encoders.submit(self._encode, trajectory, pixels)
 
     def _decode(self, trajectory: Trajectory) -> np.ndarray:
@@ -273,7 +267,8 @@ class Engine:
         try:
             data = codec.encode(pixels, request, trajectory.index, self.model_id)
         except Exception as error:  # the same edge, on the encoders' side
-            self._report(request.id, _as_request_error(error, request))
+            self.cancel(request.id)
+            self._report(request.id, as_request_error(error, request))
             return
         self._report(
             request.id,
@@ -291,34 +286,11 @@ class Engine:
         self._report(request_id, error)
 
     def _drop(self, request_id: str) -> None:
+        if self._arrived and self._arrived[0].id == request_id:
+            self._admission = None
         self._arrived = deque(request for request in self._arrived if request.id != request_id)
         self._active = [trajectory for trajectory in self._active if trajectory.request.id != request_id]
         self._denoised = deque(
             trajectory for trajectory in self._denoised if trajectory.request.id != request_id
         )
-        self._forget(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        running = self._running.pop(request_id, None)
-        for trajectory in running.trajectories if running else ():
-            if trajectory.lone:  # its group was its own
-                self._costs.pop(group_key(trajectory), None)
-
-
-def _as_request_error(error: Exception, request: GenerationRequest) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    logger.exception("Request %s failed.", request.id, exc_info=error)
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        size = f"{request.width}x{request.height}"
-        return OutOfMemoryError(
-            f"CUDA out of memory while drawing {size}, even alone; ask for a smaller size."
-        )
-    return GenerationError("The picture could not be drawn; the server's log says why.")
-
-
-def _wait_for(output: Tensor) -> None:
-    """Until the device is done, else the cost curve would learn how fast kernels are queued."""
-    if output.device.type == "cuda":
-        torch.cuda.synchronize()
+        self._running.pop(request_id, None)

@@ -164,12 +164,12 @@ class EnginePool:
 
     def status(self) -> GeneratorStatus:
         engines = tuple(desk.supervisor.status for desk in self._desks)
-        states: set[State] = {engine.state for engine in engines}
+        states: set[State] = {engine.state for engine in engines} or {"loading"}
         if self._draining:
             states.add("draining")
         order: tuple[State, ...] = ("draining", "ready", "recovering", "failed", "loading")
         return GeneratorStatus(
-            state=next((state for state in order if state in states), order[-1]),
+            state=min(states, key=order.index),
             reason=next((engine.reason for engine in engines if engine.state == "failed"), None),
             running=self._admission.running,
             waiting=self._admission.waiting,

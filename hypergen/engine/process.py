@@ -14,18 +14,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
-
-import diffusers.utils.logging
-import torch
-import transformers.utils.logging
+from typing import TYPE_CHECKING, Any
 
 from hypergen import logs
 from hypergen.engine import wire
-from hypergen.engine.engine import Engine
-from hypergen.errors import ModelError, RequestError, pack
+from hypergen.errors import HyperGenError, RequestError, pack
 from hypergen.generation import Event
-from hypergen.models import loading
+
+if TYPE_CHECKING:
+    from hypergen.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,6 @@ def main() -> None:
     # instead.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _quieten_libraries()
     logs.configure("engine")
     connection = socket.socket(fileno=int(sys.argv[1]))
     start = wire.receive(connection)
@@ -48,27 +44,41 @@ def main() -> None:
     # Reads from the start, so that a parent that leaves while the model loads is noticed.
     threading.Thread(target=_read, args=(connection, engines), daemon=True).start()
 
-    torch.set_num_threads(usable_cores())
-    torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
     try:
+        # Imported this late because it takes seconds, in which signals and the parent already matter.
+        import torch
+
+        from hypergen.engine.engine import Engine
+        from hypergen.models import loading
+
+        _quieten_libraries()
+        torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
+        torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
         family = loading.load(start.model_path, start.settings)
         engine = Engine(family, start.model_id, start.settings, _reporter(outbox))
         engine.warm_up()
     except Exception as error:  # the last edge: whatever it is, the parent must hear of it
-        logger.exception("The model %s could not be loaded.", start.model_id)
-        reason = (
-            str(error) if isinstance(error, ModelError | RequestError) else f"{type(error).__name__}: {error}"
-        )
+        reason = str(error)
+        if not isinstance(error, HyperGenError):
+            logger.exception("The model %s could not be loaded.", start.model_id)
+            reason = f"{type(error).__name__}: {error}"
         wire.send(connection, wire.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
     engines.append(engine)
     outbox.put(wire.Loaded(family.describe(start.model_id)))
     threading.Thread(target=_beat, args=(engine, outbox), daemon=True).start()
-    engine.run()
+    try:
+        engine.run()
+    except Exception:  # the device is lost; a new process gets a new one
+        logger.exception("The engine cannot go on.")
+        os._exit(13)
 
 
 def _quieten_libraries() -> None:
     """Their progress bars and hints are for notebooks; what matters to an operator, they raise."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -82,7 +92,7 @@ def usable_cores() -> int:
         share = cores if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError):
         share = cores
-    return min(share, cores, torch.get_num_threads())
+    return min(share, cores)
 
 
 def _reporter(outbox: queue.SimpleQueue[Any]) -> Any:

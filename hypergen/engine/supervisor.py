@@ -81,7 +81,12 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         # An engine has no use for the key, so it does not get it.
         environment = {name: value for name, value in os.environ.items() if name != "HYPERGEN_API_KEY"}
-        environment |= {"PYTHONPATH": str(_PACKAGE_PARENT), **_ENGINE_ENVIRONMENT, **self._environment}
+        python_path = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(python_path),
+            **_ENGINE_ENVIRONMENT,
+            **self._environment,
+        }
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "hypergen.engine.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
@@ -195,8 +200,14 @@ class Supervisor:
 
     async def _relaunch(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        if not self._stopping:
+        if self._stopping:
+            return
+        try:
             self.launch()
+        except OSError as error:  # no memory or no process left for a new one
+            logger.exception("The engine cannot be started again.")
+            self._set_status(EngineStatus(state="failed", reason=f"the engine cannot be started: {error}"))
+            self._on_lost(self)
 
     def _set_status(self, status: EngineStatus) -> None:
         self.status = replace(status, restarts=self._restarts)

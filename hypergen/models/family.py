@@ -44,9 +44,11 @@ class Family(Protocol):
         ...
 
     def probe_rows(
-        self, width: int, height: int, rows: int, generator: torch.Generator
+        self, width: int, height: int, prompt_length: int, rows: int, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
-        """Random arguments for `forward`, as they would come from trajectories of this drawn size."""
+        """Random arguments for `forward`, as they would come from trajectories of this drawn size and length
+        of `prompt_embeds`.
+        """
         ...
 
     def forward(self, *rows: Tensor) -> Tensor:

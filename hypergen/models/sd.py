@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
+from hypergen.errors import GenerationError
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
 from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
 from hypergen.models.sizes import nearest_native_size, round_up
@@ -111,15 +112,18 @@ class StableDiffusion:
     def decode(self, trajectory: Trajectory) -> np.ndarray:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         image: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        if not torch.isfinite(image).all():
+            raise GenerationError("The decoder of this model left the numbers it can draw with.")
         pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float() * 255
         return pixels[0].round().to(torch.uint8).cpu().numpy()
 
     def probe_rows(
-        self, width: int, height: int, rows: int, generator: torch.Generator
+        self, width: int, height: int, prompt_length: int, rows: int, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
         device, dtype = self.unet.device, self.unet.dtype
         shape = self._latent_shape(width, height)
-        embeds = self.prompts.get("").embeds
+        empty = self.prompts.get("").embeds
+        embeds = fill_to(empty, prompt_length, empty)
         latents = torch.randn((rows, *shape[1:]), generator=generator).to(device, dtype)
         timesteps = torch.randint(0, 1000, (rows,), generator=generator).to(device, torch.float32)
         noise = torch.randn((rows, *embeds.shape[1:]), generator=generator).to(device, dtype)

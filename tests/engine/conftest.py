@@ -1,0 +1,28 @@
+"""The small model, loaded once for the tests that draw in their own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypergen.models import loading
+from hypergen.models.family import Family
+from tests.engine.inline import InlineEngine, make_settings
+
+
+@pytest.fixture(scope="session")
+def family(sd_folder: Path) -> Family:
+    return loading.load(sd_folder, make_settings())
+
+
+@pytest.fixture
+def inline(family: Family) -> Callable[..., InlineEngine]:
+    """A new engine for the shared model, with these engine settings."""
+
+    def make(**settings: Any) -> InlineEngine:
+        return InlineEngine(family, **settings)
+
+    return make

@@ -1,0 +1,113 @@
+"""An engine in the test's own thread: what happens between steps is decided by events, not by clocks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hypergen.config import EngineSettings
+from hypergen.engine.engine import Engine
+from hypergen.errors import RequestError
+from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress
+from hypergen.models.family import Family
+from hypergen.trajectory import Trajectory
+
+_numbers = itertools.count()
+
+
+def make_request(**changes: Any) -> GenerationRequest:
+    """A small quick request with an id of its own."""
+    values: dict[str, Any] = {
+        "id": f"request-{next(_numbers)}",
+        "prompt": "a cat",
+        "negative_prompt": None,
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 4,
+        "guidance_scale": 5.0,
+        "seed": 7,
+        "seed_given": True,
+    }
+    return GenerationRequest(**{**values, **changes})
+
+
+def make_settings(**changes: Any) -> EngineSettings:
+    return EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **changes})
+
+
+class InlineEngine:
+    """Draws requests until all of them have ended; `on_event` may submit and cancel more on the way."""
+
+    def __init__(self, family: Family, **settings: Any) -> None:
+        self.engine = Engine(family, "small", make_settings(**settings), self._report)
+        self.images: dict[str, dict[int, ImageFinished]] = {}
+        self.errors: dict[str, RequestError] = {}
+        self.progress: list[tuple[str, int]] = []
+        self.events: list[tuple[str, Event | RequestError]] = []
+        self.trace: dict[str, bytes] = {}  # the last latents of each request's first image, bit by bit
+        self._open: dict[str, int] = {}
+        self._on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._open[request.id] = request.n
+        self.engine.submit(request)
+
+    def cancel(self, request: GenerationRequest) -> None:
+        self.engine.cancel(request.id)
+        self._ended(request.id)
+
+    def run(
+        self,
+        *requests: GenerationRequest,
+        on_event: Callable[[str, Event | RequestError], None] | None = None,
+    ) -> None:
+        if on_event:
+            self._on_event = on_event
+        for request in requests:
+            self.submit(request)
+        self.engine.run()
+
+    def data(self, request: GenerationRequest, index: int = 0) -> bytes:
+        return self.images[request.id][index].data
+
+    def steps(self, request: GenerationRequest) -> int:
+        """Steps that the request has taken so far."""
+        return max((step for request_id, step in self.progress if request_id == request.id), default=0)
+
+    def trajectory(self, request: GenerationRequest) -> Trajectory:
+        """A running image of the request, to be tampered with."""
+        return next(t for t in self.engine._active if t.request.id == request.id)
+
+    def _report(self, request_id: str, event: Event | RequestError) -> None:
+        self.events.append((request_id, event))
+        if isinstance(event, Progress):
+            self.progress.append((request_id, event.step))
+            if event.step == event.steps:
+                trajectory = next(t for t in self.engine._denoised if t.request.id == request_id)
+                self.trace[request_id] = trajectory.latents.numpy().tobytes()
+        self._on_event(request_id, event)
+        if isinstance(event, RequestError):
+            self.errors[request_id] = event
+            self._ended(request_id)
+        elif isinstance(event, ImageFinished):
+            images = self.images.setdefault(request_id, {})
+            images[event.index] = event
+            if len(images) == self._open.get(request_id):
+                self._ended(request_id)
+
+    def _ended(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+        if not self._open:
+            self.engine.stop()
+
+
+@torch.inference_mode()
+def draw_alone(family: Family, request: GenerationRequest, index: int = 0) -> Any:
+    """Pixels of one image, by the family alone: no engine, no neighbours."""
+    trajectory = family.start(request, index)
+    while trajectory.remaining_steps:
+        trajectory.advance(family.denoise([trajectory])[0])
+    return family.decode(trajectory)

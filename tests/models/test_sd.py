@@ -1,0 +1,107 @@
+"""Stable Diffusion against diffusers' own pipeline: the same picture, alone and in a crowd."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from hypergen.generation import GenerationRequest
+from hypergen.models import loading
+from hypergen.models.family import Family
+from hypergen.samplers import SAMPLERS
+from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def folder(request: pytest.FixtureRequest, sd_folder: Path, v_prediction_folder: Path) -> Path:
+    return sd_folder if request.param == "epsilon" else v_prediction_folder
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> Any:
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def family(folder: Path) -> Family:
+    return loading.load(folder, make_settings())
+
+
+def _requests(sampler: str | None) -> list[GenerationRequest]:
+    guided = make_request(
+        sampler=sampler,
+        num_inference_steps=5,
+        guidance_scale=6.0,
+        negative_prompt="blurred",
+        width=96,
+        height=64,
+        seed=11,
+    )
+    return [guided, make_request(sampler=sampler, num_inference_steps=4, guidance_scale=1.0, seed=12)]
+
+
+def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
+    published = pipeline.scheduler
+    if request.sampler:
+        sampler = SAMPLERS[request.sampler]
+        pipeline.scheduler = sampler.scheduler.from_config(published.config, **sampler.overrides)
+    try:
+        picture = pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator().manual_seed(request.seed),
+        ).images[0]
+    finally:
+        pipeline.scheduler = published
+    return np.asarray(picture)
+
+
+def _assert_same(picture: np.ndarray, stock: np.ndarray) -> None:
+    difference = np.abs(picture.astype(int) - stock.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 0.001
+
+
+def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family) -> None:
+    requests = [request for name in [None, *SAMPLERS] for request in _requests(name)]
+    crowd = InlineEngine(family)
+    crowd.run(*requests)
+    shared = 0
+    for request in requests:
+        expected = _stock_picture(stock, request)
+        _assert_same(draw_alone(family, request), expected)
+        _assert_same(np.asarray(Image.open(io.BytesIO(crowd.data(request)))), expected)
+        shared += crowd.images[request.id][0].shared_forwards > 0
+    assert shared >= len(requests) - 1
+
+
+def test_a_size_between_the_multiples_is_cut_from_the_middle_of_a_larger_one(family: Family) -> None:
+    asked, drawn = make_request(width=100, height=68), make_request(width=104, height=72)
+    engine = InlineEngine(family)
+    engine.run(asked, drawn)
+    picture = np.asarray(Image.open(io.BytesIO(engine.data(asked))))
+    assert picture.shape == (68, 100, 3)
+    assert (picture == np.asarray(Image.open(io.BytesIO(engine.data(drawn))))[2:70, 2:102]).all()
+
+
+def test_a_decoder_that_overflows_gives_no_black_picture(folder: Path) -> None:
+    family: Any = loading.load(folder, make_settings())
+    with torch.no_grad():
+        family.vae.post_quant_conv.bias.fill_(torch.inf)
+    bad = make_request()
+    engine = InlineEngine(family)
+    engine.run(bad)
+    assert "decoder" in engine.errors[bad.id].message

@@ -1,0 +1,35 @@
+"""Sizes: what is drawn for what was asked."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from hypergen.models.sizes import nearest_native_size, round_up
+
+
+def test_rounding_up_gives_the_next_multiple() -> None:
+    assert [round_up(side, 8) for side in (64, 65, 71, 72)] == [64, 72, 72, 72]
+
+
+_SIDES = (64, 72, 200, 256, 512, 768, 1024, 1664, 2048, 2432)
+
+
+@pytest.mark.parametrize(("width", "height"), [*itertools.product(_SIDES, _SIDES)])
+def test_the_nearest_native_size_keeps_area_and_shape(width: int, height: int) -> None:
+    native_area = 256 * 256
+    if width * height <= native_area:
+        return
+    drawn_width, drawn_height = nearest_native_size(width, height, native_area, 8)
+    assert drawn_width % 8 == drawn_height % 8 == 0
+    assert min(drawn_width, drawn_height) >= 64
+    assert 0.85 <= drawn_width * drawn_height / native_area <= 1.1
+    if min(drawn_width, drawn_height) > 64:
+        assert drawn_width / drawn_height == pytest.approx(width / height, rel=0.15)
+    assert nearest_native_size(height, width, native_area, 8) == (drawn_height, drawn_width)
+
+
+def test_the_native_size_of_the_native_shape_is_itself() -> None:
+    assert nearest_native_size(1024, 1024, 256 * 256, 8) == (256, 256)
+    assert nearest_native_size(1024, 512, 256 * 128, 8) == (256, 128)
