@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -60,8 +60,7 @@ class Engine:
         self.last_step_at = time.monotonic()
         self._report = report
         self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
-        self._arrived: deque[GenerationRequest] = deque()
-        self._admission: Iterator[None] | None = None  # of the first of them
+        self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
         self._running: dict[str, _Running] = {}
         self._active: list[Trajectory] = []
         self._denoised: deque[Trajectory] = deque()
@@ -123,11 +122,11 @@ class Engine:
         image.
         """
         while not self._stopping:
-            self._read_inbox(wait=not (self._arrived or self._active or self._denoised))
+            self._read_inbox(wait=not (self._joining or self._active or self._denoised))
             self.last_step_at = time.monotonic()
             # At most one request's encoding or one pass of a probe, and one decoding, between two steps, so
             # that running images do not stall.
-            if self._arrived:
+            if self._joining:
                 self._admit()
             self.step()
             if self._denoised:
@@ -159,7 +158,7 @@ class Engine:
                 if message is None:
                     self._stopping = True
                 elif isinstance(message, GenerationRequest):
-                    self._arrived.append(message)
+                    self._joining.append((message, self._join(message)))
                 else:
                     self._drop(message)
                 message = self._inbox.get_nowait()
@@ -167,18 +166,17 @@ class Engine:
             pass
 
     def _admit(self) -> None:
-        """Bring the oldest request one move nearer to joining."""
-        request = self._arrived[0]
-        self._admission = self._admission or self._join(request)
+        """Bring one request a move nearer to joining; in turns, so that none waits for another one's probe."""
+        request, joining = self._joining.popleft()
         try:
-            next(self._admission)
+            next(joining)
+            self._joining.append((request, joining))
         except StopIteration:
-            self._arrived.popleft()
-            self._admission = None
+            pass
         except Exception as error:  # the edge where one request's trouble must not become everyone's
             self._fail(request.id, as_request_error(error, request))
 
-    def _join(self, request: GenerationRequest) -> Iterator[None]:
+    def _join(self, request: GenerationRequest) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         trajectories = [self.family.start(request, index) for index in range(request.n)]
         yield from self._shapes.learn(trajectories[0])
@@ -286,9 +284,10 @@ class Engine:
         self._report(request_id, error)
 
     def _drop(self, request_id: str) -> None:
-        if self._arrived and self._arrived[0].id == request_id:
-            self._admission = None
-        self._arrived = deque(request for request in self._arrived if request.id != request_id)
+        for request, joining in self._joining:
+            if request.id == request_id:
+                joining.close()
+        self._joining = deque(entry for entry in self._joining if entry[0].id != request_id)
         self._active = [trajectory for trajectory in self._active if trajectory.request.id != request_id]
         self._denoised = deque(
             trajectory for trajectory in self._denoised if trajectory.request.id != request_id

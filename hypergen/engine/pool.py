@@ -28,7 +28,13 @@ from hypergen.generation import (
 
 logger = logging.getLogger(__name__)
 
-_LOADING_RETRY_AFTER_S = 5
+_RETRY_AFTER_S = 5
+_UNAVAILABLE: dict[State, str] = {
+    "loading": "The model is still loading.",
+    "recovering": "The engine is being started again.",
+    "draining": "The server is shutting down.",
+    "failed": "The engine could not be started; the server's log and /health say why.",
+}
 
 
 @dataclass(eq=False)
@@ -38,9 +44,7 @@ class _Call:
     request: GenerationRequest
     events: asyncio.Queue[Event | RequestError] = field(default_factory=asyncio.Queue)
     started: bool = False
-    delivered: set[int] = field(
-        default_factory=set
-    )  # images that the client's side has, not to be sent twice
+    delivered: set[int] = field(default_factory=set)  # images that the client's side has already
     losses: int = 0  # engines that died while they had it
     crashes: int = 0  # those of them that it may have killed
 
@@ -109,8 +113,7 @@ class EnginePool:
 
     Args:
         accelerators: one engine process is started for each, with these variables added to its environment;
-            absent:
-            one for each GPU that is visible, else a single one.
+            absent: one for each GPU that is visible, else a single one.
     """
 
     def __init__(self, settings: Settings, accelerators: Sequence[Mapping[str, str]] | None = None) -> None:
@@ -156,7 +159,7 @@ class EnginePool:
     def _end_all_calls(self) -> None:
         for desk in self._desks:
             for call in [*desk.submitted.values(), *desk.suspects, *desk.held]:
-                call.events.put_nowait(UnavailableError("The server is shutting down.", code="draining"))
+                call.events.put_nowait(_unavailable("draining"))
 
     def describe(self) -> ModelDescription | None:
         descriptions = (desk.supervisor.description for desk in self._desks)
@@ -212,15 +215,8 @@ class EnginePool:
 
     def _refuse_unless_ready(self) -> None:
         state = self.status().state
-        if state == "ready":
-            return
-        messages = {
-            "loading": "The model is still loading.",
-            "recovering": "The engine is being started again.",
-            "draining": "The server is shutting down.",
-            "failed": "The model could not be loaded; the server's log and /health say why.",
-        }
-        raise UnavailableError(messages[state], code=state, retry_after_s=_LOADING_RETRY_AFTER_S)
+        if state != "ready":
+            raise _unavailable(state)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
         self._desk_of(supervisor).submit_next()
@@ -242,8 +238,7 @@ class EnginePool:
         if desks:
             min(desks, key=lambda desk: (desk.supervisor.status.state != "ready", desk.work)).add(call)
         else:
-            message = "The engine stopped and could not be started again."
-            call.events.put_nowait(UnavailableError(message, code="failed"))
+            call.events.put_nowait(_unavailable("failed"))
 
     def _desk_of(self, supervisor: Supervisor) -> _Desk:
         return next(desk for desk in self._desks if desk.supervisor is supervisor)
@@ -265,6 +260,10 @@ class EnginePool:
             for desk in self._desks:
                 if desk.submitted:
                     desk.supervisor.kill_if_stalled(self._settings.engine.engine_stall_timeout_s)
+
+
+def _unavailable(state: State) -> UnavailableError:
+    return UnavailableError(_UNAVAILABLE[state], code=state, retry_after_s=_RETRY_AFTER_S)
 
 
 def _visible_accelerators(device: str | None) -> list[dict[str, str]]:

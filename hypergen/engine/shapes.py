@@ -29,6 +29,7 @@ class Shapes:
         self._max_rows = 2 * settings.max_batch_size
         self._rule = DeterminismRule(family, enabled=self._strict, max_rows=self._max_rows)
         self._probes: dict[GroupKey, Probe] = {}
+        self._probing: set[GroupKey] = set()
         self.costs: dict[GroupKey, CostCurve] = {}
 
     def learn(self, trajectory: Trajectory) -> Iterator[None]:
@@ -36,13 +37,26 @@ class Shapes:
         can advance between them.
         """
         key = group_key(trajectory).shared
+        while key in self._probing:  # for another request
+            yield
         if key in self._probes:
             return
         request = trajectory.request
         size = self._family.drawn_size(request.width, request.height)
         probe = self._rule.probe(*size, key.prompt_length)
-        yield from probe.passes
-        logger.info("Probed %dx%d with %d tokens: %s", *size, key.prompt_length, probe)
+        self._probing.add(key)
+        try:
+            yield from probe.passes
+        finally:
+            self._probing.discard(key)
+        seconds = ", ".join(f"{rows}: {seconds:.3f}" for rows, seconds in probe.seconds.items())
+        logger.info(
+            "Probed %dx%d: %s, %d layers repaired, seconds of a pass by rows {%s}",
+            *size,
+            probe.verdict,
+            probe.repaired,
+            seconds,
+        )
         if self._strict and probe.verdict == "exact":
             self.costs[key] = CostCurve(max(probe.seconds), frozenset(probe.seconds), dict(probe.seconds))
         else:

@@ -105,6 +105,24 @@ def test_running_images_advance_while_a_new_size_is_probed(inline: MakeEngine) -
     assert started_at[0] >= 3  # one for each pass of the probe
 
 
+def test_a_request_of_a_known_size_does_not_wait_for_the_probe_of_another(inline: MakeEngine) -> None:
+    first, newcomer = make_request(num_inference_steps=1), make_request(width=120, height=88)
+    known, twin = make_request(num_inference_steps=1), make_request(width=120, height=88, seed=8)
+    engine = inline()
+    ended: list[str] = []
+
+    def submit_the_others(request_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, ImageFinished):
+            ended.append(request_id)
+        if request_id == first.id and isinstance(event, ImageFinished):
+            for request in (newcomer, twin, known):
+                engine.submit(request)
+
+    engine.run(first, on_event=submit_the_others)
+    assert ended[:2] == [first.id, known.id]
+    assert set(ended[2:]) == {newcomer.id, twin.id}
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_numbers_that_are_none_fail_their_request_and_no_other(inline: MakeEngine) -> None:
     bad, good = make_request(seed=1), make_request(seed=2)
