@@ -166,7 +166,7 @@ class Engine:
             pass
 
     def _admit(self) -> None:
-        """Bring one request a move nearer to joining; in turns, so that none waits for another one's probe."""
+        """Bring one request a move nearer to joining; in turns, so that none waits for others' probes."""
         request, joining = self._joining.popleft()
         try:
             next(joining)
