@@ -5,6 +5,7 @@ the file that HYPERGEN_CONFIG names. Importing this file starts nothing and impo
 """
 
 import asyncio
+import logging
 import os
 from typing import Any
 
@@ -14,15 +15,20 @@ import bentoml
 from bentoml.models import BentoModel
 
 from hypergen import logs, store
-from hypergen.api.door import Door
+from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.native import NativeResult, draw_item
 from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
 from hypergen.config import api_keys, load_settings
 from hypergen.dispatch import ContinuousBatchingService
 from hypergen.engine.pool import EnginePool
+from hypergen.models.registry import FAMILIES
 
+logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
-stored = store.ensure(settings.model, revision=settings.revision, dtype=settings.engine.dtype)
+keys = api_keys(settings.server)
+stored = store.ensure(
+    settings.model, revision=settings.revision, dtype=settings.engine.dtype, pipelines=FAMILIES
+)
 model_id = settings.served_model_name or stored.source
 pool = EnginePool(settings)
 
@@ -44,6 +50,8 @@ class HyperGen:
         logs.configure("http")
         drain_on_sigterm(pool, settings.queue.drain_timeout_s)
         launcher = os.environ.get("_HYPERGEN_LAUNCHER_PID")
+        if not keys and not launcher:
+            logger.warning("No API key is set: whoever reaches this server can use it.")
         self.watch = asyncio.create_task(leave_with_parent(int(launcher) if launcher else None))
         await pool.start(store.find(stored.tag).path, model_id)
 
@@ -67,7 +75,7 @@ class HyperGen:
 
 
 HyperGen.add_asgi_middleware(
-    Door,  # pyright: ignore[reportArgumentType]  BentoML's Protocol describes a function, not a class
-    keys=api_keys(settings.server),
+    OuterMiddleware,  # pyright: ignore[reportArgumentType]  BentoML's Protocol describes a function, not a class
+    keys=keys,
     max_body_bytes=int(settings.server.max_body_mb * 1e6),
 )

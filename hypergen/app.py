@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import FrameType
 
 import psutil
@@ -74,18 +74,17 @@ def drain_on_sigterm(pool: EnginePool, timeout_s: float) -> None:
 
 
 async def leave_with_parent(launcher: int | None) -> None:
-    """End this process when those that started it are gone, so that killing them leaves no orphan on the
-    port.
+    """End this process when those that started it are gone: killing them leaves no orphan on the port.
 
     Args:
-        launcher: process id of the `hypergen serve` that stands above BentoML's main process, if there is
-            one.
+        launcher: process id of the `hypergen serve` above BentoML's main process, if there is one.
     """
     parent = os.getppid()
     while os.getppid() == parent:
-        # Asked of the parent, because a process that nobody waited for still has its id.
-        if launcher is not None and psutil.Process(parent).ppid() != launcher:
-            os.kill(parent, signal.SIGTERM)
-            return
+        with suppress(psutil.Error, ProcessLookupError):  # the parent is gone: the next look says so
+            # Asked of the parent, because a process that nobody waited for still has its id.
+            if launcher is not None and psutil.Process(parent).ppid() != launcher:
+                os.kill(parent, signal.SIGTERM)
+                return
         await asyncio.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)

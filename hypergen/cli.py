@@ -84,27 +84,33 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     model that comes with HyperGen is served.
     """
     from hypergen import serving, store
+    from hypergen.models.registry import FAMILIES
 
     flags["model"] = model
     settings = load_settings(config, os.environ, flags)
     keys = api_keys(settings.server)
     serving.check_port(settings.server)
     stored = store.ensure(
-        settings.model, revision=settings.revision, dtype=settings.engine.dtype, progress=_say
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.engine.dtype,
+        pipelines=FAMILIES,
+        progress=_say,
     )
     if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
         _say(
             f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
         )
-    # The service reads the same settings again, from its environment: nothing secret stands on a command
-    # line.
-    flags |= {
-        "model": stored.tag,
-        "served_model_name": settings.served_model_name or settings.model or stored.source,
-    }
+    flags["model"] = stored.tag
+    flags["served_model_name"] = settings.served_model_name or settings.model or stored.source
+    # Paths are resolved here, because the service runs in its own folder.
+    if settings.server.api_key_file:
+        flags["api_key_file"] = settings.server.api_key_file.resolve()
+    # The service reads the settings again, from its environment: nothing secret stands on a command line.
     environment = environment_of(flags)
-    if config:
-        environment["HYPERGEN_CONFIG"] = str(config.resolve())
+    file = config or os.environ.get("HYPERGEN_CONFIG")
+    if file:
+        environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
     sys.exit(serving.serve(settings, environment, reload, _say))
 
 
@@ -115,8 +121,7 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="file to write; "
-    "its ending chooses png, jpeg or webp; with several images a number is added to its name",
+    help="file to write; its ending chooses png, jpeg or webp; several images get a number each",
 )
 @click.option("-m", "--model", help="hub id, folder or model-store tag  [default: the embedded model]")
 @click.option("-n", type=int, help="number of images, 1 to 10  [default: 1]")
@@ -142,11 +147,16 @@ def generate(
 ) -> None:
     """Draw PROMPT into a file, without a server."""
     from hypergen import drawing, store
+    from hypergen.models.registry import FAMILIES
 
     flags = {"model": model, "device": device, "dtype": dtype, "image_metadata": image_metadata}
     settings = load_settings(config, os.environ, flags)
     stored = store.ensure(
-        settings.model, revision=settings.revision, dtype=settings.engine.dtype, progress=_say
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.engine.dtype,
+        pipelines=FAMILIES,
+        progress=_say,
     )
     for file, seed in drawing.draw_files(settings, stored, {"prompt": prompt, **options}, output):
         _say(f"{file} (seed {seed})")

@@ -40,7 +40,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     determinism: Determinism = Field(
         "strict",
         description="strict: the same seed gives the same bytes, whatever shares the batch; "
-        "fast: without that promise, and without what it costs",
+        "fast: without that promise, and without the layers and lone passes that it takes",
     )
     aging: float = Field(
         0.2,
@@ -158,12 +158,10 @@ def load_settings(
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read settings; flags win over the environment, the environment over the file, the file over the
-    defaults.
+    """Read settings; flags win over the environment, that over the file, and the file over the defaults.
 
     Args:
-        file: a YAML file with the sections of `Settings`; absent: `HYPERGEN_CONFIG` of the environment, if
-            any.
+        file: a YAML file with the sections of `Settings`; absent: the environment's `HYPERGEN_CONFIG`.
         flags: field name to value; None means not given.
 
     Raises:
@@ -192,10 +190,12 @@ def load_settings(
 
     for name, value in given.items():
         section = section_of[name]
-        target = tree if section is None else tree.setdefault(section, {})
-        target[name] = value
+        if section is None:
+            tree[name] = value
+        else:
+            tree[section] = {**_names_and_values(tree.get(section), f"Setting '{section}'"), name: value}
     try:
-        settings = Settings.model_validate(tree)
+        settings = Settings.model_validate({name: value for name, value in tree.items() if value is not None})
     except ValidationError as error:
         raise ConfigurationError(_explain(error)) from None
     return settings
@@ -236,11 +236,14 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"The configuration file {file} is not YAML: {' '.join(str(error).split())}"
         ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigurationError(f"The configuration file {file} must hold names and values.")
-    return cast(dict[str, Any], tree)
+    return _names_and_values(tree, f"The configuration file {file}")
+
+
+def _names_and_values(value: Any, what: str) -> dict[str, Any]:
+    """A mapping of YAML; an empty file or section is an empty one."""
+    if value is not None and not isinstance(value, dict):
+        raise ConfigurationError(f"{what} must hold names and values.")
+    return cast(dict[str, Any], value or {})
 
 
 def _explain(error: ValidationError) -> str:

@@ -56,7 +56,7 @@ async def _draw(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading", total=None)
         try:
-            await pool.start(model.path, settings.served_model_name or model.source)
+            await pool.start(model.path, settings.served_model_name or settings.model or model.source)
             description = await _loaded(pool)
             asked = openai.to_request(body, description, settings.server, uuid.uuid4().hex).generation
             images: list[generation.ImageFinished] = []

@@ -67,6 +67,7 @@ class ModelDescription:
     family: str
     defaults: ModelDefaults
     samplers: dict[str, int]  # public name -> fewest steps it can do
+    min_steps: int  # of the scheduler that the model was published with
     device: str
     dtype: str
 
@@ -132,7 +133,7 @@ class GeneratorStatus:
 
 
 class ImageGenerator(Protocol):
-    """Whoever draws: the pool of engine processes in a server, one engine in the process of a script."""
+    """Whoever draws, as the HTTP half sees it: the pool of engine processes."""
 
     def describe(self) -> ModelDescription | None:
         """The loaded model; None until it is loaded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,10 @@ class HubModel:
     size_bytes: int
 
 
-def look_up(repo: str, *, revision: str | None, half: bool) -> HubModel:
-    """Pin the revision to a commit and choose the files; fetches nothing but `model_index.json`."""
+def look_up(repo: str, *, revision: str | None, half: bool, check: Callable[[Path], None]) -> HubModel:
+    """Pin the revision to a commit and choose the files; fetches only `model_index.json`, which `check` may
+    refuse.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
     with _told_in_one_line(repo, revision):
@@ -43,6 +45,7 @@ def look_up(repo: str, *, revision: str | None, half: bool) -> HubModel:
                 f"{repo} on the hub has no {PIPELINE_FILE}: HyperGen serves models in diffusers layout."
             )
         pipeline_file = hf_hub_download(repo, PIPELINE_FILE, revision=commit, etag_timeout=TIMEOUT_S)
+    check(Path(pipeline_file))
     components = read_components(Path(pipeline_file), repo)
     for component, class_name in components.items():
         inside = [name for name in sizes if name.startswith(f"{component}/")]

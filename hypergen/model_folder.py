@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,13 @@ def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
             case _:
                 raise ModelError(f"{model}: {name!r} in {PIPELINE_FILE} is {entry!r}, not [library, class].")
     return components
+
+
+def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_file: Path) -> None:
+    """Refuse a pipeline class that cannot be served; None serves all."""
+    pipeline = _read_json(pipeline_file, model, PIPELINE_FILE).get("_class_name")
+    if pipelines is not None and pipeline not in pipelines:
+        raise ModelError(f"{model} is a {pipeline}; HyperGen serves {', '.join(sorted(pipelines))}.")
 
 
 def select_files(names: Iterable[str], components: Iterable[str], *, half: bool) -> Selection:

@@ -29,9 +29,7 @@ Scheduler = Any
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler class, what differs from the model's own scheduler configuration, and its smallest step
-    count.
-    """
+    """A scheduler class, what differs from the model's scheduler configuration, and the fewest steps."""
 
     scheduler: type[Scheduler]
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +68,12 @@ class SchedulerFactory:
         self._device = device
         self._without_steps: dict[str | None, Scheduler] = {}  # making one takes KDPM2 half a second
         self._prototypes: OrderedDict[tuple[str | None, int], Scheduler] = OrderedDict()
+
+    @property
+    def min_steps(self) -> int:
+        """The fewest steps that the model's own scheduler can do."""
+        same = [entry.min_steps for entry in SAMPLERS.values() if type(self._published) is entry.scheduler]
+        return max(same, default=1)
 
     def make(self, sampler: str | None, num_inference_steps: int) -> Scheduler:
         """A scheduler of its own for one image, timesteps set; `sampler` None is the model's own."""

@@ -4,6 +4,7 @@ ready.
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
@@ -15,23 +16,23 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from hypergen.config import ServerSettings, Settings
 from hypergen.errors import ConfigurationError, ModelError
 
+_SILENCE_S = 120  # a worker that cannot even be imported is started again and again by BentoML
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def service_folder() -> Path:
     """Where service.py lies: beside the package in a clone, inside it in an installed wheel."""
-    beside = _PACKAGE.parent
-    return (
-        beside
-        if (beside / "service.py").exists() and (beside / "hypergen") == _PACKAGE
-        else _PACKAGE / "bento"
-    )
+    packaged = _PACKAGE / "bento"
+    return packaged if packaged.exists() else _PACKAGE.parent
 
 
 def check_port(server: ServerSettings) -> None:
@@ -78,38 +79,59 @@ def serve(
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
     child = subprocess.Popen(command, env={**os.environ, **environment, **launcher}, start_new_session=True)
     _pass_signals_on(child)
-    status = _wait_until_loaded(child, server)
-    if status.get("status") == "failed":
+    try:
+        status = _wait_until_loaded(child, _local_url(server))
+    except ModelError:
         child.terminate()
         child.wait()
-        raise ModelError(f"The model could not be loaded: {status['reason']}")
+        raise
     if status:
-        seconds = time.monotonic() - started
-        address = f"http://{server.host}:{server.port}"
-        say(f"Ready after {seconds:.1f} s: {status['model']} on {status['device']}, {address}")
+        seconds, url = time.monotonic() - started, _url(server, server.host)
+        say(f"Ready after {seconds:.1f} s: {status['model']} on {status['device']}, {url}")
     return _exit_code(child.wait())
 
 
-def _wait_until_loaded(child: subprocess.Popen[bytes], server: ServerSettings) -> dict[str, Any]:
-    """The first `/health` that says healthy or failed; an empty one when the service ended before."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
+def _wait_until_loaded(child: subprocess.Popen[bytes], url: str) -> dict[str, Any]:
+    """The `/health` of a loaded model; an empty one when the service ended before.
+
+    Raises:
+        ModelError: the model could not be loaded, or the service does not answer at all.
+    """
     # No proxy of the environment may come between: this is our own child.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    silent_since = time.monotonic()
     while child.poll() is None:
-        try:
-            body = opener.open(f"http://{host}:{server.port}/health", timeout=2).read()
-        except urllib.error.HTTPError as error:
-            body = error.read()
-        except OSError:
-            body = b"{}"
-        try:
-            status = json.loads(body)
-        except ValueError:
-            status = {}
-        if status.get("status") in ("healthy", "failed"):
+        status = _health(opener, url)
+        if status:
+            silent_since = time.monotonic()
+        if status.get("status") == "failed":
+            raise ModelError(f"The model could not be loaded. {status['reason']}")
+        if status.get("status") == "healthy":
             return status
+        if time.monotonic() - silent_since > _SILENCE_S:
+            raise ModelError("The service did not start; its log above says why.")
         time.sleep(0.1)
     return {}
+
+
+def _health(opener: urllib.request.OpenerDirector, url: str) -> dict[str, Any]:
+    """What `/health` says; an empty answer while nobody listens."""
+    try:
+        try:
+            body = opener.open(f"{url}/health", timeout=2).read()
+        except urllib.error.HTTPError as error:
+            body = error.read()
+        return json.loads(body)
+    except (OSError, ValueError, http.client.HTTPException):
+        return {}
+
+
+def _local_url(server: ServerSettings) -> str:
+    return _url(server, {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host))
+
+
+def _url(server: ServerSettings, host: str) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 def _pass_signals_on(child: subprocess.Popen[bytes]) -> None:
@@ -119,11 +141,13 @@ def _pass_signals_on(child: subprocess.Popen[bytes]) -> None:
     def pass_on(_signum: int, _frame: object) -> None:
         nonlocal asked
         asked += 1
-        if child.poll() is None:
-            if asked == 1:
-                child.terminate()
-            else:
-                os.killpg(child.pid, signal.SIGKILL)
+        if asked == 1:
+            child.terminate()
+            return
+        # One by one: BentoML gives its workers sessions of their own, so no process group holds them all.
+        with suppress(psutil.Error):
+            for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
+                process.kill()
 
     signal.signal(signal.SIGINT, pass_on)
     signal.signal(signal.SIGTERM, pass_on)

@@ -12,10 +12,11 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hypergen.model_folder import (
     digest,
     is_unchanged,
     place_file,
+    require_pipeline,
     select_in_folder,
 )
 from hypergen.model_folder import check_folder as check_folder
@@ -36,6 +38,7 @@ EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 MAX_COPY_BYTES = 2 * 1024**3
 
 Progress = Callable[[str], None]
+PipelineCheck = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def ensure(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    pipelines: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> StoredModel:
     """Get a model from the store, importing it first where it is not there.
@@ -69,8 +73,11 @@ def ensure(
     Args:
         revision: of a hub model: branch, tag or commit; other kinds of model have none.
         dtype: "float16" and "bfloat16" prefer fp16 variants of weights.
+        pipelines: the pipeline classes that can be served; others are refused, before their weights are
+            downloaded.
     """
-    return _resolve(model, revision, dtype, progress or (lambda _: None), ask_hub=False)
+    check = partial(require_pipeline, model or EMBEDDED_NAME, pipelines)
+    return _resolve(model, revision, dtype, check, progress or (lambda _: None), ask_hub=False)
 
 
 def import_model(
@@ -81,7 +88,8 @@ def import_model(
     progress: Progress | None = None,
 ) -> StoredModel:
     """Bring the source's present state into the store; what is there already is not copied again."""
-    return _resolve(source, revision, dtype, progress or (lambda _: None), ask_hub=True)
+    check = partial(require_pipeline, source or EMBEDDED_NAME, None)
+    return _resolve(source, revision, dtype, check, progress or (lambda _: None), ask_hub=True)
 
 
 def find(tag: str) -> StoredModel:
@@ -105,7 +113,13 @@ def list_models() -> list[StoredModel]:
 
 
 def _resolve(
-    given: str | None, revision: str | None, dtype: str | None, say: Progress, *, ask_hub: bool
+    given: str | None,
+    revision: str | None,
+    dtype: str | None,
+    check: PipelineCheck,
+    say: Progress,
+    *,
+    ask_hub: bool,
 ) -> StoredModel:
     half = dtype in ("float16", "bfloat16")
     path = os.path.expanduser(given or "")  # Path.expanduser raises for unknown users
@@ -121,10 +135,11 @@ def _resolve(
         stored = find(given)
     elif HUB_ID.fullmatch(given):
         stored = None if ask_hub else _find_hub_model(given, revision, half)
-        stored = stored or _import_hub_model(given, revision, half, say)
+        stored = stored or _import_hub_model(given, revision, half, check, say)
     else:
         raise ModelError(_unknown(given))
     check_folder(stored.path)
+    check(stored.path / PIPELINE_FILE)
     return stored
 
 
@@ -139,9 +154,11 @@ def _import_folder(folder: Path, source: str, half: bool, say: Progress) -> Stor
     return replace(stored, source=source)
 
 
-def _import_hub_model(repo: str, revision: str | None, half: bool, say: Progress) -> StoredModel:
+def _import_hub_model(
+    repo: str, revision: str | None, half: bool, check: PipelineCheck, say: Progress
+) -> StoredModel:
     say(f"Asking the hub about {repo}")
-    model = look_up(repo, revision=revision, half=half)
+    model = look_up(repo, revision=revision, half=half, check=check)
     version = model.commit[:12] + ("-fp16" if model.selection.fp16 == "taken" else "")
     tag = f"{_store_name(repo)}:{version}"
     with suppress(ModelError):
@@ -291,7 +308,5 @@ def _work_folder() -> Path:
 def _unknown(given: str) -> str:
     tags = [stored.tag for stored in list_models()]
     has = f"it has {', '.join(tags[:5])}{' ...' if len(tags) > 5 else ''}" if tags else "it is empty"
-    return (
-        f"Unknown model '{given}': give a hub id (owner/name), a folder, or a tag of the model store "
-        f"(name:version; {has})."
-    )
+    would_work = f"a hub id (owner/name), a folder, or a tag of the model store (name:version; {has})"
+    return f"Unknown model '{given}': give {would_work}."

@@ -145,6 +145,28 @@ def test_killing_a_main_process_leaves_no_orphan(tmp_path: Path, sd_folder: Path
         server.process.wait(15)
 
 
+def test_a_second_signal_ends_everything_now(tmp_path: Path, sd_folder: Path) -> None:
+    with start_server(tmp_path, str(sd_folder), "--device", "cpu") as server:
+        body = {**ITEM, "num_inference_steps": 150, "n": 10, "size": "512x512"}
+
+        def draw_in_vain() -> None:
+            with pytest.raises(httpx.HTTPError):
+                draw(server, body)
+
+        drawing = threading.Thread(target=draw_in_vain)
+        drawing.start()
+        server.wait_until_running()
+        processes = server.processes()
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(15)
+        _, alive = psutil.wait_procs([p for p in processes if p.pid != server.process.pid], timeout=15)
+        assert alive == []
+        drawing.join(15)
+
+
 def test_sigterm_lets_accepted_requests_finish(tmp_path: Path, sd_folder: Path) -> None:
     answers: list[httpx.Response] = []
     with start_server(tmp_path, str(sd_folder), "--device", "cpu") as server:

@@ -50,6 +50,11 @@ _FINAL = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
 _CLOSING = (AuthenticationError, PayloadTooLargeError)
 
 
+def status_of(error: RequestError) -> int:
+    """The status code of an error, or of the nearest of its bases that the table has."""
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+
+
 def envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The error body: `error` for OpenAI's clients and Hyperbolic's, `detail` for the HyperGen documents."""
     if status < 500:
@@ -62,7 +67,7 @@ def envelope(status: int, message: str, param: str | None = None, code: str | No
 
 def to_response(error: RequestError) -> Response:
     """An error as the client gets it."""
-    status = STATUS[type(error)]
+    status = status_of(error)
     body = envelope(status, error.message, error.param, error.code)
     headers: dict[str, str] = {}
     if isinstance(error, AuthenticationError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 import uuid
@@ -10,10 +11,10 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from hypergen.api.dialects import openai
-from hypergen.api.errors import STATUS, envelope
+from hypergen.api.errors import envelope, status_of
 from hypergen.api.routes import loaded
 from hypergen.config import Settings
-from hypergen.errors import GenerationError, RequestError
+from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
 from hypergen.generation import ImageGenerator, draw_all
 
 logger = logging.getLogger(__name__)
@@ -40,18 +41,25 @@ async def draw_item(generator: ImageGenerator, settings: Settings, item: dict[st
         description = loaded(generator)
         body = {name: value for name, value in item.items() if value is not None}
         asked = openai.to_request(body, description, settings.server, f"item_{uuid.uuid4().hex}")
-        images = await draw_all(generator, asked.generation)
+        async with asyncio.timeout(settings.queue.request_timeout_s):
+            images = await draw_all(generator, asked.generation)
+    except TimeoutError:
+        return _failed(DeadlineExceededError(f"Not finished within {settings.queue.request_timeout_s:g} s."))
     except Exception as error:  # the edge of the HTTP half, for one item
         if not isinstance(error, RequestError):
             logger.exception("An item of the native API failed.")
             error = GenerationError("The server failed on this item; its log says why.")
-        status = STATUS[type(error)]
-        return NativeResult(
-            status=status, error=envelope(status, error.message, error.param, error.code)["error"]
-        )
+        return _failed(error)
     return NativeResult(
         images=[
             NativeImage(b64_json=base64.b64encode(image.data).decode("ascii"), seed=image.seed)
             for image in images
         ]
+    )
+
+
+def _failed(error: RequestError) -> NativeResult:
+    status = status_of(error)
+    return NativeResult(
+        status=status, error=envelope(status, error.message, error.param, error.code)["error"]
     )

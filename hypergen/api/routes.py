@@ -128,8 +128,7 @@ def create_router(
     )
     async def not_found(request: Request, path: str) -> Response:
         # This route takes every path, so that BentoML's own pages and plain-text errors do not show; a known
-        # path with another method lands here too.
-        # BentoML's own routes; those behind the mount of this app are never reached.
+        # path with another method lands here too. BentoML's routes count up to the mount of this app.
         outer = takewhile(lambda route: not isinstance(route, Mount), request.scope["router"].routes)
         for route in [*outer, *request.app.router.routes, *router.routes]:
             if route.matches(request.scope)[0] is Match.PARTIAL:

@@ -167,5 +167,5 @@ def _doubled_convolution(forward: Callable[[Tensor], Tensor], x: Tensor, *args: 
 
 def synchronize(output: Tensor) -> None:
     """Wait until the device is done, else a clock would tell how fast kernels are queued."""
-    if output.device.type == "cuda":
-        torch.cuda.synchronize()
+    if output.device.type != "cpu":
+        torch.accelerator.synchronize(output.device)

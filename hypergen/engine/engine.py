@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -52,6 +52,7 @@ class Engine:
 
     _ENCODERS = 2
     _IDLE_WAIT_S = 1.0
+    _SHORTEST_MOMENT_S = 0.02
 
     def __init__(self, family: Family, model_id: str, settings: EngineSettings, report: Report) -> None:
         self.family = family
@@ -67,6 +68,7 @@ class Engine:
         self._stopping = False
         self._encoders = ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
         self._shapes = Shapes(family, settings)
+        self._pass_s = 0.0
         self._forwards = 0
         self._image_steps = 0
 
@@ -124,15 +126,21 @@ class Engine:
         while not self._stopping:
             self._read_inbox(wait=not (self._joining or self._active or self._denoised))
             self.last_step_at = time.monotonic()
-            # At most one request's encoding or one pass of a probe, and one decoding, between two steps, so
-            # that running images do not stall.
-            if self._joining:
-                self._admit()
+            self._in_a_moment(lambda: self._joining, self._admit)
             self.step()
-            if self._denoised:
-                self.last_step_at = time.monotonic()
-                self._finish(self._denoised.popleft())
+            self._in_a_moment(lambda: self._denoised, self._finish)
         self._encoders.shutdown()
+
+    def _in_a_moment(self, line: Callable[[], Collection[object]], serve_next: Callable[[], None]) -> None:
+        """Serve a line between two steps for about as long as a forward pass takes, so that running images do
+        not stall, however much there is to encode, probe or decode.
+        """
+        until = time.monotonic() + max(self._pass_s, self._SHORTEST_MOMENT_S)
+        while line():
+            self.last_step_at = time.monotonic()
+            serve_next()
+            if time.monotonic() > until:
+                return
 
     def step(self) -> None:
         """Advance one batch of images by one denoising step."""
@@ -143,8 +151,10 @@ class Engine:
         if not batch:
             return
         self.last_step_at = now
-        for trajectory in batch:
-            self._start(trajectory.request.id)
+        for request_id in {trajectory.request.id for trajectory in batch}:
+            if not self._running[request_id].started:
+                self._running[request_id].started = True
+                self._report(request_id, Started())
         for trajectory, noise_pred in self._denoise(batch):
             self._advance(trajectory, noise_pred)
         for request_id in {trajectory.request.id for trajectory in batch} & self._running.keys():
@@ -158,7 +168,7 @@ class Engine:
                 if message is None:
                     self._stopping = True
                 elif isinstance(message, GenerationRequest):
-                    self._joining.append((message, self._join(message)))
+                    self._joining.append((message, self._join(message, time.monotonic())))
                 else:
                     self._drop(message)
                 message = self._inbox.get_nowait()
@@ -176,11 +186,12 @@ class Engine:
         except Exception as error:  # the edge where one request's trouble must not become everyone's
             self._fail(request.id, as_request_error(error, request))
 
-    def _join(self, request: GenerationRequest) -> Generator[None]:
+    def _join(self, request: GenerationRequest, arrived_at: float) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         trajectories = [self.family.start(request, index) for index in range(request.n)]
         yield from self._shapes.learn(trajectories[0])
         for trajectory in trajectories:
+            trajectory.arrived_at = arrived_at
             trajectory.lone = self._shapes.must_run_alone(trajectory)
         steps_due = sum(trajectory.remaining_steps for trajectory in trajectories)
         self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
@@ -188,41 +199,36 @@ class Engine:
         self._shapes.forget_old({group_key(trajectory).shared for trajectory in self._active})
 
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
-        """One forward pass; when it fails, one for each half, until only the guilty request fails."""
+        """One forward pass; when it fails, one for each image, so that only the guilty request fails."""
         try:
             return list(zip(batch, self._forward(batch), strict=True))
         except Exception as error:  # the same edge
             if len(batch) == 1:
                 self._fail(batch[0].request.id, as_request_error(error, batch[0].request))
                 return []
-            logger.warning("A pass over %d images failed (%s); each half runs alone now.", len(batch), error)
+            logger.warning("A pass over %d images failed (%s); each runs alone now.", len(batch), error)
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
         # Outside the handler: inside, the error's frames would keep the memory of the failed pass.
         if out_of_memory:
             torch.cuda.empty_cache()
             rows = sum(trajectory.rows for trajectory in batch)
             self._shapes.costs[group_key(batch[0]).shared].max_rows = max(2, rows // 2)
-        middle = len(batch) // 2
-        return self._denoise(batch[:middle]) + self._denoise(batch[middle:])
+        # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
+        return [pair for trajectory in batch for pair in self._denoise([trajectory])]
 
     def _forward(self, batch: list[Trajectory]) -> list[Tensor]:
         started = time.monotonic()
         predictions = self.family.denoise(batch)
         synchronize(predictions[0])
+        self._pass_s = time.monotonic() - started
         rows = sum(trajectory.rows for trajectory in batch)
-        self._shapes.costs[group_key(batch[0]).shared].record(rows, time.monotonic() - started)
+        self._shapes.costs[group_key(batch[0]).shared].record(rows, self._pass_s)
         self._forwards += 1
         self._image_steps += len(batch)
         shared = len({trajectory.request.id for trajectory in batch}) > 1
         for trajectory in batch:
             trajectory.shared_forwards += shared
         return predictions
-
-    def _start(self, request_id: str) -> None:
-        running = self._running[request_id]
-        if not running.started:
-            running.started = True
-            self._report(request_id, Started())
 
     def _advance(self, trajectory: Trajectory, noise_pred: Tensor) -> None:
         running = self._running.get(trajectory.request.id)
@@ -238,8 +244,9 @@ class Engine:
             self._active.remove(trajectory)
             self._denoised.append(trajectory)
 
-    def _finish(self, trajectory: Trajectory) -> None:
+    def _finish(self) -> None:
         """Decode one image here and hand its pixels to the encoding threads."""
+        trajectory = self._denoised.popleft()
         request = trajectory.request
         try:
             pixels = self._decode(trajectory)

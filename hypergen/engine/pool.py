@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 from collections import deque
@@ -50,7 +51,7 @@ class _Call:
 
 
 @dataclass(eq=False)
-class _Desk:
+class _EngineCalls:
     """The calls of one engine.
 
     After a crash, what was running is under suspicion and runs alone, one by one, while everything else is
@@ -120,7 +121,7 @@ class EnginePool:
         self._settings = settings
         self._accelerators = accelerators
         self._admission = Admission(settings.queue)
-        self._desks: list[_Desk] = []
+        self._desks: list[_EngineCalls] = []
         self._draining = False
         self._watch: asyncio.Task[None] | None = None
 
@@ -138,7 +139,7 @@ class EnginePool:
                 on_message=self._on_message,
                 on_lost=self._on_lost,
             )
-            self._desks.append(_Desk(supervisor))
+            self._desks.append(_EngineCalls(supervisor))
             supervisor.launch()
         self._watch = asyncio.create_task(self._watch_for_stalls())
 
@@ -170,7 +171,7 @@ class EnginePool:
         states: set[State] = {engine.state for engine in engines} or {"loading"}
         if self._draining:
             states.add("draining")
-        order: tuple[State, ...] = ("draining", "ready", "recovering", "failed", "loading")
+        order: tuple[State, ...] = ("draining", "ready", "recovering", "loading", "failed")
         return GeneratorStatus(
             state=min(states, key=order.index),
             reason=next((engine.reason for engine in engines if engine.state == "failed"), None),
@@ -194,7 +195,7 @@ class EnginePool:
         """
         self._refuse_unless_ready()
         async with self._admission.place(request.work) as place:
-            self._refuse_unless_ready()  # the wait at the door may have been long
+            # Accepted: what happens to the engines from here on is no reason to refuse it.
             call = _Call(request)
             self._assign(call)
             try:
@@ -240,7 +241,7 @@ class EnginePool:
         else:
             call.events.put_nowait(_unavailable("failed"))
 
-    def _desk_of(self, supervisor: Supervisor) -> _Desk:
+    def _desk_of(self, supervisor: Supervisor) -> _EngineCalls:
         return next(desk for desk in self._desks if desk.supervisor is supervisor)
 
     def _on_message(self, message: wire.Happened | wire.Failed) -> None:
@@ -267,8 +268,10 @@ def _unavailable(state: State) -> UnavailableError:
 
 
 def _visible_accelerators(device: str | None) -> list[dict[str, str]]:
-    """One environment per GPU, found without torch; a single empty one where none is there or wanted."""
-    if device not in (None, "cuda"):
+    """One environment per GPU, found without torch; a single empty one where none is there, wanted, or of use
+    to the torch that is installed.
+    """
+    if device not in (None, "cuda") or not (device or _torch_knows_cuda()):
         return [{}]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
@@ -282,3 +285,11 @@ def _visible_accelerators(device: str | None) -> list[dict[str, str]]:
         except pynvml.NVMLError:
             names = []
     return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+
+
+def _torch_knows_cuda() -> bool:
+    """Whether torch was built for CUDA or ROCm, seen by its libraries, because importing it takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    libraries = [library.name for folder in folders for library in (Path(folder) / "lib").glob("*torch_*")]
+    return any("torch_cuda" in name or "torch_hip" in name for name in libraries)

@@ -61,7 +61,9 @@ def main() -> None:
         reason = str(error)
         if not isinstance(error, HyperGenError):
             logger.exception("The model %s could not be loaded.", start.model_id)
-            reason = f"{type(error).__name__}: {error}"
+            reason = (
+                f"{type(error).__name__}; the server's log has the details"  # /health shows it to everybody
+            )
         wire.send(connection, wire.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
     engines.append(engine)

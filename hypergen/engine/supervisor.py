@@ -33,13 +33,13 @@ _ENGINE_ENVIRONMENT = {
 
 
 class Supervisor:
-    """Keeps one engine process alive. All methods belong to the event loop.
+    """Keeps one engine process alive. Belongs to the event loop; a reader and a writer thread serve it.
 
     Args:
         start: what the process is told to load.
         environment: added to the process's environment, for example which accelerator it may see.
         on_ready: called each time a process has loaded the model.
-        on_message: called with (request id, event or packed error) of a running request.
+        on_message: called with what the process tells of a request.
         on_lost: called when the process is gone and everything it had was lost.
     """
 

@@ -14,8 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from hypergen.generation import GenerationRequest
 
-# Under this name the settings of the picture stand in PNG text; elsewhere they are the EXIF image
-# description.
+# The name of the picture's settings in PNG text; elsewhere they are the EXIF image description.
 METADATA_KEY = "hypergen"
 # EXIF stands in one JPEG segment of at most 64 KB; some of it goes to the tags around the text.
 _JPEG_METADATA_BYTES = 65_000
@@ -38,7 +37,7 @@ def _save_png(image: Image.Image, file: BytesIO, _compression: int, metadata: st
     info = PngInfo()
     if metadata is not None:
         info.add_text(METADATA_KEY, metadata)
-    # 3 is zlib's Z_RLE: half the time of Pillow's default at about the same size (docs/architecture.md).
+    # 3 is zlib's Z_RLE: about half the time of Pillow's default, at about the same size.
     image.save(file, "PNG", compress_type=3, pnginfo=info)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.models.family import Family
-from hypergen.models.registry import FAMILIES
+from hypergen.models.registry import FAMILIES, family_class
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ def load(path: Path, settings: EngineSettings) -> Family:
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     name = index.get("_class_name")
     if name not in FAMILIES:
-        raise ModelError(f"{path.name} is a {name}; this server draws with {', '.join(sorted(FAMILIES))}.")
-    family = FAMILIES[name]
+        raise ModelError(f"It is a {name}; HyperGen draws with {', '.join(sorted(FAMILIES))}.")
+    family = family_class(name)
     card_file = path / "hypergen.json"
     card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     device = choose_device(settings)
@@ -38,7 +38,9 @@ def load(path: Path, settings: EngineSettings) -> Family:
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)
-        raise ModelError(f"{path.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        # Without the path: /health shows the reason to everybody.
+        reason = " ".join(str(error).replace(str(path), "the model").split())
+        raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
     pipeline.to(device)
     return family(pipeline, card, settings)
 

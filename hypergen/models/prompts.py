@@ -26,8 +26,7 @@ def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[
     """Token ids in chunks of the tokenizer's length (77 for CLIP), each with its own start, end and filling.
 
     Returns the chunks, at least one, and the number of tokens of the text they hold. A longer text is cut
-    off, and the
-    log says so: the request must not fail for it.
+    off, and the log says so: the request must not fail for it.
     """
     inside = tokenizer.model_max_length - 2
     ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids

@@ -23,9 +23,8 @@ class StableDiffusion:
     """The pipeline's modules, called step by step.
 
     Args:
-        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`
-            and
-            `max_native_area` in pixels, above which pictures are drawn at the nearest native size and
+        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`,
+            and `max_native_area` in pixels, above which pictures are drawn at the nearest native size and
             resized.
     """
 
@@ -56,6 +55,7 @@ class StableDiffusion:
             family=self.name,
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
+            min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
         )

@@ -43,10 +43,11 @@ def test_the_same_seed_draws_the_same_bytes(client: httpx.Client, sampler: str |
     assert draw_bytes(client, **fields) == draw_bytes(client, **fields)
 
 
-def test_the_largest_seed_has_successors(client: httpx.Client) -> None:
-    seeds = [item["seed"] for item in draw(client, n=2, seed=2**63 - 1)["data"]]
-    assert seeds == [2**63 - 1, 2**63]
-    assert draw_bytes(client, n=2, seed=2**63 - 1)[0] == draw_bytes(client, seed=2**63 - 1)[0]
+def test_every_seed_of_an_answer_can_be_asked_for(client: httpx.Client) -> None:
+    assert [item["seed"] for item in draw(client, n=2, seed=2**63 - 2)["data"]] == [2**63 - 2, 2**63 - 1]
+    refused = client.post("/v1/images/generations", json={"prompt": "a", "n": 2, "seed": 2**63 - 1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "seed"
 
 
 def test_without_a_seed_pictures_differ_and_tell_theirs(client: httpx.Client) -> None:

@@ -18,6 +18,7 @@ DESCRIPTION = ModelDescription(
     family="sd",
     defaults=ModelDefaults(num_inference_steps=50, guidance_scale=7.5, width=512, height=512),
     samplers={"euler": 1},
+    min_steps=1,
     device="cpu",
     dtype="float32",
 )

@@ -205,6 +205,22 @@ def test_a_long_request_in_a_stream_of_short_ones_finishes_when_waiting_counts(
     assert (left > 0) == (aging > 0)
 
 
+def test_requests_that_arrive_together_start_together(inline: MakeEngine) -> None:
+    """Eight one-step images of 16 rows in all; admitting one for each step would make it eight passes."""
+    known = make_request(num_inference_steps=1)
+    together = [make_request(num_inference_steps=1, seed=seed) for seed in range(8)]
+    engine = inline()
+
+    def submit_the_others(request_id: str, event: Event | RequestError) -> None:
+        if request_id == known.id and isinstance(event, ImageFinished):
+            for request in together:
+                engine.submit(request)
+
+    engine.run(known, on_event=submit_the_others)
+    knee = next(iter(engine.engine._shapes.costs.values())).knee()
+    assert engine.engine.status().forwards - 1 <= 16 // knee + 2
+
+
 def test_prompts_of_unequal_length_do_not_share_a_pass_and_all_finish(inline: MakeEngine) -> None:
     short = make_request(num_inference_steps=8)
     long = make_request(num_inference_steps=8, prompt="much longer than one chunk " * 5)
@@ -221,8 +237,14 @@ def test_prompts_of_unequal_length_do_not_share_a_pass_and_all_finish(inline: Ma
 
 def test_what_is_learned_of_shapes_is_bounded(inline: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Shapes, "_KEPT", 2)
-    engine = inline(max_batch_size=1)
-    engine.run(*[make_request(width=width, num_inference_steps=1) for width in (64, 72, 80, 88)])
+    engine = inline()
+    first, *others = [make_request(width=width, num_inference_steps=1) for width in (64, 72, 80, 88)]
+
+    def submit_the_next(_request_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, ImageFinished) and others:
+            engine.submit(others.pop(0))
+
+    engine.run(first, on_event=submit_the_next)
     assert len(engine.images) == 4
     assert len(engine.engine.status().determinism) <= 3
     assert len(engine.engine._shapes.costs) == len(engine.engine.status().determinism)

@@ -267,3 +267,24 @@ def test_an_engine_leaves_when_its_parent_is_killed(sd_folder: Path, moment: str
         while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+async def test_an_engine_that_cannot_load_does_not_fail_a_server_whose_other_one_loads(
+    sd_folder: Path,
+) -> None:
+    settings = Settings.model_validate({"engine": make_settings()})
+    pool = EnginePool(settings, accelerators=[{}, {"PYTHONHOME": "/nowhere"}])
+    await pool.start(sd_folder, "small")
+    try:
+        states: set[State] = set()
+
+        def is_ready() -> bool:
+            states.add(pool.status().state)
+            return pool.status().state == "ready"
+
+        await _until(is_ready)
+        assert states == {"loading", "ready"}
+        await _until(lambda: "failed" in {engine.state for engine in pool.status().engines})
+        assert len(await draw_all(pool, make_request())) == 1
+    finally:
+        await pool.stop()

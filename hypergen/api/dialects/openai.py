@@ -1,7 +1,6 @@
 """OpenAI's images API with HyperGen's extensions: POST /v1/images/generations.
 
-Source: OpenAI's OpenAPI description 2.3.0 and the HyperGen documents; where they differ, docs/api.md says
-    what counts.
+Source: OpenAI's OpenAPI description 2.3.0 and the HyperGen documents; docs/api.md says what counts.
 """
 
 from __future__ import annotations
@@ -216,17 +215,16 @@ def _size(size: str | None, description: ModelDescription, max_side: int) -> tup
 
 
 def _check_sampler(sampler: str | None, num_inference_steps: int, description: ModelDescription) -> None:
-    if sampler is None:
-        return
-    if sampler not in description.samplers:
+    if sampler is not None and sampler not in description.samplers:
         known = ", ".join(description.samplers)
         raise InvalidRequestError(
             f"Unknown sampler '{sampler[:40]}'; this server has {known}.", param="sampler"
         )
-    if num_inference_steps < description.samplers[sampler]:
+    min_steps = description.min_steps if sampler is None else description.samplers[sampler]
+    if num_inference_steps < min_steps:
+        name = sampler or "model's own"
         raise InvalidRequestError(
-            f"The sampler {sampler} needs at least {description.samplers[sampler]} steps.",
-            param="num_inference_steps",
+            f"The {name} sampler needs at least {min_steps} steps.", param="num_inference_steps"
         )
 
 

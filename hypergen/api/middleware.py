@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _HIDDEN_HEADERS = ("server", "x-bentoml-request-id")
 
 
-class Door:
+class OuterMiddleware:
     """Pure ASGI, because a middleware of another kind breaks streams and hides disconnects."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
