@@ -1,0 +1,1 @@
+"""Train the tiny text-to-image model that HyperGen carries with it, from nothing, on two CPU cores."""

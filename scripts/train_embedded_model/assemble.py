@@ -1,0 +1,54 @@
+"""Write the trained parts as the folder that is shipped: python -m scripts.train_embedded_model.assemble."""
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import torch
+
+from .pipeline import load_text_encoder, load_vae, make_pipeline
+from .unet import load_unet
+
+LARGEST_FOLDER = 13_000_000  # bytes; what the package may carry
+# What saving adds to configurations about the machine it ran on.
+PRIVATE_KEYS = ("_name_or_path", "is_local", "local_files_only")
+
+
+def assemble(folder: Path, output: Path) -> None:
+    """Save text encoder, autoencoder and averaged UNet of `folder` in float16, in diffusers' layout."""
+    tokenizer, text_encoder = load_text_encoder(folder / "text")
+    pipeline = make_pipeline(load_unet(folder / "unet"), load_vae(folder / "vae"), tokenizer, text_encoder)
+    pipeline.to(torch.float16).save_pretrained(output)
+    for name in ("vocab.json", "merges.txt"):  # transformers 5 saves tokenizer.json alone
+        shutil.copy(folder / "text" / "tokenizer" / name, output / "tokenizer")
+    # Without a dtype asked for, diffusers loads its parts in float32, but transformers 5 follows this key.
+    edit_json(output / "text_encoder" / "config.json", {"dtype": "float32"})
+    for config in (output / "model_index.json", *output.glob("*/*config.json")):
+        edit_json(config, {})
+    for weights in output.rglob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors writes files that only their owner can read
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: {size:,} bytes")
+    assert size <= LARGEST_FOLDER, "The model is larger than the package may carry."
+
+
+def edit_json(path: Path, changes: dict[str, str]) -> None:
+    """Change keys of a configuration, and drop those that tell of this machine."""
+    content = json.loads(path.read_text()) | changes
+    content = {key: value for key, value in content.items() if key not in PRIVATE_KEYS}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@click.command()
+@click.option(
+    "--folder", type=Path, default=Path("build/embedded"), show_default=True, help="the trained parts"
+)
+@click.option("--output", type=Path, default=Path("hypergen/embedded"), show_default=True)
+def main(folder: Path, output: Path) -> None:
+    """Assemble a model, of a finished UNet or of its last checkpoint."""
+    assemble(folder, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Muon: momentum whose matrices are made orthogonal before each update.
+
+In about the same number of steps it brought the autoencoder and the UNet further than AdamW did.
+Source, also of the coefficients of the Newton-Schulz iteration: Keller Jordan,
+https://kellerjordan.github.io/posts/muon.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+
+class Muon(Optimizer):
+    """Updates parameters of two or more dimensions, seen as matrices of output x everything else."""
+
+    def __init__(
+        self, params: Iterable[Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.02
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  no closure here
+        for group in self.param_groups:
+            # Matrices of one shape go through the iteration as one batch: many small ones cost little then.
+            same_shape: dict[tuple[int, int], list[Parameter]] = defaultdict(list)
+            for param in group["params"]:
+                same_shape[param.shape[0], param[0].numel()].append(param)
+            for shape, params in same_shape.items():
+                # This gives the update the size of AdamW's (Liu et al. 2025, arXiv:2502.16982).
+                scale = group["lr"] * 0.2 * max(shape) ** 0.5
+                updates = orthogonalise(
+                    torch.stack([self.look_ahead(p, group["momentum"]).view(shape) for p in params])
+                )
+                for param, update in zip(params, updates, strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    param.add_(update.view_as(param), alpha=-scale)
+
+    def look_ahead(self, param: Parameter, momentum: float) -> Tensor:
+        """Fold the gradient into the running mean and return the Nesterov direction."""
+        assert param.grad is not None
+        state = self.state[param]
+        if "mean" not in state:
+            state["mean"] = torch.zeros_like(param)
+        state["mean"].lerp_(param.grad, 1 - momentum)
+        return torch.lerp(param.grad, state["mean"], momentum)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring the singular values of a batch of matrices near 1 by four Newton-Schulz steps."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(4):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def muon_and_adamw(
+    model: Module, muon_lr: float, adamw_lr: float, except_for: tuple[str, ...]
+) -> list[Optimizer]:
+    """Give the matrices to Muon; the rest, and layers with a name of `except_for`, to AdamW."""
+    matrices, others = [], []
+    for name, param in model.named_parameters():
+        is_hidden_matrix = param.ndim >= 2 and not any(part in name for part in except_for)
+        (matrices if is_hidden_matrix else others).append(param)
+    return [Muon(matrices, muon_lr), torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.98), weight_decay=0)]
+
+
+def set_learning_rates(optimizers: list[Optimizer], fraction: float) -> None:
+    """Set every learning rate to a fraction of the one it began with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * fraction

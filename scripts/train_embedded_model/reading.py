@@ -1,0 +1,132 @@
+"""Read a picture's pixels: which background, and which objects of which colours and shapes.
+
+No learned judge: background from the border, objects as connected regions that differ from it, colours by the
+nearest of the palette, shapes by overlap with the ten outlines.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .render import DISTANCES, PALETTE, coverage
+from .scenes import LARGEST_ANGLE
+
+DIFFERENT = (
+    0.35  # distance of colours in -1..1 from which a pixel is not background; the palette's are > 0.6 apart
+)
+SMALLEST_AREA = 0.005  # of the picture; a fifth of the smallest object that the score asks for
+LEAST_OVERLAP = 0.75
+GRID = 64
+REACH = 1.25  # how far the grid for shapes reaches, in square roots of the object's area
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One object found. x and y are fractions of the picture's sides; shape is "" if it is like none."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    background: str
+    blobs: tuple[Blob, ...]
+
+
+def read(image: Tensor) -> Reading:
+    """Read a picture of shape (3, H, W) in -1..1."""
+    edge = max(1, image.shape[1] // 64)
+    rows = torch.cat([image[:, :edge], image[:, -edge:]], dim=1).flatten(1)
+    columns = torch.cat([image[..., :edge], image[..., -edge:]], dim=2).flatten(1)
+    background = torch.cat([rows, columns], dim=1).median(dim=1).values
+    regions = connected_regions((image - background[:, None, None]).norm(dim=0) > DIFFERENT)
+    blobs = [read_blob(image, background, region) for region in regions]
+    return Reading(nearest_colour(background), tuple(blobs))
+
+
+def connected_regions(mask: Tensor) -> list[Tensor]:
+    """The regions of a mask that are not specks, each as a mask.
+
+    Pixels start with the number of their run within a row; columns and rows in turn take the largest number
+    in each of their runs until nothing changes.
+    """
+    across, down = number_runs(mask), number_runs(mask.T).T
+    numbers = across[mask]
+    while True:
+        before = numbers
+        for runs in (down[mask], across[mask]):
+            largest = torch.zeros(int(runs.max()) + 1 if len(runs) else 1, dtype=numbers.dtype)
+            numbers = largest.scatter_reduce(0, runs, numbers, "amax")[runs]
+        if torch.equal(numbers, before):
+            break
+    found, areas = numbers.unique(return_counts=True)
+    large = found[areas > SMALLEST_AREA * mask.numel()]
+    return [torch.zeros_like(mask).masked_scatter(mask, numbers == number) for number in large]
+
+
+def number_runs(mask: Tensor) -> Tensor:
+    """Number the unbroken runs of every row, all differently; zero outside."""
+    starts = mask.clone()
+    starts[:, 1:] &= ~mask[:, :-1]
+    return starts.flatten().cumsum(0).view(mask.shape) * mask
+
+
+def read_blob(image: Tensor, background: Tensor, region: Tensor) -> Blob:
+    colour = image[:, region].median(dim=1).values
+    # How far each pixel is on the way from the background's colour to the object's.
+    way = colour - background
+    share = torch.einsum("chw,c->hw", image - background[:, None, None], way) / way.square().sum()
+    soft_mask = share.clamp(0, 1) * region
+    height, width = soft_mask.shape
+    area = soft_mask.sum()
+    x = (soft_mask.sum(0) * (torch.arange(width) + 0.5)).sum() / area
+    y = (soft_mask.sum(1) * (torch.arange(height) + 0.5)).sum() / area
+    centre = torch.stack([2 * x / width - 1, 2 * y / height - 1])
+    scale = torch.tensor([2 / width, 2 / height]) * area.sqrt()
+    sampled = functional.grid_sample(
+        soft_mask[None, None], (centre + unit_grid() * scale)[None], align_corners=False, padding_mode="zeros"
+    )[0, 0]
+    names, outlines = shape_outlines()
+    overlaps = torch.minimum(sampled, outlines).sum((1, 2)) / torch.maximum(sampled, outlines).sum((1, 2))
+    shape = names[int(overlaps.argmax())] if overlaps.max() > LEAST_OVERLAP else ""
+    return Blob(nearest_colour(colour), shape, float(x / width), float(y / height))
+
+
+def nearest_colour(colour: Tensor) -> str:
+    return min(PALETTE, key=lambda name: float((PALETTE[name] - colour).norm()))
+
+
+def unit_grid() -> Tensor:
+    """Points x, y of shape (GRID, GRID, 2), from -REACH to REACH."""
+    line = torch.linspace(-REACH, REACH, GRID)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return torch.stack([x, y], dim=-1)
+
+
+@functools.cache
+def shape_outlines() -> tuple[list[str], Tensor]:
+    """Every shape at the angles that scenes have, as soft masks of one area and centre, with their names."""
+    angles = torch.linspace(-LARGEST_ANGLE, LARGEST_ANGLE, 5).tolist()
+    looks = [(shape, angle) for shape in DISTANCES for angle in angles]
+    return [shape for shape, _ in looks], torch.stack([outline(*look) for look in looks])
+
+
+def outline(shape: str, angle: float) -> Tensor:
+    line = torch.linspace(-1.1, 1.1, 256)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    inside = DISTANCES[shape](x, y) < 0
+    area = inside.float().mean() * 2.2**2
+    grid = unit_grid() * area.sqrt()
+    cos, sin = torch.tensor(angle).cos(), torch.tensor(angle).sin()
+    turned = torch.stack(
+        [grid[..., 0] * cos + grid[..., 1] * sin, grid[..., 1] * cos - grid[..., 0] * sin], dim=-1
+    )
+    centred_x, centred_y = turned[..., 0] + x[inside].mean(), turned[..., 1] + y[inside].mean()
+    pixel = 2 * REACH * area.sqrt() / GRID
+    return coverage(-DISTANCES[shape](centred_x, centred_y) / pixel)

@@ -1,0 +1,187 @@
+"""Random scenes of coloured shapes: the only world that the embedded model knows."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+COLOURS = {
+    "red": (220, 35, 35),
+    "orange": (245, 140, 25),
+    "yellow": (250, 220, 40),
+    "green": (40, 165, 60),
+    "cyan": (50, 205, 220),
+    "blue": (40, 70, 215),
+    "purple": (135, 50, 180),
+    "pink": (250, 140, 190),
+    "brown": (125, 75, 35),
+    "black": (18, 18, 18),
+    "white": (245, 245, 245),
+    "gray": (130, 130, 130),
+}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring", "hexagon", "moon")
+STYLES = ("solid", "striped", "outlined", "dotted", "gradient", "checkered")
+SIZES = ("", "small", "large")
+COUNTS = ("", "one", "two", "three", "four")
+RELATIONS = ("left", "right", "above", "below", "and")
+POSITIONS = {
+    "center": (0.5, 0.5),
+    "left": (0.26, 0.5),
+    "right": (0.74, 0.5),
+    "top": (0.5, 0.26),
+    "bottom": (0.5, 0.74),
+    "top left": (0.26, 0.26),
+    "top right": (0.74, 0.26),
+    "bottom left": (0.26, 0.74),
+    "bottom right": (0.74, 0.74),
+}
+
+# Radii are fractions of the picture's shorter side, by what the caption says of the size. Objects that share
+# a picture stay at least one latent (8 pixels) apart at 128 pixels: closer ones run into each other when
+# drawn.
+RADII_ALONE = {"": (0.26, 0.34), "small": (0.15, 0.19), "large": (0.40, 0.45)}
+RADII_PLACED = {"": (0.18, 0.22), "small": (0.12, 0.15), "large": (0.23, 0.24)}
+RADII_IN_GROUP = {"": (0.14, 0.16), "small": (0.10, 0.12), "large": (0.17, 0.18)}
+RADII_IN_PAIR = {"": (0.15, 0.18), "small": (0.10, 0.12), "large": (0.20, 0.21)}
+GROUPS = {
+    2: ((0.25, 0.5), (0.75, 0.5)),
+    3: ((0.5, 0.25), (0.25, 0.74), (0.75, 0.74)),
+    4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
+}
+LARGEST_ANGLE = 0.1  # radians: enough to vary, too little to make a diamond of a square
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a caption can say of an object; the empty size is the usual one."""
+
+    shape: str
+    colour: str
+    style: str = "solid"
+    size: str = ""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object. x and y are fractions of the picture's sides, radius of the shorter side."""
+
+    kind: Kind
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background, one to four things of one kind, or two kinds in a relation."""
+
+    background: str
+    kinds: tuple[Kind, ...]
+    things: tuple[Thing, ...]
+    relation: str = ""
+    position: str = ""
+
+    @property
+    def count(self) -> int:
+        """How many things there are of the first kind."""
+        return 1 if self.relation else len(self.things)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether any thing has a combination that is kept out of the UNet's training."""
+        return any(is_held_out(kind.shape, kind.colour, self.background) for kind in self.kinds)
+
+
+def is_held_out(shape: str, colour: str, background: str) -> bool:
+    """Keep one combination in eleven for the score, spread evenly over shapes, colours and backgrounds."""
+    colours = list(COLOURS)
+    return (7 * SHAPES.index(shape) + 5 * colours.index(colour) + 3 * colours.index(background)) % 11 == 0
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """Draw a scene of any layout; textured objects are a small share of it."""
+    layout: Callable[[random.Random], Scene]
+    (layout,) = rng.choices((single, group, pair), (0.40, 0.32, 0.28))
+    return layout(rng)
+
+
+def training_scene(rng: random.Random) -> Scene:
+    """Draw a scene that has no held-out combination."""
+    while (scene := random_scene(rng)).held_out:
+        pass
+    return scene
+
+
+def single(rng: random.Random) -> Scene:
+    """One object, mostly in the middle."""
+    background = rng.choice(list(COLOURS))
+    kind = random_kind(rng, background)
+    placed = kind.size != "large" and rng.random() < 0.25
+    position = rng.choice(list(POSITIONS)) if placed else "center"
+    radii = RADII_PLACED if placed else RADII_ALONE
+    # A small object in the middle has room to move; a large one would leave the picture.
+    spread = {"": 0.05, "small": 0.08, "large": 0.02}[kind.size] if not placed else 0.02
+    thing = place(rng, kind, POSITIONS[position], radii, spread)
+    return Scene(background, (kind,), (thing,), position=position if placed else "")
+
+
+def group(rng: random.Random) -> Scene:
+    """Two, three or four objects of one kind and one radius."""
+    background = rng.choice(list(COLOURS))
+    kind = random_kind(rng, background)
+    first = place(rng, kind, (0.5, 0.5), RADII_IN_GROUP, 0)
+    centres = GROUPS[rng.choice((2, 3, 4))]
+    spread = 0.02
+    things = tuple(
+        Thing(
+            kind,
+            x + rng.uniform(-spread, spread),
+            y + rng.uniform(-spread, spread),
+            first.radius,
+            first.angle,
+        )
+        for x, y in centres
+    )
+    return Scene(background, (kind,), things)
+
+
+def pair(rng: random.Random) -> Scene:
+    """Two objects of different colours, side by side or one above the other."""
+    background = rng.choice(list(COLOURS))
+    first = random_kind(rng, background)
+    second = random_kind(rng, background, first.colour)
+    relation = rng.choice(RELATIONS)
+    near, far, across = 0.25, 0.75, 0.5
+    first_centre, second_centre = {
+        "left": ((near, across), (far, across)),
+        "and": ((near, across), (far, across)),
+        "right": ((far, across), (near, across)),
+        "above": ((across, near), (across, far)),
+        "below": ((across, far), (across, near)),
+    }[relation]
+    things = (
+        place(rng, first, first_centre, RADII_IN_PAIR, 0.02),
+        place(rng, second, second_centre, RADII_IN_PAIR, 0.02),
+    )
+    return Scene(background, (first, second), things, relation=relation)
+
+
+def random_kind(rng: random.Random, *other_colours: str) -> Kind:
+    """Draw an object's looks, in a colour that is none of the others."""
+    colour = rng.choice([name for name in COLOURS if name not in other_colours])
+    style = "solid" if rng.random() < 0.88 else rng.choice(STYLES[1:])
+    (size,) = rng.choices(SIZES, (0.7, 0.15, 0.15))
+    return Kind(rng.choice(SHAPES), colour, style, size)
+
+
+def place(
+    rng: random.Random,
+    kind: Kind,
+    centre: tuple[float, float],
+    radii: dict[str, tuple[float, float]],
+    spread: float,
+) -> Thing:
+    """Put an object near a centre, at most `spread` away on either axis."""
+    x, y = (value + rng.uniform(-spread, spread) for value in centre)
+    angle = rng.uniform(-LARGEST_ANGLE, LARGEST_ANGLE)
+    return Thing(kind, x, y, rng.uniform(*radii[kind.size]), angle)

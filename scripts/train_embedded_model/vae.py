@@ -1,0 +1,130 @@
+"""Train the autoencoder: pictures of 8x8 pixels a latent, four latent channels."""
+
+# diffusers and transformers leave out of their annotations what these calls rely on.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalCall=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
+import math
+import random
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional
+
+from .muon import muon_and_adamw, set_learning_rates
+from .progress import Run, image_grid, rising_then_falling
+from .render import render
+from .scenes import Scene, random_scene
+from .thumbnails import start_as_thumbnails
+
+SEED = 1
+CROP = 64
+CROPS = 12
+LATENT_NOISE = 0.05  # the decoder must bear what is left of the UNet's errors
+POSTERIOR_STD = 0.03
+
+
+def train_vae(folder: Path, steps: int, device: str) -> None:
+    """Train, whiten and save the autoencoder in `folder`."""
+    torch.manual_seed(SEED)
+    vae = new_vae().to(device)
+    # Layers that touch pixels or latents have columns of very different size, which Muon would make equal.
+    optimizers = muon_and_adamw(vae, 7e-4, 2e-3, except_for=("conv_in", "conv_out", "quant"))
+    run = Run(folder, steps, {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]})
+    rng = random.Random(SEED + run.step)
+    for step in run:
+        set_learning_rates(optimizers, rising_then_falling(step, steps, warmup=30, flat=0.3))
+        loss = reconstruction_loss(vae, random_crops(rng, rng.choice((96, 128, 160, 256))).to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.report(loss)
+    vae.eval().requires_grad_(False)
+    whiten(vae, render([random_scene(rng) for _ in range(128)], 128, 128).to(device))
+    vae.save_pretrained(folder / "vae")
+    for size in (128, 256):
+        images = render([random_scene(rng) for _ in range(32)], size, size).to(device)
+        decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+        print(f"{size}x{size}: {psnr(images, decoded):.1f} dB")
+        pairs = torch.stack([images, decoded], dim=1).flatten(0, 1)[:32]
+        image_grid(pairs.cpu(), 8).save(folder / f"reconstructions_{size}.png")
+
+
+def new_vae() -> AutoencoderKL:
+    """A Stable Diffusion autoencoder, narrow, without attention, started as a thumbnail maker."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 24, 48, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        sample_size=256,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+    start_as_thumbnails(vae)
+    return vae
+
+
+def random_crops(rng: random.Random, size: int) -> Tensor:
+    """Cut squares out of rendered scenes, each around some part of a thing: background teaches little."""
+    scenes = [random_scene(rng) for _ in range(CROPS)]
+    images = render(scenes, size, size)
+    return torch.stack([crop_near_a_thing(rng, *pair) for pair in zip(images, scenes, strict=True)])
+
+
+def crop_near_a_thing(rng: random.Random, image: Tensor, scene: Scene) -> Tensor:
+    size = image.shape[-1]
+    thing = rng.choice(scene.things)
+    left, top = (
+        int(min(max((centre + rng.uniform(-1, 1) * thing.radius) * size - CROP / 2, 0), size - CROP))
+        for centre in (thing.x, thing.y)
+    )
+    return image[:, top : top + CROP, left : left + CROP]
+
+
+def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """L1 + L2 + the difference of the edges, and a weak pull of the latents to zero mean and unit size."""
+    latents = vae.quant_conv(vae.encoder(images))[:, :4]
+    noisy_latents = latents + LATENT_NOISE * torch.randn_like(latents)
+    decoded = vae.decoder(vae.post_quant_conv(noisy_latents))
+    columns, rows = (functional.l1_loss(decoded.diff(dim=dim), images.diff(dim=dim)) for dim in (-1, -2))
+    mean_is_zero = latents.mean((0, 2, 3)).square().mean()
+    size_is_one = 0.1 * (latents.square().mean() - 1).abs()
+    few_are_large = functional.relu(latents.abs() - 3).mean()
+    return (
+        functional.l1_loss(decoded, images)
+        + functional.mse_loss(decoded, images)
+        + 0.3 * (columns + rows)
+        + 0.02 * (mean_is_zero + size_is_one + few_are_large)
+    )
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, images: Tensor) -> None:
+    """Give each latent channel zero mean and unit size, so that scaling_factor 1 is right for all of them.
+
+    The map goes into the 1x1 convolutions on either side of the latents, where it costs nothing. The
+    posterior's deviation becomes a constant, for it was not trained.
+    """
+    latents = vae.quant_conv(vae.encoder(images))[:, :4]
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+    weight[:4] /= std[:, None, None, None]
+    bias[:4] = (bias[:4] - mean) / std
+    weight[4:] = 0
+    bias[4:] = 2 * math.log(POSTERIOR_STD)
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+
+
+def psnr(images: Tensor, decoded: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in -1..1."""
+    return 10 * math.log10(4 / functional.mse_loss(decoded, images).item())
