@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ class LiveServer:
     process: subprocess.Popen[bytes]
     log_file: Path
     api_key: str | None
+    clients: list[openai.OpenAI] = field(default_factory=list[openai.OpenAI])
 
     def openai(self, **options: Any) -> openai.OpenAI:
         """The official client, without retries unless the test asks for them."""
         options = {"max_retries": 0, "timeout": 120, **options}
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key or "unused", **options)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key or "unused", **options)
+        self.clients.append(client)
+        return client
 
     def health(self) -> dict[str, Any]:
         return httpx.get(f"{self.url}/health", timeout=10).json()
@@ -90,6 +93,8 @@ def start_server(
         _wait_for(server, loaded=wait)
         yield server
     finally:
+        for client in server.clients:
+            client.close()
         processes = server.processes() if process.poll() is None else []
         process.send_signal(signal.SIGTERM)
         try:
