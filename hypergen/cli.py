@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 # Before anything imports bentoml or a hub client: nothing is reported to anybody.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
@@ -16,8 +16,11 @@ import click
 from pydantic.fields import FieldInfo
 
 from hypergen import __version__
-from hypergen.config import api_keys, environment_of, fields, load_settings, option_name
+from hypergen.config import Settings, api_keys, environment_of, fields, load_settings, option_name
 from hypergen.errors import HyperGenError
+
+if TYPE_CHECKING:
+    from hypergen.store import StoredModel
 
 Command = Callable[..., None]
 
@@ -83,20 +86,13 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     MODEL is a hub id (owner/name), a folder in diffusers' layout, or a tag of the model store; without it the
     model that comes with HyperGen is served.
     """
-    from hypergen import serving, store
-    from hypergen.models.registry import FAMILIES
+    from hypergen import serving
 
     flags["model"] = model
     settings = load_settings(config, os.environ, flags)
     keys = api_keys(settings.server)
     serving.check_port(settings.server)
-    stored = store.ensure(
-        settings.model,
-        revision=settings.revision,
-        dtype=settings.engine.dtype,
-        pipelines=FAMILIES,
-        progress=_say,
-    )
+    stored = _ensure(settings)
     if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
         _say(
             f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
@@ -146,18 +142,11 @@ def generate(
     **options: Any,
 ) -> None:
     """Draw PROMPT into a file, without a server."""
-    from hypergen import drawing, store
-    from hypergen.models.registry import FAMILIES
+    from hypergen import drawing
 
     flags = {"model": model, "device": device, "dtype": dtype, "image_metadata": image_metadata}
     settings = load_settings(config, os.environ, flags)
-    stored = store.ensure(
-        settings.model,
-        revision=settings.revision,
-        dtype=settings.engine.dtype,
-        pipelines=FAMILIES,
-        progress=_say,
-    )
+    stored = _ensure(settings)
     for file, seed in drawing.draw_files(settings, stored, {"prompt": prompt, **options}, output):
         _say(f"{file} (seed {seed})")
 
@@ -185,6 +174,15 @@ def import_(source: str | None, revision: str | None, dtype: Any) -> None:
 
     stored = store.import_model(source, revision=revision, dtype=dtype, progress=_say)
     click.echo(stored.tag)
+
+
+def _ensure(settings: Settings) -> StoredModel:
+    """The model of the settings, imported into the store if it is not there."""
+    from hypergen import store
+    from hypergen.models.registry import FAMILIES
+
+    revision, dtype = settings.revision, settings.engine.dtype
+    return store.ensure(settings.model, revision=revision, dtype=dtype, pipelines=FAMILIES, progress=_say)
 
 
 def _say(message: str) -> None:

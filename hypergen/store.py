@@ -1,9 +1,8 @@
 """The model store: everything that is served lies in BentoML's store, imported from a folder or the hub.
 
-An entry is built beside the store and renamed into it, so that a killed import leaves nothing that looks
-whole. Its metadata lists its files with sizes and times, so that later damage is noticed. Weights are hard
-links where the file system allows; else copies when the model is small; else symbolic links, which serve a
-large model where it lies (a Bento built from such an entry still gets the files: BentoML follows links).
+Weights are hard links where the file system allows; else copies when the model is small; else symbolic links,
+which serve a large model where it lies (a Bento built from such an entry still gets the files: BentoML
+follows links).
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,36 +23,17 @@ from hypergen.model_folder import (
     PIPELINE_FILE,
     Selection,
     digest,
-    is_unchanged,
-    place_file,
     require_pipeline,
     select_in_folder,
 )
 from hypergen.model_folder import check_folder as check_folder
+from hypergen.store_entries import StoredModel, build, lock, read, store_folder
 
 EMBEDDED_NAME = "hypergen-tiny"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-MAX_COPY_BYTES = 2 * 1024**3
 
 Progress = Callable[[str], None]
 PipelineCheck = Callable[[Path], None]
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """A model of the store.
-
-    Args:
-        tag: "name:version"; the version is a digest of the content or the hub's commit.
-        source: what was given: a hub id, a folder, or "hypergen-tiny" for the embedded model.
-        path: the folder in diffusers layout to load from.
-    """
-
-    tag: str
-    source: str
-    path: Path
-    size_bytes: int
-    created: datetime
 
 
 def ensure(
@@ -95,8 +73,8 @@ def import_model(
 def find(tag: str) -> StoredModel:
     """Look up "name:version", "name:latest" or "name"; the latest is the newest whole entry."""
     name, _, version = tag.lower().partition(":")
-    if version not in ("", "latest") and (_store_folder() / name / version).is_dir():
-        return _read(f"{name}:{version}")
+    if version not in ("", "latest") and (store_folder() / name / version).is_dir():
+        return read(f"{name}:{version}")
     versions = [stored for stored in list_models() if stored.tag.startswith(f"{name}:")]
     if version not in ("", "latest") or not versions:
         raise ModelError(_unknown(tag))
@@ -106,9 +84,9 @@ def find(tag: str) -> StoredModel:
 def list_models() -> list[StoredModel]:
     """Every whole model of the store in diffusers layout, newest first."""
     found: list[StoredModel] = []
-    for folder in _store_folder().glob("*/*/"):
+    for folder in store_folder().glob("*/*/"):
         with suppress(ModelError):
-            found.append(_read(f"{folder.parent.name}:{folder.name}"))
+            found.append(read(f"{folder.parent.name}:{folder.name}"))
     return sorted(found, key=lambda stored: stored.created, reverse=True)
 
 
@@ -162,7 +140,7 @@ def _import_hub_model(
     version = model.commit[:12] + ("-fp16" if model.selection.fp16 == "taken" else "")
     tag = f"{_store_name(repo)}:{version}"
     with suppress(ModelError):
-        return _read(tag)
+        return read(tag)
     say(f"Downloading {repo}: {len(model.selection.files)} files, {model.size_bytes / 1e9:.1f} GB")
     metadata = {"revision": model.commit, "asked_revision": revision or "", "fp16": model.selection.fp16}
     return _import(tag, repo, download(model), model.selection, metadata, say)
@@ -187,83 +165,17 @@ def _import(
 ) -> StoredModel:
     """Make the entry once, however many processes ask for it at the same time."""
     with suppress(ModelError):
-        return _read(tag)
+        return read(tag)
     name = tag.partition(":")[0]
     try:
-        with _lock(name, say):
+        with lock(name, say):
             with suppress(ModelError):
-                return _read(tag)
+                return read(tag)
             say(f"Importing {source} as {tag}")
-            _build(tag, folder, selection, {"source": source, "origin": str(folder), **metadata})
+            build(tag, folder, selection, {"source": source, "origin": str(folder), **metadata})
     except OSError as error:
         raise ModelError(f"{source} cannot be imported: {error}") from error
-    return _read(tag)
-
-
-def _build(tag: str, folder: Path, selection: Selection, metadata: dict[str, Any]) -> None:
-    """Write the entry into a staging store and move it over.
-
-    `bentoml.models.create` copies what its folder holds into the store at exit, so links would not survive.
-    So it writes the entry's description only, and the files join it in the staging store.
-    """
-    import bentoml
-    from bentoml._internal.models import ModelStore
-    from bentoml.exceptions import BentoMLException
-
-    name, _, version = tag.partition(":")
-    stats = {stored: (folder / file).stat() for stored, file in selection.files.items()}
-    metadata["files"] = {stored: [stat.st_size, stat.st_mtime_ns] for stored, stat in stats.items()}
-    small = sum(stat.st_size for stat in stats.values()) < MAX_COPY_BYTES
-    store, staging = _store_folder(), _work_folder() / name
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        with bentoml.models.create(
-            tag, labels={"made-by": "hypergen"}, metadata=metadata, _model_store=ModelStore(staging)
-        ):
-            pass
-        for stored, file in selection.files.items():
-            target = staging / name / version / stored
-            target.parent.mkdir(exist_ok=True)
-            place_file(folder / file, target, copy_weights=small)
-        _check_staged(staging / name / version, metadata["source"])
-        shutil.rmtree(store / name / version, ignore_errors=True)  # of this tag, found damaged above
-        (store / name).mkdir(parents=True, exist_ok=True)
-        (store / name / "latest").unlink(missing_ok=True)
-        shutil.move(staging / name / version, store / name / version)
-        with suppress(BentoMLException):
-            bentoml.models.get(name)  # writes `latest` anew
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_staged(folder: Path, source: str) -> None:
-    try:
-        check_folder(folder)
-    except ModelError as error:
-        raise ModelError(str(error).replace(str(folder), source)) from None
-
-
-def _read(tag: str) -> StoredModel:
-    """Open the entry of exactly this tag and compare its files with what was imported."""
-    import bentoml
-    from bentoml.exceptions import BentoMLException
-
-    try:
-        model = bentoml.models.get(tag)
-    except (BentoMLException, ValueError):
-        raise ModelError(f"No model '{tag}' in the store.") from None
-    path = Path(model.path)
-    metadata: dict[str, Any] = model.info.metadata
-    # BentoML takes the start of a version for the version.
-    if str(model.tag) != tag or not (path / PIPELINE_FILE).is_file():
-        raise ModelError(f"No model '{tag}' in the store.")
-    files: dict[str, list[int]] = metadata.get("files", {})
-    for name, (size, mtime_ns) in files.items():
-        if not is_unchanged(path / name, size, mtime_ns):
-            origin = metadata["origin"]
-            raise ModelError(f"{tag}: {name} is gone or changed since its import; import {origin} again.")
-    size_bytes = sum(size for size, _ in files.values()) if files else model.file_size
-    return StoredModel(tag, str(metadata.get("source", tag)), path, size_bytes, model.creation_time)
+    return read(tag)
 
 
 def _store_name(given: str) -> str:
@@ -272,37 +184,6 @@ def _store_name(given: str) -> str:
     if len(name) > 63:
         name = f"{name[:54]}-{hashlib.sha256(given.encode()).hexdigest()[:8]}"
     return f"{name}-folder" if name == EMBEDDED_NAME else name
-
-
-@contextmanager
-def _lock(name: str, say: Progress) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(_work_folder() / f"{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"Waiting for another process that is importing {name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _store_folder() -> Path:
-    from bentoml._internal.configuration.containers import BentoMLContainer
-
-    return Path(BentoMLContainer.model_store.get()._path)
-
-
-def _work_folder() -> Path:
-    """Locks and unfinished imports; on the store's file system, so that links and renames reach the store."""
-    from bentoml._internal.configuration.containers import BentoMLContainer
-
-    folder = Path(BentoMLContainer.bentoml_home.get()) / "hypergen"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _unknown(given: str) -> str:

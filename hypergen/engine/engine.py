@@ -295,8 +295,6 @@ class Engine:
             if request.id == request_id:
                 joining.close()
         self._joining = deque(entry for entry in self._joining if entry[0].id != request_id)
-        self._active = [trajectory for trajectory in self._active if trajectory.request.id != request_id]
-        self._denoised = deque(
-            trajectory for trajectory in self._denoised if trajectory.request.id != request_id
-        )
+        self._active = [t for t in self._active if t.request.id != request_id]
+        self._denoised = deque(t for t in self._denoised if t.request.id != request_id)
         self._running.pop(request_id, None)

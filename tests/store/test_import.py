@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hypergen import model_folder, store
+from hypergen import model_folder, store, store_entries
 from tests.store.making import ROOT, WEIGHTS, files_of, make_model, message
 
 
@@ -45,7 +45,7 @@ def test_without_hard_links_large_models_are_served_where_they_lie(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "link", refuse_link)
-    monkeypatch.setattr(store, "MAX_COPY_BYTES", 100)
+    monkeypatch.setattr(store_entries, "MAX_COPY_BYTES", 100)
     stored = store.ensure(str(folder))
     assert (stored.path / "unet" / WEIGHTS).readlink() == folder / "unet" / WEIGHTS
     folder.rename(folder.with_name("elsewhere"))
