@@ -187,8 +187,9 @@ def _validate(body: dict[str, Any]) -> ImagesBody:
         if first["type"] == "missing":
             message = f"The field '{param}' is required."
             raise InvalidRequestError(message, param=param, code="missing_required_parameter") from None
-        expected = first["msg"].removeprefix("Input should be ")
-        raise InvalidRequestError(f"'{param}' should be {expected}.", param=param) from None
+        # "Input should be ..." and "String should have ..." go on after the name.
+        expected = first["msg"].removeprefix("Input ").removeprefix("String ")
+        raise InvalidRequestError(f"'{param}' {expected}.", param=param) from None
 
 
 def _size(size: str | None, description: ModelDescription, max_side: int) -> tuple[int, int]:
