@@ -94,8 +94,7 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Probe the default size and draw one small-step picture of it, so that "ready" is a promise that was
-        tried.
+        """Probe the default size and draw a picture of it in two steps, so that "ready" was tried.
 
         Raises:
             GenerationError: the model does not draw.
@@ -120,9 +119,7 @@ class Engine:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Serve until `stop`: between two steps, take new requests in, cancelled ones out, and finish one
-        image.
-        """
+        """Serve until `stop`: between two steps, take requests in and out, and finish images."""
         while not self._stopping:
             self._read_inbox(wait=not (self._joining or self._active or self._denoised))
             self.last_step_at = time.monotonic()

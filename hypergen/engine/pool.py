@@ -121,7 +121,7 @@ class EnginePool:
         self._settings = settings
         self._accelerators = accelerators
         self._admission = Admission(settings.queue)
-        self._desks: list[_EngineCalls] = []
+        self._engines: list[_EngineCalls] = []
         self._draining = False
         self._watch: asyncio.Task[None] | None = None
 
@@ -139,7 +139,7 @@ class EnginePool:
                 on_message=self._on_message,
                 on_lost=self._on_lost,
             )
-            self._desks.append(_EngineCalls(supervisor))
+            self._engines.append(_EngineCalls(supervisor))
             supervisor.launch()
         self._watch = asyncio.create_task(self._watch_for_stalls())
 
@@ -149,7 +149,7 @@ class EnginePool:
         if self._watch:
             self._watch.cancel()
         self._end_all_calls()
-        await asyncio.gather(*(desk.supervisor.stop() for desk in self._desks))
+        await asyncio.gather(*(engine.supervisor.stop() for engine in self._engines))
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests; those accepted go on for so many seconds, then they end with 503."""
@@ -158,32 +158,32 @@ class EnginePool:
             asyncio.get_running_loop().call_later(timeout_s, self._end_all_calls)
 
     def _end_all_calls(self) -> None:
-        for desk in self._desks:
-            for call in [*desk.submitted.values(), *desk.suspects, *desk.held]:
+        for engine in self._engines:
+            for call in [*engine.submitted.values(), *engine.suspects, *engine.held]:
                 call.events.put_nowait(_unavailable("draining"))
 
     def describe(self) -> ModelDescription | None:
-        descriptions = (desk.supervisor.description for desk in self._desks)
+        descriptions = (engine.supervisor.description for engine in self._engines)
         return next((description for description in descriptions if description), None)
 
     def status(self) -> GeneratorStatus:
-        engines = tuple(desk.supervisor.status for desk in self._desks)
-        states: set[State] = {engine.state for engine in engines} or {"loading"}
+        statuses = tuple(engine.supervisor.status for engine in self._engines)
+        states: set[State] = {status.state for status in statuses} or {"loading"}
         if self._draining:
             states.add("draining")
         order: tuple[State, ...] = ("draining", "ready", "recovering", "loading", "failed")
         return GeneratorStatus(
             state=min(states, key=order.index),
-            reason=next((engine.reason for engine in engines if engine.state == "failed"), None),
+            reason=next((status.reason for status in statuses if status.state == "failed"), None),
             running=self._admission.running,
             waiting=self._admission.waiting,
             at_the_door=self._admission.at_the_door,
-            engines=engines,
+            engines=statuses,
         )
 
     def engine_pids(self) -> list[int]:
         """The process ids of the engines, for whoever watches from outside."""
-        return [desk.supervisor.pid for desk in self._desks if desk.supervisor.pid is not None]
+        return [engine.supervisor.pid for engine in self._engines if engine.supervisor.pid is not None]
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `ImageGenerator.generate`.
@@ -211,8 +211,8 @@ class EnginePool:
                         call.delivered.add(event.index)
                     yield event
             finally:
-                for desk in self._desks:
-                    desk.remove(call, cancel=len(call.delivered) < request.n)
+                for engine in self._engines:
+                    engine.remove(call, cancel=len(call.delivered) < request.n)
 
     def _refuse_unless_ready(self) -> None:
         state = self.status().state
@@ -220,32 +220,34 @@ class EnginePool:
             raise _unavailable(state)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
-        self._desk_of(supervisor).submit_next()
+        self._engine_of(supervisor).submit_next()
 
     def _on_lost(self, supervisor: Supervisor) -> None:
-        desk = self._desk_of(supervisor)
-        for call in desk.give_up_calls():
+        engine = self._engine_of(supervisor)
+        for call in engine.give_up_calls():
             if call.crashes > 1:
                 message = "The engine died twice while it drew this picture; it is not tried again."
                 call.events.put_nowait(GenerationError(message, code="poison"))
             elif call.crashes and supervisor.status.state != "failed":
-                desk.add(call)
+                engine.add(call)
             else:
                 self._assign(call)
 
     def _assign(self, call: _Call) -> None:
         """To the engine with the least work, a ready one if there is any."""
-        desks = [desk for desk in self._desks if desk.supervisor.status.state != "failed"]
-        if desks:
-            min(desks, key=lambda desk: (desk.supervisor.status.state != "ready", desk.work)).add(call)
+        engines = [engine for engine in self._engines if engine.supervisor.status.state != "failed"]
+        if engines:
+            min(engines, key=lambda engine: (engine.supervisor.status.state != "ready", engine.work)).add(
+                call
+            )
         else:
             call.events.put_nowait(_unavailable("failed"))
 
-    def _desk_of(self, supervisor: Supervisor) -> _EngineCalls:
-        return next(desk for desk in self._desks if desk.supervisor is supervisor)
+    def _engine_of(self, supervisor: Supervisor) -> _EngineCalls:
+        return next(engine for engine in self._engines if engine.supervisor is supervisor)
 
     def _on_message(self, message: wire.Happened | wire.Failed) -> None:
-        calls = (desk.submitted.get(message.request_id) for desk in self._desks)
+        calls = (engine.submitted.get(message.request_id) for engine in self._engines)
         call = next((call for call in calls if call), None)
         if call is None:  # cancelled while the message was on its way
             return
@@ -258,9 +260,9 @@ class EnginePool:
     async def _watch_for_stalls(self) -> None:
         while True:
             await asyncio.sleep(1)
-            for desk in self._desks:
-                if desk.submitted:
-                    desk.supervisor.kill_if_stalled(self._settings.engine.engine_stall_timeout_s)
+            for engine in self._engines:
+                if engine.submitted:
+                    engine.supervisor.kill_if_stalled(self._settings.engine.engine_stall_timeout_s)
 
 
 def _unavailable(state: State) -> UnavailableError:
