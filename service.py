@@ -7,7 +7,6 @@ the file that HYPERGEN_CONFIG names. Importing this file starts nothing and impo
 import asyncio
 import logging
 import os
-from typing import Any
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
@@ -16,7 +15,7 @@ from bentoml.models import BentoModel
 
 from hypergen import logs, store
 from hypergen.api.middleware import OuterMiddleware
-from hypergen.api.native import NativeResult, draw_item
+from hypergen.api.native import ClientWatch, NativeItem, NativeResult, draw_item
 from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
 from hypergen.config import api_keys, load_settings
 from hypergen.dispatch import ContinuousBatchingService
@@ -63,7 +62,7 @@ class HyperGen:
     @bentoml.api(
         batchable=True, max_batch_size=max(2, settings.engine.max_batch_size), max_latency_ms=86_400_000
     )
-    async def generate(self, items: list[dict[str, Any]]) -> list[NativeResult]:
+    async def generate(self, items: list[NativeItem]) -> list[NativeResult]:
         """Draw every item; its fields are those of POST /v1/images/generations."""
         return await asyncio.gather(*(draw_item(pool, settings, item) for item in items))
 
@@ -79,3 +78,4 @@ HyperGen.add_asgi_middleware(
     keys=keys,
     max_body_bytes=int(settings.server.max_body_mb * 1e6),
 )
+HyperGen.add_asgi_middleware(ClientWatch, path="/generate")  # pyright: ignore[reportArgumentType]  the same

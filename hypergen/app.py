@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from hypergen import __version__
 from hypergen.api.errors import envelope, json_response, to_response
-from hypergen.api.routes import ClientGoneError, create_router
+from hypergen.api.routes import CLIENT_GONE, ClientGoneError, create_router
 from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.errors import RequestError
@@ -45,7 +45,7 @@ def create_app(settings: Settings, pool: EnginePool, model_id: str) -> FastAPI:
 
     @app.exception_handler(ClientGoneError)
     async def client_gone(_: Request, __: ClientGoneError) -> Response:
-        return Response(status_code=499)
+        return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, __: RequestValidationError) -> Response:

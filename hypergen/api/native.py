@@ -1,4 +1,8 @@
-"""The items of BentoML's own batchable API: the fields of an OpenAI request in, one result each out."""
+"""The items of BentoML's own batchable API: the fields of an OpenAI request in, one result each out.
+
+BentoML hands a batch over without telling which request, and so which client, an item came from. An item
+therefore takes note itself, while it is read in the context of its request.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,65 @@ import asyncio
 import base64
 import logging
 import uuid
+from contextvars import ContextVar
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr, RootModel
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api.dialects import openai
 from hypergen.api.errors import envelope, status_of
-from hypergen.api.routes import loaded
+from hypergen.api.routes import CLIENT_GONE, ClientGoneError, draw, loaded
 from hypergen.config import Settings
-from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
-from hypergen.generation import ImageGenerator, draw_all
+from hypergen.errors import GenerationError, RequestError
+from hypergen.generation import ImageGenerator
 
 logger = logging.getLogger(__name__)
+
+
+_CLIENT_LEFT: ContextVar[asyncio.Event | None] = ContextVar("client_left", default=None)
+
+
+class ClientWatch:
+    """ASGI middleware that tells the items of a native request when their client hangs up."""
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self._app = app
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != self._path:
+            await self._app(scope, receive, send)
+            return
+        body_read, left = asyncio.Event(), asyncio.Event()
+
+        async def receive_body() -> Message:
+            message = await receive()
+            if not message.get("more_body"):
+                body_read.set()
+            return message
+
+        async def watch() -> None:
+            await body_read.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+
+        _CLIENT_LEFT.set(left)
+        watching = asyncio.create_task(watch())
+        try:
+            await self._app(scope, receive_body, send)
+        finally:
+            watching.cancel()
+
+
+class NativeItem(RootModel[dict[str, Any]]):
+    """The fields of an OpenAI request, checked by the dialect and not here, so that each item fails alone."""
+
+    _client_left: asyncio.Event | None = PrivateAttr(default_factory=_CLIENT_LEFT.get)
+
+    async def until_client_left(self) -> None:
+        await (self._client_left or asyncio.Event()).wait()
 
 
 class NativeImage(BaseModel):
@@ -35,16 +86,16 @@ class NativeResult(BaseModel):
     error: dict[str, Any] | None = None
 
 
-async def draw_item(generator: ImageGenerator, settings: Settings, item: dict[str, Any]) -> NativeResult:
+async def draw_item(generator: ImageGenerator, settings: Settings, item: NativeItem) -> NativeResult:
     """Draw one item of a batch; it fails alone, because an exception would fail its batch-mates too."""
     try:
         description = loaded(generator)
-        body = {name: value for name, value in item.items() if value is not None}
+        body = {name: value for name, value in item.root.items() if value is not None}
         asked = openai.to_request(body, description, settings.server, f"item_{uuid.uuid4().hex}")
-        async with asyncio.timeout(settings.queue.request_timeout_s):
-            images = await draw_all(generator, asked.generation)
-    except TimeoutError:
-        return _failed(DeadlineExceededError(f"Not finished within {settings.queue.request_timeout_s:g} s."))
+        timeout_s = settings.queue.request_timeout_s
+        images = await draw(generator, asked.generation, item.until_client_left(), timeout_s)
+    except ClientGoneError:
+        return NativeResult(status=CLIENT_GONE)
     except Exception as error:  # the edge of the HTTP half, for one item
         if not isinstance(error, RequestError):
             logger.exception("An item of the native API failed.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import takewhile
@@ -33,7 +34,7 @@ from hypergen.images.codec import FORMATS
 from hypergen.images.storage import ImageStorage
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-_CLIENT_GONE = 499  # nobody reads it; the number is nginx's and stands in the log
+CLIENT_GONE = 499  # nobody reads it; the number is nginx's and stands in the log
 _FILE_HEADERS = {
     "Cache-Control": "private, max-age=3600, immutable",
     "Content-Security-Policy": "sandbox; default-src 'none'",
@@ -67,7 +68,8 @@ def create_router(
         body = await read_json_object(request)
         asked = openai.to_request(body, description, settings.server, request.state.request_id)
         base = url_base(request, settings)
-        images = await draw(generator, asked.generation, request, settings.queue.request_timeout_s)
+        timeout_s = settings.queue.request_timeout_s
+        images = await draw(generator, asked.generation, _disconnected(request), timeout_s)
         if asked.response_format == "b64_json":
             urls = None
         else:
@@ -155,17 +157,19 @@ def loaded(generator: ImageGenerator) -> ModelDescription:
 
 
 async def draw(
-    generator: ImageGenerator, request: GenerationRequest, client: Request, timeout_s: float
+    generator: ImageGenerator,
+    request: GenerationRequest,
+    until_client_left: Awaitable[object],
+    timeout_s: float,
 ) -> list[ImageFinished]:
-    """Draw all pictures unless the client leaves or the time is over; either frees the request's place at
-    once.
+    """Draw all pictures unless the client leaves or the time is over; either frees the place at once.
 
     Raises:
         ClientGoneError: nobody waits for the answer any more.
         DeadlineExceededError: the request took longer than the server allows.
     """
     drawing = asyncio.ensure_future(draw_all(generator, request))
-    leaving = asyncio.ensure_future(_disconnected(client))
+    leaving = asyncio.ensure_future(until_client_left)
     try:
         await asyncio.wait([drawing, leaving], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if drawing.done():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.api.wire import JSON, QUICK, assert_error, draw_bytes
+from tests.api.wire import JSON, QUICK, SLOW, assert_error, draw_bytes
 
 
 def generate(client: httpx.Client, *items: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,3 +59,13 @@ def test_a_bad_body_gets_the_one_error_body(client: httpx.Client, body: bytes, m
 def test_pickles_are_refused(client: httpx.Client) -> None:
     headers = {"Content-Type": "application/vnd.bentoml+pickle"}
     assert_error(client.post("/generate", content=b"x", headers=headers), 415, code="unsupported_media_type")
+
+
+def test_items_of_a_client_that_hangs_up_leave_the_queue(client: httpx.Client) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/generate", json={"items": [SLOW, SLOW]}, timeout=1)
+    until = time.monotonic() + 10
+    while (size := client.get("/health").json()["queue_size"]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert size == 0
+    assert generate(client, QUICK)[0]["status"] == 200
