@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import logging
 import os
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -26,8 +25,6 @@ from hypergen.generation import (
     Started,
     State,
 )
-
-logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5
 _UNAVAILABLE: dict[State, str] = {
