@@ -57,13 +57,23 @@ class DeterminismRule:
         max_rows: the largest forward pass the engine would make.
         budget_s: a probe stops trying more rows after this long, which keeps large models on slow devices
             usable.
+        clock: the seconds of the cost curve's first points.
     """
 
-    def __init__(self, family: Family, *, enabled: bool, max_rows: int, budget_s: float = 20) -> None:
+    def __init__(
+        self,
+        family: Family,
+        *,
+        enabled: bool,
+        max_rows: int,
+        budget_s: float = 20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._family = family
         self._enabled = enabled
         self._max_rows = max_rows
         self._budget_s = budget_s
+        self._clock = clock
         self._doubled: set[nn.Module] = set()
         if enabled:
             for module in family.denoiser.modules():
@@ -114,10 +124,10 @@ class DeterminismRule:
             yield
 
     def _timed_forward(self, rows: list[Tensor]) -> tuple[Tensor, float]:
-        started = time.monotonic()
+        started = self._clock()
         output = self._family.forward(*rows)
         synchronize(output)
-        return output, time.monotonic() - started
+        return output, self._clock() - started
 
     def _double_single_row_convolutions(self, row: list[Tensor]) -> int:
         differing: list[nn.Module] = []

@@ -9,7 +9,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,17 +48,31 @@ class Engine:
 
     `submit`, `cancel` and `stop` may be called from any thread; `run` is the thread that owns the model.
     Reports come from that thread and, for finished pictures, from the threads that encode files.
+
+    Args:
+        clock: seconds by which passes are measured and waiting counts; a benchmark gives CPU time.
+        encoders: where finished pictures become files.
     """
 
     _ENCODERS = 2
     _IDLE_WAIT_S = 1.0
     _SHORTEST_MOMENT_S = 0.02
 
-    def __init__(self, family: Family, model_id: str, settings: EngineSettings, report: Report) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model_id: str,
+        settings: EngineSettings,
+        report: Report,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        encoders: Executor | None = None,
+    ) -> None:
         self.family = family
         self.model_id = model_id
         self.settings = settings
-        self.last_step_at = time.monotonic()
+        self.last_step_at = clock()
+        self._clock = clock
         self._report = report
         self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
         self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
@@ -66,8 +80,8 @@ class Engine:
         self._active: list[Trajectory] = []
         self._denoised: deque[Trajectory] = deque()
         self._stopping = False
-        self._encoders = ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
-        self._shapes = Shapes(family, settings)
+        self._encoders = encoders or ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
+        self._shapes = Shapes(family, settings, clock)
         self._pass_s = 0.0
         self._forwards = 0
         self._image_steps = 0
@@ -117,31 +131,40 @@ class Engine:
             trajectory.advance(self.family.denoise([trajectory])[0])
         codec.encode(self._decode(trajectory), request, 0, self.model_id)
 
-    @torch.inference_mode()
     def run(self) -> None:
-        """Serve until `stop`: between two steps, take requests in and out, and finish images."""
+        """Serve until `stop`."""
         while not self._stopping:
-            self._read_inbox(wait=not (self._joining or self._active or self._denoised))
-            self.last_step_at = time.monotonic()
-            self._in_a_moment(lambda: self._joining, self._admit)
-            self.step()
-            self._in_a_moment(lambda: self._denoised, self._finish)
+            self.turn()
         self._encoders.shutdown()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do but to read the inbox."""
+        return not (self._joining or self._active or self._denoised)
+
+    @torch.inference_mode()
+    def turn(self) -> None:
+        """Take requests in and out, advance one batch by one step, finish images; waits when idle."""
+        self._read_inbox(wait=self.idle)
+        self.last_step_at = self._clock()
+        self._in_a_moment(lambda: self._joining, self._admit)
+        self.step()
+        self._in_a_moment(lambda: self._denoised, self._finish)
 
     def _in_a_moment(self, line: Callable[[], Collection[object]], serve_next: Callable[[], None]) -> None:
         """Serve a line between two steps for about as long as a forward pass takes, so that running images do
         not stall, however much there is to encode, probe or decode.
         """
-        until = time.monotonic() + max(self._pass_s, self._SHORTEST_MOMENT_S)
+        until = self._clock() + max(self._pass_s, self._SHORTEST_MOMENT_S)
         while line():
-            self.last_step_at = time.monotonic()
+            self.last_step_at = self._clock()
             serve_next()
-            if time.monotonic() > until:
+            if self._clock() > until:
                 return
 
     def step(self) -> None:
         """Advance one batch of images by one denoising step."""
-        now = time.monotonic()
+        now = self._clock()
         batch = next_batch(
             self._active, self._shapes.costs, self.settings.max_batch_size, self.settings.aging, now
         )
@@ -165,7 +188,7 @@ class Engine:
                 if message is None:
                     self._stopping = True
                 elif isinstance(message, GenerationRequest):
-                    self._joining.append((message, self._join(message, time.monotonic())))
+                    self._joining.append((message, self._join(message, self._clock())))
                 else:
                     self._drop(message)
                 message = self._inbox.get_nowait()
@@ -214,10 +237,10 @@ class Engine:
         return [pair for trajectory in batch for pair in self._denoise([trajectory])]
 
     def _forward(self, batch: list[Trajectory]) -> list[Tensor]:
-        started = time.monotonic()
+        started = self._clock()
         predictions = self.family.denoise(batch)
         synchronize(predictions[0])
-        self._pass_s = time.monotonic() - started
+        self._pass_s = self._clock() - started
         rows = sum(trajectory.rows for trajectory in batch)
         self._shapes.costs[group_key(batch[0]).shared].record(rows, self._pass_s)
         self._forwards += 1

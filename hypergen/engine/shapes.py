@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from hypergen.config import EngineSettings
 from hypergen.engine.batching import CostCurve, GroupKey, group_key
@@ -23,11 +24,13 @@ class Shapes:
 
     _KEPT = 256
 
-    def __init__(self, family: Family, settings: EngineSettings) -> None:
+    def __init__(
+        self, family: Family, settings: EngineSettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._family = family
         self._strict = settings.determinism == "strict"
         self._max_rows = 2 * settings.max_batch_size
-        self._rule = DeterminismRule(family, enabled=self._strict, max_rows=self._max_rows)
+        self._rule = DeterminismRule(family, enabled=self._strict, max_rows=self._max_rows, clock=clock)
         self._probes: dict[GroupKey, Probe] = {}
         self._probing: set[GroupKey] = set()
         self.costs: dict[GroupKey, CostCurve] = {}
