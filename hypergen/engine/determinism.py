@@ -2,12 +2,10 @@
 it.
 
 A kernel may add numbers in another order when the batch has another size, and then an image depends, in its
-last bits, on who shared the forward pass. On CPU two operations were found to do so: linear layers over a 2-D
-input with few rows (timestep and pooled embeddings), and some convolutions over a single row. The rule: such
-linear inputs are filled up to 16 rows, and such convolutions, found by trying each at its real input, run
-over two rows. Everything else is not assumed but probed: the same rows must agree bit for bit in passes of
-1, 2, 3, 4, 6 ... rows, at every position. With more threads or odd sizes some numbers of rows do not; those
-are left out.
+last bits, on who shared the forward pass. The rule makes the layers that were found to do so row-invariant
+(`invariance.py`). Everything else is not assumed but probed: the same rows must agree bit for bit in passes
+of 1, 2, 3, 4, 6 ... rows, at every position. With more threads or odd sizes some numbers of rows do not;
+those are left out.
 """
 
 from __future__ import annotations
@@ -15,17 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
+from hypergen.engine.invariance import make_convolutions_invariant, make_linears_invariant
 from hypergen.generation import Verdict
 from hypergen.models.family import Family
 
-_LINEAR_ROWS = 16
 _ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -74,11 +69,8 @@ class DeterminismRule:
         self._max_rows = max_rows
         self._budget_s = budget_s
         self._clock = clock
-        self._doubled: set[nn.Module] = set()
         if enabled:
-            for module in family.denoiser.modules():
-                if isinstance(module, nn.Linear):
-                    _replace_forward(module, _filled_linear)
+            make_linears_invariant(family.denoiser)
 
     def probe(self, width: int, height: int, prompt_length: int) -> Probe:
         """A probe, not yet run, of pictures drawn at width x height pixels from prompts of this length."""
@@ -92,7 +84,10 @@ class DeterminismRule:
         most = max(2, self._max_rows)
         arguments = self._family.probe_rows(found.width, found.height, prompt_length, most, generator)
         if self._enabled:
-            found.repaired = self._double_single_row_convolutions([rows[:1] for rows in arguments])
+            one_row = [rows[:1] for rows in arguments]
+            found.repaired = make_convolutions_invariant(
+                self._family.denoiser, lambda: self._family.forward(*one_row), self._max_rows
+            )
             yield
 
         spent_s = 0.0
@@ -128,51 +123,6 @@ class DeterminismRule:
         output = self._family.forward(*rows)
         synchronize(output)
         return output, self._clock() - started
-
-    def _double_single_row_convolutions(self, row: list[Tensor]) -> int:
-        differing: list[nn.Module] = []
-
-        def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(module, nn.Conv2d)
-            (x,) = inputs
-            if module not in self._doubled and x.shape[0] == 1:
-                neighbour = x.flip(-1)
-                pair = module._conv_forward(torch.cat([x, neighbour]), module.weight, module.bias)
-                if not torch.equal(pair[:1], output):
-                    differing.append(module)
-
-        hooks = [
-            module.register_forward_hook(compare)
-            for module in self._family.denoiser.modules()
-            if isinstance(module, nn.Conv2d)
-        ]
-        try:
-            self._family.forward(*row)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for module in differing:
-            _replace_forward(module, _doubled_convolution)
-            self._doubled.add(module)
-        return len(differing)
-
-
-def _replace_forward(module: nn.Module, replacement: Callable[..., Tensor]) -> None:
-    module.forward = partial(replacement, module.forward)
-
-
-def _filled_linear(forward: Callable[[Tensor], Tensor], x: Tensor, *args: Any) -> Tensor:
-    """Zero rows up to 16: with 4 or more rows the CPU's kernels give each row the same bits."""
-    if x.dim() != 2 or x.shape[0] >= _LINEAR_ROWS:
-        return forward(x, *args)
-    return forward(functional.pad(x, (0, 0, 0, _LINEAR_ROWS - x.shape[0])), *args)[: x.shape[0]]
-
-
-def _doubled_convolution(forward: Callable[[Tensor], Tensor], x: Tensor, *args: Any) -> Tensor:
-    """A single row twice: with 2 or more rows the CPU's kernels give each row the same bits."""
-    if x.shape[0] != 1:
-        return forward(x, *args)
-    return forward(x.expand(2, -1, -1, -1).contiguous(), *args)[:1]
 
 
 def synchronize(output: Tensor) -> None:
