@@ -25,6 +25,8 @@ _KUBERNETES_NAME = re.compile(r"HYPERGEN_(SERVICE_|PORT_)")
 Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Determinism = Literal["strict", "fast"]
+Compile = Literal["off", "on", "graphs"]
+Attention = Literal["flash", "cudnn", "efficient", "math"]
 
 
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):
@@ -58,6 +60,21 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         le=64,
         description="prompts are read in chunks of 75 tokens, up to this many; the rest is cut off",
+    )
+    compile: Compile = Field(
+        "off",
+        description="compile the denoiser for passes of 2, 4, 8 ... rows; graphs: and replay them as CUDA "
+        "graphs. Takes minutes at the start; TORCHINDUCTOR_CACHE_DIR keeps the result",
+    )
+    channels_last: bool = Field(False, description="keep images in memory channel by channel last")
+    attention: Attention | None = Field(
+        None, description="kernel of scaled dot product attention; absent: torch chooses"
+    )
+    decode_stream: bool = Field(
+        False, description="decode pictures on a CUDA stream of their own, beside the next step"
+    )
+    vectorised_steps: bool = Field(
+        True, description="images with the same sampler take their sampler's step together"
     )
     engine_stall_timeout_s: float = Field(
         300,

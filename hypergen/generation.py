@@ -95,6 +95,8 @@ class ImageFinished:
     prompt_tokens: int
     # Forward passes in which rows of other requests ran beside this image's.
     shared_forwards: int
+    engine_s: float = 0.0  # seconds from when the engine took the request to decoded pixels
+    encode_s: float = 0.0  # seconds that a thread took to write the file
 
 
 Event = Started | Progress | ImageFinished
@@ -113,6 +115,8 @@ class EngineStatus:
     forwards: int = 0  # forward passes since the start
     image_steps: int = 0  # images in those passes, summed
     restarts: int = 0
+    # Stage of the start -> seconds it took: imports, weights, warm-up.
+    startup_s: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

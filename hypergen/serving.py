@@ -87,8 +87,16 @@ def serve(
         raise
     if status:
         seconds, url = time.monotonic() - started, _url(server, server.host)
-        say(f"Ready after {seconds:.1f} s: {status['model']} on {status['device']}, {url}")
+        took = _stages(status, seconds)
+        say(f"Ready after {seconds:.1f} s ({took}): {status['model']} on {status['device']}, {url}")
     return _exit_code(child.wait())
+
+
+def _stages(status: dict[str, Any], seconds: float) -> str:
+    """Where the time went: the service, and what the slowest engine did after it."""
+    engine: dict[str, float] = max((e["startup_s"] for e in status["engines"]), key=lambda s: sum(s.values()))
+    stages = {"service": seconds - sum(engine.values()), **engine}
+    return ", ".join(f"{name} {taken:.1f}" for name, taken in stages.items())
 
 
 def _wait_until_loaded(child: subprocess.Popen[bytes], url: str) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class DeterminismRule:
 
     Args:
         enabled: False probes and reports, but changes nothing (`--determinism fast`).
+        repairs: False leaves the layers as they are: a compiled denoiser has none to replace any more.
         max_rows: the largest forward pass the engine would make.
         budget_s: a probe stops trying more rows after this long, which keeps large models on slow devices
             usable.
@@ -60,6 +61,7 @@ class DeterminismRule:
         family: Family,
         *,
         enabled: bool,
+        repairs: bool = True,
         max_rows: int,
         budget_s: float = 20,
         clock: Callable[[], float] = time.monotonic,
@@ -69,7 +71,8 @@ class DeterminismRule:
         self._max_rows = max_rows
         self._budget_s = budget_s
         self._clock = clock
-        if enabled:
+        self._repairs = enabled and repairs
+        if self._repairs:
             make_linears_invariant(family.denoiser)
 
     def probe(self, width: int, height: int, prompt_length: int) -> Probe:
@@ -83,7 +86,7 @@ class DeterminismRule:
         generator = torch.Generator("cpu").manual_seed(0)
         most = max(2, self._max_rows)
         arguments = self._family.probe_rows(found.width, found.height, prompt_length, most, generator)
-        if self._enabled:
+        if self._repairs:
             one_row = [rows[:1] for rows in arguments]
             found.repaired = make_convolutions_invariant(
                 self._family.denoiser, lambda: self._family.forward(*one_row), self._max_rows

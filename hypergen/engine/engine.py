@@ -5,31 +5,32 @@ device.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hypergen.config import EngineSettings
+from hypergen.engine.acceleration import accelerate
 from hypergen.engine.batching import group_key, next_batch
 from hypergen.engine.determinism import synchronize
 from hypergen.engine.failures import as_request_error
+from hypergen.engine.finishing import Finisher, Report
 from hypergen.engine.shapes import Shapes
-from hypergen.errors import GenerationError, RequestError
-from hypergen.generation import EngineStatus, Event, GenerationRequest, ImageFinished, Progress, Started
-from hypergen.images import codec
+from hypergen.engine.stepping import advance_all
+from hypergen.engine.warming import warm_up_request
+from hypergen.errors import RequestError
+from hypergen.generation import EngineStatus, GenerationRequest, Progress, Started
 from hypergen.models.family import Family
 from hypergen.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
-
-Report = Callable[[str, Event | RequestError], None]
 
 
 @dataclass
@@ -51,10 +52,9 @@ class Engine:
 
     Args:
         clock: seconds by which passes are measured and waiting counts; a benchmark gives CPU time.
-        encoders: where finished pictures become files.
+        encoders: where finished pictures become files; absent: threads of its own.
     """
 
-    _ENCODERS = 2
     _IDLE_WAIT_S = 1.0
     _SHORTEST_MOMENT_S = 0.02
 
@@ -68,10 +68,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         encoders: Executor | None = None,
     ) -> None:
+        accelerate(family, settings)
         self.family = family
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = clock()
+        self.startup_s: dict[str, float] = {}
         self._clock = clock
         self._report = report
         self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
@@ -80,7 +82,15 @@ class Engine:
         self._active: list[Trajectory] = []
         self._denoised: deque[Trajectory] = deque()
         self._stopping = False
-        self._encoders = encoders or ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
+        self._finisher = Finisher(
+            family,
+            model_id,
+            report,
+            self.cancel,
+            clock=clock,
+            own_stream=settings.decode_stream,
+            encoders=encoders,
+        )
         self._shapes = Shapes(family, settings, clock)
         self._pass_s = 0.0
         self._forwards = 0
@@ -104,6 +114,7 @@ class Engine:
             determinism=self._shapes.verdicts(),
             forwards=self._forwards,
             image_steps=self._image_steps,
+            startup_s=self.startup_s,
         )
 
     @torch.inference_mode()
@@ -113,34 +124,22 @@ class Engine:
         Raises:
             GenerationError: the model does not draw.
         """
-        defaults = self.family.describe(self.model_id).defaults
-        request = GenerationRequest(
-            id="warm-up",
-            prompt="",
-            negative_prompt=None,
-            width=defaults.width,
-            height=defaults.height,
-            num_inference_steps=2,
-            guidance_scale=defaults.guidance_scale,
-            seed=0,
-            seed_given=False,
-        )
-        trajectory = self.family.start(request, 0)
+        trajectory = self.family.start(warm_up_request(self.family.describe(self.model_id)), 0)
         deque(self._shapes.learn(trajectory), maxlen=0)
         while trajectory.remaining_steps:
             trajectory.advance(self.family.denoise([trajectory])[0])
-        codec.encode(self._decode(trajectory), request, 0, self.model_id)
+        self._finisher.encode(trajectory, self._finisher.decode(trajectory))
 
     def run(self) -> None:
         """Serve until `stop`."""
         while not self._stopping:
             self.turn()
-        self._encoders.shutdown()
+        self._finisher.shutdown()
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do but to read the inbox."""
-        return not (self._joining or self._active or self._denoised)
+        return not (self._joining or self._active or self._denoised or self._shapes.unfinished(()))
 
     @torch.inference_mode()
     def turn(self) -> None:
@@ -150,6 +149,13 @@ class Engine:
         self._in_a_moment(lambda: self._joining, self._admit)
         self.step()
         self._in_a_moment(lambda: self._denoised, self._finish)
+        if not self._joining and (shape := self._shapes.unfinished(self._active)):
+            self._stamp()
+            self._shapes.probe_on(shape)
+
+    def _stamp(self) -> None:
+        """Say that the engine moves; a new size of a compiled model may then take minutes and is no stall."""
+        self.last_step_at = math.inf if self.settings.compile != "off" else self._clock()
 
     def _in_a_moment(self, line: Callable[[], Collection[object]], serve_next: Callable[[], None]) -> None:
         """Serve a line between two steps for about as long as a forward pass takes, so that running images do
@@ -157,7 +163,7 @@ class Engine:
         """
         until = self._clock() + max(self._pass_s, self._SHORTEST_MOMENT_S)
         while line():
-            self.last_step_at = self._clock()
+            self._stamp()
             serve_next()
             if self._clock() > until:
                 return
@@ -175,8 +181,8 @@ class Engine:
             if not self._running[request_id].started:
                 self._running[request_id].started = True
                 self._report(request_id, Started())
-        for trajectory, noise_pred in self._denoise(batch):
-            self._advance(trajectory, noise_pred)
+        for trajectory, error in advance_all(self._denoise(batch), self.settings.vectorised_steps):
+            self._advanced(trajectory, error)
         for request_id in {trajectory.request.id for trajectory in batch} & self._running.keys():
             running = self._running[request_id]
             self._report(request_id, Progress(running.steps_done, running.steps_due))
@@ -232,7 +238,7 @@ class Engine:
         if out_of_memory:
             torch.cuda.empty_cache()
             rows = sum(trajectory.rows for trajectory in batch)
-            self._shapes.costs[group_key(batch[0]).shared].max_rows = max(2, rows // 2)
+            self._shapes.limit_rows(group_key(batch[0]).shared, rows)
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
         return [pair for trajectory in batch for pair in self._denoise([trajectory])]
 
@@ -250,13 +256,11 @@ class Engine:
             trajectory.shared_forwards += shared
         return predictions
 
-    def _advance(self, trajectory: Trajectory, noise_pred: Tensor) -> None:
+    def _advanced(self, trajectory: Trajectory, error: Exception | None) -> None:
         running = self._running.get(trajectory.request.id)
         if running is None:  # another image of the request failed in this very step
             return
-        try:
-            trajectory.advance(noise_pred)
-        except Exception as error:  # the same edge
+        if error is not None:
             self._fail(trajectory.request.id, as_request_error(error, trajectory.request))
             return
         running.steps_done += 1
@@ -269,7 +273,7 @@ class Engine:
         trajectory = self._denoised.popleft()
         request = trajectory.request
         try:
-            pixels = self._decode(trajectory)
+            decoded = self._finisher.decode(trajectory)
         except Exception as error:  # the same edge
             self._fail(request.id, as_request_error(error, request))
             return
@@ -277,34 +281,7 @@ class Engine:
         running.images_left -= 1
         if running.images_left == 0:
             del self._running[request.id]
-        self._encoders.submit(self._encode, trajectory, pixels)
-
-    def _decode(self, trajectory: Trajectory) -> np.ndarray:
-        if not torch.isfinite(trajectory.latents).all():
-            sampler = trajectory.request.sampler or "of the model"
-            raise GenerationError(
-                f"The sampler {sampler} left the numbers it can draw with; try other settings."
-            )
-        return self.family.decode(trajectory)
-
-    def _encode(self, trajectory: Trajectory, pixels: np.ndarray) -> None:
-        request = trajectory.request
-        try:
-            data = codec.encode(pixels, request, trajectory.index, self.model_id)
-        except Exception as error:  # the same edge, on the encoders' side
-            self.cancel(request.id)
-            self._report(request.id, as_request_error(error, request))
-            return
-        self._report(
-            request.id,
-            ImageFinished(
-                index=trajectory.index,
-                seed=trajectory.seed,
-                data=data,
-                prompt_tokens=trajectory.prompt_tokens,
-                shared_forwards=trajectory.shared_forwards,
-            ),
-        )
+        self._finisher.encode_later(trajectory, decoded)
 
     def _fail(self, request_id: str, error: RequestError) -> None:
         self._drop(request_id)

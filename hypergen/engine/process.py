@@ -41,6 +41,7 @@ def main() -> None:
     threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
 
     engines: list[Engine] = []
+    stages = _Stages()
     # Reads from the start, so that a parent that leaves while the model loads is noticed.
     threading.Thread(target=_read, args=(connection, engines), daemon=True).start()
 
@@ -52,11 +53,16 @@ def main() -> None:
         from hypergen.models import loading
 
         _quieten_libraries()
+        loading.import_family(start.model_path)
+        stages.end("imports")
         torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
         torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
         family = loading.load(start.model_path, start.settings)
+        stages.end("weights")
         engine = Engine(family, start.model_id, start.settings, _reporter(outbox))
         engine.warm_up()
+        stages.end("warm-up")
+        engine.startup_s = stages.seconds
     except Exception as error:  # the last edge: whatever it is, the parent must hear of it
         reason = str(error)
         if not isinstance(error, HyperGenError):
@@ -67,13 +73,26 @@ def main() -> None:
         wire.send(connection, wire.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
     engines.append(engine)
-    outbox.put(wire.Loaded(family.describe(start.model_id)))
+    outbox.put(wire.Loaded(family.describe(start.model_id), engine.status()))
     threading.Thread(target=_beat, args=(engine, outbox), daemon=True).start()
     try:
         engine.run()
     except Exception:  # the device is lost; a new process gets a new one
         logger.exception("The engine cannot go on.")
         os._exit(13)
+
+
+class _Stages:
+    """Where the time of a start goes: stage -> seconds since the stage before it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def end(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._since, 3)
+        self._since = now
 
 
 def _quieten_libraries() -> None:

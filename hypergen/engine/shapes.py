@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 
 from hypergen.config import EngineSettings
 from hypergen.engine.batching import CostCurve, GroupKey, group_key
@@ -19,10 +20,16 @@ logger = logging.getLogger(__name__)
 class Shapes:
     """Probes shapes as they first appear, and remembers the latest.
 
+    A probe is made in two parts: what a request needs before it can be drawn, and larger passes, which wait
+    until the engine has nothing else to do or more images than it may draw at once.
+
     Keys are those of images that share their passes: what must run alone costs what its shape costs.
     """
 
     _KEPT = 256
+    # Two guided images. A request need not wait until larger passes are proved.
+    _ENOUGH_ROWS = 4
+    _END = object()
 
     def __init__(
         self, family: Family, settings: EngineSettings, clock: Callable[[], float] = time.monotonic
@@ -30,14 +37,22 @@ class Shapes:
         self._family = family
         self._strict = settings.determinism == "strict"
         self._max_rows = 2 * settings.max_batch_size
-        self._rule = DeterminismRule(family, enabled=self._strict, max_rows=self._max_rows, clock=clock)
+        self._compiled = settings.compile != "off"
+        self._rule = DeterminismRule(
+            family,
+            enabled=self._strict,
+            repairs=not self._compiled,
+            max_rows=self._max_rows,
+            clock=clock,
+        )
         self._probes: dict[GroupKey, Probe] = {}
         self._probing: set[GroupKey] = set()
+        self._unfinished: set[GroupKey] = set()
         self.costs: dict[GroupKey, CostCurve] = {}
 
     def learn(self, trajectory: Trajectory) -> Iterator[None]:
-        """Probe the shape of a trajectory if it is new; an item for each forward pass, so that other images
-        can advance between them.
+        """Probe the shape of a trajectory if it is new, far enough to draw; an item for each forward pass, so
+        that other images can advance between them.
         """
         key = group_key(trajectory).shared
         while key in self._probing:  # for another request
@@ -45,26 +60,69 @@ class Shapes:
         if key in self._probes:
             return
         request = trajectory.request
-        size = self._family.drawn_size(request.width, request.height)
-        probe = self._rule.probe(*size, key.prompt_length)
+        probe = self._rule.probe(*self._family.drawn_size(request.width, request.height), key.prompt_length)
         self._probing.add(key)
         try:
-            yield from probe.passes
+            for _ in probe.passes:
+                if max(probe.seconds, default=0) >= self._ENOUGH_ROWS:
+                    break
+                yield
         finally:
             self._probing.discard(key)
+        self._probes[key] = probe
+        self._unfinished.add(key)
+        self._read(key)
+
+    def unfinished(self, active: Collection[Trajectory]) -> GroupKey | None:
+        """A shape whose probe has more rows to try, and that it is worth to try them: nothing else is to be
+        done, or more rows wait than are proved.
+        """
+        rows: Counter[GroupKey] = Counter()
+        for trajectory in active:
+            rows[group_key(trajectory).shared] += trajectory.rows
+        worth = (key for key in self._unfinished if not active or rows[key] > max(self._probes[key].seconds))
+        return next(worth, None)
+
+    def probe_on(self, key: GroupKey) -> None:
+        """One more forward pass of an unfinished probe."""
+        try:
+            if next(self._probes[key].passes, self._END) is not self._END:
+                self._read(key)
+                return
+        except Exception:  # what is proved so far still serves
+            logger.exception("A probe failed and is given up.")
+        self._finish(key)
+
+    def limit_rows(self, key: GroupKey, rows: int) -> None:
+        """So many rows do not fit into memory: try no more, and make smaller passes."""
+        self._unfinished.discard(key)
+        self.costs[key].max_rows = max(2, rows // 2)
+
+    def _read(self, key: GroupKey) -> None:
+        """Take over what a probe has found so far."""
+        probe = self._probes[key]
+        # Any other number of rows would have to be compiled first, or has not been proved.
+        tried_only = self._compiled or (self._strict and probe.verdict == "exact")
+        if key not in self.costs:
+            self.costs[key] = CostCurve(self._max_rows)
+        curve = self.costs[key]
+        curve.max_rows = max(probe.seconds) if tried_only else self._max_rows
+        curve.row_counts = frozenset(probe.seconds) if tried_only else None
+        curve.seconds = {**probe.seconds, **curve.seconds}
+
+    def _finish(self, key: GroupKey) -> None:
+        self._unfinished.discard(key)
+        self._read(key)
+        probe = self._probes[key]
         seconds = ", ".join(f"{rows}: {seconds:.3f}" for rows, seconds in probe.seconds.items())
         logger.info(
             "Probed %dx%d: %s, %d layers repaired, seconds of a pass by rows {%s}",
-            *size,
+            probe.width,
+            probe.height,
             probe.verdict,
             probe.repaired,
             seconds,
         )
-        if self._strict and probe.verdict == "exact":
-            self.costs[key] = CostCurve(max(probe.seconds), frozenset(probe.seconds), dict(probe.seconds))
-        else:
-            self.costs[key] = CostCurve(self._max_rows, None, dict(probe.seconds))
-        self._probes[key] = probe
 
     def forget_old(self, needed: set[GroupKey]) -> None:
         """Keep the latest shapes and those that are needed."""
@@ -72,6 +130,7 @@ class Shapes:
             : max(0, len(self._probes) - self._KEPT)
         ]:
             del self._probes[key], self.costs[key]
+            self._unfinished.discard(key)
 
     def must_run_alone(self, trajectory: Trajectory) -> bool:
         """Whether neighbours would change the bits of an image whose seed was asked for."""

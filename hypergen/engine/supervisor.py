@@ -167,11 +167,11 @@ class Supervisor:
             case wire.Alive(step_age_s, status):
                 self._step_seen_at = time.monotonic() - step_age_s
                 self._set_status(status)
-            case wire.Loaded(description):
+            case wire.Loaded(description, status):
                 self._failed_loads, self._loading = 0, False
                 self._step_seen_at = time.monotonic()
                 self.description = description
-                self._set_status(EngineStatus(state="ready", device=description.device))
+                self._set_status(status)
                 self._on_ready(self)
             case wire.LoadFailed(reason):
                 self._load_error = reason

@@ -49,6 +49,7 @@ class Loaded:
     """Engine to pool: ready to draw."""
 
     description: ModelDescription
+    status: EngineStatus
 
 
 @dataclass(frozen=True, slots=True)

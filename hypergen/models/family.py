@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,11 @@ class Family(Protocol):
     @property
     def denoiser(self) -> nn.Module:
         """The network that runs once per step: a UNet or a transformer."""
+        ...
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The network that turns latents into pixels."""
         ...
 
     def describe(self, model_id: str) -> ModelDescription:
@@ -39,8 +43,8 @@ class Family(Protocol):
         """One forward pass over all of them, then guidance: one prediction of shape (1, C, h, w) each."""
         ...
 
-    def decode(self, trajectory: Trajectory) -> np.ndarray:
-        """Pixels of one finished image: uint8, shape (drawn height, drawn width, 3)."""
+    def decode(self, trajectory: Trajectory) -> Tensor:
+        """What the decoder makes of one denoised image: -1..1, shape (1, 3, drawn height, drawn width)."""
         ...
 
     def probe_rows(

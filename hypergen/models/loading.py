@@ -23,11 +23,7 @@ def load(path: Path, settings: EngineSettings) -> Family:
     Raises:
         ModelError: the folder is of no known family, or its files do not fit together.
     """
-    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise ModelError(f"It is a {name}; HyperGen draws with {', '.join(sorted(FAMILIES))}.")
-    family = family_class(name)
+    family = import_family(path)
     card_file = path / "hypergen.json"
     card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     device = choose_device(settings)
@@ -43,6 +39,19 @@ def load(path: Path, settings: EngineSettings) -> Family:
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
     pipeline.to(device)
     return family(pipeline, card, settings)
+
+
+def import_family(path: Path) -> Any:
+    """The family of the model in `path`; importing it takes longer than loading small weights.
+
+    Raises:
+        ModelError: the folder is of no known family.
+    """
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise ModelError(f"It is a {name}; HyperGen draws with {', '.join(sorted(FAMILIES))}.")
+    return family_class(name)
 
 
 def choose_device(settings: EngineSettings) -> torch.device:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
-from hypergen.errors import GenerationError
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
 from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
 from hypergen.models.sizes import nearest_native_size, round_up
@@ -46,6 +44,10 @@ class StableDiffusion:
     @property
     def denoiser(self) -> nn.Module:
         return self.unet
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vae
 
     def describe(self, model_id: str) -> ModelDescription:
         side = self.unet.config.sample_size * self.vae_scale_factor
@@ -109,13 +111,9 @@ class StableDiffusion:
             predictions[i] = noise_pred[row] + guidance_scale * (predictions[i] - noise_pred[row])
         return predictions
 
-    def decode(self, trajectory: Trajectory) -> np.ndarray:
+    def decode(self, trajectory: Trajectory) -> Tensor:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        image: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        if not torch.isfinite(image).all():
-            raise GenerationError("The decoder of this model left the numbers it can draw with.")
-        pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float() * 255
-        return pixels[0].round().to(torch.uint8).cpu().numpy()
+        return self.vae.decode(latents, return_dict=False)[0]
 
     def probe_rows(
         self, width: int, height: int, prompt_length: int, rows: int, generator: torch.Generator

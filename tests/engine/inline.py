@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from hypergen.config import EngineSettings
 from hypergen.engine.engine import Engine
+from hypergen.engine.finishing import to_pixels
 from hypergen.errors import RequestError
 from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress
 from hypergen.models.family import Family
@@ -42,7 +44,8 @@ class InlineEngine:
     """Draws requests until all of them have ended; `on_event` may submit and cancel more on the way."""
 
     def __init__(self, family: Family, **settings: Any) -> None:
-        self.engine = Engine(family, "small", make_settings(**settings), self._report)
+        # CPU time, so that other processes on the machine do not change who shares a pass.
+        self.engine = Engine(family, "small", make_settings(**settings), self._report, clock=time.thread_time)
         self.images: dict[str, dict[int, ImageFinished]] = {}
         self.errors: dict[str, RequestError] = {}
         self.progress: list[tuple[str, int]] = []
@@ -50,6 +53,15 @@ class InlineEngine:
         self.trace: dict[str, bytes] = {}  # the last latents of each request's first image, bit by bit
         self._open: dict[str, int] = {}
         self._on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
+
+    @torch.inference_mode()
+    def know(self, *requests: GenerationRequest) -> None:
+        """Prove every size of a pass for the shapes of these requests, as if they had been served before."""
+        for request in requests:
+            for _ in self.engine._shapes.learn(self.engine.family.start(request, 0)):
+                pass
+        while not self.engine.idle:
+            self.engine.turn()
 
     def submit(self, request: GenerationRequest) -> None:
         self._open[request.id] = request.n
@@ -87,7 +99,7 @@ class InlineEngine:
             self.progress.append((request_id, event.step))
             if event.step == event.steps:
                 trajectory = next(t for t in self.engine._denoised if t.request.id == request_id)
-                self.trace[request_id] = trajectory.latents.numpy().tobytes()
+                self.trace[request_id] = trajectory.latents.cpu().numpy().tobytes()
         self._on_event(request_id, event)
         if isinstance(event, RequestError):
             self.errors[request_id] = event
@@ -110,4 +122,4 @@ def draw_alone(family: Family, request: GenerationRequest, index: int = 0) -> An
     trajectory = family.start(request, index)
     while trajectory.remaining_steps:
         trajectory.advance(family.denoise([trajectory])[0])
-    return family.decode(trajectory)
+    return to_pixels(family.decode(trajectory)).numpy()

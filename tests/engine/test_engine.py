@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hypergen.engine.batching import group_key
 from hypergen.engine.shapes import Shapes
 from hypergen.errors import GenerationError, RequestError
 from hypergen.generation import Event, ImageFinished, Progress, Started
@@ -41,6 +42,7 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
 def test_each_request_is_told_when_it_starts_how_far_it_is_and_what_was_drawn(inline: MakeEngine) -> None:
     request = make_request(n=2, num_inference_steps=2)
     engine = inline()
+    engine.know(request)
     engine.run(request)
     events = [event for _, event in engine.events]
     assert events[0] == Started()
@@ -53,6 +55,7 @@ def test_image_j_of_a_request_is_the_single_image_of_seed_plus_j(inline: MakeEng
     several = make_request(n=3, seed=40, sampler="euler_a")
     singles = [make_request(seed=40 + j, sampler="euler_a") for j in range(3)]
     engine = inline()
+    engine.know(several)
     engine.run(several, *singles)
     for j, single in enumerate(singles):
         assert engine.data(several, j) == engine.data(single)
@@ -62,6 +65,7 @@ def test_a_cancelled_request_leaves_before_its_next_step(inline: MakeEngine) -> 
     cancelled = make_request(num_inference_steps=50, n=2)
     other = make_request(num_inference_steps=10)
     engine = inline()
+    engine.know(other)
 
     def cancel_once_running(request_id: str, event: Event | RequestError) -> None:
         if request_id == cancelled.id and engine.steps(cancelled) >= 4:
@@ -129,6 +133,7 @@ def test_numbers_that_are_none_fail_their_request_and_no_other(inline: MakeEngin
     undisturbed = inline()
     undisturbed.run(good)
     engine = inline()
+    engine.know(make_request())
 
     def spoil(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(2, 4):
@@ -210,6 +215,7 @@ def test_requests_that_arrive_together_start_together(inline: MakeEngine) -> Non
     known = make_request(num_inference_steps=1)
     together = [make_request(num_inference_steps=1, seed=seed) for seed in range(8)]
     engine = inline()
+    engine.know(make_request())
 
     def submit_the_others(request_id: str, event: Event | RequestError) -> None:
         if request_id == known.id and isinstance(event, ImageFinished):
@@ -227,6 +233,7 @@ def test_prompts_of_unequal_length_do_not_share_a_pass_and_all_finish(inline: Ma
     negative = make_request(num_inference_steps=8, negative_prompt="blurred, ugly, dull " * 5)
     too_long = make_request(num_inference_steps=8, prompt="longer than everything " * 50)
     engine = inline()
+    engine.know(long)
     engine.run(short, long, negative, too_long)
     images = {request.id: engine.images[request.id][0] for request in (short, long, negative, too_long)}
     assert images[short.id].shared_forwards == 0
@@ -254,3 +261,21 @@ def test_the_warm_up_draws_the_default_size(inline: MakeEngine) -> None:
     engine = inline()
     engine.engine.warm_up()
     assert engine.engine.status().determinism.keys() == {"128x128"}
+
+
+def test_a_request_of_a_new_size_does_not_wait_for_large_passes_to_be_proved(inline: MakeEngine) -> None:
+    engine = inline(max_batch_size=8)
+    request = make_request(num_inference_steps=3)
+    engine.run(request)
+    assert engine.data(request)
+    assert not engine.engine.idle
+    while not engine.engine.idle:
+        engine.engine.turn()
+    assert len(engine.engine._shapes.costs[group_key(engine.engine.family.start(request, 0))].seconds) >= 4
+
+
+def test_larger_passes_are_proved_as_soon_as_more_images_wait(inline: MakeEngine) -> None:
+    engine = inline(max_batch_size=8, aging=0)
+    engine.run(*(make_request(num_inference_steps=20, seed=seed) for seed in range(8)))
+    status = engine.engine.status()
+    assert status.image_steps / status.forwards > 2  # two guided images are four rows, proved at once

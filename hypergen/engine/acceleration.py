@@ -1,0 +1,89 @@
+"""Acceleration: what a device may be told so that it draws the same pictures faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hypergen.config import Attention, EngineSettings
+from hypergen.errors import ModelError
+from hypergen.models.family import Family
+
+Forward = Callable[..., Tensor]
+
+_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# One for each number of rows, latent shape and prompt length; torch gives up after 8 by default.
+_COMPILED_SHAPES = 512
+
+
+def accelerate(family: Family, settings: EngineSettings) -> None:
+    """Change a loaded family as the settings say.
+
+    Raises:
+        ModelError: a setting needs another device than the model is on.
+    """
+    device = next(family.denoiser.parameters()).device.type
+    needs_cuda = {"compile=graphs": settings.compile == "graphs", "decode_stream": settings.decode_stream}
+    for setting, wanted in needs_cuda.items():
+        if wanted and device != "cuda":
+            raise ModelError(f"The setting {setting} needs a CUDA device; this model is on {device}.")
+    if settings.channels_last:
+        family.denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
+        family.decoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  the same
+    forward = family.forward
+    if settings.compile != "off":
+        graphs = settings.compile == "graphs"
+        torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
+        # Fixed shapes, and no kernels chosen by timing: those could differ after the next start.
+        family.denoiser.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+        forward = _in_buckets(forward, copy=graphs)
+    if settings.attention is not None:
+        forward = _with_attention(forward, settings.attention, device)
+    _replace_forward(family, forward)
+
+
+def bucket(rows: int) -> int:
+    """The number of rows that a compiled pass is filled up to: 2, 4, 8 ..."""
+    return max(2, 1 << (rows - 1).bit_length())
+
+
+def _in_buckets(forward: Forward, copy: bool) -> Forward:
+    """Fill a pass up with copies of its last row, so that few shapes are compiled.
+
+    Args:
+        copy: the result stands in memory that the next pass overwrites.
+    """
+
+    def filled(*rows: Tensor) -> Tensor:
+        count = rows[0].shape[0]
+        missing = bucket(count) - count
+        output = forward(*(torch.cat([row, row[-1:].expand(missing, *row.shape[1:])]) for row in rows))
+        return output[:count].clone() if copy else output[:count]
+
+    return filled
+
+
+def _with_attention(forward: Forward, kernel: Attention, device: str) -> Forward:
+    def attending(*rows: Tensor) -> Tensor:
+        try:
+            with sdpa_kernel(_KERNELS[kernel]):
+                return forward(*rows)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+                raise
+            raise ModelError(f"Attention '{kernel}' cannot run this model on {device}.") from None
+
+    return attending
+
+
+def _replace_forward(family: Any, forward: Forward) -> None:
+    family.forward = forward
