@@ -85,6 +85,9 @@ def to_response(error: RequestError) -> Response:
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(body), status, headers, media_type="application/json")
+
+
+def to_json(body: Any) -> bytes:
     """JSON in ASCII: a prompt may hold characters that UTF-8 cannot carry."""
-    data = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
-    return Response(data, status, headers, media_type="application/json")
+    return json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")

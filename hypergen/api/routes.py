@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import takewhile
@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Match, Mount
 
 from hypergen.api.auth import FILES_PREFIX
@@ -74,12 +74,13 @@ def create_router(
             urls = None
         else:
             urls = await asyncio.to_thread(store, storage, asked.generation, images, base)
-        answer = await asyncio.to_thread(
-            lambda: json_response(openai.to_response(asked, images, urls, created=int(time.time())))
-        )
+        pieces = await asyncio.to_thread(openai.to_response, asked, images, urls, created=int(time.time()))
+        answer = StreamingResponse(_one_by_one(pieces), media_type="application/json")
+        answer.headers["content-length"] = str(sum(len(piece) for piece in pieces))
         answer.headers["openai-processing-ms"] = str(max(1, round((time.monotonic() - started) * 1000)))
         shared = ",".join(str(image.shared_forwards) for image in images)
         answer.headers["x-hypergen-shared-forwards"] = shared
+        answer.headers["server-timing"] = server_timing(images)
         return answer
 
     @router.get("/v1/models", summary="The models of this server")
@@ -182,6 +183,19 @@ async def draw(
         await _cancel(leaving)
 
 
+def server_timing(images: list[ImageFinished]) -> str:
+    """The `Server-Timing` header: milliseconds in the engine and in its encoding threads.
+
+    Both are of the picture that was finished last, because the answer waited for it and pictures of one
+    request are drawn and encoded side by side: what the request took beyond their sum was spent on HTTP, in
+    the queue before the engine, and on waiting for an encoding thread.
+
+    Source: https://www.w3.org/TR/server-timing/.
+    """
+    last = max(images, key=lambda image: image.engine_s + image.encode_s)
+    return f"engine;dur={last.engine_s * 1000:.1f}, encode;dur={last.encode_s * 1000:.1f}"
+
+
 def store(
     storage: ImageStorage, request: GenerationRequest, images: list[ImageFinished], base: str
 ) -> list[str]:
@@ -204,6 +218,12 @@ def url_base(request: Request, settings: Settings) -> str:
     if not _HOST.fullmatch(host):
         raise InvalidRequestError("The Host header names no host.", code="invalid_host")
     return f"{request.scope['scheme']}://{host}"
+
+
+async def _one_by_one(pieces: Iterable[bytes]) -> AsyncGenerator[bytes, None]:
+    """Let the server wait for the client after each piece: handing over 40 MB at once blocks the loop."""
+    for piece in pieces:
+        yield piece
 
 
 async def _disconnected(request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import time
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_image_answers_tell_how_long_they_took(client: httpx.Client) -> None:
     started = time.monotonic()
     response = client.post(GENERATIONS, json=QUICK)
     assert 1 <= int(response.headers["openai-processing-ms"]) <= (time.monotonic() - started) * 1000 + 1
+
+
+def test_image_answers_tell_what_the_engine_took(client: httpx.Client) -> None:
+    started = time.monotonic()
+    response = client.post(GENERATIONS, json={**QUICK, "n": 3, "output_format": "webp"})
+    wall_ms = (time.monotonic() - started) * 1000
+    timing = re.fullmatch(r"engine;dur=([0-9.]+), encode;dur=([0-9.]+)", response.headers["server-timing"])
+    assert timing is not None
+    engine_ms, encode_ms = map(float, timing.groups())
+    assert engine_ms > 0
+    assert encode_ms > 0
+    assert engine_ms + encode_ms < wall_ms + 1
 
 
 def test_request_ids_are_unique_and_on_every_answer(client: httpx.Client) -> None:
