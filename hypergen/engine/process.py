@@ -5,6 +5,7 @@ Started by the pool as `python -m hypergen.engine.process FD`, with one end of a
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -45,6 +46,8 @@ def main() -> None:
     # Reads from the start, so that a parent that leaves while the model loads is noticed.
     threading.Thread(target=_read, args=(connection, engines), daemon=True).start()
 
+    # A sixth of the time of the imports would go to looking for garbage among what stays for ever.
+    gc.disable()
     try:
         # Imported this late because it takes seconds, in which signals and the parent already matter.
         import torch
@@ -63,6 +66,8 @@ def main() -> None:
         engine.warm_up()
         stages.end("warm-up")
         engine.startup_s = stages.seconds
+        gc.freeze()
+        gc.enable()
     except Exception as error:  # the last edge: whatever it is, the parent must hear of it
         reason = str(error)
         if not isinstance(error, HyperGenError):

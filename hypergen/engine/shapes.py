@@ -27,8 +27,8 @@ class Shapes:
     """
 
     _KEPT = 256
-    # Two guided images. A request need not wait until larger passes are proved.
-    _ENOUGH_ROWS = 4
+    # One guided image. A request need not wait until larger passes are proved.
+    _ENOUGH_ROWS = 2
     _END = object()
 
     def __init__(

@@ -21,6 +21,7 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
     long = make_request(num_inference_steps=12, seed=1)
     short = make_request(num_inference_steps=3, sampler="euler", guidance_scale=1.0, seed=2)
     engine = inline(aging=0)
+    engine.know(long)
 
     def join_at_the_third_step(request_id: str, event: Event | RequestError) -> None:
         if request_id == long.id and event == Progress(3, 12):
@@ -278,4 +279,4 @@ def test_larger_passes_are_proved_as_soon_as_more_images_wait(inline: MakeEngine
     engine = inline(max_batch_size=8, aging=0)
     engine.run(*(make_request(num_inference_steps=20, seed=seed) for seed in range(8)))
     status = engine.engine.status()
-    assert status.image_steps / status.forwards > 2  # two guided images are four rows, proved at once
+    assert status.image_steps / status.forwards > 2  # one guided image is two rows, proved at once
