@@ -1,4 +1,4 @@
-"""The command line: hypergen serve | generate | models | import."""
+"""The command line: hypergen serve | generate | models | import | bench."""
 
 from __future__ import annotations
 
@@ -174,6 +174,14 @@ def import_(source: str | None, revision: str | None, dtype: Any) -> None:
 
     stored = store.import_model(source, revision=revision, dtype=dtype, progress=_say)
     click.echo(stored.tag)
+
+
+@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure throughput and latency against stock diffusers; --help lists the options."""
+    # A program of its own: this one imports no torch.
+    os.execv(sys.executable, [sys.executable, "-m", "hypergen.bench", *arguments])
 
 
 def _ensure(settings: Settings) -> StoredModel:

@@ -91,7 +91,7 @@ class Engine:
             own_stream=settings.decode_stream,
             encoders=encoders,
         )
-        self._shapes = Shapes(family, settings, clock)
+        self.shapes = Shapes(family, settings, clock)
         self._pass_s = 0.0
         self._forwards = 0
         self._image_steps = 0
@@ -111,7 +111,7 @@ class Engine:
         return EngineStatus(
             state="ready",
             device=self.family.describe(self.model_id).device,
-            determinism=self._shapes.verdicts(),
+            determinism=self.shapes.verdicts(),
             forwards=self._forwards,
             image_steps=self._image_steps,
             startup_s=self.startup_s,
@@ -125,7 +125,7 @@ class Engine:
             GenerationError: the model does not draw.
         """
         trajectory = self.family.start(warm_up_request(self.family.describe(self.model_id)), 0)
-        deque(self._shapes.learn(trajectory), maxlen=0)
+        deque(self.shapes.learn(trajectory), maxlen=0)
         while trajectory.remaining_steps:
             trajectory.advance(self.family.denoise([trajectory])[0])
         self._finisher.encode(trajectory, self._finisher.decode(trajectory))
@@ -139,7 +139,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do but to read the inbox."""
-        return not (self._joining or self._active or self._denoised or self._shapes.unfinished(()))
+        return not (self._joining or self._active or self._denoised or self.shapes.unfinished(()))
 
     @torch.inference_mode()
     def turn(self) -> None:
@@ -149,9 +149,9 @@ class Engine:
         self._in_a_moment(lambda: self._joining, self._admit)
         self.step()
         self._in_a_moment(lambda: self._denoised, self._finish)
-        if not self._joining and (shape := self._shapes.unfinished(self._active)):
+        if not self._joining and (shape := self.shapes.unfinished(self._active)):
             self._stamp()
-            self._shapes.probe_on(shape)
+            self.shapes.probe_on(shape)
 
     def _stamp(self) -> None:
         """Say that the engine moves; a new size of a compiled model may then take minutes and is no stall."""
@@ -172,7 +172,7 @@ class Engine:
         """Advance one batch of images by one denoising step."""
         now = self._clock()
         batch = next_batch(
-            self._active, self._shapes.costs, self.settings.max_batch_size, self.settings.aging, now
+            self._active, self.shapes.costs, self.settings.max_batch_size, self.settings.aging, now
         )
         if not batch:
             return
@@ -215,14 +215,14 @@ class Engine:
     def _join(self, request: GenerationRequest, arrived_at: float) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         trajectories = [self.family.start(request, index) for index in range(request.n)]
-        yield from self._shapes.learn(trajectories[0])
+        yield from self.shapes.learn(trajectories[0])
         for trajectory in trajectories:
             trajectory.arrived_at = arrived_at
-            trajectory.lone = self._shapes.must_run_alone(trajectory)
+            trajectory.lone = self.shapes.must_run_alone(trajectory)
         steps_due = sum(trajectory.remaining_steps for trajectory in trajectories)
         self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
         self._active.extend(trajectories)
-        self._shapes.forget_old({group_key(trajectory).shared for trajectory in self._active})
+        self.shapes.forget_old({group_key(trajectory).shared for trajectory in self._active})
 
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """One forward pass; when it fails, one for each image, so that only the guilty request fails."""
@@ -238,7 +238,7 @@ class Engine:
         if out_of_memory:
             torch.cuda.empty_cache()
             rows = sum(trajectory.rows for trajectory in batch)
-            self._shapes.limit_rows(group_key(batch[0]).shared, rows)
+            self.shapes.limit_rows(group_key(batch[0]).shared, rows)
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
         return [pair for trajectory in batch for pair in self._denoise([trajectory])]
 
@@ -248,7 +248,7 @@ class Engine:
         synchronize(predictions[0])
         self._pass_s = self._clock() - started
         rows = sum(trajectory.rows for trajectory in batch)
-        self._shapes.costs[group_key(batch[0]).shared].record(rows, self._pass_s)
+        self.shapes.costs[group_key(batch[0]).shared].record(rows, self._pass_s)
         self._forwards += 1
         self._image_steps += len(batch)
         shared = len({trajectory.request.id for trajectory in batch}) > 1

@@ -58,7 +58,7 @@ class InlineEngine:
     def know(self, *requests: GenerationRequest) -> None:
         """Prove every size of a pass for the shapes of these requests, as if they had been served before."""
         for request in requests:
-            for _ in self.engine._shapes.learn(self.engine.family.start(request, 0)):
+            for _ in self.engine.shapes.learn(self.engine.family.start(request, 0)):
                 pass
         while not self.engine.idle:
             self.engine.turn()

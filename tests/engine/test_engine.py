@@ -224,7 +224,7 @@ def test_requests_that_arrive_together_start_together(inline: MakeEngine) -> Non
                 engine.submit(request)
 
     engine.run(known, on_event=submit_the_others)
-    knee = next(iter(engine.engine._shapes.costs.values())).knee()
+    knee = next(iter(engine.engine.shapes.costs.values())).knee()
     assert engine.engine.status().forwards - 1 <= 16 // knee + 2
 
 
@@ -255,7 +255,7 @@ def test_what_is_learned_of_shapes_is_bounded(inline: MakeEngine, monkeypatch: p
     engine.run(first, on_event=submit_the_next)
     assert len(engine.images) == 4
     assert len(engine.engine.status().determinism) <= 3
-    assert len(engine.engine._shapes.costs) == len(engine.engine.status().determinism)
+    assert len(engine.engine.shapes.costs) == len(engine.engine.status().determinism)
 
 
 def test_the_warm_up_draws_the_default_size(inline: MakeEngine) -> None:
@@ -272,7 +272,7 @@ def test_a_request_of_a_new_size_does_not_wait_for_large_passes_to_be_proved(inl
     assert not engine.engine.idle
     while not engine.engine.idle:
         engine.engine.turn()
-    assert len(engine.engine._shapes.costs[group_key(engine.engine.family.start(request, 0))].seconds) >= 4
+    assert len(engine.engine.shapes.costs[group_key(engine.engine.family.start(request, 0))].seconds) >= 4
 
 
 def test_larger_passes_are_proved_as_soon_as_more_images_wait(inline: MakeEngine) -> None:

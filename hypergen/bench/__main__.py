@@ -1,0 +1,248 @@
+"""The command line of the benchmarks: hypergen bench, scripts/bench.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: threads that spin while they wait would be measured too. And transformers need not
+# say at its import what it could do with torchvision.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hypergen.bench import gates, http, on_device, report
+from hypergen.bench.alone import alone_over_stock, same_bytes_alone
+from hypergen.bench.device import VARIANTS
+from hypergen.bench.figures import Run
+from hypergen.bench.jobs import job_list
+from hypergen.bench.traces import GUIDANCE, MODELS, POLICIES, contest, measure
+from hypergen.config import EngineSettings
+from hypergen.errors import ConfigurationError, HyperGenError
+
+
+class _Numbers(click.ParamType):
+    """Positive numbers, separated by commas."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers", param, ctx)
+        if not all(0 < number < 100 for number in numbers):
+            self.fail("loads are above 0 and below 100", param, ctx)
+        return numbers
+
+
+class _Names(click.ParamType):
+    """Some of a set of names, separated by commas."""
+
+    name = "names"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self.known = known
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(value.split(","))
+        for name in names:
+            if name not in self.known:
+                self.fail(f"{name!r} is none of {', '.join(self.known)}", param, ctx)
+        return names
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--model",
+    "models",
+    type=_Names((*MODELS, "sd15")),
+    help=f"one or more of {', '.join(MODELS)}, sd15  "
+    "[default: small; with --gates small,medium; with --speeds sd15]",
+)
+@click.option(
+    "--policy",
+    "policies",
+    type=_Names(POLICIES),
+    default="sequential,static,step",
+    show_default=True,
+    help=f"one or more of {', '.join(POLICIES)}",
+)
+@click.option(
+    "--load",
+    "loads",
+    type=_Numbers(),
+    default="0.7,1.5,3",
+    show_default=True,
+    help="arrivals over what the sequential policy can serve",
+)
+@click.option(
+    "--guidance",
+    type=_Names(tuple(GUIDANCE)),
+    default="mixed",
+    show_default=True,
+    help="mixed: three guidance scales; one: the same for all, which suits whole batches",
+)
+@click.option("--jobs", type=click.IntRange(10), default=100, show_default=True, help="length of a job list")
+@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="number of job lists")
+@click.option("--max-batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--speeds",
+    "compare_speeds",
+    is_flag=True,
+    help="measure each setting for faster devices on the wall's clock, and nothing else; implied by cuda",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--variant",
+    "variants",
+    type=_Names(tuple(VARIANTS)),
+    default=",".join(VARIANTS),
+    help=f"with --speeds, one or more of {', '.join(VARIANTS)}; the last serves the trace  [default: all]",
+)
+@click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="with --speeds")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="default: float32; bfloat16 on cuda",
+)
+@click.option(
+    "--gates", "check_gates", is_flag=True, help="measure what the gates need; status 1 if one is missed"
+)
+@click.option("--http", "over_http", is_flag=True, help="measure what HTTP costs, and nothing else")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("build/bench"),
+    show_default=True,
+    help="folder for JSON and plots",
+)
+def main(
+    models: tuple[str, ...] | None,
+    policies: tuple[str, ...],
+    loads: tuple[float, ...],
+    guidance: tuple[str, ...],
+    jobs: int,
+    seeds: int,
+    max_batch_size: int,
+    compare_speeds: bool,
+    device: Any,
+    variants: tuple[str, ...],
+    steps: int,
+    dtype: Any,
+    check_gates: bool,
+    over_http: bool,
+    output: Path,
+) -> None:
+    """Serve the same job lists in several ways and compare throughput and latency.
+
+    On a CPU, seconds are CPU time of one thread, so that other processes hardly matter; ratios are what
+    counts.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("There is no CUDA device here.")
+    compare_speeds = compare_speeds or device == "cuda"
+    if not compare_speeds:
+        torch.set_num_threads(1)
+    console = Console(width=max(110, Console().width))  # tables go into files and logs too
+    found = report.environment(report.command_line())
+    report.print_environment(console, found)
+    output.mkdir(parents=True, exist_ok=True)
+    if over_http:
+        _, checked_http = http.measure(console, output)
+        report.print_gates(console, checked_http)
+        sys.exit(any(not gate.reached for gate in checked_http))
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    settings = EngineSettings.model_validate(
+        {"device": device, "dtype": dtype, "max_batch_size": max_batch_size}
+    )
+    if compare_speeds:
+        for model in models or ("sd15",):
+            on_device.measure(
+                console,
+                output,
+                model,
+                settings,
+                variants=variants,
+                steps=steps,
+                crowd=max_batch_size,
+                seeds=seeds,
+                jobs=jobs,
+            )
+        return
+    if check_gates:
+        models, guidance = models or (gates.OVERHEAD_BOUND, gates.SATURATED), ("mixed",)
+        seeds, jobs = max(seeds, gates.MIN_SEEDS), max(jobs, gates.MIN_JOBS)
+    runs: list[Run] = []
+    checked: list[gates.Gate] = []
+    with _progress(console) as progress:
+        for model in models or (gates.OVERHEAD_BOUND,):
+            contestants = contest(model, settings)
+            if check_gates:
+                loads, policies = gates.LOADS[model], gates.POLICIES[model]
+            for kind in guidance:
+                total = seeds * len(policies) * len(loads)
+                task = progress.add_task(f"{model}, {kind} guidance", total=total)
+                for run in measure(contestants, policies, loads, seeds, jobs, kind):
+                    runs.append(run)
+                    progress.advance(task)
+                    report.write_json(output / "bench.json", found, runs, checked)
+            if check_gates:
+                progress.add_task(f"{model}, alone", total=None)
+                last = job_list(jobs, seeds - 1, GUIDANCE["mixed"])
+                checked.append(gates.bytes_gate(model, *same_bytes_alone(contestants, last)))
+                pairs = 15 if model == gates.OVERHEAD_BOUND else 7
+                guided, unguided = (alone_over_stock(contestants, scale, pairs) for scale in (5.0, 1.0))
+                checked += gates.alone_gates(model, guided, unguided)
+    report.print_runs(console, runs)
+    if check_gates:
+        checked += gates.trace_gates(runs)
+    report.write_json(output / "bench.json", found, runs, checked)
+    for file in report.plot(output, runs):
+        console.print(f"Plot: {file}", highlight=False)
+    if checked:
+        report.print_gates(console, checked)
+        sys.exit(any(not gate.reached for gate in checked))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+def run() -> None:
+    """The entry point: our own errors are one line and exit code 1."""
+    try:
+        main()
+    except HyperGenError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

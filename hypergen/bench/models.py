@@ -1,0 +1,150 @@
+"""Models with random weights: the shapes and costs of real ones, without their files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A Stable Diffusion whose weights are drawn at random.
+
+    Attributes:
+        latent_side: height and width of the latents it is measured at; a picture has 8 times as many pixels.
+        unet, vae, text_encoder: what differs from the classes' defaults.
+    """
+
+    latent_side: int
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+
+    @property
+    def side(self) -> int:
+        """Height and width of a picture, in pixels."""
+        return 8 * self.latent_side
+
+    def networks(self) -> tuple[Any, Any]:
+        """The denoiser and the autoencoder, on torch's default device."""
+        cross_attention_dim = self.text_encoder["hidden_size"]
+        unet = UNet2DConditionModel(
+            sample_size=self.latent_side, cross_attention_dim=cross_attention_dim, **self.unet
+        )
+        return unet.eval(), AutoencoderKL(**self.vae).eval()
+
+    def pipeline(self) -> Any:
+        """The stock pipeline, on the CPU in float32, always with the same weights."""
+        torch.manual_seed(0)
+        unet, vae = self.networks()
+        tokenizer = bytewise_tokenizer()
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **self.text_encoder,
+        )
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text_config).eval(),
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(  # pyright: ignore[reportArgumentType]  its enum is of names, not classes
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                timestep_spacing="leading",
+            ),
+            safety_checker=None,  # pyright: ignore[reportArgumentType]  optional, whatever its annotation says
+            feature_extractor=None,  # pyright: ignore[reportArgumentType]  the same
+            requires_safety_checker=False,
+        )
+
+
+def bytewise_tokenizer() -> Any:
+    """CLIP's tokenizer with a vocabulary of single bytes: nothing to download, every text has tokens."""
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+SMALL_VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 4,
+}
+_THREE_LEVELS: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+RANDOM_MODELS: dict[str, RandomModel] = {
+    # 1.5 million weights that draw noise of 1024x1024, PNG files as large as they get: for measuring HTTP.
+    "tiny": RandomModel(
+        latent_side=128,
+        unet={
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 8,
+        },
+        vae=SMALL_VAE,
+        text_encoder={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+    ),
+    # 8.8 million weights over 8x8 latents: most of a pass is overhead, as for a GPU at 512x512.
+    "small": RandomModel(
+        latent_side=8,
+        unet={"block_out_channels": (64, 128, 192), "layers_per_block": 1, **_THREE_LEVELS},
+        vae=SMALL_VAE,
+        text_encoder={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+    ),
+    # 51.5 million over 16x16: more rows cost what they cost alone, as for a GPU at 1024x1024.
+    "medium": RandomModel(
+        latent_side=16,
+        unet={"block_out_channels": (128, 256, 384), "layers_per_block": 2, **_THREE_LEVELS},
+        vae=SMALL_VAE,
+        text_encoder={
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+        },
+    ),
+    # Stable Diffusion 1.5 as it is: 860 million weights in the UNet, for GPUs.
+    "sd15": RandomModel(
+        latent_side=64,
+        unet={},
+        vae={
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        },
+        text_encoder={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        },
+    ),
+}

@@ -1,0 +1,137 @@
+"""The policies with a real small model: every job served once, the engine's files as always."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+from hypergen.bench.__main__ import main
+from hypergen.bench.alone import same_bytes_alone
+from hypergen.bench.clock import Clock
+from hypergen.bench.device import operations_of
+from hypergen.bench.gates import trace_gates
+from hypergen.bench.jobs import Job, job_list
+from hypergen.bench.models import RANDOM_MODELS
+from hypergen.bench.on_device import measure as measure_on_device
+from hypergen.bench.policies import WholeBatches
+from hypergen.bench.traces import Contest, contest, measure
+from tests.engine.inline import make_settings
+
+
+@pytest.fixture(scope="module")
+def small() -> Contest:
+    return contest("small", make_settings(max_batch_size=4))
+
+
+def _short(jobs: list[Job]) -> list[Job]:
+    return [replace(job, num_inference_steps=2 + job.num_inference_steps // 10) for job in jobs]
+
+
+def test_every_policy_serves_every_job_once_and_none_before_it_arrives(small: Contest) -> None:
+    jobs = _short(job_list(12, 0))
+    for name in ("sequential", "static", "step", "step-fast"):
+        served = small.policy(name).serve(jobs, interval_s=0.02)
+        assert sorted(entry.job.number for entry in served) == list(range(12))
+        assert all(entry.finished_at > entry.arrived_at for entry in served)
+    assert small.sequential.images_per_pass == 1
+    assert small.step.images_per_pass > 1
+    assert same_bytes_alone(small, jobs, count=4) == (4, 4)
+
+
+def test_whole_batches_hold_jobs_of_equal_settings(small: Contest) -> None:
+    jobs = [Job(number, 0, steps, 5.0) for number, steps in enumerate((2, 3, 2, 2, 3))]
+    batches: list[list[int]] = []
+
+    class Watched(WholeBatches):
+        def draw(self, jobs: Sequence[Job]) -> list[bytes]:
+            batches.append([job.number for job in jobs])
+            return super().draw(jobs)
+
+    static = Watched(small.sequential.pipeline, small.side, 2, Clock())
+    static.serve(jobs, 0)
+    assert batches == [[0, 2], [1, 4], [3]]
+    assert static.images_per_pass == pytest.approx(12 / 7)
+
+
+def test_the_order_of_the_policies_rotates_and_all_loads_are_measured(small: Contest) -> None:
+    runs = list(measure(small, ["static", "step"], [1.5, 3.0], seeds=2, jobs=4, guidance="one"))
+    assert [(run.seed, run.policy, run.load) for run in runs] == [
+        *((0, policy, load) for policy in ("static", "step") for load in (1.5, 3.0)),
+        *((1, policy, load) for policy in ("step", "static") for load in (1.5, 3.0)),
+    ]
+
+
+def test_a_run_prints_its_table_and_writes_figures_and_plots(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hypergen.cli", "bench", "--policy", "step", "--load", "1.5"]
+    command += ["--jobs", "10", "--seeds", "1", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert "load average" in done.stdout
+    assert "small, load 1.5, mixed guidance, median of 1 seeds" in done.stdout
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [run["policy"] for run in written["runs"]] == ["step"]
+    assert written["environment"]["command"].startswith("hypergen bench --policy")
+    assert (tmp_path / "small-mixed.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "huge"], "'huge' is none of small, medium"),
+        (["--load", "1,x"], "'1,x' is not a list of numbers"),
+        (["--load", "0"], "loads are above 0"),
+    ],
+)
+def test_a_bad_option_is_one_line(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_the_operations_of_sd15_are_those_of_the_paper_model() -> None:
+    with torch.device("meta"):
+        unet, vae = RANDOM_MODELS["sd15"].networks()
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(859.5e6, rel=1e-3)
+    forward_flops, decode_flops = operations_of(unet, vae, 64)
+    assert forward_flops == pytest.approx(0.803e12, rel=0.01)
+    assert decode_flops == pytest.approx(2.5e12, rel=0.02)
+
+
+def test_settings_are_measured_one_by_one_where_the_device_can(tmp_path: Path) -> None:
+    measure_on_device(
+        Console(quiet=True),
+        tmp_path,
+        "small",
+        make_settings(max_batch_size=2),
+        variants=["decode_stream", "as by default"],
+        steps=2,
+        crowd=2,
+        seeds=1,
+        jobs=4,
+    )
+    written = json.loads((tmp_path / "small.json").read_text())
+    assert [speed["way"] for speed in written["speeds"]] == ["stock, eager", "HyperGen, as by default"]
+    assert all(0 < speed["alone_of_floor"] < 1 for speed in written["speeds"])
+    assert {entry["exact"] for entry in written["passes"]} == {True}
+    assert [run["policy"] for run in written["runs"]] == ["sequential", "step"]
+    trace = json.loads((tmp_path / "small-timeline.json").read_text())
+    assert len({event.get("tid") for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}) >= 2
+
+
+@pytest.mark.bench
+def test_step_by_step_is_ahead_by_most_of_what_the_gates_ask() -> None:
+    """Under two minutes: two seeds of 30 jobs, so limits are four fifths of the gates'."""
+    contestants = contest("small", make_settings())
+    policies = ("sequential", "static", "step")
+    runs = list(measure(contestants, policies, (1.5,), seeds=2, jobs=30, guidance="mixed"))
+    gates = list(trace_gates(runs))
+    assert len(gates) == 7
+    assert [gate for gate in gates if gate.measured < 0.8 * gate.limit] == []
