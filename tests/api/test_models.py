@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_health_tells_state_model_queue_and_device(client: httpx.Client, sd_fold
     assert body["queue_size"] == 0
     assert body["device"] == "cpu"
     assert "euler" in body["samplers"]
+
+
+def test_the_start_is_told_by_stage(server: LiveServer) -> None:
+    (engine,) = server.health()["engines"]
+    assert list(engine["startup_s"]) == ["imports", "weights", "warm-up"]
+    assert min(engine["startup_s"].values()) > 0
+    (ready,) = [line for line in server.log().splitlines() if line.startswith("Ready after")]
+    for stage in ("service", *engine["startup_s"]):
+        assert re.search(rf"\b{stage} \d+\.\d", ready)
 
 
 def test_the_official_client_draws(server: LiveServer, client: httpx.Client) -> None:
