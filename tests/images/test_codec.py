@@ -33,11 +33,31 @@ def noise(width: int = 64, height: int = 64) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_a_png_holds_exactly_the_pixels() -> None:
-    pixels = noise()
-    image = Image.open(BytesIO(encode(pixels, request(), 0, "m")))
-    assert image.format == "PNG"
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 40), (8, 1), (1, 8), (1, 1), (2432, 1664)])
+def test_a_png_holds_exactly_the_pixels(width: int, height: int) -> None:
+    pixels = noise(width, height)
+    data = encode(pixels, request(width, height), 0, "m")
+    Image.open(BytesIO(data)).verify()  # checksums and chunks
+    image = Image.open(BytesIO(data))
+    assert (image.format, image.mode) == ("PNG", "RGB")
     assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_a_png_of_a_cropped_picture_holds_its_pixels() -> None:
+    pixels = noise(80, 72)
+    image = Image.open(BytesIO(encode(pixels, request(64, 64), 0, "m")))
+    assert np.array_equal(np.asarray(image), pixels[4:68, 8:72])
+
+
+def test_metadata_in_a_png_is_read_back_whatever_the_letters() -> None:
+    prompt = 'ein "roter" Kreis \u2014 \u5186 \U0001f534 \x00 \ud800'
+    image = Image.open(BytesIO(encode(noise(), request(prompt=prompt), 0, "m")))
+    assert json.loads(image.info["hypergen"])["prompt"] == prompt
+
+
+def test_a_smooth_picture_makes_a_small_png() -> None:
+    ramp = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3))
+    assert len(encode(ramp, request(256, 256), 0, "m")) < 2000
 
 
 @pytest.mark.parametrize("name", FORMATS)
