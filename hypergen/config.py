@@ -73,9 +73,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     decode_stream: bool = Field(
         False, description="decode pictures on a CUDA stream of their own, beside the next step"
     )
-    vectorised_steps: bool = Field(
-        True, description="images with the same sampler take their sampler's step together"
-    )
+    vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
     engine_stall_timeout_s: float = Field(
         300,
         gt=0,

@@ -194,6 +194,7 @@ def main(
                 variants=variants,
                 steps=steps,
                 crowd=max_batch_size,
+                loads=loads,
                 seeds=seeds,
                 jobs=jobs,
             )

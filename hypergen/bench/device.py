@@ -82,7 +82,6 @@ def operations_of(unet: Any, vae: Any, latent_side: int) -> tuple[float, float]:
     the meta device.
     """
     device, dtype = unet.device, unet.dtype
-    device, dtype = unet.device, unet.dtype
     latents = torch.zeros(1, unet.config.in_channels, latent_side, latent_side, device=device, dtype=dtype)
     embeds = torch.zeros(1, 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
     with torch.inference_mode():

@@ -19,8 +19,7 @@ from hypergen.bench.jobs import Job, job_list
 from hypergen.bench.models import RANDOM_MODELS
 from hypergen.bench.policies import Served, one_after_another
 from hypergen.config import EngineSettings
-
-_TRACE_LOAD = 1.5
+from hypergen.errors import ConfigurationError
 
 
 def measure(
@@ -32,6 +31,7 @@ def measure(
     variants: Sequence[str],
     steps: int,
     crowd: int,
+    loads: Sequence[float],
     seeds: int,
     jobs: int,
 ) -> None:
@@ -39,7 +39,12 @@ def measure(
 
     Speeds of every setting against stock diffusers and against the floor, the passes that serve and whether
     they are proved exact, a timeline, and the mixed trace of the last variant against calls one by one.
+
+    Raises:
+        ConfigurationError: the model has no random weights.
     """
+    if name not in RANDOM_MODELS:
+        raise ConfigurationError(f"Settings are measured with random weights; '{name}' has its own.")
     model = RANDOM_MODELS[name]
     found = report.environment(report.command_line())
     measured: list[Speed] = []
@@ -52,9 +57,9 @@ def measure(
         if live is None:
             continue
         passes += [{"way": speed.way, **entry} for entry in passes_of(live)]
-        if speed.way.endswith(variants[-1]):
+        if speed.way == f"HyperGen, {variants[-1]}":
             write_timeline(live, output / f"{name}-timeline.json", steps)
-            runs = list(_trace(name, model.side, live, settings, seeds, jobs))
+            runs = list(_trace(name, live, loads, seeds, jobs))
     _print_speeds(console, f"{name}, {model.side}x{model.side}, {steps} steps, guided", measured)
     _print_passes(console, passes)
     report.print_runs(console, runs)
@@ -71,23 +76,20 @@ def measure(
         )
 
 
-def _trace(
-    name: str, side: int, live: Live, settings: EngineSettings, seeds: int, jobs: int
-) -> Iterator[Run]:
-    """The mixed job list at one load: the same engine with everything at once, and call after call."""
+def _trace(name: str, live: Live, loads: Sequence[float], seeds: int, jobs: int) -> Iterator[Run]:
+    """The mixed job list: call after call to the engine, and the same engine with everything at once."""
     for seed in range(seeds):
         trace = job_list(jobs, seed)
         calls: list[Served] = []
         for job in trace:
             started = calls[-1].finished_at if calls else 0.0
             calls.append(Served(job, started, started + live.serve([job], 0)[0].latency_s))
-        interval_s = calls[-1].finished_at / len(calls) / _TRACE_LOAD
-        for policy in ("sequential", "step"):
-            if policy == "sequential":
-                served, shared = one_after_another(calls, interval_s), 1.0
-            else:
-                served, shared = live.serve(trace, interval_s), live.images_per_pass
-            yield Run(name, "mixed", _TRACE_LOAD, seed, policy, figures_of(served), shared)
+        for load in loads:
+            interval_s = calls[-1].finished_at / len(calls) / load
+            alone = figures_of(one_after_another(calls, interval_s))
+            yield Run(name, "mixed", load, seed, "sequential", alone, 1)
+            together = figures_of(live.serve(trace, interval_s))
+            yield Run(name, "mixed", load, seed, "step", together, live.images_per_pass)
 
 
 def write_timeline(live: Live, file: Path, steps: int) -> None:

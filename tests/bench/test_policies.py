@@ -114,6 +114,7 @@ def test_settings_are_measured_one_by_one_where_the_device_can(tmp_path: Path) -
         variants=["decode_stream", "as by default"],
         steps=2,
         crowd=2,
+        loads=[1.5],
         seeds=1,
         jobs=4,
     )
