@@ -107,7 +107,7 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     file = config or os.environ.get("HYPERGEN_CONFIG")
     if file:
         environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
-    sys.exit(serving.serve(settings, environment, reload, _say))
+    sys.exit(serving.serve(settings, environment, stored.path, reload, _say))
 
 
 @main.command()

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from hypergen.config import ServerSettings, Settings
+from hypergen.engine.spare import Spare
 from hypergen.errors import ConfigurationError, ModelError
 
 _SILENCE_S = 120  # a worker that cannot even be imported is started again and again by BentoML
@@ -57,12 +58,17 @@ def check_port(server: ServerSettings) -> None:
 
 
 def serve(
-    settings: Settings, environment: Mapping[str, str], reload: bool, say: Callable[[str], None]
+    settings: Settings,
+    environment: Mapping[str, str],
+    model_path: Path,
+    reload: bool,
+    say: Callable[[str], None],
 ) -> int:
     """Run the service until it ends or a signal ends it; returns its exit code.
 
     Args:
         environment: settings for the service, added to this process's own environment.
+        model_path: the folder of the model that it will serve.
 
     Raises:
         ModelError: the first load failed; the service is gone again.
@@ -76,20 +82,24 @@ def serve(
         command.append("--reload")
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}
     started = time.monotonic()
+    spare = Spare(model_path)
+    launcher |= spare.environment
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
     child = subprocess.Popen(command, env={**os.environ, **environment, **launcher}, start_new_session=True)
     _pass_signals_on(child)
     try:
         status = _wait_until_loaded(child, _local_url(server))
+        if status:
+            seconds, url = time.monotonic() - started, _url(server, server.host)
+            took = _stages(status, seconds)
+            say(f"Ready after {seconds:.1f} s ({took}): {status['model']} on {status['device']}, {url}")
+        return _exit_code(child.wait())
     except ModelError:
         child.terminate()
         child.wait()
         raise
-    if status:
-        seconds, url = time.monotonic() - started, _url(server, server.host)
-        took = _stages(status, seconds)
-        say(f"Ready after {seconds:.1f} s ({took}): {status['model']} on {status['device']}, {url}")
-    return _exit_code(child.wait())
+    finally:
+        spare.close()
 
 
 def _stages(status: dict[str, Any], seconds: float) -> str:

@@ -138,7 +138,9 @@ def test_killing_a_main_process_leaves_no_orphan(tmp_path: Path, sd_folder: Path
     with start_server(tmp_path, str(sd_folder), "--device", "cpu") as server:
         processes = server.processes()
         main = processes[0]
-        target = main if victim == "hypergen serve" else main.children()[0]
+        target = (
+            main if victim == "hypergen serve" else next(p for p in processes if "bentoml" in p.cmdline())
+        )
         target.send_signal(signal.SIGKILL)
         _, alive = psutil.wait_procs([p for p in processes if p.pid != main.pid], timeout=15)
         assert alive == []

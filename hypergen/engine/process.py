@@ -1,6 +1,7 @@
 """The main of an engine process: loads one model, then draws until its parent says so or is gone.
 
-Started by the pool as `python -m hypergen.engine.process FD`, with one end of a socket pair as descriptor FD.
+Started by the pool as `python -m hypergen.engine.process FD`, with one end of a socket pair as descriptor FD,
+or by `hypergen serve` as `... --spare FD MODEL`, to import what MODEL needs until a pool connects to FD.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypergen import logs
-from hypergen.engine import wire
+from hypergen.engine import spare, wire
 from hypergen.errors import HyperGenError, RequestError, pack
 from hypergen.generation import Event
 
@@ -34,10 +36,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure("engine")
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    # A sixth of the time of the imports would go to looking for garbage among what stays for ever.
+    gc.disable()
+    connection, imports = _connect(sys.argv[1:])
     start = wire.receive(connection)
     if not isinstance(start, wire.Start):
-        return
+        os._exit(0)
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
 
@@ -46,17 +50,15 @@ def main() -> None:
     # Reads from the start, so that a parent that leaves while the model loads is noticed.
     threading.Thread(target=_read, args=(connection, engines), daemon=True).start()
 
-    # A sixth of the time of the imports would go to looking for garbage among what stays for ever.
-    gc.disable()
     try:
+        imports.result()
         # Imported this late because it takes seconds, in which signals and the parent already matter.
         import torch
 
         from hypergen.engine.engine import Engine
         from hypergen.models import loading
 
-        _quieten_libraries()
-        loading.import_family(start.model_path)
+        import_all(start.model_path)
         stages.end("imports")
         torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
         torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
@@ -85,6 +87,33 @@ def main() -> None:
     except Exception:  # the device is lost; a new process gets a new one
         logger.exception("The engine cannot go on.")
         os._exit(13)
+
+
+def _connect(arguments: list[str]) -> tuple[socket.socket, Future[None]]:
+    """The connection to the pool, and the imports that a spare began while it waited for it."""
+    imports: Future[None] = Future()
+    imports.set_result(None)
+    if arguments[0] != "--spare":
+        return socket.socket(fileno=int(arguments[0])), imports
+    _, descriptor, model_path = arguments
+    listener = socket.socket(fileno=int(descriptor))
+    imports = ThreadPoolExecutor(1).submit(import_all, Path(model_path))
+    return spare.wait_for_adoption(listener), imports
+
+
+def import_all(model_path: Path) -> None:
+    """Everything that drawing with a model needs.
+
+    Raises:
+        ModelError: the model is of no known family.
+    """
+    import torch  # noqa: F401
+
+    from hypergen.engine import engine  # noqa: F401
+    from hypergen.models import loading
+
+    _quieten_libraries()
+    loading.import_family(model_path)
 
 
 class _Stages:

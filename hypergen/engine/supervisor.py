@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import queue
 import socket
 import subprocess
@@ -13,23 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hypergen.engine import wire
+from hypergen.engine.environment import engine_environment
+from hypergen.engine.spare import EngineProcess, adopt
 from hypergen.generation import EngineStatus, ModelDescription
 
 logger = logging.getLogger(__name__)
-
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-_ENGINE_ENVIRONMENT = {
-    # An engine must not talk to anything but its parent.
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    # Threads that spin while they wait made a pass 100 times slower beside another busy process.
-    "OMP_WAIT_POLICY": "passive",
-}
 
 
 class Supervisor:
@@ -62,7 +52,7 @@ class Supervisor:
         self._on_ready = on_ready
         self._on_message = on_message
         self._on_lost = on_lost
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: EngineProcess | None = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._loading = False
         self._load_error: str | None = None
@@ -78,28 +68,14 @@ class Supervisor:
 
     def launch(self) -> None:
         """Start a process; it says when it has loaded."""
-        ours, theirs = socket.socketpair()
-        # An engine has no use for the key, so it does not get it.
-        environment = {name: value for name, value in os.environ.items() if name != "HYPERGEN_API_KEY"}
-        python_path = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(python_path),
-            **_ENGINE_ENVIRONMENT,
-            **self._environment,
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "hypergen.engine.process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
+        # A spare knows nothing of an accelerator that it should see.
+        process, connection = (None if self._environment else adopt()) or _start(self._environment)
         outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._process, self._outbox = process, outbox
         self._loading, self._load_error = True, None
         loop = asyncio.get_running_loop()
         for target in (self._read, self._write):
-            threading.Thread(target=target, args=(loop, process, ours, outbox), daemon=True).start()
+            threading.Thread(target=target, args=(loop, process, connection, outbox), daemon=True).start()
         outbox.put(self._start)
 
     def send(self, message: wire.Submit | wire.Cancel) -> None:
@@ -133,7 +109,7 @@ class Supervisor:
     def _read(
         self,
         loop: asyncio.AbstractEventLoop,
-        process: subprocess.Popen[bytes],
+        process: EngineProcess,
         connection: socket.socket,
         outbox: Any,
     ) -> None:
@@ -148,7 +124,7 @@ class Supervisor:
     @staticmethod
     def _write(
         _loop: asyncio.AbstractEventLoop,
-        _process: subprocess.Popen[bytes],
+        _process: EngineProcess,
         connection: socket.socket,
         outbox: Any,
     ) -> None:
@@ -158,7 +134,7 @@ class Supervisor:
             except OSError:  # the reader notices too, and tells
                 return
 
-    def _received(self, process: subprocess.Popen[bytes], message: Any) -> None:
+    def _received(self, process: EngineProcess, message: Any) -> None:
         if process is not self._process:
             return
         match message:
@@ -176,13 +152,13 @@ class Supervisor:
             case wire.LoadFailed(reason):
                 self._load_error = reason
 
-    def _gone(self, process: subprocess.Popen[bytes]) -> None:
+    def _gone(self, process: EngineProcess) -> None:
         """The process has ended. A first load that fails is final; an engine that worked once gets new
         chances.
         """
         if process is not self._process or self._stopping:
             return
-        reason = self._load_error or f"the engine process ended with code {process.returncode}"
+        reason = self._load_error or _end_of(process)
         logger.error("Engine %d is gone: %s", process.pid, reason)
         if self._loading:
             self._failed_loads += 1
@@ -211,6 +187,24 @@ class Supervisor:
 
     def _set_status(self, status: EngineStatus) -> None:
         self.status = replace(status, restarts=self._restarts)
+
+
+def _start(environment: Mapping[str, str]) -> tuple[EngineProcess, socket.socket]:
+    """A new engine process and our end of a pair of sockets."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "hypergen.engine.process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=engine_environment(environment),
+            stdin=subprocess.DEVNULL,
+        )
+    return process, ours
+
+
+def _end_of(process: EngineProcess) -> str:
+    code = "" if process.returncode is None else f" with code {process.returncode}"
+    return f"the engine process ended{code}"
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
