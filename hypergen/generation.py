@@ -19,12 +19,40 @@ Verdict = Literal["exact", "close"]
 State = Literal["loading", "ready", "recovering", "failed", "draining"]
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that a client sent: decoded, upright, and of the size that is asked for.
+
+    `pixels` are rows of bytes from the top left: three for each pixel (RGB), one in a mask.
+    """
+
+    width: int
+    height: int
+    pixels: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A picture that a control model follows.
+
+    `start` and `end` are the shares of the steps between which it does.
+    """
+
+    model: str
+    image: Picture
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One request for `n` pictures: defaults resolved, ranges checked, seed drawn.
 
     Image j starts from `seed + j`. `seed_given` tells whether the client asked for this seed, and so for
-    these bytes.
+    these bytes. With an `image`, `strength` (0..1) says how much of it may change; with a `mask`, only what
+    is 255 in it is drawn and the rest is kept. `loras` are names that the server knows, with their weights;
+    the order is the one in which they are summed.
     """
 
     id: str
@@ -38,6 +66,15 @@ class GenerationRequest:
     seed_given: bool
     n: int = 1
     sampler: str | None = None  # None: the scheduler that the model was published with
+    model: str | None = None  # None: the only one, or the first
+    prompt_2: str | None = None  # for the second text encoder; None: the same prompt
+    negative_prompt_2: str | None = None
+    enable_refiner: bool = False
+    image: Picture | None = None
+    strength: float = 1.0
+    mask: Picture | None = None
+    control: Control | None = None
+    loras: tuple[tuple[str, float], ...] = ()
     output_format: OutputFormat = "png"
     output_compression: int = 100
     metadata: bool = True
@@ -47,6 +84,10 @@ class GenerationRequest:
         """Rough cost for queue estimates: megapixels x steps x images, twice when guided."""
         rows = 2 if self.guidance_scale > 1 else 1
         return self.n * rows * self.num_inference_steps * self.width * self.height / 1e6
+
+
+# What not every family can do, by the field of `GenerationRequest` that asks for it.
+Option = Literal["prompt_2", "negative_prompt", "enable_refiner", "image", "mask", "control", "loras"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +111,9 @@ class ModelDescription:
     min_steps: int  # of the scheduler that the model was published with
     device: str
     dtype: str
+    options: frozenset[Option] = frozenset()
+    loras: tuple[str, ...] = ()  # names that requests may use
+    control_models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +13,37 @@ from torch import Tensor
 from hypergen.generation import GenerationRequest
 
 
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What tells one row of a forward pass what to draw.
+
+    Attributes:
+        embeds: of the prompt's tokens, shape (1, L, D).
+        others: whatever else the family's denoiser takes for a row, each with 1 as its first dimension, in
+            the order of its `forward`.
+    """
+
+    embeds: Tensor
+    others: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.embeds, *self.others)
+
+
 @dataclass(kw_only=True, eq=False)
 class Trajectory:
     """The state of one image between two denoising steps; a request for n images makes n of them.
 
     Attributes:
         latents: shape (1, C, h, w), h and w in latent pixels.
-        prompt_embeds, negative_prompt_embeds: shape (1, L, D) with the same L; no negative ones without
+        positive, negative: of prompt and negative prompt, in the same shapes; no negative one without
             guidance.
+        guidance_scale: how far a prediction is moved away from the negative one.
         generator: the image's own source of noise, on the CPU, so that the seed means the same on every
             device.
         scheduler: the image's own, with the history that multistep samplers keep.
+        kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
         lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
             alone.
     """
@@ -30,12 +51,14 @@ class Trajectory:
     request: GenerationRequest
     index: int
     latents: Tensor
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor | None
+    positive: Conditioning
+    negative: Conditioning | None
+    guidance_scale: float
     prompt_tokens: int
     generator: torch.Generator
     scheduler: Any
     draws_noise: bool
+    kind: tuple[Hashable, ...] = ()
     lone: bool = False
     step_index: int = 0
     shared_forwards: int = 0
@@ -47,7 +70,7 @@ class Trajectory:
 
     @property
     def guided(self) -> bool:
-        return self.negative_prompt_embeds is not None
+        return self.negative is not None
 
     @property
     def rows(self) -> int:

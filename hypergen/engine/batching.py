@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ class GroupKey(NamedTuple):
     # Prompts of unequal length cannot share a pass, and padding one because of a neighbour would change its
     # image.
     prompt_length: int
+    # What else the family says that they must share, see Trajectory.kind.
+    kind: tuple[Hashable, ...] = ()
     # The id of an image that must run alone, see Trajectory.lone.
     lone: int | None = None
 
@@ -30,7 +32,8 @@ class GroupKey(NamedTuple):
 
 def group_key(trajectory: Trajectory) -> GroupKey:
     shape = tuple(trajectory.latents.shape[1:])
-    return GroupKey(shape, trajectory.prompt_embeds.shape[1], id(trajectory) if trajectory.lone else None)
+    lone = id(trajectory) if trajectory.lone else None
+    return GroupKey(shape, trajectory.positive.embeds.shape[1], trajectory.kind, lone)
 
 
 @dataclass

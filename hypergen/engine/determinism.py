@@ -20,6 +20,8 @@ from torch import Tensor
 from hypergen.engine.invariance import make_convolutions_invariant, make_linears_invariant
 from hypergen.generation import Verdict
 from hypergen.models.family import Family
+from hypergen.models.guidance import random_rows
+from hypergen.trajectory import Trajectory
 
 _ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
@@ -75,17 +77,18 @@ class DeterminismRule:
         if self._repairs:
             make_linears_invariant(family.denoiser)
 
-    def probe(self, width: int, height: int, prompt_length: int) -> Probe:
-        """A probe, not yet run, of pictures drawn at width x height pixels from prompts of this length."""
-        found = Probe(width, height)
-        found.passes = self._passes(found, prompt_length)
+    def probe(self, trajectory: Trajectory) -> Probe:
+        """A probe, not yet run, of images like this one: of its shape, and with as long a prompt."""
+        request = trajectory.request
+        found = Probe(*self._family.drawn_size(request.width, request.height))
+        found.passes = self._passes(found, trajectory)
         return found
 
-    def _passes(self, found: Probe, prompt_length: int) -> Iterator[None]:
+    def _passes(self, found: Probe, trajectory: Trajectory) -> Iterator[None]:
         """Repair what the shape needs, then compare passes of different rows."""
         generator = torch.Generator("cpu").manual_seed(0)
         most = max(2, self._max_rows)
-        arguments = self._family.probe_rows(found.width, found.height, prompt_length, most, generator)
+        arguments = random_rows(trajectory, most, generator)
         if self._repairs:
             one_row = [rows[:1] for rows in arguments]
             found.repaired = make_convolutions_invariant(

@@ -34,7 +34,6 @@ class Shapes:
     def __init__(
         self, family: Family, settings: EngineSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._family = family
         self._strict = settings.determinism == "strict"
         self._max_rows = 2 * settings.max_batch_size
         self._compiled = settings.compile != "off"
@@ -59,8 +58,7 @@ class Shapes:
             yield
         if key in self._probes:
             return
-        request = trajectory.request
-        probe = self._rule.probe(*self._family.drawn_size(request.width, request.height), key.prompt_length)
+        probe = self._rule.probe(trajectory)
         self._probing.add(key)
         try:
             for _ in probe.passes:

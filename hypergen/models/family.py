@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from hypergen.generation import GenerationRequest, ModelDescription
@@ -47,14 +46,8 @@ class Family(Protocol):
         """What the decoder makes of one denoised image: -1..1, shape (1, 3, drawn height, drawn width)."""
         ...
 
-    def probe_rows(
-        self, width: int, height: int, prompt_length: int, rows: int, generator: torch.Generator
-    ) -> tuple[Tensor, ...]:
-        """Random arguments for `forward`, as they would come from trajectories of this drawn size and length
-        of `prompt_embeds`.
-        """
-        ...
-
     def forward(self, *rows: Tensor) -> Tensor:
-        """The denoiser alone, over stacked rows."""
+        """The denoiser alone, over stacked rows: latents as the sampler scaled them, timesteps, then the
+        tensors of their `Conditioning`.
+        """
         ...

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
 from hypergen.models.sizes import nearest_native_size, round_up
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
-from hypergen.trajectory import Trajectory
+from hypergen.trajectory import Conditioning, Trajectory
 
 
 class StableDiffusion:
@@ -60,6 +61,7 @@ class StableDiffusion:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
+            options=frozenset({"negative_prompt"}),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -69,14 +71,13 @@ class StableDiffusion:
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        positive = self.prompts.get(request.prompt)
-        prompt_embeds, negative_prompt_embeds = positive.embeds, None
+        encoded = self.prompts.get(request.prompt)
+        positive, negative = encoded.embeds, None
         if request.guidance_scale > 1:
-            negative = self.prompts.get(request.negative_prompt or "").embeds
             empty = self.prompts.get("").embeds
-            length = max(prompt_embeds.shape[1], negative.shape[1])
-            prompt_embeds = fill_to(prompt_embeds, length, empty)
-            negative_prompt_embeds = fill_to(negative, length, empty)
+            negative = self.prompts.get(request.negative_prompt or "").embeds
+            length = max(positive.shape[1], negative.shape[1])
+            positive, negative = fill_to(positive, length, empty), fill_to(negative, length, empty)
 
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
@@ -86,46 +87,21 @@ class StableDiffusion:
             request=request,
             index=index,
             latents=noise.to(self.unet.device) * scheduler.init_noise_sigma,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_tokens=positive.tokens,
+            positive=Conditioning(positive),
+            negative=None if negative is None else Conditioning(negative),
+            guidance_scale=request.guidance_scale,
+            prompt_tokens=encoded.tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
         )
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        inputs = [t.model_input() for t in trajectories]
-        guided = [i for i, t in enumerate(trajectories) if t.guided]
-        rows = guided + list(range(len(trajectories)))  # negative rows first, as diffusers orders them
-        negative = [t.negative_prompt_embeds for t in trajectories if t.negative_prompt_embeds is not None]
-        noise_pred = self.forward(
-            torch.cat([inputs[i] for i in rows]),
-            torch.stack([trajectories[i].timestep.to(torch.float32) for i in rows]),
-            torch.cat(negative + [t.prompt_embeds for t in trajectories]),
-        ).split(1)
-        predictions = list(noise_pred[len(guided) :])
-        for row, i in enumerate(guided):
-            guidance_scale = trajectories[i].request.guidance_scale
-            # Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, with guidance_scale = w + 1.
-            predictions[i] = noise_pred[row] + guidance_scale * (predictions[i] - noise_pred[row])
-        return predictions
+        return denoise(self.forward, trajectories)
 
     def decode(self, trajectory: Trajectory) -> Tensor:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
-
-    def probe_rows(
-        self, width: int, height: int, prompt_length: int, rows: int, generator: torch.Generator
-    ) -> tuple[Tensor, ...]:
-        device, dtype = self.unet.device, self.unet.dtype
-        shape = self._latent_shape(width, height)
-        empty = self.prompts.get("").embeds
-        embeds = fill_to(empty, prompt_length, empty)
-        latents = torch.randn((rows, *shape[1:]), generator=generator).to(device, dtype)
-        timesteps = torch.randint(0, 1000, (rows,), generator=generator).to(device, torch.float32)
-        noise = torch.randn((rows, *embeds.shape[1:]), generator=generator).to(device, dtype)
-        return latents, timesteps, embeds + noise
 
     def forward(self, *rows: Tensor) -> Tensor:
         latents, timesteps, prompt_embeds = rows

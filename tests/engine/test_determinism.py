@@ -14,7 +14,9 @@ from hypergen.errors import RequestError
 from hypergen.generation import Event, GenerationRequest, Progress
 from hypergen.models import loading
 from hypergen.models.family import Family
+from hypergen.models.guidance import random_rows
 from hypergen.samplers import SAMPLERS
+from hypergen.trajectory import Trajectory
 from tests.engine.inline import InlineEngine, make_request, make_settings
 
 MakeEngine = Callable[..., InlineEngine]
@@ -102,6 +104,10 @@ def _draw_among_neighbours(
     engine.run(*first, on_event=bring_more)
 
 
+def _like(family: Family, width: int, height: int) -> Trajectory:
+    return family.start(make_request(width=width, height=height), 0)
+
+
 def _run(probe: Probe) -> Probe:
     for _ in probe.passes:
         pass
@@ -111,8 +117,8 @@ def _run(probe: Probe) -> Probe:
 @torch.inference_mode()
 def test_the_rule_repairs_what_the_probe_finds(sd_folder: Path) -> None:
     family = loading.load(sd_folder, make_settings())
-    before = _run(DeterminismRule(family, enabled=False, max_rows=8).probe(64, 64, 77))
-    after = _run(DeterminismRule(family, enabled=True, max_rows=8).probe(64, 64, 77))
+    before = _run(DeterminismRule(family, enabled=False, max_rows=8).probe(_like(family, 64, 64)))
+    after = _run(DeterminismRule(family, enabled=True, max_rows=8).probe(_like(family, 64, 64)))
     assert after.verdict == "exact"
     assert {1, 2} <= after.seconds.keys() <= {1, 2, 3, 4, 6, 8}
     if before.verdict == "exact":
@@ -123,15 +129,15 @@ def test_the_rule_repairs_what_the_probe_finds(sd_folder: Path) -> None:
 def test_probing_other_sizes_later_does_not_change_an_image(family: Family) -> None:
     rule = DeterminismRule(family, enabled=True, max_rows=4)
     generator = torch.Generator("cpu").manual_seed(0)
-    _run(rule.probe(64, 64, 77))
-    rows = family.probe_rows(64, 64, 77, 1, generator)
+    _run(rule.probe(_like(family, 64, 64)))
+    rows = random_rows(_like(family, 64, 64), 1, generator)
     before = family.forward(*rows)
     for width, height in ((120, 88), (72, 200), (256, 64)):
-        _run(rule.probe(width, height, 77))
+        _run(rule.probe(_like(family, width, height)))
     assert torch.equal(before, family.forward(*rows))
 
 
 @torch.inference_mode()
 def test_a_slow_probe_stops_early_but_never_before_a_guided_image(family: Family) -> None:
-    probe = _run(DeterminismRule(family, enabled=True, max_rows=16, budget_s=0).probe(64, 64, 77))
+    probe = _run(DeterminismRule(family, enabled=True, max_rows=16, budget_s=0).probe(_like(family, 64, 64)))
     assert probe.seconds.keys() == {1, 2}

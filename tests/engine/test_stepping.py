@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypergen.engine.stepping import advance_all
 from hypergen.samplers import SchedulerFactory
-from hypergen.trajectory import Trajectory
+from hypergen.trajectory import Conditioning, Trajectory
 from tests.engine.inline import make_request
 
 Prediction = Literal["epsilon", "v_prediction"]
@@ -35,8 +35,9 @@ def _trajectories(
                 index=0,
                 latents=torch.randn((1, 4, 6, 10), generator=generator).to(dtype)
                 * scheduler.init_noise_sigma,
-                prompt_embeds=torch.zeros(1, 77, 8),
-                negative_prompt_embeds=None,
+                positive=Conditioning(torch.zeros(1, 77, 8)),
+                negative=None,
+                guidance_scale=1.0,
                 prompt_tokens=0,
                 generator=generator,
                 scheduler=scheduler,
