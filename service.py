@@ -20,13 +20,13 @@ from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
 from hypergen.config import api_keys, load_settings
 from hypergen.dispatch import ContinuousBatchingService
 from hypergen.engine.pool import EnginePool
-from hypergen.models.registry import FAMILIES
+from hypergen.models.registry import servable
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
 keys = api_keys(settings.server)
 stored = store.ensure(
-    settings.model, revision=settings.revision, dtype=settings.engine.dtype, pipelines=FAMILIES
+    settings.model, revision=settings.revision, dtype=settings.engine.dtype, pipelines=servable()
 )
 model_id = settings.served_model_name or stored.source
 pool = EnginePool(settings)

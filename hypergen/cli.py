@@ -187,10 +187,10 @@ def bench(arguments: tuple[str, ...]) -> None:
 def _ensure(settings: Settings) -> StoredModel:
     """The model of the settings, imported into the store if it is not there."""
     from hypergen import store
-    from hypergen.models.registry import FAMILIES
+    from hypergen.models.registry import servable
 
     revision, dtype = settings.revision, settings.engine.dtype
-    return store.ensure(settings.model, revision=revision, dtype=dtype, pipelines=FAMILIES, progress=_say)
+    return store.ensure(settings.model, revision=revision, dtype=dtype, pipelines=servable(), progress=_say)
 
 
 def _say(message: str) -> None:

@@ -74,7 +74,7 @@ def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_fil
     """Refuse a pipeline class that cannot be served; None serves all."""
     pipeline = _read_json(pipeline_file, model, PIPELINE_FILE).get("_class_name")
     if pipelines is not None and pipeline not in pipelines:
-        raise ModelError(f"{model} is a {pipeline}; HyperGen serves {', '.join(sorted(pipelines))}.")
+        raise ModelError(f"{model} is a {pipeline}, which is no pipeline of the installed diffusers.")
 
 
 def select_files(names: Iterable[str], components: Iterable[str], *, half: bool) -> Selection:

@@ -26,6 +26,7 @@ from hypergen.generation import Event
 
 if TYPE_CHECKING:
     from hypergen.engine.engine import Engine
+    from hypergen.engine.whole import WholeEngine
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def main() -> None:
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
 
-    engines: list[Engine] = []
+    engines: list[Engine | WholeEngine] = []
     stages = _Stages()
     # Reads from the start, so that a parent that leaves while the model loads is noticed.
     threading.Thread(target=_read, args=(connection, engines), daemon=True).start()
@@ -56,15 +57,21 @@ def main() -> None:
         import torch
 
         from hypergen.engine.engine import Engine
+        from hypergen.engine.whole import WholeEngine
         from hypergen.models import loading
+        from hypergen.models.whole import WholePipeline
 
         import_all(start.model_path)
         stages.end("imports")
         torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
         torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
-        family = loading.load(start.model_path, start.settings)
+        model = loading.load_any(start.model_path, start.settings)
         stages.end("weights")
-        engine = Engine(family, start.model_id, start.settings, _reporter(outbox))
+        report = _reporter(outbox)
+        if isinstance(model, WholePipeline):
+            engine = WholeEngine(model, start.model_id, start.settings, report)
+        else:
+            engine = Engine(model, start.model_id, start.settings, report)
         engine.warm_up()
         stages.end("warm-up")
         engine.startup_s = stages.seconds
@@ -80,7 +87,7 @@ def main() -> None:
         wire.send(connection, wire.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
     engines.append(engine)
-    outbox.put(wire.Loaded(family.describe(start.model_id), engine.status()))
+    outbox.put(wire.Loaded(model.describe(start.model_id), engine.status()))
     threading.Thread(target=_beat, args=(engine, outbox), daemon=True).start()
     try:
         engine.run()
@@ -168,7 +175,7 @@ def _write(connection: socket.socket, outbox: queue.SimpleQueue[Any]) -> None:
             os._exit(0)
 
 
-def _read(connection: socket.socket, engines: list[Engine]) -> None:
+def _read(connection: socket.socket, engines: list[Engine | WholeEngine]) -> None:
     """Requests go to the one engine in the list; the pool sends none before that."""
     while True:
         message = wire.receive(connection)
@@ -181,7 +188,7 @@ def _read(connection: socket.socket, engines: list[Engine]) -> None:
                 os._exit(0)
 
 
-def _beat(engine: Engine, outbox: queue.SimpleQueue[Any]) -> None:
+def _beat(engine: Engine | WholeEngine, outbox: queue.SimpleQueue[Any]) -> None:
     while True:
         outbox.put(wire.Alive(time.monotonic() - engine.last_step_at, engine.status()))
         time.sleep(1)

@@ -7,30 +7,48 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.models.family import Family
-from hypergen.models.registry import FAMILIES, family_class
+from hypergen.models.registry import FAMILIES, family_class, servable
+from hypergen.models.whole import WholePipeline
 
 logger = logging.getLogger(__name__)
 
 
 def load(path: Path, settings: EngineSettings) -> Family:
+    """`load_any` for a model that is drawn step by step.
+
+    Raises:
+        ModelError: also when it is not.
+    """
+    model = load_any(path, settings)
+    if isinstance(model, WholePipeline):
+        raise ModelError(f"It is a {model.name}, which is drawn whole and not step by step.")
+    return model
+
+
+def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
     """Load the model in `path` onto the device that the settings name, or the best there is.
 
     Raises:
-        ModelError: the folder is of no known family, or its files do not fit together.
+        ModelError: the folder is of no pipeline that can be served, or its files do not fit together.
     """
-    family = import_family(path)
+    pipeline_class, family = import_family(path)
     card_file = path / "hypergen.json"
     card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     device = choose_device(settings)
     dtype = choose_dtype(settings, device, card)
     try:
-        pipeline: Any = family.pipeline_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None
+        pipeline: Any = pipeline_class.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            **({"safety_checker": None} if family else {}),
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)
@@ -38,20 +56,26 @@ def load(path: Path, settings: EngineSettings) -> Family:
         reason = " ".join(str(error).replace(str(path), "the model").split())
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
     pipeline.to(device)
-    return family(pipeline, card, settings)
+    return family(pipeline, card, settings) if family else WholePipeline(pipeline, card)
 
 
-def import_family(path: Path) -> Any:
-    """The family of the model in `path`; importing it takes longer than loading small weights.
+def import_family(path: Path) -> tuple[Any, Any]:
+    """The pipeline class of the model in `path` and its family, or None where it is to be drawn whole.
+
+    Importing them takes longer than loading small weights.
 
     Raises:
-        ModelError: the folder is of no known family.
+        ModelError: the folder is of no pipeline that can be served.
     """
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise ModelError(f"It is a {name}; HyperGen draws with {', '.join(sorted(FAMILIES))}.")
-    return family_class(name)
+    if name in FAMILIES:
+        family = family_class(name)
+        return family.pipeline_class, family
+    pipeline_class = getattr(diffusers, str(name), None) if name in servable() else None
+    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline)):
+        raise ModelError(f"It is a {name}, which is no pipeline of the installed diffusers.")
+    return pipeline_class, None
 
 
 def choose_device(settings: EngineSettings) -> torch.device:

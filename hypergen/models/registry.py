@@ -5,7 +5,11 @@ Families are named and not imported here: the torch-free half knows what is serv
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
 FAMILIES: dict[str, str] = {
@@ -17,3 +21,17 @@ def family_class(pipeline_class: str) -> Any:
     """Import the family that draws this pipeline class."""
     module, _, name = FAMILIES[pipeline_class].partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def servable() -> frozenset[str]:
+    """The families' pipeline classes and all others that the installed diffusers names.
+
+    Whether one of the others draws from a prompt alone shows when it is loaded, see `WholePipeline`. Read
+    from the file, since importing diffusers imports torch.
+    """
+    spec = importlib.util.find_spec("diffusers")
+    assert spec is not None
+    assert spec.origin is not None
+    names = re.findall(r'"(\w+Pipeline)"', Path(spec.origin).read_text(encoding="utf-8"))
+    return frozenset(FAMILIES) | frozenset(names)

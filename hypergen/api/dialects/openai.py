@@ -222,7 +222,7 @@ def _size(size: str | None, description: ModelDescription, max_side: int) -> tup
 
 def _check_sampler(sampler: str | None, num_inference_steps: int, description: ModelDescription) -> None:
     if sampler is not None and sampler not in description.samplers:
-        known = ", ".join(description.samplers)
+        known = ", ".join(description.samplers) or "none to choose, for a model of this kind"
         raise InvalidRequestError(
             f"Unknown sampler '{sampler[:40]}'; this server has {known}.", param="sampler"
         )

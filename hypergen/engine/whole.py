@@ -1,0 +1,147 @@
+"""The engine of pipelines that are called whole: one image at a time, in the order of arrival."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+
+import torch
+
+from hypergen.config import EngineSettings
+from hypergen.engine.failures import as_request_error
+from hypergen.engine.finishing import Report
+from hypergen.engine.warming import warm_up_request
+from hypergen.generation import EngineStatus, GenerationRequest, ImageFinished, Progress, Started
+from hypergen.images import codec
+from hypergen.models.whole import WholePipeline
+
+logger = logging.getLogger(__name__)
+
+
+class _CancelledError(Exception):
+    """The request that is being drawn is wanted no more."""
+
+
+class WholeEngine:
+    """Draws what is submitted and reports events by request id; the counterpart of `Engine`.
+
+    `submit`, `cancel` and `stop` may be called from any thread; `run` is the thread that owns the model, and
+    reports come from it.
+    """
+
+    def __init__(self, model: WholePipeline, model_id: str, settings: EngineSettings, report: Report) -> None:
+        self.model = model
+        self.model_id = model_id
+        self.settings = settings
+        self.last_step_at = time.monotonic()
+        self.startup_s: dict[str, float] = {}
+        self._report = report
+        self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
+        self._waiting: deque[GenerationRequest] = deque()
+        self._drawing: GenerationRequest | None = None
+        self._stopping = False
+        self._steps = 0
+        logger.warning(
+            "%s is drawn whole, one image at a time: no shared steps, samplers, LoRAs, pictures or control "
+            "models, and a long request holds up the next ones.",
+            model.name,
+        )
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._inbox.put(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Take a request out at its next step; nothing more is reported of it."""
+        self._inbox.put(request_id)
+
+    def stop(self) -> None:
+        """Let `run` return after the current request."""
+        self._inbox.put(None)
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            state="ready",
+            device=self.model.pipeline.device.type,
+            forwards=self._steps,
+            image_steps=self._steps,
+            startup_s=self.startup_s,
+        )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Draw a picture of the default size in two steps, so that "ready" was tried."""
+        request = warm_up_request(self.model.describe(self.model_id))
+        codec.encode(self.model.draw(request, 0, self._stamp), request, 0, self.model_id)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self._stopping:
+            self._read_inbox(wait=not self._waiting)
+            self._stamp(0)
+            if self._waiting:
+                self._serve(self._waiting.popleft())
+
+    def _serve(self, request: GenerationRequest) -> None:
+        self._drawing = request
+        self._report(request.id, Started())
+        try:
+            tokens = self.model.count_tokens(request.prompt)
+            for index in range(request.n):
+                self._draw(request, index, tokens)
+        except _CancelledError:
+            pass
+        except Exception as error:  # the edge where one request's trouble must not become everyone's
+            self._report(request.id, as_request_error(error, request))
+        finally:
+            self._drawing = None
+
+    def _draw(self, request: GenerationRequest, index: int, prompt_tokens: int) -> None:
+        steps = request.num_inference_steps
+
+        def on_step(step: int) -> None:
+            self._stamp(step)
+            self._steps += 1
+            # Pipelines with two calls a step would count beyond what was asked for.
+            self._report(request.id, Progress(index * steps + min(step, steps), request.n * steps))
+            self._read_inbox(wait=False)
+            if self._drawing is not request:
+                raise _CancelledError
+
+        started = time.monotonic()
+        pixels = self.model.draw(request, index, on_step)
+        drawn = time.monotonic()
+        data = codec.encode(pixels, request, index, self.model_id)
+        self._report(
+            request.id,
+            ImageFinished(
+                index=index,
+                seed=request.seed + index,
+                data=data,
+                prompt_tokens=prompt_tokens,
+                shared_forwards=0,
+                engine_s=drawn - started,
+                encode_s=time.monotonic() - drawn,
+            ),
+        )
+
+    def _stamp(self, _step: int) -> None:
+        self.last_step_at = time.monotonic()
+
+    def _read_inbox(self, wait: bool) -> None:
+        try:
+            message = self._inbox.get(timeout=1.0) if wait else self._inbox.get_nowait()
+            while True:
+                if message is None:
+                    self._stopping = True
+                elif isinstance(message, GenerationRequest):
+                    self._waiting.append(message)
+                else:
+                    self._waiting = deque(r for r in self._waiting if r.id != message)
+                    if self._drawing is not None and self._drawing.id == message:
+                        self._drawing = None
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
