@@ -77,6 +77,7 @@ class GenerationRequest:
     loras: tuple[tuple[str, float], ...] = ()
     output_format: OutputFormat = "png"
     output_compression: int = 100
+    partial_images: int = 0  # previews of each image while it is drawn
     metadata: bool = True
 
     @property
@@ -143,7 +144,19 @@ class ImageFinished:
     encode_s: float = 0.0  # seconds that a thread took to write the file
 
 
-Event = Started | Progress | ImageFinished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What a running image would be if it ended now, as the bytes of a file.
+
+    After the death of an engine an image starts again and its previews come again, with the same numbers.
+    """
+
+    index: int
+    number: int  # 0, 1, 2 ... of this image
+    data: bytes
+
+
+Event = Started | Progress | Preview | ImageFinished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

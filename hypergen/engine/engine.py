@@ -22,6 +22,7 @@ from hypergen.engine.batching import group_key, next_batch
 from hypergen.engine.determinism import synchronize
 from hypergen.engine.failures import as_request_error
 from hypergen.engine.finishing import Finisher, Report
+from hypergen.engine.previews import Previewer
 from hypergen.engine.shapes import Shapes
 from hypergen.engine.stepping import advance_all
 from hypergen.engine.warming import warm_up_request
@@ -91,6 +92,7 @@ class Engine:
             own_stream=settings.decode_stream,
             encoders=encoders,
         )
+        self._previewer = Previewer(family, report, self._finisher.encoders)
         self.shapes = Shapes(family, settings, clock)
         self._pass_s = 0.0
         self._forwards = 0
@@ -181,7 +183,10 @@ class Engine:
             if not self._running[request_id].started:
                 self._running[request_id].started = True
                 self._report(request_id, Started())
-        for trajectory, error in advance_all(self._denoise(batch), self.settings.vectorised_steps):
+        pairs = self._denoise(batch)
+        for trajectory, prediction in pairs:
+            self._previewer.look_at(trajectory, prediction)
+        for trajectory, error in advance_all(pairs, self.settings.vectorised_steps):
             self._advanced(trajectory, error)
         for request_id in {trajectory.request.id for trajectory in batch} & self._running.keys():
             running = self._running[request_id]

@@ -63,7 +63,7 @@ class Finisher:
         self._cancel = cancel
         self._clock = clock
         self._stream = torch.cuda.Stream() if own_stream else None
-        self._encoders = encoders or ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
+        self.encoders = encoders or ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
 
     def decode(self, trajectory: Trajectory) -> Decoded:
         """Start to turn latents into pixels.
@@ -88,7 +88,7 @@ class Finisher:
 
     def encode_later(self, trajectory: Trajectory, decoded: Decoded) -> None:
         """Hand pixels to the threads that write files; they report the picture."""
-        self._encoders.submit(self._encode, trajectory, decoded, self._clock() - trajectory.arrived_at)
+        self.encoders.submit(self._encode, trajectory, decoded, self._clock() - trajectory.arrived_at)
 
     def encode(self, trajectory: Trajectory, decoded: Decoded) -> bytes:
         """The file of an image, as soon as its pixels are there.
@@ -103,7 +103,7 @@ class Finisher:
         return codec.encode(decoded.pixels.numpy(), trajectory.request, trajectory.index, self._model_id)
 
     def shutdown(self) -> None:
-        self._encoders.shutdown()
+        self.encoders.shutdown()
 
     def _pixels(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         image = self._family.decode(trajectory)

@@ -1,0 +1,94 @@
+"""Previews: they come while an image is drawn, each is nearer to it, and they change nothing."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hypergen.engine.previews import LatentColours, predict_clean, preview_steps
+from hypergen.generation import ImageFinished, Preview
+from hypergen.models import loading
+from hypergen.samplers import SAMPLERS
+from tests.engine.inline import InlineEngine, make_request, make_settings
+
+EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).astype(float)
+
+
+@pytest.mark.parametrize("sampler", [None, "euler", "dpmpp_2m_karras"])
+def test_each_preview_is_nearer_to_the_picture_and_none_changes_it(sampler: str | None) -> None:
+    request = make_request(
+        prompt="a red circle on a blue background",
+        width=128,
+        height=96,
+        num_inference_steps=12,
+        guidance_scale=4.0,
+        sampler=sampler,
+        partial_images=3,
+    )
+    plain = replace(request, id="plain", partial_images=0)
+    engine = InlineEngine(loading.load(EMBEDDED, make_settings()))
+    engine.run(request, plain)
+    assert engine.data(request) == engine.data(plain)
+    events = [event for request_id, event in engine.events if request_id == request.id]
+    previews = sorted((e for e in events if isinstance(e, Preview)), key=lambda preview: preview.number)
+    assert [preview.number for preview in previews] == [0, 1, 2]
+    finished = next(e for e in events if isinstance(e, ImageFinished))
+    assert all(events.index(preview) < events.index(finished) for preview in previews)
+    picture = _pixels(engine.data(request))
+    distances = [np.abs(_pixels(preview.data) - picture).mean() for preview in previews]
+    assert distances == sorted(distances, reverse=True)
+    assert len(set(distances)) == 3
+    assert not any(
+        isinstance(event, Preview) for request_id, event in engine.events if request_id == plain.id
+    )
+
+
+def test_previews_are_spread_over_the_steps_and_never_the_last() -> None:
+    assert sorted(preview_steps(12, 3)) == [3, 6, 9]
+    assert sorted(preview_steps(8, 1)) == [4]
+    assert sorted(preview_steps(2, 3)) == [1]
+    assert preview_steps(1, 3) == frozenset()
+    assert preview_steps(20, 0) == frozenset()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+def test_the_clean_latents_of_the_true_noise_are_the_clean_latents(
+    sd_folder: Path, sampler: str | None
+) -> None:
+    family = loading.load(sd_folder, make_settings())
+    trajectory = family.start(make_request(sampler=sampler, num_inference_steps=10), 0)
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = (torch.randn(trajectory.latents.shape, generator=generator) for _ in range(2))
+    scheduler = trajectory.scheduler
+    # In the middle, where samplers stand between trained steps if they ever do; second-order ones begin one.
+    for _ in range(4):
+        trajectory.advance(torch.zeros_like(clean))
+    timestep = trajectory.timestep
+    trajectory.latents = scheduler.add_noise(clean, noise, timestep.reshape(1))
+    assert torch.allclose(predict_clean(trajectory, noise), clean, atol=0.02)
+
+
+@torch.inference_mode()
+def test_a_linear_map_tells_the_colours_of_latents() -> None:
+    """Where latents are linear in the colours, as a large autoencoder's nearly are, the map is exact."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(4, 3, generator=generator)
+
+    def encode(picture: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.adaptive_avg_pool2d(picture, (16, 16))
+        return torch.einsum("cd,bdhw->bchw", mixing, small)
+
+    colours = LatentColours(encode)
+    picture = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
+    assert torch.allclose(colours(torch.einsum("cd,bdhw->bchw", mixing, picture)), picture, atol=0.02)
