@@ -64,7 +64,7 @@ class SchedulerFactory:
     _KEPT_PROTOTYPES = 256
 
     def __init__(self, published: Scheduler, device: torch.device) -> None:
-        self._published = published
+        self.published = published
         self._device = device
         self._without_steps: dict[str | None, Scheduler] = {}  # making one takes KDPM2 half a second
         self._prototypes: OrderedDict[tuple[str | None, int], Scheduler] = OrderedDict()
@@ -72,7 +72,7 @@ class SchedulerFactory:
     @property
     def min_steps(self) -> int:
         """The fewest steps that the model's own scheduler can do."""
-        same = [entry.min_steps for entry in SAMPLERS.values() if type(self._published) is entry.scheduler]
+        same = [entry.min_steps for entry in SAMPLERS.values() if type(self.published) is entry.scheduler]
         return max(same, default=1)
 
     def make(self, sampler: str | None, num_inference_steps: int) -> Scheduler:
@@ -97,8 +97,8 @@ class SchedulerFactory:
 
     def _prototype(self, sampler: str | None, num_inference_steps: int) -> Scheduler:
         if sampler not in self._without_steps:
-            entry = Sampler(type(self._published)) if sampler is None else SAMPLERS[sampler]
-            config = self._published.config
+            entry = Sampler(type(self.published)) if sampler is None else SAMPLERS[sampler]
+            config = self.published.config
             self._without_steps[sampler] = entry.scheduler.from_config(config, **entry.overrides)
         scheduler = copy.copy(self._without_steps[sampler])
         # LCM picks its steps from those it was distilled on, 50, and refuses more.

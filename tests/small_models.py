@@ -1,14 +1,23 @@
-"""Small Stable Diffusion models with random weights: real modules, real files, nothing downloaded."""
+"""Small models with random weights: real modules, real files, nothing downloaded."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from diffusers import DDIMScheduler
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hypergen.bench.models import RANDOM_MODELS
+from hypergen.bench.models import RANDOM_MODELS, SMALL_VAE, bytewise_tokenizer
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -28,3 +37,84 @@ def save_sd(folder: Path, prediction_type: Prediction = "epsilon", sample_size: 
     pipeline.register_modules(scheduler=scheduler)
     pipeline.save_pretrained(folder)
     return folder
+
+
+_XL_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_XL_UNETS: dict[str, dict[str, Any]] = {
+    "base": {"transformer_layers_per_block": (1, 2)},
+    # Fewer blocks, and not the same ones on the way up.
+    "ssd": {
+        "transformer_layers_per_block": [1, [1]],
+        "reverse_transformer_layers_per_block": [[2, 1], 1],
+        "mid_block_type": None,
+    },
+}
+
+
+def save_sdxl(
+    folder: Path, layout: Literal["base", "ssd"] = "base", *, turbo: bool = False, zeros: bool = True
+) -> Path:
+    """A Stable Diffusion XL of about a million weights; native size 128x128.
+
+    Args:
+        zeros: `force_zeros_for_empty_prompt`.
+    """
+    torch.manual_seed(0)
+    tokenizer = bytewise_tokenizer()
+    scheduler: Any = (
+        EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **_XL_SCHEDULE)
+        if turbo
+        else EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **_XL_SCHEDULE)
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=4,
+        use_linear_projection=True,
+        cross_attention_dim=32 + 48,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 6 * 8,
+        **_XL_UNETS[layout],
+    )
+    pipeline: Any = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**SMALL_VAE, scaling_factor=0.13025).eval(),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer, 32)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 48, projection_dim=40)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=_other_padding(),
+        unet=unet.eval(),
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=zeros,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _other_padding() -> Any:
+    """The second encoder's tokenizer fills with "!" where the first one fills with the end."""
+    tokenizer = bytewise_tokenizer()
+    tokenizer.pad_token = "!"
+    return tokenizer
+
+
+def _clip_config(tokenizer: Any, hidden_size: int, **changes: Any) -> Any:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **changes,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -27,18 +28,29 @@ def load(path: Path, settings: EngineSettings) -> Family:
     card_file = path / "hypergen.json"
     card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     device = choose_device(settings)
-    dtype = choose_dtype(settings, device, card)
+    dtype = choose_dtype(settings, device, card, family.half_dtype)
+    pipeline = load_pipeline(family.pipeline_class, path, dtype, device)
+    return family(pipeline, card, settings)
+
+
+def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A pipeline of diffusers with its weights on the device.
+
+    Raises:
+        ModelError: the files do not fit together.
+    """
+    takes = inspect.signature(pipeline_class.__init__).parameters
+    left_out = {"safety_checker": None} if "safety_checker" in takes else {}
     try:
-        pipeline: Any = family.pipeline_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None
+        pipeline: Any = pipeline_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)
         # Without the path: /health shows the reason to everybody.
         reason = " ".join(str(error).replace(str(path), "the model").split())
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
-    pipeline.to(device)
-    return family(pipeline, card, settings)
+    return pipeline.to(device)
 
 
 def import_family(path: Path) -> Any:
@@ -69,13 +81,19 @@ def choose_device(settings: EngineSettings) -> torch.device:
     return torch.device(settings.device)
 
 
-def choose_dtype(settings: EngineSettings, device: torch.device, card: dict[str, Any]) -> torch.dtype:
-    """The precision of the settings, else the model's own wish, else what the device is fast at."""
+def choose_dtype(
+    settings: EngineSettings, device: torch.device, card: dict[str, Any], half_dtype: torch.dtype
+) -> torch.dtype:
+    """The precision of the settings, else the model's own wish, else what the device is fast at.
+
+    Args:
+        half_dtype: the family's choice of 16 bits, for accelerators.
+    """
     name = settings.dtype or card.get("dtype")
     if name is not None:
         return getattr(torch, name)
     if device.type != "cpu":
-        return torch.float16
+        return half_dtype
     # Without these instructions bfloat16 is emulated, and slower than float32.
     return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
 
