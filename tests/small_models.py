@@ -12,10 +12,20 @@ from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from hypergen.bench.models import RANDOM_MODELS, SMALL_VAE, bytewise_tokenizer
 
@@ -97,6 +107,59 @@ def save_sdxl(
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
+    """A FLUX.1 of a hundred thousand weights: dev reads the guidance, and shifts its steps with the size."""
+    torch.manual_seed(0)
+    dev = variant == "dev"
+    tokenizer = bytewise_tokenizer()
+    pipeline: Any = FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 6, 6),
+            guidance_embeds=dev,
+        ).eval(),
+        vae=_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer, 24)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5_encoder(32),
+        tokenizer_2=_letterwise_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _flow_vae(**changes: Any) -> Any:
+    return AutoencoderKL(**SMALL_VAE, use_quant_conv=False, use_post_quant_conv=False, **changes).eval()
+
+
+def _letterwise_tokenizer() -> Any:
+    """T5's tokenizer with a vocabulary of single letters."""
+    letters = [("▁", -2.0), *((chr(code), -3.0) for code in range(33, 127))]
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*marks, *letters], extra_ids=0)
+
+
+def _t5_encoder(hidden_size: int) -> Any:
+    config = T5Config(
+        vocab_size=128,
+        d_model=hidden_size,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
 
 
 def _other_padding() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,22 @@ class ClipEncoder:
     def _encode(self, chunk: list[int]) -> Any:
         ids = torch.tensor([chunk], device=self._text_encoder.device)
         return self._text_encoder(ids, output_hidden_states=self._penultimate)
+
+
+class PooledClipEncoder:
+    """Encodes the first chunk of a text into one embedding of shape (1, D), for models that read the words
+    with another encoder.
+    """
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, dtype: torch.dtype) -> None:
+        self._tokenizer = tokenizer
+        self._text_encoder = text_encoder
+        self._dtype = dtype
+
+    def __call__(self, text: str) -> EncodedPrompt:
+        chunks, tokens = chunk_tokens(self._tokenizer, text, sys.maxsize)
+        output = self._text_encoder(torch.tensor([chunks[0]], device=self._text_encoder.device))
+        return EncodedPrompt(output.pooler_output.to(self._dtype), tokens)
 
 
 def longest(encoded: Sequence[EncodedPrompt]) -> int:

@@ -16,9 +16,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Embeddings of one text, shape (1, 77 x chunks, D) for CLIP, and how many of its tokens they hold.
+    """What an encoder made of one text.
 
     Attributes:
+        embeds: shape (1, L, D); L is 77 x chunks for CLIP.
+        tokens: of the text, as many as `embeds` hold.
         pooled: one embedding of the whole text, shape (1, D), from encoders that have one.
     """
 

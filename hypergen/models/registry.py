@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 FAMILIES: dict[str, str] = {
+    "FluxPipeline": "hypergen.models.flux:Flux",
     "StableDiffusionPipeline": "hypergen.models.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "hypergen.models.sdxl:StableDiffusionXL",
 }
