@@ -39,8 +39,11 @@ def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, device: t
     Raises:
         ModelError: the files do not fit together.
     """
-    takes = inspect.signature(pipeline_class.__init__).parameters
-    left_out = {"safety_checker": None} if "safety_checker" in takes else {}
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    # Not every component that is null in the index may be left out without a word, such as SD 3's T5.
+    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
+        left_out["safety_checker"] = None
     try:
         pipeline: Any = pipeline_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out

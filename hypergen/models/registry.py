@@ -10,6 +10,7 @@ from typing import Any
 
 FAMILIES: dict[str, str] = {
     "FluxPipeline": "hypergen.models.flux:Flux",
+    "StableDiffusion3Pipeline": "hypergen.models.sd3:StableDiffusion3",
     "StableDiffusionPipeline": "hypergen.models.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "hypergen.models.sdxl:StableDiffusionXL",
 }
