@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -16,12 +18,15 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 # A diffusers scheduler: SchedulerMixin and ConfigMixin at once, which its stubs cannot say.
 Scheduler = Any
@@ -54,6 +59,13 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+# For models that predict the flow from noise to picture.
+FLOW_SAMPLERS: dict[str, Sampler] = {
+    "euler": Sampler(FlowMatchEulerDiscreteScheduler),
+    "heun": Sampler(FlowMatchHeunDiscreteScheduler),
+}
+
+
 class SchedulerFactory:
     """Makes one scheduler per image, from the scheduler that the model was published with.
 
@@ -62,24 +74,32 @@ class SchedulerFactory:
     """
 
     _KEPT_PROTOTYPES = 256
+    samplers = SAMPLERS
 
     def __init__(self, published: Scheduler, device: torch.device) -> None:
-        self._published = published
+        self.published = published
         self._device = device
         self._without_steps: dict[str | None, Scheduler] = {}  # making one takes KDPM2 half a second
-        self._prototypes: OrderedDict[tuple[str | None, int], Scheduler] = OrderedDict()
+        self._prototypes: OrderedDict[tuple[str | None, int, int], Scheduler] = OrderedDict()
 
     @property
     def min_steps(self) -> int:
         """The fewest steps that the model's own scheduler can do."""
-        same = [entry.min_steps for entry in SAMPLERS.values() if type(self._published) is entry.scheduler]
+        same = [
+            entry.min_steps for entry in self.samplers.values() if type(self.published) is entry.scheduler
+        ]
         return max(same, default=1)
 
-    def make(self, sampler: str | None, num_inference_steps: int) -> Scheduler:
-        """A scheduler of its own for one image, timesteps set; `sampler` None is the model's own."""
-        key = (sampler, num_inference_steps)
+    def make(self, sampler: str | None, num_inference_steps: int, image_tokens: int = 0) -> Scheduler:
+        """A scheduler of its own for one image, timesteps set.
+
+        Args:
+            sampler: None is the model's own.
+            image_tokens: patches of the image, for models whose timesteps depend on its size.
+        """
+        key = (sampler, num_inference_steps, image_tokens)
         if key not in self._prototypes:
-            self._prototypes[key] = self._prototype(sampler, num_inference_steps)
+            self._prototypes[key] = self._prototype(*key)
             if len(self._prototypes) > self._KEPT_PROTOTYPES:
                 self._prototypes.popitem(last=False)
         self._prototypes.move_to_end(key)
@@ -95,17 +115,68 @@ class SchedulerFactory:
             scheduler.set_begin_index(0)
         return scheduler
 
-    def _prototype(self, sampler: str | None, num_inference_steps: int) -> Scheduler:
+    def _prototype(self, sampler: str | None, num_inference_steps: int, image_tokens: int) -> Scheduler:
         if sampler not in self._without_steps:
-            entry = Sampler(type(self._published)) if sampler is None else SAMPLERS[sampler]
-            config = self._published.config
-            self._without_steps[sampler] = entry.scheduler.from_config(config, **entry.overrides)
+            entry = Sampler(type(self.published)) if sampler is None else self.samplers[sampler]
+            self._without_steps[sampler] = self._configured(entry)
         scheduler = copy.copy(self._without_steps[sampler])
+        self._set_timesteps(scheduler, num_inference_steps, image_tokens)
+        return scheduler
+
+    def _configured(self, sampler: Sampler) -> Scheduler:
+        return sampler.scheduler.from_config(self.published.config, **sampler.overrides)
+
+    def _set_timesteps(self, scheduler: Scheduler, num_inference_steps: int, image_tokens: int) -> None:
         # LCM picks its steps from those it was distilled on, 50, and refuses more.
         if num_inference_steps > scheduler.config.get("original_inference_steps", num_inference_steps):
             scheduler.register_to_config(original_inference_steps=num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=self._device)
-        return scheduler
+
+
+class FlowSchedulerFactory(SchedulerFactory):
+    """The same for models that predict flow, whose timesteps may shift with the size of the image.
+
+    Args:
+        sigmas_end_at_last_step: whether the model wants its sigmas from 1 down to 1 / steps, where the
+            scheduler can be given any; else they are the scheduler's own.
+    """
+
+    samplers = FLOW_SAMPLERS
+
+    def __init__(self, published: Scheduler, device: torch.device, *, sigmas_end_at_last_step: bool) -> None:
+        super().__init__(published, device)
+        self._sigmas_end_at_last_step = sigmas_end_at_last_step
+        self._shifts: bool = published.config.get("use_dynamic_shifting", False)
+
+    def _configured(self, sampler: Sampler) -> Scheduler:
+        # Heun's scheduler knows a fixed shift only; ours is put in with the timesteps.
+        fixed = {"shift": 1.0} if self._shifts and not _takes_mu(sampler.scheduler) else {}
+        return sampler.scheduler.from_config(self.published.config, **sampler.overrides, **fixed)
+
+    def _set_timesteps(self, scheduler: Scheduler, num_inference_steps: int, image_tokens: int) -> None:
+        arguments: dict[str, Any] = {}
+        if self._shifts and _takes_mu(scheduler):
+            arguments["mu"] = self._shift_exponent(image_tokens)
+        elif self._shifts:
+            # e^mu as a fixed shift gives the same sigmas, see `time_shift` of the Euler scheduler.
+            scheduler.register_to_config(shift=math.exp(self._shift_exponent(image_tokens)))
+        if self._sigmas_end_at_last_step and _takes_mu(scheduler):
+            arguments["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, device=self._device, **arguments)
+
+    def _shift_exponent(self, image_tokens: int) -> float:
+        config = self.published.config
+        return calculate_shift(
+            image_tokens,
+            config["base_image_seq_len"],
+            config["max_image_seq_len"],
+            config["base_shift"],
+            config["max_shift"],
+        )
+
+
+def _takes_mu(scheduler: Scheduler) -> bool:
+    return "mu" in inspect.signature(scheduler.set_timesteps).parameters
 
 
 def takes_generator(scheduler: Scheduler) -> bool:

@@ -92,6 +92,8 @@ class Trajectory:
 
     def model_input(self) -> Tensor:
         """The latents as the denoiser wants them at this timestep."""
+        if not hasattr(self.scheduler, "scale_model_input"):  # flow matching takes them as they are
+            return self.latents
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
     def advance(self, noise_pred: Tensor) -> None:

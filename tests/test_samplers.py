@@ -6,9 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
+from hypergen.samplers import (
+    FLOW_SAMPLERS,
+    SAMPLERS,
+    FlowSchedulerFactory,
+    SchedulerFactory,
+    takes_generator,
+)
 
 _STABLE_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -112,3 +119,34 @@ def test_a_model_published_with_pndm_takes_one_step() -> None:
     factory = SchedulerFactory(published, torch.device("cpu"))
     for steps in (1, 2, 5):
         assert torch.isfinite(Image(factory, None, steps, seed=0).finish()).all()
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("image_tokens", [16, 256, 4096])
+def test_flow_timesteps_shift_with_the_size_of_the_image(sampler: str, image_tokens: int) -> None:
+    published: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    factory = FlowSchedulerFactory(published, torch.device("cpu"), sigmas_end_at_last_step=False)
+    stock: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    stock.set_timesteps(6, mu=calculate_shift(image_tokens))
+    timesteps = factory.make(sampler, 6, image_tokens).timesteps.unique()
+    torch.testing.assert_close(timesteps, stock.timesteps.unique())
+    if sampler == "heun":
+        assert len(factory.make(sampler, 6, image_tokens).timesteps) == 11
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("shifts", [True, False])
+def test_every_flow_sampler_takes_few_and_many_steps(sampler: str, shifts: bool) -> None:
+    published = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shifts)
+    for sigmas_end_at_last_step in (True, False):
+        factory = FlowSchedulerFactory(
+            published, torch.device("cpu"), sigmas_end_at_last_step=sigmas_end_at_last_step
+        )
+        for steps in (1, 2, 3, 20, 150):
+            scheduler = factory.make(sampler, steps, 1024)
+            latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(steps))
+            for timestep in scheduler.timesteps:
+                latents = scheduler.step(torch.tanh(latents), timestep, latents, return_dict=False)[0]
+            assert torch.isfinite(latents).all()
+            assert latents.abs().max() < 10
+            assert scheduler.sigmas[-1] == 0

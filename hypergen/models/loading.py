@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -41,22 +42,33 @@ def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
     card_file = path / "hypergen.json"
     card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     device = choose_device(settings)
-    dtype = choose_dtype(settings, device, card)
+    half_dtype = family.half_dtype if family else torch.bfloat16
+    dtype = choose_dtype(settings, device, card, half_dtype)
+    pipeline = load_pipeline(pipeline_class, path, dtype, device)
+    return family(pipeline, card, settings) if family else WholePipeline(pipeline, card)
+
+
+def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A pipeline of diffusers with its weights on the device.
+
+    Raises:
+        ModelError: the files do not fit together.
+    """
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    # Not every component that is null in the index may be left out without a word, such as SD 3's T5.
+    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
+        left_out["safety_checker"] = None
     try:
         pipeline: Any = pipeline_class.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            **({"safety_checker": None} if family else {}),
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)
         # Without the path: /health shows the reason to everybody.
         reason = " ".join(str(error).replace(str(path), "the model").split())
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
-    pipeline.to(device)
-    return family(pipeline, card, settings) if family else WholePipeline(pipeline, card)
+    return pipeline.to(device)
 
 
 def import_family(path: Path) -> tuple[Any, Any]:
@@ -93,13 +105,19 @@ def choose_device(settings: EngineSettings) -> torch.device:
     return torch.device(settings.device)
 
 
-def choose_dtype(settings: EngineSettings, device: torch.device, card: dict[str, Any]) -> torch.dtype:
-    """The precision of the settings, else the model's own wish, else what the device is fast at."""
+def choose_dtype(
+    settings: EngineSettings, device: torch.device, card: dict[str, Any], half_dtype: torch.dtype
+) -> torch.dtype:
+    """The precision of the settings, else the model's own wish, else what the device is fast at.
+
+    Args:
+        half_dtype: the family's choice of 16 bits, for accelerators.
+    """
     name = settings.dtype or card.get("dtype")
     if name is not None:
         return getattr(torch, name)
     if device.type != "cpu":
-        return torch.float16
+        return half_dtype
     # Without these instructions bfloat16 is emulated, and slower than float32.
     return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
 

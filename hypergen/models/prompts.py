@@ -16,10 +16,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Embeddings of one text, shape (1, 77 x chunks, D), and how many of its tokens they hold."""
+    """What an encoder made of one text.
+
+    Attributes:
+        embeds: shape (1, L, D); L is 77 x chunks for CLIP.
+        tokens: of the text, as many as `embeds` hold.
+        pooled: one embedding of the whole text, shape (1, D), from encoders that have one.
+    """
 
     embeds: Tensor
     tokens: int
+    pooled: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.embeds.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
 
 def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[int]], int]:
@@ -63,10 +74,10 @@ class PromptCache:
             return self._entries[text]
         encoded = self._encode(text)
         self._entries[text] = encoded
-        self._bytes += encoded.embeds.nbytes
+        self._bytes += encoded.nbytes
         while self._bytes > self._max_bytes and self._entries:
             _, dropped = self._entries.popitem(last=False)
-            self._bytes -= dropped.embeds.nbytes
+            self._bytes -= dropped.nbytes
         return encoded
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES: dict[str, str] = {
+    "FluxPipeline": "hypergen.models.flux:Flux",
+    "StableDiffusion3Pipeline": "hypergen.models.sd3:StableDiffusion3",
     "StableDiffusionPipeline": "hypergen.models.sd:StableDiffusion",
+    "StableDiffusionXLPipeline": "hypergen.models.sdxl:StableDiffusionXL",
 }
 
 

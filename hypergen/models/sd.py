@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.models.clip import ClipEncoder
 from hypergen.models.guidance import denoise
-from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
+from hypergen.models.prompts import PromptCache, fill_to
 from hypergen.models.sizes import nearest_native_size, round_up
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
@@ -29,6 +30,7 @@ class StableDiffusion:
 
     name = "sd"
     pipeline_class = StableDiffusionPipeline
+    half_dtype = torch.float16
 
     def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
         self.unet: Any = pipeline.unet
@@ -36,11 +38,17 @@ class StableDiffusion:
         self.text_encoder: Any = pipeline.text_encoder
         self.tokenizer: Any = pipeline.tokenizer
         self.card = card
-        self.max_prompt_chunks = settings.max_prompt_chunks
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         with torch.inference_mode():
-            self.prompts = PromptCache(self._encode_text, settings.prompt_cache_mb * 1_000_000)
+            encode = ClipEncoder(
+                self.tokenizer,
+                self.text_encoder,
+                settings.max_prompt_chunks,
+                self.unet.dtype,
+                penultimate=False,
+            )
+            self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -110,9 +118,3 @@ class StableDiffusion:
     def _latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
         factor = self.vae_scale_factor
         return (1, self.unet.config.in_channels, height // factor, width // factor)
-
-    def _encode_text(self, text: str) -> EncodedPrompt:
-        chunks, tokens = chunk_tokens(self.tokenizer, text, self.max_prompt_chunks)
-        device = self.text_encoder.device
-        embeds = [self.text_encoder(torch.tensor([chunk], device=device))[0] for chunk in chunks]
-        return EncodedPrompt(torch.cat(embeds, dim=1).to(self.unet.dtype), tokens)

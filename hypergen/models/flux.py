@@ -1,0 +1,159 @@
+"""FLUX.1 schnell and dev: a transformer over 2x2 patches, T5 for the words and CLIP for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hypergen.config import EngineSettings
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.models.clip import PooledClipEncoder
+from hypergen.models.guidance import denoise
+from hypergen.models.prompts import PromptCache
+from hypergen.models.sizes import round_up
+from hypergen.models.t5 import T5Encoder
+from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
+from hypergen.trajectory import Conditioning, Trajectory
+
+_PATCH = 2  # latent pixels that make the side of a patch
+_SIDE = 1024
+_DEV_DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5, "width": _SIDE, "height": _SIDE}
+# Distilled to a few steps, and knows no guidance.
+_SCHNELL_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": _SIDE, "height": _SIDE}
+# Tokens that T5 reads, as the models were trained.
+_DEV_LENGTH, _SCHNELL_LENGTH = 512, 256
+
+
+class Flux:
+    """The pipeline's modules, called step by step.
+
+    FLUX.1 dev was distilled with guidance as an input, and `guidance_scale` is that. A negative prompt needs
+    the other kind, with two rows for each image, whose scale is `true_cfg_scale`.
+
+    Latents are kept as (1, C, h, w) and packed into patches for the transformer alone.
+
+    Args:
+        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`,
+            and `true_cfg_scale`, 4 if it is absent.
+    """
+
+    name = "flux"
+    pipeline_class = FluxPipeline
+    half_dtype = torch.bfloat16
+
+    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+        self.transformer: Any = pipeline.transformer
+        self.vae: Any = pipeline.vae
+        self.card = card
+        self.true_cfg_scale: float = card.get("true_cfg_scale", 4.0)
+        # FLUX spaces its sigmas itself, down to 1 / steps.
+        self.schedulers = FlowSchedulerFactory(
+            pipeline.scheduler, self.transformer.device, sigmas_end_at_last_step=True
+        )
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.takes_guidance: bool = self.transformer.config.guidance_embeds
+        length = _DEV_LENGTH if self.takes_guidance else _SCHNELL_LENGTH
+        dtype, room = self.transformer.dtype, settings.prompt_cache_mb * 1_000_000 // 2
+        with torch.inference_mode():
+            self.clip = PromptCache(
+                PooledClipEncoder(pipeline.tokenizer, pipeline.text_encoder, dtype=dtype), room
+            )
+            self.t5 = PromptCache(
+                T5Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, length, dtype), room
+            )
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.transformer
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vae
+
+    def describe(self, model_id: str) -> ModelDescription:
+        defaults = _DEV_DEFAULTS if self.takes_guidance else _SCHNELL_DEFAULTS
+        return ModelDescription(
+            id=model_id,
+            family=self.name,
+            defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
+            samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
+            min_steps=self.schedulers.min_steps,
+            device=self.transformer.device.type,
+            dtype=str(self.transformer.dtype).removeprefix("torch."),
+            options=frozenset({"prompt_2", "negative_prompt"}),
+        )
+
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        multiple = self.vae_scale_factor * _PATCH
+        return round_up(width, multiple), round_up(height, multiple)
+
+    def start(self, request: GenerationRequest, index: int) -> Trajectory:
+        positive = self._conditioning(request, request.prompt, request.prompt_2)
+        negative = None
+        if (request.negative_prompt or request.negative_prompt_2) and self.true_cfg_scale > 1:
+            negative = self._conditioning(request, request.negative_prompt or "", request.negative_prompt_2)
+
+        width, height = self.drawn_size(request.width, request.height)
+        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
+        scheduler = self.schedulers.make(
+            request.sampler, request.num_inference_steps, rows * columns // _PATCH**2
+        )
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        shape = (1, self.transformer.config.in_channels // _PATCH**2, rows, columns)
+        noise = torch.randn(shape, generator=generator, dtype=self.transformer.dtype)
+        return Trajectory(
+            request=request,
+            index=index,
+            latents=noise.to(self.transformer.device),
+            positive=positive,
+            negative=negative,
+            guidance_scale=self.true_cfg_scale,
+            prompt_tokens=self.t5.get(request.prompt_2 or request.prompt).tokens,
+            generator=generator,
+            scheduler=scheduler,
+            draws_noise=takes_generator(scheduler),
+        )
+
+    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        return denoise(self.forward, trajectories)
+
+    def decode(self, trajectory: Trajectory) -> Tensor:
+        config = self.vae.config
+        latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        latents, timesteps, prompt_embeds, pooled_prompt_embeds, *guidance = rows
+        height, width = (side // _PATCH for side in latents.shape[-2:])
+        packed = functional.pixel_unshuffle(latents, _PATCH).flatten(2).transpose(1, 2)
+        output = self.transformer(
+            hidden_states=packed,
+            # In the latents' precision before it is divided, as diffusers does.
+            timestep=timesteps.to(latents.dtype) / 1000,
+            guidance=guidance[0] if guidance else None,
+            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=prompt_embeds.new_zeros(prompt_embeds.shape[1], 3),
+            img_ids=_positions(height, width, latents.device).to(latents.dtype),
+            return_dict=False,
+        )[0]
+        return functional.pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
+
+    def _conditioning(self, request: GenerationRequest, text: str, text_2: str | None) -> Conditioning:
+        embeds, pooled = self.t5.get(text_2 or text).embeds, self.clip.get(text).embeds
+        if not self.takes_guidance:
+            return Conditioning(embeds, (pooled,))
+        guidance = torch.tensor([request.guidance_scale], device=embeds.device)
+        return Conditioning(embeds, (pooled, guidance))
+
+
+def _positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of each patch, shape (height x width, 3); the first number counts pictures."""
+    sides = torch.arange(height, device=device), torch.arange(width, device=device)
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)

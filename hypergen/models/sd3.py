@@ -1,0 +1,167 @@
+"""Stable Diffusion 3 and 3.5: a transformer that reads two CLIP encoders and, where it is there, T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hypergen.config import EngineSettings
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.models.clip import ClipEncoder, longest, side_by_side
+from hypergen.models.guidance import denoise
+from hypergen.models.prompts import EncodedPrompt, PromptCache
+from hypergen.models.sizes import round_up
+from hypergen.models.t5 import T5Encoder
+from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
+from hypergen.trajectory import Conditioning, Trajectory
+
+# Tokens that T5 reads, as the models were trained.
+_T5_LENGTH = 256
+
+
+class StableDiffusion3:
+    """The pipeline's modules, called step by step.
+
+    The sequence of a prompt is what the two CLIP encoders say side by side, in chunks, then what T5 says. A
+    model whose `text_encoder_3` is null gets zeros for T5's words, as in diffusers. `prompt_2` is read by the
+    second CLIP encoder alone.
+
+    Args:
+        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`.
+    """
+
+    name = "sd3"
+    pipeline_class = StableDiffusion3Pipeline
+    half_dtype = torch.bfloat16
+
+    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+        self.transformer: Any = pipeline.transformer
+        self.vae: Any = pipeline.vae
+        self.card = card
+        self.schedulers = FlowSchedulerFactory(
+            pipeline.scheduler, self.transformer.device, sigmas_end_at_last_step=False
+        )
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.patch_size: int = self.transformer.config.patch_size
+        chunks, dtype = settings.max_prompt_chunks, self.transformer.dtype
+        room = settings.prompt_cache_mb * 1_000_000 // 3
+
+        def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
+            return PromptCache(ClipEncoder(tokenizer, text_encoder, chunks, dtype, penultimate=True), room)
+
+        with torch.inference_mode():
+            self.clips = (
+                cached(pipeline.tokenizer, pipeline.text_encoder),
+                cached(pipeline.tokenizer_2, pipeline.text_encoder_2),
+            )
+            encode = (
+                self._no_words
+                if pipeline.text_encoder_3 is None
+                else T5Encoder(pipeline.tokenizer_3, pipeline.text_encoder_3, _T5_LENGTH, dtype)
+            )
+            self.t5 = PromptCache(encode, room)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.transformer
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vae
+
+    def describe(self, model_id: str) -> ModelDescription:
+        side = self.transformer.config.sample_size * self.vae_scale_factor
+        defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
+        return ModelDescription(
+            id=model_id,
+            family=self.name,
+            defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
+            samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
+            min_steps=self.schedulers.min_steps,
+            device=self.transformer.device.type,
+            dtype=str(self.transformer.dtype).removeprefix("torch."),
+            options=frozenset({"prompt_2", "negative_prompt"}),
+        )
+
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        multiple = self.vae_scale_factor * self.patch_size
+        return round_up(width, multiple), round_up(height, multiple)
+
+    def start(self, request: GenerationRequest, index: int) -> Trajectory:
+        positive, negative, tokens = self._conditionings(request)
+        width, height = self.drawn_size(request.width, request.height)
+        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
+        scheduler = self.schedulers.make(
+            request.sampler, request.num_inference_steps, rows * columns // self.patch_size**2
+        )
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        shape = (1, self.transformer.config.in_channels, rows, columns)
+        noise = torch.randn(shape, generator=generator, dtype=self.transformer.dtype)
+        return Trajectory(
+            request=request,
+            index=index,
+            latents=noise.to(self.transformer.device),
+            positive=positive,
+            negative=negative,
+            guidance_scale=request.guidance_scale,
+            prompt_tokens=tokens,
+            generator=generator,
+            scheduler=scheduler,
+            draws_noise=takes_generator(scheduler),
+        )
+
+    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        return denoise(self.forward, trajectories)
+
+    def decode(self, trajectory: Trajectory) -> Tensor:
+        config = self.vae.config
+        latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        latents, timesteps, prompt_embeds, pooled_prompt_embeds = rows
+        return self.transformer(
+            hidden_states=latents,
+            timestep=timesteps,
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled_prompt_embeds,
+            return_dict=False,
+        )[0]
+
+    def _conditionings(self, request: GenerationRequest) -> tuple[Conditioning, Conditioning | None, int]:
+        """Positive, negative when there is guidance, and the tokens of the prompt."""
+        positive = self._encode(request.prompt, request.prompt_2)
+        tokens = max(positive[0].tokens, self.t5.get(request.prompt).tokens)
+        if request.guidance_scale <= 1:
+            return self._conditioning(request.prompt, positive, longest(positive)), None, tokens
+        unwanted = request.negative_prompt or ""
+        negative = self._encode(unwanted, request.negative_prompt_2)
+        length = longest([*positive, *negative])
+        return (
+            self._conditioning(request.prompt, positive, length),
+            self._conditioning(unwanted, negative, length),
+            tokens,
+        )
+
+    def _encode(self, text: str, text_2: str | None) -> tuple[EncodedPrompt, EncodedPrompt]:
+        first, second = self.clips
+        return first.get(text), second.get(text_2 or text)
+
+    def _conditioning(
+        self, text: str, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int
+    ) -> Conditioning:
+        words = self.t5.get(text).embeds
+        clip = side_by_side(self.clips, encoded, length)
+        clip = functional.pad(clip, (0, words.shape[-1] - clip.shape[-1]))
+        pooled = [prompt.pooled for prompt in encoded if prompt.pooled is not None]
+        return Conditioning(torch.cat([clip, words], dim=1), (torch.cat(pooled, dim=-1),))
+
+    def _no_words(self, text: str) -> EncodedPrompt:
+        transformer = self.transformer
+        shape = (1, _T5_LENGTH, transformer.config.joint_attention_dim)
+        return EncodedPrompt(torch.zeros(shape, dtype=transformer.dtype, device=transformer.device), 0)

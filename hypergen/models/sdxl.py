@@ -1,0 +1,157 @@
+"""Stable Diffusion XL, SDXL Turbo and SSD-1B: two CLIP text encoders, and a UNet that is told the sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from hypergen.config import EngineSettings
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.models.clip import ClipEncoder, longest, side_by_side
+from hypergen.models.guidance import denoise
+from hypergen.models.prompts import EncodedPrompt, PromptCache
+from hypergen.models.sizes import round_up
+from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
+from hypergen.trajectory import Conditioning, Trajectory
+
+# Turbo is distilled to draw in a few steps without guidance: fifty guided ones would spoil its pictures.
+_TURBO_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 1024, "height": 1024}
+
+
+class StableDiffusionXL:
+    """The pipeline's modules, called step by step.
+
+    Args:
+        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`.
+    """
+
+    name = "sdxl"
+    pipeline_class = StableDiffusionXLPipeline
+    half_dtype = torch.float16
+
+    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+        self.unet: Any = pipeline.unet
+        self.vae: Any = pipeline.vae
+        self.card = card
+        self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.to(torch.float32)  # in float16 it overflows, and pictures come out black
+
+        def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
+            chunks, dtype = settings.max_prompt_chunks, self.unet.dtype
+            encode = ClipEncoder(tokenizer, text_encoder, chunks, dtype, penultimate=True)
+            return PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 2)
+
+        with torch.inference_mode():
+            self.encoders = (
+                cached(pipeline.tokenizer, pipeline.text_encoder),
+                cached(pipeline.tokenizer_2, pipeline.text_encoder_2),
+            )
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vae
+
+    def describe(self, model_id: str) -> ModelDescription:
+        side = self.unet.config.sample_size * self.vae_scale_factor
+        defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
+        own_defaults = _TURBO_DEFAULTS if _is_turbo(self.schedulers.published) else {}
+        return ModelDescription(
+            id=model_id,
+            family=self.name,
+            defaults=ModelDefaults(**{**defaults, **own_defaults, **self.card.get("defaults", {})}),
+            samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
+            min_steps=self.schedulers.min_steps,
+            device=self.unet.device.type,
+            dtype=str(self.unet.dtype).removeprefix("torch."),
+            options=frozenset({"prompt_2", "negative_prompt"}),
+        )
+
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
+
+    def start(self, request: GenerationRequest, index: int) -> Trajectory:
+        width, height = self.drawn_size(request.width, request.height)
+        positive, negative, tokens = self._conditionings(request, width, height)
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
+        factor = self.vae_scale_factor
+        shape = (1, self.unet.config.in_channels, height // factor, width // factor)
+        noise = torch.randn(shape, generator=generator, dtype=self.unet.dtype)
+        return Trajectory(
+            request=request,
+            index=index,
+            latents=noise.to(self.unet.device) * scheduler.init_noise_sigma,
+            positive=positive,
+            negative=negative,
+            guidance_scale=request.guidance_scale,
+            prompt_tokens=tokens,
+            generator=generator,
+            scheduler=scheduler,
+            draws_noise=takes_generator(scheduler),
+        )
+
+    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        return denoise(self.forward, trajectories)
+
+    def decode(self, trajectory: Trajectory) -> Tensor:
+        latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids = rows
+        return self.unet(
+            latents,
+            timesteps,
+            encoder_hidden_states=prompt_embeds,
+            added_cond_kwargs={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+
+    def _conditionings(
+        self, request: GenerationRequest, width: int, height: int
+    ) -> tuple[Conditioning, Conditioning | None, int]:
+        """Positive, negative when there is guidance, and the tokens of the prompt."""
+        # Original size, crop and target size, as height and width: a picture that was not cut out of another.
+        time_ids = torch.tensor(
+            [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.unet.device
+        )
+        positive = self._encode(request.prompt, request.prompt_2)
+        tokens = positive[0].tokens
+        if request.guidance_scale <= 1:
+            return self._conditioning(positive, longest(positive), time_ids), None, tokens
+        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2)
+        length = longest([*positive, *negative])
+        unwanted = self._conditioning(negative, length, time_ids)
+        asked = request.negative_prompt or request.negative_prompt_2
+        if self.force_zeros_for_empty_prompt and not asked:
+            embeds, pooled = (torch.zeros_like(tensor) for tensor in unwanted.tensors[:2])
+            unwanted = Conditioning(embeds, (pooled, time_ids))
+        return self._conditioning(positive, length, time_ids), unwanted, tokens
+
+    def _encode(self, text: str, text_2: str | None) -> tuple[EncodedPrompt, EncodedPrompt]:
+        first, second = self.encoders
+        return first.get(text), second.get(text_2 or text)
+
+    def _conditioning(
+        self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int, time_ids: Tensor
+    ) -> Conditioning:
+        pooled = encoded[1].pooled
+        assert pooled is not None
+        return Conditioning(side_by_side(self.encoders, encoded, length), (pooled, time_ids))
+
+
+def _is_turbo(published: Any) -> bool:
+    """Whether the published scheduler is the one that SDXL Turbo comes with; its other files do not tell."""
+    trailing = published.config.get("timestep_spacing") == "trailing"
+    return trailing and isinstance(published, EulerAncestralDiscreteScheduler)

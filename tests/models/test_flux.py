@@ -1,0 +1,134 @@
+"""FLUX.1 against diffusers' own pipeline: the same picture, alone and in a crowd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, FluxPipeline
+
+from hypergen.generation import GenerationRequest, ModelDefaults
+from hypergen.models import loading
+from hypergen.models.family import Family
+from hypergen.samplers import Sampler
+from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+from tests.models.comparing import (
+    assert_close_in_half_precision,
+    assert_drawn_as_by_stock,
+    common_arguments,
+    picture,
+    sampler_of,
+    stock_pipeline,
+)
+from tests.small_models import save_flux
+
+_REQUEST = make_request(num_inference_steps=5, guidance_scale=3.5, width=96, height=64, seed=11)
+_LENGTH = {"dev": 512, "schnell": 256}
+
+
+class HeunForFlux(FlowMatchHeunDiscreteScheduler):
+    """diffusers' pipeline hands over sigmas and a shift, which its own Heun does not take."""
+
+    def set_timesteps(
+        self, num_inference_steps: int = 0, device: Any = None, sigmas: Any = (), mu: float = 0.0
+    ) -> None:
+        super().set_timesteps(len(sigmas), device)
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_flux(tmp_path_factory.mktemp("models") / "small-dev")
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_flux(tmp_path_factory.mktemp("models") / "small-schnell", "schnell")
+
+
+def _stock_picture(pipeline: Any, variant: str, request: GenerationRequest) -> np.ndarray:
+    with sampler_of(pipeline, Sampler(HeunForFlux) if request.sampler == "heun" else None):
+        picture = pipeline(
+            request.prompt,
+            prompt_2=request.prompt_2,
+            negative_prompt=request.negative_prompt,
+            negative_prompt_2=request.negative_prompt_2,
+            true_cfg_scale=4.0,
+            max_sequence_length=_LENGTH[variant],
+            **common_arguments(request),
+        ).images[0]
+    return np.asarray(picture)
+
+
+def _bytes(family: Family, request: GenerationRequest) -> bytes:
+    return draw_alone(family, request).tobytes()
+
+
+def test_dev_draws_the_stock_pictures(dev: Path) -> None:
+    pipeline = stock_pipeline(FluxPipeline, dev)
+    requests = [
+        _REQUEST,
+        replace(_REQUEST, id="other-guidance", guidance_scale=9.0, num_inference_steps=3),
+        replace(_REQUEST, id="negative", negative_prompt="blurred", seed=12),
+        replace(_REQUEST, id="second", prompt_2="a dog", negative_prompt="", negative_prompt_2="grey"),
+        replace(_REQUEST, id="long", prompt="a cat of many letters " * 12),
+        replace(_REQUEST, id="size", width=64, height=96),
+        replace(_REQUEST, id="same size", width=64, height=96, seed=3),
+    ]
+    family = loading.load(dev, make_settings())
+    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(pipeline, "dev", request))
+    assert _bytes(family, _REQUEST) != _bytes(family, replace(_REQUEST, guidance_scale=9.0))
+
+
+def test_schnell_draws_the_stock_pictures(schnell: Path) -> None:
+    pipeline = stock_pipeline(FluxPipeline, schnell)
+    requests = [
+        replace(_REQUEST, num_inference_steps=4),
+        replace(_REQUEST, id="heun", sampler="heun"),
+        replace(_REQUEST, id="euler", sampler="euler", negative_prompt="blurred"),
+    ]
+    family = loading.load(schnell, make_settings())
+    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(pipeline, "schnell", request))
+    assert _bytes(family, _REQUEST) == _bytes(family, replace(_REQUEST, guidance_scale=9.0))
+
+
+def test_defaults_are_those_of_the_variant(dev: Path, schnell: Path) -> None:
+    for folder, defaults in (
+        (dev, ModelDefaults(28, 3.5, 1024, 1024)),
+        (schnell, ModelDefaults(4, 1.0, 1024, 1024)),
+    ):
+        described = loading.load(folder, make_settings()).describe("flux")
+        assert described.defaults == defaults
+        assert described.options == {"prompt_2", "negative_prompt"}
+        assert described.samplers.keys() == {"euler", "heun"}
+
+
+def test_sizes_are_cut_out_of_multiples_of_sixteen(dev: Path) -> None:
+    family = loading.load(dev, make_settings())
+    asked, drawn = (
+        make_request(width=72, height=88, guidance_scale=3.5),
+        make_request(width=80, height=96, guidance_scale=3.5),
+    )
+    engine = InlineEngine(family)
+    engine.run(asked, drawn)
+    assert (picture(engine.data(asked)) == picture(engine.data(drawn))[4:92, 4:76]).all()
+
+
+def test_words_beyond_the_length_of_t5_are_cut_off_with_a_word_in_the_log(
+    schnell: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = loading.load(schnell, make_settings())
+    prompt = "cats " * 100
+    trajectory = family.start(replace(_REQUEST, prompt=prompt), 0)
+    assert trajectory.prompt_tokens == 255
+    assert "cut off after 255" in caplog.text
+
+
+def test_half_precision_stays_near_the_stock_picture(dev: Path) -> None:
+    pipeline = stock_pipeline(FluxPipeline, dev, dtype=torch.bfloat16)
+    family = loading.load(dev, make_settings(dtype="bfloat16"))
+    request = replace(_REQUEST, num_inference_steps=3, negative_prompt="blurred")
+    assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, "dev", request))

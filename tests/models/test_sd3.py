@@ -1,0 +1,137 @@
+"""Stable Diffusion 3 against diffusers' own pipeline: the same picture, alone and in a crowd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+from hypergen.generation import GenerationRequest, ModelDefaults
+from hypergen.models import loading
+from hypergen.models.family import Family
+from hypergen.samplers import FLOW_SAMPLERS
+from tests.engine.inline import draw_alone, make_request, make_settings
+from tests.models.comparing import (
+    CHUNK,
+    assert_close_in_half_precision,
+    assert_drawn_as_by_stock,
+    assert_same,
+    common_arguments,
+    sampler_of,
+    stock_pipeline,
+)
+from tests.small_models import save_sd3
+
+_GUIDED = make_request(
+    num_inference_steps=5, guidance_scale=6.0, negative_prompt="blurred", width=96, height=64, seed=11
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd3(tmp_path_factory.mktemp("models") / "small-sd3")
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> Any:
+    return stock_pipeline(StableDiffusion3Pipeline, folder)
+
+
+@pytest.fixture(scope="module")
+def family(folder: Path) -> Family:
+    return loading.load(folder, make_settings())
+
+
+def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
+    with sampler_of(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
+        picture = pipeline(
+            request.prompt,
+            prompt_2=request.prompt_2,
+            negative_prompt=request.negative_prompt,
+            negative_prompt_2=request.negative_prompt_2,
+            **common_arguments(request),
+        ).images[0]
+    return np.asarray(picture)
+
+
+def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family) -> None:
+    requests = [
+        _GUIDED,
+        replace(_GUIDED, id="two", prompt_2="a dog", negative_prompt_2="grey", seed=12),
+        replace(_GUIDED, id="no-negative", negative_prompt=None, num_inference_steps=3),
+        replace(_GUIDED, id="unguided", guidance_scale=1.0, num_inference_steps=7),
+        replace(_GUIDED, id="heun", sampler="heun"),
+        replace(_GUIDED, id="euler", sampler="euler", guidance_scale=2.0),
+    ]
+    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(stock, request))
+
+
+@pytest.mark.parametrize("version", ["3", "3.5"])
+def test_a_model_without_t5_draws_the_stock_picture(tmp_path: Path, version: Any) -> None:
+    folder = save_sd3(tmp_path / "small-sd3", t5=False, version=version)
+    pipeline = stock_pipeline(StableDiffusion3Pipeline, folder, text_encoder_3=None, tokenizer_3=None)
+    # A scheduler that shifts with the size, as finetunes have.
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    drawn = draw_alone(loading.load(folder, make_settings()), _GUIDED)
+    assert_same(drawn, _stock_picture(pipeline, _GUIDED))
+
+
+def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: Family) -> None:
+    """CLIP's parts, encoded by the stock pipeline each by itself, one after the other, then T5's whole; the
+    shorter text is filled with empty chunks.
+    """
+    long = replace(_GUIDED, id="long", prompt=f"{CHUNK} a cat")
+    long_too = replace(_GUIDED, id="long-too", prompt="a cat", negative_prompt=f"{CHUNK} a dog", seed=5)
+    chunks = {
+        long.prompt: (CHUNK, "a cat"),
+        "blurred": ("blurred", ""),
+        "a cat": ("a cat", ""),
+        f"{CHUNK} a dog": (CHUNK, "a dog"),
+    }
+
+    def read(text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        def encode(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+            embeds, _, pooled, _ = stock.encode_prompt(part, None, None, do_classifier_free_guidance=False)
+            return embeds, pooled
+
+        parts = [encode(part) for part in chunks[text]]
+        clip = [embeds[:, :77] for embeds, _ in parts]
+        words = encode(text)[0][:, 77:]
+        return torch.cat([*clip, words], dim=1), parts[0][1]
+
+    @torch.inference_mode()
+    def draw(request: GenerationRequest) -> np.ndarray:
+        embeds, pooled = read(request.prompt)
+        unwanted, unwanted_pooled = read(request.negative_prompt or "")
+        return np.asarray(
+            stock(
+                prompt_embeds=embeds,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=unwanted,
+                negative_pooled_prompt_embeds=unwanted_pooled,
+                **common_arguments(request),
+            ).images[0]
+        )
+
+    assert_drawn_as_by_stock(family, [long, long_too], draw)
+
+
+def test_what_it_says_of_itself(family: Family) -> None:
+    described = family.describe("sd3")
+    assert described.defaults == ModelDefaults(50, 7.5, 128, 128)
+    assert described.options == {"prompt_2", "negative_prompt"}
+    assert described.samplers.keys() == {"euler", "heun"}
+    assert family.drawn_size(100, 72) == (112, 80)
+
+
+def test_half_precision_stays_near_the_stock_picture(folder: Path) -> None:
+    pipeline = stock_pipeline(StableDiffusion3Pipeline, folder, dtype=torch.bfloat16)
+    family = loading.load(folder, make_settings(dtype="bfloat16"))
+    request = replace(_GUIDED, num_inference_steps=3)
+    assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, request))

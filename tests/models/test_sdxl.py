@@ -1,0 +1,141 @@
+"""Stable Diffusion XL against diffusers' own pipeline: the same picture, alone and in a crowd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from hypergen.generation import GenerationRequest, ModelDefaults
+from hypergen.models import loading
+from hypergen.models.family import Family
+from hypergen.samplers import SAMPLERS
+from tests.engine.inline import draw_alone, make_request, make_settings
+from tests.models.comparing import (
+    CHUNK,
+    assert_close_in_half_precision,
+    assert_drawn_as_by_stock,
+    assert_same,
+    common_arguments,
+    sampler_of,
+    stock_pipeline,
+)
+from tests.small_models import save_sdxl
+
+_GUIDED = make_request(
+    num_inference_steps=5, guidance_scale=6.0, negative_prompt="blurred", width=96, height=64, seed=11
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("models") / "small-sdxl")
+
+
+@pytest.fixture(scope="module")
+def stock(base: Path) -> Any:
+    return stock_pipeline(StableDiffusionXLPipeline, base)
+
+
+@pytest.fixture(scope="module")
+def family(base: Path) -> Family:
+    return loading.load(base, make_settings())
+
+
+def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
+    with sampler_of(pipeline, SAMPLERS[request.sampler] if request.sampler else None):
+        picture = pipeline(
+            request.prompt,
+            prompt_2=request.prompt_2,
+            negative_prompt=request.negative_prompt,
+            negative_prompt_2=request.negative_prompt_2,
+            **common_arguments(request),
+        ).images[0]
+    return np.asarray(picture)
+
+
+def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family) -> None:
+    samplers = ("euler_a", "dpmpp_2m_karras", "heun", "ddim")
+    requests = [
+        _GUIDED,
+        replace(_GUIDED, id="two", prompt_2="a dog", negative_prompt_2="grey", seed=12),
+        replace(_GUIDED, id="no-negative", negative_prompt=None),
+        replace(_GUIDED, id="unguided", guidance_scale=1.0, num_inference_steps=7),
+        *(replace(_GUIDED, id=name, sampler=name, num_inference_steps=4) for name in samplers),
+    ]
+    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(stock, request))
+
+
+def test_the_layout_of_ssd_draws_the_stock_picture(tmp_path: Path) -> None:
+    folder = save_sdxl(tmp_path / "ssd", "ssd", zeros=False)
+    pipeline = stock_pipeline(StableDiffusionXLPipeline, folder)
+    # Without forced zeros, an absent negative prompt is the empty one.
+    for request in (_GUIDED, replace(_GUIDED, negative_prompt=None)):
+        family = loading.load(folder, make_settings())
+        assert_same(draw_alone(family, request), _stock_picture(pipeline, request))
+
+
+def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: Family) -> None:
+    """The parts, encoded by the stock pipeline each by itself, then side by side; the shorter text is filled
+    with empty chunks. For a second encoder as for the first.
+    """
+    long = replace(_GUIDED, id="long", prompt=f"{CHUNK} a cat", prompt_2=None)
+    long_2 = replace(_GUIDED, id="long-2", prompt="a cat", prompt_2=f"{CHUNK} a dog", negative_prompt=None)
+    parts = {
+        "long": ((CHUNK, "a cat"), (CHUNK, "a cat"), ("blurred", "")),
+        "long-2": (("a cat", ""), (CHUNK, "a dog"), None),
+    }
+
+    def encode(text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        embeds, _, pooled, _ = stock.encode_prompt(text, do_classifier_free_guidance=False)
+        return embeds[..., :32], embeds[..., 32:], pooled
+
+    def read(texts: tuple[str, str], texts_2: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+        first = torch.cat([encode(text)[0] for text in texts], dim=1)
+        second = torch.cat([encode(text)[1] for text in texts_2], dim=1)
+        return torch.cat([first, second], dim=-1), encode(texts_2[0])[2]
+
+    @torch.inference_mode()
+    def draw(request: GenerationRequest) -> np.ndarray:
+        texts, texts_2, negative = parts[request.id]
+        embeds, pooled = read(texts, texts_2)
+        unwanted, unwanted_pooled = (
+            read(negative, negative) if negative else (torch.zeros_like(embeds), torch.zeros_like(pooled))
+        )
+        return np.asarray(
+            stock(
+                prompt_embeds=embeds,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=unwanted,
+                negative_pooled_prompt_embeds=unwanted_pooled,
+                **common_arguments(request),
+            ).images[0]
+        )
+
+    assert_drawn_as_by_stock(family, [long, long_2], draw)
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_stays_near_the_stock_picture(base: Path, dtype: str) -> None:
+    pipeline = stock_pipeline(StableDiffusionXLPipeline, base, dtype=getattr(torch, dtype))
+    family: Any = loading.load(base, make_settings(dtype=dtype))
+    # In float16 the decoder of SDXL would overflow.
+    assert family.vae.dtype == (torch.float32 if dtype == "float16" else torch.bfloat16)
+    request = replace(_GUIDED, num_inference_steps=3)
+    assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, request))
+
+
+def test_turbo_draws_in_four_steps_without_guidance(tmp_path: Path, family: Family) -> None:
+    turbo = loading.load(save_sdxl(tmp_path / "turbo", turbo=True), make_settings())
+    assert turbo.describe("turbo").defaults == ModelDefaults(4, 1.0, 1024, 1024)
+    assert family.describe("base").defaults == ModelDefaults(50, 7.5, 128, 128)
+    assert family.describe("base").options == {"prompt_2", "negative_prompt"}
+    pipeline = stock_pipeline(StableDiffusionXLPipeline, tmp_path / "turbo")
+    request = replace(_GUIDED, num_inference_steps=4, guidance_scale=1.0)
+    assert_same(draw_alone(turbo, request), _stock_picture(pipeline, request))
