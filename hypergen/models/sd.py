@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from hypergen.adapters.adapters import Adapters
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
 from hypergen.models.sizes import nearest_native_size, round_up
@@ -36,6 +37,7 @@ class StableDiffusion:
         self.text_encoder: Any = pipeline.text_encoder
         self.tokenizer: Any = pipeline.tokenizer
         self.card = card
+        self.adapters = Adapters(pipeline, settings)
         self.max_prompt_chunks = settings.max_prompt_chunks
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -61,7 +63,8 @@ class StableDiffusion:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset({"negative_prompt"}),
+            options=frozenset[Option]({"negative_prompt", *self.adapters.options}),
+            **self.adapters.offer(),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -71,11 +74,12 @@ class StableDiffusion:
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        encoded = self.prompts.get(request.prompt)
+        loras = self.adapters.load(request.loras)
+        encoded = self.prompts.get(request.prompt, loras)
         positive, negative = encoded.embeds, None
         if request.guidance_scale > 1:
-            empty = self.prompts.get("").embeds
-            negative = self.prompts.get(request.negative_prompt or "").embeds
+            empty = self.prompts.get("", loras).embeds
+            negative = self.prompts.get(request.negative_prompt or "", loras).embeds
             length = max(positive.shape[1], negative.shape[1])
             positive, negative = fill_to(positive, length, empty), fill_to(negative, length, empty)
 
@@ -94,6 +98,7 @@ class StableDiffusion:
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
+            loras=loras,
         )
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
