@@ -1,10 +1,10 @@
-"""The command line: hypergen serve | generate | models | import | bench."""
+"""The command line: hypergen serve | generate | models | import | loras | bench."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from hypergen import __version__
 from hypergen.config import Settings, api_keys, environment_of, fields, load_settings, option_name
-from hypergen.errors import HyperGenError
+from hypergen.errors import HyperGenError, ModelError
 
 if TYPE_CHECKING:
     from hypergen.store import StoredModel
@@ -34,7 +34,11 @@ def setting_options(*names: str) -> Callable[[Command], Command]:
         ]
         for name, field in reversed(chosen):
             command = click.option(
-                *_declaration(name, field), type=_type(field), default=None, help=_help(field)
+                *_declaration(name, field),
+                type=_type(field),
+                multiple=get_origin(field.annotation) is tuple,
+                default=None,
+                help=_help(field),
             )(command)
         return command
 
@@ -47,6 +51,8 @@ def _declaration(name: str, field: FieldInfo) -> list[str]:
 
 
 def _type(field: FieldInfo) -> Any:
+    if get_origin(field.annotation) is tuple:
+        return click.Path(path_type=Path) if Path in get_args(field.annotation) else str
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
     kind = kinds[0]
     if get_origin(field.annotation) is Literal:
@@ -58,6 +64,8 @@ def _type(field: FieldInfo) -> Any:
 
 def _help(field: FieldInfo) -> str:
     default = field.default
+    if default == ():
+        return f"{field.description}; may be given several times"
     shown = "" if default is None else f"  [default: {'yes' if default is True else default}]"
     return f"{field.description}{shown}"
 
@@ -87,12 +95,14 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     model that comes with HyperGen is served.
     """
     from hypergen import serving
+    from hypergen.adapters.registry import open_registry, with_absolute_path
 
     flags["model"] = model
     settings = load_settings(config, os.environ, flags)
     keys = api_keys(settings.server)
     serving.check_port(settings.server)
     stored = _ensure(settings)
+    open_registry(settings.engine, stored.path)  # tells now, not in the engine, what is not there
     if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
         _say(
             f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
@@ -102,6 +112,8 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     # Paths are resolved here, because the service runs in its own folder.
     if settings.server.api_key_file:
         flags["api_key_file"] = settings.server.api_key_file.resolve()
+    flags["lora"] = tuple(with_absolute_path(given) for given in settings.engine.lora)
+    flags["lora_dir"] = tuple(folder.expanduser().absolute() for folder in settings.engine.lora_dir)
     # The service reads the settings again, from its environment: nothing secret stands on a command line.
     environment = environment_of(flags)
     file = config or os.environ.get("HYPERGEN_CONFIG")
@@ -129,8 +141,15 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
 @click.option("--guidance-scale", type=float, help="1 to 20, 1 is no guidance  [default: the model's]")
 @click.option("--seed", type=int, help="the same seed gives the same bytes  [default: drawn]")
 @click.option("--sampler", help="name of a sampler  [default: the model's]")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="NAME[:WEIGHT]",
+    help="a LoRA by name or file, and its strength from 0 to 2, else 1; may be given several times",
+)
 @CONFIG
-@setting_options("device", "dtype", "image_metadata")
+@setting_options("device", "dtype", "image_metadata", "lora_dir")
 def generate(
     prompt: str,
     output: Path,
@@ -139,13 +158,17 @@ def generate(
     device: Any,
     dtype: Any,
     image_metadata: Any,
+    lora_dir: tuple[Path, ...],
+    loras: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Draw PROMPT into a file, without a server."""
     from hypergen import drawing
 
     flags = {"model": model, "device": device, "dtype": dtype, "image_metadata": image_metadata}
-    settings = load_settings(config, os.environ, flags)
+    settings = load_settings(config, os.environ, {**flags, "lora_dir": lora_dir})
+    if loras:
+        settings, options["loras"] = _with_loras(settings, loras)
     stored = _ensure(settings)
     for file, seed in drawing.draw_files(settings, stored, {"prompt": prompt, **options}, output):
         _say(f"{file} (seed {seed})")
@@ -160,9 +183,34 @@ def models() -> None:
     for model in store.list_models():
         created = model.created.strftime("%Y-%m-%d %H:%M")
         rows.append((model.tag, f"{model.size_bytes / 1e6:.1f} MB", created, model.source))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    _table(rows)
+
+
+@main.command()
+@click.argument("model", required=False)
+@CONFIG
+@setting_options("lora", "lora_dir")
+def loras(model: str | None, config: Path | None, **flags: Any) -> None:
+    """List the LoRAs that a server with these settings offers for MODEL; without it the embedded model.
+
+    A hub model's own are listed once it is in the store; nothing is downloaded.
+    """
+    from hypergen import store
+    from hypergen.adapters.registry import open_registry, summarise
+
+    settings = load_settings(config, os.environ, {**flags, "model": model})
+    registry = open_registry(settings.engine, store.local_folder(settings.model))
+    rows = [("NAME", "MODEL", "LAYOUT", "RANK", "SIZE")]
+    for name, path in sorted(registry.files.items()):
+        shown = f"{name} (default)" if name == registry.default else name
+        try:
+            found = summarise(path)
+        except ModelError as error:
+            rows.append((shown, "-", str(error), "-", "-"))
+            continue
+        ranks = ",".join(map(str, found.ranks))
+        rows.append((shown, found.model, found.layout, ranks, f"{found.size_bytes / 1e6:.1f} MB"))
+    _table(rows)
 
 
 @main.command("import")
@@ -191,6 +239,31 @@ def _ensure(settings: Settings) -> StoredModel:
 
     revision, dtype = settings.revision, settings.engine.dtype
     return store.ensure(settings.model, revision=revision, dtype=dtype, pipelines=servable(), progress=_say)
+
+
+def _with_loras(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:
+    """The settings with LoRA files that were named by path, and names with their weights for the request."""
+    weights: dict[str, float] = {}
+    files = list(settings.engine.lora)
+    for text in given:
+        name, colon, weight = text.rpartition(":")
+        try:
+            name, strength = (name, float(weight)) if colon else (text, 1.0)
+        except ValueError:
+            name, strength = text, 1.0
+        path = Path(name).expanduser()
+        if path.suffix == ".safetensors" and path.is_file():
+            name = path.stem
+            files.append(f"{name}={path}")
+        weights[name] = strength
+    engine = settings.engine.model_copy(update={"lora": tuple(files)})
+    return settings.model_copy(update={"engine": engine}), weights
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _say(message: str) -> None:

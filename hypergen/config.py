@@ -7,13 +7,14 @@ description.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from hypergen.errors import ConfigurationError
@@ -74,12 +75,40 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         False, description="decode pictures on a CUDA stream of their own, beside the next step"
     )
     vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
+    lora: tuple[str, ...] = Field(
+        (),
+        description="a LoRA file, NAME=PATH; a PATH alone is used by every request that names no LoRA",
+    )
+    lora_dir: tuple[Path, ...] = Field(
+        (), description="folder of LoRA files; requests use the names of the files, or their paths"
+    )
+    max_loras: int = Field(4, ge=1, le=16, description="LoRAs that one request may mix")
+    max_lora_rank: int = Field(
+        32,
+        ge=1,
+        le=256,
+        description="LoRAs up to this rank are filled up to it and computed together; larger ones run beside "
+        "them. Another value changes the last bits of pictures with LoRAs",
+    )
+    max_lora_mb: float = Field(2048, gt=0, allow_inf_nan=False, description="largest LoRA file, in MB")
+    lora_cache_mb: float = Field(
+        1024,
+        ge=0,
+        allow_inf_nan=False,
+        description="memory for loaded LoRAs, in MB; the first to go are those used longest ago",
+    )
     engine_stall_timeout_s: float = Field(
         300,
         gt=0,
         allow_inf_nan=False,
         description="seconds without a step after which a busy engine is started again",
     )
+
+    @field_validator("lora", "lora_dir", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """In the environment a list is one text, its items separated as in PATH."""
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
 
 class QueueSettings(BaseModel, frozen=True, extra="forbid"):
@@ -201,7 +230,8 @@ def load_settings(
             )
         if value != "":
             given[field_of[name]] = value
-    given.update({name: value for name, value in (flags or {}).items() if value is not None})
+    # A flag that may be given several times and was not is an empty tuple.
+    given.update({name: value for name, value in (flags or {}).items() if value not in (None, ())})
 
     for name, value in given.items():
         section = section_of[name]
@@ -219,7 +249,11 @@ def load_settings(
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Flags as the environment of a child process; the child reads them back with `load_settings`."""
     return {
-        PREFIX + option_name(name).upper(): str(value) for name, value in flags.items() if value is not None
+        PREFIX + option_name(name).upper(): os.pathsep.join(map(str, cast(tuple[Any, ...], value)))
+        if isinstance(value, tuple)
+        else str(value)
+        for name, value in flags.items()
+        if value not in (None, ())
     }
 
 

@@ -114,6 +114,9 @@ class ModelDescription:
     dtype: str
     options: frozenset[Option] = frozenset()
     loras: tuple[str, ...] = ()  # names that requests may use
+    lora_folders: tuple[str, ...] = ()  # whose files they may give by path
+    default_lora: str | None = None  # for requests that name none
+    max_loras: int = 0  # in one request
     control_models: tuple[str, ...] = ()
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypergen.errors import ModelError
 
 PIPELINE_FILE = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
+LORAS = "loras"  # a folder of LoRA files that belong to the model
 OPTIONAL = "safety_checker"  # not loaded unless asked for, and often deleted from downloads
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"}
@@ -119,7 +120,9 @@ def select_in_folder(folder: Path, *, half: bool) -> Selection:
     names = [file.name for file in folder.iterdir() if file.is_file()]
     for component in components:
         names += [f"{component}/{file.name}" for file in (folder / component).glob("*") if file.is_file()]
-    return select_files(sorted(names), components, half=half)
+    selection = select_files(sorted(names), components, half=half)
+    loras = {f"{LORAS}/{file.name}" for file in (folder / LORAS).glob("*.safetensors") if file.is_file()}
+    return replace(selection, files={**selection.files, **{name: name for name in sorted(loras)}})
 
 
 def digest(folder: Path, selection: Selection, *, of_contents: bool) -> str:

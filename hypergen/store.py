@@ -70,6 +70,17 @@ def import_model(
     return _resolve(source, revision, dtype, check, progress or (lambda _: None), ask_hub=True)
 
 
+def local_folder(model: str | None) -> Path | None:
+    """Where the files of a model lie on this machine; None: it would have to be downloaded first."""
+    if model is None or model == EMBEDDED_NAME:
+        return EMBEDDED_FOLDER
+    if os.path.isdir(path := os.path.expanduser(model)):
+        return Path(path)
+    with suppress(ModelError):
+        return find(model).path
+    return next((stored.path for stored in list_models() if stored.source == model), None)
+
+
 def find(tag: str) -> StoredModel:
     """Look up "name:version", "name:latest" or "name"; the latest is the newest whole entry."""
     name, _, version = tag.lower().partition(":")

@@ -43,6 +43,7 @@ class Trajectory:
         generator: the image's own source of noise, on the CPU, so that the seed means the same on every
             device.
         scheduler: the image's own, with the history that multistep samplers keep.
+        loras: of the family's `Adapters`, with their weights, in the order in which they are summed.
         kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
         lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
             alone.
@@ -58,6 +59,7 @@ class Trajectory:
     generator: torch.Generator
     scheduler: Any
     draws_noise: bool
+    loras: tuple[tuple[Any, float], ...] = ()
     kind: tuple[Hashable, ...] = ()
     lone: bool = False
     step_index: int = 0

@@ -69,7 +69,11 @@ def create_router(
         asked = openai.to_request(body, description, settings.server, request.state.request_id)
         base = url_base(request, settings)
         timeout_s = settings.queue.request_timeout_s
-        images = await draw(generator, asked.generation, _disconnected(request), timeout_s)
+        try:
+            images = await draw(generator, asked.generation, _disconnected(request), timeout_s)
+        except InvalidRequestError as error:
+            error.param = asked.fields.get(error.param or "", error.param)
+            raise
         if asked.response_format == "b64_json":
             urls = None
         else:

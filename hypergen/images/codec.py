@@ -93,6 +93,7 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
     """What determines this image and nothing else: no n, time, request id or dialect. So image j of n has the
     same bytes as the single image with its seed.
     """
+    loras = {name: weight for name, weight in request.loras if weight != 0}
     return {
         "model": model_id,
         "prompt": request.prompt,
@@ -103,4 +104,5 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
         "guidance_scale": request.guidance_scale,
         "sampler": request.sampler,
         "seed": request.seed + index,
+        **({"loras": loras} if loras else {}),
     }

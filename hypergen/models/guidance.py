@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hypergen.adapters.adapters import in_rows
 from hypergen.trajectory import Trajectory
 
 Rows = tuple[Tensor, ...]
@@ -25,11 +26,12 @@ def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) 
         t.positive for t in trajectories
     ]
     rows = [*guided, *trajectories]
-    noise_pred = forward(
-        torch.cat([inputs[t] for t in rows]),
-        torch.stack([t.timestep.to(torch.float32) for t in rows]),
-        *(torch.cat(column) for column in zip(*(c.tensors for c in conditionings), strict=True)),
-    ).split(1)
+    with in_rows([t.loras for t in rows]):
+        noise_pred = forward(
+            torch.cat([inputs[t] for t in rows]),
+            torch.stack([t.timestep.to(torch.float32) for t in rows]),
+            *(torch.cat(column) for column in zip(*(c.tensors for c in conditionings), strict=True)),
+        ).split(1)
     predictions = dict(zip(trajectories, noise_pred[len(guided) :], strict=True))
     for trajectory, unwanted in zip(guided, noise_pred, strict=False):
         # Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, with guidance_scale = w + 1.

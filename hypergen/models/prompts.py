@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hypergen.adapters.adapters import in_rows, prompt_key, prompt_readers
+from hypergen.adapters.rows import Loras
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[
 
 
 class PromptCache:
-    """Embeddings of the latest texts, by text, up to a number of bytes; the empty text is never dropped.
+    """Embeddings of the latest texts, by text and the LoRAs that it was read with, up to a number of bytes;
+    the empty text without any is never dropped.
 
     The encoder sees one chunk per call, so that its batch size, and with it the bits of its output, never
     vary.
@@ -63,17 +67,20 @@ class PromptCache:
         self._encode = encode
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._entries: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._entries: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
         self._empty = encode("")
 
-    def get(self, text: str) -> EncodedPrompt:
-        if not text:
+    def get(self, text: str, loras: Loras = ()) -> EncodedPrompt:
+        readers = prompt_readers(loras)
+        if not (text or readers):
             return self._empty
-        if text in self._entries:
-            self._entries.move_to_end(text)
-            return self._entries[text]
-        encoded = self._encode(text)
-        self._entries[text] = encoded
+        key = text, prompt_key(readers)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        with in_rows([readers]):
+            encoded = self._encode(text)
+        self._entries[key] = encoded
         self._bytes += encoded.nbytes
         while self._bytes > self._max_bytes and self._entries:
             _, dropped = self._entries.popitem(last=False)

@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from hypergen.adapters.adapters import Adapters
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.clip import ClipEncoder
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import PromptCache, fill_to
@@ -38,6 +39,7 @@ class StableDiffusion:
         self.text_encoder: Any = pipeline.text_encoder
         self.tokenizer: Any = pipeline.tokenizer
         self.card = card
+        self.adapters = Adapters(pipeline, settings)
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         with torch.inference_mode():
@@ -69,7 +71,8 @@ class StableDiffusion:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset({"negative_prompt"}),
+            options=frozenset[Option]({"negative_prompt", *self.adapters.options}),
+            **self.adapters.offer(),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -79,11 +82,12 @@ class StableDiffusion:
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        encoded = self.prompts.get(request.prompt)
+        loras = self.adapters.load(request.loras)
+        encoded = self.prompts.get(request.prompt, loras)
         positive, negative = encoded.embeds, None
         if request.guidance_scale > 1:
-            empty = self.prompts.get("").embeds
-            negative = self.prompts.get(request.negative_prompt or "").embeds
+            empty = self.prompts.get("", loras).embeds
+            negative = self.prompts.get(request.negative_prompt or "", loras).embeds
             length = max(positive.shape[1], negative.shape[1])
             positive, negative = fill_to(positive, length, empty), fill_to(negative, length, empty)
 
@@ -102,6 +106,7 @@ class StableDiffusion:
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
+            loras=loras,
         )
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from hypergen.api.errors import to_json
+from hypergen.api.loras import resolve_loras
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest, ImageFinished, ModelDescription, OutputFormat
@@ -82,8 +83,17 @@ class ImagesBody(BaseModel, extra="ignore"):
     sampler: StrictStr | None = Field(
         None, description="one of the samplers in /health; absent: the model's own"
     )
-    lora_path: StrictStr | None = Field(None, description="name of a LoRA of this server")
-    lora_scale: Number = Field(1.0, ge=0, le=2, description="strength of the LoRA")
+    lora_path: StrictStr | None = Field(
+        None,
+        description="a LoRA of this server: its name, or its path inside a LoRA folder; absent: the server's "
+        "default, if it has one",
+    )
+    lora_scale: Number = Field(1.0, ge=0, le=2, description="strength of that LoRA; 0 is the base model")
+    loras: dict[StrictStr, Annotated[Number, Field(ge=0, le=2)]] | None = Field(
+        None,
+        description="several LoRAs: name or path to strength, instead of `lora_path`; {} is the base model",
+        examples=[{"Pixel_Art": 0.8, "Crayons": 0.5}],
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ class ImagesRequest:
     """A checked request: what to draw, and how to answer."""
 
     generation: GenerationRequest
+    # Fields of the request that the engine finds wrong -> what the client called them.
+    fields: dict[str, str]
     response_format: Literal["url", "b64_json"] | None
     quality: str
 
@@ -119,14 +131,13 @@ def to_request(
         raise InvalidRequestError("Streaming is not served; leave stream out.", param="stream")
     if asked.seed is not None and asked.seed + asked.n - 1 > MAX_SEED:
         raise InvalidRequestError(f"The last picture's seed would be above {MAX_SEED}.", param="seed")
-    if asked.lora_path is not None:
-        raise InvalidRequestError("lora_path must name a LoRA this server offers.", param="lora_path")
 
     defaults = description.defaults
     width, height = _size(asked.size, description, settings.max_side)
     num_inference_steps = asked.num_inference_steps or defaults.num_inference_steps
     guidance_scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
     _check_sampler(asked.sampler, num_inference_steps, description)
+    loras = _loras(asked, description)
     _check_work(asked.n, num_inference_steps, width, height, settings.max_megapixel_steps)
     return ImagesRequest(
         generation=GenerationRequest(
@@ -143,10 +154,12 @@ def to_request(
             seed_given=asked.seed is not None,
             n=asked.n,
             sampler=asked.sampler,
+            loras=loras,
             output_format=asked.output_format,
             output_compression=asked.output_compression,
             metadata=settings.image_metadata,
         ),
+        fields={"loras": "loras" if asked.lora_path is None else "lora_path"},
         response_format=asked.response_format,
         quality={"auto": "medium", "standard": "medium", "hd": "high"}.get(asked.quality, asked.quality),
     )
@@ -232,6 +245,15 @@ def _check_sampler(sampler: str | None, num_inference_steps: int, description: M
         raise InvalidRequestError(
             f"The {name} sampler needs at least {min_steps} steps.", param="num_inference_steps"
         )
+
+
+def _loras(asked: ImagesBody, description: ModelDescription) -> tuple[tuple[str, float], ...]:
+    if asked.loras is not None:
+        if asked.lora_path is not None:
+            raise InvalidRequestError("Give lora_path or loras, not both.", param="loras")
+        return resolve_loras(asked.loras, description, "loras")
+    lora = description.default_lora if asked.lora_path is None else asked.lora_path
+    return () if lora is None else resolve_loras({lora: asked.lora_scale}, description, "lora_path")
 
 
 def _check_work(n: int, num_inference_steps: int, width: int, height: int, most: float) -> None:

@@ -1,0 +1,1 @@
+"""Adapters: LoRAs by name, from their files, and applied row by row."""
