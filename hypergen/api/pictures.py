@@ -93,14 +93,13 @@ def to_picture(image: Image.Image, width: int, height: int) -> Picture:
 
 
 def to_mask(image: Image.Image, width: int, height: int) -> Picture:
-    """A decoded mask at the asked size: 255 where to draw, 0 where to keep.
+    """A decoded mask at the asked size: one byte a pixel, 255 where to draw, 0 where to keep.
 
-    To draw is what is more transparent than opaque; in a mask without transparency, what is more white than
-    black.
+    What is transparent is drawn and what is opaque is kept; in a mask without transparency, what is white is
+    drawn and what is black is kept. What lies between is between.
     """
     draw = ImageChops.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
-    fitted = _fit(draw, width, height)
-    return Picture(width, height, fitted.point([0] * 128 + [255] * 128).tobytes())
+    return Picture(width, height, _fit(draw, width, height).tobytes())
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
