@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import psutil
 from fastapi import FastAPI
@@ -17,8 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hypergen import __version__
+from hypergen.api import openapi
+from hypergen.api.drawing import CLIENT_GONE, ClientGoneError
 from hypergen.api.errors import envelope, json_response, to_response
-from hypergen.api.routes import CLIENT_GONE, ClientGoneError, create_router
+from hypergen.api.jobs import Jobs
+from hypergen.api.routes import create_router
 from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.errors import RequestError
@@ -28,16 +32,24 @@ from hypergen.images.storage import ImageStorage
 def create_app(settings: Settings, pool: EnginePool, model_id: str) -> FastAPI:
     """The API over a pool. Starts nothing: the parent process, a build and the worker all call it."""
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
+    jobs = Jobs(pool, storage, settings.queue, settings.server.url_lifetime_s, settings.server.max_jobs)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         yield
+        await jobs.close()
         storage.close()
 
     app = FastAPI(
         title="HyperGen", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan
     )
-    app.include_router(create_router(settings, pool, storage, model_id))
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        return openapi.complete(plain())
+
+    app.openapi = described
+    app.include_router(create_router(settings, pool, storage, jobs, model_id))
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> Response:

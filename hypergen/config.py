@@ -155,10 +155,18 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         6300, gt=0, allow_inf_nan=False, description="work of one request: images x steps x megapixels"
     )
     max_body_mb: float = Field(24, gt=0, allow_inf_nan=False, description="largest request body, in MB")
+    price_rate: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="price of one 1024x1024 picture with 25 steps, for the header x-hypergen-price of "
+        "Hyperbolic answers; absent: no such header",
+    )
     image_metadata: bool = Field(True, description="write prompt, seed and settings into the picture's file")
     url_lifetime_s: float = Field(
         3600, ge=60, allow_inf_nan=False, description="seconds that a `url` result can be fetched"
     )
+    max_jobs: int = Field(1000, ge=1, description="jobs that are kept, finished and unfinished")
     url_storage_mb: float = Field(
         1024,
         gt=0,

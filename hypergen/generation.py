@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from hypergen.errors import GenerationError
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+Preprocessor = Literal["none", "canny"]
 # exact: rows of one forward pass do not depend on their neighbours, proved by a probe; close: they do, in the
 # last bits.
 Verdict = Literal["exact", "close"]
@@ -35,11 +36,13 @@ class Picture:
 class Control:
     """A picture that a control model follows.
 
-    `start` and `end` are the shares of the steps between which it does.
+    `preprocessor` says what is done to it first. `start` and `end` are the shares of the steps between which
+    it is followed.
     """
 
     model: str
     image: Picture
+    preprocessor: Preprocessor = "none"
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -196,6 +199,14 @@ class GeneratorStatus:
         return self.running + self.waiting + self.at_the_door
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a waiting request has before it."""
+
+    position: int  # requests that came earlier and wait too
+    expected_s: float | None  # until its pictures are done, at the measured pace; None: nothing measured yet
+
+
 class ImageGenerator(Protocol):
     """Whoever draws, as the HTTP half sees it: the pool of engine processes."""
 
@@ -205,6 +216,10 @@ class ImageGenerator(Protocol):
 
     def status(self) -> GeneratorStatus:
         """The state right now; never waits."""
+        ...
+
+    def outlook(self, request_id: str) -> Outlook | None:
+        """How things stand for a request that waits; None if it does not, or not any more."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:

@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import BaseModel, Field, PrivateAttr, RootModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hypergen.api.dialects import openai
+from hypergen.api.drawing import CLIENT_GONE, ClientGoneError, check, draw, loaded
 from hypergen.api.errors import envelope, status_of
-from hypergen.api.routes import CLIENT_GONE, ClientGoneError, draw, loaded
+from hypergen.api.operations import GENERATIONS
 from hypergen.config import Settings
 from hypergen.errors import GenerationError, RequestError
 from hypergen.generation import ImageFinished, ImageGenerator
@@ -91,7 +91,7 @@ async def draw_item(generator: ImageGenerator, settings: Settings, item: NativeI
     try:
         description = loaded(generator)
         body = {name: value for name, value in item.root.items() if value is not None}
-        asked = openai.to_request(body, description, settings.server, f"item_{uuid.uuid4().hex}")
+        asked = await check(GENERATIONS, body, description, settings, f"item_{uuid.uuid4().hex}")
         timeout_s = settings.queue.request_timeout_s
         images = await draw(generator, asked.generation, item.until_client_left(), timeout_s)
     except ClientGoneError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from hypergen.config import QueueSettings
 from hypergen.errors import QueueFullError
+from hypergen.generation import Outlook
 
 
 @dataclass(eq=False)
@@ -20,6 +21,7 @@ class Place:
 
     admission: Admission
     work: float
+    name: str = ""
     running: bool = False
 
     def started(self) -> None:
@@ -73,6 +75,7 @@ class Admission:
         self._door: deque[asyncio.Future[None]] = deque()
         self._rate = WorkRate()
         self._work = 0.0
+        self._places: list[Place] = []  # as they came
         self.waiting = 0
         self.running = 0
 
@@ -81,17 +84,18 @@ class Admission:
         return len(self._door)
 
     @asynccontextmanager
-    async def place(self, work: float) -> AsyncGenerator[Place, None]:
-        """A place for one request, held until the block is left.
+    async def place(self, work: float, name: str = "") -> AsyncGenerator[Place, None]:
+        """A place for one request, held until the block is left; `outlook` finds it by its name.
 
         Raises:
             QueueFullError: the door is full or the wait at it ended; `retry_after_s` says when to come back.
         """
         self._refuse_if_full()
         self._work += work
+        place = Place(self, work, name)
+        self._places.append(place)
         try:
             await self._enter()
-            place = Place(self, work)
             try:
                 yield place
                 self._rate.done(work)
@@ -102,7 +106,17 @@ class Admission:
                 else:
                     self._leave_queue()
         finally:
+            self._places.remove(place)
             self._work -= work
+
+    def outlook(self, name: str) -> Outlook | None:
+        """How things stand for the request of this name, if it waits."""
+        index = next((i for i, place in enumerate(self._places) if place.name == name), None)
+        if index is None or self._places[index].running:
+            return None
+        seconds = self._rate.seconds_for(sum(place.work for place in self._places[: index + 1]))
+        position = sum(not place.running for place in self._places[:index])
+        return Outlook(position, None if math.isinf(seconds) else seconds)
 
     def place_started(self) -> None:
         self.running += 1

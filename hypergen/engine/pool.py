@@ -22,6 +22,7 @@ from hypergen.generation import (
     GeneratorStatus,
     ImageFinished,
     ModelDescription,
+    Outlook,
     Started,
     State,
 )
@@ -178,6 +179,9 @@ class EnginePool:
             engines=statuses,
         )
 
+    def outlook(self, request_id: str) -> Outlook | None:
+        return self._admission.outlook(request_id)
+
     def engine_pids(self) -> list[int]:
         """The process ids of the engines, for whoever watches from outside."""
         return [engine.supervisor.pid for engine in self._engines if engine.supervisor.pid is not None]
@@ -191,7 +195,7 @@ class EnginePool:
             GenerationError: drawing failed.
         """
         self._refuse_unless_ready()
-        async with self._admission.place(request.work) as place:
+        async with self._admission.place(request.work, request.id) as place:
             # Accepted: what happens to the engines from here on is no reason to refuse it.
             call = _Call(request)
             self._assign(call)

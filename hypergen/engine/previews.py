@@ -104,7 +104,8 @@ class LatentColours:
             picture = _random_picture(1 + number % _RECTANGLES, generator)
             latents = encode(picture).float().cpu()
             rows.append(_neighbourhoods(latents))
-            colours.append(_rows(functional.adaptive_avg_pool2d(picture, latents.shape[-2:])))
+            height, width = latents.shape[-2:]
+            colours.append(_rows(functional.adaptive_avg_pool2d(picture, (height, width))))
         known, wanted = torch.cat(rows).double(), torch.cat(colours).double()
         ridge = _RIDGE * torch.eye(known.shape[1], dtype=torch.float64)
         self._map = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted).float()

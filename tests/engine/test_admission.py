@@ -127,6 +127,45 @@ async def test_the_time_to_come_back_follows_the_work_ahead() -> None:
         assert admission.retry_after_s() == 60
 
 
+async def test_a_waiting_request_learns_who_is_before_it_and_how_long_it_takes() -> None:
+    admission = _admission(1)
+    async with admission.place(2.0, "done") as place:
+        place.started()
+        await asyncio.sleep(0.1)
+    entered: list[str] = []
+
+    async def visit(name: str) -> None:
+        async with admission.place(1.0, name) as place:
+            if name == "running":
+                place.started()
+            entered.append(name)
+            await asyncio.sleep(60)
+
+    names = ("running", "first", "at the door")
+    tasks = [asyncio.create_task(visit(name)) for name in names]
+    await _settle()
+    assert entered == ["running", "first"]
+    assert admission.outlook("running") is admission.outlook("unknown") is None
+    first, door = admission.outlook("first"), admission.outlook("at the door")
+    assert first is not None
+    assert door is not None
+    assert (first.position, door.position) == (0, 1)
+    assert first.expected_s == pytest.approx(0.1, rel=0.5)  # as much work as was done, and as quickly
+    assert door.expected_s == pytest.approx(1.5 * (first.expected_s or 0), rel=0.2)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert admission.outlook("at the door") is None
+
+
+async def test_without_a_measurement_no_time_is_told() -> None:
+    admission = _admission(1)
+    async with admission.place(1.0, "a"):
+        outlook = admission.outlook("a")
+    assert outlook is not None
+    assert (outlook.position, outlook.expected_s) == (0, None)
+
+
 async def test_counts_never_drift() -> None:
     admission, chance = _admission(3), random.Random(0)
 

@@ -7,29 +7,39 @@ from __future__ import annotations
 
 import base64
 import re
-import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 
+from hypergen.api.checks import (
+    MAX_SEED,
+    SMALLEST_SIDE,
+    Asked,
+    LoraWeight,
+    ModelFields,
+    Number,
+    SentFile,
+    check_prompt,
+    check_sampler,
+    check_work,
+    choose_seed,
+    model_fields,
+    read_control,
+    validate,
+)
 from hypergen.api.errors import to_json
 from hypergen.api.loras import resolve_loras
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest, ImageFinished, ModelDescription, OutputFormat
 
-MAX_SEED = 2**63 - 1
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", re.ASCII)
-_SMALLEST_SIDE = 64
-# Pixels of one image token, as `usage` counts them: a square of 16 x 16.
+# Side of one image token, as `usage` counts them, in pixels.
 _TOKEN_SIDE = 16
 
-# An integer is a number here, but `true` and "7" are not.
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
-
-class ImagesBody(BaseModel, extra="ignore"):
+class ImagesBody(ModelFields):
     """The body of a generation request. Unknown fields are ignored, and null counts as not given."""
 
     prompt: StrictStr = Field(
@@ -83,13 +93,24 @@ class ImagesBody(BaseModel, extra="ignore"):
     sampler: StrictStr | None = Field(
         None, description="one of the samplers in /health; absent: the model's own"
     )
+    strength: Number | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="how much of a sent picture may change, without one no effect; "
+        "absent: 0.7, with a mask 1",
+    )
+    control_image: SentFile | None = Field(
+        None, description="picture that a control model follows, base64 or a data: URL"
+    )
+    control_model: StrictStr | None = Field(None, description="name of a control model of this server")
     lora_path: StrictStr | None = Field(
         None,
         description="a LoRA of this server: its name, or its path inside a LoRA folder; absent: the server's "
         "default, if it has one",
     )
     lora_scale: Number = Field(1.0, ge=0, le=2, description="strength of that LoRA; 0 is the base model")
-    loras: dict[StrictStr, Annotated[Number, Field(ge=0, le=2)]] | None = Field(
+    loras: dict[StrictStr, LoraWeight] | None = Field(
         None,
         description="several LoRAs: name or path to strength, instead of `lora_path`; {} is the base model",
         examples=[{"Pixel_Art": 0.8, "Crayons": 0.5}],
@@ -97,14 +118,11 @@ class ImagesBody(BaseModel, extra="ignore"):
 
 
 @dataclass(frozen=True)
-class ImagesRequest:
-    """A checked request: what to draw, and how to answer."""
+class ImagesRequest(Asked):
+    """A checked request for OpenAI's answer."""
 
-    generation: GenerationRequest
-    # Fields of the request that the engine finds wrong -> what the client called them.
-    fields: dict[str, str]
-    response_format: Literal["url", "b64_json"] | None
-    quality: str
+    quality: str = "medium"
+    image_tokens: int = 0  # of the pictures that were sent
 
 
 def to_request(
@@ -115,9 +133,8 @@ def to_request(
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    asked = _validate(body)
-    if not asked.prompt.strip():
-        raise InvalidRequestError("The prompt is blank.", param="prompt")
+    asked = validate(ImagesBody, body)
+    check_prompt(asked.prompt)
     if asked.background == "transparent":
         raise InvalidRequestError(
             "Pictures are opaque; use background 'auto' or 'opaque'.", param="background"
@@ -129,32 +146,32 @@ def to_request(
         )
     if asked.stream:
         raise InvalidRequestError("Streaming is not served; leave stream out.", param="stream")
-    if asked.seed is not None and asked.seed + asked.n - 1 > MAX_SEED:
-        raise InvalidRequestError(f"The last picture's seed would be above {MAX_SEED}.", param="seed")
 
     defaults = description.defaults
     width, height = _size(asked.size, description, settings.max_side)
     num_inference_steps = asked.num_inference_steps or defaults.num_inference_steps
     guidance_scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-    _check_sampler(asked.sampler, num_inference_steps, description)
+    check_sampler(asked.sampler, num_inference_steps, description, "num_inference_steps")
     loras = _loras(asked, description)
-    _check_work(asked.n, num_inference_steps, width, height, settings.max_megapixel_steps)
+    check_work(asked.n, num_inference_steps, width, height, settings.max_megapixel_steps)
+    names = ("control_image", "control_model")
     return ImagesRequest(
         generation=GenerationRequest(
             id=request_id,
             prompt=asked.prompt,
-            negative_prompt=asked.negative_prompt or None,
             width=width,
             height=height,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            # Drawn before the first try, so that a second try after a crash gives the same pictures. Small
-            # enough that a JavaScript client reads it back exactly.
-            seed=secrets.randbelow(2**32) if asked.seed is None else asked.seed,
+            seed=choose_seed(asked.seed, asked.n),
             seed_given=asked.seed is not None,
             n=asked.n,
             sampler=asked.sampler,
             loras=loras,
+            control=read_control(
+                asked, asked.control_image, asked.control_model, names, (width, height), description
+            ),
+            **model_fields(asked, asked.negative_prompt, description),
             output_format=asked.output_format,
             output_compression=asked.output_compression,
             metadata=settings.image_metadata,
@@ -181,7 +198,7 @@ def to_response(
         "quality": asked.quality,
         "background": "opaque",
         "output_format": request.output_format,
-        "usage": _usage(request, images[0].prompt_tokens),
+        "usage": _usage(request, images[0].prompt_tokens, asked.image_tokens),
     }
     pieces = [to_json(answer)[:-1] + b',"data":[']
     for position, image in enumerate(images):
@@ -194,20 +211,6 @@ def to_response(
         else:
             pieces += [separator + b'{"b64_json":"', base64.b64encode(image.data), b'",' + to_json(item)[1:]]
     return [*pieces, b"]}"]
-
-
-def _validate(body: dict[str, Any]) -> ImagesBody:
-    try:
-        return ImagesBody.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        param = str(first["loc"][0])
-        if first["type"] == "missing":
-            message = f"The field '{param}' is required."
-            raise InvalidRequestError(message, param=param, code="missing_required_parameter") from None
-        # "Input should be ..." and "String should have ..." go on after the name.
-        expected = first["msg"].removeprefix("Input ").removeprefix("String ")
-        raise InvalidRequestError(f"'{param}' {expected}.", param=param) from None
 
 
 def _size(size: str | None, description: ModelDescription, max_side: int) -> tuple[int, int]:
@@ -225,26 +228,12 @@ def _size(size: str | None, description: ModelDescription, max_side: int) -> tup
         raise InvalidRequestError(
             f"Width and height must be divisible by 8, which {size} is not.", param="size"
         )
-    if not (min(width, height) >= _SMALLEST_SIDE and max(width, height) <= max_side):
+    if not (min(width, height) >= SMALLEST_SIDE and max(width, height) <= max_side):
         raise InvalidRequestError(
-            f"Width and height must be between {_SMALLEST_SIDE} and {max_side} pixels, not {size}.",
+            f"Width and height must be between {SMALLEST_SIDE} and {max_side} pixels, not {size}.",
             param="size",
         )
     return width, height
-
-
-def _check_sampler(sampler: str | None, num_inference_steps: int, description: ModelDescription) -> None:
-    if sampler is not None and sampler not in description.samplers:
-        known = ", ".join(description.samplers) or "none to choose, for a model of this kind"
-        raise InvalidRequestError(
-            f"Unknown sampler '{sampler[:40]}'; this server has {known}.", param="sampler"
-        )
-    min_steps = description.min_steps if sampler is None else description.samplers[sampler]
-    if num_inference_steps < min_steps:
-        name = sampler or "model's own"
-        raise InvalidRequestError(
-            f"The {name} sampler needs at least {min_steps} steps.", param="num_inference_steps"
-        )
 
 
 def _loras(asked: ImagesBody, description: ModelDescription) -> tuple[tuple[str, float], ...]:
@@ -256,22 +245,18 @@ def _loras(asked: ImagesBody, description: ModelDescription) -> tuple[tuple[str,
     return () if lora is None else resolve_loras({lora: asked.lora_scale}, description, "lora_path")
 
 
-def _check_work(n: int, num_inference_steps: int, width: int, height: int, most: float) -> None:
-    work = n * num_inference_steps * width * height / 1e6
-    if work > most:
-        raise InvalidRequestError(
-            f"This is {work:.0f} images x steps x megapixels; the server takes {most:.0f} in one request.",
-            param="n" if n > 1 else "size",
-        )
+def image_tokens(width: int, height: int) -> int:
+    """Squares of 16 x 16 pixels, those at the edges too."""
+    return -(-width // _TOKEN_SIDE) * -(-height // _TOKEN_SIDE)
 
 
-def _usage(request: GenerationRequest, prompt_tokens: int) -> dict[str, Any]:
-    per_image = -(-request.width // _TOKEN_SIDE) * -(-request.height // _TOKEN_SIDE)
-    output_tokens = per_image * request.n
+def _usage(request: GenerationRequest, text_tokens: int, sent_tokens: int) -> dict[str, Any]:
+    input_tokens = text_tokens + sent_tokens
+    output_tokens = image_tokens(request.width, request.height) * request.n
     return {
-        "input_tokens": prompt_tokens,
+        "input_tokens": input_tokens,
         "output_tokens": output_tokens,
-        "total_tokens": prompt_tokens + output_tokens,
-        "input_tokens_details": {"text_tokens": prompt_tokens, "image_tokens": 0},
+        "total_tokens": input_tokens + output_tokens,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": sent_tokens},
         "output_tokens_details": {"text_tokens": 0, "image_tokens": output_tokens},
     }

@@ -1,0 +1,123 @@
+"""OpenAI's edits and variations: POST /v1/images/edits as a form or JSON, and /v1/images/variations.
+
+Both are generations from a picture; what they share with those is in `openai`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+from PIL.Image import Image
+from pydantic import Field
+
+from hypergen.api.checks import SMALLEST_SIDE, check_option, validate
+from hypergen.api.dialects import openai
+from hypergen.api.forms import MAX_PICTURES
+from hypergen.api.pictures import decode, from_base64, look, to_mask, to_picture
+from hypergen.config import ServerSettings
+from hypergen.errors import InvalidRequestError
+from hypergen.generation import ModelDescription
+
+# A variation has no prompt of its own.
+NEUTRAL_PROMPT = "a picture"
+_STRENGTH = 0.7
+
+
+class EditBody(openai.ImagesBody):
+    """What an edit has beside its pictures: the fields of a generation and a few of its own."""
+
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="accepted, without effect: `strength` says how much may change"
+    )
+
+
+def to_edit(
+    body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
+) -> openai.ImagesRequest:
+    """Check an edit and read its pictures; takes as long as decoding them, so it belongs into a thread.
+
+    Args:
+        body: JSON with `images` and `mask`, or a form with the files `image` and `mask`.
+
+    Raises:
+        InvalidRequestError: `param` names the field.
+    """
+    asked = validate(EditBody, body)
+    if "markup" in body:
+        raise InvalidRequestError("'markup' is not read; say it in the prompt.", param="markup")
+    sources, param = _pictures(body)
+    check_option("image", param, description)
+    if "mask" in body:
+        check_option("mask", "mask", description)
+    for source in sources[1:]:
+        look(source, param)
+    image = decode(sources[0], param)
+    if asked.size in (None, "auto"):
+        body = {**body, "size": _drawable_size(image, settings.max_side)}
+    drawing = openai.to_request(body, description, settings, request_id)
+    size = (drawing.generation.width, drawing.generation.height)
+    mask = _read_mask(body["mask"], image) if "mask" in body else None
+    usual = _STRENGTH if mask is None else 1.0
+    generation = replace(
+        drawing.generation,
+        image=to_picture(image, *size),
+        mask=None if mask is None else to_mask(mask, *size),
+        strength=usual if asked.strength is None else asked.strength,
+    )
+    return replace(drawing, generation=generation, image_tokens=openai.image_tokens(*size))
+
+
+def to_variation(
+    body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
+) -> openai.ImagesRequest:
+    """Check a variation, which is an edit with a neutral prompt and without a mask."""
+    fields = {name: value for name, value in body.items() if name != "mask"}
+    return to_edit({"prompt": NEUTRAL_PROMPT, **fields}, description, settings, request_id)
+
+
+def _pictures(body: dict[str, Any]) -> tuple[list[bytes], str]:
+    """The files of the pictures, and the name of the field that they came in."""
+    param = "images" if "images" in body else "image"
+    if "images" in body and "image" in body:
+        raise InvalidRequestError("Send either 'images' or 'image'.", param="image")
+    given: object = body.get(param)
+    if given is None:
+        message = "The field 'image' (in JSON: 'images') is required."
+        raise InvalidRequestError(message, param=param, code="missing_required_parameter")
+    pictures = cast(list[object], given) if isinstance(given, list) else [given]
+    if not 1 <= len(pictures) <= MAX_PICTURES:
+        raise InvalidRequestError(f"'{param}' must be 1 to {MAX_PICTURES} pictures.", param=param)
+    return [_file(picture, param) for picture in pictures], param
+
+
+def _file(picture: object, param: str) -> bytes:
+    """The bytes of a form's file, or of JSON's `{"image_url": "data:..."}`."""
+    if isinstance(picture, dict):
+        keys = cast(dict[str, object], picture)
+        picture = keys.get("image_url")
+        if keys.get("file_id") is not None:
+            raise InvalidRequestError("'file_id' is not known here; send the picture itself.", param=param)
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str):
+        return from_base64(picture, param)
+    raise InvalidRequestError(
+        f'\'{param}\' must hold pictures: files in a form, {{"image_url": "data:..."}} in JSON.', param=param
+    )
+
+
+def _read_mask(value: object, image: Image) -> Image:
+    mask = decode(_file(value, "mask"), "mask")
+    if mask.size != image.size:
+        sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
+        raise InvalidRequestError(f"The mask is {sizes[0]} and the picture {sizes[1]}.", param="mask")
+    return mask
+
+
+def _drawable_size(image: Image, max_side: int) -> str:
+    """The picture's own size in multiples of 8, made smaller or larger where it is beyond the limits."""
+    scale = min(1.0, max_side / max(image.size))
+    scale = max(scale, SMALLEST_SIDE / min(image.size))
+    width, height = (min(max_side, max(SMALLEST_SIDE, int(side * scale) // 8 * 8)) for side in image.size)
+    return f"{width}x{height}"

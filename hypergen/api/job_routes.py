@@ -1,0 +1,62 @@
+"""The routes of jobs: the bodies of every other route that draws, answered later."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hypergen.api import openapi, operations
+from hypergen.api.auth import FILES_PREFIX
+from hypergen.api.drawing import check, in_pieces, loaded, read_body, url_base
+from hypergen.api.errors import json_response, to_json
+from hypergen.api.forms import is_form
+from hypergen.api.jobs import Jobs
+from hypergen.api.operations import Operation
+from hypergen.config import Settings
+from hypergen.generation import ImageGenerator
+
+PATH = "/v1/images/jobs"
+
+
+def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenerator, jobs: Jobs) -> None:
+    """POST takes a job on, GET tells how it is and in the end its result, DELETE cancels it."""
+
+    @router.post(
+        PATH, openapi_extra=openapi.job("Begin a job", "createImageJob", begins=True), status_code=202
+    )
+    async def create_job(request: Request) -> Response:
+        description = loaded(generator)
+        # A form reads the same for edits and variations.
+        body = await read_body(request, operations.EDITS)
+        operation = _operation_of(body, is_form(request))
+        asked = await check(operation, body, description, settings, request.state.request_id)
+        body.clear()
+        job = await jobs.begin(operation, asked)
+        return json_response(jobs.describe(job), 202, {"Location": f"{PATH}/{job.id}", **asked.headers})
+
+    @router.get(PATH + "/{job_id}", openapi_extra=openapi.job("How a job is, and its result", "getImageJob"))
+    async def get_job(request: Request, job_id: str) -> Response:
+        job = jobs.get(job_id)
+        told = jobs.describe(job)
+        if job.state != "succeeded":
+            return json_response(told)
+        base = url_base(request, settings) + FILES_PREFIX
+        result = await asyncio.to_thread(jobs.result, job, lambda name: base + name)
+        return in_pieces([to_json(told)[:-1] + b',"result":', *result, b"}"])
+
+    @router.delete(PATH + "/{job_id}", openapi_extra=openapi.job("Cancel a job", "cancelImageJob"))
+    async def cancel_job(job_id: str) -> Response:
+        return json_response(jobs.describe(await jobs.cancel(job_id)))
+
+
+def _operation_of(body: dict[str, Any], form: bool) -> Operation:
+    """Whose body this is: the fields tell."""
+    if "model_name" in body and not form:
+        return operations.HYPERBOLIC
+    if "images" in body or form:
+        return operations.EDITS if "prompt" in body else operations.VARIATIONS
+    return operations.GENERATIONS

@@ -1,0 +1,240 @@
+"""Jobs: image requests that are answered later, for work longer than a proxy's patience.
+
+A job lives in this process's memory and is gone with it; its pictures lie with those behind `url` results,
+and live as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from hypergen.api.checks import Asked
+from hypergen.api.errors import envelope, status_of
+from hypergen.api.operations import Operation
+from hypergen.config import QueueSettings
+from hypergen.errors import (
+    DeadlineExceededError,
+    GenerationError,
+    NotFoundError,
+    QueueFullError,
+    RequestError,
+)
+from hypergen.generation import ImageFinished, ImageGenerator, Progress, Started
+from hypergen.images.codec import FORMATS
+from hypergen.images.storage import ImageStorage
+
+logger = logging.getLogger(__name__)
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+# The door's own verdict comes at once; a job that it refuses is not even begun.
+_REFUSAL_S = 0.02
+
+
+@dataclass(eq=False)
+class Job:
+    """One request, its state, and in the end the names of its pictures."""
+
+    id: str
+    operation: Operation
+    asked: Asked
+    created: int
+    state: JobState = "queued"
+    step: int = 0
+    steps: int | None = None
+    started_at: float = 0.0  # monotonic seconds
+    ended_at: float | None = None
+    error: RequestError | None = None
+    pictures: list[tuple[ImageFinished, str]] = field(default_factory=list[tuple[ImageFinished, str]])
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.ended_at is not None
+
+    def seconds_left(self) -> float | None:
+        """How long the rest takes at the pace of the steps so far."""
+        if not self.step or self.steps is None:
+            return None
+        return (time.monotonic() - self.started_at) / self.step * (self.steps - self.step)
+
+
+class Jobs:
+    """The jobs of this server. Belongs to one event loop.
+
+    Args:
+        lifetime_s: how long a job can be asked for after its end.
+        most: jobs that are kept; the ones that ended first go first.
+    """
+
+    def __init__(
+        self,
+        generator: ImageGenerator,
+        storage: ImageStorage,
+        queue: QueueSettings,
+        lifetime_s: float,
+        most: int,
+    ) -> None:
+        self._generator = generator
+        self._storage = storage
+        self._timeout_s = queue.request_timeout_s
+        self._lifetime_s = lifetime_s
+        self._most = most
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+
+    async def begin(self, operation: Operation, asked: Asked) -> Job:
+        """Take a checked request on.
+
+        Raises:
+            QueueFullError: there is no room for one more, here or in the queue.
+            UnavailableError: the engine is not there.
+        """
+        self._forget_old()
+        if len(self._jobs) >= self._most and not self._forget_one():
+            raise QueueFullError(
+                f"There are {self._most} unfinished jobs. Try again later.", retry_after_s=60
+            )
+        job = Job(f"job_{uuid.uuid4().hex}", operation, asked, int(time.time()))
+        self._jobs[job.id] = job
+        job.task = asyncio.create_task(self._run(job))
+        await asyncio.wait([job.task], timeout=_REFUSAL_S)
+        if job.error is not None and status_of(job.error) in (429, 503):
+            del self._jobs[job.id]
+            raise job.error
+        return job
+
+    def get(self, job_id: str) -> Job:
+        """Raises NotFoundError when the job is unknown or its time is over."""
+        self._forget_old()
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise NotFoundError("There is no such job, or its time is over.")
+        return job
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a job at the next step; one that has ended stays as it is."""
+        job = self.get(job_id)
+        if job.task is not None and not job.task.done():
+            job.task.cancel()
+            with suppress(asyncio.CancelledError):
+                await job.task
+        if not job.ended:  # cancelled before its first step in the event loop
+            self._end(job, "cancelled")
+        return job
+
+    async def close(self) -> None:
+        """End all jobs."""
+        for job_id in list(self._jobs):
+            await self.cancel(job_id)
+
+    def describe(self, job: Job) -> dict[str, Any]:
+        """The job as its client sees it, without the result."""
+        told: dict[str, Any] = {
+            "id": job.id,
+            "object": "image.job",
+            "status": job.state,
+            "created": job.created,
+        }
+        if job.state == "queued":
+            outlook = self._generator.outlook(job.asked.generation.id)
+            if outlook is not None:
+                told["position"] = outlook.position
+            left = outlook.expected_s if outlook else None
+        else:
+            left = job.seconds_left() if job.state == "running" else None
+        if job.steps is not None:
+            told["progress"] = {"step": job.step, "steps": job.steps}
+        if left is not None:
+            told["expected_s"] = round(left, 1)
+        if job.error is not None:
+            status = status_of(job.error)
+            error = envelope(status, job.error.message, job.error.param, job.error.code)["error"]
+            told["error"] = {**error, "status": status}
+        return told
+
+    def result(self, job: Job, addresses: Callable[[str], str]) -> list[bytes]:
+        """The answer that the request would have had, as JSON in pieces; reads files, so it belongs into a
+        thread.
+
+        Args:
+            addresses: the `url` of a stored picture's name.
+
+        Raises:
+            NotFoundError: the pictures' time is over, or newer ones took their room.
+        """
+        images: list[ImageFinished] = []
+        for image, name in job.pictures:
+            stored = self._storage.get(name)
+            if stored is None:
+                raise NotFoundError("The pictures of this job are gone; their time is over.")
+            images.append(replace(image, data=stored.path.read_bytes()))
+        if job.asked.response_format == "b64_json":
+            urls = None
+        else:
+            urls = [addresses(name) for _, name in job.pictures]
+        return job.operation.to_response(job.asked, images, urls, job.created)
+
+    async def _run(self, job: Job) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._draw(job)
+            self._end(job, "succeeded")
+        except asyncio.CancelledError:
+            self._end(job, "cancelled")
+        except TimeoutError:
+            message = f"The job was not finished within {self._timeout_s:g} s."
+            self._end(job, "failed", DeadlineExceededError(message))
+        except RequestError as error:
+            self._end(job, "failed", job.asked.in_its_words(error))
+        except Exception:  # the outer edge: nobody else waits for this task
+            logger.exception("%s failed.", job.id)
+            self._end(job, "failed", GenerationError("The server failed on this job; its log says why."))
+
+    async def _draw(self, job: Job) -> None:
+        request = job.asked.generation
+        kind = FORMATS[request.output_format]
+        events = self._generator.generate(request)
+        try:
+            async for event in events:
+                if isinstance(event, Started):
+                    job.state, job.started_at = "running", time.monotonic()
+                elif isinstance(event, Progress):
+                    job.step, job.steps = event.step, event.steps
+                elif isinstance(event, ImageFinished):
+                    name = await asyncio.to_thread(
+                        self._storage.put, event.data, kind.extension, kind.media_type
+                    )
+                    job.pictures.append((replace(event, data=b""), name))
+        finally:
+            await events.aclose()
+        if len(job.pictures) != request.n:
+            raise GenerationError("The engine ended the job before all pictures were drawn.")
+        job.pictures.sort(key=lambda picture: picture[0].index)
+
+    def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
+        job.state, job.error, job.ended_at = state, error, time.monotonic()
+        # Pictures that were sent are not needed any more, and may be large.
+        generation = replace(job.asked.generation, image=None, mask=None, control=None)
+        job.asked = replace(job.asked, generation=generation)
+        if job.id in self._jobs:  # so that those that have ended stand in that order
+            self._jobs.move_to_end(job.id)
+
+    def _forget_old(self) -> None:
+        before = time.monotonic() - self._lifetime_s
+        old = [job.id for job in self._jobs.values() if job.ended_at is not None and job.ended_at < before]
+        for job_id in old:
+            del self._jobs[job_id]
+
+    def _forget_one(self) -> bool:
+        """Make room; False if no job has ended."""
+        first = next((job.id for job in self._jobs.values() if job.ended), None)
+        if first is not None:
+            del self._jobs[first]
+        return first is not None

@@ -1,0 +1,62 @@
+"""The table of dialects: every way to ask for pictures, by its path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from hypergen.api import openapi
+from hypergen.api.checks import Asked
+from hypergen.api.dialects import hyperbolic, openai, openai_edits
+from hypergen.config import ServerSettings
+from hypergen.generation import ImageFinished, ModelDescription
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """How a body becomes a request, and pictures an answer.
+
+    Args:
+        form: the fields whose types a multipart form is read by; absent: only JSON is read.
+        described: the operation in /openapi.json.
+        to_response: asked, images, their addresses if they have any, and the time; gives JSON in pieces.
+    """
+
+    path: str
+    to_request: Callable[[dict[str, Any], ModelDescription, ServerSettings, str], Asked]
+    to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
+    form: type[BaseModel] | None = None
+    described: dict[str, Any]
+
+
+GENERATIONS = Operation(
+    path="/v1/images/generations",
+    to_request=openai.to_request,
+    to_response=openai.to_response,
+    described=openapi.generations(),
+)
+EDITS = Operation(
+    path="/v1/images/edits",
+    described=openapi.edits(),
+    to_request=openai_edits.to_edit,
+    to_response=openai.to_response,
+    form=openai_edits.EditBody,
+)
+VARIATIONS = Operation(
+    path="/v1/images/variations",
+    described=openapi.variations(),
+    to_request=openai_edits.to_variation,
+    to_response=openai.to_response,
+    form=openai_edits.EditBody,
+)
+HYPERBOLIC = Operation(
+    path="/v1/image/generation",
+    to_request=hyperbolic.to_request,
+    to_response=hyperbolic.to_response,
+    described=openapi.hyperbolic_generation(),
+)
+
+OPERATIONS = (GENERATIONS, EDITS, VARIATIONS, HYPERBOLIC)

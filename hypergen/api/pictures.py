@@ -1,0 +1,132 @@
+"""Pictures that clients send: read from base64 or a file's bytes, decoded, upright, fitted to the asked size.
+
+Only the bytes say what a file is, never its name or media type; nothing is fetched from an address. Decoding
+takes a second for the largest, so it belongs into a thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from io import BytesIO
+
+from PIL import Image, ImageChops, ImageOps
+
+from hypergen.errors import InvalidRequestError
+from hypergen.generation import Picture
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+# By the header, before anything is decoded: a bomb of a few kB would else fill the memory.
+MAX_PIXELS = 40_000_000
+MAX_SIDE = 8192
+
+_DATA_URL = re.compile(r"data:[^,;]{0,100}(;[^,;]{0,100})*;base64,", re.ASCII | re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.ASCII | re.IGNORECASE)
+
+
+def from_base64(text: str, param: str) -> bytes:
+    """The bytes of a file given as bare base64 or as a `data:` URL; line breaks in it are fine.
+
+    Raises:
+        InvalidRequestError: it is neither; addresses are not fetched.
+    """
+    prefix = _DATA_URL.match(text)
+    if prefix is None and _ADDRESS.match(text):
+        raise InvalidRequestError(
+            f"'{param}' must hold the picture itself, as base64 or a data: URL with base64; "
+            "addresses are not fetched.",
+            param=param,
+        )
+    encoded = text[prefix.end() :] if prefix else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequestError(f"'{param}' is not valid base64.", param=param) from None
+
+
+def look(data: bytes, param: str) -> Image.Image:
+    """Open a file and check what its header says; nothing is decoded yet.
+
+    Raises:
+        InvalidRequestError: it is no PNG, JPEG or WebP, or too large.
+    """
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Exception:  # Pillow's readers raise whatever a broken file makes them stumble over
+        raise _unreadable(param) from None
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        raise InvalidRequestError(
+            f"'{param}' is {image.width}x{image.height}; a picture may have {MAX_PIXELS // 1_000_000} "
+            f"megapixels and sides of {MAX_SIDE}.",
+            param=param,
+        )
+    return image
+
+
+def decode(data: bytes, param: str) -> Image.Image:
+    """The picture in a file, upright by its EXIF orientation, as RGB, or RGBA if it has transparency.
+
+    Of an animation it is the first frame. Colour profiles are ignored.
+
+    Raises:
+        InvalidRequestError: the file is unreadable, truncated or too large.
+    """
+    image = look(data, param)
+    try:
+        image.load()
+        image = _upright(image)
+        if image.mode.startswith(("I", "F")):  # 16 bits of grey, which a plain conversion would clip
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except Exception:  # as above
+        raise _unreadable(param) from None
+
+
+def to_picture(image: Image.Image, width: int, height: int) -> Picture:
+    """A decoded picture at the asked size; what is transparent becomes white."""
+    if image.mode == "RGBA":
+        opaque = Image.new("RGB", image.size, "white")
+        opaque.paste(image, mask=image.getchannel("A"))
+        image = opaque
+    return Picture(width, height, _fit(image, width, height).tobytes())
+
+
+def to_mask(image: Image.Image, width: int, height: int) -> Picture:
+    """A decoded mask at the asked size: one byte a pixel, 255 where to draw, 0 where to keep.
+
+    What is transparent is drawn and what is opaque is kept; in a mask without transparency, what is white is
+    drawn and what is black is kept. What lies between is between.
+    """
+    draw = ImageChops.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
+    return Picture(width, height, _fit(draw, width, height).tobytes())
+
+
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of the picture in the asked shape, so that nothing is distorted, scaled to the asked size.
+
+    A picture that is less than 8 pixels larger is only cut, so that its pixels stay as they are: its size was
+    rounded down to what can be drawn.
+    """
+    if 0 <= image.width - width < 8 and 0 <= image.height - height < 8:
+        cut_width, cut_height = width, height
+    else:
+        scale = max(width / image.width, height / image.height)
+        cut_width = min(image.width, max(1, round(width / scale)))
+        cut_height = min(image.height, max(1, round(height / scale)))
+    left, top = (image.width - cut_width) // 2, (image.height - cut_height) // 2
+    box = (left, top, left + cut_width, top + cut_height)
+    if (cut_width, cut_height) == (width, height):
+        return image.crop(box)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF in a picture that is fine
+        return image
+
+
+def _unreadable(param: str) -> InvalidRequestError:
+    return InvalidRequestError(f"'{param}' is not a readable PNG, JPEG or WebP picture.", param=param)

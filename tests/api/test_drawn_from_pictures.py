@@ -1,0 +1,122 @@
+"""Pictures drawn from pictures, over HTTP: edits, variations and Hyperbolic's `image`."""
+
+from __future__ import annotations
+
+import base64
+from io import BytesIO
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.api.files import as_base64, as_data_url, as_file, gradient
+from tests.api.test_edits import EDITS, VARIATIONS
+from tests.live import LiveServer
+
+PICTURE = as_file(gradient(128, 128))
+FIELDS = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 4, "response_format": "b64_json"}
+
+
+def half_mask() -> bytes:
+    """Draws the left half."""
+    mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    return as_file(mask)
+
+
+@pytest.fixture(autouse=True)
+def _able(client: httpx.Client) -> None:
+    """The engine half of pictures must be there."""
+    missing = {"image", "mask"} - set(client.get("/health").json()["options"])
+    if missing:
+        pytest.skip(f"the small model does not take {missing}")
+
+
+def items(response: httpx.Response) -> list[bytes]:
+    assert response.status_code == 200, response.text
+    return [base64.b64decode(item["b64_json"]) for item in response.json()["data"]]
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB"), int)
+
+
+def edit(client: httpx.Client, **fields: Any) -> bytes:
+    images = [{"image_url": as_data_url(PICTURE)}]
+    return items(client.post(EDITS, json={**FIELDS, "images": images, **fields}))[0]
+
+
+def test_the_form_and_json_draw_the_same_bytes(client: httpx.Client) -> None:
+    files = {"image": ("upload", PICTURE), "mask": ("upload", half_mask())}
+    data = {name: str(value) for name, value in FIELDS.items()}
+    from_form = items(client.post(EDITS, data=data, files=files))
+    assert from_form == [edit(client, mask={"image_url": as_data_url(half_mask())})]
+
+
+def test_more_strength_is_more_change(client: httpx.Client) -> None:
+    changes = [
+        np.abs(pixels(edit(client, strength=strength)) - np.asarray(gradient(128, 128), int)).mean()
+        for strength in (0, 0.5, 1)
+    ]
+    assert changes == sorted(changes)
+    assert changes[0] < changes[2]
+
+
+def test_what_the_mask_keeps_comes_back_unchanged(client: httpx.Client) -> None:
+    drawn = pixels(edit(client, mask={"image_url": as_data_url(half_mask())}))
+    before = np.asarray(gradient(128, 128), int)
+    assert np.abs(drawn - before)[:, 72:].mean() < 4
+    assert np.abs(drawn - before)[:, :56].mean() > 4
+
+
+def test_the_size_is_the_pictures_or_what_was_asked(client: httpx.Client) -> None:
+    images = [{"image_url": as_data_url(as_file(gradient(101, 79)))}]
+    assert pixels(edit(client, images=images)).shape == (72, 96, 3)
+    assert pixels(edit(client, images=images, size="64x128")).shape == (128, 64, 3)
+
+
+def test_each_of_several_pictures_has_its_seed(client: httpx.Client) -> None:
+    images = [{"image_url": as_data_url(PICTURE)}]
+    answer = client.post(EDITS, json={**FIELDS, "images": images, "n": 2})
+    assert [item["seed"] for item in answer.json()["data"]] == [3, 4]
+    assert items(answer)[1] == edit(client, seed=4)
+    tokens = answer.json()["usage"]["input_tokens_details"]
+    assert tokens["image_tokens"] == 64
+
+
+def test_both_dialects_draw_the_same_file_from_a_picture(client: httpx.Client) -> None:
+    body = {
+        "model_name": "SD1.5",
+        "prompt": "a red circle",
+        "seed": 3,
+        "steps": 4,
+        "width": 128,
+        "height": 128,
+        "image": as_base64(PICTURE),
+        "strength": 0.5,
+    }
+    answer = client.post("/v1/image/generation", json=body).json()
+    assert base64.b64decode(answer["images"][0]["image"]) == edit(client, strength=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # variations, in the client
+def test_the_official_client_edits_and_varies(server: LiveServer, client: httpx.Client) -> None:
+    extra = {"seed": 3, "num_inference_steps": 4}
+    with server.openai() as official:
+        edited = official.images.edit(
+            image=[PICTURE], mask=half_mask(), prompt="a red circle", n=1, extra_body=extra
+        )
+        varied = official.images.create_variation(image=PICTURE, n=2, extra_body=extra)
+    assert edited.data
+    assert varied.data
+    assert base64.b64decode(edited.data[0].b64_json or "") == edit(
+        client, mask={"image_url": as_data_url(half_mask())}
+    )
+    assert len(varied.data) == 2
+
+
+def test_a_variation_needs_no_prompt(client: httpx.Client) -> None:
+    response = client.post(VARIATIONS, data={"num_inference_steps": "2"}, files={"image": ("a", PICTURE)})
+    assert response.status_code == 200, response.text

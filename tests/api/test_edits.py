@@ -1,0 +1,351 @@
+"""POST /v1/images/edits and /v1/images/variations: forms and JSON, and how their pictures are read."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from starlette.requests import Request
+
+from hypergen.api.dialects import openai_edits
+from hypergen.api.forms import read_form
+from hypergen.config import ServerSettings
+from hypergen.errors import InvalidRequestError
+from hypergen.generation import GenerationRequest
+from tests.api.conftest import TightServer
+from tests.api.files import BROKEN, as_base64, as_data_url, as_file, gradient
+from tests.api.test_hyperbolic import ABLE
+from tests.api.wire import QUICK, assert_error
+from tests.live import LiveServer
+
+EDITS = "/v1/images/edits"
+VARIATIONS = "/v1/images/variations"
+SETTINGS = ServerSettings.model_validate({})
+PICTURE = as_file(gradient(96, 64))
+MASK = as_file(Image.new("RGBA", (96, 64), (0, 0, 0, 0)))
+
+
+def in_json(data: bytes) -> dict[str, str]:
+    return {"image_url": as_data_url(data)}
+
+
+def edit(**fields: Any) -> GenerationRequest:
+    body = {"prompt": "a", "images": [in_json(PICTURE)], **fields}
+    body = {name: value for name, value in body.items() if value is not None}
+    return openai_edits.to_edit(body, ABLE, SETTINGS, "id").generation
+
+
+def refusal(**fields: Any) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as raised:
+        edit(**fields)
+    return raised.value
+
+
+def form_of(parts: list[Any], data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A form as httpx sends it and `read_form` reads it, in small pieces."""
+    request = httpx.Request("POST", "http://x/", files=parts, data=data)
+    return read(request.read(), request.headers["content-type"])
+
+
+def read(content: bytes, content_type: str) -> dict[str, Any]:
+    pieces = [content[start : start + 1000] for start in range(0, len(content), 1000)]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": pieces.pop(0) if pieces else b"", "more_body": bool(pieces)}
+
+    headers = [(b"content-type", content_type.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+    return asyncio.run(read_form(Request(scope, receive), openai_edits.EditBody))
+
+
+# What the forms hold.
+
+
+def test_images_come_under_every_name_that_clients_use_in_the_order_of_their_numbers() -> None:
+    parts = [("prompt", (None, "a")), ("n", (None, "2"))]
+    assert form_of([("image", ("upload", b"1")), *parts])["image"] == [b"1"]
+    assert form_of([("image[]", ("a.png", b"1")), *parts, ("image[]", ("b.png", b"2"))])["image"] == [
+        b"1",
+        b"2",
+    ]
+    numbered = [("image[1]", ("b", b"2")), *parts, ("image[0]", ("a", b"1"))]
+    assert form_of(numbered) == {"image": [b"1", b"2"], "prompt": "a", "n": 2}
+
+
+def test_text_is_read_by_the_type_of_its_field() -> None:
+    text = {
+        "prompt": "42",
+        "n": "2",
+        "guidance_scale": "3",
+        "strength": "0.25",
+        "stream": "false",
+        "enable_refiner": "true",
+        "seed": "9223372036854775807",
+        "size": "64x64",
+        "unknown": "7",
+    }
+    assert form_of([("image", (None, "x"))], text) == {
+        "prompt": "42",
+        "n": 2,
+        "guidance_scale": 3.0,
+        "strength": 0.25,
+        "stream": False,
+        "enable_refiner": True,
+        "seed": 2**63 - 1,
+        "size": "64x64",
+        "unknown": "7",
+        "image": ["x"],
+    }
+
+
+def test_empty_text_and_null_count_as_not_given() -> None:
+    assert form_of([("image", ("a", b"1"))], {"model": "", "mask": "null", "user": ""}) == {"image": [b"1"]}
+
+
+def test_objects_are_read_from_names_with_brackets() -> None:
+    assert form_of([("a[x]", (None, "0.5")), ("a[y]", (None, "z"))]) == {"a": {"x": 0.5, "y": "z"}}
+
+
+@pytest.mark.parametrize("value", ["1.5", "two", "1e3", "\uff12", "0x2", " 2", "1_0", "true", "9" * 30])
+def test_text_that_is_no_number_is_refused_by_its_field(value: str) -> None:
+    body = form_of([("image", ("a", PICTURE))], {"prompt": "a", "n": value})
+    with pytest.raises(InvalidRequestError) as raised:
+        openai_edits.to_edit(body, ABLE, SETTINGS, "id")
+    assert raised.value.param == "n"
+
+
+BOUNDARY = b"--b\r\n"
+PART = BOUNDARY + b'Content-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
+MALFORMED = {
+    "empty": (b"", "multipart/form-data; boundary=b"),
+    "no boundary": (PART + b"--b--\r\n", "multipart/form-data"),
+    "another boundary": (PART + b"--b--\r\n", "multipart/form-data; boundary=c"),
+    "cut off": (PART, "multipart/form-data; boundary=b"),
+    "cut off in the headers": (PART[:30], "multipart/form-data; boundary=b"),
+    "no name": (
+        BOUNDARY + b"Content-Disposition: form-data\r\n\r\na\r\n--b--\r\n",
+        "multipart/form-data; boundary=b",
+    ),
+    "no headers": (BOUNDARY + b"\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
+    "strange charset": (PART + b"--b--\r\n", "multipart/form-data; boundary=b; charset=undefined"),
+    "twice": (PART + PART + b"--b--\r\n", "multipart/form-data; boundary=b"),
+    "endless headers": (
+        BOUNDARY
+        + b'Content-Disposition: form-data; name="a"\r\n'
+        + b"X: y\r\n" * 5000
+        + b"\r\na\r\n--b--\r\n",
+        "multipart/form-data; boundary=b",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "content_type"), MALFORMED.values(), ids=MALFORMED)
+def test_a_broken_form_is_refused(content: bytes, content_type: str) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        read(content, content_type)
+    assert raised.value.code == "invalid_form"
+
+
+def test_too_many_parts_are_refused() -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        form_of([("image[]", ("a", b"x"))] * 33)
+    assert raised.value.param == "image"
+    with pytest.raises(InvalidRequestError):
+        form_of([(f"field{number}", (None, "x")) for number in range(201)])
+
+
+# What becomes of them.
+
+
+def test_the_form_and_json_make_the_same_request() -> None:
+    fields = {"prompt": "a", "seed": 5, "n": 2, "strength": 0.5, "size": "64x128"}
+    from_form = openai_edits.to_edit(
+        form_of(
+            [("image", ("a", PICTURE)), ("mask", ("m", MASK))],
+            {name: str(value) for name, value in fields.items()},
+        ),
+        ABLE,
+        SETTINGS,
+        "id",
+    ).generation
+    assert from_form == edit(mask=in_json(MASK), **fields)
+    assert (from_form.seed, from_form.n, from_form.strength) == (5, 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("sent", "drawn"),
+    [((96, 64), (96, 64)), ((101, 79), (96, 72)), ((30, 90), (64, 192)), ((4096, 1024), (2048, 512))],
+)
+def test_without_a_size_the_pictures_own_is_drawn(sent: tuple[int, int], drawn: tuple[int, int]) -> None:
+    for size in (None, "auto"):
+        request = edit(images=[in_json(as_file(gradient(*sent)))], size=size)
+        assert request.image is not None
+        assert (request.width, request.height) == (request.image.width, request.image.height) == drawn
+
+
+def test_a_size_that_is_asked_for_is_drawn() -> None:
+    request = edit(size="128x256", mask=in_json(MASK))
+    assert request.image is not None
+    assert request.mask is not None
+    for picture in (request.image, request.mask):
+        assert (picture.width, picture.height) == (request.width, request.height) == (128, 256)
+
+
+def test_strength_is_what_was_asked_or_what_suits() -> None:
+    assert edit().strength == 0.7
+    assert edit(mask=in_json(MASK)).strength == 1.0
+    assert edit(mask=in_json(MASK), strength=0.3).strength == 0.3
+    assert edit(strength=0).strength == 0
+
+
+def test_the_mask_draws_where_it_is_transparent() -> None:
+    half = Image.new("RGBA", (96, 64), (0, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 48, 64))
+    mask = edit(mask=in_json(as_file(half))).mask
+    assert mask is not None
+    seen = np.frombuffer(mask.pixels, np.uint8).reshape(64, 96)
+    assert (seen[:, :48] == 255).all()
+    assert (seen[:, 48:] == 0).all()
+
+
+def test_of_several_pictures_the_first_is_the_base() -> None:
+    others = [in_json(as_file(Image.new("RGB", (20, 20), "red")))] * 15
+    assert edit(images=[in_json(PICTURE), *others], seed=1) == edit(seed=1)
+    assert refusal(images=[in_json(PICTURE), in_json(b"x")]).param == "images"
+
+
+@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
+def test_a_picture_that_cannot_be_read_is_refused(data: bytes) -> None:
+    assert refusal(images=[in_json(data)]).param == "images"
+    assert refusal(images=None, image=[data]).param == "image"
+    assert refusal(mask=in_json(data)).param == "mask"
+
+
+REFUSED: dict[str, list[Any]] = {
+    "images": [
+        [],
+        "x",
+        1,
+        {},
+        [1],
+        [{}],
+        [None],
+        [{"image_url": 1}],
+        [{"image_url": {"url": "data:"}}],
+        [{"image_url": "http://127.0.0.1:1/x.png"}],
+        [{"image_url": "https://[::1]/x.png"}],
+        [{"image_url": "file:///etc/passwd"}],
+        [{"file_id": "file-1"}],
+        [{"file_id": "file-1", **in_json(PICTURE)}],
+        [in_json(PICTURE)] * 17,
+    ],
+    "mask": ["x", 1, {}, [in_json(MASK)], in_json(as_file(gradient(64, 64))), {"image_url": "https://x/"}],
+    "strength": [-0.1, 1.1, "1", True],
+    "input_fidelity": ["", "medium", 1],
+    "markup": ["<x/>"],
+    "image": [[PICTURE]],
+    "n": [0, 11, 1.5],
+    "size": ["100x100", "8x8", "x", "4096x4096"],
+    "prompt": [" ", 1],
+    "background": ["transparent"],
+    "stream": [True],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values]
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: Any) -> None:
+    assert refusal(**{field: value}).param == field
+
+
+def test_missing_fields_are_named() -> None:
+    assert refusal(prompt=None).code == refusal(images=None).code == "missing_required_parameter"
+    assert refusal(prompt=None).param == "prompt"
+    assert refusal(images=None).param == "image"
+
+
+def test_a_variation_needs_no_prompt() -> None:
+    body = form_of([("image", ("a", PICTURE))], {"n": "2", "size": "256x256"})
+    request = openai_edits.to_variation(body, ABLE, SETTINGS, "id").generation
+    assert (request.n, request.width, request.strength) == (2, 256, 0.7)
+    assert request.image is not None
+    assert request.mask is None
+
+
+def test_a_model_that_draws_from_prompts_only_says_so() -> None:
+    fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
+    for options, field in ((frozenset(), "images"), (frozenset({"image"}), "mask")):
+        plain = type(ABLE)(**{**fields, "options": options})
+        body = {"prompt": "a", "images": [in_json(PICTURE)], "mask": in_json(MASK)}
+        with pytest.raises(InvalidRequestError, match="Stable Diffusion") as raised:
+            openai_edits.to_edit(body, plain, SETTINGS, "id")
+        assert (raised.value.param, raised.value.code) == (field, "unsupported_parameter")
+
+
+# Over HTTP.
+
+
+def send(client: httpx.Client, path: str = EDITS, **parts: Any) -> httpx.Response:
+    fields = {"prompt": "a", "num_inference_steps": "1"}
+    return client.post(path, data=fields, files={"image": ("upload", PICTURE), **parts})
+
+
+def test_bad_forms_are_refused_over_http(client: httpx.Client) -> None:
+    for path in (EDITS, VARIATIONS):
+        assert_error(send(client, path, image=("a.png", b"x", "image/png")), 400, param="image")
+        assert_error(client.post(path, files={"prompt": (None, "a")}), 400, param="image")
+        headers = {"Content-Type": "multipart/form-data"}
+        assert_error(client.post(path, content=b"x", headers=headers), 400, code="invalid_form")
+        assert_error(client.post(path, data={"prompt": "a"}), 415)
+    assert_error(client.post(EDITS, json={**QUICK, "images": []}), 400, param="images")
+    assert_error(client.post(EDITS, files={"image": ("upload", PICTURE)}), 400, param="prompt")
+    many = [("image[]", ("upload", PICTURE))] * 17
+    assert_error(client.post(EDITS, data={"prompt": "a"}, files=many), 400, param="image")
+    assert client.get("/health").json()["queue_size"] == 0
+
+
+def test_a_form_beyond_the_limit_is_too_large(tight: TightServer) -> None:
+    response = send(tight.client, image=("upload", b"x" * 200_000))
+    assert_error(response, 413, code="payload_too_large")
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # variations, in the client
+def test_the_official_client_raises_bad_request(server: LiveServer) -> None:
+    with server.openai() as client:
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.images.edit(image=[("a.png", b"no picture")], prompt="a", mask=("m.png", MASK))
+        assert raised.value.param == "image"
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.images.create_variation(image=("a.png", b"no picture"), model="dall-e-2")
+        assert raised.value.param == "image"
+
+
+@pytest.mark.parametrize("field", ["prompt_2", "negative_prompt_2"])
+def test_generations_take_the_extensions(client: httpx.Client, field: str) -> None:
+    plain = client.post("/v1/images/generations", json={**QUICK, "seed": 1, "response_format": "b64_json"})
+    body = {**QUICK, "seed": 1, "response_format": "b64_json", field: "in oil", "enable_refiner": True}
+    extended = client.post("/v1/images/generations", json=body)
+    assert extended.json()["data"] == plain.json()["data"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"strength": 2}, "strength"),
+        ({"prompt_2": 1}, "prompt_2"),
+        ({"enable_refiner": "yes"}, "enable_refiner"),
+        ({"control_image": as_base64(PICTURE)}, "control_image"),
+        ({"control_model": "canny"}, "control_model"),
+        ({"controlnet_conditioning_scale": 3}, "controlnet_conditioning_scale"),
+    ],
+)
+def test_extensions_are_checked_in_generations(
+    client: httpx.Client, fields: dict[str, Any], param: str
+) -> None:
+    assert_error(client.post("/v1/images/generations", json={**QUICK, **fields}), 400, param=param)

@@ -1,0 +1,151 @@
+"""Jobs: /v1/images/jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.conftest import TightServer
+from tests.api.wire import QUICK, SLOW, assert_error, draw
+from tests.live import LiveServer
+
+PATH = "/v1/images/jobs"
+HYPERBOLIC = {"model_name": "SD1.5", "prompt": "a red circle", "steps": 1}
+
+
+def begin(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = client.post(PATH, json=body)
+    assert response.status_code == 202, response.text
+    assert response.headers["location"] == f"{PATH}/{response.json()['id']}"
+    return response.json()
+
+
+def wait(
+    client: httpx.Client, job: dict[str, Any], until: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Everything the job said of itself until then."""
+    told: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 60
+    while not told or not until(told[-1]):
+        assert time.monotonic() < deadline, told[-1:]
+        response = client.get(f"{PATH}/{job['id']}")
+        assert response.status_code == 200, response.text
+        told.append(response.json())
+        time.sleep(0.01)
+    return told
+
+
+def ended(job: dict[str, Any]) -> bool:
+    return job["status"] in ("succeeded", "failed", "cancelled")
+
+
+def running(job: dict[str, Any]) -> bool:
+    return "progress" in job
+
+
+def test_a_job_ends_with_what_the_request_would_have_answered(client: httpx.Client) -> None:
+    fields = {**QUICK, "seed": 3, "n": 2, "output_format": "webp"}
+    job = begin(client, **fields)
+    assert set(job) >= {"id", "object", "status", "created"}
+    assert (job["object"], job["id"][:4]) == ("image.job", "job_")
+    done = wait(client, job, ended)[-1]
+    assert done["status"] == "succeeded"
+    assert done["progress"] == {"step": 2, "steps": 2}
+    direct = draw(client, **fields)
+    result = done["result"]
+    assert set(result) == set(direct)
+    assert [(item["b64_json"], item["seed"]) for item in result["data"]] == [
+        (item["b64_json"], item["seed"]) for item in direct["data"]
+    ]
+    assert httpx.get(result["data"][1]["url"]).headers["content-type"] == "image/webp"
+
+
+def test_hyperbolics_bodies_get_hyperbolics_answers(client: httpx.Client) -> None:
+    done = wait(client, begin(client, **HYPERBOLIC, seed=3), ended)[-1]
+    direct = client.post("/v1/image/generation", json={**HYPERBOLIC, "seed": 3}).json()
+    assert set(done["result"]) == {"images", "inference_time"}
+    assert done["result"]["images"] == direct["images"]
+
+
+def test_progress_goes_up_and_the_rest_gets_shorter(client: httpx.Client) -> None:
+    told = wait(client, begin(client, **{**QUICK, "num_inference_steps": 40}), ended)
+    steps = [job["progress"]["step"] for job in told if running(job)]
+    assert len(set(steps)) > 2
+    assert steps == sorted(steps)
+    assert {job["progress"]["steps"] for job in told if running(job)} == {40}
+    expected = [job["expected_s"] for job in told if job["status"] == "running" and "expected_s" in job]
+    assert expected
+    assert min(expected) >= 0
+    assert "expected_s" not in told[-1]
+
+
+def test_delete_cancels_and_frees_the_engine(client: httpx.Client) -> None:
+    job = begin(client, **SLOW)
+    wait(client, job, running)
+    response = client.delete(f"{PATH}/{job['id']}")
+    assert (response.status_code, response.json()["status"]) == (200, "cancelled")
+    assert client.get("/health").json()["queue_size"] == 0
+    again = client.delete(f"{PATH}/{job['id']}").json()
+    assert again["status"] == client.get(f"{PATH}/{job['id']}").json()["status"] == "cancelled"
+
+
+def test_a_job_that_takes_too_long_fails_and_says_why(tight: TightServer) -> None:
+    with httpx.Client(base_url=tight.server.url, timeout=60) as client:
+        first = begin(client, **SLOW)
+        wait(client, first, running)
+        told = wait(client, first, ended)
+    assert told[-1]["status"] == "failed"
+    assert (told[-1]["error"]["status"], told[-1]["error"]["code"]) == (504, "timeout")
+    assert "result" not in told[-1]
+
+
+def test_a_full_queue_refuses_jobs_at_once(tight: TightServer) -> None:
+    answers = [tight.client.post(PATH, json=SLOW) for _ in range(4)]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    for answer in refused:
+        assert_error(answer, 429, code="rate_limit_exceeded")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+    for answer in answers:
+        if answer.status_code == 202:
+            tight.client.delete(answer.headers["location"])
+    assert tight.client.get("/health").json()["queue_size"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({**QUICK, "n": 11}, "n"),
+        ({"num_inference_steps": 1}, "prompt"),
+        ({**HYPERBOLIC, "steps": 101}, "steps"),
+        ({"prompt": "a", "images": []}, "images"),
+        ({"prompt": "a", "images": [{"image_url": "https://example.com/x.png"}]}, "images"),
+    ],
+)
+def test_bad_bodies_are_refused_before_they_are_jobs(
+    client: httpx.Client, body: dict[str, Any], param: str
+) -> None:
+    assert_error(client.post(PATH, json=body), 400, param=param)
+
+
+def test_bad_forms_are_refused_before_they_are_jobs(client: httpx.Client) -> None:
+    for data in ({}, {"prompt": "a"}):
+        files = {"image": ("upload", b"no picture")}
+        assert_error(client.post(PATH, data=data, files=files), 400, param="image")
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("name", ["job_0", "x", "%2e%2e", "a" * 5000])
+def test_unknown_jobs_are_not_found(client: httpx.Client, method: str, name: str) -> None:
+    assert_error(client.request(method, f"{PATH}/{name}"), 404, code="not_found")
+
+
+def test_jobs_need_the_key(keyed_server: LiveServer) -> None:
+    with httpx.Client(base_url=keyed_server.url) as stranger:
+        assert_error(stranger.post(PATH, json=QUICK), 401)
+        assert_error(stranger.get(f"{PATH}/job_0"), 401)
+        assert_error(stranger.delete(f"{PATH}/job_0"), 401)

@@ -1,0 +1,145 @@
+"""/openapi.json: what it says of the server, and whether that is so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.api.schemas import validate
+from tests.api.test_hyperbolic import BODY, PATH
+from tests.api.wire import GENERATIONS, QUICK, draw
+
+# The operation of Hyperbolic's OpenAPI file, as its clients were generated from it.
+OPERATION = yaml.safe_load("""
+summary: Hyperbolic Generate An Image
+operationId: generateImage
+tags: [Image Generation]
+requestBody:
+  required: true
+  content:
+    application/json:
+      schema: {$ref: '#/components/schemas/ImageGenerationRequest'}
+      examples:
+        SDXLBasic:
+          summary: Basic SDXL generation
+          value:
+            model_name: SDXL1.0-base
+            prompt: A photorealistic cyberpunk cat wearing sunglasses
+            steps: 30
+            cfg_scale: 7.5
+            height: 1024
+            width: 1024
+responses:
+  '200':
+    description: Successful image generation
+    content: {application/json: {schema: {$ref: '#/components/schemas/ImageGenerationResponse'}}}
+  '400':
+    description: Bad Request
+    content: {application/json: {schema: {$ref: '#/components/schemas/ErrorResponse'}}}
+  '401':
+    description: Unauthorized
+    content: {application/json: {schema: {$ref: '#/components/schemas/ErrorResponse'}}}
+  '429':
+    description: Too Many Requests
+    content: {application/json: {schema: {$ref: '#/components/schemas/ErrorResponse'}}}
+""")
+RANGES = {"steps": (1, 100), "cfg_scale": (1, 20), "n": (1, 4), "width": (64, 2432), "height": (64, 2432)}
+
+
+@pytest.fixture(scope="module")
+def description(client: httpx.Client) -> dict[str, Any]:
+    return client.get("/openapi.json").json()
+
+
+def schema(description: dict[str, Any], name: str) -> dict[str, Any]:
+    """A named schema with the schemas that it refers to put in."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return resolve(description["components"]["schemas"][value["$ref"].rpartition("/")[2]])
+            return {key: resolve(inner) for key, inner in value.items()}
+        return [resolve(inner) for inner in value] if isinstance(value, list) else value
+
+    return resolve({"$ref": name})
+
+
+def contains(whole: Any, part: Any) -> bool:
+    if isinstance(part, dict):
+        return all(key in whole and contains(whole[key], value) for key, value in part.items())
+    return whole == part
+
+
+def test_hyperbolics_operation_stands_there_as_written(description: dict[str, Any]) -> None:
+    operation = description["paths"][PATH]["post"]
+    assert contains(operation, OPERATION)
+    assert operation["security"] == [{"BearerAuth": []}]
+    scheme = {"type": "http", "scheme": "bearer", "bearerFormat": "API Key"}
+    assert description["components"]["securitySchemes"]["BearerAuth"] == scheme
+    request = schema(description, "ImageGenerationRequest")
+    assert set(request["required"]) == {"model_name", "prompt"}
+    for field, (least, most) in RANGES.items():
+        field_schema = request["properties"][field]
+        options = field_schema.get("anyOf", [field_schema])
+        assert (options[0]["minimum"], options[0]["maximum"]) == (least, most)
+
+
+def test_every_route_is_named_with_its_errors_and_examples(description: dict[str, Any]) -> None:
+    drawing = {
+        GENERATIONS,
+        "/v1/images/edits",
+        "/v1/images/variations",
+        "/v1/image/generation",
+        "/v1/images/jobs",
+    }
+    assert drawing | {"/v1/models", "/v1/models/{model}", "/health"} <= set(description["paths"])
+    operations = [
+        (path, method, operation)
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+    ]
+    names = [operation["operationId"] for _, _, operation in operations]
+    assert len(names) == len(set(names))
+    for path, _, operation in operations:
+        assert operation["summary"]
+        assert "422" not in operation["responses"]
+        if path.startswith("/v1/") and "/files/" not in path:
+            assert "401" in operation["responses"]
+    for path in drawing:
+        operation = description["paths"][path]["post"]
+        assert {"400", "401", "413", "415", "429", "500", "503", "504"} <= set(operation["responses"])
+        for media in operation["requestBody"]["content"].values():
+            assert "example" in media or "examples" in media or media["schema"]["properties"]["image"]
+
+
+def test_every_field_has_a_description(description: dict[str, Any]) -> None:
+    for path in (GENERATIONS, "/v1/images/edits"):
+        content = description["paths"][path]["post"]["requestBody"]["content"]
+        fields = content["application/json"]["schema"]["properties"]
+        assert {"prompt", "strength", "prompt_2", "control_image"} <= set(fields)
+        assert [name for name, field in fields.items() if not field.get("description")] in (
+            [],
+            ["images", "mask"],
+        )
+
+
+def test_answers_are_what_the_description_says(client: httpx.Client, description: dict[str, Any]) -> None:
+    validate(draw(client, n=2), schema(description, "ImagesResponse"))
+    validate(client.post(PATH, json=BODY).json(), schema(description, "ImageGenerationResponse"))
+    validate(client.post(PATH, json={}).json(), schema(description, "ErrorResponse"))
+    validate(client.get("/v1/models").json(), schema(description, "ModelList"))
+    validate(client.get("/health").json(), schema(description, "Health"))
+    job = client.post("/v1/images/jobs", json=QUICK).json()
+    validate(job, schema(description, "ImageJob"))
+
+
+def test_examples_of_errors_are_errors(description: dict[str, Any]) -> None:
+    error = schema(description, "ErrorResponse")
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            for status, response in operation["responses"].items():
+                if int(status) >= 400 and "ErrorResponse" in str(response):
+                    validate(response["content"]["application/json"]["example"], error)
