@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from hypergen.generation import GenerationRequest
+from hypergen.generation import GenerationRequest, Picture
 from hypergen.images.png import write_png
 
 # The name of the picture's settings in PNG text; elsewhere they are the EXIF image description.
@@ -70,9 +71,11 @@ def encode(pixels: np.ndarray, request: GenerationRequest, index: int, model_id:
 
     Args:
         pixels: uint8, shape (drawn height, drawn width, 3); cropped or resized to the size that was asked
-            for.
+            for. What the request's mask keeps is then put over it, softly where the mask is soft.
     """
     image = fit(Image.fromarray(pixels), request.width, request.height)
+    if request.image is not None and request.mask is not None:
+        image = Image.composite(image, _to_image(request.image), _to_image(request.mask))
     file = BytesIO()
     metadata = json.dumps(_determinants(request, index, model_id)) if request.metadata else None
     FORMATS[request.output_format].save(image, file, request.output_compression, metadata)
@@ -89,6 +92,11 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+def _to_image(picture: Picture) -> Image.Image:
+    size = (picture.width, picture.height)
+    return Image.frombytes("L" if len(picture.pixels) == size[0] * size[1] else "RGB", size, picture.pixels)
+
+
 def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict[str, Any]:
     """What determines this image and nothing else: no n, time, request id or dialect. So image j of n has the
     same bytes as the single image with its seed.
@@ -103,4 +111,19 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
         "guidance_scale": request.guidance_scale,
         "sampler": request.sampler,
         "seed": request.seed + index,
+        **_conditions(request),
     }
+
+
+def _conditions(request: GenerationRequest) -> dict[str, Any]:
+    """The pictures that an image was made from, by the SHA-256 of their pixels, and how."""
+    conditions: dict[str, Any] = {}
+    if request.image is not None:
+        conditions |= {"image": _digest(request.image), "strength": request.strength}
+    if request.mask is not None:
+        conditions["mask"] = _digest(request.mask)
+    return conditions
+
+
+def _digest(picture: Picture) -> str:
+    return hashlib.sha256(picture.pixels).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "hypergen.models.sd:StableDiffusion",
+    "StableDiffusionInpaintPipeline": "hypergen.models.sd:StableDiffusion",
 }
 
 

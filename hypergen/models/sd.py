@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from hypergen.conditioning.beginning import begin
+from hypergen.conditioning.latents import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
 from hypergen.models.guidance import denoise
@@ -38,9 +40,16 @@ class StableDiffusion:
         self.card = card
         self.max_prompt_chunks = settings.max_prompt_chunks
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
+        self.space = LatentSpace(self.vae, self.unet.dtype)
+        self.control_models: Mapping[str, nn.Module] = {}
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         with torch.inference_mode():
             self.prompts = PromptCache(self._encode_text, settings.prompt_cache_mb * 1_000_000)
+
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the UNet was trained for inpainting, with a mask and what is kept among its channels."""
+        return self.unet.config.in_channels > self.vae.config.latent_channels
 
     @property
     def denoiser(self) -> nn.Module:
@@ -61,7 +70,7 @@ class StableDiffusion:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset({"negative_prompt"}),
+            options=frozenset({"negative_prompt", "image", "mask"}),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -81,14 +90,17 @@ class StableDiffusion:
 
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
-        width, height = self.drawn_size(request.width, request.height)
-        noise = torch.randn(self._latent_shape(width, height), generator=generator, dtype=self.unet.dtype)
+        size = self.drawn_size(request.width, request.height)
+        begun = begin(request, scheduler, self.space, size, generator, reads_mask=self.reads_mask)
         return Trajectory(
             request=request,
             index=index,
-            latents=noise.to(self.unet.device) * scheduler.init_noise_sigma,
-            positive=Conditioning(positive),
-            negative=None if negative is None else Conditioning(negative),
+            latents=begun.latents,
+            step_index=begun.step_index,
+            after_step=begun.after_step,
+            unchanged=begun.unchanged,
+            positive=Conditioning(positive, begun.others),
+            negative=None if negative is None else Conditioning(negative, begun.others),
             guidance_scale=request.guidance_scale,
             prompt_tokens=encoded.tokens,
             generator=generator,
@@ -103,13 +115,11 @@ class StableDiffusion:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor) -> Tensor:
-        latents, timesteps, prompt_embeds = rows
+    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
+        latents, timesteps, prompt_embeds, *others = rows
+        if others:  # an inpainting model's mask and what is kept
+            latents = torch.cat([latents, *others], dim=1)
         return self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
-
-    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
-        factor = self.vae_scale_factor
-        return (1, self.unet.config.in_channels, height // factor, width // factor)
 
     def _encode_text(self, text: str) -> EncodedPrompt:
         chunks, tokens = chunk_tokens(self.tokenizer, text, self.max_prompt_chunks)
