@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from hypergen.errors import ConfigurationError
+from hypergen.named_sources import NamedSources, as_text
 
 PREFIX = "HYPERGEN_"
 # Kubernetes announces a service called "hypergen" to every pod with names like these; they are not ours.
@@ -74,6 +75,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         False, description="decode pictures on a CUDA stream of their own, beside the next step"
     )
     vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
+    controlnet: NamedSources = Field(
+        default_factory=dict[str, str],
+        description="control model that requests may name: NAME=SOURCE, SOURCE a folder or a hub id; several "
+        "in HYPERGEN_CONTROLNET stand with commas between them",
+    )
     engine_stall_timeout_s: float = Field(
         300,
         gt=0,
@@ -219,7 +225,9 @@ def load_settings(
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Flags as the environment of a child process; the child reads them back with `load_settings`."""
     return {
-        PREFIX + option_name(name).upper(): str(value) for name, value in flags.items() if value is not None
+        PREFIX + option_name(name).upper(): as_text(value)
+        for name, value in flags.items()
+        if value is not None
     }
 
 

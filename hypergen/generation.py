@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from hypergen.errors import GenerationError
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+Preprocessor = Literal["none", "canny"]
 # exact: rows of one forward pass do not depend on their neighbours, proved by a probe; close: they do, in the
 # last bits.
 Verdict = Literal["exact", "close"]
@@ -35,11 +36,13 @@ class Picture:
 class Control:
     """A picture that a control model follows.
 
-    `start` and `end` are the shares of the steps between which it does.
+    `preprocessor` says what is done to it first. `start` and `end` are the shares of the steps between which
+    it is followed.
     """
 
     model: str
     image: Picture
+    preprocessor: Preprocessor = "none"
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import BytesIO
 from typing import Any
 
@@ -122,6 +122,9 @@ def _conditions(request: GenerationRequest) -> dict[str, Any]:
         conditions |= {"image": _digest(request.image), "strength": request.strength}
     if request.mask is not None:
         conditions["mask"] = _digest(request.mask)
+    if request.control is not None:
+        control = {field.name: getattr(request.control, field.name) for field in fields(request.control)}
+        conditions["control"] = {**control, "image": _digest(request.control.image)}
     return conditions
 
 

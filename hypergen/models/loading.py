@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.models.family import Family
@@ -38,7 +39,9 @@ def load(path: Path, settings: EngineSettings) -> Family:
         reason = " ".join(str(error).replace(str(path), "the model").split())
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
     pipeline.to(device)
-    return family(pipeline, card, settings)
+    loaded = family(pipeline, card, settings)
+    loaded.control_models = controlnet.load(settings.controlnet, loaded.denoiser, dtype)
+    return loaded
 
 
 def import_family(path: Path) -> Any:

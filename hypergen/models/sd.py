@@ -9,10 +9,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from hypergen.conditioning import controlnet
 from hypergen.conditioning.beginning import begin
 from hypergen.conditioning.latents import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
 from hypergen.models.sizes import nearest_native_size, round_up
@@ -41,7 +42,7 @@ class StableDiffusion:
         self.max_prompt_chunks = settings.max_prompt_chunks
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
         self.space = LatentSpace(self.vae, self.unet.dtype)
-        self.control_models: Mapping[str, nn.Module] = {}
+        self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         with torch.inference_mode():
             self.prompts = PromptCache(self._encode_text, settings.prompt_cache_mb * 1_000_000)
@@ -62,6 +63,9 @@ class StableDiffusion:
     def describe(self, model_id: str) -> ModelDescription:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
+        options: set[Option] = {"negative_prompt", "image", "mask"}
+        if self.control_models:
+            options.add("control")
         return ModelDescription(
             id=model_id,
             family=self.name,
@@ -70,7 +74,8 @@ class StableDiffusion:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset({"negative_prompt", "image", "mask"}),
+            options=frozenset(options),
+            control_models=tuple(self.control_models),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -92,6 +97,8 @@ class StableDiffusion:
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
         size = self.drawn_size(request.width, request.height)
         begun = begin(request, scheduler, self.space, size, generator, reads_mask=self.reads_mask)
+        guide = controlnet.follow(request.control, self.control_models, size, scheduler, begun.step_index)
+        others = (*begun.others, *guide.others)
         return Trajectory(
             request=request,
             index=index,
@@ -99,8 +106,10 @@ class StableDiffusion:
             step_index=begun.step_index,
             after_step=begun.after_step,
             unchanged=begun.unchanged,
-            positive=Conditioning(positive, begun.others),
-            negative=None if negative is None else Conditioning(negative, begun.others),
+            kind=guide.kind,
+            per_step=guide.per_step,
+            positive=Conditioning(positive, others),
+            negative=None if negative is None else Conditioning(negative, others),
             guidance_scale=request.guidance_scale,
             prompt_tokens=encoded.tokens,
             generator=generator,
@@ -117,9 +126,15 @@ class StableDiffusion:
 
     def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
         latents, timesteps, prompt_embeds, *others = rows
+        residuals: dict[str, Any] = {}
+        if (model := controlnet.model_of(kind, self.control_models)) is not None:
+            *others, image, scale = others
+            residuals = controlnet.residuals(model, latents, timesteps, prompt_embeds, image, scale)
         if others:  # an inpainting model's mask and what is kept
             latents = torch.cat([latents, *others], dim=1)
-        return self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        return self.unet(
+            latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False, **residuals
+        )[0]
 
     def _encode_text(self, text: str) -> EncodedPrompt:
         chunks, tokens = chunk_tokens(self.tokenizer, text, self.max_prompt_chunks)
