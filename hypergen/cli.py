@@ -33,16 +33,23 @@ def setting_options(*names: str) -> Callable[[Command], Command]:
             (name, field) for _, name, field in fields() if (not names or name in names) and name != "model"
         ]
         for name, field in reversed(chosen):
+            several = get_origin(field.annotation) in (dict, tuple)
             command = click.option(
                 *_declaration(name, field),
                 type=_type(field),
-                multiple=get_origin(field.annotation) is tuple,
+                multiple=several,
                 default=None,
+                callback=_given if several else None,
                 help=_help(field),
             )(command)
         return command
 
     return add
+
+
+def _given(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> Any:
+    """None for a flag that may be repeated and was not given at all."""
+    return value or None
 
 
 def _declaration(name: str, field: FieldInfo) -> list[str]:
@@ -63,10 +70,10 @@ def _type(field: FieldInfo) -> Any:
 
 
 def _help(field: FieldInfo) -> str:
-    default = field.default
+    default = field.get_default(call_default_factory=True)
     if default == ():
         return f"{field.description}; may be given several times"
-    shown = "" if default is None else f"  [default: {'yes' if default is True else default}]"
+    shown = "" if default in (None, {}) else f"  [default: {'yes' if default is True else default}]"
     return f"{field.description}{shown}"
 
 
@@ -96,10 +103,12 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     """
     from hypergen import serving
     from hypergen.adapters.registry import open_registry, with_absolute_path
+    from hypergen.control_sources import find_control_models
 
     flags["model"] = model
     settings = load_settings(config, os.environ, flags)
     keys = api_keys(settings.server)
+    control_models = find_control_models(settings.engine.controlnet)
     serving.check_port(settings.server)
     stored = _ensure(settings)
     open_registry(settings.engine, stored.path)  # tells now, not in the engine, what is not there
@@ -110,6 +119,8 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     flags["model"] = stored.tag
     flags["served_model_name"] = settings.served_model_name or settings.model or stored.source
     # Paths are resolved here, because the service runs in its own folder.
+    if control_models:
+        flags["controlnet"] = control_models
     if settings.server.api_key_file:
         flags["api_key_file"] = settings.server.api_key_file.resolve()
     flags["lora"] = tuple(with_absolute_path(given) for given in settings.engine.lora)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from hypergen.errors import ConfigurationError
+from hypergen.named_sources import NamedSources, as_text
 
 PREFIX = "HYPERGEN_"
 # Kubernetes announces a service called "hypergen" to every pod with names like these; they are not ours.
@@ -96,6 +97,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         ge=0,
         allow_inf_nan=False,
         description="memory for loaded LoRAs, in MB; the first to go are those used longest ago",
+    )
+    controlnet: NamedSources = Field(
+        default_factory=dict[str, str],
+        description="control model that requests may name: NAME=SOURCE, SOURCE a folder or a hub id; several "
+        "in HYPERGEN_CONTROLNET stand with commas between them",
     )
     engine_stall_timeout_s: float = Field(
         300,
@@ -257,9 +263,7 @@ def load_settings(
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Flags as the environment of a child process; the child reads them back with `load_settings`."""
     return {
-        PREFIX + option_name(name).upper(): os.pathsep.join(map(str, cast(tuple[Any, ...], value)))
-        if isinstance(value, tuple)
-        else str(value)
+        PREFIX + option_name(name).upper(): as_text(value)
         for name, value in flags.items()
         if value not in (None, ())
     }

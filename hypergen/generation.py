@@ -85,9 +85,13 @@ class GenerationRequest:
 
     @property
     def work(self) -> float:
-        """Rough cost for queue estimates: megapixels x steps x images, twice when guided."""
+        """Rough cost for queue estimates: megapixels x steps x images, twice when guided.
+
+        Of a picture that is changed only the steps that its strength leaves count.
+        """
         rows = 2 if self.guidance_scale > 1 else 1
-        return self.n * rows * self.num_inference_steps * self.width * self.height / 1e6
+        steps = self.num_inference_steps * (self.strength if self.image is not None else 1)
+        return self.n * rows * steps * self.width * self.height / 1e6
 
 
 # What not every family can do, by the field of `GenerationRequest` that asks for it.

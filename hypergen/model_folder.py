@@ -151,7 +151,7 @@ def check_folder(path: Path) -> None:
     if not (path / PIPELINE_FILE).is_file():
         raise ModelError(f"{path} has no {PIPELINE_FILE}: HyperGen serves folders in diffusers layout.")
     for name, class_name in read_components(path / PIPELINE_FILE, str(path)).items():
-        _check_component(path, name, class_name)
+        check_component(path, name, class_name)
 
 
 def safetensors_header(file: Path, model: str, name: str) -> bytes:
@@ -203,7 +203,8 @@ def is_unchanged(file: Path, size: int, mtime_ns: int) -> bool:
     return stat.st_size == size and (not shared or stat.st_mtime_ns == mtime_ns)
 
 
-def _check_component(model: Path, name: str, class_name: str) -> None:
+def check_component(model: Path, name: str, class_name: str) -> None:
+    """`check_folder` for one part of a model."""
     folder = model / name
     if not folder.is_dir() and name != OPTIONAL:
         raise ModelError(f"{model}: {PIPELINE_FILE} names '{name}', but there is no such folder.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,10 @@ class Trajectory:
             device.
         scheduler: the image's own, with the history that multistep samplers keep.
         loras: of the family's `Adapters`, with their weights, in the order in which they are summed.
+        per_step: what the denoiser takes for a row, after its `Conditioning`, that differs from step to step;
+            each has one item for every timestep.
+        after_step: gives the latents to go on with after a step, where something is put back.
+        unchanged: nothing is drawn, the picture that was sent is the result.
         kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
         lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
             alone.
@@ -61,6 +65,9 @@ class Trajectory:
     draws_noise: bool
     loras: tuple[tuple[Any, float], ...] = ()
     kind: tuple[Hashable, ...] = ()
+    per_step: tuple[Tensor, ...] = ()
+    after_step: Callable[[Trajectory], Tensor] | None = None
+    unchanged: bool = False
     lone: bool = False
     step_index: int = 0
     shared_forwards: int = 0
@@ -92,6 +99,11 @@ class Trajectory:
     def timestep(self) -> Tensor:
         return self.timesteps[self.step_index]
 
+    @property
+    def step_tensors(self) -> tuple[Tensor, ...]:
+        """Of `per_step` what belongs to the next step, each with 1 as its first dimension."""
+        return tuple(tensor[self.step_index : self.step_index + 1] for tensor in self.per_step)
+
     def model_input(self) -> Tensor:
         """The latents as the denoiser wants them at this timestep."""
         if not hasattr(self.scheduler, "scale_model_input"):  # flow matching takes them as they are
@@ -105,3 +117,5 @@ class Trajectory:
             noise_pred, self.timestep, self.latents, **noise, return_dict=False
         )[0]
         self.step_index += 1
+        if self.after_step is not None:
+            self.latents = self.after_step(self)

@@ -90,3 +90,28 @@ def test_keys_come_from_the_setting_and_the_file(tmp_path: Path) -> None:
     file.write_text("# nothing\n")
     with pytest.raises(ConfigurationError, match="holds no key"):
         api_keys(settings.server)
+
+
+def test_named_sources_come_from_flags_the_environment_and_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine: {controlnet: {edges: owner/edges, depth: /models/depth}}\n")
+    wanted = {"edges": "owner/edges", "depth": "/models/depth"}
+    assert load_settings(file).engine.controlnet == wanted
+    flags = {"controlnet": ("edges=owner/edges", "depth=/models/depth")}
+    assert load_settings(flags=flags).engine.controlnet == wanted
+    environment = environment_of({"controlnet": wanted})
+    assert environment == {"HYPERGEN_CONTROLNET": "edges=owner/edges,depth=/models/depth"}
+    assert load_settings(environment=environment).engine.controlnet == wanted
+
+
+@pytest.mark.parametrize("given", ["edges", "=owner/edges", "edges=", "edges=a/b,edges=c/d"])
+def test_a_named_source_is_a_name_and_a_source(given: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"engine\.controlnet.*(NAME=SOURCE|twice)"):
+        load_settings(environment={"HYPERGEN_CONTROLNET": given})
+
+
+def test_a_named_source_has_no_comma_since_the_environment_could_not_hold_it(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine: {controlnet: {edges: '/models/a,b'}}\n")
+    with pytest.raises(ConfigurationError, match="without commas"):
+        load_settings(file)

@@ -37,8 +37,8 @@ def accelerate(family: Family, settings: EngineSettings) -> None:
         if wanted and device != "cuda":
             raise ModelError(f"The setting {setting} needs a CUDA device; this model is on {device}.")
     if settings.channels_last:
-        family.denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
-        family.decoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  the same
+        for network in (family.denoiser, family.decoder, *family.control_models.values()):
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
     forward = family.forward
     if settings.compile != "off":
         graphs = settings.compile == "graphs"
@@ -63,20 +63,21 @@ def _in_buckets(forward: Forward, copy: bool) -> Forward:
         copy: the result stands in memory that the next pass overwrites.
     """
 
-    def filled(*rows: Tensor) -> Tensor:
+    def filled(*rows: Tensor, **named: Any) -> Tensor:
         count = rows[0].shape[0]
         missing = bucket(count) - count
-        output = forward(*(torch.cat([row, row[-1:].expand(missing, *row.shape[1:])]) for row in rows))
+        filling = (torch.cat([row, row[-1:].expand(missing, *row.shape[1:])]) for row in rows)
+        output = forward(*filling, **named)
         return output[:count].clone() if copy else output[:count]
 
     return filled
 
 
 def _with_attention(forward: Forward, kernel: Attention, device: str) -> Forward:
-    def attending(*rows: Tensor) -> Tensor:
+    def attending(*rows: Tensor, **named: Any) -> Tensor:
         try:
             with sdpa_kernel(_KERNELS[kernel]):
-                return forward(*rows)
+                return forward(*rows, **named)
         except RuntimeError as error:
             if "No available kernel" not in str(error) and "No viable backend" not in str(error):
                 raise

@@ -11,11 +11,11 @@ those are left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergen.engine.invariance import make_convolutions_invariant, make_linears_invariant
 from hypergen.generation import Verdict
@@ -74,8 +74,9 @@ class DeterminismRule:
         self._budget_s = budget_s
         self._clock = clock
         self._repairs = enabled and repairs
+        self._networks = nn.ModuleList([family.denoiser, *family.control_models.values()])
         if self._repairs:
-            make_linears_invariant(family.denoiser)
+            make_linears_invariant(self._networks)
 
     def probe(self, trajectory: Trajectory) -> Probe:
         """A probe, not yet run, of images like this one: of its shape, and with as long a prompt."""
@@ -88,11 +89,11 @@ class DeterminismRule:
         """Repair what the shape needs, then compare passes of different rows."""
         generator = torch.Generator("cpu").manual_seed(0)
         most = max(2, self._max_rows)
-        arguments = random_rows(trajectory, most, generator)
+        arguments, kind = random_rows(trajectory, most, generator), trajectory.kind
         if self._repairs:
             one_row = [rows[:1] for rows in arguments]
             found.repaired = make_convolutions_invariant(
-                self._family.denoiser, lambda: self._family.forward(*one_row), self._max_rows
+                self._networks, lambda: self._family.forward(*one_row, kind=kind), self._max_rows
             )
             yield
 
@@ -103,8 +104,8 @@ class DeterminismRule:
                 continue  # in two orders, the known rows would not stand at every position
             rows = [argument[:count] for argument in arguments]
             try:
-                output, seconds = self._timed_forward(rows)
-                reversed_output, seconds_again = self._timed_forward([row.flip(0) for row in rows])
+                output, seconds = self._timed_forward(rows, kind)
+                reversed_output, seconds_again = self._timed_forward([row.flip(0) for row in rows], kind)
             except torch.OutOfMemoryError:
                 if count <= 2:  # not even one guided image
                     raise
@@ -124,9 +125,9 @@ class DeterminismRule:
                 return
             yield
 
-    def _timed_forward(self, rows: list[Tensor]) -> tuple[Tensor, float]:
+    def _timed_forward(self, rows: list[Tensor], kind: tuple[Hashable, ...]) -> tuple[Tensor, float]:
         started = self._clock()
-        output = self._family.forward(*rows)
+        output = self._family.forward(*rows, kind=kind)
         synchronize(output)
         return output, self._clock() - started
 

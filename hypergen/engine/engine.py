@@ -226,7 +226,7 @@ class Engine:
             trajectory.lone = self.shapes.must_run_alone(trajectory)
         steps_due = sum(trajectory.remaining_steps for trajectory in trajectories)
         self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
-        self._active.extend(trajectories)
+        (self._denoised if trajectories[0].unchanged else self._active).extend(trajectories)
         self.shapes.forget_old({group_key(trajectory).shared for trajectory in self._active})
 
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:

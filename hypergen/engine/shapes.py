@@ -51,8 +51,10 @@ class Shapes:
 
     def learn(self, trajectory: Trajectory) -> Iterator[None]:
         """Probe the shape of a trajectory if it is new, far enough to draw; an item for each forward pass, so
-        that other images can advance between them.
+        that other images can advance between them. Where nothing is drawn there is nothing to learn.
         """
+        if trajectory.unchanged:
+            return
         key = group_key(trajectory).shared
         while key in self._probing:  # for another request
             yield
@@ -132,6 +134,8 @@ class Shapes:
 
     def must_run_alone(self, trajectory: Trajectory) -> bool:
         """Whether neighbours would change the bits of an image whose seed was asked for."""
+        if trajectory.unchanged:
+            return False
         verdict = self._probes[group_key(trajectory).shared].verdict
         return self._strict and trajectory.request.seed_given and verdict == "close"
 

@@ -40,8 +40,10 @@ def advance_all(
 
 
 def _is_plain_euler(trajectory: Trajectory) -> bool:
-    """Without noise of its own, which only `s_churn` would add, and for the two usual predictions."""
+    """Without noise of its own, which only `s_churn` would add, for two predictions, and nothing put back."""
     scheduler = trajectory.scheduler
+    if trajectory.after_step is not None:
+        return False
     if type(scheduler) is not EulerDiscreteScheduler:
         return False
     return scheduler.config["prediction_type"] in ("epsilon", "v_prediction")

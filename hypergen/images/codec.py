@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from hypergen.generation import GenerationRequest
+from hypergen.generation import GenerationRequest, Picture
 from hypergen.images.png import write_png
 
 # The name of the picture's settings in PNG text; elsewhere they are the EXIF image description.
@@ -70,9 +71,11 @@ def encode(pixels: np.ndarray, request: GenerationRequest, index: int, model_id:
 
     Args:
         pixels: uint8, shape (drawn height, drawn width, 3); cropped or resized to the size that was asked
-            for.
+            for. What the request's mask keeps is then put over it, softly where the mask is soft.
     """
     image = fit(Image.fromarray(pixels), request.width, request.height)
+    if request.image is not None and request.mask is not None:
+        image = Image.composite(image, _to_image(request.image), _to_image(request.mask))
     file = BytesIO()
     metadata = json.dumps(_determinants(request, index, model_id)) if request.metadata else None
     FORMATS[request.output_format].save(image, file, request.output_compression, metadata)
@@ -87,6 +90,11 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _to_image(picture: Picture) -> Image.Image:
+    size = (picture.width, picture.height)
+    return Image.frombytes("L" if len(picture.pixels) == size[0] * size[1] else "RGB", size, picture.pixels)
 
 
 def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict[str, Any]:
@@ -105,4 +113,22 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
         "sampler": request.sampler,
         "seed": request.seed + index,
         **({"loras": loras} if loras else {}),
+        **_conditions(request),
     }
+
+
+def _conditions(request: GenerationRequest) -> dict[str, Any]:
+    """The pictures that an image was made from, by the SHA-256 of their pixels, and how."""
+    conditions: dict[str, Any] = {}
+    if request.image is not None:
+        conditions |= {"image": _digest(request.image), "strength": request.strength}
+    if request.mask is not None:
+        conditions["mask"] = _digest(request.mask)
+    if request.control is not None:
+        control = {field.name: getattr(request.control, field.name) for field in fields(request.control)}
+        conditions["control"] = {**control, "image": _digest(request.control.image)}
+    return conditions
+
+
+def _digest(picture: Picture) -> str:
+    return hashlib.sha256(picture.pixels).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from hypergen.trajectory import Trajectory
 
 class Family(Protocol):
     """A loaded model, cut at the seams between which the engine schedules."""
+
+    # Networks that run beside the denoiser in passes of some kinds, by the name that requests use.
+    control_models: Mapping[str, nn.Module]
 
     @property
     def denoiser(self) -> nn.Module:
@@ -46,8 +49,11 @@ class Family(Protocol):
         """What the decoder makes of one denoised image: -1..1, shape (1, 3, drawn height, drawn width)."""
         ...
 
-    def forward(self, *rows: Tensor) -> Tensor:
+    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
         """The denoiser alone, over stacked rows: latents as the sampler scaled them, timesteps, then the
-        tensors of their `Conditioning`.
+        tensors of their `Conditioning` and of their step.
+
+        Args:
+            kind: what the rows have in common, see `Trajectory.kind`.
         """
         ...

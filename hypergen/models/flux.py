@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Flux:
         self.transformer: Any = pipeline.transformer
         self.vae: Any = pipeline.vae
         self.card = card
+        self.control_models: Mapping[str, nn.Module] = {}
         self.true_cfg_scale: float = card.get("true_cfg_scale", 4.0)
         # FLUX spaces its sigmas itself, down to 1 / steps.
         self.schedulers = FlowSchedulerFactory(
@@ -127,7 +128,7 @@ class Flux:
         latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor) -> Tensor:
+    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
         latents, timesteps, prompt_embeds, pooled_prompt_embeds, *guidance = rows
         height, width = (side // _PATCH for side in latents.shape[-2:])
         packed = functional.pixel_unshuffle(latents, _PATCH).flatten(2).transpose(1, 2)

@@ -17,6 +17,7 @@ def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) 
     """Predictions of shape (1, C, h, w), one for each trajectory, with classifier-free guidance applied.
 
     Args:
+        trajectories: of one group, so of one `kind`.
         forward: see `Family.forward`; called once.
     """
     guided = [trajectory for trajectory in trajectories if trajectory.guided]
@@ -26,11 +27,13 @@ def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) 
         t.positive for t in trajectories
     ]
     rows = [*guided, *trajectories]
+    columns = [(*c.tensors, *t.step_tensors) for c, t in zip(conditionings, rows, strict=True)]
     with in_rows([t.loras for t in rows]):
         noise_pred = forward(
             torch.cat([inputs[t] for t in rows]),
             torch.stack([t.timestep.to(torch.float32) for t in rows]),
-            *(torch.cat(column) for column in zip(*(c.tensors for c in conditionings), strict=True)),
+            *(torch.cat(column) for column in zip(*columns, strict=True)),
+            kind=trajectories[0].kind,
         ).split(1)
     predictions = dict(zip(trajectories, noise_pred[len(guided) :], strict=True))
     for trajectory, unwanted in zip(guided, noise_pred, strict=False):
@@ -42,7 +45,8 @@ def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) 
 
 def random_rows(trajectory: Trajectory, rows: int, generator: torch.Generator) -> Rows:
     """Arguments for `Family.forward` as many images like this one would give them, each different."""
-    latents, (embeds, *others) = trajectory.latents, trajectory.positive.tensors
+    latents = trajectory.latents
+    others = (*trajectory.positive.tensors, *(tensor[:1] for tensor in trajectory.per_step))
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn((rows, *like.shape[1:]), generator=generator).to(like)
@@ -50,5 +54,5 @@ def random_rows(trajectory: Trajectory, rows: int, generator: torch.Generator) -
     return (
         noise(latents),
         torch.randint(0, 1000, (rows,), generator=generator).to(latents.device, torch.float32),
-        *(tensor + noise(tensor) for tensor in (embeds, *others)),
+        *(tensor + noise(tensor) for tensor in others),
     )

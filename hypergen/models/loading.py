@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
+from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.models.family import Family
@@ -45,7 +46,13 @@ def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, card, half_dtype)
     pipeline = load_pipeline(pipeline_class, path, dtype, device)
-    return family(pipeline, card, settings) if family else WholePipeline(pipeline, card)
+    if family is None:
+        if settings.controlnet:
+            raise ModelError("Control models steer models with a UNet; this one is drawn whole.")
+        return WholePipeline(pipeline, card)
+    loaded: Family = family(pipeline, card, settings)
+    loaded.control_models = controlnet.load(settings.controlnet, loaded.denoiser, dtype)
+    return loaded
 
 
 def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Any:

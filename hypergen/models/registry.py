@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "FluxPipeline": "hypergen.models.flux:Flux",
     "StableDiffusion3Pipeline": "hypergen.models.sd3:StableDiffusion3",
     "StableDiffusionPipeline": "hypergen.models.sd:StableDiffusion",
+    "StableDiffusionInpaintPipeline": "hypergen.models.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "hypergen.models.sdxl:StableDiffusionXL",
 }
 

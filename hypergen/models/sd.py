@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from hypergen.adapters.adapters import Adapters
+from hypergen.conditioning import controlnet
+from hypergen.conditioning.beginning import begin
+from hypergen.conditioning.latents import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.clip import ClipEncoder
@@ -41,6 +44,8 @@ class StableDiffusion:
         self.card = card
         self.adapters = Adapters(pipeline, settings)
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
+        self.space = LatentSpace(self.vae, self.unet.dtype)
+        self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         with torch.inference_mode():
             encode = ClipEncoder(
@@ -53,6 +58,11 @@ class StableDiffusion:
             self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000)
 
     @property
+    def reads_mask(self) -> bool:
+        """Whether the UNet was trained for inpainting, with a mask and what is kept among its channels."""
+        return self.unet.config.in_channels > self.vae.config.latent_channels
+
+    @property
     def denoiser(self) -> nn.Module:
         return self.unet
 
@@ -63,6 +73,9 @@ class StableDiffusion:
     def describe(self, model_id: str) -> ModelDescription:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
+        options: set[Option] = {"negative_prompt", "image", "mask"}
+        if self.control_models:
+            options.add("control")
         return ModelDescription(
             id=model_id,
             family=self.name,
@@ -71,7 +84,8 @@ class StableDiffusion:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset[Option]({"negative_prompt", *self.adapters.options}),
+            options=frozenset[Option]({*options, *self.adapters.options}),
+            control_models=tuple(self.control_models),
             **self.adapters.offer(),
         )
 
@@ -93,14 +107,21 @@ class StableDiffusion:
 
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
-        width, height = self.drawn_size(request.width, request.height)
-        noise = torch.randn(self._latent_shape(width, height), generator=generator, dtype=self.unet.dtype)
+        size = self.drawn_size(request.width, request.height)
+        begun = begin(request, scheduler, self.space, size, generator, reads_mask=self.reads_mask)
+        guide = controlnet.follow(request.control, self.control_models, size, scheduler, begun.step_index)
+        others = (*begun.others, *guide.others)
         return Trajectory(
             request=request,
             index=index,
-            latents=noise.to(self.unet.device) * scheduler.init_noise_sigma,
-            positive=Conditioning(positive),
-            negative=None if negative is None else Conditioning(negative),
+            latents=begun.latents,
+            step_index=begun.step_index,
+            after_step=begun.after_step,
+            unchanged=begun.unchanged,
+            kind=guide.kind,
+            per_step=guide.per_step,
+            positive=Conditioning(positive, others),
+            negative=None if negative is None else Conditioning(negative, others),
             guidance_scale=request.guidance_scale,
             prompt_tokens=encoded.tokens,
             generator=generator,
@@ -116,10 +137,14 @@ class StableDiffusion:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor) -> Tensor:
-        latents, timesteps, prompt_embeds = rows
-        return self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
-
-    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
-        factor = self.vae_scale_factor
-        return (1, self.unet.config.in_channels, height // factor, width // factor)
+    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
+        latents, timesteps, prompt_embeds, *others = rows
+        residuals: dict[str, Any] = {}
+        if (model := controlnet.model_of(kind, self.control_models)) is not None:
+            *others, image, scale = others
+            residuals = controlnet.residuals(model, latents, timesteps, prompt_embeds, image, scale)
+        if others:  # an inpainting model's mask and what is kept
+            latents = torch.cat([latents, *others], dim=1)
+        return self.unet(
+            latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False, **residuals
+        )[0]

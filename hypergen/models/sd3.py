@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class StableDiffusion3:
         self.transformer: Any = pipeline.transformer
         self.vae: Any = pipeline.vae
         self.card = card
+        self.control_models: Mapping[str, nn.Module] = {}
         self.schedulers = FlowSchedulerFactory(
             pipeline.scheduler, self.transformer.device, sigmas_end_at_last_step=False
         )
@@ -123,7 +124,7 @@ class StableDiffusion3:
         latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor) -> Tensor:
+    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
         latents, timesteps, prompt_embeds, pooled_prompt_embeds = rows
         return self.transformer(
             hidden_states=latents,

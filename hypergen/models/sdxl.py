@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class StableDiffusionXL:
         self.unet: Any = pipeline.unet
         self.vae: Any = pipeline.vae
         self.card = card
+        self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
@@ -108,7 +109,7 @@ class StableDiffusionXL:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor) -> Tensor:
+    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
         latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids = rows
         return self.unet(
             latents,

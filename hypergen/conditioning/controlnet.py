@@ -1,0 +1,142 @@
+"""ControlNet: networks that read a picture and steer the denoiser by adding to what its layers give.
+
+Source: Zhang et al. 2023, https://arxiv.org/abs/2302.05543.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from hypergen.conditioning.canny import canny
+from hypergen.conditioning.pictures import fit, to_unit
+from hypergen.errors import InvalidRequestError, ModelError
+from hypergen.generation import Control
+
+logger = logging.getLogger(__name__)
+
+_KIND = "control"
+# In these a control model must be like the UNet whose layers it adds to.
+_SHARED_CONFIG = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type")
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What a control model adds to a `Trajectory`: fields of the same names, and more of `Conditioning`.
+
+    Attributes:
+        others: the control picture, 0..1, shape (1, 3, H, W).
+        per_step: its scale in each step, shape (steps, 1, 1, 1); 0 outside of its window.
+    """
+
+    kind: tuple[Hashable, ...] = ()
+    others: tuple[Tensor, ...] = ()
+    per_step: tuple[Tensor, ...] = ()
+
+
+def load(sources: Mapping[str, str], denoiser: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """The control models of these names, from folders or the hub, on the denoiser's device.
+
+    Raises:
+        ModelError: one cannot be loaded, or was made for another kind of model.
+    """
+    models: dict[str, Any] = {}
+    for name, source in sources.items():
+        if not isinstance(denoiser, UNet2DConditionModel):
+            raise ModelError("Control models steer models with a UNet; this one has none.")
+        try:
+            model: Any = ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            logger.exception("Loading the control model %s failed.", name)
+            # Without the path: /health shows the reason to everybody.
+            reason = " ".join(str(error).replace(source, "it").split())
+            raise ModelError(f"Control model '{name}': {type(error).__name__}: {reason[:300]}") from None
+        for key in _SHARED_CONFIG:
+            its, ours = model.config[key], denoiser.config[key]
+            if its != ours:
+                raise ModelError(
+                    f"Control model '{name}' is for another kind of model: its {key} is {its}, not {ours}."
+                )
+        if model.config.global_pool_conditions:
+            raise ModelError(f"Control model '{name}' pools over the whole picture, which is not supported.")
+        models[name] = model.to(denoiser.device).eval()
+    return models
+
+
+def follow(
+    control: Control | None,
+    models: Mapping[str, nn.Module],
+    size: tuple[int, int],
+    scheduler: Any,
+    step_index: int,
+) -> Guide:
+    """What a trajectory needs to follow a control picture; nothing where there is none.
+
+    Args:
+        size: width and height in pixels that are drawn.
+        step_index: where the image begins. The shares of its window are of the steps that it takes.
+
+    Raises:
+        InvalidRequestError: there is no such control model.
+    """
+    if control is None:
+        return Guide()
+    if control.model not in models:
+        has = ", ".join(models) or "none"
+        raise InvalidRequestError(
+            f"Unknown control model '{control.model}'; this server has {has}.", param="control_model"
+        )
+    pixels = fit(control.image, *size)
+    if control.preprocessor == "canny":
+        pixels = canny(pixels)
+    network: Any = models[control.model]
+    image = to_unit(pixels).to(network.device, network.dtype)
+    steps = len(scheduler.timesteps) - step_index
+    scales = [0.0] * step_index + [
+        control.scale if i / steps >= control.start and (i + 1) / steps <= control.end else 0.0
+        for i in range(steps)
+    ]
+    column = torch.tensor(scales, device=network.device).reshape(-1, 1, 1, 1)
+    return Guide(((_KIND, control.model),), (image,), (column,))
+
+
+def model_of(kind: tuple[Hashable, ...], models: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The control model that the rows of a pass have in common, if any."""
+    names = [entry[1] for entry in kind if isinstance(entry, tuple) and entry[0] == _KIND]
+    return models[str(names[0])] if names else None
+
+
+def residuals(
+    model: nn.Module,
+    latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    image: Tensor,
+    scale: Tensor,
+    **others: Any,
+) -> dict[str, Any]:
+    """What a control model gives to each row of a pass, as arguments of the UNet.
+
+    Args:
+        scale: of each row, shape (B, 1, 1, 1), in float32.
+        others: what else both networks take, such as `added_cond_kwargs`.
+    """
+    down, mid = model(
+        latents,
+        timesteps,
+        encoder_hidden_states=prompt_embeds,
+        controlnet_cond=image,
+        conditioning_scale=scale,
+        return_dict=False,
+        **others,
+    )
+    return {
+        "down_block_additional_residuals": [residual.to(latents.dtype) for residual in down],
+        "mid_block_additional_residual": mid.to(latents.dtype),
+    }

@@ -1,0 +1,122 @@
+"""Inpainting against diffusers' own pipeline before kept pixels are put back, and what is kept after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+
+from hypergen.engine.batching import group_key
+from hypergen.errors import InvalidRequestError
+from hypergen.generation import GenerationRequest, Picture
+from hypergen.models import loading
+from hypergen.samplers import SAMPLERS
+from tests.conditioning.stock import assert_same, draw, left_half, picture, pixels_of, to_pillow
+from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+
+
+@pytest.fixture(scope="module")
+def stock(parts: dict[str, Any]) -> Any:
+    return StableDiffusionInpaintPipeline(**parts)
+
+
+@pytest.fixture(scope="module")
+def inpainting_folder(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose UNet reads the mask and what is kept."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 9})
+    folder = tmp_path_factory.mktemp("models") / "inpainting"
+    StableDiffusionInpaintPipeline(**{**parts, "unet": unet}).save_pretrained(folder)
+    return folder
+
+
+def _request(**changes: Any) -> GenerationRequest:
+    given: dict[str, Any] = {"strength": 0.7, "num_inference_steps": 5, "guidance_scale": 1.0, **changes}
+    size = (given.get("width", 64), given.get("height", 64))
+    return make_request(**{"image": picture(*size), "mask": left_half(*size), **given})
+
+
+def _expected(stock: Any, request: GenerationRequest) -> np.ndarray:
+    assert request.image is not None
+    assert request.mask is not None
+    return draw(
+        stock,
+        request,
+        image=to_pillow(request.image),
+        mask_image=to_pillow(request.mask),
+        strength=request.strength,
+        width=request.width,
+        height=request.height,
+    )
+
+
+def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) -> None:
+    requests = [_request(sampler=name) for name in [None, *SAMPLERS]]
+    requests.append(_request(sampler="euler_a", strength=1.0, guidance_scale=5.0, negative_prompt="blurred"))
+    requests.append(_request(sampler="kdpm2", strength=0.4, width=96, guidance_scale=5.0))
+    crowd = InlineEngine(family)
+    crowd.run(*requests)
+    for request in requests:
+        assert request.image is not None
+        expected = _expected(stock, request)
+        assert_same(draw_alone(family, request), expected)
+        kept, half = np.asarray(to_pillow(request.image)), request.width // 2
+        drawn = pixels_of(crowd.data(request))
+        assert (drawn[:, half:] == kept[:, half:]).all()
+        assert_same(drawn[:, :half], expected[:, :half])
+
+
+def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) -> None:
+    request, other = _request(guidance_scale=4.0, sampler="euler_a"), make_request(num_inference_steps=8)
+    assert group_key(family.start(request, 0)) == group_key(family.start(other, 0))
+    alone, crowd = InlineEngine(family), InlineEngine(family)
+    alone.run(request)
+    crowd.know(other)
+    crowd.run(request, other)
+    assert crowd.images[request.id][0].shared_forwards > 0
+    assert crowd.data(request) == alone.data(request)
+
+
+def test_a_soft_mask_blends(family: Any) -> None:
+    """128 of 255 is drawn in latent space, and lies half over the picture in the end."""
+    hard, soft = _request(), _request(mask=left_half(drawn=128))
+    engine = InlineEngine(family)
+    engine.run(hard, soft)
+    assert hard.image is not None
+    drawn, blended = (pixels_of(engine.data(request)).astype(int) for request in (hard, soft))
+    between = (drawn * 128 + np.asarray(to_pillow(hard.image)).astype(int) * 127) / 255
+    assert np.abs(blended - between)[:, :32].max() <= 1
+
+
+def test_a_mask_without_a_picture_is_refused(family: Any) -> None:
+    request = make_request(mask=left_half())
+    engine = InlineEngine(family)
+    engine.run(request)
+    error = engine.errors[request.id]
+    assert isinstance(error, InvalidRequestError)
+    assert error.param == "mask"
+
+
+def test_a_model_that_reads_the_mask_draws_as_the_stock_pipeline(inpainting_folder: Path) -> None:
+    family: Any = loading.load(inpainting_folder, make_settings())
+    stock: Any = StableDiffusionInpaintPipeline.from_pretrained(inpainting_folder, safety_checker=None)
+    # Without a mask all of the picture is drawn over, and without a picture a grey one is.
+    everything = Picture(64, 64, b"\xff" * 64 * 64)
+    grey = Picture(64, 64, b"\x80" * 3 * 64 * 64)
+    requests = [
+        (_request(sampler="ddpm"), {}),
+        (_request(guidance_scale=5.0, strength=1.0, sampler="euler_a"), {}),
+        (_request(mask=None), {"mask": everything}),
+        (_request(mask=None, image=None, strength=0.2), {"mask": everything, "image": grey, "strength": 1.0}),
+    ]
+    crowd = InlineEngine(family)
+    crowd.run(*(request for request, _ in requests))
+    for request, changes in requests:
+        values = {name: getattr(request, name) for name in GenerationRequest.__slots__}
+        expected = _expected(stock, GenerationRequest(**{**values, **changes}))
+        assert_same(draw_alone(family, request), expected)
+        assert_same(pixels_of(crowd.data(request))[:, :32], expected[:, :32])

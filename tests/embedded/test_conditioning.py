@@ -1,0 +1,94 @@
+"""What pictures and masks do on the embedded model, told from pixels."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from hypergen.generation import GenerationRequest, Picture
+from hypergen.images import codec
+from hypergen.models import loading
+from tests.conditioning.stock import left_half, pixels_of
+from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+
+EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
+RED, BLUE = (220, 38, 38), (40, 70, 220)
+
+
+@pytest.fixture(scope="module")
+def family() -> Any:
+    return loading.load(EMBEDDED, make_settings())
+
+
+def _red_circle(width: int, height: int, box: tuple[int, int, int, int]) -> Picture:
+    image = Image.new("RGB", (width, height), (245, 245, 245))
+    ImageDraw.Draw(image).ellipse(box, fill=RED)
+    return Picture(width, height, image.tobytes())
+
+
+def _request(picture: Picture, **changes: Any) -> GenerationRequest:
+    given: dict[str, Any] = {
+        "width": picture.width,
+        "height": picture.height,
+        "num_inference_steps": 10,
+        "guidance_scale": 4.0,
+        "image": picture,
+        **changes,
+    }
+    return make_request(**given)
+
+
+def _near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    return np.abs(pixels.astype(int) - colour).max(axis=2) < 60
+
+
+def _array(picture: Picture) -> np.ndarray:
+    return np.frombuffer(picture.pixels, np.uint8).reshape(picture.height, picture.width, 3)
+
+
+def test_a_red_circle_turns_blue_where_it_is(family: Any) -> None:
+    picture = _red_circle(64, 64, (6, 20, 32, 46))
+    request = _request(picture, prompt="a blue circle on a white background", strength=0.5)
+    drawn, circle = draw_alone(family, request), _near(_array(picture), RED)
+    assert not _near(drawn, RED).any()
+    assert (_near(drawn, BLUE) & circle).sum() > 0.85 * circle.sum()
+    assert (_near(drawn, BLUE) & ~circle).sum() < 0.4 * circle.sum()
+
+
+def test_more_strength_changes_more(family: Any) -> None:
+    picture = _red_circle(64, 64, (6, 20, 32, 46))
+    strengths = (0.0, 0.1, 0.2, 0.3, 0.5)
+    prompt = "a green star on a black background"
+    requests = [_request(picture, prompt=prompt, strength=strength) for strength in strengths]
+    engine = InlineEngine(family)
+    engine.run(*requests)
+    pictures = [pixels_of(engine.data(request)) for request in requests]
+    changes = [np.abs(drawn.astype(int) - _array(picture)).mean() for drawn in pictures]
+    assert changes[0] == 0
+    assert all(more > 1.2 * less for less, more in pairwise(changes)), changes
+
+
+def test_only_the_masked_half_changes(family: Any) -> None:
+    picture = _red_circle(128, 128, (30, 30, 98, 98))
+    prompt = "a yellow square on a green background"
+    request = _request(picture, prompt=prompt, mask=left_half(128, 128))
+    drawn = pixels_of(codec.encode(draw_alone(family, request), request, 0, "m"))
+    assert (drawn[:, 64:] == _array(picture)[:, 64:]).all()
+    assert not _near(drawn[:, :56], RED).any()
+    assert _near(drawn[:, :56], (34, 160, 60)).mean() > 0.4
+
+
+def test_kept_pixels_stay_as_they_are_where_another_size_is_drawn(family: Any) -> None:
+    """Above its native area the model draws smaller, and the picture is resized."""
+    picture = _red_circle(384, 256, (100, 60, 240, 200))
+    prompt = "a yellow square on a green background"
+    request = _request(picture, prompt=prompt, mask=left_half(384, 256), num_inference_steps=4)
+    assert family.drawn_size(384, 256) != (384, 256)
+    drawn = pixels_of(codec.encode(draw_alone(family, request), request, 0, "m"))
+    assert (drawn[:, 192:] == _array(picture)[:, 192:]).all()
+    assert np.abs(drawn[:, :192].astype(int) - _array(picture)[:, :192]).mean() > 30

@@ -1,0 +1,36 @@
+"""Control models are looked at before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from diffusers import ControlNetModel
+
+from hypergen.control_sources import find_control_models
+from hypergen.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control") / "edges"
+    model = ControlNetModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), norm_num_groups=4, cross_attention_dim=8
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_folders_become_whole_paths_and_hub_ids_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    found = find_control_models({"edges": "./edges", "depth": "owner/depth"})
+    assert found == {"edges": str(folder.resolve()), "depth": "owner/depth"}
+
+
+def test_a_missing_or_damaged_folder_is_named(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"Control model 'edges': no such folder: ./nowhere"):
+        find_control_models({"edges": "./nowhere"})
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"edges/diffusion_pytorch_model.safetensors is damaged"):
+        find_control_models({"edges": str(folder)})
