@@ -87,6 +87,7 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     model that comes with HyperGen is served.
     """
     from hypergen import serving
+    from hypergen.model_folder import check_folder
 
     flags["model"] = model
     settings = load_settings(config, os.environ, flags)
@@ -102,6 +103,9 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     # Paths are resolved here, because the service runs in its own folder.
     if settings.server.api_key_file:
         flags["api_key_file"] = settings.server.api_key_file.resolve()
+    if settings.engine.refiner:
+        check_folder(settings.engine.refiner)
+        flags["refiner"] = settings.engine.refiner.resolve()
     # The service reads the settings again, from its environment: nothing secret stands on a command line.
     environment = environment_of(flags)
     file = config or os.environ.get("HYPERGEN_CONFIG")

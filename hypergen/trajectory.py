@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,22 @@ class Conditioning:
         return (self.embeds, *self.others)
 
 
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What an image is drawn with from one of its steps on, in place of what it started with.
+
+    Attributes:
+        at_step: index of its first step.
+        scheduler: with the same timesteps, about to take that step.
+    """
+
+    at_step: int
+    positive: Conditioning
+    negative: Conditioning | None
+    scheduler: Any
+    kind: tuple[Hashable, ...]
+
+
 @dataclass(kw_only=True, eq=False)
 class Trajectory:
     """The state of one image between two denoising steps; a request for n images makes n of them.
@@ -46,6 +62,7 @@ class Trajectory:
         kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
         lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
             alone.
+        next_stage: what it goes on with later, if anything.
     """
 
     request: GenerationRequest
@@ -60,6 +77,7 @@ class Trajectory:
     draws_noise: bool
     kind: tuple[Hashable, ...] = ()
     lone: bool = False
+    next_stage: Stage | None = None
     step_index: int = 0
     shared_forwards: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
@@ -99,7 +117,21 @@ class Trajectory:
     def advance(self, noise_pred: Tensor) -> None:
         """Take one step along the prediction, shape (1, C, h, w), guidance already applied."""
         noise = {"generator": self.generator} if self.draws_noise else {}
-        self.latents = self.scheduler.step(
-            noise_pred, self.timestep, self.latents, **noise, return_dict=False
-        )[0]
+        stepped = self.scheduler.step(noise_pred, self.timestep, self.latents, **noise, return_dict=False)
+        self.stepped(stepped[0])
+
+    def stepped(self, latents: Tensor) -> None:
+        """Take over the latents after a step; with the next one another stage may begin."""
+        self.latents = latents
         self.step_index += 1
+        if self.next_stage is not None and self.step_index == self.next_stage.at_step:
+            stage, self.next_stage = self.next_stage, None
+            self.positive, self.negative = stage.positive, stage.negative
+            self.scheduler, self.kind = stage.scheduler, stage.kind
+
+    def stages(self) -> Iterator[Trajectory]:
+        """This image as it is, and as it will be in the stage to come."""
+        yield self
+        if (stage := self.next_stage) is not None:
+            changed = {"positive": stage.positive, "negative": stage.negative, "kind": stage.kind}
+            yield replace(self, scheduler=stage.scheduler, next_stage=None, **changed)

@@ -10,16 +10,19 @@ from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.clip import ClipEncoder, longest, side_by_side
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache
+from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.sizes import round_up
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
 # Turbo is distilled to draw in a few steps without guidance: fifty guided ones would spoil its pictures.
 _TURBO_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 1024, "height": 1024}
+_OPTIONS: frozenset[Option] = frozenset({"prompt_2", "negative_prompt"})
+_REFINED_OPTIONS: frozenset[Option] = frozenset({*_OPTIONS, "enable_refiner"})
 
 
 class StableDiffusionXL:
@@ -35,6 +38,8 @@ class StableDiffusionXL:
 
     def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
         self.unet: Any = pipeline.unet
+        self.refiner = Refiner(settings.refiner, self.unet, settings) if settings.refiner else None
+        self.experts: Any = Experts(self.unet, self.refiner.unet) if self.refiner else self.unet
         self.vae: Any = pipeline.vae
         self.card = card
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
@@ -56,7 +61,7 @@ class StableDiffusionXL:
 
     @property
     def denoiser(self) -> nn.Module:
-        return self.unet
+        return self.experts
 
     @property
     def decoder(self) -> nn.Module:
@@ -74,7 +79,7 @@ class StableDiffusionXL:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset({"prompt_2", "negative_prompt"}),
+            options=_REFINED_OPTIONS if self.refiner else _OPTIONS,
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -88,7 +93,7 @@ class StableDiffusionXL:
         factor = self.vae_scale_factor
         shape = (1, self.unet.config.in_channels, height // factor, width // factor)
         noise = torch.randn(shape, generator=generator, dtype=self.unet.dtype)
-        return Trajectory(
+        trajectory = Trajectory(
             request=request,
             index=index,
             latents=noise.to(self.unet.device) * scheduler.init_noise_sigma,
@@ -100,6 +105,9 @@ class StableDiffusionXL:
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
         )
+        if request.enable_refiner and self.refiner is not None:
+            trajectory.next_stage = self.refiner.stage(trajectory, width, height, self.schedulers)
+        return trajectory
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         return denoise(self.forward, trajectories)
@@ -110,7 +118,7 @@ class StableDiffusionXL:
 
     def forward(self, *rows: Tensor) -> Tensor:
         latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids = rows
-        return self.unet(
+        return self.experts(
             latents,
             timesteps,
             encoder_hidden_states=prompt_embeds,
