@@ -17,6 +17,7 @@ from hypergen.api.errors import to_json
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest, ImageFinished, ModelDescription, OutputFormat
+from hypergen.sampler_names import public_name
 
 MAX_SEED = 2**63 - 1
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", re.ASCII)
@@ -126,7 +127,8 @@ def to_request(
     width, height = _size(asked.size, description, settings.max_side)
     num_inference_steps = asked.num_inference_steps or defaults.num_inference_steps
     guidance_scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-    _check_sampler(asked.sampler, num_inference_steps, description)
+    sampler = None if asked.sampler is None else public_name(asked.sampler)
+    _check_sampler(sampler, num_inference_steps, description)
     _check_work(asked.n, num_inference_steps, width, height, settings.max_megapixel_steps)
     return ImagesRequest(
         generation=GenerationRequest(
@@ -142,7 +144,7 @@ def to_request(
             seed=secrets.randbelow(2**32) if asked.seed is None else asked.seed,
             seed_given=asked.seed is not None,
             n=asked.n,
-            sampler=asked.sampler,
+            sampler=sampler,
             output_format=asked.output_format,
             output_compression=asked.output_compression,
             metadata=settings.image_metadata,
