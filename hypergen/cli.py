@@ -104,6 +104,7 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     from hypergen import serving
     from hypergen.adapters.registry import open_registry, with_absolute_path
     from hypergen.control_sources import find_control_models
+    from hypergen.model_folder import check_folder
 
     flags["model"] = model
     settings = load_settings(config, os.environ, flags)
@@ -125,6 +126,9 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
         flags["api_key_file"] = settings.server.api_key_file.resolve()
     flags["lora"] = tuple(with_absolute_path(given) for given in settings.engine.lora)
     flags["lora_dir"] = tuple(folder.expanduser().absolute() for folder in settings.engine.lora_dir)
+    if settings.engine.refiner:
+        check_folder(settings.engine.refiner)
+        flags["refiner"] = settings.engine.refiner.resolve()
     # The service reads the settings again, from its environment: nothing secret stands on a command line.
     environment = environment_of(flags)
     file = config or os.environ.get("HYPERGEN_CONFIG")

@@ -23,10 +23,13 @@ from diffusers import (
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils import is_scipy_available
 
 # A diffusers scheduler: SchedulerMixin and ConfigMixin at once, which its stubs cannot say.
 Scheduler = Any
@@ -47,6 +50,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": Sampler(DPMSolverMultistepScheduler),
     "dpmpp_2m_karras": Sampler(DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "dpmpp_2m_sde": Sampler(DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": Sampler(DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}, min_steps=2),
     "dpmpp_singlestep": Sampler(DPMSolverSinglestepScheduler, min_steps=2),
     "euler": Sampler(EulerDiscreteScheduler),
     "euler_karras": Sampler(EulerDiscreteScheduler, {"use_karras_sigmas": True}),
@@ -54,7 +58,10 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(HeunDiscreteScheduler),
     "kdpm2": Sampler(KDPM2DiscreteScheduler),
     "lcm": Sampler(LCMScheduler),
+    # diffusers integrates its coefficients with scipy, which HyperGen does not install.
+    **({"lms": Sampler(LMSDiscreteScheduler)} if is_scipy_available() else {}),
     "pndm": Sampler(PNDMScheduler, {"skip_prk_steps": True}),
+    "tcd": Sampler(TCDScheduler),
     "unipc": Sampler(UniPCMultistepScheduler),
 }
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,26 @@ class Conditioning:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.embeds, *self.others)
 
+    def with_others(self, more: tuple[Tensor, ...]) -> Conditioning:
+        """The same with more of `others` at the end."""
+        return Conditioning(self.embeds, (*self.others, *more))
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What an image is drawn with from one of its steps on, in place of what it started with.
+
+    Attributes:
+        at_step: index of its first step.
+        scheduler: with the same timesteps, about to take that step.
+    """
+
+    at_step: int
+    positive: Conditioning
+    negative: Conditioning | None
+    scheduler: Any
+    kind: tuple[Hashable, ...]
+
 
 @dataclass(kw_only=True, eq=False)
 class Trajectory:
@@ -51,6 +71,7 @@ class Trajectory:
         kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
         lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
             alone.
+        next_stage: what it goes on with later, if anything.
     """
 
     request: GenerationRequest
@@ -69,6 +90,7 @@ class Trajectory:
     after_step: Callable[[Trajectory], Tensor] | None = None
     unchanged: bool = False
     lone: bool = False
+    next_stage: Stage | None = None
     step_index: int = 0
     shared_forwards: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
@@ -113,9 +135,23 @@ class Trajectory:
     def advance(self, noise_pred: Tensor) -> None:
         """Take one step along the prediction, shape (1, C, h, w), guidance already applied."""
         noise = {"generator": self.generator} if self.draws_noise else {}
-        self.latents = self.scheduler.step(
-            noise_pred, self.timestep, self.latents, **noise, return_dict=False
-        )[0]
+        stepped = self.scheduler.step(noise_pred, self.timestep, self.latents, **noise, return_dict=False)
+        self.stepped(stepped[0])
+
+    def stepped(self, latents: Tensor) -> None:
+        """Take over the latents after a step; with the next one another stage may begin."""
+        self.latents = latents
         self.step_index += 1
         if self.after_step is not None:
             self.latents = self.after_step(self)
+        if self.next_stage is not None and self.step_index == self.next_stage.at_step:
+            stage, self.next_stage = self.next_stage, None
+            self.positive, self.negative = stage.positive, stage.negative
+            self.scheduler, self.kind, self.per_step = stage.scheduler, stage.kind, ()
+
+    def stages(self) -> Iterator[Trajectory]:
+        """This image as it is, and as it will be in the stage to come."""
+        yield self
+        if (stage := self.next_stage) is not None:
+            changed = {"positive": stage.positive, "negative": stage.negative, "kind": stage.kind}
+            yield replace(self, scheduler=stage.scheduler, next_stage=None, per_step=(), **changed)

@@ -17,6 +17,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -82,7 +83,46 @@ def save_sdxl(
         if turbo
         else EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **_XL_SCHEDULE)
     )
-    unet = UNet2DConditionModel(
+    pipeline: Any = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**SMALL_VAE, scaling_factor=0.13025).eval(),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer, 32)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 48, projection_dim=40)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=_other_padding(),
+        unet=_xl_unet(32 + 48, 40 + 6 * 8, **_XL_UNETS[layout]),
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=zeros,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_refiner(folder: Path, base: Path) -> Path:
+    """The refiner of `save_sdxl`'s model in `base`, with its autoencoder and one encoder of its own."""
+    torch.manual_seed(1)
+    tokenizer = _other_padding()
+    base_pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline: Any = StableDiffusionXLImg2ImgPipeline(
+        vae=base_pipeline.vae,
+        text_encoder=None,  # pyright: ignore[reportArgumentType]  optional, whatever its annotation says
+        tokenizer=None,  # pyright: ignore[reportArgumentType]  the same
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 56, projection_dim=40)).eval(),
+        tokenizer_2=tokenizer,
+        unet=_xl_unet(56, 40 + 5 * 8, **_XL_UNETS["base"]),
+        scheduler=base_pipeline.scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _xl_unet(cross_attention_dim: int, embedding_dim: int, **layers: Any) -> Any:
+    """
+    Args:
+        embedding_dim: of the pooled prompt and what is told of sizes, side by side.
+    """
+    return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -91,24 +131,12 @@ def save_sdxl(
         norm_num_groups=8,
         attention_head_dim=4,
         use_linear_projection=True,
-        cross_attention_dim=32 + 48,
+        cross_attention_dim=cross_attention_dim,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=40 + 6 * 8,
-        **_XL_UNETS[layout],
-    )
-    pipeline: Any = StableDiffusionXLPipeline(
-        vae=AutoencoderKL(**SMALL_VAE, scaling_factor=0.13025).eval(),
-        text_encoder=CLIPTextModel(_clip_config(tokenizer, 32)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 48, projection_dim=40)).eval(),
-        tokenizer=tokenizer,
-        tokenizer_2=_other_padding(),
-        unet=unet.eval(),
-        scheduler=scheduler,
-        force_zeros_for_empty_prompt=zeros,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+        projection_class_embeddings_input_dim=embedding_dim,
+        **layers,
+    ).eval()
 
 
 def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from hypergen.sampler_names import public_name
 from hypergen.samplers import (
     FLOW_SAMPLERS,
     SAMPLERS,
@@ -150,3 +151,20 @@ def test_every_flow_sampler_takes_few_and_many_steps(sampler: str, shifts: bool)
             assert torch.isfinite(latents).all()
             assert latents.abs().max() < 10
             assert scheduler.sigmas[-1] == 0
+
+
+def test_names_of_other_programs_are_understood() -> None:
+    names = {
+        "DPM++ 2M Karras": "dpmpp_2m_karras",
+        "DPM++ SDE": "dpmpp_sde",
+        "Euler a": "euler_a",
+        "k_euler_ancestral": "euler_a",
+        "DPM2": "kdpm2",
+        "UniPC": "unipc",
+        "PLMS": "pndm",
+        "TCD": "tcd",
+    }
+    assert {name: public_name(name) for name in names} == names
+    assert set(names.values()) <= SAMPLERS.keys()
+    assert [public_name(name) for name in [*SAMPLERS, *FLOW_SAMPLERS]] == [*SAMPLERS, *FLOW_SAMPLERS]
+    assert public_name("Eular?") not in SAMPLERS

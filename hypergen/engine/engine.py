@@ -220,14 +220,15 @@ class Engine:
     def _join(self, request: GenerationRequest, arrived_at: float) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         trajectories = [self.family.start(request, index) for index in range(request.n)]
-        yield from self.shapes.learn(trajectories[0])
+        for stage in trajectories[0].stages():
+            yield from self.shapes.learn(stage)
         for trajectory in trajectories:
             trajectory.arrived_at = arrived_at
-            trajectory.lone = self.shapes.must_run_alone(trajectory)
+            trajectory.lone = any(self.shapes.must_run_alone(stage) for stage in trajectory.stages())
         steps_due = sum(trajectory.remaining_steps for trajectory in trajectories)
         self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
         (self._denoised if trajectories[0].unchanged else self._active).extend(trajectories)
-        self.shapes.forget_old({group_key(trajectory).shared for trajectory in self._active})
+        self.shapes.forget_old({group_key(s).shared for t in self._active for s in t.stages()})
 
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """One forward pass; when it fails, one for each image, so that only the guilty request fails."""

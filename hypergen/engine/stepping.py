@@ -73,6 +73,5 @@ def _euler_steps(trajectories: Sequence[Trajectory], predictions: Sequence[Tenso
     derivative = (sample - pred_original_sample) / sigma
     latents = (sample + derivative * (next_sigma - sigma)).to(model_output.dtype)
     for trajectory, advanced in zip(trajectories, latents.split(1), strict=True):
-        trajectory.latents = advanced
-        trajectory.step_index += 1
+        trajectory.stepped(advanced)
         trajectory.scheduler._step_index = trajectory.step_index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
         ModelError: the folder is of no pipeline that can be served, or its files do not fit together.
     """
     pipeline_class, family = import_family(path)
+    if settings.refiner is not None and (family is None or family.name != "sdxl"):
+        raise ModelError("A refiner goes with Stable Diffusion XL; this model is of another kind.")
     card_file = path / "hypergen.json"
     card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     device = choose_device(settings)
@@ -55,15 +58,20 @@ def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
     return loaded
 
 
-def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_pipeline(
+    pipeline_class: Any, path: Path, dtype: torch.dtype, device: torch.device, without: Collection[str] = ()
+) -> Any:
     """A pipeline of diffusers with its weights on the device.
+
+    Args:
+        without: components that are not loaded.
 
     Raises:
         ModelError: the files do not fit together.
     """
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     # Not every component that is null in the index may be left out without a word, such as SD 3's T5.
-    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    left_out = {name: None for name, entry in index.items() if entry == [None, None] or name in without}
     if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
         left_out["safety_checker"] = None
     try:

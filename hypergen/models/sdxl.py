@@ -9,17 +9,24 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from hypergen.adapters.adapters import Adapters
+from hypergen.adapters.rows import Loras
+from hypergen.conditioning import controlnet
+from hypergen.conditioning.beginning import begin
+from hypergen.conditioning.latents import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.clip import ClipEncoder, longest, side_by_side
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache
+from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.sizes import round_up
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
 # Turbo is distilled to draw in a few steps without guidance: fifty guided ones would spoil its pictures.
 _TURBO_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 1024, "height": 1024}
+_OPTIONS: frozenset[Option] = frozenset({"prompt_2", "negative_prompt", "image", "mask"})
 
 
 class StableDiffusionXL:
@@ -35,8 +42,12 @@ class StableDiffusionXL:
 
     def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
         self.unet: Any = pipeline.unet
+        self.refiner = Refiner(settings.refiner, self.unet, settings) if settings.refiner else None
+        self.experts: Any = Experts(self.unet, self.refiner.unet) if self.refiner else self.unet
         self.vae: Any = pipeline.vae
         self.card = card
+        self.adapters = Adapters(pipeline, settings)
+        self.space = LatentSpace(self.vae, self.unet.dtype, upcast=self.vae.config.force_upcast)
         self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -57,7 +68,7 @@ class StableDiffusionXL:
 
     @property
     def denoiser(self) -> nn.Module:
-        return self.unet
+        return self.experts
 
     @property
     def decoder(self) -> nn.Module:
@@ -66,6 +77,9 @@ class StableDiffusionXL:
     def describe(self, model_id: str) -> ModelDescription:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
+        options = {*_OPTIONS, *self.adapters.options}
+        options |= {"enable_refiner"} if self.refiner else set()
+        options |= {"control"} if self.control_models else set()
         own_defaults = _TURBO_DEFAULTS if _is_turbo(self.schedulers.published) else {}
         return ModelDescription(
             id=model_id,
@@ -75,32 +89,43 @@ class StableDiffusionXL:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset({"prompt_2", "negative_prompt"}),
+            options=frozenset[Option](options),
+            control_models=tuple(self.control_models),
+            **self.adapters.offer(),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        width, height = self.drawn_size(request.width, request.height)
-        positive, negative, tokens = self._conditionings(request, width, height)
+        loras = self.adapters.load(request.loras)
+        width, height = size = self.drawn_size(request.width, request.height)
+        positive, negative, tokens = self._conditionings(request, loras, width, height)
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
-        factor = self.vae_scale_factor
-        shape = (1, self.unet.config.in_channels, height // factor, width // factor)
-        noise = torch.randn(shape, generator=generator, dtype=self.unet.dtype)
-        return Trajectory(
+        begun = begin(request, scheduler, self.space, size, generator)
+        guide = controlnet.follow(request.control, self.control_models, size, scheduler, begun.step_index)
+        trajectory = Trajectory(
             request=request,
             index=index,
-            latents=noise.to(self.unet.device) * scheduler.init_noise_sigma,
-            positive=positive,
-            negative=negative,
+            latents=begun.latents,
+            step_index=begun.step_index,
+            after_step=begun.after_step,
+            unchanged=begun.unchanged,
+            kind=guide.kind,
+            per_step=guide.per_step,
+            positive=positive.with_others(guide.others),
+            negative=None if negative is None else negative.with_others(guide.others),
             guidance_scale=request.guidance_scale,
             prompt_tokens=tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
+            loras=loras,
         )
+        if request.enable_refiner and self.refiner is not None:
+            trajectory.next_stage = self.refiner.stage(trajectory, width, height, self.schedulers)
+        return trajectory
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         return denoise(self.forward, trajectories)
@@ -110,28 +135,36 @@ class StableDiffusionXL:
         return self.vae.decode(latents, return_dict=False)[0]
 
     def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
-        latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids = rows
-        return self.unet(
+        latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids, *others = rows
+        added = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids}
+        residuals: dict[str, Any] = {}
+        if (model := controlnet.model_of(kind, self.control_models)) is not None:
+            image, scale = others
+            residuals = controlnet.residuals(
+                model, latents, timesteps, prompt_embeds, image, scale, added_cond_kwargs=added
+            )
+        return self.experts(
             latents,
             timesteps,
             encoder_hidden_states=prompt_embeds,
-            added_cond_kwargs={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids},
+            added_cond_kwargs=added,
             return_dict=False,
+            **residuals,
         )[0]
 
     def _conditionings(
-        self, request: GenerationRequest, width: int, height: int
+        self, request: GenerationRequest, loras: Loras, width: int, height: int
     ) -> tuple[Conditioning, Conditioning | None, int]:
         """Positive, negative when there is guidance, and the tokens of the prompt."""
         # Original size, crop and target size, as height and width: a picture that was not cut out of another.
         time_ids = torch.tensor(
             [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.unet.device
         )
-        positive = self._encode(request.prompt, request.prompt_2)
+        positive = self._encode(request.prompt, request.prompt_2, loras)
         tokens = positive[0].tokens
         if request.guidance_scale <= 1:
             return self._conditioning(positive, longest(positive), time_ids), None, tokens
-        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2)
+        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
         length = longest([*positive, *negative])
         unwanted = self._conditioning(negative, length, time_ids)
         asked = request.negative_prompt or request.negative_prompt_2
@@ -140,9 +173,9 @@ class StableDiffusionXL:
             unwanted = Conditioning(embeds, (pooled, time_ids))
         return self._conditioning(positive, length, time_ids), unwanted, tokens
 
-    def _encode(self, text: str, text_2: str | None) -> tuple[EncodedPrompt, EncodedPrompt]:
+    def _encode(self, text: str, text_2: str | None, loras: Loras) -> tuple[EncodedPrompt, EncodedPrompt]:
         first, second = self.encoders
-        return first.get(text), second.get(text_2 or text)
+        return first.get(text, loras), second.get(text_2 or text, loras)
 
     def _conditioning(
         self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int, time_ids: Tensor

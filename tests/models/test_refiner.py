@@ -1,0 +1,105 @@
+"""The ensemble of experts against diffusers' two pipelines, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+from hypergen.errors import ModelError
+from hypergen.generation import GenerationRequest
+from hypergen.models import loading
+from hypergen.models.family import Family
+from hypergen.samplers import SAMPLERS
+from tests.engine.inline import draw_alone, make_request, make_settings
+from tests.models.comparing import (
+    assert_drawn_as_by_stock,
+    common_arguments,
+    sampler_of,
+    stock_pipeline,
+)
+from tests.small_models import save_refiner, save_sdxl
+
+_REFINED = make_request(
+    num_inference_steps=8, negative_prompt="blurred", width=96, height=64, seed=11, enable_refiner=True
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("models") / "small-sdxl")
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return save_refiner(tmp_path_factory.mktemp("models") / "small-refiner", base)
+
+
+@pytest.fixture(scope="module")
+def family(base: Path, refiner: Path) -> Family:
+    return loading.load(base, make_settings(refiner=refiner))
+
+
+def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: Path, family: Family) -> None:
+    stock_base = stock_pipeline(StableDiffusionXLPipeline, base)
+    stock_refiner = stock_pipeline(
+        StableDiffusionXLImg2ImgPipeline, refiner, text_encoder=None, tokenizer=None
+    )
+
+    def draw(request: GenerationRequest) -> np.ndarray:
+        sampler = SAMPLERS[request.sampler] if request.sampler else None
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        with sampler_of(stock_base, sampler), sampler_of(stock_refiner, sampler):
+            if not request.enable_refiner:
+                return np.asarray(stock_base(**texts, **common_arguments(request)).images[0])
+            latents = stock_base(
+                **texts, **common_arguments(request), denoising_end=0.8, output_type="latent"
+            ).images
+            arguments = common_arguments(request)
+            del arguments["width"], arguments["height"]
+            return np.asarray(
+                stock_refiner(**texts, **arguments, image=latents, denoising_start=0.8).images[0]
+            )
+
+    requests = [
+        _REFINED,
+        replace(_REFINED, id="another", num_inference_steps=6, negative_prompt=None, seed=12),
+        replace(_REFINED, id="multistep", sampler="dpmpp_2m_karras"),
+        replace(_REFINED, id="unipc", sampler="unipc"),
+        replace(_REFINED, id="unguided", guidance_scale=1.0),
+        replace(_REFINED, id="without", enable_refiner=False),
+    ]
+    assert_drawn_as_by_stock(family, requests, draw)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_changes_hands(family: Family, sampler: str) -> None:
+    refined = replace(_REFINED, sampler=sampler, num_inference_steps=6)
+    plain = replace(refined, enable_refiner=False)
+    trajectory = family.start(refined, 0)
+    assert trajectory.next_stage is not None
+    assert trajectory.remaining_steps == family.start(plain, 0).remaining_steps
+    assert (draw_alone(family, refined) != draw_alone(family, plain)).any()
+
+
+def test_a_single_step_is_the_base_models(family: Family) -> None:
+    refined = replace(_REFINED, num_inference_steps=1)
+    assert (draw_alone(family, refined) == draw_alone(family, replace(refined, enable_refiner=False))).all()
+
+
+def test_what_cannot_refine_is_refused_at_the_start(base: Path, refiner: Path, sd_folder: Path) -> None:
+    with pytest.raises(ModelError, match="no refiner of this model"):
+        loading.load(base, make_settings(refiner=base))
+    with pytest.raises(ModelError, match="goes with Stable Diffusion XL"):
+        loading.load(sd_folder, make_settings(refiner=refiner))
+    with pytest.raises(ModelError, match="No such folder"):
+        loading.load(base, make_settings(refiner=base / "missing"))
+
+
+def test_the_option_is_there_when_a_refiner_is(base: Path, family: Any) -> None:
+    assert "enable_refiner" in family.describe("sdxl").options
+    assert "enable_refiner" not in loading.load(base, make_settings()).describe("sdxl").options
