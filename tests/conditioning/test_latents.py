@@ -13,7 +13,8 @@ from hypergen.conditioning.latents import LatentSpace
 
 @pytest.fixture
 def vae(parts: dict[str, Any]) -> Any:
-    return AutoencoderKL.from_config(parts["vae"].config).eval()
+    vae: Any = AutoencoderKL.from_config(parts["vae"].config)
+    return vae.eval()
 
 
 def _generator() -> torch.Generator:
