@@ -131,6 +131,22 @@ def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
     assert adapters.rows is None
 
 
+def test_a_model_offers_the_loras_in_its_folder(sd_folder: Path, folder: Path, tmp_path: Path) -> None:
+    for part in sd_folder.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "loras").symlink_to(folder)
+    settings = make_settings(lora=[f"rank8={folder / 'rank16.safetensors'}"])
+    family: Any = loading.load(tmp_path, settings)
+    description = family.describe("small")
+    assert set(description.loras) == set(_LORAS)
+    assert (description.default_lora, description.lora_folders, description.max_loras) == (None, (), 4)
+    assert "loras" in description.options
+    # What the operator gave wins.
+    (lora, _), *_ = family.adapters.load((("rank8", 1.0),))
+    assert {weights.up.shape[1] for weights in lora.layers.values()} == {32}
+    assert not any("conv" in name for name in lora.layers)
+
+
 def test_a_size_that_changes_bits_is_not_used() -> None:
     pieces = Pieces(strict=True)
     tried: list[int] = []
