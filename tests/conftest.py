@@ -30,9 +30,25 @@ def v_prediction_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[LiveServer]:
+def lora_folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
+    """A LoRA for the small Stable Diffusion, `style`, and a damaged one, `broken`."""
+    from diffusers import StableDiffusionPipeline
+
+    from tests.adapters.making import save_lora
+
+    folder = tmp_path_factory.mktemp("loras")
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    style = save_lora(folder / "style.safetensors", pipeline)
+    (folder / "broken.safetensors").write_bytes(style.read_bytes()[:-10])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, sd_folder: Path, lora_folder: Path
+) -> Iterator[LiveServer]:
     """A server without a key that draws noise quickly, for everything but what pictures show."""
-    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
+    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32", "--lora-dir", str(lora_folder))
     with start_server(tmp_path_factory.mktemp("server"), *arguments) as server:
         yield server
 

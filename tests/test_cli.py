@@ -67,6 +67,7 @@ HELP = {
     ],
     "models": [r"List the models"],
     "import": [r"hub id or a folder", r"--revision TEXT"],
+    "loras": [r"--lora TEXT .*?NAME=PATH", r"--lora-dir PATH .*?several times"],
 }
 
 
@@ -93,6 +94,33 @@ def test_generate_draws_the_same_bytes_as_a_server(
     assert served.data
     for index, image in enumerate(served.data):
         assert (tmp_path / f"cat-{index}.png").read_bytes() == base64.b64decode(image.b64_json or "")
+
+
+def test_generate_draws_with_the_loras_that_it_is_given(
+    tmp_path: Path, sd_folder: Path, lora_folder: Path, server: LiveServer
+) -> None:
+    options = ("-m", str(sd_folder), "--device", "cpu", "--dtype", "float32", "--steps", "2", "--seed", "5")
+    lora = ("--size", "64x64", "--lora", f"{lora_folder}/style.safetensors:0.5")
+    result = hypergen(tmp_path, "generate", "a cat", *options, *lora, "-o", "cat.png")
+    assert result.returncode == 0, result.stderr
+    extra = {"seed": 5, "num_inference_steps": 2, "loras": {"style": 0.5}}
+    served = server.openai().images.generate(prompt="a cat", size="64x64", extra_body=extra)
+    assert served.data
+    assert (tmp_path / "cat.png").read_bytes() == base64.b64decode(served.data[0].b64_json or "")
+
+
+def test_loras_are_listed_and_missing_ones_end_the_start(
+    tmp_path: Path, sd_folder: Path, lora_folder: Path
+) -> None:
+    listed = hypergen(tmp_path, "loras", str(sd_folder), "--lora-dir", str(lora_folder))
+    assert listed.returncode == 0, listed.stderr
+    lines = [re.split(r"  +", line) for line in listed.stdout.splitlines()]
+    assert lines[0] == ["NAME", "MODEL", "LAYOUT", "RANK", "SIZE"]
+    assert lines[2][0] == "style"
+    assert lines[2][2:4] == ["diffusers", "4"]
+    assert "damaged" in listed.stdout
+    missing = hypergen(tmp_path, "loras", HYPERGEN_LORA=f"{lora_folder}/nothing.safetensors")
+    assert_one_line_error(missing, "nothing.safetensors")
 
 
 def test_generate_says_what_is_wrong_in_one_line(tmp_path: Path, sd_folder: Path) -> None:

@@ -71,17 +71,18 @@ class Rows:
     def _add_together(
         self, layer: nn.Module, name: str, entries: list[_Entry], x: Tensor, output: Tensor
     ) -> None:
-        def trial(count: int) -> bool:
-            return _same_bits(layer, entries[0].lora.layers[name], x, count)
-
-        key = name, x.shape[1:], entries[0].lora.layers[name].rank, x.dtype
+        first = entries[0].lora.layers[name]
+        # Layers of one shape take one kernel.
+        shape = type(layer), x.shape[1:], x.dtype, first.down.shape, first.up.shape
         position = 0
         while position < len(entries):
-            piece = entries[position : position + self._pieces.largest(key, len(entries) - position, trial)]
+            left = len(entries) - position
+            size = self._pieces.largest(shape, left, lambda size: _same_bits(layer, first, x, size))
+            piece = entries[position : position + size]
             rows, scales = self._on_device(piece, x)
             added = _product(layer, x.index_select(0, rows), [e.lora.layers[name] for e in piece], scales)
             output.index_add_(0, rows, added.to(output.dtype))
-            position += len(piece)
+            position += size
 
     def _on_device(self, piece: list[_Entry], x: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers and scales of rows as tensors; a pass needs few of them again and again."""
@@ -110,7 +111,7 @@ class Rows:
 
 
 class Pieces:
-    """How many rows may share one product, by layer and shape, as tried once.
+    """How many rows may share one product, by the shape of layer and input, as tried once.
 
     Args:
         strict: False: as many as there are, without a trial.
@@ -120,22 +121,22 @@ class Pieces:
         self._strict = strict
         self._tried: dict[tuple[Hashable, int], bool] = {}
 
-    def largest(self, layer: Hashable, rows: int, trial: Callable[[int], bool]) -> int:
+    def largest(self, shape: Hashable, rows: int, trial: Callable[[int], bool]) -> int:
         """The most of so many rows that may go together.
 
         Args:
-            layer: the layer and the shape of its input.
+            shape: of the layer, its factors and its input.
             trial: tells whether so many rows keep their bits there.
         """
         for size in _SIZES:
-            if size <= rows and self._holds(layer, size, trial):
+            if size <= rows and self._holds(shape, size, trial):
                 return size
         return 1
 
-    def _holds(self, layer: Hashable, size: int, trial: Callable[[int], bool]) -> bool:
-        if self._strict and (layer, size) not in self._tried:
-            self._tried[layer, size] = trial(size)
-        return not self._strict or self._tried[layer, size]
+    def _holds(self, shape: Hashable, size: int, trial: Callable[[int], bool]) -> bool:
+        if self._strict and (shape, size) not in self._tried:
+            self._tried[shape, size] = trial(size)
+        return not self._strict or self._tried[shape, size]
 
 
 def _strided(layer: nn.Module) -> bool:

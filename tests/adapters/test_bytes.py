@@ -53,7 +53,7 @@ def _requests(chance: random.Random, count: int) -> list[GenerationRequest]:
     return [
         make_request(
             loras=_CHOICES[number % len(_CHOICES)],
-            num_inference_steps=chance.randint(3, 7),
+            num_inference_steps=chance.randint(2, 5),
             guidance_scale=chance.choice([1.0, 4.0]),
             seed=chance.randrange(2**32),
         )
@@ -73,7 +73,7 @@ def _one_after_another(engine: InlineEngine, requests: list[GenerationRequest]) 
 
 def test_an_image_has_the_same_bytes_alone_and_among_other_loras(family: Any, sd_folder: Path) -> None:
     chance = random.Random(3)
-    tested = _requests(chance, 24)
+    tested = _requests(chance, 16)
     alone = InlineEngine(family)
     _one_after_another(alone, tested)
     assert max(alone.images[request.id][0].shared_forwards for request in tested) == 0
@@ -131,6 +131,22 @@ def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
     assert adapters.rows is None
 
 
+def test_a_model_offers_the_loras_in_its_folder(sd_folder: Path, folder: Path, tmp_path: Path) -> None:
+    for part in sd_folder.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "loras").symlink_to(folder)
+    settings = make_settings(lora=[f"rank8={folder / 'rank16.safetensors'}"])
+    family: Any = loading.load(tmp_path, settings)
+    description = family.describe("small")
+    assert set(description.loras) == set(_LORAS)
+    assert (description.default_lora, description.lora_folders, description.max_loras) == (None, (), 4)
+    assert "loras" in description.options
+    # What the operator gave wins.
+    (lora, _), *_ = family.adapters.load((("rank8", 1.0),))
+    assert {weights.up.shape[1] for weights in lora.layers.values()} == {32}
+    assert not any("conv" in name for name in lora.layers)
+
+
 def test_a_size_that_changes_bits_is_not_used() -> None:
     pieces = Pieces(strict=True)
     tried: list[int] = []
@@ -139,16 +155,16 @@ def test_a_size_that_changes_bits_is_not_used() -> None:
         tried.append(size)
         return size in (2, 8)
 
-    assert [pieces.largest("layer", rows, trial) for rows in (1, 2, 5, 9, 20)] == [1, 2, 2, 8, 8]
+    assert [pieces.largest("shape", rows, trial) for rows in (1, 2, 5, 9, 20)] == [1, 2, 2, 8, 8]
     assert sorted(tried) == [2, 4, 8, 16]
-    assert Pieces(strict=False).largest("layer", 5, trial) == 4
+    assert Pieces(strict=False).largest("shape", 5, trial) == 4
 
 
 def test_a_lora_that_no_longer_fits_into_memory_is_loaded_again(sd_folder: Path, folder: Path) -> None:
     """Also while images that use it run, and with the same bytes."""
     small = loading.load(sd_folder, make_settings(lora_dir=[str(folder)], lora_cache_mb=0))
     large = loading.load(sd_folder, make_settings(lora_dir=[str(folder)]))
-    requests = [make_request(loras=choice) for choice in _CHOICES]
+    requests = [make_request(loras=choice, num_inference_steps=2) for choice in _CHOICES]
     engines = [InlineEngine(small), InlineEngine(large)]
     for engine in engines:
         engine.run(*requests)

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from hypergen.adapters.adapters import Adapters, in_rows
 from hypergen.bench.models import SMALL_VAE
+from hypergen.errors import ConfigurationError, ModelError
 from tests.adapters.making import adapter
 from tests.engine.inline import make_settings
 
@@ -184,9 +185,17 @@ def test_a_file_does_what_it_does_in_diffusers(make: Any, run: Any, state: Any, 
     assert not torch.allclose(ours[0], base[0], atol=1e-2)
 
 
-def test_a_lora_of_another_family_is_refused(tmp_path: Path) -> None:
-    from hypergen.errors import ModelError
+def test_what_cannot_have_loras_says_so(tmp_path: Path) -> None:
+    pipeline = _sdxl()
+    folder = make_settings(lora_dir=[str(tmp_path)], compile="on")
+    with pytest.raises(ConfigurationError, match="with --compile"):
+        Adapters(pipeline, folder)
+    assert Adapters(pipeline, make_settings(compile="on")).offer()["max_loras"] == 0
+    with pytest.raises(ConfigurationError, match="by object"):
+        Adapters(object(), make_settings(lora_dir=[str(tmp_path)]))
 
+
+def test_a_lora_of_another_family_is_refused(tmp_path: Path) -> None:
     sdxl, flux = _sdxl(), _flux()
     file = tmp_path / "flux.safetensors"
     save_file(_flux_peft(flux), file)

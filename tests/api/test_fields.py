@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,8 +35,9 @@ REFUSED: dict[str, list[Any]] = {
     "guidance_scale": [*NOT_A_NUMBER, 0, 0.99, -1, 20.01, 21, 10**400],
     "seed": [*NOT_AN_INTEGER, -1, 2**63, 2**64, 2**70, 1e300, 10**4000],
     "sampler": [*NOT_A_STRING, "", "eular", "Euler", "__class__"],
-    "lora_path": [*NOT_A_STRING, "", "style", "/etc/passwd", "../x.safetensors", "a\0b", "http://x/y"],
+    "lora_path": [*NOT_A_STRING, "", "no-style", "/etc/passwd", "../x.safetensors", "a\0b", "http://x/y"],
     "lora_scale": [*NOT_A_NUMBER, -0.1, 2.1, 10**400],
+    "loras": ["style", 1, ["style"], {"x": 1}, {"style": 2.1}, {"style": -0.1}, {"style": "1"}],
 }
 
 ACCEPTED: dict[str, list[Any]] = {
@@ -59,6 +61,8 @@ ACCEPTED: dict[str, list[Any]] = {
     "seed": [0, 1, 2**63 - 1],
     "sampler": ["ddim", "euler"],
     "lora_scale": [0, 0.0, 1, 2, 2.0],
+    "lora_path": ["style", "style.safetensors"],
+    "loras": [{}, {"style": 0}, {"style": 2}, {"style": 0.5}],
 }
 
 
@@ -113,8 +117,20 @@ def test_lone_surrogates_are_refused(client: httpx.Client, field: str) -> None:
     assert_error(client.post(GENERATIONS, content=body, headers=JSON), 400, param=field)
 
 
-def test_lora_paths_get_one_answer_whether_or_not_a_file_is_there(client: httpx.Client) -> None:
-    paths = ["/etc/passwd", "/etc/nothing", "~/x", "$HOME", "//host/share", "C:\\x", "\uff0e\uff0e/x"]
+def test_lora_paths_get_one_answer_whether_or_not_a_file_is_there(
+    client: httpx.Client, lora_folder: Path
+) -> None:
+    outside = [str(lora_folder.parent / "x.safetensors"), f"{lora_folder}/../loras/style.safetensors"]
+    paths = [
+        *outside,
+        "/etc/passwd",
+        "/etc/nothing",
+        "~/x",
+        "$HOME",
+        "//host/share",
+        "C:\\x",
+        "\uff0e\uff0e/x",
+    ]
     answers = {client.post(GENERATIONS, json={**QUICK, "lora_path": path}).text for path in paths}
     assert len(answers) == 1
 

@@ -33,6 +33,16 @@ def test_weights_are_hard_links_and_configurations_are_copies(folder: Path):
     assert not (stored.path / "unet/config.json").samefile(folder / "unet/config.json")
 
 
+def test_the_loras_of_a_model_are_stored_with_it(folder: Path):
+    before = store.ensure(str(folder)).tag
+    (folder / "loras").mkdir()
+    save_file({"unet.a.lora_A.weight": np.ones((2, 2))}, folder / "loras" / "Pixel_Art.safetensors")
+    (folder / "loras" / "notes.txt").write_text("not stored")
+    stored = store.ensure(str(folder))
+    assert stored.tag != before
+    assert [file.name for file in (stored.path / "loras").iterdir()] == ["Pixel_Art.safetensors"]
+
+
 def test_without_hard_links_small_models_are_copied(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "link", refuse_link)
     stored = store.ensure(str(folder))

@@ -1,0 +1,46 @@
+"""LoRAs over HTTP: by name, by path, several; and files that the engine finds to be none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from hypergen.images.codec import METADATA_KEY
+from tests.api.wire import GENERATIONS, QUICK, assert_error, draw, draw_image
+
+SEEDED = {"seed": 3, "response_format": "b64_json"}
+
+
+def _file(client: httpx.Client, **fields: object) -> str:
+    return draw(client, **SEEDED, **fields)["data"][0]["b64_json"]
+
+
+def test_a_name_a_path_and_an_object_draw_the_same(client: httpx.Client, lora_folder: Path) -> None:
+    base = _file(client)
+    styled = _file(client, lora_path="style", lora_scale=0.5)
+    assert styled != base
+    assert _file(client, lora_path=str(lora_folder / "style.safetensors"), lora_scale=0.5) == styled
+    assert _file(client, loras={"style": 0.5}) == styled
+    assert _file(client, lora_path="style", lora_scale=0) == base
+    assert _file(client, loras={}) == base
+
+
+def test_a_picture_tells_which_loras_made_it(client: httpx.Client) -> None:
+    image = draw_image(client, lora_path="style", lora_scale=0.5)
+    metadata = json.loads(image.info[METADATA_KEY])
+    assert metadata["loras"] == {"style": 0.5}
+
+
+@pytest.mark.parametrize("fields", [{"lora_path": "broken"}, {"loras": {"broken": 1, "style": 1}}])
+def test_a_damaged_file_is_refused_by_the_name_of_the_field(
+    client: httpx.Client, fields: dict[str, object]
+) -> None:
+    base = _file(client)
+    for _ in range(2):
+        response = client.post(GENERATIONS, json={**QUICK, **fields})
+        assert_error(response, 400, param=next(iter(fields)))
+        assert "'broken' is damaged" in response.text
+    assert _file(client) == base
