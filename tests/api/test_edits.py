@@ -302,7 +302,7 @@ def test_bad_forms_are_refused_over_http(client: httpx.Client) -> None:
         assert_error(client.post(path, files={"prompt": (None, "a")}), 400, param="image")
         headers = {"Content-Type": "multipart/form-data"}
         assert_error(client.post(path, content=b"x", headers=headers), 400, code="invalid_form")
-        assert_error(client.post(path, data={"prompt": "a"}), 415)
+        assert "multipart/form-data" in assert_error(client.post(path, data={"prompt": "a"}), 415)
     assert_error(client.post(EDITS, json={**QUICK, "images": []}), 400, param="images")
     assert_error(client.post(EDITS, files={"image": ("upload", PICTURE)}), 400, param="prompt")
     many = [("image[]", ("upload", PICTURE))] * 17
