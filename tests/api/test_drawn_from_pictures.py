@@ -114,7 +114,9 @@ def test_health_answers_while_large_pictures_are_decoded(client: httpx.Client) -
             client.get("/health")
             seconds.append(time.perf_counter() - started)
     assert {each.result().status_code for each in drawing} == {200}
-    assert max(seconds) < 1
+    # Decoding takes half a second each; on the event loop few answers would come, and most of them late. On a
+    # busy machine a single one may be late for other reasons.
+    assert sorted(seconds)[int(len(seconds) * 0.9)] < 0.3
 
 
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # variations, in the client
