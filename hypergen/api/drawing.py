@@ -40,7 +40,7 @@ async def read_body(request: Request, operation: Operation) -> dict[str, Any]:
     """The fields of a request, from JSON or from a form where the operation takes one."""
     if operation.form is not None and is_form(request):
         return await read_form(request, operation.form)
-    return await read_json_object(request)
+    return await read_json_object(request, or_form=operation.form is not None)
 
 
 async def check(

@@ -37,8 +37,11 @@ class BodyLimit:
         return message
 
 
-async def read_json_object(request: Request) -> dict[str, Any]:
+async def read_json_object(request: Request, or_form: bool = False) -> dict[str, Any]:
     """The body as a JSON object; fields that are null are left out, they count as not given.
+
+    Args:
+        or_form: the caller would have read a form too; the error says so.
 
     Raises:
         UnsupportedMediaTypeError: the body is declared as something else, or compressed.
@@ -46,10 +49,14 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise UnsupportedMediaTypeError("Send the request as JSON, with 'Content-Type: application/json'.")
+        form = " or as a form, with 'multipart/form-data'" if or_form else ""
+        raise UnsupportedMediaTypeError(
+            f"Send the request as JSON, with 'Content-Type: application/json'{form}."
+        )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaTypeError("Compressed request bodies are not read.")
-    return parse_json_object(await request.body())
+    # Not `request.body()`, which would keep megabytes of base64 for as long as the request waits.
+    return parse_json_object(b"".join([chunk async for chunk in request.stream()]))
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:

@@ -116,6 +116,16 @@ def test_a_full_queue_refuses_jobs_at_once(tight: TightServer) -> None:
     assert tight.client.get("/health").json()["queue_size"] == 0
 
 
+def test_only_so_many_jobs_are_kept_and_the_oldest_end_first(tight: TightServer) -> None:
+    jobs = []
+    for _ in range(4):
+        jobs.append(begin(tight.client, **QUICK))
+        wait(tight.client, jobs[-1], ended)
+    assert_error(tight.client.get(f"{PATH}/{jobs[0]['id']}"), 404, code="not_found")
+    for job in jobs[1:]:
+        assert tight.client.get(f"{PATH}/{job['id']}").json()["status"] == "succeeded"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
