@@ -35,8 +35,14 @@ class Asked:
     generation: GenerationRequest
     response_format: Literal["url", "b64_json"] | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])
+    stream: bool = False
     # Fields of the request that the engine may find wrong -> what the client called them.
     fields: dict[str, str] = field(default_factory=dict[str, str])
+
+    def refuse_stream(self) -> None:
+        """For routes that answer in one piece."""
+        if self.stream:
+            raise InvalidRequestError("This route does not stream; leave 'stream' out.", param="stream")
 
     def in_its_words(self, error: RequestError) -> RequestError:
         """What the engine found wrong, under the name that the client knows the field by."""

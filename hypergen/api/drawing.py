@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -18,9 +19,17 @@ from hypergen.api.checks import Asked
 from hypergen.api.forms import is_form, read_form
 from hypergen.api.limits import read_json_object
 from hypergen.api.operations import Operation
+from hypergen.api.streaming import in_frames
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, InvalidRequestError, RequestError, UnavailableError
-from hypergen.generation import GenerationRequest, ImageFinished, ImageGenerator, ModelDescription, draw_all
+from hypergen.generation import (
+    GenerationRequest,
+    ImageFinished,
+    ImageGenerator,
+    ModelDescription,
+    Preview,
+    draw_all,
+)
 from hypergen.images.codec import FORMATS
 from hypergen.images.storage import ImageStorage
 
@@ -72,6 +81,9 @@ async def answer(
     body.clear()  # pictures in base64 would be held as long as the request waits
     base = url_base(request, settings)
     timeout_s = settings.queue.request_timeout_s
+    if operation.to_frame is not None and asked.stream:
+        to_frame = partial(operation.to_frame, asked, int(time.time()))
+        return await stream(generator, asked, to_frame, _disconnected(request), timeout_s)
     try:
         images = await draw(generator, asked.generation, _disconnected(request), timeout_s)
     except InvalidRequestError as error:
@@ -135,6 +147,39 @@ async def draw(
     finally:
         await _cancel(drawing)
         await _cancel(leaving)
+
+
+async def stream(
+    generator: ImageGenerator,
+    asked: Asked,
+    to_frame: Callable[[Preview | ImageFinished], list[bytes]],
+    until_client_left: Awaitable[object],
+    timeout_s: float,
+) -> Response:
+    """Begin to draw, then answer with events as they come.
+
+    Raises:
+        ClientGoneError: nobody waits for the answer any more.
+        RequestError: the request was not begun.
+    """
+    until = time.monotonic() + timeout_s
+    events = generator.generate(asked.generation)
+    first = asyncio.ensure_future(anext(events))
+    leaving = asyncio.ensure_future(until_client_left)
+    try:
+        await asyncio.wait([first, leaving], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if first.done():
+            return in_frames(first.result(), events, to_frame, until)
+        if leaving.done():
+            raise ClientGoneError
+        raise DeadlineExceededError(f"The request was not begun within {timeout_s:g} s.")
+    except InvalidRequestError as error:
+        raise asked.in_its_words(error) from None
+    finally:
+        await _cancel(leaving)
+        if not first.done():
+            await _cancel(first)
+            await events.aclose()
 
 
 def server_timing(images: list[ImageFinished]) -> str:

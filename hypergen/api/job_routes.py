@@ -35,6 +35,7 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         operation = _operation_of(body, is_form(request))
         asked = await check(operation, body, description, settings, request.state.request_id)
         body.clear()
+        asked.refuse_stream()
         job = await jobs.begin(operation, asked)
         return json_response(jobs.describe(job), 202, {"Location": f"{PATH}/{job.id}", **asked.headers})
 

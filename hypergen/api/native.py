@@ -92,6 +92,7 @@ async def draw_item(generator: ImageGenerator, settings: Settings, item: NativeI
         description = loaded(generator)
         body = {name: value for name, value in item.root.items() if value is not None}
         asked = await check(GENERATIONS, body, description, settings, f"item_{uuid.uuid4().hex}")
+        asked.refuse_stream()
         timeout_s = settings.queue.request_timeout_s
         images = await draw(generator, asked.generation, item.until_client_left(), timeout_s)
     except ClientGoneError:

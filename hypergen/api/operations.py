@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
 
 from hypergen.api import openapi
 from hypergen.api.checks import Asked
-from hypergen.api.dialects import hyperbolic, openai, openai_edits
+from hypergen.api.dialects import hyperbolic, openai, openai_edits, openai_stream
 from hypergen.config import ServerSettings
-from hypergen.generation import ImageFinished, ModelDescription
+from hypergen.generation import ImageFinished, ModelDescription, Preview
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Operation:
     Args:
         form: the fields whose types a multipart form is read by; absent: only JSON is read.
         described: the operation in /openapi.json.
+        to_frame: asked, the time and an event of a stream; gives it in pieces. Absent: there are no streams.
         to_response: asked, images, their addresses if they have any, and the time; gives JSON in pieces.
     """
 
@@ -30,12 +32,14 @@ class Operation:
     to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
     form: type[BaseModel] | None = None
     described: dict[str, Any]
+    to_frame: Callable[[Any, int, Preview | ImageFinished], list[bytes]] | None = None
 
 
 GENERATIONS = Operation(
     path="/v1/images/generations",
     to_request=openai.to_request,
     to_response=openai.to_response,
+    to_frame=partial(openai_stream.to_frame, "image_generation"),
     described=openapi.generations(),
 )
 EDITS = Operation(
@@ -43,6 +47,7 @@ EDITS = Operation(
     described=openapi.edits(),
     to_request=openai_edits.to_edit,
     to_response=openai.to_response,
+    to_frame=partial(openai_stream.to_frame, "image_edit"),
     form=openai_edits.EditBody,
 )
 VARIATIONS = Operation(
@@ -50,6 +55,7 @@ VARIATIONS = Operation(
     described=openapi.variations(),
     to_request=openai_edits.to_variation,
     to_response=openai.to_response,
+    to_frame=partial(openai_stream.to_frame, "image_edit"),
     form=openai_edits.EditBody,
 )
 HYPERBOLIC = Operation(

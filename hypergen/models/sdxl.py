@@ -77,9 +77,11 @@ class StableDiffusionXL:
     def describe(self, model_id: str) -> ModelDescription:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
-        options = {*_OPTIONS, *self.adapters.options}
-        options |= {"enable_refiner"} if self.refiner else set()
-        options |= {"control"} if self.control_models else set()
+        options: set[Option] = {*_OPTIONS, *self.adapters.options}
+        if self.refiner:
+            options.add("enable_refiner")
+        if self.control_models:
+            options.add("control")
         own_defaults = _TURBO_DEFAULTS if _is_turbo(self.schedulers.published) else {}
         return ModelDescription(
             id=model_id,
@@ -89,7 +91,7 @@ class StableDiffusionXL:
             min_steps=self.schedulers.min_steps,
             device=self.unet.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset[Option](options),
+            options=frozenset(options),
             control_models=tuple(self.control_models),
             **self.adapters.offer(),
         )

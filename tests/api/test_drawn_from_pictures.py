@@ -28,14 +28,6 @@ def half_mask() -> bytes:
     return as_file(mask)
 
 
-@pytest.fixture(autouse=True)
-def _able(client: httpx.Client) -> None:
-    """The engine half of pictures must be there."""
-    missing = {"image", "mask"} - set(client.get("/health").json()["options"])
-    if missing:
-        pytest.skip(f"the small model does not take {missing}")
-
-
 def items(response: httpx.Response) -> list[bytes]:
     assert response.status_code == 200, response.text
     return [base64.b64decode(item["b64_json"]) for item in response.json()["data"]]

@@ -133,7 +133,7 @@ REFUSED: dict[str, list[Any]] = {
     "size": ["100x100", "8x8", "x", "4096x4096"],
     "prompt": [" ", 1],
     "background": ["transparent"],
-    "stream": [True],
+    "stream": ["yes", 1],
 }
 
 

@@ -78,9 +78,3 @@ def test_the_official_client_raises_not_found(server: LiveServer) -> None:
         assert raised.value.code == "model_not_found"
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="m", messages=[{"role": "user", "content": "a"}])
-
-
-def test_the_official_client_is_refused_a_stream(server: LiveServer) -> None:
-    with server.openai() as client, pytest.raises(openai.BadRequestError) as raised:
-        client.images.generate(prompt="a", stream=True)
-    assert raised.value.param == "stream"

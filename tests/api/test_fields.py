@@ -26,7 +26,7 @@ REFUSED: dict[str, list[Any]] = {
     "output_format": [*NOT_OFFERED, "gif", "svg", "jpg", "PNG"],
     "output_compression": [*NOT_AN_INTEGER, -1, 101],
     "response_format": [*NOT_OFFERED, "b64"],
-    "stream": ["true", 1, 0, "", [], True],
+    "stream": ["true", 1, 0, "", []],
     "partial_images": [*NOT_AN_INTEGER, -1, 4],
     "user": NOT_A_STRING,
     "safety_identifier": NOT_A_STRING,

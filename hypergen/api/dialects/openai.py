@@ -71,8 +71,10 @@ class ImagesBody(ModelFields):
     response_format: Literal["url", "b64_json"] | None = Field(
         None, description="where the pictures are in the answer; absent: in both places"
     )
-    stream: StrictBool = Field(False, description="not served yet: only false")
-    partial_images: StrictInt = Field(0, ge=0, le=3, description="previews of a stream")
+    stream: StrictBool = Field(False, description="answer with server-sent events")
+    partial_images: StrictInt = Field(
+        0, ge=0, le=3, description="previews of each picture in a stream; without one no effect"
+    )
     user: StrictStr | None = Field(None, description="accepted, not kept")
     safety_identifier: StrictStr | None = Field(None, description="accepted, not kept")
     negative_prompt: StrictStr | None = Field(None, max_length=32000, description="what not to draw")
@@ -145,8 +147,6 @@ def to_request(
             "PNG is lossless and takes only output_compression 100; use output_format 'jpeg' or 'webp'.",
             param="output_compression",
         )
-    if asked.stream:
-        raise InvalidRequestError("Streaming is not served; leave stream out.", param="stream")
 
     defaults = description.defaults
     width, height = _size(asked.size, description, settings.max_side)
@@ -176,10 +176,12 @@ def to_request(
             **model_fields(asked, asked.negative_prompt, description),
             output_format=asked.output_format,
             output_compression=asked.output_compression,
+            partial_images=asked.partial_images if asked.stream else 0,
             metadata=settings.image_metadata,
         ),
         fields={"loras": "loras" if asked.lora_path is None else "lora_path"},
         response_format=asked.response_format,
+        stream=asked.stream,
         quality={"auto": "medium", "standard": "medium", "hd": "high"}.get(asked.quality, asked.quality),
     )
 
@@ -200,7 +202,7 @@ def to_response(
         "quality": asked.quality,
         "background": "opaque",
         "output_format": request.output_format,
-        "usage": _usage(request, images[0].prompt_tokens, asked.image_tokens),
+        "usage": usage(request, images[0].prompt_tokens, asked.image_tokens, request.n),
     }
     pieces = [to_json(answer)[:-1] + b',"data":[']
     for position, image in enumerate(images):
@@ -252,9 +254,10 @@ def image_tokens(width: int, height: int) -> int:
     return -(-width // _TOKEN_SIDE) * -(-height // _TOKEN_SIDE)
 
 
-def _usage(request: GenerationRequest, text_tokens: int, sent_tokens: int) -> dict[str, Any]:
+def usage(request: GenerationRequest, text_tokens: int, sent_tokens: int, images: int) -> dict[str, Any]:
+    """What so many pictures of a request count as; `text_tokens` by the model's tokenizer."""
     input_tokens = text_tokens + sent_tokens
-    output_tokens = image_tokens(request.width, request.height) * request.n
+    output_tokens = image_tokens(request.width, request.height) * images
     return {
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,

@@ -1,0 +1,117 @@
+"""Streams: previews while a picture is drawn, then the picture that there would be without a stream."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from io import BytesIO
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from tests.api.files import as_data_url, as_file, gradient
+from tests.live import LiveServer
+
+GENERATIONS = "/v1/images/generations"
+BODY: dict[str, Any] = {
+    "prompt": "a",
+    "size": "96x64",
+    "seed": 3,
+    "num_inference_steps": 8,
+    "response_format": "b64_json",
+}
+USUAL = {"type", "b64_json", "created_at", "size", "quality", "background", "output_format"}
+
+
+def events_of(client: httpx.Client, path: str, body: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and data of all events, in order."""
+    with client.stream("POST", path, json=body) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-cache"
+        assert response.headers["x-request-id"]
+        text = "".join(response.iter_text())
+    blocks = [block.split("\n") for block in text.split("\n\n") if block and not block.startswith(":")]
+    assert all(len(block) == 2 for block in blocks)
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+
+
+def picture(data: dict[str, Any]) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(data["b64_json"])))
+
+
+@pytest.mark.parametrize("previews", [0, 1, 3])
+def test_previews_come_first_and_the_picture_is_the_one_without_a_stream(
+    client: httpx.Client, previews: int
+) -> None:
+    events = events_of(client, GENERATIONS, {**BODY, "stream": True, "partial_images": previews})
+    names = [name for name, _ in events]
+    assert names == ["image_generation.partial_image"] * previews + ["image_generation.completed"]
+    assert all(data["type"] == name and data.keys() > USUAL for name, data in events)
+    assert [data["partial_image_index"] for _, data in events[:-1]] == list(range(previews))
+    plain = client.post(GENERATIONS, json=BODY).json()
+    last = events[-1][1]
+    assert last["b64_json"] == plain["data"][0]["b64_json"]
+    assert last["usage"] == plain["usage"]
+    assert last["seed"] == 3
+    for _, data in events[:-1]:
+        assert picture(data).size == (96, 64)
+        assert picture(data).format == "PNG"
+        assert data["b64_json"] != last["b64_json"]
+
+
+def test_each_of_several_pictures_has_its_own_events(client: httpx.Client) -> None:
+    events = events_of(client, GENERATIONS, {**BODY, "stream": True, "partial_images": 1, "n": 2})
+    completed = {data["index"]: data for name, data in events if name.endswith("completed")}
+    previews = [data["index"] for name, data in events if name.endswith("partial_image")]
+    assert sorted(previews) == [0, 1]
+    plain = client.post(GENERATIONS, json={**BODY, "n": 2}).json()["data"]
+    assert [completed[index]["b64_json"] for index in (0, 1)] == [item["b64_json"] for item in plain]
+    assert [completed[index]["seed"] for index in (0, 1)] == [3, 4]
+
+
+def test_edits_stream_events_of_their_own(client: httpx.Client) -> None:
+    images = [{"image_url": as_data_url(as_file(gradient(96, 64)))}]
+    body = {**BODY, "images": images, "stream": True, "partial_images": 1, "output_format": "jpeg"}
+    events = events_of(client, "/v1/images/edits", body)
+    assert [name for name, _ in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert all(picture(data).format == "JPEG" for _, data in events)
+
+
+def test_the_official_client_reads_the_stream(server: LiveServer) -> None:
+    stream = server.openai().images.generate(
+        prompt="a", size="96x64", stream=True, partial_images=2, extra_body={"num_inference_steps": 8}
+    )
+    types = [event.type for event in stream]
+    assert types == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+
+
+def test_what_is_wrong_before_the_first_event_is_a_plain_error(server: LiveServer) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        server.openai().images.generate(prompt=" ", stream=True)
+    assert raised.value.param == "prompt"
+
+
+@pytest.mark.parametrize("path", ["/v1/images/jobs"])
+def test_what_answers_in_one_piece_refuses_a_stream(client: httpx.Client, path: str) -> None:
+    response = client.post(path, json={**BODY, "stream": True})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "stream"
+
+
+def test_a_client_that_leaves_frees_its_place(server: LiveServer) -> None:
+    body = {**BODY, "num_inference_steps": 150, "size": "1024x1024", "n": 4, "stream": True}
+    with (
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        client.stream("POST", GENERATIONS, json=body) as response,
+    ):
+        assert response.status_code == 200
+        assert server.health()["running"] == 1
+    until = time.monotonic() + 20
+    while server.health()["queue_size"]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
