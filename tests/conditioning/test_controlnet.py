@@ -31,7 +31,7 @@ from tests.conditioning.stock import (
 from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
 
 
-def _random_control_model(parts: dict[str, Any], seed: int) -> Any:
+def random_control_model(parts: dict[str, Any], seed: int) -> Any:
     """Like the UNet, with outputs that are not zero as in one that was never trained."""
     torch.manual_seed(seed)
     model: Any = ControlNetModel.from_unet(parts["unet"])
@@ -48,7 +48,7 @@ def _random_control_model(parts: dict[str, Any], seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def models(parts: dict[str, Any]) -> dict[str, Any]:
-    return {"edges": _random_control_model(parts, 1), "depth": _random_control_model(parts, 2)}
+    return {"edges": random_control_model(parts, 1), "depth": random_control_model(parts, 2)}
 
 
 @pytest.fixture(scope="module")
