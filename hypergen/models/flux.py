@@ -10,8 +10,10 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hypergen.adapters.adapters import Adapters
+from hypergen.adapters.rows import Loras
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.clip import PooledClipEncoder
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import PromptCache
@@ -50,6 +52,7 @@ class Flux:
         self.transformer: Any = pipeline.transformer
         self.vae: Any = pipeline.vae
         self.card = card
+        self.adapters = Adapters(pipeline, settings)
         self.control_models: Mapping[str, nn.Module] = {}
         self.true_cfg_scale: float = card.get("true_cfg_scale", 4.0)
         # FLUX spaces its sigmas itself, down to 1 / steps.
@@ -86,7 +89,8 @@ class Flux:
             min_steps=self.schedulers.min_steps,
             device=self.transformer.device.type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            options=frozenset({"prompt_2", "negative_prompt"}),
+            options=frozenset[Option]({"prompt_2", "negative_prompt", *self.adapters.options}),
+            **self.adapters.offer(),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -94,10 +98,12 @@ class Flux:
         return round_up(width, multiple), round_up(height, multiple)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        positive = self._conditioning(request, request.prompt, request.prompt_2)
+        loras = self.adapters.load(request.loras)
+        positive = self._conditioning(request, loras, request.prompt, request.prompt_2)
         negative = None
         if (request.negative_prompt or request.negative_prompt_2) and self.true_cfg_scale > 1:
-            negative = self._conditioning(request, request.negative_prompt or "", request.negative_prompt_2)
+            unwanted, unwanted_2 = request.negative_prompt or "", request.negative_prompt_2
+            negative = self._conditioning(request, loras, unwanted, unwanted_2)
 
         width, height = self.drawn_size(request.width, request.height)
         rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -114,10 +120,11 @@ class Flux:
             positive=positive,
             negative=negative,
             guidance_scale=self.true_cfg_scale,
-            prompt_tokens=self.t5.get(request.prompt_2 or request.prompt).tokens,
+            prompt_tokens=self.t5.get(request.prompt_2 or request.prompt, loras).tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
+            loras=loras,
         )
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
@@ -145,8 +152,10 @@ class Flux:
         )[0]
         return functional.pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
 
-    def _conditioning(self, request: GenerationRequest, text: str, text_2: str | None) -> Conditioning:
-        embeds, pooled = self.t5.get(text_2 or text).embeds, self.clip.get(text).embeds
+    def _conditioning(
+        self, request: GenerationRequest, loras: Loras, text: str, text_2: str | None
+    ) -> Conditioning:
+        embeds, pooled = self.t5.get(text_2 or text, loras).embeds, self.clip.get(text, loras).embeds
         if not self.takes_guidance:
             return Conditioning(embeds, (pooled,))
         guidance = torch.tensor([request.guidance_scale], device=embeds.device)

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, FluxPipeline
+from safetensors.torch import save_file
 
 from hypergen.generation import GenerationRequest, ModelDefaults
 from hypergen.models import loading
 from hypergen.models.family import Family
 from hypergen.samplers import Sampler
+from tests.adapters.making import ATTENTION, adapter, stock_picture
 from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
 from tests.models.comparing import (
     assert_close_in_half_precision,
     assert_drawn_as_by_stock,
+    assert_same,
     common_arguments,
     picture,
     sampler_of,
@@ -102,7 +105,7 @@ def test_defaults_are_those_of_the_variant(dev: Path, schnell: Path) -> None:
     ):
         described = loading.load(folder, make_settings()).describe("flux")
         assert described.defaults == defaults
-        assert described.options == {"prompt_2", "negative_prompt"}
+        assert described.options == {"prompt_2", "negative_prompt", "loras"}
         assert described.samplers.keys() == {"euler", "heun"}
 
 
@@ -132,3 +135,25 @@ def test_half_precision_stays_near_the_stock_picture(dev: Path) -> None:
     family = loading.load(dev, make_settings(dtype="bfloat16"))
     request = replace(_REQUEST, num_inference_steps=3, negative_prompt="blurred")
     assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, "dev", request))
+
+
+def test_a_lora_draws_what_diffusers_draws_with_it(dev: Path, tmp_path: Path) -> None:
+    pipeline = stock_pipeline(FluxPipeline, dev)
+    file = tmp_path / "style.safetensors"
+    factors = adapter(pipeline.transformer, 4, ATTENTION, seed=0)
+    save_file({f"transformer.{name}": factor.contiguous() for name, factor in factors.items()}, file)
+    styled = replace(_REQUEST, id="styled", loras=(("style", 0.8),))
+    family = loading.load(dev, make_settings(lora=[f"style={file}"]))
+    crowd = InlineEngine(family)
+    crowd.run(styled, _REQUEST)
+    assert crowd.images[styled.id][0].shared_forwards > 0
+    stock = stock_picture(
+        pipeline,
+        [(file, 0.8)],
+        prompt=styled.prompt,
+        max_sequence_length=_LENGTH["dev"],
+        **common_arguments(styled),
+    )
+    assert_same(draw_alone(family, styled), np.asarray(stock))
+    assert_same(picture(crowd.data(styled)), np.asarray(stock))
+    assert crowd.data(styled) != crowd.data(_REQUEST)
