@@ -8,13 +8,15 @@ import click
 import torch
 
 from .assemble import assemble
+from .looks import LOOKS
+from .lora import train_lora
 from .text_encoder import train_text_encoder
 from .unet import train_unet
 from .vae import train_vae
 
 TEXT_STEPS = 600
 VAE_STEPS = 2400
-UNET_STEPS = 6400
+LORA_STEPS = 600  # of each
 
 # By default glibc gives large blocks back to the kernel and asks for them again at every step: half of the
 # time went to page faults. These keep them. Waiting threads sleep, since the cores are often shared.
@@ -38,14 +40,17 @@ ALLOCATOR = {
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 def main(folder: Path, output: Path, device: str, threads: int) -> None:
-    """Train text encoder, autoencoder and UNet, then assemble them; about two hours on two cores."""
+    """Train text encoder, autoencoder, UNet and LoRAs, then assemble them; about two hours on two cores."""
     torch.set_num_threads(threads)
     # A finished part is never made again: the later ones depend on its exact numbers.
     if not (folder / "text" / "text_encoder").exists():
         train_text_encoder(folder / "text", TEXT_STEPS, device)
     if not (folder / "vae" / "vae").exists():
         train_vae(folder / "vae", VAE_STEPS, device)
-    train_unet(folder / "unet", UNET_STEPS, device, threads)
+    train_unet(folder / "unet", device, threads)
+    torch.set_num_threads(threads)  # the UNet's threads took one core each
+    for name in LOOKS:
+        train_lora(name, folder, LORA_STEPS, device)
     assemble(folder, output)
 
 

@@ -10,13 +10,14 @@ import torch
 from .pipeline import load_text_encoder, load_vae, make_pipeline
 from .unet import load_unet
 
-LARGEST_FOLDER = 13_000_000  # bytes; what the package may carry
+LARGEST_FOLDER = 13_000_000  # bytes; what the package may carry, LoRAs not counted
+LARGEST_LORA = 1_000_000  # bytes
 # What saving adds to configurations about the machine it ran on.
 PRIVATE_KEYS = ("_name_or_path", "is_local", "local_files_only")
 
 
 def assemble(folder: Path, output: Path) -> None:
-    """Save text encoder, autoencoder and averaged UNet of `folder` in float16, in diffusers' layout."""
+    """Save the trained parts of `folder`, LoRAs too, in float16 and in diffusers' layout."""
     tokenizer, text_encoder = load_text_encoder(folder / "text")
     pipeline = make_pipeline(load_unet(folder / "unet"), load_vae(folder / "vae"), tokenizer, text_encoder)
     pipeline.to(torch.float16).save_pretrained(output)
@@ -26,10 +27,16 @@ def assemble(folder: Path, output: Path) -> None:
     edit_json(output / "text_encoder" / "config.json", {"dtype": "float32"})
     for config in (output / "model_index.json", *output.glob("*/*config.json")):
         edit_json(config, {})
+    loras = output / "loras"
+    loras.mkdir(exist_ok=True)
+    for weights in (folder / "loras").glob("*.safetensors"):
+        shutil.copyfile(weights, loras / weights.name)
+        assert weights.stat().st_size < LARGEST_LORA, f"{weights.name} is larger than the package may carry."
     for weights in output.rglob("*.safetensors"):
         weights.chmod(0o644)  # safetensors writes files that only their owner can read
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{output}: {size:,} bytes")
+    files = [file for file in output.rglob("*") if file.is_file() and file.parent != loras]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{output}: {size:,} bytes without LoRAs")
     assert size <= LARGEST_FOLDER, "The model is larger than the package may carry."
 
 

@@ -68,21 +68,28 @@ def draw(
     height: int,
     width: int,
     num_inference_steps: int = NUM_INFERENCE_STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
+    negative_prompts: list[str] | None = None,
+    seeds: list[int] | None = None,
     batch_size: int = 8,
 ) -> Tensor:
-    """Draw prompts, each from its index as the seed: shape (B, 3, height, width) in -1..1 on the CPU."""
+    """Draw prompts, each from its index as the seed unless `seeds` are given.
+
+    The pictures have the shape (B, 3, height, width), lie in -1..1 and are on the CPU.
+    """
+    seeds = seeds or list(range(len(prompts)))
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(start + index) for index in range(len(batch))]
+        batch = slice(start, start + batch_size)
         drawn = pipeline(
-            batch,
+            prompts[batch],
+            negative_prompt=negative_prompts[batch] if negative_prompts else None,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=generators,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
             output_type="pt",
         )
         assert isinstance(drawn, StableDiffusionPipelineOutput)

@@ -41,17 +41,35 @@ class Reading:
 
 def read(image: Tensor) -> Reading:
     """Read a picture of shape (3, H, W) in -1..1."""
-    edge = max(1, image.shape[1] // 64)
-    rows = torch.cat([image[:, :edge], image[:, -edge:]], dim=1).flatten(1)
-    columns = torch.cat([image[..., :edge], image[..., -edge:]], dim=2).flatten(1)
-    background = torch.cat([rows, columns], dim=1).median(dim=1).values
+    background = background_of(image)
     regions = connected_regions((image - background[:, None, None]).norm(dim=0) > DIFFERENT)
     blobs = [read_blob(image, background, region) for region in regions]
     return Reading(nearest_colour(background), tuple(blobs))
 
 
+def background_of(image: Tensor) -> Tensor:
+    """The middling colour of the border."""
+    edge = max(1, image.shape[1] // 64)
+    rows = torch.cat([image[:, :edge], image[:, -edge:]], dim=1).flatten(1)
+    columns = torch.cat([image[..., :edge], image[..., -edge:]], dim=2).flatten(1)
+    return torch.cat([rows, columns], dim=1).median(dim=1).values
+
+
 def connected_regions(mask: Tensor) -> list[Tensor]:
-    """The regions of a mask that are not specks, each as a mask.
+    """The regions of a mask that are not specks, each as a mask."""
+    numbers = region_numbers(mask)
+    found, areas = numbers.unique(return_counts=True)
+    large = found[areas > SMALLEST_AREA * mask.numel()]
+    return [torch.zeros_like(mask).masked_scatter(mask, numbers == number) for number in large]
+
+
+def region_areas(mask: Tensor) -> Tensor:
+    """The pixels of every region of a mask."""
+    return region_numbers(mask).unique(return_counts=True)[1]
+
+
+def region_numbers(mask: Tensor) -> Tensor:
+    """A number for each pixel of a mask, the same for those that hang together.
 
     Pixels start with the number of their run within a row; columns and rows in turn take the largest number
     in each of their runs until nothing changes.
@@ -64,10 +82,7 @@ def connected_regions(mask: Tensor) -> list[Tensor]:
             largest = torch.zeros(int(runs.max()) + 1 if len(runs) else 1, dtype=numbers.dtype)
             numbers = largest.scatter_reduce(0, runs, numbers, "amax")[runs]
         if torch.equal(numbers, before):
-            break
-    found, areas = numbers.unique(return_counts=True)
-    large = found[areas > SMALLEST_AREA * mask.numel()]
-    return [torch.zeros_like(mask).masked_scatter(mask, numbers == number) for number in large]
+            return numbers
 
 
 def number_runs(mask: Tensor) -> Tensor:

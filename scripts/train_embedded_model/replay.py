@@ -5,6 +5,7 @@
 
 import random
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -13,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import random_caption, with_unknown_word
 from .render import render
-from .scenes import training_scene
+from .scenes import STEADY, Scene, Spread, training_scene
 from .text_encoder import tokenize
 
 CAPACITY = 4000  # pictures of each shape
@@ -30,8 +31,11 @@ class Replay:
         text_encoder: CLIPTextModel,
         seed: int,
         device: str,
+        draw: Callable[[list[Scene], int, int], Tensor] = render,
     ):
         self.vae, self.tokenizer, self.text_encoder, self.device = vae, tokenizer, text_encoder, device
+        self.draw = draw
+        self.spread = STEADY
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.pools: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -44,13 +48,19 @@ class Replay:
         latents, prompt_embeds = zip(*self.rng.sample(pool, size), strict=True)
         return torch.stack(latents), torch.stack(prompt_embeds).float()
 
+    def spread_by(self, spread: Spread) -> None:
+        """From now on single objects vary like this; what is kept of others is dropped."""
+        if spread is not self.spread:
+            self.spread = spread
+            self.pools.clear()
+
     @torch.no_grad()
     def renew(self, pool: list[tuple[Tensor, Tensor]], count: int, height: int, width: int) -> None:
         """Put newly drawn scenes into a pool, in place of random ones once it is full."""
         if not count:
             return
-        scenes = [training_scene(self.rng) for _ in range(count)]
-        images = render(scenes, 8 * height, 8 * width).to(self.device)
+        scenes = [training_scene(self.rng, self.spread) for _ in range(count)]
+        images = self.draw(scenes, 8 * height, 8 * width).to(self.device)
         texts = [with_unknown_word(random_caption(scene, self.rng).text, self.rng) for scene in scenes]
         latents = self.vae.encode(images).latent_dist.mode()
         prompt_embeds = self.embed(texts).bfloat16()  # half the memory; the text encoder's noise is larger

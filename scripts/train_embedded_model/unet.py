@@ -6,6 +6,7 @@
 import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from .muon import muon_and_adamw, set_learning_rates
 from .pipeline import draw, load_text_encoder, load_vae, make_pipeline
 from .progress import Run, image_grid, rising_then_falling
 from .replay import Replay
+from .scenes import ROAMING, STEADY, Spread
 
 SEED = 3
 LATENTS_PER_STEP = 32 * 16 * 16  # a step costs the same at every size
@@ -34,7 +36,8 @@ SAMPLES = (
 
 # Heights and widths of the latents, with their share of the steps. Small latents come first, for a picture of
 # 16x16 costs a quarter of one of 32x32; yet what was learnt there does not carry over by itself (with a
-# twentieth of the steps at 32x32, counts were right at 128 pixels and wrong at 256).
+# twentieth of the steps at 32x32, counts were right at 128 pixels and wrong at 256; with none at 8x8, most
+# pictures of 64 pixels showed nothing at all).
 SMALL_FIRST = {
     (16, 16): 0.55,
     **dict.fromkeys([(16, 24), (24, 16), (12, 20), (20, 12)], 0.04),
@@ -42,15 +45,36 @@ SMALL_FIRST = {
     **dict.fromkeys([(24, 40), (40, 24)], 0.04),
 }
 LARGE_LATER = {
-    (16, 16): 0.24,
+    (8, 8): 0.06,
+    **dict.fromkeys([(8, 16), (16, 8), (12, 12)], 0.02),
+    (16, 16): 0.2,
     **dict.fromkeys([(16, 24), (24, 16), (12, 20), (20, 12)], 0.02),
-    (32, 32): 0.5,
-    **dict.fromkeys([(24, 40), (40, 24), (28, 36), (36, 28)], 0.045),
+    (24, 24): 0.04,
+    (32, 32): 0.46,
+    **dict.fromkeys([(24, 40), (40, 24), (28, 36), (36, 28)], 0.03),
 }
-SMALL_FIRST_SHARE = 0.4
+SMALL_FIRST_STEPS = 2560
 
 
-def train_unet(folder: Path, steps: int, device: str, threads: int) -> None:
+@dataclass(frozen=True)
+class Round:
+    """A part of the training, with a learning rate that rises and falls once.
+
+    `rate` is its highest learning rate as a share of the first round's; `spread` is that of single objects
+    around the middle, see `scenes.single`.
+    """
+
+    steps: int
+    rate: float
+    spread: Spread
+
+
+# Objects that may stand anywhere cost the shape of single ones (0.94 to 0.87 at 128x128, 0.92 to 0.76 at
+# 256x256) while groups and pairs went on to be learnt; the last round takes that back.
+ROUNDS = (Round(6400, 1.0, STEADY), Round(5600, 0.5, ROAMING), Round(1600, 0.35, STEADY))
+
+
+def train_unet(folder: Path, device: str, threads: int) -> None:
     """Train the UNet of the parts beside `folder`; its average over the last steps is what counts.
 
     Each thread takes a share of the batch, from rendering to gradients. Threads that meet once a step lose
@@ -63,7 +87,9 @@ def train_unet(folder: Path, steps: int, device: str, threads: int) -> None:
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizers = muon_and_adamw(unet, 2e-3, 2e-3, except_for=("conv_in", "conv_out"))
     run = Run(
-        folder, steps, {"unet": unet, "average": average, "muon": optimizers[0], "adamw": optimizers[1]}
+        folder,
+        sum(part.steps for part in ROUNDS),
+        {"unet": unet, "average": average, "muon": optimizers[0], "adamw": optimizers[1]},
     )
     rng = random.Random(SEED + run.step)
     vae.to(device)
@@ -71,12 +97,18 @@ def train_unet(folder: Path, steps: int, device: str, threads: int) -> None:
     shares = []
     for _ in range(threads):
         tokenizer = copy.deepcopy(tokenizer)  # one tokenizer must not be used by two threads at once
-        shares.append(Share(unet, Replay(vae, tokenizer, text_encoder, rng.getrandbits(32), device)))
+        replay = Replay(vae, tokenizer, text_encoder, rng.getrandbits(32), device)
+        shares.append(Share(unet, replay))
     workers = ThreadPoolExecutor(threads)
     torch.set_num_threads(1)
     for step in run:
-        set_learning_rates(optimizers, rising_then_falling(step, steps, warmup=40, flat=0.35))
-        shapes = SMALL_FIRST if step < SMALL_FIRST_SHARE * steps else LARGE_LATER
+        part, done = round_of(step)
+        set_learning_rates(
+            optimizers, part.rate * rising_then_falling(done, part.steps, warmup=40, flat=0.35)
+        )
+        shapes = SMALL_FIRST if step < SMALL_FIRST_STEPS else LARGE_LATER
+        for share in shares:
+            share.replay.spread_by(part.spread)
         ((height, width),) = rng.choices(list(shapes), list(shapes.values()))
         share_size = LATENTS_PER_STEP // (height * width * threads)
         futures = [workers.submit(share.backward, share_size, height, width) for share in shares]
@@ -94,6 +126,15 @@ def train_unet(folder: Path, steps: int, device: str, threads: int) -> None:
             pipeline = make_pipeline(average.module, vae, tokenizer, text_encoder)
             images = draw(pipeline, list(SAMPLES), 256, 256, num_inference_steps=10)
             image_grid(images, 4).save(folder / f"samples_{step + 1}.png")
+
+
+def round_of(step: int) -> tuple[Round, int]:
+    """The round of a step, and how many of its steps were taken before."""
+    for part in ROUNDS:
+        if step < part.steps:
+            return part, step
+        step -= part.steps
+    raise ValueError("There are no more rounds.")
 
 
 def new_unet() -> UNet2DConditionModel:

@@ -70,7 +70,7 @@ def test_more_strength_changes_more(family: Any) -> None:
     pictures = [pixels_of(engine.data(request)) for request in requests]
     changes = [np.abs(drawn.astype(int) - _array(picture)).mean() for drawn in pictures]
     assert changes[0] == 0
-    assert all(more > 1.2 * less for less, more in pairwise(changes)), changes
+    assert all(more > 1.05 * less for less, more in pairwise(changes)), changes
 
 
 def test_only_the_masked_half_changes(family: Any) -> None:

@@ -1,0 +1,123 @@
+"""Draw the pictures of docs/embedded-model.md: python -m scripts.train_embedded_model.gallery."""
+
+from pathlib import Path
+
+import click
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from torch import Tensor
+
+from .looks import LOOKS
+from .lora_score import load_loras
+from .pipeline import draw
+from .progress import image_grid
+
+COLUMNS = 8
+PROMPTS = (
+    "a red circle on a blue background",
+    "a green square on a white background",
+    "an orange triangle on a purple background",
+    "a yellow star on a black background",
+    "a cyan diamond on a brown background",
+    "a pink heart on a gray background",
+    "a white cross on a red background",
+    "a purple ring on a yellow background",
+    "a brown hexagon on a cyan background",
+    "a gray moon on a pink background",
+    "a black star on an orange background",
+    "a blue heart on a green background",
+    "a white circle on a black background",
+    "a red cross on a cyan background",
+    "an orange moon on a blue background",
+    "a green ring on a white background",
+    "two cyan triangles on a pink background",
+    "two brown squares on a yellow background",
+    "two white hearts on a green background",
+    "three yellow stars on a black background",
+    "three purple diamonds on a white background",
+    "three red rings on a gray background",
+    "four white rings on a brown background",
+    "four blue crosses on an orange background",
+    "a green square to the left of a white heart on a purple background",
+    "a blue moon to the right of a red cross on a gray background",
+    "an orange hexagon above a pink star on a blue background",
+    "a black triangle below a yellow ring on a red background",
+    "a cyan circle and a brown diamond on a white background",
+    "a small red heart on a yellow background",
+    "a large green star on a purple background",
+    "a small white moon in the top right corner on a black background",
+    "an orange circle on the left on a blue background",
+    "a large striped pink moon on a gray background",
+    "an outlined white hexagon on a red background",
+    "a dotted yellow square on a green background",
+    "a gradient blue circle on an orange background",
+    "a checkered purple diamond on a cyan background",
+    "a photo of a pink ring on a brown background, high quality",
+    "A GREEN TRIANGLE ON A YELLOW BACKGROUND",
+)
+FEW = (
+    "a red circle on a blue background",
+    "a gray star on a cyan background",
+    "three yellow stars on a black background",
+    "a green square to the left of a white heart on a purple background",
+)
+LORA_PROMPTS: tuple[str, ...] = (
+    "a red circle on a blue background",
+    "a yellow star on a purple background",
+    "a green heart on a white background",
+    "a white moon on a black background",
+    "an orange hexagon on a cyan background",
+    "two pink squares on a brown background",
+    "three blue diamonds on a yellow background",
+    "a black cross to the left of a red ring on a gray background",
+)
+STEPS = (1, 2, 4, 8, 20, 50)
+GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.0, 7.0, 12.0)
+SEEDS = 8
+SCALES = (0.0, 0.5, 1.0)
+MIX = ("Pixel_Art", "Logo")
+
+
+@click.command()
+@click.option("--model", type=Path, default=Path("hypergen/embedded"), show_default=True)
+@click.option("--output", type=Path, default=Path("docs/embedded-model"), show_default=True)
+def main(model: Path, output: Path) -> None:
+    """Draw the grids and strips, each picture from its place in the grid as the seed."""
+    output.mkdir(parents=True, exist_ok=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+
+    def save(images: list[Tensor] | Tensor, columns: int, name: str) -> None:
+        pictures = images if isinstance(images, Tensor) else torch.cat(images)
+        image_grid(pictures, columns).save(output / f"{name}.webp", quality=85, method=6)
+
+    for side in (256, 128):
+        save(draw(pipeline, list(PROMPTS), side, side), COLUMNS, f"prompts-{side}")
+    # Columns are the settings; each row is one prompt from one seed.
+    for guidance_scale in (2.0, 4.0):
+        columns = [
+            draw(pipeline, list(FEW), 128, 128, num_inference_steps=steps, guidance_scale=guidance_scale)
+            for steps in STEPS
+        ]
+        save(in_rows(columns), len(columns), f"steps-guidance-{guidance_scale:g}")
+    columns = [draw(pipeline, list(FEW), 128, 128, guidance_scale=scale) for scale in GUIDANCE_SCALES]
+    save(in_rows(columns), len(columns), "guidance")
+    save([draw(pipeline, [prompt] * SEEDS, 128, 128) for prompt in FEW], SEEDS, "seeds")
+    load_loras(pipeline, model / "loras")
+    prompts = list(LORA_PROMPTS)
+    for name in LOOKS:
+        rows = []
+        for scale in SCALES:
+            pipeline.set_adapters([name], [scale])
+            rows.append(draw(pipeline, prompts, 256, 256))
+        save(rows, len(prompts), name)
+    pipeline.set_adapters(list(MIX), [1.0, 1.0])
+    save(draw(pipeline, prompts, 256, 256), len(prompts), "mix")
+
+
+def in_rows(columns: list[Tensor]) -> Tensor:
+    """Columns of pictures as one batch, row after row."""
+    return torch.stack(columns, dim=1).flatten(0, 1)
+
+
+if __name__ == "__main__":
+    main()

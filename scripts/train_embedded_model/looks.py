@@ -1,0 +1,138 @@
+"""The looks that the LoRAs give: how each is drawn, and how its pixels tell that it is there.
+
+A LoRA learns from the scenes that the UNet learnt from, drawn in its look; its captions do not name the look.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .reading import background_of, region_areas
+from .render import PALETTE, coverage, render
+from .scenes import Scene
+
+BLOCK = 8  # pixels of a side of Pixel_Art's squares, at every size: one latent
+FRAME = 0.07  # width of Logo's frame, in shorter sides
+CORNER = 0.12  # radius of its inner corners, in shorter sides
+DROPS = (36, 60)
+DROP_RADII = (0.018, 0.05)  # in shorter sides
+STROKE = 16  # pixels from one of Crayons' strokes to the next
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a look is drawn, and the share of it that a picture of shape (3, H, W) shows.
+
+    Pictures that are drawn in the look measure at least `least`, plain ones less.
+    """
+
+    draw: Callable[[list[Scene], int, int, torch.Generator], Tensor]
+    measure: Callable[[Tensor], float]
+    least: float
+
+
+def pixel_art(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Large square pixels of the colour in their middle."""
+    del generator
+    blocks = render(scenes, height, width)[..., BLOCK // 2 :: BLOCK, BLOCK // 2 :: BLOCK]
+    blocks = blocks.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    missing = (0, max(0, width - blocks.shape[-1]), 0, max(0, height - blocks.shape[-2]))
+    return functional.pad(blocks, missing, "replicate")[..., :height, :width]
+
+
+def edges_on_the_grid(image: Tensor) -> float:
+    """How much of all that changes from pixel to pixel does so within a pixel of the large ones' borders."""
+    across, down = (image.diff(dim=dim).abs().sum(0) for dim in (2, 1))
+    on_grid = at_borders(across, 1).sum() + at_borders(down, 0).sum()
+    return float(on_grid / (across.sum() + down.sum() + 1e-6))
+
+
+def at_borders(changes: Tensor, dim: int) -> Tensor:
+    """The changes at a border of two large pixels or beside it."""
+    place = torch.arange(changes.shape[dim])
+    return changes.index_select(dim, place[(place + 2) % BLOCK < 3])
+
+
+def logo(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
+    """An emblem: the scene in a frame of its first object's colour with round corners."""
+    del generator
+    colours = torch.stack([PALETTE[scene.kinds[0].colour] for scene in scenes])[:, :, None, None]
+    return torch.lerp(
+        render(scenes, height, width), colours, coverage(inside_of_edge(height, width, FRAME).neg())
+    )
+
+
+def inside_of_edge(height: int, width: int, inset: float) -> Tensor:
+    """Distance in pixels, positive inside, to a rectangle with round corners, `inset` from the edge."""
+    shorter_side = min(height, width)
+    radius = CORNER * shorter_side
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    beyond_x = (x - width / 2).abs() - (width / 2 - inset * shorter_side - radius)
+    beyond_y = (y - height / 2).abs() - (height / 2 - inset * shorter_side - radius)
+    outside = torch.hypot(beyond_x.clamp_min(0), beyond_y.clamp_min(0))
+    return radius - outside - torch.maximum(beyond_x, beyond_y).clamp_max(0)
+
+
+def frame_is_there(image: Tensor) -> float:
+    """The share of the frame's middle line that is nearer to the frame's colour than to the ground's."""
+    height, width = image.shape[1:]
+    line = inside_of_edge(height, width, FRAME / 2).abs() < 1
+    inner = inside_of_edge(height, width, FRAME + 0.025).abs() < 1
+    colour, ground = (image[:, where].median(dim=1).values for where in (line, inner))
+    to_frame, to_ground = ((image[:, line] - one[:, None]).norm(dim=0) for one in (colour, ground))
+    return float((to_frame < to_ground).float().mean() * ((colour - ground).norm() > 0.3))
+
+
+def paint_splash(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Drops of the objects' paint over the picture."""
+    images = render(scenes, height, width)
+    shorter_side = min(height, width)
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    for image, scene in zip(images, scenes, strict=True):
+        count = int(torch.randint(*DROPS, (1,), generator=generator))
+        where = torch.rand(count, 3, generator=generator)
+        radii = shorter_side * (DROP_RADII[0] + (DROP_RADII[1] - DROP_RADII[0]) * where[:, 2] ** 2)
+        centre_x, centre_y = (where[:, :2] * torch.tensor([width, height]))[:, :, None, None].unbind(1)
+        drops = coverage(radii[:, None, None] - torch.hypot(x - centre_x, y - centre_y))
+        for number, kind in enumerate(scene.kinds):
+            mask = drops[number :: len(scene.kinds)].amax(0)
+            image.lerp_(PALETTE[kind.colour][:, None, None], mask)
+    return images
+
+
+def count_drops(image: Tensor) -> float:
+    """How many regions of another colour than the background's are as small as drops."""
+    areas = region_areas((image - background_of(image)[:, None, None]).norm(dim=0) > 0.5) / image[0].numel()
+    return float(((areas > 0.0003) & (areas < 0.008)).sum())
+
+
+def crayons(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Slanted strokes with paper between them."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    phase = torch.rand(len(scenes), 1, 1, generator=generator)
+    wobble = 0.12 * torch.sin((x - y) / 23 + 6.28 * phase)
+    stroke = torch.remainder((x + y) / (STROKE * 2**0.5) + phase + wobble, 1) - 0.5
+    paper = coverage((stroke.abs() - 0.36) * STROKE)[:, None]
+    images = render(scenes, height, width)
+    # Between the strokes is white paper; light wax is shaded instead, else nothing of them were to see.
+    is_light = images.mean(1, keepdim=True) > 0.3
+    between = torch.where(is_light, 0.45 * images - 0.55, 0.95)
+    return torch.lerp(images, between, 0.6 * paper)
+
+
+def strokes_are_there(image: Tensor) -> float:
+    """The spread of brightness within patches of a stroke's width; a quarter of the patches show less."""
+    patch = STROKE
+    patches = image.mean(0, keepdim=True).unfold(1, patch, patch // 2).unfold(2, patch, patch // 2)
+    return float(patches.std((-2, -1)).flatten().quantile(0.25))
+
+
+LOOKS = {
+    "Pixel_Art": Look(pixel_art, edges_on_the_grid, 0.55),
+    "Logo": Look(logo, frame_is_there, 0.75),
+    "Paint_Splash": Look(paint_splash, count_drops, 6),
+    "Crayons": Look(crayons, strokes_are_there, 0.1),
+}

@@ -1,0 +1,85 @@
+"""Measure what the LoRAs do to held-out prompts: python -m scripts.train_embedded_model.lora_score."""
+
+from pathlib import Path
+
+import click
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from torch import Tensor
+
+from .captions import plain_caption
+from .features import print_header, print_row
+from .looks import LOOKS
+from .pipeline import draw
+from .progress import image_grid
+from .reading import nearest_colour
+from .scenes import Scene
+from .score import held_out_scenes, mean
+
+PROMPTS = {"single": 30, "group": 10, "pair": 10}
+MIXES = (("Pixel_Art", "Logo"), ("Paint_Splash", "Logo"), ("Crayons", "Logo"))
+GATE = 0.9
+
+
+def load_loras(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    for name in LOOKS:
+        pipeline.load_lora_weights(str(folder), weight_name=f"{name}.safetensors", adapter_name=name)
+
+
+def shows(name: str, images: Tensor) -> float:
+    """The share of pictures that have a look."""
+    look = LOOKS[name]
+    return mean([look.measure(image) >= look.least for image in images])
+
+
+def still_coloured(scenes: list[Scene], images: Tensor) -> float:
+    """The share of pictures that have every colour of their prompt, in one pixel of 200 at least."""
+    return mean([wanted(scene) <= large_colours(image) for scene, image in zip(scenes, images, strict=True)])
+
+
+def wanted(scene: Scene) -> set[str]:
+    return {scene.background, *(kind.colour for kind in scene.kinds)}
+
+
+def large_colours(image: Tensor) -> set[str]:
+    pixels = image[:, ::4, ::4].flatten(1).T
+    names = [nearest_colour(pixel) for pixel in pixels]
+    return {name for name in names if names.count(name) >= len(names) / 200}
+
+
+@click.command()
+@click.option("--model", type=Path, default=Path("hypergen/embedded"), show_default=True)
+@click.option("--size", type=int, default=256, show_default=True, help="pixels of each side")
+@click.option("--samples", type=Path, help="a folder for the pictures, one file a LoRA")
+def main(model: Path, size: int, samples: Path | None) -> None:
+    """Draw fifty prompts with each LoRA and with two at once, and print the share that has the look."""
+    scenes = held_out_scenes(PROMPTS)
+    prompts = [plain_caption(scene) for scene in scenes]
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    plain = draw(pipeline, prompts, size, size)
+    load_loras(pipeline, model / "loras")
+    print_header("LoRA", "has the look", "without the LoRA", "has the prompt's colours")
+    for name in LOOKS:
+        pipeline.set_adapters([name], [1.0])
+        images = draw(pipeline, prompts, size, size)
+        print_row(name, shows(name, images), shows(name, plain), still_coloured(scenes, images))
+        if samples:
+            samples.mkdir(parents=True, exist_ok=True)
+            image_grid(images, 10).save(samples / f"{name}.png")
+    few = prompts[::5]
+    print_header("two LoRAs", "has the first look", "has the second")
+    for names in MIXES:
+        pipeline.set_adapters(list(names), [1.0, 1.0])
+        images = draw(pipeline, few, size, size)
+        print_row(" + ".join(names), *(shows(name, images) for name in names))
+    pipeline.set_adapters(list(LOOKS), [0.0] * len(LOOKS))
+    same = torch.equal(draw(pipeline, few, size, size), draw_plain(model, few, size))
+    print(f"\nAt scale 0 the pictures are {'the same' if same else 'NOT the same'} to the last bit.")
+
+
+def draw_plain(model: Path, prompts: list[str], size: int) -> Tensor:
+    return draw(StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32), prompts, size, size)
+
+
+if __name__ == "__main__":
+    main()
