@@ -161,10 +161,8 @@ def test_serve_refuses_a_pipeline_that_it_has_no_family_for(tmp_path: Path, sd_f
     folder = tmp_path / "other"
     shutil.copytree(sd_folder, folder)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))
-    assert_one_line_error(
-        hypergen(tmp_path, "serve", str(folder)), "KolorsPipeline", "StableDiffusionPipeline"
-    )
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "NonsensePipeline"}))
+    assert_one_line_error(hypergen(tmp_path, "serve", str(folder)), "NonsensePipeline", "diffusers")
 
 
 def test_serve_ends_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -> None:

@@ -34,7 +34,7 @@ REFUSED: dict[str, list[Any]] = {
     "num_inference_steps": [*NOT_AN_INTEGER, 0, -1, 151, 2**70],
     "guidance_scale": [*NOT_A_NUMBER, 0, 0.99, -1, 20.01, 21, 10**400],
     "seed": [*NOT_AN_INTEGER, -1, 2**63, 2**64, 2**70, 1e300, 10**4000],
-    "sampler": [*NOT_A_STRING, "", "eular", "Euler", "__class__"],
+    "sampler": [*NOT_A_STRING, "", "eular", "Euler 2", "__class__"],
     "lora_path": [*NOT_A_STRING, "", "no-style", "/etc/passwd", "../x.safetensors", "a\0b", "http://x/y"],
     "lora_scale": [*NOT_A_NUMBER, -0.1, 2.1, 10**400],
     "loras": ["style", 1, ["style"], {"x": 1}, {"style": 2.1}, {"style": -0.1}, {"style": "1"}],

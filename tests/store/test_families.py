@@ -14,9 +14,19 @@ from hypergen.models.registry import FAMILIES
 from tests.small_models import save_flux, save_sd, save_sd3, save_sdxl
 from tests.store.making import files_of
 
+
+def _save_inpainting(folder: Path) -> Path:
+    """The layout is that of Stable Diffusion; the name and the UNet's channels differ."""
+    file = save_sd(folder) / PIPELINE_FILE
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
+    return folder
+
+
 _SAVE: dict[str, Callable[[Path], Path]] = {
     "FluxPipeline": save_flux,
     "StableDiffusion3Pipeline": partial(save_sd3, t5=False),
+    "StableDiffusionInpaintPipeline": _save_inpainting,
     "StableDiffusionPipeline": save_sd,
     "StableDiffusionXLPipeline": save_sdxl,
 }
