@@ -223,7 +223,6 @@ def test_a_folder_that_is_no_control_model_is_one_line_without_its_path(
 
 
 def test_canny_draws_edges_before_the_control_model_reads_them(controlled: Any) -> None:
-    pytest.importorskip("cv2")
     image = controlled.start(_request(preprocessor="canny"), 0).positive.others[0]
     assert set(image.flatten().tolist()) == {0.0, 1.0}
     assert (image[:, 0] == image[:, 2]).all()
