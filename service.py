@@ -16,11 +16,12 @@ from bentoml.models import BentoModel
 from hypergen import logs, store
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.native import ClientWatch, NativeItem, NativeResult, draw_item
+from hypergen.api_keys import api_keys
 from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
-from hypergen.config import api_keys, load_settings
 from hypergen.dispatch import ContinuousBatchingService
 from hypergen.engine.pool import EnginePool
 from hypergen.models.registry import servable
+from hypergen.setting_sources import load_settings
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)

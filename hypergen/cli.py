@@ -16,8 +16,10 @@ import click
 from pydantic.fields import FieldInfo
 
 from hypergen import __version__
-from hypergen.config import Settings, api_keys, environment_of, fields, load_settings, option_name
+from hypergen.api_keys import api_keys
+from hypergen.config import Settings
 from hypergen.errors import HyperGenError, ModelError
+from hypergen.setting_sources import environment_of, fields, load_settings, option_name
 
 if TYPE_CHECKING:
     from hypergen.store import StoredModel

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hypergen.config import Settings, api_keys, environment_of, fields, load_settings, option_name
+from hypergen.api_keys import api_keys
+from hypergen.config import Settings
 from hypergen.errors import ConfigurationError
+from hypergen.setting_sources import environment_of, fields, load_settings, option_name
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -12,9 +12,10 @@ import pytest
 
 from hypergen.adapters.registry import name_of, open_registry, summarise
 from hypergen.api.dialects import openai
-from hypergen.config import EngineSettings, Settings, environment_of, load_settings
+from hypergen.config import EngineSettings, Settings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.generation import ModelDefaults, ModelDescription
+from hypergen.setting_sources import environment_of, load_settings
 
 
 def _file(path: Path, shapes: dict[str, list[int]] | None = None) -> Path:

@@ -231,7 +231,7 @@ async def test_stopping_the_pool_ends_what_runs(sd_folder: Path) -> None:
 _PARENT = """
 import asyncio, sys
 from pathlib import Path
-from hypergen.config import load_settings
+from hypergen.setting_sources import load_settings
 from hypergen.engine.pool import EnginePool
 
 async def main():
