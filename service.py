@@ -13,27 +13,24 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 import bentoml
 from bentoml.models import BentoModel
 
-from hypergen import logs, store
+from hypergen import logs
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.native import ClientWatch, NativeItem, NativeResult, draw_item
 from hypergen.api_keys import api_keys
 from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
+from hypergen.choosing_models import find_models
 from hypergen.dispatch import ContinuousBatchingService
 from hypergen.engine.pool import EnginePool
-from hypergen.models.registry import servable
 from hypergen.setting_sources import load_settings
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
 keys = api_keys(settings.server)
-stored = store.ensure(
-    settings.model, revision=settings.revision, dtype=settings.engine.dtype, pipelines=servable()
-)
-model_id = settings.served_model_name or stored.source
+models = find_models(settings)
 pool = EnginePool(settings)
 
 
-@bentoml.asgi_app(create_app(settings, pool, model_id), path="/")
+@bentoml.asgi_app(create_app(settings, pool, models), path="/")
 @bentoml.service(
     name="hypergen",
     service_class=ContinuousBatchingService,
@@ -43,7 +40,8 @@ pool = EnginePool(settings)
     logging={"access": {"enabled": False}},
 )
 class HyperGen:
-    model = BentoModel(stored.tag)
+    # BentoML takes those for the service's own that are attributes of the class: one each.
+    vars().update({f"model_{index}": BentoModel(model.tag) for index, model in enumerate(models)})
 
     @bentoml.on_startup
     async def start(self) -> None:
@@ -53,7 +51,7 @@ class HyperGen:
         if not keys and not launcher:
             logger.warning("No API key is set: whoever reaches this server can use it.")
         self.watch = asyncio.create_task(leave_with_parent(int(launcher) if launcher else None))
-        await pool.start(store.find(stored.tag).path, model_id)
+        await pool.start(models)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -27,10 +27,13 @@ from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.errors import RequestError
 from hypergen.images.storage import ImageStorage
+from hypergen.served_models import ServedModel
 
 
-def create_app(settings: Settings, pool: EnginePool, model_id: str) -> FastAPI:
-    """The API over a pool. Starts nothing: the parent process, a build and the worker all call it."""
+def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedModel]) -> FastAPI:
+    """The API over a pool that will serve these models. Starts nothing: the parent process, a build and the
+    worker all call it.
+    """
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
     jobs = Jobs(pool, storage, settings.queue, settings.server.url_lifetime_s, settings.server.max_jobs)
 
@@ -49,7 +52,7 @@ def create_app(settings: Settings, pool: EnginePool, model_id: str) -> FastAPI:
         return openapi.complete(plain())
 
     app.openapi = described
-    app.include_router(create_router(settings, pool, storage, jobs, model_id))
+    app.include_router(create_router(settings, pool, storage, jobs, models))
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> Response:

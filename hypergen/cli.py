@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 # Before anything imports bentoml or a hub client: nothing is reported to anybody.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
@@ -21,9 +21,6 @@ from hypergen.config import Settings
 from hypergen.errors import HyperGenError, ModelError
 from hypergen.setting_sources import environment_of, fields, load_settings, option_name
 
-if TYPE_CHECKING:
-    from hypergen.store import StoredModel
-
 Command = Callable[..., None]
 
 
@@ -32,7 +29,9 @@ def setting_options(*names: str) -> Callable[[Command], Command]:
 
     def add(command: Command) -> Command:
         chosen = [
-            (name, field) for _, name, field in fields() if (not names or name in names) and name != "model"
+            (name, field)
+            for _, name, field in fields()
+            if (not names or name in names) and name not in ("model", "models")
         ]
         for name, field in reversed(chosen):
             several = get_origin(field.annotation) in (dict, tuple)
@@ -93,50 +92,40 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model", required=False)
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @CONFIG
 @click.option("--reload", is_flag=True, help="restart when the source changes")
 @setting_options()
-def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) -> None:
-    """Serve MODEL over HTTP.
+def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: Any) -> None:
+    """Serve one or several MODELs over HTTP.
 
-    MODEL is a hub id (owner/name), a folder in diffusers' layout, or a tag of the model store; without it the
-    model that comes with HyperGen is served.
+    MODEL is a hub id (owner/name), a folder in diffusers' layout, a tag of the model store, or a served-model
+    file such as those in configs/; without any the model that comes with HyperGen is served. Requests choose
+    among several by name; the first draws what names none.
     """
     from hypergen import serving
-    from hypergen.adapters.registry import open_registry, with_absolute_path
-    from hypergen.control_sources import find_control_models
-    from hypergen.model_folder import check_folder
+    from hypergen.choosing_models import find_models, resolved_entries, resolved_flags
+    from hypergen.model_entries import as_json
 
-    flags["model"] = model
-    settings = load_settings(config, os.environ, flags)
+    settings = load_settings(config, os.environ, {**flags, "models": models})
     keys = api_keys(settings.server)
-    control_models = find_control_models(settings.engine.controlnet)
     serving.check_port(settings.server)
-    stored = _ensure(settings)
-    open_registry(settings.engine, stored.path)  # tells now, not in the engine, what is not there
+    found = find_models(settings, _say)
     if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
         _say(
             f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
         )
-    flags["model"] = stored.tag
-    flags["served_model_name"] = settings.served_model_name or settings.model or stored.source
-    # Paths are resolved here, because the service runs in its own folder.
-    if control_models:
-        flags["controlnet"] = control_models
+    # The service reads the settings again, from its environment: nothing secret stands on a command line. It
+    # runs in its own folder, so models and paths are resolved here.
     if settings.server.api_key_file:
         flags["api_key_file"] = settings.server.api_key_file.resolve()
-    flags["lora"] = tuple(with_absolute_path(given) for given in settings.engine.lora)
-    flags["lora_dir"] = tuple(folder.expanduser().absolute() for folder in settings.engine.lora_dir)
-    if settings.engine.refiner:
-        check_folder(settings.engine.refiner)
-        flags["refiner"] = settings.engine.refiner.resolve()
-    # The service reads the settings again, from its environment: nothing secret stands on a command line.
-    environment = environment_of(flags)
+    flags["models"] = as_json(resolved_entries(settings, found))
+    flags |= resolved_flags(settings.engine)
+    environment = {**environment_of(flags), "HYPERGEN_MODEL": ""}
     file = config or os.environ.get("HYPERGEN_CONFIG")
     if file:
         environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
-    sys.exit(serving.serve(settings, environment, stored.path, reload, _say))
+    sys.exit(serving.serve(settings, environment, found[0].path, reload, _say))
 
 
 @main.command()
@@ -148,7 +137,11 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     required=True,
     help="file to write; its ending chooses png, jpeg or webp; several images get a number each",
 )
-@click.option("-m", "--model", help="hub id, folder or model-store tag  [default: the embedded model]")
+@click.option(
+    "-m",
+    "--model",
+    help="hub id, folder, model-store tag or served-model file  [default: the embedded model]",
+)
 @click.option("-n", type=int, help="number of images, 1 to 10  [default: 1]")
 @click.option("--negative-prompt", help="what not to draw")
 @click.option("--size", help="WIDTHxHEIGHT in pixels, multiples of 8  [default: the model's]")
@@ -181,13 +174,14 @@ def generate(
 ) -> None:
     """Draw PROMPT into a file, without a server."""
     from hypergen import drawing
+    from hypergen.choosing_models import find_models
 
-    flags = {"model": model, "device": device, "dtype": dtype, "image_metadata": image_metadata}
-    settings = load_settings(config, os.environ, {**flags, "lora_dir": lora_dir})
+    flags = {"device": device, "dtype": dtype, "image_metadata": image_metadata, "lora_dir": lora_dir}
+    settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
     if loras:
         settings, options["loras"] = _with_loras(settings, loras)
-    stored = _ensure(settings)
-    for file, seed in drawing.draw_files(settings, stored, {"prompt": prompt, **options}, output):
+    found = find_models(settings, _say)[0]
+    for file, seed in drawing.draw_files(settings, found, {"prompt": prompt, **options}, output):
         _say(f"{file} (seed {seed})")
 
 
@@ -214,20 +208,27 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
     """
     from hypergen import store
     from hypergen.adapters.registry import open_registry, summarise
+    from hypergen.choosing_models import entries_of, settings_of
 
-    settings = load_settings(config, os.environ, {**flags, "model": model})
-    registry = open_registry(settings.engine, store.local_folder(settings.model))
-    rows = [("NAME", "MODEL", "LAYOUT", "RANK", "SIZE")]
-    for name, path in sorted(registry.files.items()):
-        shown = f"{name} (default)" if name == registry.default else name
-        try:
-            found = summarise(path)
-        except ModelError as error:
-            rows.append((shown, "-", str(error), "-", "-"))
-            continue
-        ranks = ",".join(map(str, found.ranks))
-        rows.append((shown, found.model, found.layout, ranks, f"{found.size_bytes / 1e6:.1f} MB"))
-    _table(rows)
+    settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
+    entries = entries_of(settings)
+    for entry in entries:
+        if len(entries) > 1:
+            click.echo(f"{entry.name or entry.source or store.EMBEDDED_NAME}:")
+        registry = open_registry(settings_of(entry, settings.engine), store.local_folder(entry.source))
+        rows = [("NAME", "MODEL", "LAYOUT", "RANK", "SIZE")]
+        for name, path in sorted(registry.files.items()):
+            shown = f"{name} (default)" if name == registry.default else name
+            try:
+                lora = summarise(path)
+            except ModelError as error:
+                rows.append((shown, "-", str(error), "-", "-"))
+                continue
+            ranks = ",".join(map(str, lora.ranks))
+            rows.append((shown, lora.model, lora.layout, ranks, f"{lora.size_bytes / 1e6:.1f} MB"))
+        unfilled = (name for name, file in sorted(entry.loras.items()) if not file)
+        rows += [(name, "-", "no file yet, not offered", "-", "-") for name in unfilled]
+        _table(rows)
 
 
 @main.command("import")
@@ -247,15 +248,6 @@ def bench(arguments: tuple[str, ...]) -> None:
     """Measure throughput and latency against stock diffusers; --help lists the options."""
     # A program of its own: this one imports no torch.
     os.execv(sys.executable, [sys.executable, "-m", "hypergen.bench", *arguments])
-
-
-def _ensure(settings: Settings) -> StoredModel:
-    """The model of the settings, imported into the store if it is not there."""
-    from hypergen import store
-    from hypergen.models.registry import servable
-
-    revision, dtype = settings.revision, settings.engine.dtype
-    return store.ensure(settings.model, revision=revision, dtype=dtype, pipelines=servable(), progress=_say)
 
 
 def _with_loras(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:

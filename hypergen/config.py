@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
+from hypergen.model_entries import ModelEntry, read_entries
 from hypergen.named_sources import NamedSources
 
 Device = Literal["cuda", "cpu", "mps"]
@@ -33,6 +34,13 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     refiner: Path | None = Field(
         None, description="folder of the SDXL refiner that draws the last steps of requests that enable it"
+    )
+    model_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="memory that the weights of several models may take together, in GB; the one used "
+        "longest ago is moved out for another. Absent: 80 % of a GPU's memory, elsewhere no limit",
     )
     max_batch_size: int = Field(8, ge=1, le=256, description="images per denoising step")
     determinism: Determinism = Field(
@@ -94,8 +102,8 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     controlnet: NamedSources = Field(
         default_factory=dict[str, str],
-        description="control model that requests may name: NAME=SOURCE, SOURCE a folder or a hub id; several "
-        "in HYPERGEN_CONTROLNET stand with commas between them",
+        description="control model that requests may name: NAME=SOURCE, SOURCE a folder or a hub id, which "
+        "may end in @REVISION; several in HYPERGEN_CONTROLNET stand with commas between them",
     )
     engine_stall_timeout_s: float = Field(
         300,
@@ -180,6 +188,10 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 
     model: str | None = Field(
         None, description="hub id, folder or model-store tag; absent: the embedded model"
+    )
+    models: Annotated[tuple[ModelEntry, ...], BeforeValidator(read_entries)] = Field(
+        (),
+        description="instead of `model`, one or several: each a source, a served-model file, or its fields",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     served_model_name: str | None = Field(

@@ -16,13 +16,13 @@ from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.images.codec import FORMATS
-from hypergen.store import StoredModel
+from hypergen.served_models import ServedModel
 
 _ENDINGS = {".jpeg": "jpeg", **{f".{kind.extension}": name for name, kind in FORMATS.items()}}
 
 
 def draw_files(
-    settings: Settings, model: StoredModel, options: dict[str, Any], output: Path
+    settings: Settings, model: ServedModel, options: dict[str, Any], output: Path
 ) -> list[tuple[Path, int]]:
     """Draw one request into files; returns them with their seeds.
 
@@ -49,14 +49,14 @@ def draw_files(
 
 
 async def _draw(
-    settings: Settings, model: StoredModel, body: dict[str, Any]
+    settings: Settings, model: ServedModel, body: dict[str, Any]
 ) -> list[generation.ImageFinished]:
     pool = EnginePool(settings, accelerators=[{}])
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading", total=None)
         try:
-            await pool.start(model.path, settings.served_model_name or settings.model or model.source)
+            await pool.start([model])
             description = await _loaded(pool)
             asked = openai.to_request(body, description, settings.server, uuid.uuid4().hex).generation
             images: list[generation.ImageFinished] = []

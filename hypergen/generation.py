@@ -69,7 +69,7 @@ class GenerationRequest:
     seed_given: bool
     n: int = 1
     sampler: str | None = None  # None: the scheduler that the model was published with
-    model: str | None = None  # None: the only one, or the first
+    model: str | None = None  # id of a served model; None: the first
     prompt_2: str | None = None  # for the second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
     enable_refiner: bool = False
@@ -182,6 +182,7 @@ class EngineStatus:
     forwards: int = 0  # forward passes since the start
     image_steps: int = 0  # images in those passes, summed
     restarts: int = 0
+    models: tuple[str, ...] = ()  # ids of those in memory
     # Stage of the start -> seconds it took: imports, weights, warm-up.
     startup_s: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -214,8 +215,8 @@ class Outlook:
 class ImageGenerator(Protocol):
     """Whoever draws, as the HTTP half sees it: the pool of engine processes."""
 
-    def describe(self) -> ModelDescription | None:
-        """The loaded model; None until it is loaded."""
+    def describe(self, name: str | None = None) -> ModelDescription | None:
+        """The served model of this name, else the first; None until they are loaded."""
         ...
 
     def status(self) -> GeneratorStatus:

@@ -30,6 +30,12 @@ class HubModel:
     size_bytes: int
 
 
+def with_revision(source: str) -> tuple[str, str | None]:
+    """Hub id and revision of `owner/name@revision`; None where it ends without one."""
+    repo, at, revision = source.partition("@")
+    return repo, revision if at and revision else None
+
+
 def look_up(repo: str, *, revision: str | None, half: bool, check: Callable[[Path], None]) -> HubModel:
     """Pin the revision to a commit and choose the files; fetches only `model_index.json`, which `check` may
     refuse.

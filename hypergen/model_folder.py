@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -173,6 +174,16 @@ def safetensors_header(file: Path, model: str, name: str) -> bytes:
     if (expected := 8 + length + max(ends, default=0)) != size:
         raise ModelError(f"{model}: {name} is damaged: it should have {expected} bytes and has {size}.")
     return header
+
+
+def count_weights(folder: Path) -> int:
+    """Numbers in all weights of a checked folder, by their headers."""
+    total = 0
+    for name in select_in_folder(folder, half=False).files.values():
+        if name.endswith(".safetensors") and not name.startswith(f"{LORAS}/"):
+            tensors = json.loads(safetensors_header(folder / name, str(folder), name))
+            total += sum(math.prod(t["shape"]) for key, t in tensors.items() if key != "__metadata__")
+    return total
 
 
 def place_file(original: Path, target: Path, *, copy_weights: bool) -> None:

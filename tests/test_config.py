@@ -8,7 +8,9 @@ import pytest
 
 from hypergen.api_keys import api_keys
 from hypergen.config import Settings
+from hypergen.control_sources import find_control_models
 from hypergen.errors import ConfigurationError
+from hypergen.hub import HUB_ID
 from hypergen.setting_sources import environment_of, fields, load_settings, option_name
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -33,9 +35,41 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
     assert settings.server.port == 1003
 
 
+# The model ids of both Hyperbolic documents, and the LoRAs that they name.
+DOCUMENTED = {
+    "SDXL1.0-base": "sdxl.yaml",
+    "SDXL-turbo": "sdxl-turbo.yaml",
+    "SD1.5": "sd15.yaml",
+    "SD2": "sd2.yaml",
+    "SSD": "ssd-1b.yaml",
+    "SD3.5": "sd3.5.yaml",
+    "FLUX.1-dev": "flux-dev.yaml",
+    "FLUX.1-schnell": "flux-schnell.yaml",
+    "ControlNet-SDXL": "controlnet-sdxl.yaml",
+}
+LORAS = {
+    "sdxl.yaml": "Add_Detail More_Art Pixel_Art Logo Sci-fi Crayons Paint_Splash Outdoor_Product_Photography",
+    "sd15.yaml": "Add_Detail Superhero Lineart Anime_Lineart Cartoon_Background Pencil_Sketch",
+}
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
-def test_every_shipped_configuration_loads(file: Path) -> None:
-    load_settings(file)
+def test_every_served_model_file_loads(file: Path) -> None:
+    (entry,) = load_settings(flags={"models": (str(file),)}).models
+    assert entry.source == "hypergen-tiny" or HUB_ID.fullmatch(entry.source or "")
+    assert entry.source == "hypergen-tiny" or entry.revision
+    assert None not in entry.defaults.model_dump().values()
+    assert list(entry.loras) == LORAS.get(file.name, "").split()
+    assert not any(entry.loras.values())  # for the operator to fill in
+    assert find_control_models(entry.controlnet) == entry.controlnet
+
+
+def test_every_documented_model_has_its_file() -> None:
+    files = {file.name: str(file) for file in CONFIGS.glob("*.yaml")}
+    entries = dict(zip(files, load_settings(flags={"models": tuple(files.values())}).models, strict=True))
+    for name, file in DOCUMENTED.items():
+        called = [of for of, entry in entries.items() if name in (entry.name, *entry.aliases)]
+        assert called == [file]
 
 
 @pytest.mark.parametrize("name", sorted(name for _, name, _ in fields()))

@@ -75,8 +75,9 @@ async def answer(
 ) -> Response:
     """One image request, from its body to its answer."""
     started = time.monotonic()
-    description = loaded(generator)
+    loaded(generator)
     body = await read_body(request, operation)
+    description = loaded(generator, body.get(operation.model_field))
     asked = await check(operation, body, description, settings, request.state.request_id)
     body.clear()  # pictures in base64 would be held as long as the request waits
     base = url_base(request, settings)
@@ -109,13 +110,16 @@ def in_pieces(pieces: list[bytes]) -> StreamingResponse:
     return response
 
 
-def loaded(generator: ImageGenerator) -> ModelDescription:
-    """What requests are checked against.
+def loaded(generator: ImageGenerator, name: object = None) -> ModelDescription:
+    """What requests are checked against: the served model of this name, else the first.
+
+    Args:
+        name: as it stands in a body that was not checked.
 
     Raises:
-        UnavailableError: the model is not loaded yet, or could not be.
+        UnavailableError: the models are not loaded yet, or could not be.
     """
-    description = generator.describe()
+    description = generator.describe(name if isinstance(name, str) else None)
     if description is None:
         state = generator.status().state
         words = {"failed": "The model could not be loaded; /health says why."}

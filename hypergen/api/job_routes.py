@@ -29,10 +29,11 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         PATH, openapi_extra=openapi.job("Begin a job", "createImageJob", begins=True), status_code=202
     )
     async def create_job(request: Request) -> Response:
-        description = loaded(generator)
+        loaded(generator)
         # A form reads the same for edits and variations.
         body = await read_body(request, operations.EDITS)
         operation = _operation_of(body, is_form(request))
+        description = loaded(generator, body.get(operation.model_field))
         asked = await check(operation, body, description, settings, request.state.request_id)
         body.clear()
         asked.refuse_stream()

@@ -89,8 +89,8 @@ class NativeResult(BaseModel):
 async def draw_item(generator: ImageGenerator, settings: Settings, item: NativeItem) -> NativeResult:
     """Draw one item of a batch; it fails alone, because an exception would fail its batch-mates too."""
     try:
-        description = loaded(generator)
         body = {name: value for name, value in item.root.items() if value is not None}
+        description = loaded(generator, body.get(GENERATIONS.model_field))
         asked = await check(GENERATIONS, body, description, settings, f"item_{uuid.uuid4().hex}")
         asked.refuse_stream()
         timeout_s = settings.queue.request_timeout_s

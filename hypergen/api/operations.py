@@ -23,6 +23,7 @@ class Operation:
     Args:
         form: the fields whose types a multipart form is read by; absent: only JSON is read.
         described: the operation in /openapi.json.
+        model_field: names the model.
         to_frame: asked, the time and an event of a stream; gives it in pieces. Absent: there are no streams.
         to_response: asked, images, their addresses if they have any, and the time; gives JSON in pieces.
     """
@@ -31,6 +32,7 @@ class Operation:
     to_request: Callable[[dict[str, Any], ModelDescription, ServerSettings, str], Asked]
     to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
     form: type[BaseModel] | None = None
+    model_field: str = "model"
     described: dict[str, Any]
     to_frame: Callable[[Any, int, Preview | ImageFinished], list[bytes]] | None = None
 
@@ -60,6 +62,7 @@ VARIATIONS = Operation(
 )
 HYPERBOLIC = Operation(
     path="/v1/image/generation",
+    model_field="model_name",
     to_request=hyperbolic.to_request,
     to_response=hyperbolic.to_response,
     described=openapi.hyperbolic_generation(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
@@ -22,8 +23,9 @@ from hypergen.api.jobs import Jobs
 from hypergen.api.operations import OPERATIONS, Operation
 from hypergen.config import Settings
 from hypergen.errors import NotFoundError
-from hypergen.generation import ImageGenerator
+from hypergen.generation import GeneratorStatus, ImageGenerator, ModelDescription
 from hypergen.images.storage import ImageStorage
+from hypergen.served_models import ServedModel
 
 _FILE_HEADERS = {
     "Cache-Control": "private, max-age=3600, immutable",
@@ -33,7 +35,11 @@ _FILE_HEADERS = {
 
 
 def create_router(
-    settings: Settings, generator: ImageGenerator, storage: ImageStorage, jobs: Jobs, model_id: str
+    settings: Settings,
+    generator: ImageGenerator,
+    storage: ImageStorage,
+    jobs: Jobs,
+    models: Sequence[ServedModel],
 ) -> APIRouter:
     """All routes of the API."""
     router = APIRouter(redirect_slashes=False)
@@ -53,7 +59,7 @@ def create_router(
         openapi_extra=openapi.told("listModels", "ModelList", 200),
     )
     async def list_models() -> Response:
-        return json_response({"object": "list", "data": [_model(model_id)]})
+        return json_response({"object": "list", "data": [_model(model.id) for model in models]})
 
     @router.get(
         "/v1/models/{model:path}",
@@ -62,7 +68,9 @@ def create_router(
     )
     async def get_model(model: str) -> Response:
         # Ids may start with a slash, which a proxy or client may have dropped or doubled.
-        if model.strip("/") != model_id.strip("/"):
+        model_id = next((known.id for known in models if known.id.strip("/") == model.strip("/")), None)
+        model_id = model_id or next((known.id for known in models if known.is_called(model)), None)
+        if model_id is None:
             raise NotFoundError(
                 f"This server has no model '{model[:100]}'.", param="model", code="model_not_found"
             )
@@ -87,7 +95,8 @@ def create_router(
         words = {"ready": "healthy", "failed": "failed"}
         body: dict[str, Any] = {
             "status": words.get(status.state, status.state),
-            "model": model_id,
+            "model": models[0].id,
+            "models": [_served(model, generator.describe(model.id), status) for model in models],
             "queue_size": status.queue_size,
             # "auto" until the engine has chosen.
             "device": next((e.device for e in status.engines if e.device), settings.engine.device or "auto"),
@@ -124,6 +133,22 @@ def create_router(
 
 def _model(model_id: str) -> dict[str, Any]:
     return {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "hypergen"}
+
+
+def _served(
+    model: ServedModel, description: ModelDescription | None, status: GeneratorStatus
+) -> dict[str, Any]:
+    """What /health says of one of the models."""
+    return {
+        "id": model.id,
+        "aliases": list(model.aliases),
+        "family": description.family if description else None,
+        "in_memory": any(model.id in engine.models for engine in status.engines),
+        "samplers": list(description.samplers) if description else [],
+        "options": sorted(description.options) if description else [],
+        "loras": list(description.loras) if description else [],
+        "control_models": list(description.control_models) if description else [],
+    }
 
 
 def _engine(status: dict[str, Any]) -> dict[str, Any]:

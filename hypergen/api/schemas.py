@@ -99,11 +99,23 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                 "type": "string",
                 "enum": ["healthy", "loading", "recovering", "draining", "failed"],
             },
-            "model": _TEXT,
+            "model": {"type": "string", "description": "the first of the models"},
+            "models": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "id": _TEXT,
+                        "aliases": {"type": "array", "items": _TEXT},
+                        "in_memory": {"type": "boolean"},
+                    },
+                    "required": ["id", "aliases", "in_memory"],
+                },
+            },
             "device": _TEXT,
             "queue_size": {"type": "integer", "description": "requests accepted and unfinished"},
         },
-        "required": ["status", "model", "device", "queue_size"],
+        "required": ["status", "model", "models", "device", "queue_size"],
     },
     "ImageJob": {
         "type": "object",

@@ -6,6 +6,7 @@ Source: Zhang et al. 2023, https://arxiv.org/abs/2302.05543.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from hypergen.conditioning.canny import canny
 from hypergen.conditioning.pictures import fit, to_unit
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.generation import Control
+from hypergen.hub import with_revision
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,10 @@ def load(sources: Mapping[str, str], denoiser: nn.Module, dtype: torch.dtype) ->
         if not isinstance(denoiser, UNet2DConditionModel):
             raise ModelError("Control models steer models with a UNet; this one has none.")
         try:
-            model: Any = ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+            where, revision = (source, None) if os.path.isdir(source) else with_revision(source)
+            model: Any = ControlNetModel.from_pretrained(
+                where, revision=revision, torch_dtype=dtype, use_safetensors=True
+            )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             logger.exception("Loading the control model %s failed.", name)
             # Without the path: /health shows the reason to everybody.

@@ -136,17 +136,30 @@ class Engine:
         """Serve until `stop`."""
         while not self._stopping:
             self.turn()
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the files that are being written; no turn may follow."""
         self._finisher.shutdown()
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do but to read the inbox."""
-        return not (self._joining or self._active or self._denoised or self.shapes.unfinished(()))
+        """Whether there is nothing to do."""
+        return self.resting and not self.shapes.unfinished(())
+
+    @property
+    def resting(self) -> bool:
+        """Whether no request is here; a probe of larger passes may still be under way."""
+        return not (self._joining or self._active or self._denoised) and self._inbox.empty()
 
     @torch.inference_mode()
-    def turn(self) -> None:
-        """Take requests in and out, advance one batch by one step, finish images; waits when idle."""
-        self._read_inbox(wait=self.idle)
+    def turn(self, wait: bool = True) -> None:
+        """Take requests in and out, advance one batch by one step, finish images.
+
+        Args:
+            wait: for the inbox, when idle.
+        """
+        self._read_inbox(wait=wait and self.idle)
         self.last_step_at = self._clock()
         self._in_a_moment(lambda: self._joining, self._admit)
         self.step()

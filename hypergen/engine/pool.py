@@ -26,6 +26,7 @@ from hypergen.generation import (
     Started,
     State,
 )
+from hypergen.served_models import ServedModel
 
 _RETRY_AFTER_S = 5
 _UNAVAILABLE: dict[State, str] = {
@@ -120,12 +121,16 @@ class EnginePool:
         self._accelerators = accelerators
         self._admission = Admission(settings.queue)
         self._engines: list[_EngineCalls] = []
+        self._models: tuple[ServedModel, ...] = ()
         self._draining = False
         self._watch: asyncio.Task[None] | None = None
 
-    async def start(self, model_path: Path, model_id: str) -> None:
-        """Start the engines; does not wait for them to load."""
-        start = wire.Start(model_path, model_id, self._settings.engine)
+    async def start(self, models: Sequence[ServedModel]) -> None:
+        """Start the engines, each with all models; does not wait for them to load. The first model draws what
+        names none.
+        """
+        self._models = tuple(models)
+        start = wire.Start(self._models)
         accelerators = self._accelerators
         if accelerators is None:
             accelerators = await asyncio.to_thread(_visible_accelerators, self._settings.engine.device)
@@ -160,9 +165,13 @@ class EnginePool:
             for call in [*engine.submitted.values(), *engine.suspects, *engine.held]:
                 call.events.put_nowait(_unavailable("draining"))
 
-    def describe(self) -> ModelDescription | None:
-        descriptions = (engine.supervisor.description for engine in self._engines)
-        return next((description for description in descriptions if description), None)
+    def describe(self, name: str | None = None) -> ModelDescription | None:
+        every = (engine.supervisor.descriptions for engine in self._engines)
+        known = {description.id: description for descriptions in every for description in descriptions}
+        if not known:
+            return None
+        named = (model.id for model in self._models if name is not None and model.is_called(name))
+        return known[next(named, self._models[0].id)]
 
     def status(self) -> GeneratorStatus:
         statuses = tuple(engine.supervisor.status for engine in self._engines)

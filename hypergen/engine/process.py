@@ -1,4 +1,4 @@
-"""The main of an engine process: loads one model, then draws until its parent says so or is gone.
+"""The main of an engine process: loads its models, then draws until its parent says so or is gone.
 
 Started by the pool as `python -m hypergen.engine.process FD`, with one end of a socket pair as descriptor FD,
 or by `hypergen serve` as `... --spare FD MODEL`, to import what MODEL needs until a pool connects to FD.
@@ -25,10 +25,13 @@ from hypergen.errors import HyperGenError, RequestError, pack
 from hypergen.generation import Event
 
 if TYPE_CHECKING:
-    from hypergen.engine.engine import Engine
-    from hypergen.engine.whole import WholeEngine
+    from hypergen.engine.loader import Loader
+    from hypergen.engine.roster import Roster
 
 logger = logging.getLogger(__name__)
+
+# What the weights of several models may take of a GPU's memory; the rest is for drawing.
+_SHARE_OF_GPU = 0.8
 
 
 def main() -> None:
@@ -46,54 +49,67 @@ def main() -> None:
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
 
-    engines: list[Engine | WholeEngine] = []
-    stages = _Stages()
-    # Reads from the start, so that a parent that leaves while the model loads is noticed.
-    threading.Thread(target=_read, args=(connection, engines), daemon=True).start()
-
+    rosters: list[Roster] = []
+    # Reads from the start, so that a parent that leaves while the models load is noticed.
+    threading.Thread(target=_read, args=(connection, rosters), daemon=True).start()
     try:
+        started = time.monotonic()
         imports.result()
+        for model in start.models:
+            import_all(model.path)
+        imported_s = time.monotonic() - started
         # Imported this late because it takes seconds, in which signals and the parent already matter.
         import torch
 
-        from hypergen.engine.engine import Engine
-        from hypergen.engine.whole import WholeEngine
-        from hypergen.models import loading
-        from hypergen.models.whole import WholePipeline
-
-        import_all(start.model_path)
-        stages.end("imports")
         torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
         torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
-        model = loading.load_any(start.model_path, start.settings)
-        stages.end("weights")
-        report = _reporter(outbox)
-        if isinstance(model, WholePipeline):
-            engine = WholeEngine(model, start.model_id, start.settings, report)
-        else:
-            engine = Engine(model, start.model_id, start.settings, report)
-        engine.warm_up()
-        stages.end("warm-up")
-        engine.startup_s = stages.seconds
+        roster, loader = _make_roster(start, outbox)
+        descriptions = roster.load_all()
+        stages = {"imports": imported_s, **loader.seconds}
+        roster.startup_s = {name: round(seconds, 3) for name, seconds in stages.items()}
         gc.freeze()
         gc.enable()
     except Exception as error:  # the last edge: whatever it is, the parent must hear of it
         reason = str(error)
         if not isinstance(error, HyperGenError):
-            logger.exception("The model %s could not be loaded.", start.model_id)
+            logger.exception("A model could not be loaded.")
             reason = (
                 f"{type(error).__name__}; the server's log has the details"  # /health shows it to everybody
             )
         wire.send(connection, wire.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
-    engines.append(engine)
-    outbox.put(wire.Loaded(model.describe(start.model_id), engine.status()))
-    threading.Thread(target=_beat, args=(engine, outbox), daemon=True).start()
+    rosters.append(roster)
+    outbox.put(wire.Loaded(descriptions, roster.status()))
+    threading.Thread(target=_beat, args=(roster, outbox), daemon=True).start()
     try:
-        engine.run()
+        roster.run()
     except Exception:  # the device is lost; a new process gets a new one
         logger.exception("The engine cannot go on.")
         os._exit(13)
+
+
+def _make_roster(start: wire.Start, outbox: queue.SimpleQueue[Any]) -> tuple[Roster, Loader]:
+    """The models of this process, not loaded yet.
+
+    Raises:
+        ModelError: one is of no kind that can be served, or larger than the memory for models.
+    """
+    import torch
+
+    from hypergen.engine.loader import Loader
+    from hypergen.engine.roster import Roster
+    from hypergen.models import loading
+
+    settings = start.models[0].settings
+    report = _reporter(outbox)
+    loader = Loader(report)
+    if len(start.models) == 1:  # nothing could be moved out for it
+        return Roster([(start.models[0], 0)], None, loader, report), loader
+    limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
+    if limit_bytes is None and loading.choose_device(settings).type == "cuda":
+        limit_bytes = _SHARE_OF_GPU * torch.cuda.get_device_properties(0).total_memory
+    expected = [(model, loading.expected_bytes(model.path, model.settings)) for model in start.models]
+    return Roster(expected, limit_bytes, loader, report), loader
 
 
 def _connect(arguments: list[str]) -> tuple[socket.socket, Future[None]]:
@@ -116,24 +132,11 @@ def import_all(model_path: Path) -> None:
     """
     import torch  # noqa: F401
 
-    from hypergen.engine import engine  # noqa: F401
+    from hypergen.engine import loader  # noqa: F401
     from hypergen.models import loading
 
     _quieten_libraries()
     loading.import_family(model_path)
-
-
-class _Stages:
-    """Where the time of a start goes: stage -> seconds since the stage before it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.monotonic()
-
-    def end(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[name] = round(now - self._since, 3)
-        self._since = now
 
 
 def _quieten_libraries() -> None:
@@ -175,22 +178,22 @@ def _write(connection: socket.socket, outbox: queue.SimpleQueue[Any]) -> None:
             os._exit(0)
 
 
-def _read(connection: socket.socket, engines: list[Engine | WholeEngine]) -> None:
-    """Requests go to the one engine in the list; the pool sends none before that."""
+def _read(connection: socket.socket, rosters: list[Roster]) -> None:
+    """Requests go to the one roster in the list; the pool sends none before that."""
     while True:
         message = wire.receive(connection)
         match message:
             case wire.Submit(request):
-                engines[0].submit(request)
+                rosters[0].submit(request)
             case wire.Cancel(request_id):
-                engines[0].cancel(request_id)
+                rosters[0].cancel(request_id)
             case _:  # Shutdown, or None: the parent is gone; the main thread may be deep in a kernel
                 os._exit(0)
 
 
-def _beat(engine: Engine | WholeEngine, outbox: queue.SimpleQueue[Any]) -> None:
+def _beat(roster: Roster, outbox: queue.SimpleQueue[Any]) -> None:
     while True:
-        outbox.put(wire.Alive(time.monotonic() - engine.last_step_at, engine.status()))
+        outbox.put(wire.Alive(time.monotonic() - roster.last_step_at, roster.status()))
         time.sleep(1)
 
 

@@ -28,7 +28,7 @@ class Supervisor:
     Args:
         start: what the process is told to load.
         environment: added to the process's environment, for example which accelerator it may see.
-        on_ready: called each time a process has loaded the model.
+        on_ready: called each time a process has loaded its models.
         on_message: called with what the process tells of a request.
         on_lost: called when the process is gone and everything it had was lost.
     """
@@ -45,7 +45,7 @@ class Supervisor:
         on_message: Callable[[wire.Happened | wire.Failed], None],
         on_lost: Callable[[Supervisor], None],
     ) -> None:
-        self.description: ModelDescription | None = None
+        self.descriptions: tuple[ModelDescription, ...] = ()
         self.status = EngineStatus(state="loading")
         self._start = start
         self._environment = environment
@@ -143,10 +143,10 @@ class Supervisor:
             case wire.Alive(step_age_s, status):
                 self._step_seen_at = time.monotonic() - step_age_s
                 self._set_status(status)
-            case wire.Loaded(description, status):
+            case wire.Loaded(descriptions, status):
                 self._failed_loads, self._loading = 0, False
                 self._step_seen_at = time.monotonic()
-                self.description = description
+                self.descriptions = descriptions
                 self._set_status(status)
                 self._on_ready(self)
             case wire.LoadFailed(reason):
@@ -164,7 +164,7 @@ class Supervisor:
             self._failed_loads += 1
         else:
             self._restarts += 1
-        if self.description is None or self._failed_loads >= self._RELOADS:
+        if not self.descriptions or self._failed_loads >= self._RELOADS:
             self._set_status(EngineStatus(state="failed", reason=reason))
             self._on_lost(self)
             return

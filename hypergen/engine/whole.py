@@ -75,14 +75,35 @@ class WholeEngine:
         request = warm_up_request(self.model.describe(self.model_id))
         codec.encode(self.model.draw(request, 0, self._stamp), request, 0, self.model_id)
 
-    @torch.inference_mode()
+    @property
+    def idle(self) -> bool:
+        """Whether no request is here."""
+        return not self._waiting and self._inbox.empty()
+
+    @property
+    def resting(self) -> bool:
+        """The same: nothing else is ever to be done."""
+        return self.idle
+
     def run(self) -> None:
         """Serve until `stop`."""
         while not self._stopping:
-            self._read_inbox(wait=not self._waiting)
-            self._stamp(0)
-            if self._waiting:
-                self._serve(self._waiting.popleft())
+            self.turn()
+
+    @torch.inference_mode()
+    def turn(self, wait: bool = True) -> None:
+        """Take requests in and out and draw one of them, all its images.
+
+        Args:
+            wait: for the inbox, when idle.
+        """
+        self._read_inbox(wait=wait and self.idle)
+        self._stamp(0)
+        if self._waiting:
+            self._serve(self._waiting.popleft())
+
+    def close(self) -> None:
+        """Nothing is left open; the counterpart of `Engine.close`."""
 
     def _serve(self, request: GenerationRequest) -> None:
         self._drawing = request

@@ -10,12 +10,11 @@ import pickle
 import socket
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hypergen.config import EngineSettings
 from hypergen.errors import PackedError
 from hypergen.generation import EngineStatus, Event, GenerationRequest, ModelDescription
+from hypergen.served_models import ServedModel
 
 _LENGTH = struct.Struct(">Q")
 
@@ -24,9 +23,7 @@ _LENGTH = struct.Struct(">Q")
 class Start:
     """Pool to engine, first of all: what to load."""
 
-    model_path: Path
-    model_id: str
-    settings: EngineSettings
+    models: tuple[ServedModel, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class Shutdown:
 class Loaded:
     """Engine to pool: ready to draw."""
 
-    description: ModelDescription
+    descriptions: tuple[ModelDescription, ...]
     status: EngineStatus
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
+from torch import nn
 
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
+from hypergen.model_folder import count_weights
 from hypergen.models.family import Family
 from hypergen.models.registry import FAMILIES, family_class, servable
 from hypergen.models.whole import WholePipeline
@@ -34,8 +36,13 @@ def load(path: Path, settings: EngineSettings) -> Family:
     return model
 
 
-def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
+def load_any(
+    path: Path, settings: EngineSettings, defaults: Mapping[str, Any] | None = None
+) -> Family | WholePipeline:
     """Load the model in `path` onto the device that the settings name, or the best there is.
+
+    Args:
+        defaults: what requests get that do not say, in place of the model's own.
 
     Raises:
         ModelError: the folder is of no pipeline that can be served, or its files do not fit together.
@@ -43,8 +50,8 @@ def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
     pipeline_class, family = import_family(path)
     if settings.refiner is not None and (family is None or family.name != "sdxl"):
         raise ModelError("A refiner goes with Stable Diffusion XL; this model is of another kind.")
-    card_file = path / "hypergen.json"
-    card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
+    card = _read_card(path)
+    card["defaults"] = {**card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, card, half_dtype)
@@ -56,6 +63,45 @@ def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
     loaded: Family = family(pipeline, card, settings)
     loaded.control_models = controlnet.load(settings.controlnet, loaded.denoiser, dtype)
     return loaded
+
+
+def expected_bytes(path: Path, settings: EngineSettings) -> int:
+    """What the weights of the model in `path` will take in memory, without what is loaded beside them.
+
+    Raises:
+        ModelError: as `load_any`.
+    """
+    _, family = import_family(path)
+    half_dtype = family.half_dtype if family else torch.bfloat16
+    dtype = choose_dtype(settings, choose_device(settings), _read_card(path), half_dtype)
+    return count_weights(path) * dtype.itemsize
+
+
+def weight_bytes(model: Family | WholePipeline) -> int:
+    """What all networks take that a loaded model keeps, control models and refiner too."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    objects: list[Any] = [model]
+    while objects:
+        thing = objects.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found |= {id(t): t.nbytes for t in (*thing.parameters(), *thing.buffers())}
+        elif isinstance(thing, diffusers.DiffusionPipeline):
+            objects += thing.components.values()
+        elif isinstance(thing, Mapping):
+            objects += cast(Mapping[Any, Any], thing).values()
+        elif type(thing).__module__.startswith("hypergen."):
+            objects += getattr(thing, "__dict__", {}).values()
+    return sum(found.values())
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """What diffusers' files cannot say about a model."""
+    file = path / "hypergen.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def load_pipeline(

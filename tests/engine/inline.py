@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hypergen.engine.finishing import to_pixels
 from hypergen.errors import RequestError
 from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress
 from hypergen.models.family import Family
+from hypergen.served_models import ServedModel
 from hypergen.trajectory import Trajectory
 
 _numbers = itertools.count()
@@ -38,6 +40,11 @@ def make_request(**changes: Any) -> GenerationRequest:
 
 def make_settings(**changes: Any) -> EngineSettings:
     return EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **changes})
+
+
+def served(folder: Path, **changes: Any) -> ServedModel:
+    """The model in a folder as a pool wants it."""
+    return ServedModel(id="small", path=folder, settings=make_settings(**changes))
 
 
 class InlineEngine:

@@ -21,7 +21,7 @@ from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.errors import GenerationError, RequestError, UnavailableError
 from hypergen.generation import GenerationRequest, ImageFinished, Progress, Started, State, draw_all
-from tests.engine.inline import make_request, make_settings
+from tests.engine.inline import make_request, make_settings, served
 
 _PATIENCE_S = 120  # for a busy machine; nothing here takes a tenth of it
 
@@ -32,7 +32,7 @@ async def _pool(
 ) -> AsyncGenerator[EnginePool, None]:
     everything = {"engine": make_settings(**settings), "queue": {"max_queue_size": queue}}
     pool = EnginePool(Settings.model_validate(everything), accelerators=[{}] * engines)
-    await pool.start(folder, "small")
+    await pool.start([served(folder, **settings)])
     pids = pool.engine_pids()
     try:
         await _until(lambda: all(engine.state == state for engine in pool.status().engines))
@@ -233,10 +233,12 @@ import asyncio, sys
 from pathlib import Path
 from hypergen.setting_sources import load_settings
 from hypergen.engine.pool import EnginePool
+from hypergen.served_models import ServedModel
 
 async def main():
-    pool = EnginePool(load_settings(flags={"device": "cpu"}), accelerators=[{}])
-    await pool.start(Path(sys.argv[1]), "small")
+    settings = load_settings(flags={"device": "cpu"})
+    pool = EnginePool(settings, accelerators=[{}])
+    await pool.start([ServedModel(id="small", path=Path(sys.argv[1]), settings=settings.engine)])
     print(*pool.engine_pids(), flush=True)
     if sys.argv[2] == "loaded":
         while pool.status().state != "ready":
@@ -274,7 +276,7 @@ async def test_an_engine_that_cannot_load_does_not_fail_a_server_whose_other_one
 ) -> None:
     settings = Settings.model_validate({"engine": make_settings()})
     pool = EnginePool(settings, accelerators=[{}, {"PYTHONHOME": "/nowhere"}])
-    await pool.start(sd_folder, "small")
+    await pool.start([served(sd_folder)])
     try:
         states: set[State] = set()
 

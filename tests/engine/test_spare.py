@@ -17,7 +17,7 @@ from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.engine.spare import VARIABLE, Spare, adopt
 from hypergen.generation import draw_all
-from tests.engine.inline import make_request, make_settings
+from tests.engine.inline import make_request, make_settings, served
 
 
 async def _until_ready(pool: EnginePool) -> None:
@@ -34,7 +34,7 @@ async def test_the_pool_adopts_a_spare_and_replaces_it_when_it_dies(
     spare_pid = int(spare.environment[VARIABLE].partition(":")[0])
     pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
     try:
-        await pool.start(sd_folder, "small")
+        await pool.start([served(sd_folder)])
         assert pool.engine_pids() == [spare_pid]
         await _until_ready(pool)
         (before,) = await draw_all(pool, make_request())

@@ -48,7 +48,7 @@ class GenerationBody(ModelFields):
 
     model_name: StrictStr = Field(
         min_length=1,
-        description="any name: the server draws with the model it was started with",
+        description="id or alias of one of the models in /v1/models; any other name is the first",
         examples=["SDXL1.0-base"],
     )
     prompt: StrictStr = Field(
@@ -130,6 +130,7 @@ def to_request(
     names = ("controlnet_image", "controlnet_name")
     request = GenerationRequest(
         id=request_id,
+        model=description.id,
         prompt=asked.prompt,
         width=width,
         height=height,
@@ -195,4 +196,5 @@ def _check_loras(loras: dict[str, float], description: ModelDescription) -> None
     for name in loras:
         if name not in description.loras:
             known = ", ".join(description.loras) or "none"
-            raise InvalidRequestError(f"Unknown LoRA '{name[:100]}'; this server has {known}.", param="lora")
+            message = f"Unknown LoRA '{name[:100]}'; {description.id} has {known}."
+            raise InvalidRequestError(message, param="lora")

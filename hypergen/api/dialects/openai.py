@@ -47,7 +47,8 @@ class ImagesBody(ModelFields):
         min_length=1, max_length=32000, description="what to draw", examples=["a red circle"]
     )
     model: StrictStr | None = Field(
-        None, description="ignored: the server draws with the model it was started with"
+        None,
+        description="id or alias of one of the models in /v1/models; any other name is the first",
     )
     n: StrictInt = Field(1, ge=1, le=10, description="how many pictures")
     size: StrictStr | None = Field(
@@ -160,6 +161,7 @@ def to_request(
     return ImagesRequest(
         generation=GenerationRequest(
             id=request_id,
+            model=description.id,
             prompt=asked.prompt,
             width=width,
             height=height,

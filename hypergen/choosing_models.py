@@ -1,0 +1,131 @@
+"""Which models a server serves: from its settings to entries of the model store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypergen import store
+from hypergen.adapters.registry import open_registry, with_absolute_path
+from hypergen.config import EngineSettings, Settings
+from hypergen.control_sources import find_control_models
+from hypergen.errors import ConfigurationError
+from hypergen.model_entries import ModelEntry
+from hypergen.model_folder import check_folder
+from hypergen.models.registry import servable
+from hypergen.served_models import ServedModel
+
+
+def find_models(settings: Settings, say: Callable[[str], None] | None = None) -> tuple[ServedModel, ...]:
+    """Every model of the settings, imported into the store where it is not there; the first is the default.
+
+    Raises:
+        ConfigurationError: two have one name, or a setting cannot say which of several models it is for.
+        ModelError: one cannot be found, read or served.
+    """
+    entries = entries_of(settings)
+    own = [settings_of(entry, settings.engine) for entry in entries]
+    models: list[ServedModel] = []
+    for entry, engine in zip(entries, own, strict=True):
+        stored = store.ensure(
+            entry.source,
+            revision=entry.revision,
+            dtype=engine.dtype,
+            pipelines=servable(),
+            progress=say,
+        )
+        open_registry(engine, stored.path)  # tells now, not in the engine, what is not there
+        models.append(
+            ServedModel(
+                id=entry.name or entry.source or stored.source,
+                aliases=entry.aliases,
+                tag=stored.tag,
+                path=stored.path,
+                settings=engine,
+                defaults=entry.defaults.model_dump(exclude_none=True),
+            )
+        )
+    _refuse_equal_names(models)
+    return tuple(models)
+
+
+def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:
+    """The same models for a process with another working folder: tags and whole paths."""
+    return tuple(
+        ModelEntry(
+            source=model.tag,
+            name=model.id,
+            aliases=model.aliases,
+            defaults=entry.defaults,
+            loras={
+                name: str(Path(file).expanduser().absolute()) if file else None
+                for name, file in entry.loras.items()
+            },
+            controlnet=find_control_models(entry.controlnet),
+            refiner=str(Path(entry.refiner).expanduser().absolute()) if entry.refiner else None,
+        )
+        for entry, model in zip(entries_of(settings), models, strict=True)
+    )
+
+
+def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
+    """Settings of one model that stand outside its entry, for the same process."""
+    return {
+        "lora": tuple(with_absolute_path(given) for given in engine.lora),
+        "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
+        "controlnet": find_control_models(engine.controlnet) or None,
+        "refiner": engine.refiner.expanduser().absolute() if engine.refiner else None,
+    }
+
+
+def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
+    """What the settings say of each model; those of the command line's own flags are put in."""
+    if not settings.models:
+        return (
+            ModelEntry(source=settings.model, revision=settings.revision, name=settings.served_model_name),
+        )
+    if len(settings.models) > 1:
+        engine = settings.engine
+        of_one = {
+            "revision": settings.revision,
+            "served_model_name": settings.served_model_name,
+            "lora": engine.lora,
+            "controlnet": engine.controlnet,
+            "refiner": engine.refiner,
+        }
+        given = [name for name, value in of_one.items() if value]
+        if given:
+            raise ConfigurationError(
+                f"'{given[0]}' belongs to one model and several are served: put it into a served-model file."
+            )
+        return settings.models
+    (entry,) = settings.models
+    changes = {"revision": settings.revision, "name": settings.served_model_name}
+    return (entry.model_copy(update={name: value for name, value in changes.items() if value}),)
+
+
+def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
+    """The server's settings with what belongs to this model alone."""
+    loras = tuple(f"{name}={file}" for name, file in entry.loras.items() if file)
+    refiner = Path(entry.refiner).expanduser() if entry.refiner else engine.refiner
+    if refiner:
+        check_folder(refiner)
+    return engine.model_copy(
+        update={
+            "lora": (*(with_absolute_path(given) for given in engine.lora), *loras),
+            "controlnet": find_control_models({**engine.controlnet, **entry.controlnet}),
+            "refiner": refiner,
+        }
+    )
+
+
+def _refuse_equal_names(models: list[ServedModel]) -> None:
+    taken: set[str] = set()
+    for model in models:
+        names = {name.casefold() for name in (model.id, *model.aliases)}
+        if names & taken:
+            raise ConfigurationError(
+                f"Two models are called '{sorted(names & taken)[0]}'; give one another name."
+            )
+        taken |= names

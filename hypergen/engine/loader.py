@@ -1,0 +1,42 @@
+"""Bringing a model of the roster into memory, ready to draw."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+from hypergen.engine.engine import Engine
+from hypergen.engine.finishing import Report
+from hypergen.engine.roster import Loaded
+from hypergen.engine.whole import WholeEngine
+from hypergen.models import loading
+from hypergen.models.whole import WholePipeline
+from hypergen.served_models import ServedModel
+
+
+class Loader:
+    """Loads models and draws once with each.
+
+    Attributes:
+        seconds: stage -> what it took, over all models so far.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._report = report
+
+    def __call__(self, model: ServedModel) -> Loaded:
+        """Raises ModelError when the model cannot be loaded, GenerationError when it does not draw."""
+        started = time.monotonic()
+        loaded = loading.load_any(model.path, model.settings, model.defaults)
+        size_bytes = loading.weight_bytes(loaded)
+        description = loaded.describe(model.id)
+        self.seconds["weights"] += time.monotonic() - started
+        started = time.monotonic()
+        if isinstance(loaded, WholePipeline):
+            drawer = WholeEngine(loaded, model.id, model.settings, self._report)
+        else:
+            drawer = Engine(loaded, model.id, model.settings, self._report)
+        drawer.warm_up()
+        self.seconds["warm-up"] += time.monotonic() - started
+        return Loaded(drawer, description, size_bytes)

@@ -1,0 +1,181 @@
+"""Several models in one engine process: who draws, who leaves memory, and that the pictures stay the same."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hypergen.engine.loader import Loader
+from hypergen.engine.roster import Roster
+from hypergen.errors import GenerationError, ModelError, RequestError
+from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress
+from hypergen.models import loading
+from hypergen.served_models import ServedModel
+from tests.engine.inline import make_request, make_settings
+from tests.small_models import save_sdxl
+
+_NAMES = ("one", "two", "three")
+
+
+class _Drawn:
+    """A roster in the test's own thread, and what it reported."""
+
+    def __init__(self, models: list[ServedModel], room: float | None = None) -> None:
+        """With room for the weights of so many models of the first one's size."""
+        self.events: list[tuple[str, Event | RequestError]] = []
+        self.images: dict[str, bytes] = {}
+        self.on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
+        expected = [(m, loading.expected_bytes(m.path, m.settings)) for m in models]
+        limit = None if room is None else room * expected[0][1]
+        self.roster = Roster(expected, limit, Loader(self._report), self._report)
+        self.descriptions = self.roster.load_all()
+
+    def run(self, *requests: GenerationRequest) -> None:
+        self._open = {request.id for request in requests}
+        for request in requests:
+            self.roster.submit(request)
+        while self._open:
+            self.roster.turn()
+
+    def _report(self, request_id: str, event: Event | RequestError) -> None:
+        self.events.append((request_id, event))
+        self.on_event(request_id, event)
+        if isinstance(event, ImageFinished):
+            self.images[request_id] = event.data
+        if isinstance(event, ImageFinished | RequestError):
+            self._open.discard(request_id)
+
+
+@pytest.fixture
+def models(sd_folder: Path, v_prediction_folder: Path) -> list[ServedModel]:
+    """Three of equal size; the first and the last draw the same."""
+    settings = make_settings()
+    folders = (sd_folder, v_prediction_folder, sd_folder)
+    return [
+        ServedModel(id=name, path=folder, settings=settings)
+        for name, folder in zip(_NAMES, folders, strict=True)
+    ]
+
+
+def _requests() -> list[GenerationRequest]:
+    return [make_request(model=name, seed=seed) for seed in (1, 2) for name in _NAMES]
+
+
+def _pixels(data: bytes) -> bytes:
+    return Image.open(io.BytesIO(data)).tobytes()
+
+
+def test_a_request_is_drawn_by_the_model_that_it_names(models: list[ServedModel]) -> None:
+    drawn = _Drawn(models)
+    assert [description.id for description in drawn.descriptions] == list(_NAMES)
+    requests = _requests()
+    drawn.run(*requests, unnamed := make_request(seed=1))
+    one, two, three = (_pixels(drawn.images[request.id]) for request in requests[:3])
+    assert one == three == _pixels(drawn.images[unnamed.id])
+    assert one != two
+    assert drawn.roster.status().models == _NAMES
+    assert set(drawn.roster.status().determinism) == {
+        f"{name} {s}" for name in _NAMES for s in ("64x64", "128x128")
+    }
+
+
+def test_models_with_work_take_turns(models: list[ServedModel]) -> None:
+    drawn = _Drawn(models)
+    drawn.run(*(make_request(model=name, num_inference_steps=10) for name in _NAMES[:2]))
+    steps = [request_id for request_id, event in drawn.events if isinstance(event, Progress)]
+    assert len(steps) == 20
+    # Both are under way at the same time: the second one's first step comes long before the first one's last.
+    assert steps.index(steps[-1]) < 5 or len(set(steps[:6])) == 2
+
+
+@pytest.mark.parametrize("room", [1.5, 2.5])
+def test_pictures_are_the_same_when_models_leave_memory_and_come_back(
+    models: list[ServedModel], room: float
+) -> None:
+    undisturbed, requests = _Drawn(models), _requests()
+    undisturbed.run(*requests)
+    crowded = _Drawn(models, room)
+    assert crowded.roster.status().models[0] == "one"
+    for request in requests:  # one after the other: each finds its model gone
+        crowded.run(request)
+        assert request.model in crowded.roster.status().models
+        assert len(crowded.roster.status().models) == int(room)
+    assert crowded.images == undisturbed.images
+    assert crowded.roster.status().image_steps == undisturbed.roster.status().image_steps
+
+
+def test_a_model_does_not_leave_under_a_running_image_and_nobody_waits_for_ever(
+    models: list[ServedModel],
+) -> None:
+    drawn = _Drawn(models, 1.5)
+    first = make_request(model="one", num_inference_steps=8)
+    other = make_request(model="two")
+    late = [make_request(model="one") for _ in range(3)]
+
+    def crowd(request_id: str, event: Event | RequestError) -> None:
+        if request_id == first.id and isinstance(event, Progress) and event.step == 2:
+            for request in (other, *late):
+                drawn.roster.submit(request)
+
+    drawn.on_event = crowd
+    drawn.run(first)
+    drawn.run()  # nothing new
+    while len(drawn.images) < 5:
+        drawn.roster.turn()
+    ended = [request_id for request_id, event in drawn.events if isinstance(event, ImageFinished)]
+    # What ran went on, then came the other model, though its model had more requests by then.
+    assert ended == [first.id, other.id, *(request.id for request in late)]
+
+
+def test_a_cancelled_request_no_longer_asks_for_its_model(models: list[ServedModel]) -> None:
+    drawn = _Drawn(models, 1.5)
+    first = make_request(model="one", num_inference_steps=4)
+    unwanted = make_request(model="two")
+    drawn.roster.submit(first)
+    drawn.roster.turn()
+    drawn.roster.submit(unwanted)
+    drawn.roster.turn()
+    drawn.roster.cancel(unwanted.id)
+    while first.id not in drawn.images:
+        drawn.roster.turn()
+    while not drawn.roster.idle:
+        drawn.roster.turn()
+    assert drawn.roster.status().models == ("one",)
+    assert unwanted.id not in {request_id for request_id, _ in drawn.events}
+
+
+def test_a_model_that_cannot_come_back_fails_its_own_requests_alone(
+    models: list[ServedModel], tmp_path: Path
+) -> None:
+    folder = save_sdxl(tmp_path / "xl")
+    large = ServedModel(id="xl", path=folder, settings=make_settings())
+    drawn = _Drawn([models[0], large], 1.5)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-100])
+    broken, fine = make_request(model="xl"), make_request(model="one")
+    drawn.run(broken, fine)
+    (error,) = (event for request_id, event in drawn.events if isinstance(event, RequestError))
+    assert isinstance(error, GenerationError)
+    assert str(folder) not in error.message
+    assert fine.id in drawn.images
+    weights.write_bytes(good)
+    drawn.run(again := make_request(model="xl"))
+    assert again.id in drawn.images
+
+
+def test_a_model_larger_than_the_memory_for_models_is_refused(models: list[ServedModel]) -> None:
+    with pytest.raises(ModelError, match=r"one take .* GB, more than the .* GB"):
+        _Drawn(models, 0.5)
+
+
+def test_weights_are_counted_as_they_lie_in_memory(models: list[ServedModel]) -> None:
+    path, settings = models[0].path, models[0].settings
+    loaded = loading.load_any(path, settings)
+    assert loading.weight_bytes(loaded) == pytest.approx(loading.expected_bytes(path, settings), rel=0.01)
+    half = make_settings(dtype="bfloat16")
+    assert loading.expected_bytes(path, half) * 2 == loading.expected_bytes(path, settings)
