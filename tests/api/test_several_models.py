@@ -1,0 +1,95 @@
+"""Two models on one server, of which only one fits into memory: names, aliases, defaults and errors."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from tests.live import LiveServer, start_server
+
+_QUICK = {"prompt": "a cat", "seed": 5, "response_format": "b64_json"}
+
+
+@pytest.fixture(scope="module")
+def several(
+    tmp_path_factory: pytest.TempPathFactory, sd_folder: Path, v_prediction_folder: Path
+) -> Iterator[LiveServer]:
+    folder = tmp_path_factory.mktemp("several")
+    first, second = folder / "first.yaml", folder / "second.yaml"
+    first.write_text(
+        f"source: {sd_folder}\nname: owner/first\naliases: [SD1.5]\n"
+        "defaults: {num_inference_steps: 2, width: 64, height: 64}\n"
+    )
+    second.write_text(
+        f"source: {v_prediction_folder}\nname: second\naliases: [SD2]\n"
+        "defaults: {num_inference_steps: 3, width: 96, height: 64}\n"
+    )
+    options = ("--device", "cpu", "--dtype", "float32", "--model-memory-gb", "0.006")
+    with start_server(folder / "server", str(first), str(second), *options) as server:
+        yield server
+
+
+def _drawn(server: LiveServer, **body: Any) -> tuple[tuple[int, int], bytes]:
+    answer = httpx.post(f"{server.url}/v1/images/generations", json={**_QUICK, **body}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    picture = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    return picture.size, picture.tobytes()
+
+
+def test_the_list_has_both_and_each_can_be_asked_for(several: LiveServer) -> None:
+    client = several.openai()
+    assert [model.id for model in client.models.list().data] == ["owner/first", "second"]
+    for name in ("owner/first", "sd1.5"):
+        assert client.models.retrieve(name).id == "owner/first"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("third")
+    health = several.health()
+    assert health["model"] == "owner/first"
+    assert [(model["id"], model["aliases"]) for model in health["models"]] == [
+        ("owner/first", ["SD1.5"]),
+        ("second", ["SD2"]),
+    ]
+    assert sum(model["in_memory"] for model in health["models"]) <= 1
+
+
+def test_a_name_or_an_alias_chooses_and_anything_else_is_the_first(several: LiveServer) -> None:
+    first, second = _drawn(several), _drawn(several, model="second")
+    assert first[0] == (64, 64)
+    assert second[0] == (96, 64)
+    for name, wanted in (("sd2", second), ("gpt-image-1", first), ("OWNER/first", first), ("SD2", second)):
+        assert _drawn(several, model=name) == wanted
+    assert _drawn(several, model="second", size="64x64") != first
+
+
+def test_every_route_knows_the_names(several: LiveServer) -> None:
+    _, second = _drawn(several, model="second", size="64x64", num_inference_steps=4)
+    body = {"model_name": "SD2", "prompt": "a cat", "seed": 5, "width": 64, "height": 64, "steps": 4}
+    hyperbolic = httpx.post(f"{several.url}/v1/image/generation", json=body, timeout=120).json()
+    assert Image.open(io.BytesIO(base64.b64decode(hyperbolic["images"][0]["image"]))).tobytes() == second
+    item = {**_QUICK, "model": "SD2", "size": "64x64", "num_inference_steps": 4}
+    native = httpx.post(f"{several.url}/generate", json={"items": [item]}, timeout=120).json()
+    assert Image.open(io.BytesIO(base64.b64decode(native[0]["images"][0]["b64_json"]))).tobytes() == second
+
+
+def test_requests_for_both_at_once_are_all_drawn(several: LiveServer) -> None:
+    wanted = {name: _drawn(several, model=name) for name in ("SD1.5", "SD2")}
+    names = ["SD1.5", "SD2"] * 4
+    with ThreadPoolExecutor(len(names)) as clients:
+        drawn = list(clients.map(lambda name: _drawn(several, model=name), names))
+    assert drawn == [wanted[name] for name in names]
+
+
+@pytest.mark.parametrize("name", [7, ["second"], {"id": "second"}])
+def test_a_name_that_is_no_text_is_refused(several: LiveServer, name: Any) -> None:
+    answer = httpx.post(f"{several.url}/v1/images/generations", json={**_QUICK, "model": name}, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "model"
