@@ -21,8 +21,8 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LoraWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)]
 
 _FAMILIES: dict[Option, str] = {
-    "image": "Stable Diffusion and SDXL do",
-    "mask": "Stable Diffusion and SDXL do",
+    "image": "Stable Diffusion, SDXL and SD 3 do",
+    "mask": "Stable Diffusion, SDXL and SD 3 do",
     "control": "Stable Diffusion and SDXL with a control model do",
     "loras": "Stable Diffusion, SDXL and FLUX do",
 }
