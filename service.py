@@ -26,7 +26,11 @@ logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
 keys = api_keys(settings.server)
 stored = store.ensure(
-    settings.model, revision=settings.revision, dtype=settings.engine.dtype, pipelines=servable()
+    settings.model,
+    revision=settings.revision,
+    dtype=settings.engine.dtype,
+    single_file_config=settings.single_file_config,
+    pipelines=servable(),
 )
 model_id = settings.served_model_name or stored.source
 pool = EnginePool(settings)

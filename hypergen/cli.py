@@ -77,6 +77,8 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{shown}"
 
 
+# Settings that concern a picture drawn without a server.
+_DRAWING = ("device", "dtype", "image_metadata", "lora_dir", "single_file_config")
 CONFIG = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -98,8 +100,8 @@ def main() -> None:
 def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) -> None:
     """Serve MODEL over HTTP.
 
-    MODEL is a hub id (owner/name), a folder in diffusers' layout, or a tag of the model store; without it the
-    model that comes with HyperGen is served.
+    MODEL is a hub id (owner/name), a folder in diffusers' layout, a checkpoint in one .safetensors file, or a
+    tag of the model store; without it the model that comes with HyperGen is served.
     """
     from hypergen import serving
     from hypergen.adapters.registry import open_registry, with_absolute_path
@@ -164,24 +166,13 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     help="a LoRA by name or file, and its strength from 0 to 2, else 1; may be given several times",
 )
 @CONFIG
-@setting_options("device", "dtype", "image_metadata", "lora_dir")
-def generate(
-    prompt: str,
-    output: Path,
-    model: str | None,
-    config: Path | None,
-    device: Any,
-    dtype: Any,
-    image_metadata: Any,
-    lora_dir: tuple[Path, ...],
-    loras: tuple[str, ...],
-    **options: Any,
-) -> None:
+@setting_options(*_DRAWING)
+def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, ...], **options: Any) -> None:
     """Draw PROMPT into a file, without a server."""
     from hypergen import drawing
 
-    flags = {"model": model, "device": device, "dtype": dtype, "image_metadata": image_metadata}
-    settings = load_settings(config, os.environ, {**flags, "lora_dir": lora_dir})
+    flags = {name: options.pop(name) for name in ("model", *_DRAWING)}
+    settings = load_settings(config, os.environ, flags)
     if loras:
         settings, options["loras"] = _with_loras(settings, loras)
     stored = _ensure(settings)
@@ -230,12 +221,12 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
 
 @main.command("import")
 @click.argument("source", required=False)
-@setting_options("revision", "dtype")
-def import_(source: str | None, revision: str | None, dtype: Any) -> None:
-    """Put SOURCE into the model store: a hub id or a folder; without it the embedded model."""
+@setting_options("revision", "dtype", "single_file_config")
+def import_(source: str | None, **flags: Any) -> None:
+    """Put SOURCE into the model store: a hub id, a folder or a file; without it the embedded model."""
     from hypergen import store
 
-    stored = store.import_model(source, revision=revision, dtype=dtype, progress=_say)
+    stored = store.import_model(source, **flags, progress=_say)
     click.echo(stored.tag)
 
 
@@ -252,8 +243,14 @@ def _ensure(settings: Settings) -> StoredModel:
     from hypergen import store
     from hypergen.models.registry import servable
 
-    revision, dtype = settings.revision, settings.engine.dtype
-    return store.ensure(settings.model, revision=revision, dtype=dtype, pipelines=servable(), progress=_say)
+    return store.ensure(
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.engine.dtype,
+        single_file_config=settings.single_file_config,
+        pipelines=servable(),
+        progress=_say,
+    )
 
 
 def _with_loras(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:

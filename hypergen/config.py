@@ -188,9 +188,15 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     """Everything that one server is told at its start."""
 
     model: str | None = Field(
-        None, description="hub id, folder or model-store tag; absent: the embedded model"
+        None,
+        description="hub id, folder, .safetensors checkpoint or model-store tag; absent: the embedded model",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    single_file_config: str | None = Field(
+        None,
+        description="folder, hub id or store tag that a model in one file takes configuration, vocabularies "
+        "and missing parts from; absent: looked for beside the file, in the store and on the hub",
+    )
     served_model_name: str | None = Field(
         None, description="id in /v1/models; absent: what was given as model"
     )

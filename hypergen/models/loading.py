@@ -15,6 +15,8 @@ import torch
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
+from hypergen.model_folder import CHECKPOINT
+from hypergen.models.checkpoint import load_checkpoint
 from hypergen.models.family import Family
 from hypergen.models.registry import FAMILIES, family_class, servable
 from hypergen.models.whole import WholePipeline
@@ -75,15 +77,17 @@ def load_pipeline(
     if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
         left_out["safety_checker"] = None
     try:
+        if (path / CHECKPOINT).is_file():
+            return load_checkpoint(pipeline_class, path, dtype, left_out).to(device)
         pipeline: Any = pipeline_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out
         )
+        return pipeline.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)
         # Without the path: /health shows the reason to everybody.
         reason = " ".join(str(error).replace(str(path), "the model").split())
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
-    return pipeline.to(device)
 
 
 def import_family(path: Path) -> tuple[Any, Any]:
