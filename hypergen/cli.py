@@ -78,7 +78,7 @@ def _help(field: FieldInfo) -> str:
 
 
 # Settings that concern a picture drawn without a server.
-_DRAWING = ("device", "dtype", "image_metadata", "lora_dir", "single_file_config")
+_DRAWING = ("device", "dtype", "image_metadata", "lora_dir", "prompt_weighting", "single_file_config")
 CONFIG = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -79,6 +79,10 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         False, description="decode pictures on a CUDA stream of their own, beside the next step"
     )
     vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
+    prompt_weighting: bool = Field(
+        False,
+        description="read (word:1.3), (word) and [word] in prompts as weights; for models with CLIP encoders",
+    )
     lora: tuple[str, ...] = Field(
         (),
         description="a LoRA file, NAME=PATH; a PATH alone is used by every request that names no LoRA",

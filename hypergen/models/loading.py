@@ -23,6 +23,8 @@ from hypergen.models.whole import WholePipeline
 
 logger = logging.getLogger(__name__)
 
+_READ_BY_CLIP = ("sd", "sdxl", "sd3")
+
 
 def load(path: Path, settings: EngineSettings) -> Family:
     """`load_any` for a model that is drawn step by step.
@@ -45,6 +47,10 @@ def load_any(path: Path, settings: EngineSettings) -> Family | WholePipeline:
     pipeline_class, family = import_family(path)
     if settings.refiner is not None and (family is None or family.name != "sdxl"):
         raise ModelError("A refiner goes with Stable Diffusion XL; this model is of another kind.")
+    if settings.prompt_weighting and (family is None or family.name not in _READ_BY_CLIP):
+        raise ModelError(
+            "Prompt weighting goes with Stable Diffusion, SDXL and SD 3, whose words CLIP reads."
+        )
     card_file = path / "hypergen.json"
     card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     device = choose_device(settings)

@@ -20,6 +20,7 @@ from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache
 from hypergen.models.sizes import round_up
 from hypergen.models.t5 import T5Encoder
+from hypergen.models.weighting import without_weights
 from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
@@ -53,11 +54,11 @@ class StableDiffusion3:
         self.space = LatentSpace(self.vae, self.transformer.dtype)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.patch_size: int = self.transformer.config.patch_size
-        chunks, dtype = settings.max_prompt_chunks, self.transformer.dtype
+        dtype = self.transformer.dtype
         room = settings.prompt_cache_mb * 1_000_000 // 3
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
-            return PromptCache(ClipEncoder(tokenizer, text_encoder, chunks, dtype, penultimate=True), room)
+            return PromptCache(ClipEncoder(tokenizer, text_encoder, settings, dtype, penultimate=True), room)
 
         with torch.inference_mode():
             self.clips = (
@@ -69,7 +70,7 @@ class StableDiffusion3:
                 if pipeline.text_encoder_3 is None
                 else T5Encoder(pipeline.tokenizer_3, pipeline.text_encoder_3, _T5_LENGTH, dtype)
             )
-            self.t5 = PromptCache(encode, room)
+            self.t5 = PromptCache(without_weights(encode) if settings.prompt_weighting else encode, room)
 
     @property
     def denoiser(self) -> nn.Module:
