@@ -32,6 +32,7 @@ def find_models(settings: Settings, say: Callable[[str], None] | None = None) ->
             entry.source,
             revision=entry.revision,
             dtype=engine.dtype,
+            single_file_config=entry.single_file_config,
             pipelines=servable(),
             progress=say,
         )
@@ -80,29 +81,28 @@ def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
 
 
 def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
-    """What the settings say of each model; those of the command line's own flags are put in."""
-    if not settings.models:
-        return (
-            ModelEntry(source=settings.model, revision=settings.revision, name=settings.served_model_name),
+    """What the settings say of each model; those of the command line's own flags are put in.
+
+    Raises:
+        ConfigurationError: a setting cannot say which of several models it is for.
+    """
+    entries = settings.models or (ModelEntry(source=settings.model),)
+    of_entry = {
+        "name": settings.served_model_name,
+        "revision": settings.revision,
+        "single_file_config": settings.single_file_config,
+    }
+    changes = {name: value for name, value in of_entry.items() if value}
+    if len(entries) == 1:
+        return (entries[0].model_copy(update=changes),)
+    engine = settings.engine
+    of_engine = {"lora": engine.lora, "controlnet": engine.controlnet, "refiner": engine.refiner}
+    given = [*changes, *(name for name, value in of_engine.items() if value)]
+    if given:
+        raise ConfigurationError(
+            f"'{given[0]}' belongs to one model and several are served: put it into a served-model file."
         )
-    if len(settings.models) > 1:
-        engine = settings.engine
-        of_one = {
-            "revision": settings.revision,
-            "served_model_name": settings.served_model_name,
-            "lora": engine.lora,
-            "controlnet": engine.controlnet,
-            "refiner": engine.refiner,
-        }
-        given = [name for name, value in of_one.items() if value]
-        if given:
-            raise ConfigurationError(
-                f"'{given[0]}' belongs to one model and several are served: put it into a served-model file."
-            )
-        return settings.models
-    (entry,) = settings.models
-    changes = {"revision": settings.revision, "name": settings.served_model_name}
-    return (entry.model_copy(update={name: value for name, value in changes.items() if value}),)
+    return entries
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:

@@ -78,6 +78,8 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{shown}"
 
 
+# Settings that concern a picture drawn without a server.
+_DRAWING = ("device", "dtype", "image_metadata", "lora_dir", "prompt_weighting", "single_file_config")
 CONFIG = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -99,9 +101,9 @@ def main() -> None:
 def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: Any) -> None:
     """Serve one or several MODELs over HTTP.
 
-    MODEL is a hub id (owner/name), a folder in diffusers' layout, a tag of the model store, or a served-model
-    file such as those in configs/; without any the model that comes with HyperGen is served. Requests choose
-    among several by name; the first draws what names none.
+    MODEL is a hub id (owner/name), a folder in diffusers' layout, a checkpoint in one .safetensors file, a
+    tag of the model store, or a served-model file such as those in configs/; without any the model that comes
+    with HyperGen is served. Requests choose among several by name; the first draws what names none.
     """
     from hypergen import serving
     from hypergen.choosing_models import find_models, resolved_entries, resolved_flags
@@ -159,24 +161,14 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     help="a LoRA by name or file, and its strength from 0 to 2, else 1; may be given several times",
 )
 @CONFIG
-@setting_options("device", "dtype", "image_metadata", "lora_dir")
-def generate(
-    prompt: str,
-    output: Path,
-    model: str | None,
-    config: Path | None,
-    device: Any,
-    dtype: Any,
-    image_metadata: Any,
-    lora_dir: tuple[Path, ...],
-    loras: tuple[str, ...],
-    **options: Any,
-) -> None:
+@setting_options(*_DRAWING)
+def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, ...], **options: Any) -> None:
     """Draw PROMPT into a file, without a server."""
     from hypergen import drawing
     from hypergen.choosing_models import find_models
 
-    flags = {"device": device, "dtype": dtype, "image_metadata": image_metadata, "lora_dir": lora_dir}
+    model: str | None = options.pop("model")
+    flags = {name: options.pop(name) for name in _DRAWING}
     settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
     if loras:
         settings, options["loras"] = _with_loras(settings, loras)
@@ -233,12 +225,12 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
 
 @main.command("import")
 @click.argument("source", required=False)
-@setting_options("revision", "dtype")
-def import_(source: str | None, revision: str | None, dtype: Any) -> None:
-    """Put SOURCE into the model store: a hub id or a folder; without it the embedded model."""
+@setting_options("revision", "dtype", "single_file_config")
+def import_(source: str | None, **flags: Any) -> None:
+    """Put SOURCE into the model store: a hub id, a folder or a file; without it the embedded model."""
     from hypergen import store
 
-    stored = store.import_model(source, revision=revision, dtype=dtype, progress=_say)
+    stored = store.import_model(source, **flags, progress=_say)
     click.echo(stored.tag)
 
 

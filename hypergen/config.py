@@ -78,6 +78,10 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         False, description="decode pictures on a CUDA stream of their own, beside the next step"
     )
     vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
+    prompt_weighting: bool = Field(
+        False,
+        description="read (word:1.3), (word) and [word] in prompts as weights; for models with CLIP encoders",
+    )
     lora: tuple[str, ...] = Field(
         (),
         description="a LoRA file, NAME=PATH; a PATH alone is used by every request that names no LoRA",
@@ -187,13 +191,19 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     """Everything that one server is told at its start."""
 
     model: str | None = Field(
-        None, description="hub id, folder or model-store tag; absent: the embedded model"
+        None,
+        description="hub id, folder, .safetensors checkpoint or model-store tag; absent: the embedded model",
     )
     models: Annotated[tuple[ModelEntry, ...], BeforeValidator(read_entries)] = Field(
         (),
         description="instead of `model`, one or several: each a source, a served-model file, or its fields",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    single_file_config: str | None = Field(
+        None,
+        description="folder, hub id or store tag that a model in one file takes configuration, vocabularies "
+        "and missing parts from; absent: looked for beside the file, in the store and on the hub",
+    )
     served_model_name: str | None = Field(
         None, description="id in /v1/models; absent: what was given as model"
     )

@@ -72,6 +72,8 @@ class GenerationRequest:
     model: str | None = None  # id of a served model; None: the first
     prompt_2: str | None = None  # for the second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
+    # How far away from the negative prompt, where guidance_scale means something else; None: the model's own.
+    true_cfg_scale: float | None = None
     enable_refiner: bool = False
     image: Picture | None = None
     strength: float = 1.0
@@ -95,7 +97,9 @@ class GenerationRequest:
 
 
 # What not every family can do, by the field of `GenerationRequest` that asks for it.
-Option = Literal["prompt_2", "negative_prompt", "enable_refiner", "image", "mask", "control", "loras"]
+Option = Literal[
+    "prompt_2", "negative_prompt", "true_cfg_scale", "enable_refiner", "image", "mask", "control", "loras"
+]
 
 
 @dataclass(frozen=True, slots=True)

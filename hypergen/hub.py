@@ -73,6 +73,14 @@ def download(model: HubModel) -> Path:
     return Path(folder)
 
 
+def cached_folder(repo: str) -> Path | None:
+    """Where the hub's own cache has what was downloaded of a model; nothing is asked or fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    pipeline_file = try_to_load_from_cache(repo, PIPELINE_FILE)
+    return Path(pipeline_file).parent if isinstance(pipeline_file, str) else None
+
+
 @contextmanager
 def _told_in_one_line(repo: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import errors

@@ -30,6 +30,7 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         source: hub id, folder or tag of the model store; None is the embedded model.
         revision: branch, tag or commit of a hub model.
+        single_file_config: see the setting of this name.
         name: its id in /v1/models; None is what was given as source.
         aliases: other names that requests may use for it.
         loras: name -> file. A name without a file is not offered: it waits for the operator to fill it in.
@@ -39,6 +40,7 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
 
     source: str | None = None
     revision: str | None = None
+    single_file_config: str | None = None
     name: str | None = None
     aliases: tuple[str, ...] = ()
     defaults: ModelDefaultsEntry = Field(default_factory=lambda: ModelDefaultsEntry.model_validate({}))
@@ -92,7 +94,7 @@ def _read_file(file: Path) -> Any:
         raise ValueError(f"the served-model file {file} must hold names and values")
     tree = cast(dict[str, Any], tree)
     folder = file.resolve().parent
-    for name in ("source", "refiner"):
+    for name in ("source", "single_file_config", "refiner"):
         if isinstance(tree.get(name), str):
             tree[name] = _from_folder(folder, tree[name])
     for name in ("loras", "controlnet"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -14,12 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hypergen.checkpoint import read_checkpoint
 from hypergen.errors import ModelError
 
 PIPELINE_FILE = "model_index.json"
+# Weights of several parts in one file, in a folder that has the rest; see `hypergen/single_file.py`.
+CHECKPOINT = "checkpoint.safetensors"
 LIBRARIES = ("diffusers", "transformers")
 LORAS = "loras"  # a folder of LoRA files that belong to the model
 OPTIONAL = "safety_checker"  # not loaded unless asked for, and often deleted from downloads
+# SD 3 draws without T5, and checkpoints of it often leave T5 out.
+OPTIONAL_IN_CHECKPOINTS = "text_encoder_3"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"}
 
@@ -72,9 +76,13 @@ def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
     return components
 
 
+def pipeline_class_of(folder: Path, model: str) -> str:
+    return str(_read_json(folder / PIPELINE_FILE, model, PIPELINE_FILE).get("_class_name"))
+
+
 def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_file: Path) -> None:
     """Refuse a pipeline class that cannot be served; None serves all."""
-    pipeline = _read_json(pipeline_file, model, PIPELINE_FILE).get("_class_name")
+    pipeline = pipeline_class_of(pipeline_file.parent, model)
     if pipelines is not None and pipeline not in pipelines:
         raise ModelError(f"{model} is a {pipeline}, which is no pipeline of the installed diffusers.")
 
@@ -126,6 +134,17 @@ def select_in_folder(folder: Path, *, half: bool) -> Selection:
     return replace(selection, files={**selection.files, **{name: name for name in sorted(loras)}})
 
 
+def missing_parts(folder: Path, inside: Collection[str]) -> list[str]:
+    """Parts whose weights are neither `inside` a checkpoint nor in the folder."""
+    return [
+        name
+        for name, class_name in read_components(folder / PIPELINE_FILE, str(folder)).items()
+        if name not in (OPTIONAL, OPTIONAL_IN_CHECKPOINTS, *inside)
+        and not _WEIGHTLESS.fullmatch(class_name)
+        and not any((folder / name).glob("*.safetensors"))
+    ]
+
+
 def digest(folder: Path, selection: Selection, *, of_contents: bool) -> str:
     """Twelve hex digits over contents or, since weights are large, over names, sizes, times and headers."""
     total = hashlib.sha256()
@@ -151,8 +170,19 @@ def check_folder(path: Path) -> None:
         raise ModelError(f"No such folder: {path}")
     if not (path / PIPELINE_FILE).is_file():
         raise ModelError(f"{path} has no {PIPELINE_FILE}: HyperGen serves folders in diffusers layout.")
+    inside = parts_in_checkpoint(path)
+    excused = {*inside, OPTIONAL_IN_CHECKPOINTS} if inside else inside
     for name, class_name in read_components(path / PIPELINE_FILE, str(path)).items():
-        check_component(path, name, class_name)
+        if name not in excused:
+            check_component(path, name, class_name)
+
+
+def parts_in_checkpoint(path: Path) -> frozenset[str]:
+    """The parts of a model whose weights are in its checkpoint and not in their folders; usually none."""
+    file = path / CHECKPOINT
+    if not file.is_file():
+        return frozenset()
+    return read_checkpoint(safetensors_header(file, str(path), file.name), CHECKPOINT).components
 
 
 def safetensors_header(file: Path, model: str, name: str) -> bytes:
@@ -174,16 +204,6 @@ def safetensors_header(file: Path, model: str, name: str) -> bytes:
     if (expected := 8 + length + max(ends, default=0)) != size:
         raise ModelError(f"{model}: {name} is damaged: it should have {expected} bytes and has {size}.")
     return header
-
-
-def count_weights(folder: Path) -> int:
-    """Numbers in all weights of a checked folder, by their headers."""
-    total = 0
-    for name in select_in_folder(folder, half=False).files.values():
-        if name.endswith(".safetensors") and not name.startswith(f"{LORAS}/"):
-            tensors = json.loads(safetensors_header(folder / name, str(folder), name))
-            total += sum(math.prod(t["shape"]) for key, t in tensors.items() if key != "__metadata__")
-    return total
 
 
 def place_file(original: Path, target: Path, *, copy_weights: bool) -> None:

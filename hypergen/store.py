@@ -17,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hypergen import single_file
 from hypergen.errors import ModelError
 from hypergen.hub import HUB_ID, download, look_up
 from hypergen.model_folder import (
+    CHECKPOINT,
     PIPELINE_FILE,
     Selection,
     digest,
@@ -41,6 +43,7 @@ def ensure(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    single_file_config: str | None = None,
     pipelines: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> StoredModel:
@@ -51,11 +54,13 @@ def ensure(
     Args:
         revision: of a hub model: branch, tag or commit; other kinds of model have none.
         dtype: "float16" and "bfloat16" prefer fp16 variants of weights.
+        single_file_config: what a checkpoint in one file takes its configuration from, see `single_file`.
         pipelines: the pipeline classes that can be served; others are refused, before their weights are
             downloaded.
     """
     check = partial(require_pipeline, model or EMBEDDED_NAME, pipelines)
-    return _resolve(model, revision, dtype, check, progress or (lambda _: None), ask_hub=False)
+    say = progress or (lambda _: None)
+    return _resolve(model, revision, dtype, single_file_config, check, say, ask_hub=False)
 
 
 def import_model(
@@ -63,11 +68,13 @@ def import_model(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    single_file_config: str | None = None,
     progress: Progress | None = None,
 ) -> StoredModel:
     """Bring the source's present state into the store; what is there already is not copied again."""
     check = partial(require_pipeline, source or EMBEDDED_NAME, None)
-    return _resolve(source, revision, dtype, check, progress or (lambda _: None), ask_hub=True)
+    say = progress or (lambda _: None)
+    return _resolve(source, revision, dtype, single_file_config, check, say, ask_hub=True)
 
 
 def local_folder(model: str | None) -> Path | None:
@@ -105,6 +112,7 @@ def _resolve(
     given: str | None,
     revision: str | None,
     dtype: str | None,
+    single_file_config: str | None,
     check: PipelineCheck,
     say: Progress,
     *,
@@ -117,7 +125,9 @@ def _resolve(
     elif os.path.isdir(path):
         stored = _import_folder(Path(path), given, half, say)
     elif os.path.isfile(path):
-        raise ModelError(f"{given} is a file: HyperGen serves folders in diffusers layout.")
+        stored = _import_single_file(given, single_file_config, half, say)
+    elif given.endswith(single_file.SUFFIX):
+        raise ModelError(f"No such file: {given}")
     elif given.startswith(("/", ".", "~")):
         raise ModelError(f"No such folder: {given}")
     elif "/" not in given:
@@ -127,6 +137,8 @@ def _resolve(
         stored = stored or _import_hub_model(given, revision, half, check, say)
     else:
         raise ModelError(_unknown(given))
+    if single_file_config is not None and not (stored.path / CHECKPOINT).is_file():
+        raise ModelError(f"--single-file-config is for a model in one file, which {given} is not.")
     check_folder(stored.path)
     check(stored.path / PIPELINE_FILE)
     return stored
@@ -141,6 +153,14 @@ def _import_folder(folder: Path, source: str, half: bool, say: Progress) -> Stor
     name = EMBEDDED_NAME if embedded else _store_name(folder.name)
     stored = _import(f"{name}:{version}", source, folder, selection, {}, say)
     return replace(stored, source=source)
+
+
+def _import_single_file(given: str, configuration: str | None, half: bool, say: Progress) -> StoredModel:
+    folder, selection = single_file.select(given, configuration, half, local_folder, say)
+    file = Path(selection.files[CHECKPOINT])
+    tag = f"{_store_name(file.stem)}:{digest(folder, selection, of_contents=False)}"
+    stored = _import(tag, given, folder, selection, {"origin": str(file)}, say)
+    return replace(stored, source=given)
 
 
 def _import_hub_model(

@@ -168,11 +168,14 @@ def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
     return folder
 
 
-def save_sd3(folder: Path, *, t5: bool = True, version: Literal["3", "3.5"] = "3.5") -> Path:
+def save_sd3(
+    folder: Path, *, t5: bool = True, version: Literal["3", "3.5"] = "3.5", channels: int = 4
+) -> Path:
     """A Stable Diffusion 3 of a hundred thousand weights; native size 128x128.
 
     Args:
         version: 3.5 normalises queries and keys, and its medium variant attends twice in some blocks.
+        channels: of the latents; diffusers' pipeline for masks knows no other number than 16.
     """
     torch.manual_seed(0)
     tokenizer = bytewise_tokenizer()
@@ -181,8 +184,8 @@ def save_sd3(folder: Path, *, t5: bool = True, version: Literal["3", "3.5"] = "3
         transformer=SD3Transformer2DModel(
             sample_size=16,
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            in_channels=channels,
+            out_channels=channels,
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=4,
@@ -192,7 +195,7 @@ def save_sd3(folder: Path, *, t5: bool = True, version: Literal["3", "3.5"] = "3
             pos_embed_max_size=24,
             **(newer if version == "3.5" else {}),
         ).eval(),
-        vae=_flow_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        vae=_flow_vae(latent_channels=channels, scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer, 24, projection_dim=24)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 32, projection_dim=32)).eval(),

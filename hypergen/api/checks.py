@@ -21,9 +21,10 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LoraWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)]
 
 _FAMILIES: dict[Option, str] = {
-    "image": "Stable Diffusion and SDXL do",
-    "mask": "Stable Diffusion and SDXL do",
+    "image": "Stable Diffusion, SDXL and SD 3 do",
+    "mask": "Stable Diffusion, SDXL and SD 3 do",
     "control": "Stable Diffusion and SDXL with a control model do",
+    "true_cfg_scale": "FLUX does, others have the guidance scale for it",
     "loras": "Stable Diffusion, SDXL and FLUX do",
 }
 
@@ -60,6 +61,13 @@ class ModelFields(BaseModel, extra="ignore"):
     )
     negative_prompt_2: StrictStr | None = Field(
         None, max_length=32000, description="what not to draw, for the second text encoder"
+    )
+    true_cfg_scale: Number | None = Field(
+        None,
+        ge=1,
+        le=20,
+        description="how far to keep from the negative prompt, for models whose guidance scale says "
+        "something else (FLUX); 1 or no negative prompt: no effect; absent: the model's, 4; others refuse it",
     )
     enable_refiner: StrictBool = Field(
         False, description="let the refiner take the last steps; models without one take no notice"
@@ -151,14 +159,21 @@ def model_fields(
     asked: ModelFields, negative_prompt: str | None, description: ModelDescription
 ) -> dict[str, Any]:
     """The fields of `GenerationRequest` for what some families have; without effect on the others, as the
-    Hyperbolic documents have it, so that they do not even stand in the request.
+    Hyperbolic documents have it, so that they do not even stand in the request. What no document has is
+    refused instead.
+
+    Raises:
+        InvalidRequestError: the family has no `true_cfg_scale`.
     """
+    if asked.true_cfg_scale is not None:
+        check_option("true_cfg_scale", "true_cfg_scale", description)
     given: dict[Option, dict[str, Any]] = {
         "negative_prompt": {"negative_prompt": negative_prompt or None},
         "prompt_2": {
             "prompt_2": asked.prompt_2 or None,
             "negative_prompt_2": asked.negative_prompt_2 or None,
         },
+        "true_cfg_scale": {"true_cfg_scale": asked.true_cfg_scale},
         "enable_refiner": {"enable_refiner": asked.enable_refiner},
     }
     known = [fields for option, fields in given.items() if option in description.options]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hypergen.conditioning import img2img, inpaint
-from hypergen.conditioning.latents import Beginning, LatentSpace
+from hypergen.conditioning.latents import Beginning, LatentSpace, at_the_start
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest
 
@@ -34,11 +34,11 @@ def begin(
     """
     if request.mask is not None and request.image is None:
         raise InvalidRequestError("A mask says what to draw in a picture; none was sent.", param="mask")
-    if request.image is not None and img2img.first_step(request) == request.num_inference_steps:
+    if request.image is not None and img2img.first_step(request, scheduler) == request.num_inference_steps:
         # Nothing is drawn; the latents only give the image its shape.
         return Beginning(space.noise(*size, generator), len(scheduler.timesteps), unchanged=True)
     if request.mask is not None or reads_mask:
         return inpaint.begin(request, scheduler, space, size, generator, reads_mask=reads_mask)
     if request.image is not None:
         return img2img.begin(request, request.image, scheduler, space, size, generator)
-    return Beginning(space.noise(*size, generator) * scheduler.init_noise_sigma)
+    return Beginning(at_the_start(scheduler, space.noise(*size, generator)))

@@ -6,15 +6,20 @@ from typing import Any
 
 import torch
 
-from hypergen.conditioning.latents import Beginning, LatentSpace
+from hypergen.conditioning.latents import Beginning, LatentSpace, with_noise
 from hypergen.conditioning.pictures import fit, to_image
 from hypergen.generation import GenerationRequest, Picture
 
 
-def first_step(request: GenerationRequest) -> int:
-    """The first of the request's steps that is taken; all of them are left out for too small a strength."""
+def first_step(request: GenerationRequest, scheduler: Any) -> int:
+    """The first of the request's steps that is taken; all of them are left out for too small a strength.
+
+    Of a step that strength leaves in part, diffusers' pipelines for flow matching take the whole, the others
+    nothing.
+    """
     steps = request.num_inference_steps
-    return steps - min(int(steps * request.strength), steps)
+    left = min(steps * request.strength, steps)
+    return int(steps - left) if hasattr(scheduler, "scale_noise") else steps - int(left)
 
 
 def skip_steps(scheduler: Any, steps: int) -> int:
@@ -35,10 +40,9 @@ def begin(
 ) -> Beginning:
     """Encode the picture and add the noise of the first step that `request.strength` leaves.
 
-    Draws in the order of diffusers' StableDiffusionImg2ImgPipeline: the sample, then the noise.
+    Draws in the order of diffusers' pipelines: the sample, then the noise.
     """
-    index = skip_steps(scheduler, first_step(request))
+    index = skip_steps(scheduler, first_step(request, scheduler))
     image_latents = space.encode(to_image(fit(picture, *size)), generator)
     noise = space.noise(*size, generator)
-    timestep = scheduler.timesteps[index].reshape(1)
-    return Beginning(scheduler.add_noise(image_latents, noise, timestep), index)
+    return Beginning(with_noise(scheduler, image_latents, noise, scheduler.timesteps[index]), index)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hypergen.conditioning.img2img import first_step, skip_steps
-from hypergen.conditioning.latents import Beginning, LatentSpace
+from hypergen.conditioning.latents import Beginning, LatentSpace, at_the_start, with_noise
 from hypergen.conditioning.pictures import fit, to_image, to_mask
 from hypergen.generation import GenerationRequest
 from hypergen.trajectory import Trajectory
@@ -36,7 +36,7 @@ class KeptRegion:
     def __call__(self, trajectory: Trajectory) -> Tensor:
         kept = self.image_latents
         if trajectory.remaining_steps:
-            kept = trajectory.scheduler.add_noise(kept, self.noise, trajectory.timestep.reshape(1))
+            kept = with_noise(trajectory.scheduler, kept, self.noise, trajectory.timestep)
         return (1 - self.mask) * kept + self.mask * trajectory.latents
 
 
@@ -59,7 +59,7 @@ def begin(
     """
     width, height = size
     strength = request.strength if request.image is not None else 1.0
-    index = skip_steps(scheduler, first_step(request) if request.image is not None else 0)
+    index = skip_steps(scheduler, first_step(request, scheduler) if request.image is not None else 0)
     image = torch.zeros(1, 3, height, width)
     if request.image is not None:
         image = to_image(fit(request.image, *size))
@@ -73,9 +73,9 @@ def begin(
     noise = space.noise(*size, generator)
     latent_mask = functional.interpolate(mask, size=noise.shape[-2:]).to(noise)
     if image_latents is None or strength == 1:
-        latents = noise * scheduler.init_noise_sigma
+        latents = at_the_start(scheduler, noise)
     else:
-        latents = scheduler.add_noise(image_latents, noise, scheduler.timesteps[index].reshape(1))
+        latents = with_noise(scheduler, image_latents, noise, scheduler.timesteps[index])
     if reads_mask or image_latents is None:
         kept = space.encode(image * (mask < 0.5), generator)
         return Beginning(latents, index, others=(torch.cat([latent_mask, kept], dim=1),))

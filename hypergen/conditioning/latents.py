@@ -29,6 +29,18 @@ class Beginning:
     others: tuple[Tensor, ...] = ()
 
 
+def at_the_start(scheduler: Any, noise: Tensor) -> Tensor:
+    """Noise as strong as the scheduler wants it before its first step; flow matching takes it as it is."""
+    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def with_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Latents with as much noise as they have before the step that the scheduler takes next."""
+    if hasattr(scheduler, "scale_noise"):  # flow matching mixes, the others add
+        return scheduler.scale_noise(latents, timestep.reshape(1), noise)
+    return scheduler.add_noise(latents, noise, timestep.reshape(1))
+
+
 class LatentSpace:
     """The latents of one autoencoder, in the precision of the denoiser.
 
@@ -70,7 +82,8 @@ class LatentSpace:
                 self._distributions.popitem(last=False)
         self._distributions.move_to_end(key)
         sample = self._distributions[key].sample(generator).to(self._dtype)
-        return self._vae.config.scaling_factor * sample
+        shift = self._vae.config.get("shift_factor") or 0.0
+        return self._vae.config.scaling_factor * (sample - shift)
 
     def _distribution(self, image: Tensor) -> Any:
         stored = self._vae.dtype

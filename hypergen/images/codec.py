@@ -102,6 +102,8 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
     same bytes as the single image with its seed.
     """
     loras = {name: weight for name, weight in request.loras if weight != 0}
+    unwanted = request.negative_prompt or request.negative_prompt_2
+    true_cfg_scale = request.true_cfg_scale if unwanted else None
     return {
         "model": model_id,
         "prompt": request.prompt,
@@ -112,6 +114,7 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
         "guidance_scale": request.guidance_scale,
         "sampler": request.sampler,
         "seed": request.seed + index,
+        **({} if true_cfg_scale is None else {"true_cfg_scale": true_cfg_scale}),
         **({"loras": loras} if loras else {}),
         **_conditions(request),
     }

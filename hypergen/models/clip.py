@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergen.config import EngineSettings
 from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
+from hypergen.models.weighting import WeightedText, read_weights, token_weights, weigh
 
 
 class ClipEncoder:
@@ -24,21 +26,37 @@ class ClipEncoder:
     """
 
     def __init__(
-        self, tokenizer: Any, text_encoder: Any, max_chunks: int, dtype: torch.dtype, *, penultimate: bool
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        settings: EngineSettings,
+        dtype: torch.dtype,
+        *,
+        penultimate: bool,
     ) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
-        self._max_chunks = max_chunks
+        self._max_chunks = settings.max_prompt_chunks
+        self._weighting = settings.prompt_weighting
         self._dtype = dtype
         self._penultimate = penultimate
 
     def __call__(self, text: str) -> EncodedPrompt:
-        chunks, tokens = chunk_tokens(self._tokenizer, text, self._max_chunks)
+        weighted = read_weights(text) if self._weighting else WeightedText(text)
+        chunks, tokens = chunk_tokens(self._tokenizer, weighted.text, self._max_chunks)
         outputs = [self._encode(chunk) for chunk in chunks]
-        embeds = [output.hidden_states[-2] if self._penultimate else output[0] for output in outputs]
+        embeds = [self._words(output) for output in outputs]
+        if any(weight != 1 for weight in weighted.weights):
+            # Not kept: a LoRA may change how the empty text is read, too.
+            empty = self._words(self._encode(chunk_tokens(self._tokenizer, "", 1)[0][0]))
+            weights = token_weights(self._tokenizer, weighted, chunks)
+            embeds = [weigh(words, empty, w) for words, w in zip(embeds, weights, strict=True)]
         # Encoders with a projection give its output, the others that of the final norm at the text's end.
         pooled = outputs[0].get("text_embeds", outputs[0].get("pooler_output"))
         return EncodedPrompt(torch.cat(embeds, dim=1).to(self._dtype), tokens, pooled.to(self._dtype))
+
+    def _words(self, output: Any) -> Tensor:
+        return output.hidden_states[-2] if self._penultimate else output[0]
 
     def _encode(self, chunk: list[int]) -> Any:
         ids = torch.tensor([chunk], device=self._text_encoder.device)

@@ -35,7 +35,7 @@ class Flux:
     """The pipeline's modules, called step by step.
 
     FLUX.1 dev was distilled with guidance as an input, and `guidance_scale` is that. A negative prompt needs
-    the other kind, with two rows for each image, whose scale is `true_cfg_scale`.
+    the other kind, with two rows for each image, whose scale is `true_cfg_scale`, of the request or the card.
 
     Latents are kept as (1, C, h, w) and packed into patches for the transformer alone.
 
@@ -89,7 +89,9 @@ class Flux:
             min_steps=self.schedulers.min_steps,
             device=self.transformer.device.type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            options=frozenset[Option]({"prompt_2", "negative_prompt", *self.adapters.options}),
+            options=frozenset[Option](
+                {"prompt_2", "negative_prompt", "true_cfg_scale", *self.adapters.options}
+            ),
             **self.adapters.offer(),
         )
 
@@ -101,7 +103,8 @@ class Flux:
         loras = self.adapters.load(request.loras)
         positive = self._conditioning(request, loras, request.prompt, request.prompt_2)
         negative = None
-        if (request.negative_prompt or request.negative_prompt_2) and self.true_cfg_scale > 1:
+        scale = self.true_cfg_scale if request.true_cfg_scale is None else request.true_cfg_scale
+        if (request.negative_prompt or request.negative_prompt_2) and scale > 1:
             unwanted, unwanted_2 = request.negative_prompt or "", request.negative_prompt_2
             negative = self._conditioning(request, loras, unwanted, unwanted_2)
 
@@ -119,7 +122,7 @@ class Flux:
             latents=noise.to(self.transformer.device),
             positive=positive,
             negative=negative,
-            guidance_scale=self.true_cfg_scale,
+            guidance_scale=scale,
             prompt_tokens=self.t5.get(request.prompt_2 or request.prompt, loras).tokens,
             generator=generator,
             scheduler=scheduler,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +17,15 @@ from torch import nn
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
-from hypergen.model_folder import count_weights
+from hypergen.model_folder import CHECKPOINT, LORAS, safetensors_header
+from hypergen.models.checkpoint import load_checkpoint
 from hypergen.models.family import Family
 from hypergen.models.registry import FAMILIES, family_class, servable
 from hypergen.models.whole import WholePipeline
 
 logger = logging.getLogger(__name__)
+
+_READ_BY_CLIP = ("sd", "sdxl", "sd3")
 
 
 def load(path: Path, settings: EngineSettings) -> Family:
@@ -50,6 +54,10 @@ def load_any(
     pipeline_class, family = import_family(path)
     if settings.refiner is not None and (family is None or family.name != "sdxl"):
         raise ModelError("A refiner goes with Stable Diffusion XL; this model is of another kind.")
+    if settings.prompt_weighting and (family is None or family.name not in _READ_BY_CLIP):
+        raise ModelError(
+            "Prompt weighting goes with Stable Diffusion, SDXL and SD 3, whose words CLIP reads."
+        )
     card = _read_card(path)
     card["defaults"] = {**card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
@@ -74,7 +82,18 @@ def expected_bytes(path: Path, settings: EngineSettings) -> int:
     _, family = import_family(path)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, choose_device(settings), _read_card(path), half_dtype)
-    return count_weights(path) * dtype.itemsize
+    return _count_weights(path) * dtype.itemsize
+
+
+def _count_weights(folder: Path) -> int:
+    """Numbers in all weights of a model of the store, by their headers."""
+    total = 0
+    for file in sorted(folder.rglob("*.safetensors")):
+        name = file.relative_to(folder).as_posix()
+        if not name.startswith(f"{LORAS}/"):
+            tensors = json.loads(safetensors_header(file, str(folder), name))
+            total += sum(math.prod(t["shape"]) for key, t in tensors.items() if key != "__metadata__")
+    return total
 
 
 def weight_bytes(model: Family | WholePipeline) -> int:
@@ -121,15 +140,17 @@ def load_pipeline(
     if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
         left_out["safety_checker"] = None
     try:
+        if (path / CHECKPOINT).is_file():
+            return load_checkpoint(pipeline_class, path, dtype, left_out).to(device)
         pipeline: Any = pipeline_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out
         )
+        return pipeline.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)
         # Without the path: /health shows the reason to everybody.
         reason = " ".join(str(error).replace(str(path), "the model").split())
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
-    return pipeline.to(device)
 
 
 def import_family(path: Path) -> tuple[Any, Any]:

@@ -48,7 +48,7 @@ class Refiner:
         encode = ClipEncoder(
             pipeline.tokenizer_2,
             pipeline.text_encoder_2,
-            settings.max_prompt_chunks,
+            settings,
             unet.dtype,
             penultimate=True,
         )

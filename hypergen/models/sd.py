@@ -51,7 +51,7 @@ class StableDiffusion:
             encode = ClipEncoder(
                 self.tokenizer,
                 self.text_encoder,
-                settings.max_prompt_chunks,
+                settings,
                 self.unet.dtype,
                 penultimate=False,
             )

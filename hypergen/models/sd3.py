@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hypergen.conditioning.beginning import begin
+from hypergen.conditioning.latents import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
 from hypergen.models.clip import ClipEncoder, longest, side_by_side
@@ -17,6 +20,7 @@ from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache
 from hypergen.models.sizes import round_up
 from hypergen.models.t5 import T5Encoder
+from hypergen.models.weighting import without_weights
 from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
@@ -47,13 +51,14 @@ class StableDiffusion3:
         self.schedulers = FlowSchedulerFactory(
             pipeline.scheduler, self.transformer.device, sigmas_end_at_last_step=False
         )
+        self.space = LatentSpace(self.vae, self.transformer.dtype)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.patch_size: int = self.transformer.config.patch_size
-        chunks, dtype = settings.max_prompt_chunks, self.transformer.dtype
+        dtype = self.transformer.dtype
         room = settings.prompt_cache_mb * 1_000_000 // 3
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
-            return PromptCache(ClipEncoder(tokenizer, text_encoder, chunks, dtype, penultimate=True), room)
+            return PromptCache(ClipEncoder(tokenizer, text_encoder, settings, dtype, penultimate=True), room)
 
         with torch.inference_mode():
             self.clips = (
@@ -65,7 +70,7 @@ class StableDiffusion3:
                 if pipeline.text_encoder_3 is None
                 else T5Encoder(pipeline.tokenizer_3, pipeline.text_encoder_3, _T5_LENGTH, dtype)
             )
-            self.t5 = PromptCache(encode, room)
+            self.t5 = PromptCache(without_weights(encode) if settings.prompt_weighting else encode, room)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -86,7 +91,7 @@ class StableDiffusion3:
             min_steps=self.schedulers.min_steps,
             device=self.transformer.device.type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            options=frozenset({"prompt_2", "negative_prompt"}),
+            options=frozenset({"prompt_2", "negative_prompt", "image", "mask"}),
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
@@ -95,18 +100,18 @@ class StableDiffusion3:
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         positive, negative, tokens = self._conditionings(request)
-        width, height = self.drawn_size(request.width, request.height)
-        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
-        scheduler = self.schedulers.make(
-            request.sampler, request.num_inference_steps, rows * columns // self.patch_size**2
-        )
+        size = self.drawn_size(request.width, request.height)
+        patches = (side // (self.vae_scale_factor * self.patch_size) for side in size)
+        scheduler = self.schedulers.make(request.sampler, request.num_inference_steps, math.prod(patches))
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        shape = (1, self.transformer.config.in_channels, rows, columns)
-        noise = torch.randn(shape, generator=generator, dtype=self.transformer.dtype)
+        begun = begin(request, scheduler, self.space, size, generator)
         return Trajectory(
             request=request,
             index=index,
-            latents=noise.to(self.transformer.device),
+            latents=begun.latents,
+            step_index=begun.step_index,
+            after_step=begun.after_step,
+            unchanged=begun.unchanged,
             positive=positive,
             negative=negative,
             guidance_scale=request.guidance_scale,

@@ -56,8 +56,7 @@ class StableDiffusionXL:
             self.vae.to(torch.float32)  # in float16 it overflows, and pictures come out black
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
-            chunks, dtype = settings.max_prompt_chunks, self.unet.dtype
-            encode = ClipEncoder(tokenizer, text_encoder, chunks, dtype, penultimate=True)
+            encode = ClipEncoder(tokenizer, text_encoder, settings, self.unet.dtype, penultimate=True)
             return PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 2)
 
         with torch.inference_mode():

@@ -33,6 +33,8 @@ REFUSED: dict[str, list[Any]] = {
     "negative_prompt": [*NOT_A_STRING, "a" * 32001],
     "num_inference_steps": [*NOT_AN_INTEGER, 0, -1, 151, 2**70],
     "guidance_scale": [*NOT_A_NUMBER, 0, 0.99, -1, 20.01, 21, 10**400],
+    # Not of Stable Diffusion, whatever its value.
+    "true_cfg_scale": [*NOT_A_NUMBER, 0.99, 20.01, 1, 4.0, 20],
     "seed": [*NOT_AN_INTEGER, -1, 2**63, 2**64, 2**70, 1e300, 10**4000],
     "sampler": [*NOT_A_STRING, "", "eular", "Euler 2", "__class__"],
     "lora_path": [*NOT_A_STRING, "", "no-style", "/etc/passwd", "../x.safetensors", "a\0b", "http://x/y"],

@@ -72,6 +72,7 @@ REFUSED: dict[str, list[Any]] = {
     "prompt_2": [*NOT_A_STRING, "a" * 32001],
     "negative_prompt_2": NOT_A_STRING,
     "enable_refiner": ["true", 1, 0, ""],
+    "true_cfg_scale": ["2", 0.99, 20.01, 4.0],
     "image": [*NOT_A_STRING, "", "abc", "https://example.com/a.png"],
     "strength": [*NOT_A_NUMBER, -0.1, 1.1],
     "lora": [True, "Pixel_Art", ["Pixel_Art"], {"Pixel_Art": 1.0}, {"Pixel_Art": 3}, {"Pixel_Art": "1"}],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hypergen.api.dialects import hyperbolic
+from hypergen.api.dialects import hyperbolic, openai
 from hypergen.api.dialects.hyperbolic import price
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
@@ -117,6 +117,20 @@ def test_loras_are_taken_by_name_with_their_weights() -> None:
 def test_what_only_some_models_have_reaches_those() -> None:
     request = request_of(prompt_2="in oil", negative_prompt_2="blurry", enable_refiner=True)
     assert (request.prompt_2, request.negative_prompt_2, request.enable_refiner) == ("in oil", "blurry", True)
+
+
+def test_a_true_cfg_scale_is_for_the_models_that_have_one() -> None:
+    fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
+    flux = ModelDescription(**{**fields, "family": "flux", "options": ABLE.options | {"true_cfg_scale"}})
+    for dialect, body in ((hyperbolic, BODY), (openai, {"prompt": "a cat"})):
+        for scale in (1, 2.5, 20):
+            request = dialect.to_request({**body, "true_cfg_scale": scale}, flux, SETTINGS, "id").generation
+            assert request.true_cfg_scale == scale
+        assert dialect.to_request(body, flux, SETTINGS, "id").generation.true_cfg_scale is None
+        with pytest.raises(InvalidRequestError, match="FLUX does") as raised:
+            dialect.to_request({**body, "true_cfg_scale": 4.0}, ABLE, SETTINGS, "id")
+        assert raised.value.param == "true_cfg_scale"
+        assert raised.value.code == "unsupported_parameter"
 
 
 def test_a_control_picture_is_read_with_its_options() -> None:

@@ -59,7 +59,7 @@ def _stock_picture(pipeline: Any, variant: str, request: GenerationRequest) -> n
             prompt_2=request.prompt_2,
             negative_prompt=request.negative_prompt,
             negative_prompt_2=request.negative_prompt_2,
-            true_cfg_scale=4.0,
+            true_cfg_scale=4.0 if request.true_cfg_scale is None else request.true_cfg_scale,
             max_sequence_length=_LENGTH[variant],
             **common_arguments(request),
         ).images[0]
@@ -76,6 +76,8 @@ def test_dev_draws_the_stock_pictures(dev: Path) -> None:
         _REQUEST,
         replace(_REQUEST, id="other-guidance", guidance_scale=9.0, num_inference_steps=3),
         replace(_REQUEST, id="negative", negative_prompt="blurred", seed=12),
+        replace(_REQUEST, id="true-cfg", negative_prompt="blurred", true_cfg_scale=1.5, seed=12),
+        replace(_REQUEST, id="no-cfg", negative_prompt="blurred", true_cfg_scale=1.0, seed=12),
         replace(_REQUEST, id="second", prompt_2="a dog", negative_prompt="", negative_prompt_2="grey"),
         replace(_REQUEST, id="long", prompt="a cat of many letters " * 12),
         replace(_REQUEST, id="size", width=64, height=96),
@@ -84,6 +86,9 @@ def test_dev_draws_the_stock_pictures(dev: Path) -> None:
     family = loading.load(dev, make_settings())
     assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(pipeline, "dev", request))
     assert _bytes(family, _REQUEST) != _bytes(family, replace(_REQUEST, guidance_scale=9.0))
+    pictures = {request.id: _bytes(family, request) for request in requests}
+    assert len({pictures[name] for name in ("negative", "true-cfg", "no-cfg")}) == 3
+    assert pictures["no-cfg"] == _bytes(family, replace(_REQUEST, seed=12))
 
 
 def test_schnell_draws_the_stock_pictures(schnell: Path) -> None:
@@ -105,7 +110,7 @@ def test_defaults_are_those_of_the_variant(dev: Path, schnell: Path) -> None:
     ):
         described = loading.load(folder, make_settings()).describe("flux")
         assert described.defaults == defaults
-        assert described.options == {"prompt_2", "negative_prompt", "loras"}
+        assert described.options == {"prompt_2", "negative_prompt", "true_cfg_scale", "loras"}
         assert described.samplers.keys() == {"euler", "heun"}
 
 

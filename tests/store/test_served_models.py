@@ -71,7 +71,7 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
             "'x'",
         ),
         (["hypergen-tiny", {"name": "b"}], {"refiner": "/there"}, "'refiner' belongs to one model"),
-        (["hypergen-tiny", {"name": "b"}], {"served_model_name": "c"}, "'served_model_name' belongs to one"),
+        (["hypergen-tiny", {"name": "b"}], {"served_model_name": "c"}, "'name' belongs to one"),
         (["/nowhere.yaml"], {}, "/nowhere.yaml cannot be read: No such file"),
         ([{"sorce": "x"}], {}, "Unknown setting 'models.0.sorce'"),
         ([{"defaults": {"width": 65}}], {}, "models.0.defaults.width"),

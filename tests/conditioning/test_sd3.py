@@ -1,0 +1,122 @@
+"""Pictures and masks with Stable Diffusion 3: what diffusers' pipelines of that family draw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+)
+
+from hypergen.engine.finishing import to_pixels
+from hypergen.generation import GenerationRequest
+from hypergen.models import loading
+from hypergen.samplers import FLOW_SAMPLERS
+from tests.conditioning.stock import assert_same, left_half, picture, pixels_of, to_pillow
+from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+from tests.models.comparing import (
+    assert_drawn_as_by_stock,
+    common_arguments,
+    draw_one_after_another,
+    sampler_of,
+)
+from tests.small_models import save_sd3
+
+_CHANGED = make_request(
+    image=picture(), strength=0.7, num_inference_steps=5, negative_prompt="blurred", seed=11
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd3(tmp_path_factory.mktemp("models") / "small-sd3", channels=16)
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path) -> dict[str, Any]:
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder)
+    return pipeline.components
+
+
+@pytest.fixture(scope="module")
+def family(folder: Path) -> Any:
+    return loading.load(folder, make_settings())
+
+
+def _draw(pipeline: Any, request: GenerationRequest, **arguments: Any) -> Any:
+    assert request.image is not None
+    pipeline.set_progress_bar_config(disable=True)
+    with sampler_of(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
+        return pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            image=to_pillow(request.image),
+            strength=request.strength,
+            **common_arguments(request),
+            **arguments,
+        ).images[0]
+
+
+def test_every_picture_is_that_of_the_stock_pipeline(parts: dict[str, Any], family: Any) -> None:
+    pipeline = StableDiffusion3Img2ImgPipeline(**parts)
+    requests = [
+        _CHANGED,
+        replace(_CHANGED, id="heun", sampler="heun", strength=0.5, seed=3),
+        replace(_CHANGED, id="euler", sampler="euler", guidance_scale=1.0, strength=0.9),
+        replace(_CHANGED, id="whole", strength=1.0),
+        # Less than a step is one step, as in diffusers.
+        replace(_CHANGED, id="less than a step", strength=0.05),
+    ]
+    assert_drawn_as_by_stock(family, requests, lambda request: np.asarray(_draw(pipeline, request)))
+
+
+def test_what_a_mask_keeps_is_put_back_as_in_the_stock_pipeline(parts: dict[str, Any], family: Any) -> None:
+    """The stock pipeline forgets the shift of the latents when it decodes, so its latents are compared."""
+    pipeline = StableDiffusion3InpaintPipeline(**parts)
+    masked = replace(_CHANGED, mask=left_half())
+    requests = [
+        masked,
+        replace(masked, id="heun", sampler="heun", seed=3),
+        replace(masked, id="whole", strength=1.0, guidance_scale=1.0),
+    ]
+    lone, crowd = draw_one_after_another(family, requests), InlineEngine(family)
+    crowd.know(*requests)
+    crowd.run(*requests)
+    for request in requests:
+        assert request.image is not None
+        assert request.mask is not None
+        latents = _draw(pipeline, request, mask_image=to_pillow(request.mask), output_type="latent")
+        trajectory = family.start(request, 0)
+        with torch.inference_mode():
+            stock = to_pixels(family.decode(replace(trajectory, latents=latents[None]))).numpy()
+        assert_same(draw_alone(family, request), stock)
+        drawn, kept = pixels_of(crowd.data(request)), np.asarray(to_pillow(request.image))
+        assert (drawn[:, 32:] == kept[:, 32:]).all()
+        assert_same(drawn[:, :32], stock[:, :32])
+        assert crowd.data(request) == lone.data(request)
+        assert crowd.images[request.id][0].shared_forwards > 0
+
+
+def test_more_strength_changes_more(family: Any) -> None:
+    """Measured from the least change there is: a random decoder does not give back what was encoded."""
+    requests = [replace(_CHANGED, num_inference_steps=10, strength=s) for s in (0.1, 0.3, 0.6, 1.0)]
+    pictures = [draw_alone(family, request).astype(int) for request in requests]
+    changes = [np.abs(drawn - pictures[0]).mean() for drawn in pictures]
+    assert changes == sorted(changes)
+    assert len(set(changes)) == len(requests)
+
+
+def test_nothing_is_drawn_without_strength_and_the_picture_comes_back(family: Any) -> None:
+    sent = picture(72, 88)
+    request = replace(_CHANGED, image=sent, width=72, height=88, strength=0.0)
+    engine = InlineEngine(family)
+    engine.run(request)
+    assert (pixels_of(engine.data(request)) == np.asarray(to_pillow(sent))).all()
+    assert engine.engine.status().forwards == 0

@@ -1,0 +1,141 @@
+"""Weights under the names that they were published with, for Stable Diffusion 1.x and XL: what diffusers
+turns into its own when it loads a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+_UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_VAE = {
+    "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+_OPEN_CLIP = {
+    "text_model.encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+}
+
+
+def save_original(pipeline: Any, file: Path) -> Path:
+    """One file with the UNet, the autoencoder and the text encoders of a pipeline."""
+    tensors = _prefixed("model.diffusion_model.", _unet(pipeline.unet))
+    tensors |= _prefixed("first_stage_model.", _vae(pipeline.vae))
+    clip = {name.removeprefix("text_model."): t for name, t in pipeline.text_encoder.state_dict().items()}
+    clip = _prefixed("transformer.text_model.", clip)
+    if hasattr(pipeline, "text_encoder_2"):
+        tensors |= _prefixed("conditioner.embedders.0.", clip)
+        tensors |= _prefixed("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2))
+    else:
+        tensors |= _prefixed("cond_stage_model.", clip)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return file
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    for new, old in names.items():
+        name = name.replace(new, old)
+    return name
+
+
+def _unet(unet: Any) -> dict[str, Tensor]:
+    """Blocks are numbered through: resnets with their attentions, and samplers as blocks of their own on the
+    way down and as the last part of a block on the way up.
+    """
+    layers = unet.config.layers_per_block + 1
+    places = dict(_UNET)
+    for number in range(len(unet.down_blocks)):
+        for layer in range(layers - 1):
+            block = f"input_blocks.{1 + layers * number + layer}"
+            places[f"down_blocks.{number}.resnets.{layer}"] = f"{block}.0"
+            places[f"down_blocks.{number}.attentions.{layer}"] = f"{block}.1"
+        places[f"down_blocks.{number}.downsamplers.0.conv"] = f"input_blocks.{layers * (number + 1)}.0.op"
+    for number, up in enumerate(unet.up_blocks):
+        for layer in range(layers):
+            places[f"up_blocks.{number}.resnets.{layer}"] = f"output_blocks.{layers * number + layer}.0"
+            places[f"up_blocks.{number}.attentions.{layer}"] = f"output_blocks.{layers * number + layer}.1"
+        last, part = layers * (number + 1) - 1, 2 if hasattr(up, "attentions") else 1
+        places[f"up_blocks.{number}.upsamplers.0.conv"] = f"output_blocks.{last}.{part}.conv"
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in unet.state_dict().items():
+        place = next(place for place in places if name.startswith(f"{place}."))
+        inside = name.removeprefix(place)
+        if ".resnets." in place:
+            inside = _renamed(inside, _UNET_RESNET)
+        tensors[places[place] + inside] = tensor
+    return tensors
+
+
+def _vae(vae: Any) -> dict[str, Tensor]:
+    """The decoder's blocks are counted from the picture's side."""
+    last = len(vae.config.up_block_types) - 1
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in vae.state_dict().items():
+        if ".attentions." in name and name.endswith(("_q.weight", "_k.weight", "_v.weight", "0.weight")):
+            tensor = tensor[:, :, None, None]  # a convolution over one pixel
+        old = _renamed(name, _VAE)
+        for number in range(last + 1):
+            old = old.replace(f"encoder.down_blocks.{number}.", f"encoder.down.{number}.")
+            old = old.replace(f"decoder.up_blocks.{number}.", f"decoder.up.{last - number}.")
+        old = old.replace(".resnets.", ".block.").replace("samplers.0.", "sample.")
+        tensors[old] = tensor
+    return tensors
+
+
+def _open_clip(encoder: Any) -> dict[str, Tensor]:
+    """Queries, keys and values are one matrix, and the projection stands the other way round."""
+    weights = encoder.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        old = _renamed(name, _OPEN_CLIP)
+        if "q_proj" in name:
+            parts = [weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            tensors[old.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+        elif name == "text_projection.weight":
+            tensors["text_projection"] = tensor.T
+        elif "k_proj" not in name and "v_proj" not in name:
+            tensors[old] = tensor
+    return tensors
