@@ -185,7 +185,8 @@ class Engine:
                 self._report(request_id, Started())
         pairs = self._denoise(batch)
         for trajectory, prediction in pairs:
-            self._previewer.look_at(trajectory, prediction)
+            running = self._running[trajectory.request.id]
+            self._previewer.look_at(trajectory, prediction, running.steps_due // running.request.n)
         for trajectory, error in advance_all(pairs, self.settings.vectorised_steps):
             self._advanced(trajectory, error)
         for request_id in {trajectory.request.id for trajectory in batch} & self._running.keys():
@@ -243,8 +244,7 @@ class Engine:
         # Outside the handler: inside, the error's frames would keep the memory of the failed pass.
         if out_of_memory:
             torch.cuda.empty_cache()
-            rows = sum(trajectory.rows for trajectory in batch)
-            self.shapes.limit_rows(group_key(batch[0]).shared, rows)
+            self.shapes.limit_rows(group_key(batch[0]).shared, sum(t.rows for t in batch))
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
         return [pair for trajectory in batch for pair in self._denoise([trajectory])]
 
