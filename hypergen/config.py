@@ -132,6 +132,12 @@ class QueueSettings(BaseModel, frozen=True, extra="forbid"):
     queue_timeout_s: float = Field(
         600, ge=0, allow_inf_nan=False, description="seconds at the door before 429; 0 refuses at once"
     )
+    max_pictures_mb: float = Field(
+        1024,
+        gt=0,
+        allow_inf_nan=False,
+        description="memory for the pictures that unfinished requests came with, in MB; beyond it 429",
+    )
     request_timeout_s: float = Field(
         3600, gt=0, allow_inf_nan=False, description="seconds a request may take in all before 504"
     )

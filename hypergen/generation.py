@@ -95,6 +95,12 @@ class GenerationRequest:
         steps = self.num_inference_steps * (self.strength if self.image is not None else 1)
         return self.n * rows * steps * self.width * self.height / 1e6
 
+    @property
+    def picture_bytes(self) -> int:
+        """Memory of the pictures that it came with."""
+        pictures = (self.image, self.mask, self.control and self.control.image)
+        return sum(len(picture.pixels) for picture in pictures if picture is not None)
+
 
 # What not every family can do, by the field of `GenerationRequest` that asks for it.
 Option = Literal[

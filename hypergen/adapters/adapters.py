@@ -9,14 +9,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +32,11 @@ from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.generation import Option
 
 logger = logging.getLogger(__name__)
+
+# Names with weights, as a request has them.
+Asked = tuple[tuple[str, float], ...]
+# Name, size and time of a file: another one is read anew.
+_Version = tuple[str, int, int]
 
 
 class Lora:
@@ -44,7 +53,7 @@ class Lora:
 
 
 class Adapters:
-    """Loads LoRAs by name and applies them to passes of the pipeline's modules.
+    """Loads LoRAs by name and applies them to passes of the pipeline's modules, on the engine's thread.
 
     Args:
         pipeline: of diffusers; its modules get hooks that do nothing in passes without a LoRA.
@@ -58,7 +67,11 @@ class Adapters:
         self._pipeline = pipeline
         self._settings = settings
         self._pieces = Pieces(strict=settings.determinism == "strict")
-        self._loaded: OrderedDict[str, tuple[tuple[int, int], Lora]] = OrderedDict()
+        # What is kept in memory, and beside it what is only still in use.
+        self._kept: OrderedDict[_Version, Lora] = OrderedDict()
+        self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
+        self._lock = threading.Lock()  # of these two
+        self._readers = ThreadPoolExecutor(2, "lora")  # so that a large file does not hold all others up
         self._hooked: set[str] = set()
         self.rows: Rows | None = None  # of the pass that is under way; None: no row has a LoRA
         # A compiled denoiser has no layers left to hook.
@@ -93,30 +106,43 @@ class Adapters:
             "max_loras": self._settings.max_loras if self._possible else 0,
         }
 
-    def load(self, asked: tuple[tuple[str, float], ...]) -> Loras:
+    def prepare(self, asked: Asked) -> Future[Loras] | None:
+        """Begin to read the LoRAs of a request in a thread; `load` need not read those that this keeps. None:
+        there are none. May be called from any thread.
+        """
+        return self._readers.submit(self._read, asked) if asked else None
+
+    def load(self, asked: Asked) -> Loras:
         """The LoRAs of a request, from memory or their files; weight 0 is the base model.
 
         Raises:
             InvalidRequestError: a name is not offered, or its file is no LoRA for this model.
         """
-        return tuple((self._load_one(name), weight) for name, weight in asked if weight != 0)
+        loras = self._read(asked)
+        for lora, _ in loras:
+            self._hook(lora)
+        return loras
 
-    def _load_one(self, name: str) -> Lora:
+    @torch.inference_mode()
+    def _read(self, asked: Asked) -> Loras:
+        return tuple((self._read_one(name), weight) for name, weight in asked if weight != 0)
+
+    def _read_one(self, name: str) -> Lora:
         path = self.registry.path_of(name)
         try:
             status = os.stat(path)
-            version = (status.st_size, status.st_mtime_ns)
-            known, lora = self._loaded.get(name, (None, None))
-            if lora is None or known != version:
+            version = (name, status.st_size, status.st_mtime_ns)
+            with self._lock:
+                lora = self._in_use.get(version)
+            if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
                 lora = Lora(self, {layer: self._in_slot(one) for layer, one in weights.items()})
-                self._hook(lora)
                 logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
         except UnfitLoraError as error:
             raise InvalidRequestError(f"The LoRA '{name}' {error}.", param="loras") from None
-        self._remember(name, version, lora)
+        self._keep(version, lora)
         return lora
 
     def _in_slot(self, weights: LayerWeights) -> LayerWeights:
@@ -144,13 +170,12 @@ class Adapters:
         if self.rows is not None:
             self.rows.add(layer, name, inputs[0], output)
 
-    def _remember(self, name: str, version: tuple[int, int], lora: Lora) -> None:
-        self._loaded[name] = version, lora
-        self._loaded.move_to_end(name)
-        while sum(one.nbytes for _, one in self._loaded.values()) > self._settings.lora_cache_mb * 1e6:
-            self._loaded.popitem(last=False)
-            if not self._loaded:
-                return
+    def _keep(self, version: _Version, lora: Lora) -> None:
+        with self._lock:
+            self._in_use[version] = self._kept[version] = lora
+            self._kept.move_to_end(version)
+            while sum(one.nbytes for one in self._kept.values()) > self._settings.lora_cache_mb * 1e6:
+                self._kept.popitem(last=False)
 
     @contextmanager
     def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:

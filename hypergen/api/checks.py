@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictBytes, StrictStr, Valid
 from hypergen.api.pictures import decode, from_base64, to_picture
 from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.generation import Control, GenerationRequest, ModelDescription, Option, Preprocessor
+from hypergen.sampler_names import public_name
 
 MAX_SEED = 2**63 - 1
 SMALLEST_SIDE = 64
@@ -86,6 +87,11 @@ class ModelFields(BaseModel, extra="ignore"):
     )
 
 
+# What means nothing without a control picture -> its value when nobody gave it.
+_CONTROL_OPTIONS = {
+    name: field.default for name, field in ModelFields.model_fields.items() if name.startswith("control")
+}
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -124,16 +130,21 @@ def choose_seed(seed: int | None, n: int) -> int:
     return seed
 
 
-def check_sampler(sampler: str | None, steps: int, description: ModelDescription, steps_param: str) -> None:
-    if sampler is not None and sampler not in description.samplers:
+def read_sampler(
+    given: str | None, steps: int, description: ModelDescription, steps_param: str
+) -> str | None:
+    """Our name for the sampler that was asked for; None: the model's own."""
+    sampler = None if given is None else public_name(given)
+    if given is not None and sampler not in description.samplers:
         known = ", ".join(description.samplers) or "none to choose, for a model of this kind"
         raise InvalidRequestError(
-            f"Unknown sampler '{sampler[:40]}'; this server has {known}.", param="sampler"
+            f"Unknown sampler '{given[:40]}'; this server has {known}.", param="sampler"
         )
     min_steps = description.min_steps if sampler is None else description.samplers[sampler]
     if steps < min_steps:
         name = sampler or "model's own"
         raise InvalidRequestError(f"The {name} sampler needs at least {min_steps} steps.", param=steps_param)
+    return sampler
 
 
 def check_work(n: int, steps: int, width: int, height: int, most: float, size_param: str = "size") -> None:
@@ -198,11 +209,13 @@ def read_control(
         InvalidRequestError: one of the two is missing, the model is unknown, or the family has none.
     """
     image_param, model_param = names
-    if image is None and model is None:
+    options = [name for name in _CONTROL_OPTIONS if getattr(asked, name) != _CONTROL_OPTIONS[name]]
+    if image is None and model is None and not options:
         return None
-    check_option("control", model_param if image is None else image_param, description)
+    given = image_param if image is not None else model_param if model is not None else options[0]
+    check_option("control", given, description)
     if image is None:
-        message = f"'{model_param}' needs a picture to follow in '{image_param}'."
+        message = f"'{given}' needs a picture to follow in '{image_param}'."
         raise InvalidRequestError(message, param=image_param, code="missing_required_parameter")
     known = description.control_models
     if model is None and len(known) == 1:

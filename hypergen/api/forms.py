@@ -30,12 +30,22 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser, which also notices a form that was cut off."""
+    """Starlette's parser, which also notices a form that was cut off, and text in another encoding
+    than the form says, which Starlette would take for Latin-1.
+    """
 
     ended = False
 
     def on_end(self) -> None:
         self.ended = True
+
+    def on_part_end(self) -> None:
+        if self._current_part.file is None:
+            try:
+                self._current_part.data.decode(self._charset)
+            except (UnicodeDecodeError, LookupError):
+                raise MultiPartException("Text is not in the encoding of the form.") from None
+        super().on_part_end()
 
 
 def is_form(request: Request) -> bool:
@@ -45,8 +55,9 @@ def is_form(request: Request) -> bool:
 async def read_form(request: Request, fields: type[BaseModel]) -> dict[str, Any]:
     """A multipart form as the body that JSON would have, with files as bytes.
 
-    `image`, `image[]` and `image[0]` become the list `image`, in this order; `name[key]` becomes an entry of
-    the object `name`. Empty text and `null` count as not given, because a form cannot say null.
+    `image`, `image[]` and `image[0]` become the list `image`, in this order, also where there are none;
+    `name[key]` becomes an entry of the object `name`. Empty text and `null` count as not given, because a
+    form cannot say null.
 
     Args:
         fields: whose types tell what text is a number.
@@ -105,7 +116,7 @@ def _to_body(items: list[tuple[str, str | bytes]], fields: type[BaseModel]) -> d
             raise _twice(name)
         else:
             body[name] = _typed(value, kinds.get(name, set()))
-    if images:
+    if images or "images" not in body:
         body["image"] = [value for _, value in sorted(images, key=lambda image: image[0])]
     return body
 

@@ -53,14 +53,12 @@ def look(data: bytes, param: str) -> Image.Image:
     """
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(param, "larger than is safe to look at") from None
     except Exception:  # Pillow's readers raise whatever a broken file makes them stumble over
         raise _unreadable(param) from None
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-        raise InvalidRequestError(
-            f"'{param}' is {image.width}x{image.height}; a picture may have {MAX_PIXELS // 1_000_000} "
-            f"megapixels and sides of {MAX_SIDE}.",
-            param=param,
-        )
+        raise _too_large(param, f"{image.width}x{image.height}")
     return image
 
 
@@ -126,6 +124,11 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # broken EXIF in a picture that is fine
         return image
+
+
+def _too_large(param: str, size: str) -> InvalidRequestError:
+    most = f"{MAX_PIXELS // 1_000_000} megapixels and sides of {MAX_SIDE}"
+    return InvalidRequestError(f"'{param}' is {size}; a picture may have {most}.", param=param)
 
 
 def _unreadable(param: str) -> InvalidRequestError:

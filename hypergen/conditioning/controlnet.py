@@ -42,15 +42,15 @@ class Guide:
     per_step: tuple[Tensor, ...] = ()
 
 
-def load(sources: Mapping[str, str], denoiser: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """The control models of these names, from folders or the hub, on the denoiser's device.
+def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The control models of these names, from folders or the hub, on the device of the UNet that they steer.
 
     Raises:
         ModelError: one cannot be loaded, or was made for another kind of model.
     """
     models: dict[str, Any] = {}
     for name, source in sources.items():
-        if not isinstance(denoiser, UNet2DConditionModel):
+        if not isinstance(unet, UNet2DConditionModel):
             raise ModelError("Control models steer models with a UNet; this one has none.")
         try:
             where, revision = (source, None) if os.path.isdir(source) else with_revision(source)
@@ -63,14 +63,14 @@ def load(sources: Mapping[str, str], denoiser: nn.Module, dtype: torch.dtype) ->
             reason = " ".join(str(error).replace(source, "it").split())
             raise ModelError(f"Control model '{name}': {type(error).__name__}: {reason[:300]}") from None
         for key in _SHARED_CONFIG:
-            its, ours = model.config[key], denoiser.config[key]
+            its, ours = model.config[key], unet.config[key]
             if its != ours:
                 raise ModelError(
                     f"Control model '{name}' is for another kind of model: its {key} is {its}, not {ours}."
                 )
         if model.config.global_pool_conditions:
             raise ModelError(f"Control model '{name}' pools over the whole picture, which is not supported.")
-        models[name] = model.to(denoiser.device).eval()
+        models[name] = model.to(unet.device).eval()
     return models
 
 

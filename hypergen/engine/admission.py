@@ -63,8 +63,9 @@ class WorkRate:
 
 class Admission:
     """At most `max_queue_size` requests wait for the engine; more wait at the door, first come first served,
-    for at most `queue_timeout_s` and at most four times as many; the rest is refused. Lives on the event
-    loop.
+    for at most `queue_timeout_s` and at most four times as many; the rest is refused. So are requests whose
+    pictures do not fit into memory beside those of others: they would hold them at the door too. Lives on the
+    event loop.
     """
 
     _DOOR_FACTOR = 4
@@ -75,6 +76,7 @@ class Admission:
         self._door: deque[asyncio.Future[None]] = deque()
         self._rate = WorkRate()
         self._work = 0.0
+        self._picture_bytes = 0
         self._places: list[Place] = []  # as they came
         self.waiting = 0
         self.running = 0
@@ -84,14 +86,16 @@ class Admission:
         return len(self._door)
 
     @asynccontextmanager
-    async def place(self, work: float, name: str = "") -> AsyncGenerator[Place, None]:
+    async def place(self, work: float, name: str = "", picture_bytes: int = 0) -> AsyncGenerator[Place, None]:
         """A place for one request, held until the block is left; `outlook` finds it by its name.
 
         Raises:
-            QueueFullError: the door is full or the wait at it ended; `retry_after_s` says when to come back.
+            QueueFullError: the door or the memory for pictures is full, or the wait at the door ended;
+                `retry_after_s` says when to come back.
         """
-        self._refuse_if_full()
+        self._refuse_if_full(picture_bytes)
         self._work += work
+        self._picture_bytes += picture_bytes
         place = Place(self, work, name)
         self._places.append(place)
         try:
@@ -108,6 +112,7 @@ class Admission:
         finally:
             self._places.remove(place)
             self._work -= work
+            self._picture_bytes -= picture_bytes
 
     def outlook(self, name: str) -> Outlook | None:
         """How things stand for the request of this name, if it waits."""
@@ -129,7 +134,11 @@ class Admission:
         seconds = self._rate.seconds_for(self._work)
         return most if math.isinf(seconds) else min(max(math.ceil(seconds), least), most)
 
-    def _refuse_if_full(self) -> None:
+    def _refuse_if_full(self, picture_bytes: int) -> None:
+        together = self._picture_bytes + picture_bytes
+        # One request alone always fits.
+        if self._picture_bytes and picture_bytes and together > self._settings.max_pictures_mb * 1e6:
+            raise self._refusal("The pictures of unfinished requests fill the memory for them.")
         door = self._DOOR_FACTOR * self._settings.max_queue_size if self._settings.queue_timeout_s else 0
         if not self._has_room() and len(self._door) >= door:
             raise self._refusal("The queue is full.")

@@ -105,6 +105,7 @@ class DeterminismRule:
             rows = [argument[:count] for argument in arguments]
             try:
                 output, seconds = self._timed_forward(rows, kind)
+                yield
                 reversed_output, seconds_again = self._timed_forward([row.flip(0) for row in rows], kind)
             except torch.OutOfMemoryError:
                 if count <= 2:  # not even one guided image

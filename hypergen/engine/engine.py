@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator
@@ -22,10 +21,11 @@ from hypergen.engine.batching import group_key, next_batch
 from hypergen.engine.determinism import synchronize
 from hypergen.engine.failures import as_request_error
 from hypergen.engine.finishing import Finisher, Report
+from hypergen.engine.inbox import Arrival, Inbox
 from hypergen.engine.previews import Previewer
 from hypergen.engine.shapes import Shapes
 from hypergen.engine.stepping import advance_all
-from hypergen.engine.warming import warm_up_request
+from hypergen.engine.warming import draw_once
 from hypergen.errors import RequestError
 from hypergen.generation import EngineStatus, GenerationRequest, Progress, Started
 from hypergen.models.family import Family
@@ -56,7 +56,6 @@ class Engine:
         encoders: where finished pictures become files; absent: threads of its own.
     """
 
-    _IDLE_WAIT_S = 1.0
     _SHORTEST_MOMENT_S = 0.02
 
     def __init__(
@@ -77,7 +76,7 @@ class Engine:
         self.startup_s: dict[str, float] = {}
         self._clock = clock
         self._report = report
-        self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
+        self._inbox = Inbox(family.prepare)
         self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
         self._running: dict[str, _Running] = {}
         self._active: list[Trajectory] = []
@@ -99,15 +98,15 @@ class Engine:
         self._image_steps = 0
 
     def submit(self, request: GenerationRequest) -> None:
-        self._inbox.put(request)
+        self._inbox.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out before its next step; nothing more is reported of it."""
-        self._inbox.put(request_id)
+        self._inbox.cancel(request_id)
 
     def stop(self) -> None:
         """Let `run` return after the current step."""
-        self._inbox.put(None)
+        self._inbox.stop()
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -126,10 +125,7 @@ class Engine:
         Raises:
             GenerationError: the model does not draw.
         """
-        trajectory = self.family.start(warm_up_request(self.family.describe(self.model_id)), 0)
-        deque(self.shapes.learn(trajectory), maxlen=0)
-        while trajectory.remaining_steps:
-            trajectory.advance(self.family.denoise([trajectory])[0])
+        trajectory = draw_once(self.family, self.family.describe(self.model_id), self.shapes)
         self._finisher.encode(trajectory, self._finisher.decode(trajectory))
 
     def run(self) -> None:
@@ -198,7 +194,8 @@ class Engine:
                 self._report(request_id, Started())
         pairs = self._denoise(batch)
         for trajectory, prediction in pairs:
-            self._previewer.look_at(trajectory, prediction)
+            running = self._running[trajectory.request.id]
+            self._previewer.look_at(trajectory, prediction, running.steps_due // running.request.n)
         for trajectory, error in advance_all(pairs, self.settings.vectorised_steps):
             self._advanced(trajectory, error)
         for request_id in {trajectory.request.id for trajectory in batch} & self._running.keys():
@@ -206,18 +203,14 @@ class Engine:
             self._report(request_id, Progress(running.steps_done, running.steps_due))
 
     def _read_inbox(self, wait: bool) -> None:
-        try:
-            message = self._inbox.get(timeout=self._IDLE_WAIT_S) if wait else self._inbox.get_nowait()
-            while True:
-                if message is None:
-                    self._stopping = True
-                elif isinstance(message, GenerationRequest):
-                    self._joining.append((message, self._join(message, self._clock())))
-                else:
-                    self._drop(message)
-                message = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+        busy = bool(self._joining or self._active or self._denoised)
+        for message in self._inbox.read(idle=wait, busy=busy):
+            if message is None:
+                self._stopping = True
+            elif isinstance(message, Arrival):
+                self._joining.append((message.request, self._join(message, self._clock())))
+            else:
+                self._drop(message)
 
     def _admit(self) -> None:
         """Bring one request a move nearer to joining; in turns, so that none waits for others' probes."""
@@ -230,8 +223,11 @@ class Engine:
         except Exception as error:  # the edge where one request's trouble must not become everyone's
             self._fail(request.id, as_request_error(error, request))
 
-    def _join(self, request: GenerationRequest, arrived_at: float) -> Generator[None]:
+    def _join(self, arrival: Arrival, arrived_at: float) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
+        request = arrival.request
+        if arrival.prepared is not None:
+            arrival.prepared.result()  # raises what was wrong
         trajectories = [self.family.start(request, index) for index in range(request.n)]
         for stage in trajectories[0].stages():
             yield from self.shapes.learn(stage)
@@ -256,8 +252,7 @@ class Engine:
         # Outside the handler: inside, the error's frames would keep the memory of the failed pass.
         if out_of_memory:
             torch.cuda.empty_cache()
-            rows = sum(trajectory.rows for trajectory in batch)
-            self.shapes.limit_rows(group_key(batch[0]).shared, rows)
+            self.shapes.limit_rows(group_key(batch[0]).shared, sum(t.rows for t in batch))
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
         return [pair for trajectory in batch for pair in self._denoise([trajectory])]
 

@@ -204,7 +204,7 @@ class EnginePool:
             GenerationError: drawing failed.
         """
         self._refuse_unless_ready()
-        async with self._admission.place(request.work, request.id) as place:
+        async with self._admission.place(request.work, request.id, request.picture_bytes) as place:
             # Accepted: what happens to the engines from here on is no reason to refuse it.
             call = _Call(request)
             self._assign(call)

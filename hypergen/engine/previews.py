@@ -53,18 +53,23 @@ class Previewer:
         self._decodes = sum(p.numel() for p in family.decoder.parameters()) <= _SMALL_AUTOENCODER
         self._colours: LatentColours | None = None
 
-    def look_at(self, trajectory: Trajectory, prediction: Tensor) -> None:
-        """Show an image that is about to take a step along a prediction, if this step is one to show."""
-        request = trajectory.request
-        if not request.partial_images:
+    def look_at(self, trajectory: Trajectory, prediction: Tensor, steps: int) -> None:
+        """Show an image that is about to take a step along a prediction, if this step is one to show.
+
+        Args:
+            steps: that the image takes in all; one that begins from a picture does not take the first ones.
+        """
+        due = sorted(preview_steps(steps, trajectory.request.partial_images))
+        taken = steps - trajectory.remaining_steps + 1
+        if taken not in due:
             return
-        due = sorted(preview_steps(len(trajectory.timesteps), request.partial_images))
-        if trajectory.step_index + 1 not in due:
+        try:
+            clean = predict_clean(trajectory, prediction).to(trajectory.latents.dtype)
+            pixels = to_pixels(self._draw(trajectory, clean)).cpu()
+        except Exception:  # a picture without previews is better than none
+            logger.exception("A preview of %s could not be drawn.", trajectory.request.id)
             return
-        clean = predict_clean(trajectory, prediction).to(trajectory.latents.dtype)
-        number = due.index(trajectory.step_index + 1)
-        pixels = to_pixels(self._draw(trajectory, clean)).cpu()
-        self._encoders.submit(self._encode, trajectory, number, pixels)
+        self._encoders.submit(self._encode, trajectory, due.index(taken), pixels)
 
     def _draw(self, trajectory: Trajectory, clean: Tensor) -> Tensor:
         """Pixels in -1..1 of the drawn size, or of the latents' size."""

@@ -21,7 +21,8 @@ class Shapes:
     """Probes shapes as they first appear, and remembers the latest.
 
     A probe is made in two parts: what a request needs before it can be drawn, and larger passes, which wait
-    until the engine has nothing else to do or more images than it may draw at once.
+    until the engine has more images than it may draw at once, or nothing else to do. The latter only where
+    they are short, because a request that comes in the middle of a pass waits for its end.
 
     Keys are those of images that share their passes: what must run alone costs what its shape costs.
     """
@@ -29,6 +30,7 @@ class Shapes:
     _KEPT = 256
     # One guided image. A request need not wait until larger passes are proved.
     _ENOUGH_ROWS = 2
+    _LONGEST_IDLE_PASS_S = 0.5
     _END = object()
 
     def __init__(
@@ -80,8 +82,16 @@ class Shapes:
         rows: Counter[GroupKey] = Counter()
         for trajectory in active:
             rows[group_key(trajectory).shared] += trajectory.rows
-        worth = (key for key in self._unfinished if not active or rows[key] > max(self._probes[key].seconds))
+        worth = (
+            key
+            for key in self._unfinished
+            if (rows[key] > max(self._probes[key].seconds) if active else self._next_is_short(key))
+        )
         return next(worth, None)
+
+    def _next_is_short(self, key: GroupKey) -> bool:
+        seconds = self._probes[key].seconds
+        return 2 * seconds[max(seconds)] <= self._LONGEST_IDLE_PASS_S  # rows are doubled at most
 
     def probe_on(self, key: GroupKey) -> None:
         """One more forward pass of an unfinished probe."""

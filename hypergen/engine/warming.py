@@ -1,8 +1,22 @@
-"""Warming up: the request that shows that a model draws, before anybody asks."""
+"""Warming up: the picture that shows that a model draws, before anybody asks."""
 
 from __future__ import annotations
 
+from collections import deque
+
+from hypergen.engine.shapes import Shapes
 from hypergen.generation import GenerationRequest, ModelDescription
+from hypergen.models.family import Family
+from hypergen.trajectory import Trajectory
+
+
+def draw_once(family: Family, description: ModelDescription, shapes: Shapes) -> Trajectory:
+    """Probe the default size and draw a picture of it, up to its last step."""
+    trajectory = family.start(warm_up_request(description), 0)
+    deque(shapes.learn(trajectory), maxlen=0)
+    while trajectory.remaining_steps:
+        trajectory.advance(family.denoise([trajectory])[0])
+    return trajectory
 
 
 def warm_up_request(description: ModelDescription) -> GenerationRequest:

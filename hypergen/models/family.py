@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -34,6 +35,12 @@ class Family(Protocol):
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         """The size in pixels at which a picture of the asked size is drawn, before it is cropped or resized
         to it.
+        """
+        ...
+
+    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
+        """Begin to read in a thread what `start` will need of files, which is there as long as the result is
+        kept; None: nothing. May be called from any thread.
         """
         ...
 

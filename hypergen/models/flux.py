@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -98,6 +99,9 @@ class Flux:
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         multiple = self.vae_scale_factor * _PATCH
         return round_up(width, multiple), round_up(height, multiple)
+
+    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
+        return self.adapters.prepare(request.loras)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         loras = self.adapters.load(request.loras)

@@ -69,7 +69,8 @@ def load_any(
             raise ModelError("Control models steer models with a UNet; this one is drawn whole.")
         return WholePipeline(pipeline, card)
     loaded: Family = family(pipeline, card, settings)
-    loaded.control_models = controlnet.load(settings.controlnet, loaded.denoiser, dtype)
+    unet = getattr(pipeline, "unet", None)  # not the denoiser, which may have a refiner in it
+    loaded.control_models = controlnet.load(settings.controlnet, unet, dtype)
     return loaded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -94,6 +95,9 @@ class StableDiffusion:
         if native_area is not None and width * height > native_area:
             return nearest_native_size(width, height, native_area, self.vae_scale_factor)
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
+
+    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
+        return self.adapters.prepare(request.loras)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         loras = self.adapters.load(request.loras)

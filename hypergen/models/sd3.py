@@ -98,6 +98,9 @@ class StableDiffusion3:
         multiple = self.vae_scale_factor * self.patch_size
         return round_up(width, multiple), round_up(height, multiple)
 
+    def prepare(self, request: GenerationRequest) -> None:
+        return None
+
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         positive, negative, tokens = self._conditionings(request)
         size = self.drawn_size(request.width, request.height)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -97,6 +98,9 @@ class StableDiffusionXL:
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
+
+    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
+        return self.adapters.prepare(request.loras)
 
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         loras = self.adapters.load(request.loras)

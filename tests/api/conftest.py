@@ -19,6 +19,7 @@ TIGHT = {
     "HYPERGEN_REQUEST_TIMEOUT": "2",
     "HYPERGEN_MAX_BODY_MB": "0.1",
     "HYPERGEN_MAX_JOBS": "3",
+    "HYPERGEN_MAX_PICTURES_MB": "0.01",
     "HYPERGEN_PRICE_RATE": "0.01",
     "HYPERGEN_IMAGE_METADATA": "false",
     "HYPERGEN_PUBLIC_URL": "https://pictures.example/hypergen/",

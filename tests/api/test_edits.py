@@ -147,7 +147,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: Any)
 def test_missing_fields_are_named() -> None:
     assert refusal(prompt=None).code == refusal(images=None).code == "missing_required_parameter"
     assert refusal(prompt=None).param == "prompt"
-    assert refusal(images=None).param == "image"
+    assert refusal(images=None).param == "images"
 
 
 def test_a_variation_needs_no_prompt() -> None:
@@ -183,6 +183,8 @@ def test_bad_forms_are_refused_over_http(client: httpx.Client) -> None:
         headers = {"Content-Type": "multipart/form-data"}
         assert_error(client.post(path, content=b"x", headers=headers), 400, code="invalid_form")
         assert "multipart/form-data" in assert_error(client.post(path, data={"prompt": "a"}), 415)
+    for path in (EDITS, VARIATIONS):
+        assert_error(client.post(path, json=QUICK), 400, param="images", code="missing_required_parameter")
     assert_error(client.post(EDITS, json={**QUICK, "images": []}), 400, param="images")
     assert_error(client.post(EDITS, files={"image": ("upload", PICTURE)}), 400, param="prompt")
     many = [("image[]", ("upload", PICTURE))] * 17

@@ -77,7 +77,16 @@ def test_empty_text_and_null_count_as_not_given() -> None:
 
 
 def test_objects_are_read_from_names_with_brackets() -> None:
-    assert form_of([("a[x]", (None, "0.5")), ("a[y]", (None, "z"))]) == {"a": {"x": 0.5, "y": "z"}}
+    parts = [("image", ("a", b"1")), ("a[x]", (None, "0.5")), ("a[y]", (None, "z"))]
+    assert form_of(parts) == {"image": [b"1"], "a": {"x": 0.5, "y": "z"}}
+
+
+def test_text_is_utf_8_or_what_the_form_says() -> None:
+    assert form_of([("image", ("a", b"1")), ("prompt", (None, "é"))])["prompt"] == "é"
+    latin = PART.replace(b"\na\r", b"\n\xe9\r") + b"--b--\r\n"
+    assert read(latin, "multipart/form-data; boundary=b; charset=latin-1")["prompt"] == "é"
+    with pytest.raises(InvalidRequestError, match="encoding"):
+        read(latin, "multipart/form-data; boundary=b")
 
 
 @pytest.mark.parametrize("value", ["1.5", "two", "1e3", "\uff12", "0x2", " 2", "1_0", "true", "9" * 30])

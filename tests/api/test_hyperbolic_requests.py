@@ -151,9 +151,21 @@ def test_a_control_picture_is_read_with_its_options() -> None:
     assert (control.image.width, control.image.height) == (64, 64)
 
 
+def test_an_unknown_sampler_is_told_as_it_was_written() -> None:
+    assert "'DPM++ 9M'" in refusal(sampler="DPM++ 9M").message
+
+
+def test_control_options_as_nobody_gave_them_need_no_picture() -> None:
+    assert request_of(control_preprocessor="none", controlnet_conditioning_scale=1.0).control is None
+
+
 def test_contradictory_control_fields_are_refused() -> None:
     assert refusal(controlnet_name="depth").param == "controlnet_image"
     assert refusal(controlnet_image=PICTURE).param == "controlnet_name"
+    for option in ({"control_preprocessor": "canny"}, {"control_guidance_end": 0.5}):
+        error = refusal(**option)
+        assert error.param == "controlnet_image"
+        assert f"'{next(iter(option))}'" in error.message
     assert "canny, depth" in refusal(controlnet_name="x", controlnet_image=PICTURE).message
     assert refusal(controlnet_name="canny", controlnet_image="x").param == "controlnet_image"
     fields = {"controlnet_name": "canny", "controlnet_image": PICTURE}

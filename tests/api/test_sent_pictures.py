@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from hypergen.api.pictures import decode, from_base64, to_mask, to_picture
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import Picture
-from tests.api.files import BROKEN, as_base64, as_data_url, as_file, gradient
+from tests.api.files import BROKEN, as_base64, as_data_url, as_file, gradient, png_header
 
 ORIENTATION = 0x0112
 
@@ -38,6 +38,12 @@ def test_what_is_no_readable_picture_is_refused_by_its_parameter(data: bytes) ->
         decode(data, "mask")
     assert raised.value.param == "mask"
     assert "'mask'" in raised.value.message
+
+
+@pytest.mark.parametrize("size", [(8000, 5130), (10_000, 10_000), (30_000, 30_000), (8, 1_000_000)])
+def test_what_is_too_large_is_refused_for_its_size(size: tuple[int, int]) -> None:
+    with pytest.raises(InvalidRequestError, match="40 megapixels and sides of 8192"):
+        decode(png_header(*size), "image")
 
 
 def test_text_in_a_png_cannot_fill_the_memory() -> None:

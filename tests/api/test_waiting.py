@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.api.wire import GENERATIONS, QUICK, SLOW, client_of, draw
+from tests.api.files import as_data_url, as_file, gradient
+from tests.api.wire import GENERATIONS, QUICK, SLOW, assert_error, client_of, draw
 from tests.live import LiveServer
 
 # The promise of /health, in seconds: 99 of 100 answers within this, also while pictures are drawn and while
@@ -68,6 +69,18 @@ def test_clients_that_hang_up_leave_the_others_alone(server: LiveServer, client:
             each.result()
     assert beside == alone
     wait_until(lambda: server.health()["queue_size"] == 0, 1)
+
+
+def test_pictures_beyond_the_memory_for_them_are_refused(tight: TightServer) -> None:
+    body = {"prompt": "a", "images": [{"image_url": as_data_url(as_file(gradient(64, 64)))}]}
+    job = tight.client.post("/v1/images/jobs", json={**body, "num_inference_steps": 150, "n": 10}).json()
+    wait_until(lambda: tight.server.health()["queue_size"] == 1, 5)
+    response = tight.client.post("/v1/images/edits", json={**body, "num_inference_steps": 1})
+    tight.client.delete(f"/v1/images/jobs/{job['id']}")
+    assert "pictures" in assert_error(response, 429, code="rate_limit_exceeded")
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    draw(tight.client)  # one without pictures
+    assert tight.client.post("/v1/images/edits", json={**body, "num_inference_steps": 1}).status_code == 200
 
 
 def test_health_answers_at_once_while_pictures_are_drawn(server: LiveServer, client: httpx.Client) -> None:

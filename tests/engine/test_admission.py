@@ -71,6 +71,18 @@ async def test_a_wait_at_the_door_ends_with_a_refusal_that_says_when_to_come_bac
     assert _counts(admission) == (0, 0, 0)
 
 
+async def test_pictures_beyond_the_memory_for_them_are_refused_at_once() -> None:
+    admission = Admission(QueueSettings.model_validate({"max_pictures_mb": 1}))
+    async with admission.place(1.0, picture_bytes=2_000_000):  # alone it always fits
+        async with admission.place(1.0):  # and those without pictures are not concerned
+            with pytest.raises(QueueFullError, match="pictures") as refusal:
+                await admission.place(1.0, picture_bytes=1).__aenter__()
+        assert 1 <= (refusal.value.retry_after_s or 0) <= 60
+    async with admission.place(1.0, picture_bytes=500_000), admission.place(1.0, picture_bytes=500_000):
+        assert _counts(admission) == (0, 2, 0)
+    assert _counts(admission) == (0, 0, 0)
+
+
 async def test_without_a_timeout_nobody_waits_at_the_door() -> None:
     admission, entered = _admission(1, timeout_s=0), []
     first, second = (Visitor(admission, entered, number) for number in range(2))

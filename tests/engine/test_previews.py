@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypergen.engine.previews import LatentColours, predict_clean, preview_steps
 from hypergen.generation import ImageFinished, Preview
 from hypergen.models import loading
 from hypergen.samplers import SAMPLERS
+from tests.conditioning.stock import picture
 from tests.engine.inline import InlineEngine, make_request, make_settings
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -51,6 +53,34 @@ def test_each_preview_is_nearer_to_the_picture_and_none_changes_it(sampler: str 
     assert not any(
         isinstance(event, Preview) for request_id, event in engine.events if request_id == plain.id
     )
+
+
+@pytest.mark.parametrize("sampler", [None, "heun"])
+def test_an_image_that_begins_from_a_picture_shows_itself_as_often(sampler: str | None) -> None:
+    engine = InlineEngine(loading.load(EMBEDDED, make_settings()))
+    request = make_request(
+        image=picture(), strength=0.5, num_inference_steps=8, n=2, partial_images=3, sampler=sampler
+    )
+    engine.run(request)
+    seen = [(event.index, event.number) for _, event in engine.events if isinstance(event, Preview)]
+    assert sorted(seen) == [(index, number) for index in (0, 1) for number in (0, 1, 2)]
+
+
+def test_a_preview_that_cannot_be_drawn_costs_no_picture() -> None:
+    family = loading.load(EMBEDDED, make_settings())
+    request = make_request(partial_images=1)
+    engine = InlineEngine(family)
+
+    def fail(*_: object) -> None:
+        hook.remove()
+        raise RuntimeError("out of memory")
+
+    engine.know(request)
+    decoder: Any = family.decoder
+    hook = decoder.decoder.register_forward_pre_hook(fail)
+    engine.run(request)
+    assert engine.images[request.id]
+    assert not any(isinstance(event, Preview) for _, event in engine.events)
 
 
 def test_previews_are_spread_over_the_steps_and_never_the_last() -> None:

@@ -11,10 +11,12 @@ import pytest
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
 from hypergen.errors import ModelError
-from hypergen.generation import GenerationRequest
+from hypergen.generation import Control, GenerationRequest
 from hypergen.models import loading
 from hypergen.models.family import Family
 from hypergen.samplers import SAMPLERS
+from tests.conditioning.stock import picture
+from tests.conditioning.test_controlnet import random_control_model
 from tests.engine.inline import draw_alone, make_request, make_settings
 from tests.models.comparing import (
     assert_drawn_as_by_stock,
@@ -89,6 +91,16 @@ def test_every_sampler_changes_hands(family: Family, sampler: str) -> None:
 def test_a_single_step_is_the_base_models(family: Family) -> None:
     refined = replace(_REFINED, num_inference_steps=1)
     assert (draw_alone(family, refined) == draw_alone(family, replace(refined, enable_refiner=False))).all()
+
+
+def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: Path, tmp_path: Path) -> None:
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
+    random_control_model(pipeline.components, 1).save_pretrained(tmp_path)
+    family = loading.load(base, make_settings(refiner=refiner, controlnet={"edges": str(tmp_path)}))
+    control = Control(model="edges", image=picture(seed=4))
+    plain = draw_alone(family, _REFINED)
+    assert (draw_alone(family, replace(_REFINED, control=control)) != plain).any()
+    assert (draw_alone(family, replace(_REFINED, control=replace(control, scale=0.0))) == plain).all()
 
 
 def test_what_cannot_refine_is_refused_at_the_start(base: Path, refiner: Path, sd_folder: Path) -> None:

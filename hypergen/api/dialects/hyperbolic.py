@@ -20,11 +20,11 @@ from hypergen.api.checks import (
     Number,
     check_option,
     check_prompt,
-    check_sampler,
     check_work,
     choose_seed,
     model_fields,
     read_control,
+    read_sampler,
     validate,
 )
 from hypergen.api.errors import to_json
@@ -33,7 +33,6 @@ from hypergen.api.pictures import decode, from_base64, to_picture
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest, ImageFinished, ModelDescription
-from hypergen.sampler_names import public_name
 
 _MAX_SIDE = 2048
 _LARGEST_SIDE = 2432
@@ -115,8 +114,7 @@ def to_request(
     _check_size(width, height, settings.max_side)
     own_steps = defaults.num_inference_steps
     steps = asked.steps or (_STEPS if own_steps == _USUAL_STEPS else own_steps)
-    sampler = None if asked.sampler is None else public_name(asked.sampler)
-    check_sampler(sampler, steps, description, "steps")
+    sampler = read_sampler(asked.sampler, steps, description, "steps")
     check_work(asked.n, steps, width, height, settings.max_megapixel_steps, size_param="width")
     seed = choose_seed(asked.seed, asked.n)
     _check_loras(asked.lora, description)

@@ -21,11 +21,11 @@ from hypergen.api.checks import (
     Number,
     SentFile,
     check_prompt,
-    check_sampler,
     check_work,
     choose_seed,
     model_fields,
     read_control,
+    read_sampler,
     validate,
 )
 from hypergen.api.errors import to_json
@@ -33,7 +33,6 @@ from hypergen.api.loras import resolve_loras
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest, ImageFinished, ModelDescription, OutputFormat
-from hypergen.sampler_names import public_name
 
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", re.ASCII)
 # Side of one image token, as `usage` counts them, in pixels.
@@ -153,8 +152,7 @@ def to_request(
     width, height = _size(asked.size, description, settings.max_side)
     num_inference_steps = asked.num_inference_steps or defaults.num_inference_steps
     guidance_scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-    sampler = None if asked.sampler is None else public_name(asked.sampler)
-    check_sampler(sampler, num_inference_steps, description, "num_inference_steps")
+    sampler = read_sampler(asked.sampler, num_inference_steps, description, "num_inference_steps")
     loras = _loras(asked, description)
     check_work(asked.n, num_inference_steps, width, height, settings.max_megapixel_steps)
     names = ("control_image", "control_model")

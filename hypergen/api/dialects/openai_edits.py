@@ -78,11 +78,11 @@ def to_variation(
 
 def _pictures(body: dict[str, Any]) -> tuple[list[bytes], str]:
     """The files of the pictures, and the name of the field that they came in."""
-    param = "images" if "images" in body else "image"
+    param = "image" if "image" in body else "images"
     if "images" in body and "image" in body:
         raise InvalidRequestError("Send either 'images' or 'image'.", param="image")
-    given: object = body.get(param)
-    if given is None:
+    given: object = body.get(param, [])
+    if given == []:
         message = "The field 'image' (in JSON: 'images') is required."
         raise InvalidRequestError(message, param=param, code="missing_required_parameter")
     pictures = cast(list[object], given) if isinstance(given, list) else [given]

@@ -1,0 +1,84 @@
+"""Inbox: what other threads tell the engine. A request comes in when what it needs was read from disk."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from hypergen.generation import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, and what was read for it, to be kept until it has joined."""
+
+    request: GenerationRequest
+    prepared: Future[Any] | None
+
+
+_IDLE_WAIT_S = 1.0
+_PAUSE_S = 0.005
+# The id of a request that is not wanted any more; None: stop.
+Message = Arrival | str | None
+
+
+class Inbox:
+    """Messages in order; only `read` belongs to the engine's thread.
+
+    Args:
+        prepare: begins to read what a request needs; None where there is nothing to read.
+    """
+
+    def __init__(self, prepare: Callable[[GenerationRequest], Future[Any] | None]) -> None:
+        self._prepare = prepare
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._preparing: set[str] = set()
+        self._lock = threading.Lock()
+
+    def submit(self, request: GenerationRequest) -> None:
+        prepared = self._prepare(request)
+        if prepared is None:
+            self._messages.put(Arrival(request, None))
+            return
+        with self._lock:
+            self._preparing.add(request.id)
+        prepared.add_done_callback(lambda prepared: self._arrive(Arrival(request, prepared)))
+
+    def _arrive(self, arrival: Arrival) -> None:
+        with self._lock:
+            if arrival.request.id in self._preparing:  # else it was cancelled meanwhile
+                self._messages.put(arrival)
+                self._preparing.remove(arrival.request.id)
+
+    def cancel(self, request_id: str) -> None:
+        with self._lock:
+            self._preparing.discard(request_id)
+        self._messages.put(request_id)
+
+    def stop(self) -> None:
+        self._messages.put(None)
+
+    def empty(self) -> bool:
+        """Whether nothing is there and no request is being prepared."""
+        with self._lock:
+            return not self._preparing and self._messages.empty()
+
+    def read(self, *, idle: bool, busy: bool) -> Iterator[Message]:
+        """Everything that is there; if nothing is, what comes soon.
+
+        Args:
+            idle: there is nothing else to do.
+            busy: there are images to draw.
+        """
+        # Neither: files are read for a request, and a loop without a pause would hinder that.
+        timeout_s = _IDLE_WAIT_S if idle else 0.0 if busy else _PAUSE_S
+        try:
+            yield self._messages.get(timeout=timeout_s) if timeout_s else self._messages.get_nowait()
+            while True:
+                yield self._messages.get_nowait()
+        except queue.Empty:
+            pass
