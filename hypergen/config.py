@@ -178,7 +178,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         gt=0,
         allow_inf_nan=False,
         description="price of one 1024x1024 picture with 25 steps, for the header x-hypergen-price of "
-        "Hyperbolic answers; absent: no such header",
+        "Hyperbolic answers and for hypergen_price_total in /metrics; absent: neither",
     )
     image_metadata: bool = Field(True, description="write prompt, seed and settings into the picture's file")
     url_lifetime_s: float = Field(

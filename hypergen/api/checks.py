@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictBytes, StrictStr, Valid
 from hypergen.api.pictures import decode, from_base64, to_picture
 from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.generation import Control, GenerationRequest, ModelDescription, Option, Preprocessor
+from hypergen.metrics import Price
 from hypergen.sampler_names import public_name
 
 MAX_SEED = 2**63 - 1
@@ -37,6 +38,7 @@ class Asked:
     generation: GenerationRequest
     response_format: Literal["url", "b64_json"] | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])
+    price: Price | None = None  # counted when the pictures are drawn
     stream: bool = False
     # Fields of the request that the engine may find wrong -> what the client called them.
     fields: dict[str, str] = field(default_factory=dict[str, str])

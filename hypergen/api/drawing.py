@@ -89,6 +89,8 @@ async def answer(
         images = await draw(generator, asked.generation, _disconnected(request), timeout_s)
     except InvalidRequestError as error:
         raise asked.in_its_words(error) from None
+    if asked.price is not None:
+        asked.price.count()
     if asked.response_format == "b64_json":
         urls = None
     else:

@@ -216,6 +216,8 @@ class Jobs:
             await events.aclose()
         if len(job.pictures) != request.n:
             raise GenerationError("The engine ended the job before all pictures were drawn.")
+        if job.asked.price is not None:
+            job.asked.price.count()
         job.pictures.sort(key=lambda picture: picture[0].index)
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.conftest import TightServer
 from tests.api.files import as_base64, as_file, gradient
@@ -188,8 +189,33 @@ def test_the_price_stands_in_a_header_where_a_rate_is_set(tight: TightServer) ->
     assert response.headers["x-hypergen-price"] == "0.0000625"
 
 
+def test_prices_are_counted_in_the_metrics_once_the_pictures_are_drawn(tight: TightServer) -> None:
+    before = counted_price(tight.client)
+    body = {**BODY, "width": 128, "height": 128, "steps": 5}
+    assert tight.client.post(PATH, json={**body, "n": 2}).status_code == 200
+    assert counted_price(tight.client) - before == pytest.approx(0.0000625)
+    assert tight.client.post(PATH, json={**body, "n": 5}).status_code == 400
+    job = tight.client.post("/v1/images/jobs", json=body)
+    assert job.headers["x-hypergen-price"] == "0.00003125"
+    until = time.monotonic() + 30
+    while tight.client.get(job.headers["location"]).json()["status"] != "succeeded":
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert counted_price(tight.client) - before == pytest.approx(0.00009375)
+
+
+def counted_price(client: httpx.Client) -> float:
+    """What the metrics say that the served model's pictures cost until now."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    priced = [sample for sample in samples if sample.name == "hypergen_price_total"]
+    assert {sample.labels["model"] for sample in priced} <= {"owner/small-sd"}
+    return sum(sample.value for sample in priced)
+
+
 def test_no_price_is_told_unless_a_rate_is_set(client: httpx.Client) -> None:
     assert "x-hypergen-price" not in client.post(PATH, json=BODY).headers
+    assert "hypergen_price" not in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("model_name", ["FLUX.1-dev", "FLUX.1-schnell", "flux"])

@@ -11,6 +11,7 @@ from hypergen.api.dialects.hyperbolic import price
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
+from hypergen.metrics import Price
 from tests.api.able import ABLE, SETTINGS
 from tests.api.files import BROKEN, as_base64, as_data_url, as_file, gradient
 from tests.api.test_hyperbolic import BODY, PICTURE
@@ -75,14 +76,16 @@ def test_other_sizes_beyond_2048_are_refused() -> None:
     [(1024, 25, "0.01"), (1024, 50, "0.02"), (2048, 25, "0.04"), (2048, 50, "0.08"), (512, 25, "0.0025")],
 )
 def test_the_price_is_that_of_the_documents_table(width: int, steps: int, told: str) -> None:
-    assert price(request_of(width=width, height=width, steps=steps), 0.01) == told
+    assert price(request_of(width=width, height=width, steps=steps), 0.01) == pytest.approx(float(told))
     rated = ServerSettings.model_validate({"price_rate": 0.01})
     body = {**BODY, "width": width, "height": width, "steps": steps}
-    assert hyperbolic.to_request(body, ABLE, rated, "id").headers == {"x-hypergen-price": told}
+    asked = hyperbolic.to_request(body, ABLE, rated, "id")
+    assert asked.headers == {"x-hypergen-price": told}
+    assert asked.price == Price(ABLE.id, price(asked.generation, 0.01))
 
 
 def test_pictures_are_priced_each() -> None:
-    assert price(request_of(width=1024, height=1024, steps=25, n=4), 0.01) == "0.04"
+    assert price(request_of(width=1024, height=1024, steps=25, n=4), 0.01) == pytest.approx(0.04)
 
 
 def test_a_picture_is_read_and_fitted() -> None:

@@ -7,6 +7,7 @@ docs/api.md says what counts.
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, StrictInt, StrictStr
@@ -33,6 +34,7 @@ from hypergen.api.pictures import decode, from_base64, to_picture
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import GenerationRequest, ImageFinished, ModelDescription
+from hypergen.metrics import Price
 
 _MAX_SIDE = 2048
 _LARGEST_SIDE = 2432
@@ -147,8 +149,12 @@ def to_request(
         metadata=settings.image_metadata,
         **model_fields(asked, asked.negative_prompt, description),
     )
-    headers = {"x-hypergen-price": price(request, settings.price_rate)} if settings.price_rate else {}
-    return Asked(request, response_format="b64_json", headers=headers, fields={"loras": "lora"})
+    asked_for = Asked(request, response_format="b64_json", fields={"loras": "lora"})
+    if settings.price_rate is None:
+        return asked_for
+    amount = price(request, settings.price_rate)
+    headers = {"x-hypergen-price": f"{amount:.8f}".rstrip("0").rstrip(".")}
+    return replace(asked_for, headers=headers, price=Price(description.id, amount))
 
 
 def to_response(
@@ -165,8 +171,8 @@ def to_response(
     return [*pieces, b"]," + to_json({"inference_time": round(inference_time, 4)})[1:]]
 
 
-def price(request: GenerationRequest, rate: float) -> str:
-    """What a request costs by Hyperbolic's formula, as a decimal number.
+def price(request: GenerationRequest, rate: float) -> float:
+    """What a request costs by Hyperbolic's formula.
 
     Args:
         rate: the price of one picture of 1024x1024 with 25 steps.
@@ -174,7 +180,7 @@ def price(request: GenerationRequest, rate: float) -> str:
     Source: price = rate x (width / 1024) x (height / 1024) x (steps / 25), for each picture.
     """
     each = rate * (request.width / 1024) * (request.height / 1024) * (request.num_inference_steps / 25)
-    return f"{each * request.n:.8f}".rstrip("0").rstrip(".")
+    return each * request.n
 
 
 def _check_size(width: int, height: int, max_side: int) -> None:
