@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import os
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hypergen.config import Settings
 from hypergen.engine import wire
+from hypergen.engine.accelerators import visible_accelerators
 from hypergen.engine.admission import Admission
 from hypergen.engine.supervisor import Supervisor
 from hypergen.errors import GenerationError, RequestError, UnavailableError, unpack
@@ -133,7 +131,7 @@ class EnginePool:
         start = wire.Start(self._models)
         accelerators = self._accelerators
         if accelerators is None:
-            accelerators = await asyncio.to_thread(_visible_accelerators, self._settings.engine.device)
+            accelerators = await asyncio.to_thread(visible_accelerators, self._settings.engine.device)
         for environment in accelerators:
             supervisor = Supervisor(
                 start,
@@ -277,31 +275,3 @@ class EnginePool:
 
 def _unavailable(state: State) -> UnavailableError:
     return UnavailableError(_UNAVAILABLE[state], code=state, retry_after_s=_RETRY_AFTER_S)
-
-
-def _visible_accelerators(device: str | None) -> list[dict[str, str]]:
-    """One environment per GPU, found without torch; a single empty one where none is there, wanted, or of use
-    to the torch that is installed.
-    """
-    if device not in (None, "cuda") or not (device or _torch_knows_cuda()):
-        return [{}]
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        names = [name.strip() for name in listed.split(",") if name.strip()]
-    else:
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            names = [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        except pynvml.NVMLError:
-            names = []
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
-
-
-def _torch_knows_cuda() -> bool:
-    """Whether torch was built for CUDA or ROCm, seen by its libraries, because importing it takes seconds."""
-    spec = importlib.util.find_spec("torch")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    libraries = [library.name for folder in folders for library in (Path(folder) / "lib").glob("*torch_*")]
-    return any("torch_cuda" in name or "torch_hip" in name for name in libraries)

@@ -1,0 +1,35 @@
+"""Accelerators of this machine, found without torch: there is one engine process for each."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+
+def visible_accelerators(device: str | None) -> list[dict[str, str]]:
+    """One environment per GPU, found without torch; a single empty one where none is there, wanted, or of use
+    to the torch that is installed.
+    """
+    if device not in (None, "cuda") or not (device or _torch_knows_cuda()):
+        return [{}]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        names = [name.strip() for name in listed.split(",") if name.strip()]
+    else:
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            names = [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        except pynvml.NVMLError:
+            names = []
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+
+
+def _torch_knows_cuda() -> bool:
+    """Whether torch was built for CUDA or ROCm, seen by its libraries, because importing it takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    libraries = [library.name for folder in folders for library in (Path(folder) / "lib").glob("*torch_*")]
+    return any("torch_cuda" in name or "torch_hip" in name for name in libraries)
