@@ -29,7 +29,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils import is_scipy_available
 
 # A diffusers scheduler: SchedulerMixin and ConfigMixin at once, which its stubs cannot say.
 Scheduler = Any
@@ -58,8 +57,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(HeunDiscreteScheduler),
     "kdpm2": Sampler(KDPM2DiscreteScheduler),
     "lcm": Sampler(LCMScheduler),
-    # diffusers integrates its coefficients with scipy, which HyperGen does not install.
-    **({"lms": Sampler(LMSDiscreteScheduler)} if is_scipy_available() else {}),
+    "lms": Sampler(LMSDiscreteScheduler),
     "pndm": Sampler(PNDMScheduler, {"skip_prk_steps": True}),
     "tcd": Sampler(TCDScheduler),
     "unipc": Sampler(UniPCMultistepScheduler),
