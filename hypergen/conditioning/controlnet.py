@@ -18,6 +18,7 @@ from hypergen.conditioning.canny import canny
 from hypergen.conditioning.pictures import fit, to_unit
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.generation import Control
+from hypergen.placement import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def load(sources: Mapping[str, str], denoiser: nn.Module, dtype: torch.dtype) ->
                 )
         if model.config.global_pool_conditions:
             raise ModelError(f"Control model '{name}' pools over the whole picture, which is not supported.")
-        models[name] = model.to(denoiser.device).eval()
+        models[name] = model.to(device_of(denoiser)).eval()
     return models
 
 

@@ -21,6 +21,7 @@ from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache
 from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.sizes import round_up
+from hypergen.placement import device_of
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
@@ -49,7 +50,7 @@ class StableDiffusionXL:
         self.adapters = Adapters(pipeline, settings)
         self.space = LatentSpace(self.vae, self.unet.dtype, upcast=self.vae.config.force_upcast)
         self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
-        self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
+        self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
@@ -88,7 +89,7 @@ class StableDiffusionXL:
             defaults=ModelDefaults(**{**defaults, **own_defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=self.unet.device.type,
+            device=device_of(self.unet).type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
             options=frozenset(options),
             control_models=tuple(self.control_models),
@@ -159,7 +160,7 @@ class StableDiffusionXL:
         """Positive, negative when there is guidance, and the tokens of the prompt."""
         # Original size, crop and target size, as height and width: a picture that was not cut out of another.
         time_ids = torch.tensor(
-            [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.unet.device
+            [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=device_of(self.unet)
         )
         positive = self._encode(request.prompt, request.prompt_2, loras)
         tokens = positive[0].tokens
