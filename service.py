@@ -32,6 +32,10 @@ stored = store.ensure(
     single_file_config=settings.single_file_config,
     pipelines=servable(),
 )
+if refiner := store.ensure_refiner(settings.engine.refiner, dtype=settings.engine.dtype):
+    # Engines know folders, not the store.
+    engine = settings.engine.model_copy(update={"refiner": str(refiner.path)})
+    settings = settings.model_copy(update={"engine": engine})
 model_id = settings.served_model_name or stored.source
 pool = EnginePool(settings)
 

@@ -103,10 +103,9 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
     MODEL is a hub id (owner/name), a folder in diffusers' layout, a checkpoint in one .safetensors file, or a
     tag of the model store; without it the model that comes with HyperGen is served.
     """
-    from hypergen import serving
+    from hypergen import serving, store
     from hypergen.adapters.registry import open_registry, with_absolute_path
     from hypergen.control_sources import find_control_models
-    from hypergen.model_folder import check_folder
 
     flags["model"] = model
     settings = load_settings(config, os.environ, flags)
@@ -128,9 +127,8 @@ def serve(model: str | None, config: Path | None, reload: bool, **flags: Any) ->
         flags["api_key_file"] = settings.server.api_key_file.resolve()
     flags["lora"] = tuple(with_absolute_path(given) for given in settings.engine.lora)
     flags["lora_dir"] = tuple(folder.expanduser().absolute() for folder in settings.engine.lora_dir)
-    if settings.engine.refiner:
-        check_folder(settings.engine.refiner)
-        flags["refiner"] = settings.engine.refiner.resolve()
+    refiner = store.ensure_refiner(settings.engine.refiner, dtype=settings.engine.dtype, progress=_say)
+    flags["refiner"] = refiner and refiner.tag
     # The service reads the settings again, from its environment: nothing secret stands on a command line.
     environment = environment_of(flags)
     file = config or os.environ.get("HYPERGEN_CONFIG")

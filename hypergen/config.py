@@ -43,8 +43,10 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     dtype: Dtype | None = Field(
         None, description="precision of the weights; absent: chosen for model and device"
     )
-    refiner: Path | None = Field(
-        None, description="folder of the SDXL refiner that draws the last steps of requests that enable it"
+    refiner: str | None = Field(
+        None,
+        description="the SDXL refiner that draws the last steps of requests that enable it: hub id, folder, "
+        ".safetensors checkpoint or model-store tag",
     )
     max_batch_size: int = Field(8, ge=1, le=256, description="images per denoising step")
     determinism: Determinism = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class StableDiffusionXL:
 
     def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
         self.unet: Any = pipeline.unet
-        self.refiner = Refiner(settings.refiner, self.unet, settings) if settings.refiner else None
+        self.refiner = Refiner(Path(settings.refiner), self.unet, settings) if settings.refiner else None
         self.experts: Any = Experts(self.unet, self.refiner.unet) if self.refiner else self.unet
         self.vae: Any = pipeline.vae
         self.card = card
