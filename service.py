@@ -41,7 +41,8 @@ pool = EnginePool(settings)
 )
 class HyperGen:
     # BentoML takes those for the service's own that are attributes of the class: one each.
-    vars().update({f"model_{index}": BentoModel(model.tag) for index, model in enumerate(models)})
+    tags = dict.fromkeys(tag for model in models for tag in model.tags)
+    vars().update({f"model_{index}": BentoModel(tag) for index, tag in enumerate(tags)})
 
     @bentoml.on_startup
     async def start(self) -> None:

@@ -12,7 +12,6 @@ from hypergen.config import EngineSettings, Settings
 from hypergen.control_sources import find_control_models
 from hypergen.errors import ConfigurationError
 from hypergen.model_entries import ModelEntry
-from hypergen.model_folder import check_folder
 from hypergen.models.registry import servable
 from hypergen.served_models import ServedModel
 
@@ -36,12 +35,15 @@ def find_models(settings: Settings, say: Callable[[str], None] | None = None) ->
             pipelines=servable(),
             progress=say,
         )
+        refiner = store.ensure_refiner(entry.refiner or engine.refiner, dtype=engine.dtype, progress=say)
+        if refiner:  # engines know folders, not the store
+            engine = engine.model_copy(update={"refiner": str(refiner.path)})
         open_registry(engine, stored.path)  # tells now, not in the engine, what is not there
         models.append(
             ServedModel(
                 id=entry.name or entry.source or stored.source,
                 aliases=entry.aliases,
-                tag=stored.tag,
+                tags=(stored.tag, *([refiner.tag] if refiner else [])),
                 path=stored.path,
                 settings=engine,
                 defaults=entry.defaults.model_dump(exclude_none=True),
@@ -55,7 +57,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
     """The same models for a process with another working folder: tags and whole paths."""
     return tuple(
         ModelEntry(
-            source=model.tag,
+            source=model.tags[0],
             name=model.id,
             aliases=model.aliases,
             defaults=entry.defaults,
@@ -64,7 +66,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
                 for name, file in entry.loras.items()
             },
             controlnet=find_control_models(entry.controlnet),
-            refiner=str(Path(entry.refiner).expanduser().absolute()) if entry.refiner else None,
+            refiner=next(iter(model.tags[1:]), None),
         )
         for entry, model in zip(entries_of(settings), models, strict=True)
     )
@@ -76,7 +78,6 @@ def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
         "controlnet": find_control_models(engine.controlnet) or None,
-        "refiner": engine.refiner.expanduser().absolute() if engine.refiner else None,
     }
 
 
@@ -106,16 +107,12 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
-    """The server's settings with what belongs to this model alone."""
+    """The server's settings with what belongs to this model alone, its refiner apart."""
     loras = tuple(f"{name}={file}" for name, file in entry.loras.items() if file)
-    refiner = Path(entry.refiner).expanduser() if entry.refiner else engine.refiner
-    if refiner:
-        check_folder(refiner)
     return engine.model_copy(
         update={
             "lora": (*(with_absolute_path(given) for given in engine.lora), *loras),
             "controlnet": find_control_models({**engine.controlnet, **entry.controlnet}),
-            "refiner": refiner,
         }
     )
 

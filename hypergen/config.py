@@ -20,6 +20,9 @@ Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Determinism = Literal["strict", "fast"]
 Compile = Literal["off", "on", "graphs"]
+VaeTiling = Literal["off", "on", "auto"]
+Offload = Literal["off", "model"]
+Quantization = Literal["off", "int8", "fp8"]
 Attention = Literal["flash", "cudnn", "efficient", "math"]
 
 
@@ -32,8 +35,10 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     dtype: Dtype | None = Field(
         None, description="precision of the weights; absent: chosen for model and device"
     )
-    refiner: Path | None = Field(
-        None, description="folder of the SDXL refiner that draws the last steps of requests that enable it"
+    refiner: str | None = Field(
+        None,
+        description="the SDXL refiner that draws the last steps of requests that enable it: hub id, folder, "
+        ".safetensors checkpoint or model-store tag",
     )
     model_memory_gb: float | None = Field(
         None,
@@ -78,6 +83,21 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         False, description="decode pictures on a CUDA stream of their own, beside the next step"
     )
     vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
+    vae_tiling: VaeTiling = Field(
+        "off",
+        description="encode and decode pictures in tiles of 512 pixels, which takes less memory and changes "
+        "pixels; auto: only those that the device's memory would not hold at once (CUDA)",
+    )
+    offload: Offload = Field(
+        "off",
+        description="model: text encoders, denoiser and decoder take turns on the accelerator and wait in "
+        "main memory, for models that do not fit at once; slower, and without LoRAs",
+    )
+    quantization: Quantization = Field(
+        "off",
+        description="8-bit weights in the denoiser's linear layers, by torchao (extra `quantization`): half "
+        "of what 16 bits take; changes pixels",
+    )
     prompt_weighting: bool = Field(
         False,
         description="read (word:1.3), (word) and [word] in prompts as weights; for models with CLIP encoders",

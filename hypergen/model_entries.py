@@ -35,7 +35,7 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
         aliases: other names that requests may use for it.
         loras: name -> file. A name without a file is not offered: it waits for the operator to fill it in.
         controlnet: name -> folder or hub id of a control model.
-        refiner: folder of the SDXL refiner.
+        refiner: of an SDXL model: hub id, folder, checkpoint file or tag of the store.
     """
 
     source: str | None = None

@@ -17,7 +17,7 @@ class ServedModel:
     Attributes:
         id: as in /v1/models.
         aliases: other names that requests may use.
-        tag: of its entry in the model store.
+        tags: of its entry in the model store, and of its refiner's if it has one.
         path: the entry's folder, in diffusers layout.
         settings: the server's, with the LoRAs, control models and refiner of this model.
         defaults: what requests get that do not say, by the fields of `ModelDefaults`.
@@ -25,7 +25,7 @@ class ServedModel:
 
     id: str
     aliases: tuple[str, ...] = ()
-    tag: str = ""
+    tags: tuple[str, ...] = ()
     path: Path
     settings: EngineSettings
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])

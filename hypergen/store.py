@@ -25,6 +25,7 @@ from hypergen.model_folder import (
     PIPELINE_FILE,
     Selection,
     digest,
+    pipeline_class_of,
     require_pipeline,
     select_in_folder,
 )
@@ -33,6 +34,7 @@ from hypergen.store_entries import StoredModel, build, lock, read, store_folder
 
 EMBEDDED_NAME = "hypergen-tiny"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+_REFINER = "StableDiffusionXLImg2ImgPipeline"
 
 Progress = Callable[[str], None]
 PipelineCheck = Callable[[Path], None]
@@ -75,6 +77,25 @@ def import_model(
     check = partial(require_pipeline, source or EMBEDDED_NAME, None)
     say = progress or (lambda _: None)
     return _resolve(source, revision, dtype, single_file_config, check, say, ask_hub=True)
+
+
+def ensure_refiner(
+    refiner: str | None, *, dtype: str | None = None, progress: Progress | None = None
+) -> StoredModel | None:
+    """Get the refiner of the settings from the store like a model, if there is to be one.
+
+    Raises:
+        ModelError: also when it is no refiner; of a hub model that is known before its weights are fetched.
+    """
+
+    def check(pipeline_file: Path) -> None:
+        found = pipeline_class_of(pipeline_file.parent, str(refiner))
+        if found != _REFINER:
+            raise ModelError(f"{refiner} is a {found}, and no refiner, which is a {_REFINER}.")
+
+    if refiner is None:
+        return None
+    return _resolve(refiner, None, dtype, None, check, progress or (lambda _: None), ask_hub=False)
 
 
 def local_folder(model: str | None) -> Path | None:

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 Asked = tuple[tuple[str, float], ...]
 # Name, size and time of a file: another one is read anew.
 _Version = tuple[str, int, int]
+# Settings under which there are no layers left to hook, or their weights are elsewhere when a LoRA is loaded.
+_EXCLUDING = ("compile", "offload")
 
 
 class Lora:
@@ -74,8 +76,10 @@ class Adapters:
         self._readers = ThreadPoolExecutor(2, "lora")  # so that a large file does not hold all others up
         self._hooked: set[str] = set()
         self.rows: Rows | None = None  # of the pass that is under way; None: no row has a LoRA
-        # A compiled denoiser has no layers left to hook.
-        self._possible = settings.compile == "off" and hasattr(pipeline, "lora_state_dict")
+        self._reason = next(
+            (f"with --{name}" for name in _EXCLUDING if getattr(settings, name) != "off"), None
+        )
+        self._possible = self._reason is None and hasattr(pipeline, "lora_state_dict")
         self.registry = self._open_registry()
         if self.registry.default is not None:
             try:
@@ -87,7 +91,7 @@ class Adapters:
         settings = self._settings
         if not self._possible:
             if settings.lora or settings.lora_dir:
-                why = "with --compile" if settings.compile != "off" else f"by {type(self._pipeline).__name__}"
+                why = self._reason or f"by {type(self._pipeline).__name__}"
                 raise ConfigurationError(f"LoRAs are not served {why}.")
             return LoraRegistry()
         folder = self._pipeline.config.get("_name_or_path")

@@ -20,6 +20,7 @@ from hypergen.conditioning.pictures import fit, to_unit
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.generation import Control
 from hypergen.hub import with_revision
+from hypergen.placement import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype)
                 )
         if model.config.global_pool_conditions:
             raise ModelError(f"Control model '{name}' pools over the whole picture, which is not supported.")
-        models[name] = model.to(unet.device).eval()
+        models[name] = model.to(device_of(unet)).eval()
     return models
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergen.placement import device_of
 from hypergen.trajectory import Trajectory
 
 
@@ -67,7 +68,7 @@ class LatentSpace:
             height // self._scale_factor,
             width // self._scale_factor,
         )
-        return torch.randn(shape, generator=generator, dtype=self._dtype).to(self._vae.device)
+        return torch.randn(shape, generator=generator, dtype=self._dtype).to(device_of(self._vae))
 
     def encode(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """A sample of what the encoder makes of a picture, scaled for the denoiser.
@@ -90,7 +91,7 @@ class LatentSpace:
         if self._upcast and stored != torch.float32:
             self._vae.to(torch.float32)
         try:
-            return self._vae.encode(image.to(self._vae.device, self._vae.dtype)).latent_dist
+            return self._vae.encode(image.to(device_of(self._vae), self._vae.dtype)).latent_dist
         finally:
             if self._vae.dtype != stored:
                 self._vae.to(stored)

@@ -31,7 +31,7 @@ def accelerate(family: Family, settings: EngineSettings) -> None:
     Raises:
         ModelError: a setting needs another device than the model is on.
     """
-    device = next(family.denoiser.parameters()).device.type
+    device = family.describe("").device
     needs_cuda = {"compile=graphs": settings.compile == "graphs", "decode_stream": settings.decode_stream}
     for setting, wanted in needs_cuda.items():
         if wanted and device != "cuda":

@@ -25,6 +25,7 @@ from hypergen.engine.finishing import Report, to_pixels
 from hypergen.generation import Preview
 from hypergen.images import codec
 from hypergen.models.family import Family
+from hypergen.placement import device_of
 from hypergen.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def predict_clean(trajectory: Trajectory, prediction: Tensor) -> Tensor:
 def _encode(autoencoder: Any, pixels: Tensor) -> Tensor:
     """Latents of a picture as samplers see them."""
     config = autoencoder.config
-    latents = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype)).latent_dist.mode()
+    latents = autoencoder.encode(pixels.to(device_of(autoencoder), autoencoder.dtype)).latent_dist.mode()
     return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
 

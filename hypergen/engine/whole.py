@@ -63,7 +63,7 @@ class WholeEngine:
     def status(self) -> EngineStatus:
         return EngineStatus(
             state="ready",
-            device=self.model.pipeline.device.type,
+            device=self.model.device.type,
             forwards=self._steps,
             image_steps=self._steps,
             startup_s=self.startup_s,

@@ -12,6 +12,7 @@ from torch import Tensor
 from hypergen.config import EngineSettings
 from hypergen.models.prompts import EncodedPrompt, PromptCache, chunk_tokens, fill_to
 from hypergen.models.weighting import WeightedText, read_weights, token_weights, weigh
+from hypergen.placement import device_of
 
 
 class ClipEncoder:
@@ -59,7 +60,7 @@ class ClipEncoder:
         return output.hidden_states[-2] if self._penultimate else output[0]
 
     def _encode(self, chunk: list[int]) -> Any:
-        ids = torch.tensor([chunk], device=self._text_encoder.device)
+        ids = torch.tensor([chunk], device=device_of(self._text_encoder))
         return self._text_encoder(ids, output_hidden_states=self._penultimate)
 
 
@@ -75,7 +76,7 @@ class PooledClipEncoder:
 
     def __call__(self, text: str) -> EncodedPrompt:
         chunks, tokens = chunk_tokens(self._tokenizer, text, sys.maxsize)
-        output = self._text_encoder(torch.tensor([chunks[0]], device=self._text_encoder.device))
+        output = self._text_encoder(torch.tensor([chunks[0]], device=device_of(self._text_encoder)))
         return EncodedPrompt(output.pooler_output.to(self._dtype), tokens)
 
 

@@ -20,6 +20,7 @@ from hypergen.models.guidance import denoise
 from hypergen.models.prompts import PromptCache
 from hypergen.models.sizes import round_up
 from hypergen.models.t5 import T5Encoder
+from hypergen.placement import device_of
 from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
@@ -58,7 +59,7 @@ class Flux:
         self.true_cfg_scale: float = card.get("true_cfg_scale", 4.0)
         # FLUX spaces its sigmas itself, down to 1 / steps.
         self.schedulers = FlowSchedulerFactory(
-            pipeline.scheduler, self.transformer.device, sigmas_end_at_last_step=True
+            pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=True
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.takes_guidance: bool = self.transformer.config.guidance_embeds
@@ -88,7 +89,7 @@ class Flux:
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=self.transformer.device.type,
+            device=device_of(self.transformer).type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
             options=frozenset[Option](
                 {"prompt_2", "negative_prompt", "true_cfg_scale", *self.adapters.options}
@@ -123,7 +124,7 @@ class Flux:
         return Trajectory(
             request=request,
             index=index,
-            latents=noise.to(self.transformer.device),
+            latents=noise.to(device_of(self.transformer)),
             positive=positive,
             negative=negative,
             guidance_scale=scale,

@@ -20,6 +20,7 @@ from hypergen.errors import ModelError
 from hypergen.model_folder import CHECKPOINT, LORAS, safetensors_header
 from hypergen.models.checkpoint import load_checkpoint
 from hypergen.models.family import Family
+from hypergen.models.fitting import place
 from hypergen.models.registry import FAMILIES, family_class, servable
 from hypergen.models.whole import WholePipeline
 
@@ -63,7 +64,7 @@ def load_any(
     device = choose_device(settings)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, card, half_dtype)
-    pipeline = load_pipeline(pipeline_class, path, dtype, device)
+    pipeline = place(load_pipeline(pipeline_class, path, dtype), settings, device)
     if family is None:
         if settings.controlnet:
             raise ModelError("Control models steer models with a UNet; this one is drawn whole.")
@@ -124,10 +125,8 @@ def _read_card(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def load_pipeline(
-    pipeline_class: Any, path: Path, dtype: torch.dtype, device: torch.device, without: Collection[str] = ()
-) -> Any:
-    """A pipeline of diffusers with its weights on the device.
+def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
+    """A pipeline of diffusers, on the CPU.
 
     Args:
         without: components that are not loaded.
@@ -142,11 +141,10 @@ def load_pipeline(
         left_out["safety_checker"] = None
     try:
         if (path / CHECKPOINT).is_file():
-            return load_checkpoint(pipeline_class, path, dtype, left_out).to(device)
-        pipeline: Any = pipeline_class.from_pretrained(
+            return load_checkpoint(pipeline_class, path, dtype, left_out)
+        return pipeline_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out
         )
-        return pipeline.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)
         # Without the path: /health shows the reason to everybody.

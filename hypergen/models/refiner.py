@@ -14,8 +14,10 @@ from hypergen.errors import ModelError
 from hypergen.generation import GenerationRequest
 from hypergen.model_folder import check_folder
 from hypergen.models.clip import ClipEncoder
+from hypergen.models.fitting import place
 from hypergen.models.loading import load_pipeline
 from hypergen.models.prompts import PromptCache, fill_to
+from hypergen.placement import device_of, turns_of
 from hypergen.samplers import SchedulerFactory
 from hypergen.trajectory import Conditioning, Stage, Trajectory
 
@@ -37,9 +39,8 @@ class Refiner:
 
     def __init__(self, folder: Path, unet: Any, settings: EngineSettings) -> None:
         check_folder(folder)
-        pipeline = load_pipeline(
-            StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, unet.device, without=["vae"]
-        )
+        pipeline = load_pipeline(StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, without=["vae"])
+        place(pipeline, settings, device_of(unet), turns_of(unet))
         self.unet: Any = pipeline.unet
         if self.unet.config.cross_attention_dim == unet.config.cross_attention_dim:
             raise ModelError(f"{folder} is no refiner of this model: it reads prompts of the same width.")

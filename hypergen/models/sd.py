@@ -20,6 +20,7 @@ from hypergen.models.clip import ClipEncoder
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import PromptCache, fill_to
 from hypergen.models.sizes import nearest_native_size, round_up
+from hypergen.placement import device_of
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
@@ -44,7 +45,7 @@ class StableDiffusion:
         self.tokenizer: Any = pipeline.tokenizer
         self.card = card
         self.adapters = Adapters(pipeline, settings)
-        self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
+        self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.space = LatentSpace(self.vae, self.unet.dtype)
         self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -83,7 +84,7 @@ class StableDiffusion:
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=self.unet.device.type,
+            device=device_of(self.unet).type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
             options=frozenset[Option]({*options, *self.adapters.options}),
             control_models=tuple(self.control_models),

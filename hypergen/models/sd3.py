@@ -21,6 +21,7 @@ from hypergen.models.prompts import EncodedPrompt, PromptCache
 from hypergen.models.sizes import round_up
 from hypergen.models.t5 import T5Encoder
 from hypergen.models.weighting import without_weights
+from hypergen.placement import device_of
 from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
@@ -49,7 +50,7 @@ class StableDiffusion3:
         self.card = card
         self.control_models: Mapping[str, nn.Module] = {}
         self.schedulers = FlowSchedulerFactory(
-            pipeline.scheduler, self.transformer.device, sigmas_end_at_last_step=False
+            pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=False
         )
         self.space = LatentSpace(self.vae, self.transformer.dtype)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -89,7 +90,7 @@ class StableDiffusion3:
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=self.transformer.device.type,
+            device=device_of(self.transformer).type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
             options=frozenset({"prompt_2", "negative_prompt", "image", "mask"}),
         )
@@ -173,4 +174,4 @@ class StableDiffusion3:
     def _no_words(self, text: str) -> EncodedPrompt:
         transformer = self.transformer
         shape = (1, _T5_LENGTH, transformer.config.joint_attention_dim)
-        return EncodedPrompt(torch.zeros(shape, dtype=transformer.dtype, device=transformer.device), 0)
+        return EncodedPrompt(torch.zeros(shape, dtype=transformer.dtype, device=device_of(transformer)), 0)

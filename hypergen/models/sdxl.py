@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hypergen.models.guidance import denoise
 from hypergen.models.prompts import EncodedPrompt, PromptCache
 from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.sizes import round_up
+from hypergen.placement import device_of
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
 
@@ -43,14 +45,14 @@ class StableDiffusionXL:
 
     def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
         self.unet: Any = pipeline.unet
-        self.refiner = Refiner(settings.refiner, self.unet, settings) if settings.refiner else None
+        self.refiner = Refiner(Path(settings.refiner), self.unet, settings) if settings.refiner else None
         self.experts: Any = Experts(self.unet, self.refiner.unet) if self.refiner else self.unet
         self.vae: Any = pipeline.vae
         self.card = card
         self.adapters = Adapters(pipeline, settings)
         self.space = LatentSpace(self.vae, self.unet.dtype, upcast=self.vae.config.force_upcast)
         self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
-        self.schedulers = SchedulerFactory(pipeline.scheduler, self.unet.device)
+        self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
@@ -89,7 +91,7 @@ class StableDiffusionXL:
             defaults=ModelDefaults(**{**defaults, **own_defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=self.unet.device.type,
+            device=device_of(self.unet).type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
             options=frozenset(options),
             control_models=tuple(self.control_models),
@@ -163,7 +165,7 @@ class StableDiffusionXL:
         """Positive, negative when there is guidance, and the tokens of the prompt."""
         # Original size, crop and target size, as height and width: a picture that was not cut out of another.
         time_ids = torch.tensor(
-            [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.unet.device
+            [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=device_of(self.unet)
         )
         positive = self._encode(request.prompt, request.prompt_2, loras)
         tokens = positive[0].tokens

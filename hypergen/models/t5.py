@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hypergen.models.prompts import EncodedPrompt
+from hypergen.placement import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,5 +31,5 @@ class T5Encoder:
             logger.warning("A prompt of %d tokens was cut off after %d.", len(ids) - 1, self._length - 1)
             ids = [*ids[: self._length - 1], ids[-1]]  # the last one is the mark of the end
         filling = [self._tokenizer.pad_token_id] * (self._length - len(ids))
-        embeds = self._text_encoder(torch.tensor([ids + filling], device=self._text_encoder.device))[0]
+        embeds = self._text_encoder(torch.tensor([ids + filling], device=device_of(self._text_encoder)))[0]
         return EncodedPrompt(embeds.to(self._dtype), len(ids) - 1)

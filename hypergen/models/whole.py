@@ -12,6 +12,7 @@ import torch
 from hypergen.errors import ModelError
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
 from hypergen.models.sizes import round_up
+from hypergen.placement import device_of
 
 # What every such pipeline can be asked for; most want sides that are a multiple of 16 or 32.
 _MULTIPLE = 32
@@ -49,6 +50,12 @@ class WholePipeline:
         # A negative prompt and its scale: some models have a scale of another kind besides.
         self._scale = next((n for n in ("true_cfg_scale", "guidance_scale") if n in self.parameters), None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it draws, even if its parts wait elsewhere."""
+        denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
+        return self.pipeline.device if denoiser is None else device_of(denoiser)
+
     def describe(self, model_id: str) -> ModelDescription:
         defaults = {
             "num_inference_steps": self._default("num_inference_steps", 50),
@@ -62,7 +69,7 @@ class WholePipeline:
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={},
             min_steps=1,
-            device=self.pipeline.device.type,
+            device=self.device.type,
             dtype=str(self.pipeline.dtype).removeprefix("torch."),
             options=frozenset(["negative_prompt"] if "negative_prompt" in self.parameters else []),
         )

@@ -60,13 +60,14 @@ def save_original(pipeline: Any, file: Path) -> Path:
     """One file with the UNet, the autoencoder and the text encoders of a pipeline."""
     tensors = _prefixed("model.diffusion_model.", _unet(pipeline.unet))
     tensors |= _prefixed("first_stage_model.", _vae(pipeline.vae))
-    clip = {name.removeprefix("text_model."): t for name, t in pipeline.text_encoder.state_dict().items()}
-    clip = _prefixed("transformer.text_model.", clip)
-    if hasattr(pipeline, "text_encoder_2"):
-        tensors |= _prefixed("conditioner.embedders.0.", clip)
-        tensors |= _prefixed("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2))
+    second = getattr(pipeline, "text_encoder_2", None)
+    if pipeline.text_encoder is None:  # a refiner's
+        tensors |= _prefixed("conditioner.embedders.0.model.", _open_clip(second))
+    elif second is None:
+        tensors |= _prefixed("cond_stage_model.", _clip(pipeline.text_encoder))
     else:
-        tensors |= _prefixed("cond_stage_model.", clip)
+        tensors |= _prefixed("conditioner.embedders.0.", _clip(pipeline.text_encoder))
+        tensors |= _prefixed("conditioner.embedders.1.model.", _open_clip(second))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return file
 
@@ -123,6 +124,11 @@ def _vae(vae: Any) -> dict[str, Tensor]:
         old = old.replace(".resnets.", ".block.").replace("samplers.0.", "sample.")
         tensors[old] = tensor
     return tensors
+
+
+def _clip(encoder: Any) -> dict[str, Tensor]:
+    names = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    return _prefixed("transformer.text_model.", names)
 
 
 def _open_clip(encoder: Any) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def refiner(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def family(base: Path, refiner: Path) -> Family:
-    return loading.load(base, make_settings(refiner=refiner))
+    return loading.load(base, make_settings(refiner=str(refiner)))
 
 
 def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: Path, family: Family) -> None:
@@ -96,7 +96,7 @@ def test_a_single_step_is_the_base_models(family: Family) -> None:
 def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: Path, tmp_path: Path) -> None:
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
     random_control_model(pipeline.components, 1).save_pretrained(tmp_path)
-    family = loading.load(base, make_settings(refiner=refiner, controlnet={"edges": str(tmp_path)}))
+    family = loading.load(base, make_settings(refiner=str(refiner), controlnet={"edges": str(tmp_path)}))
     control = Control(model="edges", image=picture(seed=4))
     plain = draw_alone(family, _REFINED)
     assert (draw_alone(family, replace(_REFINED, control=control)) != plain).any()
@@ -105,11 +105,11 @@ def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: P
 
 def test_what_cannot_refine_is_refused_at_the_start(base: Path, refiner: Path, sd_folder: Path) -> None:
     with pytest.raises(ModelError, match="no refiner of this model"):
-        loading.load(base, make_settings(refiner=base))
+        loading.load(base, make_settings(refiner=str(base)))
     with pytest.raises(ModelError, match="goes with Stable Diffusion XL"):
-        loading.load(sd_folder, make_settings(refiner=refiner))
+        loading.load(sd_folder, make_settings(refiner=str(refiner)))
     with pytest.raises(ModelError, match="No such folder"):
-        loading.load(base, make_settings(refiner=base / "missing"))
+        loading.load(base, make_settings(refiner=str(base / "missing")))
 
 
 def test_the_option_is_there_when_a_refiner_is(base: Path, family: Any) -> None:
