@@ -8,6 +8,7 @@
         ├── AuthenticationError
         ├── NotFoundError
         ├── PayloadTooLargeError
+        ├── SlowBodyError
         ├── UnsupportedMediaTypeError
         ├── QueueFullError          come back in `retry_after_s`
         ├── UnavailableError        loading, recovering or draining: come back in `retry_after_s`
@@ -84,6 +85,12 @@ class PayloadTooLargeError(RequestError):
     """The body is larger than the server reads."""
 
     code = "payload_too_large"
+
+
+class SlowBodyError(RequestError):
+    """The body did not come in time."""
+
+    code = "request_timeout"
 
 
 class UnsupportedMediaTypeError(RequestError):

@@ -17,6 +17,7 @@ from hypergen.errors import (
     PayloadTooLargeError,
     QueueFullError,
     RequestError,
+    SlowBodyError,
     StorageFullError,
     UnavailableError,
     UnsupportedMediaTypeError,
@@ -26,6 +27,7 @@ STATUS: dict[type[RequestError], int] = {
     InvalidRequestError: 400,
     AuthenticationError: 401,
     NotFoundError: 404,
+    SlowBodyError: 408,
     PayloadTooLargeError: 413,
     UnsupportedMediaTypeError: 415,
     QueueFullError: 429,
@@ -47,7 +49,7 @@ _CODES = {
 # These would fail again, and the official clients would otherwise send them three times in all.
 _FINAL = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
 # The body of these was not read to its end, so the connection cannot carry another request.
-_CLOSING = (AuthenticationError, PayloadTooLargeError)
+_CLOSING = (AuthenticationError, PayloadTooLargeError, SlowBodyError)
 
 
 def status_of(error: RequestError) -> int:

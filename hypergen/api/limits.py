@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from typing import Any, cast
 
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
-from hypergen.errors import InvalidRequestError, PayloadTooLargeError, UnsupportedMediaTypeError
+from hypergen.errors import (
+    InvalidRequestError,
+    PayloadTooLargeError,
+    RequestError,
+    SlowBodyError,
+    UnsupportedMediaTypeError,
+)
+
+# A body may stall for as long as this, and come at no less than this.
+_PATIENCE_S = 30.0
+_SLOWEST_BYTES_PER_S = 10_000
 
 
 class BodyLimit:
-    """Counts the bytes of one request's body, by its header first and then as they come."""
+    """Watches over one request's body: its bytes, by its header first and then as they come, and its pace.
+
+    Attributes:
+        error: what was found wrong.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, max_bytes: int) -> None:
         self._receive = receive
         self._max_bytes = max_bytes
         self._received = 0
-        self.exceeded = any(
+        self._whole = False
+        self._began_at = time.monotonic()
+        declared = any(
             name == b"content-length" and value.isdigit() and int(value[:20]) > max_bytes
             for name, value in scope["headers"]
         )
+        self.error: RequestError | None = self._too_large() if declared else None
 
-    def error(self) -> PayloadTooLargeError:
+    async def receive(self) -> Message:
+        if self._whole:  # then it is waited for a client that leaves
+            return await self._receive()
+        until = self._began_at + _PATIENCE_S + self._received / _SLOWEST_BYTES_PER_S
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            self.error = SlowBodyError("The body came too slowly.")
+            raise self.error from None
+        self._whole = not message.get("more_body")
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_bytes:
+            self.error = self._too_large()
+            raise self.error
+        return message
+
+    def _too_large(self) -> PayloadTooLargeError:
         return PayloadTooLargeError(
             f"The body is larger than the {self._max_bytes:,} bytes that this server reads."
         )
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self._received += len(message.get("body", b""))
-        if self._received > self._max_bytes:
-            self.exceeded = True
-            raise self.error()
-        return message
 
 
 async def read_json_object(request: Request, or_form: bool = False) -> dict[str, Any]:

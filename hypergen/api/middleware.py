@@ -46,8 +46,8 @@ class OuterMiddleware:
         answer = _Answer(scope, send, limit, request_id)
         try:
             self._auth.check(scope["method"], scope["path"], scope["headers"])
-            if limit.exceeded:
-                raise limit.error()
+            if limit.error:
+                raise limit.error
             await self._app(scope, limit.receive, answer.send)
         except Exception as error:  # the outer edge of the HTTP half
             if not isinstance(error, RequestError):
@@ -108,8 +108,10 @@ class _Answer:
     async def _send_error(self, start: Message) -> None:
         self._held = None
         body = self._body
-        if self._limit.exceeded and start["status"] not in (401, 413):  # a stranger learns of the key first
-            await self._answer_instead(errors.to_response(self._limit.error()))
+        error = self._limit.error
+        # A stranger learns of the key first.
+        if error and start["status"] not in (401, errors.status_of(error)):
+            await self._answer_instead(errors.to_response(error))
             return
         is_probe = self._scope["path"] in OPEN_PATHS  # these tell a state, not an error
         if not _has_our_shape(body) and not is_probe and self._scope["method"] != "HEAD":

@@ -19,6 +19,7 @@ _ERRORS = {
     400: ("Bad Request", "A field is missing, malformed or out of range; `param` names it.", "n"),
     401: ("Unauthorized", "No key, a wrong key, or another scheme than Bearer.", None),
     404: ("Not Found", "There is no such path, model, picture or job.", None),
+    408: ("Request Timeout", "The body came too slowly.", None),
     413: ("Payload Too Large", "The body is larger than the server reads.", None),
     415: ("Unsupported Media Type", "The body is of another kind, or compressed.", None),
     429: (
@@ -31,7 +32,7 @@ _ERRORS = {
     504: ("Gateway Timeout", "The request took longer than the server allows.", None),
     507: ("Insufficient Storage", "No room for a `url`; `b64_json` needs none.", None),
 }
-DRAWING_ERRORS = (400, 401, 413, 415, 429, 500, 503, 504, 507)
+DRAWING_ERRORS = (400, 401, 408, 413, 415, 429, 500, 503, 504, 507)
 
 
 def generations() -> dict[str, Any]:

@@ -154,8 +154,8 @@ class StepByStep:
         self._finished_at: dict[int, float] = {}
         self.engine = Engine(family, "benchmark", settings, self._report, clock=clock, encoders=_SameThread())
         self.engine.warm_up()
-        while not self.engine.idle:  # until its probes are whole
-            self.engine.turn()
+        with torch.inference_mode():
+            self.engine.shapes.finish()
 
     def serve(self, jobs: Sequence[Job], interval_s: float) -> list[Served]:
         self.files.clear()

@@ -90,8 +90,16 @@ class Shapes:
         return next(worth, None)
 
     def _next_is_short(self, key: GroupKey) -> bool:
+        if self._compiled:  # what takes minutes is better done before it is needed
+            return True
         seconds = self._probes[key].seconds
         return 2 * seconds[max(seconds)] <= self._LONGEST_IDLE_PASS_S  # rows are doubled at most
+
+    def finish(self) -> None:
+        """Make every probe whole, however long its passes are: before something is measured."""
+        for key in list(self._unfinished):
+            while key in self._unfinished:
+                self.probe_on(key)
 
     def probe_on(self, key: GroupKey) -> None:
         """One more forward pass of an unfinished probe."""

@@ -17,6 +17,8 @@ from hypergen.images.png import write_png
 
 # The name of the picture's settings in PNG text; elsewhere they are the EXIF image description.
 METADATA_KEY = "hypergen"
+# Fields of requests that few models have; they stand there when they were given.
+_SELDOM = ("prompt_2", "negative_prompt_2", "enable_refiner")
 # EXIF stands in one JPEG segment of at most 64 KB; some of it goes to the tags around the text.
 _JPEG_METADATA_BYTES = 65_000
 
@@ -116,6 +118,7 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
         "seed": request.seed + index,
         **({} if true_cfg_scale is None else {"true_cfg_scale": true_cfg_scale}),
         **({"loras": loras} if loras else {}),
+        **{name: value for name in _SELDOM if (value := getattr(request, name))},
         **_conditions(request),
     }
 

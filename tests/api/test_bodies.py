@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from collections.abc import Iterator
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
+from hypergen.api import limits
+from hypergen.api.middleware import OuterMiddleware
 from tests.api.conftest import TightServer
 from tests.api.wire import GENERATIONS, JSON, QUICK, assert_error
 
@@ -125,3 +131,33 @@ def test_a_body_just_within_the_limit_is_read(tight: TightServer) -> None:
 def test_megabytes_are_read_by_default(client: httpx.Client) -> None:
     response = client.post(GENERATIONS, json={**QUICK, "other": "a" * 8_000_000})
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize(("sent", "status"), [(0, 408), (1000, 408), (5000, 200)])
+async def test_a_body_that_stalls_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, sent: int, status: int
+) -> None:
+    """Here after 20 ms, and 1 ms more for every 10 bytes; the rest of the body comes after 200 ms."""
+    monkeypatch.setattr(limits, "_PATIENCE_S", 0.02)
+    pieces = [b"a" * sent, b"a"]
+
+    async def receive() -> Message:
+        if len(pieces) == 1:
+            await asyncio.sleep(0.2)
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert len(await Request(scope, receive).body()) == sent + 1
+        await Response()(scope, receive, send)
+
+    answers: list[Message] = []
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    await OuterMiddleware(app, (), 1_000_000)(scope, receive, send)
+    assert answers[0]["status"] == status
+    if status == 408:
+        assert (b"connection", b"close") in [(name.lower(), value) for name, value in answers[0]["headers"]]
+        assert json.loads(answers[1]["body"])["error"]["code"] == "request_timeout"

@@ -67,8 +67,7 @@ class InlineEngine:
         for request in requests:
             for _ in self.engine.shapes.learn(self.engine.family.start(request, 0)):
                 pass
-        while not self.engine.idle:
-            self.engine.turn()
+        self.engine.shapes.finish()
 
     def submit(self, request: GenerationRequest) -> None:
         self._open[request.id] = request.n

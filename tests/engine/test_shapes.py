@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hypergen.engine.batching import group_key
 from hypergen.engine.shapes import Shapes
 from hypergen.models import loading
 from tests.engine.inline import make_request, make_settings
@@ -35,6 +36,17 @@ def test_an_idle_engine_probes_only_passes_that_are_short(family: Any, seconds: 
     assert (shapes.unfinished(()) is not None) == worth
     assert shapes.unfinished([one]) is None  # one guided image: two rows, which are proved
     assert shapes.unfinished([one, another]) is not None
+
+
+@torch.inference_mode()
+def test_a_probe_can_be_finished_however_long_it_takes(family: Any) -> None:
+    shapes = _shapes(family, 1.0)
+    one = family.start(make_request(), 0)
+    list(shapes.learn(one))
+    assert shapes.costs[group_key(one)].row_counts == {1, 2}
+    shapes.finish()
+    assert {1, 2, 4, 8} <= (shapes.costs[group_key(one)].row_counts or set())
+    assert shapes.unfinished([one] * 20) is None
 
 
 @torch.inference_mode()

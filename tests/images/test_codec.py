@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from io import BytesIO
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypergen.generation import GenerationRequest
+from hypergen.generation import Control, GenerationRequest, Picture
 from hypergen.images.codec import FORMATS, encode, fit
 
 
@@ -79,6 +80,47 @@ def test_metadata_is_of_the_image_and_not_of_its_request() -> None:
     of_many = encode(noise(), request(n=4, id="a", seed_given=False), 2, "m")
     assert of_many == encode(noise(), request(id="b", seed=7), 0, "m")
     assert json.loads(Image.open(BytesIO(of_many)).info["hypergen"])["seed"] == 7
+
+
+_SENT = Picture(64, 64, bytes(3 * 64 * 64))
+# Another value for everything in a request that determines a picture.
+_OTHERS: dict[str, Any] = {
+    "prompt": "a blue circle",
+    "negative_prompt": "blurred",
+    "width": 56,
+    "height": 56,
+    "num_inference_steps": 21,
+    "guidance_scale": 7.0,
+    "seed": 6,
+    "sampler": "euler",
+    "prompt_2": "in oil",
+    "negative_prompt_2": "blurred",
+    "enable_refiner": True,
+    "image": Picture(64, 64, b"\1" * (3 * 64 * 64)),
+    "strength": 0.5,
+    "mask": Picture(64, 64, bytes(64 * 64)),
+    "control": Control(model="canny", image=_SENT),
+    "loras": (("style", 0.5),),
+}
+# How it is answered, or told elsewhere.
+_NOT_TOLD = {
+    "id",
+    "seed_given",
+    "n",
+    "model",
+    "output_format",
+    "output_compression",
+    "partial_images",
+    "metadata",
+}
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(GenerationRequest) if f.name not in _NOT_TOLD])
+def test_metadata_tells_everything_that_determines_a_picture(field: str) -> None:
+    plain = request(image=_SENT)
+    changed = replace(plain, **{field: _OTHERS[field]})
+    told = [Image.open(BytesIO(encode(noise(), one, 0, "m"))).info["hypergen"] for one in (plain, changed)]
+    assert told[0] != told[1]
 
 
 @pytest.mark.parametrize("name", FORMATS)
