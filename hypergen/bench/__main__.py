@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -181,11 +182,16 @@ def main(
     if compare_speeds:
         settings = settings.model_copy(update={"determinism": determinism})
         trace = on_device.Trace(loads or (1.5,), seeds, jobs)
-        goals: list[gates.Gate] = []
+        unmeasured: list[str] = []
+        checked = list[gates.Gate]()
         for model in models or (("sd15",) if device == "cuda" else ("small",)):
             plan = plan_for(model, device, steps, max_batch_size, variants)
-            goals += on_device.measure(console, output, model, settings, plan, trace, minutes)
-        sys.exit(check_gates and not all(goal.reached for goal in goals))
+            measured = on_device.measure(console, output, model, settings, plan, trace, minutes)
+            checked += measured.goals
+            unmeasured += [f"{model}: {part}" for part in measured.unmeasured]
+        if check_gates:
+            _leave(console, checked, unmeasured)
+        return
     if only_alone:
         checked = [
             gate for model in models or _GATED for gate in _lone_requests(contest(model, settings), model)
@@ -232,12 +238,20 @@ def _lone_requests(contestants: Contest, model: str) -> list[gates.Gate]:
 
 
 def _end(console: Console, checked: list[gates.Gate]) -> NoReturn:
-    """Print the gates, name those that are missed, and leave with status 1 if there are any."""
     report.print_gates(console, checked)
+    _leave(console, checked)
+
+
+def _leave(console: Console, checked: list[gates.Gate], unmeasured: Sequence[str] = ()) -> NoReturn:
+    """Name the gates that are missed or that nothing was measured for, and end with status 1 if there are
+    any.
+    """
     missed = [gate for gate in checked if not gate.reached]
     for gate in missed:
         console.print(f"Missed: {gate.what}: {gate.measured:.3f}, wanted {gate.shown_limit}", highlight=False)
-    sys.exit(bool(missed))
+    for part in unmeasured:
+        console.print(f"Missed: {part}: not measured", highlight=False)
+    sys.exit(bool(missed or unmeasured))
 
 
 def _progress(console: Console) -> Progress:

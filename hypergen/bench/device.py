@@ -81,6 +81,7 @@ class Measured:
     Attributes:
         served_by: the way that served the trace.
         passes: what `passes_of` tells of each engine.
+        unmeasured: goals that nothing was measured for.
         left_out: ways and parts that were not measured, and why.
     """
 
@@ -96,6 +97,7 @@ class Measured:
     stages: list[Share] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     goals: list[Gate] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
 

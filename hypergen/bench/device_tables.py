@@ -38,6 +38,8 @@ def print_all(console: Console, measured: Measured) -> None:
         report.print_gates(console, measured.goals, "Goals")
     elif measured.environment["accelerator"] is None:
         console.print("Goals are for published models on CUDA; none is judged here.", highlight=False)
+    for part in measured.unmeasured:
+        console.print(f"Goal without a figure: {part}", highlight=False)
     for what, why in measured.left_out.items():
         console.print(f"Not measured: {what}: {why}", highlight=False)
 

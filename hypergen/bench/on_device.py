@@ -17,7 +17,6 @@ from rich.console import Console
 from hypergen.bench import device_tables, report, timeline
 from hypergen.bench.device import OURS, STOCK, STOCK_COMPILED, VARIANTS, Measured, Plan, speed_of, stock
 from hypergen.bench.figures import Run, figures_of
-from hypergen.bench.gates import Gate
 from hypergen.bench.goals import goals, unanswered
 from hypergen.bench.jobs import Job, job_list
 from hypergen.bench.live import Live, free_memory, serving
@@ -72,8 +71,8 @@ def measure(
     plan: Plan,
     trace: Trace,
     minutes: float,
-) -> list[Gate]:
-    """Measure one model with random weights on one device, on the wall's clock; returns the goals.
+) -> Measured:
+    """Measure one model with random weights on one device, on the wall's clock.
 
     In the order of what matters most, as long as there is time: stock diffusers eager and compiled, the last
     variant with the timeline and the mixed trace, then the other variants.
@@ -93,7 +92,8 @@ def measure(
             measured.left_out[way] = f"the {minutes:g} minutes are over"
             continue
         try:
-            bench.measure(way)
+            with console.status(way):
+                bench.measure(way)
         except ModelError as error:
             measured.left_out[way] = str(error)
         except Exception as error:  # the edge where one way's trouble must not cost the others' figures
@@ -102,11 +102,12 @@ def measure(
         bench.write()
     if device == "cuda":
         measured.goals = list(goals(name, plan, measured.speeds, measured.runs, measured.stages))
-        unmeasured = unanswered(name, measured.goals)
-        measured.left_out |= {f"goal: {part}": "nothing was measured for it" for part in unmeasured}
+        measured.unmeasured = unanswered(name, measured.goals)
     bench.write()
     device_tables.print_all(console, measured)
-    return measured.goals
+    for file in report.plot(output, measured.runs):
+        console.print(f"Plot: {file}", highlight=False)
+    return measured
 
 
 def _ways(plan: Plan, device: str) -> list[str]:
@@ -214,14 +215,12 @@ class _Bench:
         """
         measured, plan = self.measured, self._plan
         measured.served_by = self.measured.speeds[-1].way
-        spans = timeline.watch(
-            live, measured.speeds[-1].alone_s, plan.steps, self._output / f"{self._name}-timeline.json"
-        )
+        spans = timeline.watch(live, plan.steps, self._output / f"{self._name}-timeline.json")
         measured.stages = timeline.shares(spans)
         timeline.plot(
             spans, f"{self._name}, {measured.served_by}", self._output / f"{self._name}-timeline.png"
         )
-        model = f"{self._name}, {live.side}x{live.side}"
+        model = f"{self._name} {live.side}x{live.side}"
         started = time.monotonic()
         for seed in range(self._trace.seeds):
             # At least one list; then as long as another one is likely to fit into the trace's share.

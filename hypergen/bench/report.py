@@ -140,7 +140,7 @@ def plot(folder: Path, runs: Sequence[Run]) -> list[Path]:
         axes[0].set_ylabel("seconds")
         axes[0].legend()
         figure.suptitle(f"{model} model, {guidance} guidance")
-        file = folder / f"{model}-{guidance}.png"
+        file = folder / f"{model.replace(' ', '-')}-{guidance}.png"
         figure.savefig(file, dpi=110)
         files.append(file)
     return files

@@ -56,18 +56,16 @@ class Share:
     holding_up: float
 
 
-def watch(live: Live, alone_s: float, steps: int, trace_file: Path) -> list[Span]:
+def watch(live: Live, steps: int, trace_file: Path) -> list[Span]:
     """Let pictures arrive while others are drawn, and note when each stage worked.
 
     Everything is drawn a second time under torch's profiler, which is slower, for a trace that
     chrome://tracing and Perfetto show: thread by thread and stream by stream.
-
-    Args:
-        alone_s: seconds of a lone picture with so many steps.
     """
-    steps, lone_steps = min(steps, _MOST_STEPS), steps
+    steps = min(steps, _MOST_STEPS)
     jobs = [Job(number, number, steps, GUIDANCE_SCALE) for number in range(_PICTURES)]
-    interval_s = alone_s * steps / lone_steps / 2
+    # Three at a time, however busy the machine is right now.
+    interval_s = min(live.serve([job], 0)[0].latency_s for job in jobs[:3]) / 3
     with _noting(live) as spans:
         live.serve(jobs, interval_s)
     spans += [Span(FILE, *times, waited_for=False) for times in live.file_spans]

@@ -55,8 +55,8 @@ def accelerate(family: Family, settings: EngineSettings) -> None:
 def compile_network(network: Any, *, graphs: bool) -> None:
     """Compile for fixed shapes, without choosing kernels by timing: those could differ after the next start.
 
-    A transformer is its blocks, and all blocks of a kind are compiled once: a few seconds instead of a
-    minute for each shape. A CUDA graph is of the whole network.
+    A transformer is its blocks, and all blocks of a kind are compiled once for each shape, not one by one. A
+    CUDA graph is of the whole network.
     """
     in_blocks = not isinstance(network, UNet2DConditionModel) and getattr(network, "_repeated_blocks", None)
     if in_blocks and not graphs:
