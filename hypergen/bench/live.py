@@ -75,13 +75,12 @@ class Live:
             self.engine.warm_up()
             while not self.engine.idle:  # until its probes are whole, and all sizes of a pass are compiled
                 self.engine.turn()
+            with self._news:
+                self._ready = True
+                self._news.notify_all()
+            self.engine.run()
         except Exception as error:  # the edge of this thread: whoever waits shall hear of it
             self._tell(error)
-            return
-        with self._news:
-            self._ready = True
-            self._news.notify_all()
-        self.engine.run()
 
     def _wait_until(self, happened: Callable[[], bool]) -> None:
         with self._news:

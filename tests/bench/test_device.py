@@ -71,6 +71,15 @@ def test_published_models_have_their_weights_and_cost_their_operations(name: str
     assert decode_flops == pytest.approx(_OPERATIONS[name][2], rel=0.01)
 
 
+def test_operations_are_the_same_on_a_real_device() -> None:
+    counted: list[tuple[int, int, int]] = []
+    for device in ("meta", "cpu"):
+        family: Any = family_of(DRAWN["tiny-flux"].pipeline(device), 128, make_settings())
+        family.schedulers._device = torch.device("cpu")
+        counted.append(operations_of(family, 128))
+    assert counted[0] == counted[1]
+
+
 def _measure(tmp_path: Path, name: str, *variants: str, minutes: float = 5, **changes: Any) -> dict[str, Any]:
     values = {"steps": 2, "crowd": 2, "trace_side": None, "trace_batch": 4, "variants": variants, **changes}
     trace = Trace(loads=[1.5], seeds=1, jobs=3)
@@ -79,9 +88,9 @@ def _measure(tmp_path: Path, name: str, *variants: str, minutes: float = 5, **ch
     return json.loads((tmp_path / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["small", "tiny-sdxl", "tiny-flux"])
-def test_each_kind_of_model_is_measured_to_the_end(tmp_path: Path, name: str) -> None:
-    written = _measure(tmp_path, name, "as by default", "decode_stream")
+@pytest.mark.parametrize(("name", "trace_side"), [("small", 64), ("tiny-sdxl", 128), ("tiny-flux", 64)])
+def test_each_kind_of_model_is_measured_to_the_end(tmp_path: Path, name: str, trace_side: int) -> None:
+    written = _measure(tmp_path, name, "as by default", "decode_stream", trace_side=trace_side)
     stock, ours = written["speeds"]
     assert [stock["way"], ours["way"]] == [STOCK, OURS + "as by default"]
     assert 0 < stock["alone_of_floor"] < 1
@@ -92,10 +101,12 @@ def test_each_kind_of_model_is_measured_to_the_end(tmp_path: Path, name: str) ->
     assert list(written["left_out"]) == ["decode_stream"]
     assert "needs a CUDA device" in written["left_out"]["decode_stream"]
 
-    assert {entry["size"] for entry in written["passes"]} == {f"{DRAWN[name].side}x{DRAWN[name].side}"}
-    assert [entry["rows"] for entry in written["passes"]] == [1, 2, 3, 4, 6, 8]
+    sizes = dict.fromkeys(f"{side}x{side}" for side in (DRAWN[name].side, trace_side))
+    found = [(entry["size"], entry["rows"]) for entry in written["passes"]]
+    assert found == [(size, rows) for size in sizes for rows in (1, 2, 3, 4, 6, 8)]
     assert all(entry["serves"] == entry["exact"] for entry in written["passes"])
     assert [run["policy"] for run in written["runs"]] == ["sequential", "step"]
+    assert {run["model"] for run in written["runs"]} == {f"{name} {trace_side}x{trace_side}"}
 
     assert [stage["stage"] for stage in written["stages"]] == [TEXT, PASS, DECODING, FILE]
     assert all(stage["seconds"] > 0 for stage in written["stages"])
@@ -105,15 +116,7 @@ def test_each_kind_of_model_is_measured_to_the_end(tmp_path: Path, name: str) ->
     assert {TEXT, PASS, DECODING} <= labels
     assert len({event.get("tid") for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}) >= 2
     assert (tmp_path / f"{name}-timeline.png").stat().st_size > 5_000
-    side = DRAWN[name].side
-    assert (tmp_path / f"{name}-{side}x{side}-mixed.png").stat().st_size > 5_000
-
-
-def test_a_trace_of_another_size_has_passes_of_its_own(tmp_path: Path) -> None:
-    written = _measure(tmp_path, "tiny-flux", "as by default", trace_side=64, trace_batch=2)
-    found = [(entry["size"], entry["rows"]) for entry in written["passes"] if entry["rows"] in (4, 8)]
-    assert found == [("128x128", 4), ("128x128", 8), ("64x64", 4)]
-    assert {run["model"] for run in written["runs"]} == {"tiny-flux 64x64"}
+    assert (tmp_path / f"{name}-{trace_side}x{trace_side}-mixed.png").stat().st_size > 5_000
 
 
 def test_what_does_not_fit_into_the_time_is_named(tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ def test_what_does_not_fit_into_the_time_is_named(tmp_path: Path) -> None:
 
 
 def test_one_way_that_fails_does_not_cost_the_others_figures(tmp_path: Path) -> None:
-    written = _measure(tmp_path, "tiny-sdxl", "as by default", trace_side=-64)
+    written = _measure(tmp_path, "tiny-flux", "as by default", trace_side=-64)
     assert [speed["way"] for speed in written["speeds"]] == [STOCK, OURS + "as by default"]
     assert list(written["left_out"]) == ["as by default"]
     assert written["runs"] == []
