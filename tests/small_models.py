@@ -27,10 +27,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
-from hypergen.bench.models import RANDOM_MODELS, SMALL_VAE, bytewise_tokenizer
+from hypergen.bench.models import RANDOM_MODELS, SMALL_VAE, bytewise_tokenizer, letterwise_tokenizer
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -161,7 +160,7 @@ def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
         text_encoder=CLIPTextModel(_clip_config(tokenizer, 24)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=_t5_encoder(32),
-        tokenizer_2=_letterwise_tokenizer(),
+        tokenizer_2=letterwise_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
     )
     pipeline.save_pretrained(folder)
@@ -201,7 +200,7 @@ def save_sd3(
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 32, projection_dim=32)).eval(),
         tokenizer_2=_other_padding(),
         text_encoder_3=_t5_encoder(64) if t5 else None,  # pyright: ignore[reportArgumentType]  optional
-        tokenizer_3=_letterwise_tokenizer() if t5 else None,
+        tokenizer_3=letterwise_tokenizer() if t5 else None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
@@ -210,13 +209,6 @@ def save_sd3(
 
 def _flow_vae(**changes: Any) -> Any:
     return AutoencoderKL(**SMALL_VAE, use_quant_conv=False, use_post_quant_conv=False, **changes).eval()
-
-
-def _letterwise_tokenizer() -> Any:
-    """T5's tokenizer with a vocabulary of single letters."""
-    letters = [("▁", -2.0), *((chr(code), -3.0) for code in range(33, 127))]
-    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=[*marks, *letters], extra_ids=0)
 
 
 def _t5_encoder(hidden_size: int) -> Any:

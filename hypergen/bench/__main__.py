@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,10 @@ from hypergen.bench import gates, http, on_device, report
 from hypergen.bench.alone import alone_over_stock, same_bytes_alone
 from hypergen.bench.device import VARIANTS
 from hypergen.bench.figures import Run
+from hypergen.bench.goals import plan_for
 from hypergen.bench.jobs import job_list
+from hypergen.bench.options import Names, Numbers, refuse_unused
+from hypergen.bench.published import PUBLISHED, TINY
 from hypergen.bench.traces import GUIDANCE, MODELS, POLICIES, Contest, contest, measure
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, HyperGenError
@@ -36,57 +40,22 @@ from hypergen.errors import ConfigurationError, HyperGenError
 _GATED = (gates.OVERHEAD_BOUND, gates.SATURATED)
 # Interleaved pairs of a stock call and ours; a pair of the saturated model takes ten times as long.
 _PAIRS = {gates.OVERHEAD_BOUND: 15, gates.SATURATED: 7}
-
-
-class _Numbers(click.ParamType):
-    """Positive numbers, separated by commas."""
-
-    name = "numbers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers", param, ctx)
-        if not all(0 < number < 100 for number in numbers):
-            self.fail("loads are above 0 and below 100", param, ctx)
-        return numbers
-
-
-class _Names(click.ParamType):
-    """Some of a set of names, separated by commas."""
-
-    name = "names"
-
-    def __init__(self, known: tuple[str, ...]) -> None:
-        self.known = known
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(value.split(","))
-        for name in names:
-            if name not in self.known:
-                self.fail(f"{name!r} is none of {', '.join(self.known)}", param, ctx)
-        return names
+_LOADS = (0.7, 1.5, 3.0)
+_BATCH = 8
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
     "--model",
     "models",
-    type=_Names((*MODELS, "sd15")),
-    help=f"one or more of {', '.join(MODELS)}, sd15  "
-    "[default: small; with --gates small,medium; with --speeds sd15]",
+    type=Names((*MODELS, *TINY, *PUBLISHED)),
+    help=f"one or more of {', '.join((*MODELS, *TINY))}; on cuda of {', '.join(PUBLISHED)}  "
+    "[default: small; with --gates small,medium; on cuda sd15]",
 )
 @click.option(
     "--policy",
     "policies",
-    type=_Names(POLICIES),
+    type=Names(POLICIES),
     default="sequential,static,step",
     show_default=True,
     help=f"one or more of {', '.join(POLICIES)}",
@@ -94,21 +63,24 @@ class _Names(click.ParamType):
 @click.option(
     "--load",
     "loads",
-    type=_Numbers(),
-    default="0.7,1.5,3",
-    show_default=True,
-    help="arrivals over what the sequential policy can serve",
+    type=Numbers(),
+    help="arrivals over what the sequential policy can serve  [default: 0.7,1.5,3; with --speeds 1.5]",
 )
 @click.option(
     "--guidance",
-    type=_Names(tuple(GUIDANCE)),
+    type=Names(tuple(GUIDANCE)),
     default="mixed",
     show_default=True,
     help="mixed: three guidance scales; one: the same for all, which suits whole batches",
 )
 @click.option("--jobs", type=click.IntRange(10), default=100, show_default=True, help="length of a job list")
 @click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="number of job lists")
-@click.option("--max-batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(1),
+    help="of the engine and of whole batches; with --speeds also how many pictures are asked for at once  "
+    "[default: 8; for sdxl and flux-dev 4 in the trace and 1 elsewhere]",
+)
 @click.option(
     "--speeds",
     "compare_speeds",
@@ -119,18 +91,36 @@ class _Names(click.ParamType):
 @click.option(
     "--variant",
     "variants",
-    type=_Names(tuple(VARIANTS)),
-    default=",".join(VARIANTS),
-    help=f"with --speeds, one or more of {', '.join(VARIANTS)}; the last serves the trace  [default: all]",
+    type=Names(tuple(VARIANTS)),
+    help=f"with --speeds, one or more of {', '.join(VARIANTS)}; the last serves the trace  "
+    "[default: those that can matter for the model, on a CPU without compiling]",
 )
-@click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="with --speeds")
+@click.option("--steps", type=click.IntRange(1), help="with --speeds  [default: 30; for flux-dev 28]")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=7,
+    show_default=True,
+    help="with --speeds, time for one model: what would not end in it is left out and named, what is under "
+    "way is finished",
+)
+@click.option(
+    "--determinism",
+    type=click.Choice(["strict", "fast"]),
+    default="strict",
+    show_default=True,
+    help="of the engine, with --speeds; other runs have the policies step and step-fast",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="default: float32; bfloat16 on cuda",
 )
 @click.option(
-    "--gates", "check_gates", is_flag=True, help="measure what the gates need; status 1 if one is missed"
+    "--gates",
+    "check_gates",
+    is_flag=True,
+    help="measure what the gates need; status 1 if one is missed; on cuda the gates are the model's goals",
 )
 @click.option(
     "--alone",
@@ -146,18 +136,22 @@ class _Names(click.ParamType):
     show_default=True,
     help="folder for JSON and plots",
 )
+@click.pass_context
 def main(
+    context: click.Context,
     models: tuple[str, ...] | None,
     policies: tuple[str, ...],
-    loads: tuple[float, ...],
+    loads: tuple[float, ...] | None,
     guidance: tuple[str, ...],
     jobs: int,
     seeds: int,
-    max_batch_size: int,
+    max_batch_size: int | None,
     compare_speeds: bool,
     device: Any,
-    variants: tuple[str, ...],
-    steps: int,
+    variants: tuple[str, ...] | None,
+    steps: int | None,
+    minutes: float,
+    determinism: str,
     dtype: Any,
     check_gates: bool,
     only_alone: bool,
@@ -172,6 +166,7 @@ def main(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("There is no CUDA device here.")
     compare_speeds = compare_speeds or device == "cuda"
+    refuse_unused(context, speeds=compare_speeds, cuda=device == "cuda")
     if not compare_speeds:
         torch.set_num_threads(1)
     console = Console(width=max(110, Console().width))  # tables go into files and logs too
@@ -182,22 +177,20 @@ def main(
         _end(console, http.measure(console, output)[1])
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     settings = EngineSettings.model_validate(
-        {"device": device, "dtype": dtype, "max_batch_size": max_batch_size}
+        {"device": device, "dtype": dtype, "max_batch_size": max_batch_size or _BATCH}
     )
     if compare_speeds:
-        for model in models or ("sd15",):
-            on_device.measure(
-                console,
-                output,
-                model,
-                settings,
-                variants=variants,
-                steps=steps,
-                crowd=max_batch_size,
-                loads=loads,
-                seeds=seeds,
-                jobs=jobs,
-            )
+        settings = settings.model_copy(update={"determinism": determinism})
+        trace = on_device.Trace(loads or (1.5,), seeds, jobs)
+        unmeasured: list[str] = []
+        checked = list[gates.Gate]()
+        for model in models or (("sd15",) if device == "cuda" else ("small",)):
+            plan = plan_for(model, device, steps, max_batch_size, variants)
+            measured = on_device.measure(console, output, model, settings, plan, trace, minutes)
+            checked += measured.goals
+            unmeasured += [f"{model}: {part}" for part in measured.unmeasured]
+        if check_gates:
+            _leave(console, checked, unmeasured)
         return
     if only_alone:
         checked = [
@@ -208,17 +201,18 @@ def main(
     if check_gates:
         models, guidance = models or _GATED, ("mixed",)
         seeds, jobs = max(seeds, gates.MIN_SEEDS), max(jobs, gates.MIN_JOBS)
+    chosen_loads = loads or _LOADS
     runs: list[Run] = []
     checked = list[gates.Gate]()
     with _progress(console) as progress:
         for model in models or (gates.OVERHEAD_BOUND,):
             contestants = contest(model, settings)
             if check_gates and model in gates.LOADS:
-                loads, policies = gates.LOADS[model], gates.POLICIES[model]
+                chosen_loads, policies = gates.LOADS[model], gates.POLICIES[model]
             for kind in guidance:
-                total = seeds * len(policies) * len(loads)
+                total = seeds * len(policies) * len(chosen_loads)
                 task = progress.add_task(f"{model}, {kind} guidance", total=total)
-                for run in measure(contestants, policies, loads, seeds, jobs, kind):
+                for run in measure(contestants, policies, chosen_loads, seeds, jobs, kind):
                     runs.append(run)
                     progress.advance(task)
                     report.write_json(output / "bench.json", found, runs, checked)
@@ -244,12 +238,20 @@ def _lone_requests(contestants: Contest, model: str) -> list[gates.Gate]:
 
 
 def _end(console: Console, checked: list[gates.Gate]) -> NoReturn:
-    """Print the gates, name those that are missed, and leave with status 1 if there are any."""
     report.print_gates(console, checked)
+    _leave(console, checked)
+
+
+def _leave(console: Console, checked: list[gates.Gate], unmeasured: Sequence[str] = ()) -> NoReturn:
+    """Name the gates that are missed or that nothing was measured for, and end with status 1 if there are
+    any.
+    """
     missed = [gate for gate in checked if not gate.reached]
     for gate in missed:
         console.print(f"Missed: {gate.what}: {gate.measured:.3f}, wanted {gate.shown_limit}", highlight=False)
-    sys.exit(bool(missed))
+    for part in unmeasured:
+        console.print(f"Missed: {part}: not measured", highlight=False)
+    sys.exit(bool(missed or unmeasured))
 
 
 def _progress(console: Console) -> Progress:

@@ -1,32 +1,29 @@
-"""One model on one device against the device's own limit: hypergen bench --device cuda."""
+"""Ways of drawing with one model on one device: stock diffusers, and the engine with each setting."""
 
 from __future__ import annotations
 
-import copy
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from hypergen.bench.clock import Clock
+from hypergen.bench.figures import Run
+from hypergen.bench.gates import Gate
 from hypergen.bench.jobs import Job
-from hypergen.bench.models import RandomModel
-from hypergen.bench.policies import Arrivals, Served, WholeBatches, request_for
-from hypergen.config import EngineSettings
-from hypergen.engine.determinism import synchronize
-from hypergen.engine.engine import Engine
-from hypergen.errors import ModelError, RequestError
-from hypergen.generation import Event, ImageFinished
-from hypergen.models.sd import StableDiffusion
+from hypergen.bench.live import own_copy
+from hypergen.bench.policies import Served, WholeBatches
+from hypergen.bench.timeline import Share
+from hypergen.bench.work import GUIDANCE_SCALE, Work
+from hypergen.engine.acceleration import compile_network
 
+DEFAULT = "as by default"
+OURS = "HyperGen, "  # and a variant
+STOCK, STOCK_COMPILED = "stock, eager", "stock, compiled"
 # What each setting gives by itself, and what a GPU may like together.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as by default": {},
+    DEFAULT: {},
     "channels_last": {"channels_last": True},
     "attention=flash": {"attention": "flash"},
     "attention=cudnn": {"attention": "cudnn"},
@@ -35,187 +32,106 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compile": {"compile": "on"},
     "compile=graphs": {"compile": "graphs"},
     "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True},
+    # For transformers over many tokens: attention is a fifth of their work, and launches are hidden by it.
+    "all for transformers": {"compile": "on", "attention": "cudnn", "decode_stream": True},
 }
+_LONE_PICTURES = 4  # the first of them warms up
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one picture costs in arithmetic.
+class Plan:
+    """How much of a model is measured.
 
     Attributes:
-        peak_flops: floating point operations a second of a large matrix product on this device.
-        forward_flops, decode_flops: of one row of the denoiser, of one picture of the decoder.
+        steps: of a lone picture, and of those in a crowd.
+        crowd: pictures that are asked for at once.
+        trace_side: height and width of the pictures of the mixed trace, in pixels; None: the model's own.
+        trace_batch: `max_batch_size` of the engine that serves the trace.
+        variants: names of `VARIANTS`; the last one that the device can do serves the trace.
     """
 
-    peak_flops: float
-    forward_flops: float
-    decode_flops: float
-
-    def floor_s(self, rows: int, steps: int) -> float:
-        """Seconds below which no picture can be drawn at this precision; text encoding not counted."""
-        return (rows * steps * self.forward_flops + self.decode_flops) / self.peak_flops
+    steps: int
+    crowd: int
+    trace_side: int | None
+    trace_batch: int
+    variants: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One way of drawing: seconds for a lone guided picture, and pictures a second in a crowd."""
+    """One way of drawing: seconds for a lone guided picture, and pictures a second in a crowd.
+
+    Attributes:
+        crowd_rows: of a forward pass in the crowd, on average.
+        alone_of_floor, crowd_of_floor: the shortest possible time over the measured one.
+    """
 
     way: str
     alone_s: float
     alone_of_floor: float
     crowd_per_s: float
     crowd_of_floor: float
+    crowd_rows: float
 
 
-def work_of(pipeline: Any, latent_side: int) -> Work:
-    """Count the operations of a pipeline, and measure what its device can do."""
-    device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    side = 8192 if device.type == "cuda" else 1024
-    with torch.inference_mode():
-        matrix = torch.randn(side, side, device=device, dtype=dtype)
-        seconds = [_timed(lambda: matrix @ matrix) for _ in range(8)]
-    return Work(2 * side**3 / min(seconds), *operations_of(pipeline.unet, pipeline.vae, latent_side))
+@dataclass
+class Measured:
+    """Everything that one call finds out about one model.
 
-
-def operations_of(unet: Any, vae: Any, latent_side: int) -> tuple[float, float]:
-    """Floating point operations of one row of the denoiser and of one decoded picture; the networks may be on
-    the meta device.
+    Attributes:
+        served_by: the way that served the trace.
+        passes: what `passes_of` tells of each engine.
+        unmeasured: goals that nothing was measured for.
+        left_out: ways and parts that were not measured, and why.
     """
-    device, dtype = unet.device, unet.dtype
-    latents = torch.zeros(1, unet.config.in_channels, latent_side, latent_side, device=device, dtype=dtype)
-    embeds = torch.zeros(1, 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
-    with torch.inference_mode():
-        forward_flops = _flops(lambda: unet(latents, 1, encoder_hidden_states=embeds))
-        return forward_flops, _flops(lambda: vae.decode(latents))
+
+    model: str
+    side: int
+    determinism: str
+    environment: dict[str, Any]
+    plan: Plan
+    work: Work
+    served_by: str = ""
+    speeds: list[Speed] = field(default_factory=list)
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Share] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    goals: list[Gate] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def _flops(call: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+def stock(pipeline: Any, side: int, crowd: int, *, compiled: bool) -> WholeBatches:
+    """Stock diffusers, with a whole batch for the crowd."""
+    if compiled:
+        pipeline = own_copy(pipeline)
+        compile_network(denoiser_of(pipeline), graphs=False)
+        pipeline.vae.decoder.compile(dynamic=False)
+    return WholeBatches(pipeline, side, crowd, Clock(time.monotonic))
 
 
-def _timed(call: Callable[[], torch.Tensor]) -> float:
-    started = time.monotonic()
-    synchronize(call())
-    return time.monotonic() - started
+def denoiser_of(pipeline: Any) -> Any:
+    return pipeline.components.get("unet") or pipeline.transformer
 
 
-class Live:
-    """The engine in a thread of its own, on the wall's clock, as it serves."""
-
-    def __init__(self, model: StableDiffusion, side: int, settings: EngineSettings) -> None:
-        self.side = side
-        self.images_per_pass = 1.0
-        self._finished: dict[int, tuple[float, bytes]] = {}
-        self._news = threading.Condition()
-        self._ready = False
-        self._error: Exception | None = None
-        self.engine = Engine(model, "benchmark", settings, self._report)
-        # Warms up in the same thread, to which CUDA graphs belong.
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        self._wait_until(lambda: self._ready)
-
-    def serve(self, jobs: Sequence[Job], interval_s: float) -> list[Served]:
-        self._finished.clear()
-        before = self.engine.status()
-        arrived: dict[int, float] = {}
-        clock = Clock(time.monotonic)
-        started = time.monotonic() - clock()
-        arrivals = Arrivals(jobs, interval_s, clock)
-        while arrivals:
-            for moment, job in arrivals.take():
-                arrived[job.number] = started + moment
-                self.engine.submit(request_for(job, self.side))
-            time.sleep(0.0005)
-        self._wait_until(lambda: len(self._finished) == len(jobs))
-        after = self.engine.status()
-        self.images_per_pass = (after.image_steps - before.image_steps) / (after.forwards - before.forwards)
-        return [Served(job, arrived[job.number], self._finished[job.number][0]) for job in jobs]
-
-    def close(self) -> None:
-        self.engine.stop()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self.engine.warm_up()
-            while not self.engine.idle:  # until its probes are whole, and all sizes of a pass are compiled
-                self.engine.turn()
-        except Exception as error:  # the edge of this thread: whoever waits shall hear of it
-            self._tell(error)
-            return
-        with self._news:
-            self._ready = True
-            self._news.notify_all()
-        self.engine.run()
-
-    def _wait_until(self, happened: Callable[[], bool]) -> None:
-        with self._news:
-            self._news.wait_for(lambda: happened() or self._error is not None)
-        if self._error is not None:
-            raise self._error
-
-    def _tell(self, error: Exception) -> None:
-        with self._news:
-            self._error = error
-            self._news.notify_all()
-
-    def _report(self, request_id: str, event: Event | RequestError) -> None:
-        if isinstance(event, RequestError):
-            self._tell(event)
-        elif isinstance(event, ImageFinished):
-            with self._news:
-                self._finished[int(request_id)] = (time.monotonic(), event.data)
-                self._news.notify_all()
-
-
-def speeds(
-    model: RandomModel,
-    settings: EngineSettings,
-    steps: int,
-    crowd: int,
-    repeats: int,
-    variants: Sequence[str] = tuple(VARIANTS),
-) -> Iterator[tuple[Speed, Live | None]]:
-    """Stock diffusers, eager and compiled, then the engine with each setting; what a device cannot do is
-    left out. A live engine is closed when the next one is asked for.
-
-    Args:
-        crowd: pictures that are asked for at once.
-    """
-    device, dtype = settings.device or "cpu", getattr(torch, settings.dtype or "float32")
-    pipeline = model.pipeline().to(device, dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    work = work_of(pipeline, model.latent_side)
-
-    def speed(way: str, serve: Callable[[Sequence[Job]], list[Served]]) -> Speed:
-        jobs = [Job(number, 0, steps, 5.0) for number in range(max(crowd, repeats + 1))]
-        lone = [serve([job])[0].latency_s for job in jobs[: repeats + 1]]
-        alone_s = statistics.median(lone[1:])
-        served = serve(jobs[:crowd])
+def speed_of(
+    way: str,
+    serve: Callable[[Sequence[Job]], list[Served]],
+    images_per_pass: Callable[[], float],
+    plan: Plan,
+    work: Work,
+) -> Speed:
+    """Draw lone pictures one after another, then a crowd at once, each picture with a prompt of its own."""
+    jobs = [Job(number, 0, plan.steps, GUIDANCE_SCALE) for number in range(_LONE_PICTURES + plan.crowd)]
+    lone, crowd = jobs[:_LONE_PICTURES], jobs[_LONE_PICTURES:]
+    alone_s = statistics.median([serve([job])[0].latency_s for job in lone][1:])
+    if plan.crowd > 1:
+        serve(crowd)  # a pass of this size may be the first of its kind
+        served = serve(crowd)
         took_s = max(job.finished_at for job in served) - min(job.arrived_at for job in served)
-        floor_s = work.floor_s(rows=2, steps=steps)
-        return Speed(way, alone_s, floor_s / alone_s, crowd / took_s, crowd / took_s * floor_s)
-
-    for way in ("stock, eager", "stock, compiled"):
-        stock = copy.deepcopy(pipeline)
-        if way.endswith("compiled"):
-            if device == "cpu":  # takes minutes, and is slower than eager there
-                continue
-            stock.unet.compile(dynamic=False)
-            stock.vae.decoder.compile(dynamic=False)
-        whole = WholeBatches(stock, model.side, crowd, Clock(time.monotonic))
-        yield speed(way, lambda jobs, whole=whole: whole.serve(jobs, 0)), None
-        del stock, whole
-    for name in variants:
-        changed = settings.model_copy(update=VARIANTS[name])
-        try:
-            live = Live(StableDiffusion(copy.deepcopy(pipeline), {}, changed), model.side, changed)
-        except ModelError:
-            continue
-        try:
-            yield speed(f"HyperGen, {name}", lambda jobs, live=live: live.serve(jobs, 0)), live
-        finally:
-            live.close()
+    else:
+        took_s = alone_s
+    floor_s = work.floor_s(plan.steps)
+    per_s = plan.crowd / took_s
+    rows = work.rows * images_per_pass()
+    return Speed(way, alone_s, floor_s / alone_s, per_s, per_s * floor_s, rows)

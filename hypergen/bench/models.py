@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
@@ -30,42 +32,58 @@ class RandomModel:
         """Height and width of a picture, in pixels."""
         return 8 * self.latent_side
 
-    def networks(self) -> tuple[Any, Any]:
-        """The denoiser and the autoencoder, on torch's default device."""
-        cross_attention_dim = self.text_encoder["hidden_size"]
-        unet = UNet2DConditionModel(
-            sample_size=self.latent_side, cross_attention_dim=cross_attention_dim, **self.unet
-        )
-        return unet.eval(), AutoencoderKL(**self.vae).eval()
-
-    def pipeline(self) -> Any:
-        """The stock pipeline, on the CPU in float32, always with the same weights."""
-        torch.manual_seed(0)
-        unet, vae = self.networks()
+    def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """The stock pipeline, always with the same weights for one device and precision."""
         tokenizer = bytewise_tokenizer()
-        text_config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **self.text_encoder,
-        )
+        with drawn_on(device, dtype):
+            unet = UNet2DConditionModel(
+                sample_size=self.latent_side,
+                cross_attention_dim=self.text_encoder["hidden_size"],
+                **self.unet,
+            ).eval()
+            vae = AutoencoderKL(**self.vae).eval()
+            text_encoder = CLIPTextModel(clip_config(tokenizer, self.text_encoder)).eval()
         return StableDiffusionPipeline(
             vae=vae,
-            text_encoder=CLIPTextModel(text_config).eval(),
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=EulerDiscreteScheduler(  # pyright: ignore[reportArgumentType]  its enum is of names, not classes
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                steps_offset=1,
-                timestep_spacing="leading",
-            ),
+            scheduler=sd_scheduler(),
             safety_checker=None,  # pyright: ignore[reportArgumentType]  optional, whatever its annotation says
             feature_extractor=None,  # pyright: ignore[reportArgumentType]  the same
             requires_safety_checker=False,
         )
+
+
+@contextmanager
+def drawn_on(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Networks that are made inside have their weights there from the start: as float32 on the CPU the large
+    ones would not fit.
+    """
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def clip_config(tokenizer: Any, changes: dict[str, Any]) -> CLIPTextConfig:
+    marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextConfig(**{"vocab_size": len(tokenizer), **marks, **changes})
+
+
+def sd_scheduler() -> Any:
+    """Euler's, as Stable Diffusion up to XL is trained."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
 
 
 def bytewise_tokenizer() -> Any:
@@ -74,6 +92,13 @@ def bytewise_tokenizer() -> Any:
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def letterwise_tokenizer() -> Any:
+    """T5's tokenizer with a vocabulary of single letters."""
+    letters = [("▁", -2.0), *((chr(code), -3.0) for code in range(33, 127))]
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*marks, *letters], extra_ids=0)
 
 
 SMALL_VAE: dict[str, Any] = {
@@ -128,23 +153,6 @@ RANDOM_MODELS: dict[str, RandomModel] = {
             "intermediate_size": 2048,
             "num_hidden_layers": 2,
             "num_attention_heads": 8,
-        },
-    ),
-    # Stable Diffusion 1.5 as it is: 860 million weights in the UNet, for GPUs.
-    "sd15": RandomModel(
-        latent_side=64,
-        unet={},
-        vae={
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-        },
-        text_encoder={
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
         },
     ),
 }

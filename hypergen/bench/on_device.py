@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from hypergen.bench import report
-from hypergen.bench.device import Live, Speed, speeds
+from hypergen.bench import device_tables, report, timeline
+from hypergen.bench.device import OURS, STOCK, STOCK_COMPILED, VARIANTS, Measured, Plan, speed_of, stock
 from hypergen.bench.figures import Run, figures_of
+from hypergen.bench.goals import goals, unanswered
 from hypergen.bench.jobs import Job, job_list
-from hypergen.bench.models import RANDOM_MODELS
+from hypergen.bench.live import Live, free_memory, serving
 from hypergen.bench.policies import Served, one_after_another
+from hypergen.bench.published import DRAWN, refuse_on_cpu
+from hypergen.bench.work import Work, family_of, work_of
 from hypergen.config import EngineSettings
-from hypergen.errors import ConfigurationError
+from hypergen.errors import ConfigurationError, ModelError
+
+logger = logging.getLogger(__name__)
+
+# An engine that is not compiled can be probed with more rows than are asked for, which costs seconds.
+_PROBED_BATCH = 4
+_TRACE_SHARE = 1 / 3  # of the time for one model
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The mixed trace: which lists of how many jobs, at which loads."""
+
+    loads: Sequence[float]
+    seeds: int
+    jobs: int
+
+
+class Budget:
+    """How long one model may take: nothing is begun that would probably not end in time."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self._ends_at = time.monotonic() + self.seconds
+        self._longest: dict[str, float] = {}
+
+    def has_room_for(self, kind: str) -> bool:
+        """Whether one more of a kind fits, if it takes as long as the longest so far."""
+        return time.monotonic() + self._longest.get(kind, 0.0) < self._ends_at
+
+    @contextmanager
+    def spending(self, kind: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._longest[kind] = max(self._longest.get(kind, 0.0), time.monotonic() - started)
 
 
 def measure(
@@ -27,119 +68,200 @@ def measure(
     output: Path,
     name: str,
     settings: EngineSettings,
-    *,
-    variants: Sequence[str],
-    steps: int,
-    crowd: int,
-    loads: Sequence[float],
-    seeds: int,
-    jobs: int,
-) -> None:
+    plan: Plan,
+    trace: Trace,
+    minutes: float,
+) -> Measured:
     """Measure one model with random weights on one device, on the wall's clock.
 
-    Speeds of every setting against stock diffusers and against the floor, the passes that serve and whether
-    they are proved exact, a timeline, and the mixed trace of the last variant against calls one by one.
+    In the order of what matters most, as long as there is time: stock diffusers eager and compiled, the last
+    variant with the timeline and the mixed trace, then the other variants.
 
     Raises:
-        ConfigurationError: the model has no random weights.
+        ConfigurationError: the model has no random weights, or is too large for a CPU.
     """
-    if name not in RANDOM_MODELS:
+    device = settings.device or "cpu"
+    if name not in DRAWN:
         raise ConfigurationError(f"Settings are measured with random weights; '{name}' has its own.")
-    model = RANDOM_MODELS[name]
-    found = report.environment(report.command_line())
-    measured: list[Speed] = []
-    passes: list[dict[str, Any]] = []
-    runs: list[Run] = []
-    for speed, live in speeds(model, settings, steps, crowd, 3, variants):
-        measured.append(speed)
-        per_s = f"{speed.crowd_per_s:.2f} a second"
-        console.print(f"{speed.way}: {speed.alone_s:.3f} s alone, {per_s}", highlight=False)
-        if live is None:
+    if device == "cpu":
+        refuse_on_cpu(name)
+    bench = _Bench(console, output, name, settings, plan, trace, Budget(minutes))
+    measured = bench.measured
+    for way in _ways(plan, device):
+        if not bench.budget.has_room_for(_kind(way)):
+            measured.left_out[way] = f"the {minutes:g} minutes are over"
             continue
-        passes += [{"way": speed.way, **entry} for entry in passes_of(live)]
-        if speed.way == f"HyperGen, {variants[-1]}":
-            write_timeline(live, output / f"{name}-timeline.json", steps)
-            runs = list(_trace(name, live, loads, seeds, jobs))
-    _print_speeds(console, f"{name}, {model.side}x{model.side}, {steps} steps, guided", measured)
-    _print_passes(console, passes)
-    report.print_runs(console, runs)
-    content = {
-        "environment": found,
-        "speeds": [asdict(speed) for speed in measured],
-        "passes": passes,
-        "runs": [asdict(run) for run in runs],
-    }
-    (output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if not runs:
-        console.print(
-            f"No trace and no timeline: '{variants[-1]}' cannot run on this device.", highlight=False
+        try:
+            with console.status(way):
+                bench.measure(way)
+        except ModelError as error:
+            measured.left_out[way] = str(error)
+        except Exception as error:  # the edge where one way's trouble must not cost the others' figures
+            logger.exception("Measuring '%s' failed.", way)
+            measured.left_out[way] = f"{type(error).__name__}: {str(error)[:200]}"
+        bench.write()
+    if device == "cuda":
+        measured.goals = list(goals(name, plan, measured.speeds, measured.runs, measured.stages))
+        measured.unmeasured = unanswered(name, measured.goals)
+    bench.write()
+    device_tables.print_all(console, measured)
+    for file in report.plot(output, measured.runs):
+        console.print(f"Plot: {file}", highlight=False)
+    return measured
+
+
+def _ways(plan: Plan, device: str) -> list[str]:
+    """In the order in which they are measured; on a CPU compiling stock diffusers takes minutes."""
+    stock_ways = [STOCK] if device == "cpu" else [STOCK, STOCK_COMPILED]
+    return [*stock_ways, plan.variants[-1], *plan.variants[:-1]]
+
+
+def _kind(way: str) -> str:
+    return "compiled" if way == STOCK_COMPILED or "compile" in VARIANTS.get(way, {}) else "eager"
+
+
+class _Bench:
+    """One model on its device, and what was found so far."""
+
+    def __init__(
+        self,
+        console: Console,
+        output: Path,
+        name: str,
+        settings: EngineSettings,
+        plan: Plan,
+        trace: Trace,
+        budget: Budget,
+    ) -> None:
+        self._console = console
+        self._output = output
+        self._name = name
+        self._settings = settings
+        self._plan = plan
+        self._trace = trace
+        self.budget = budget
+        model = DRAWN[name]
+        self._side = model.side
+        self._trace_side = plan.trace_side or model.side
+        dtype = getattr(torch, settings.dtype or "float32")
+        self._pipeline = model.pipeline(settings.device or "cpu", dtype)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._work: Work = work_of(family_of(self._pipeline, model.side, settings), model.side)
+        found = report.environment(report.command_line())
+        self.measured = Measured(name, model.side, settings.determinism, found, plan, self._work)
+        device_tables.print_work(console, self.measured)
+
+    def measure(self, way: str) -> None:
+        """One way of drawing, and with the first variant that can draw the timeline and the trace."""
+        free_memory()
+        if way in (STOCK, STOCK_COMPILED):
+            with self.budget.spending(_kind(way)):
+                self._measure_stock(way)
+            return
+        wants_trace = not self.measured.runs
+        self._measure_ours(way, wants_trace)
+        if not wants_trace or self.measured.runs:
+            return
+        if not self.budget.has_room_for(_kind(way)):
+            self.measured.left_out[f"trace and timeline, {way}"] = "no time for them"
+            return
+        free_memory()
+        plan = self._plan
+        with serving(self._pipeline, self._trace_side, self._changed(way, plan.trace_batch)) as live:
+            self._note_passes(way, live)
+            self._measure_trace(live)
+
+    def _measure_ours(self, way: str, wants_trace: bool) -> None:
+        """A lone picture and a crowd; and the trace, if the same engine can serve it."""
+        plan, batch = self._plan, self._plan.crowd
+        if _kind(way) == "eager":
+            batch = max(batch, _PROBED_BATCH)
+        with serving(self._pipeline, self._side, self._changed(way, batch)) as live:
+            with self.budget.spending(_kind(way)):
+                self._take(OURS + way, lambda jobs: live.serve(jobs, 0), lambda: live.images_per_pass)
+                self._note_passes(way, live)
+            if wants_trace and (self._side, batch) == (self._trace_side, plan.trace_batch):
+                self._measure_trace(live)
+
+    def write(self) -> None:
+        """What was found, as JSON: again after every way, so that nothing is lost."""
+        records = asdict(self.measured) | {"goals": report.as_records(self.measured.goals)}
+        file = self._output / f"{self._name}.json"
+        file.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+    def _changed(self, way: str, batch: int) -> EngineSettings:
+        return self._settings.model_copy(update={**VARIANTS[way], "max_batch_size": batch})
+
+    def _measure_stock(self, way: str) -> None:
+        compiled = way == STOCK_COMPILED
+        whole = stock(self._pipeline, self._side, self._plan.crowd, compiled=compiled)
+        self._take(way, lambda jobs: whole.serve(jobs, 0), lambda: whole.images_per_pass)
+
+    def _take(
+        self, way: str, serve: Callable[[Sequence[Job]], list[Served]], images_per_pass: Callable[[], float]
+    ) -> None:
+        speed = speed_of(way, serve, images_per_pass, self._plan, self._work)
+        self.measured.speeds.append(speed)
+        self._console.print(
+            f"{way}: {speed.alone_s:.3f} s alone, {speed.crowd_per_s:.2f} a second", highlight=False
         )
 
+    def _note_passes(self, way: str, live: Live) -> None:
+        self.measured.passes += [{"way": way, **entry} for entry in passes_of(live)]
 
-def _trace(name: str, live: Live, loads: Sequence[float], seeds: int, jobs: int) -> Iterator[Run]:
-    """The mixed job list: call after call to the engine, and the same engine with everything at once."""
-    for seed in range(seeds):
-        trace = job_list(jobs, seed)
-        calls: list[Served] = []
-        for job in trace:
-            started = calls[-1].finished_at if calls else 0.0
-            calls.append(Served(job, started, started + live.serve([job], 0)[0].latency_s))
-        for load in loads:
-            interval_s = calls[-1].finished_at / len(calls) / load
-            alone = figures_of(one_after_another(calls, interval_s))
-            yield Run(name, "mixed", load, seed, "sequential", alone, 1)
-            together = figures_of(live.serve(trace, interval_s))
-            yield Run(name, "mixed", load, seed, "step", together, live.images_per_pass)
+    def _measure_trace(self, live: Live) -> None:
+        """The timeline, then each mixed job list: call after call to the engine, and the same engine with
+        everything at once.
+        """
+        measured, plan = self.measured, self._plan
+        measured.served_by = self.measured.speeds[-1].way
+        spans = timeline.watch(live, plan.steps, self._output / f"{self._name}-timeline.json")
+        measured.stages = timeline.shares(spans)
+        timeline.plot(
+            spans, f"{self._name}, {measured.served_by}", self._output / f"{self._name}-timeline.png"
+        )
+        model = f"{self._name} {live.side}x{live.side}"
+        started = time.monotonic()
+        for seed in range(self._trace.seeds):
+            # At least one list; then as long as another one is likely to fit into the trace's share.
+            expected_s = (time.monotonic() - started) * (seed + 1) / max(seed, 1)
+            if seed and expected_s > _TRACE_SHARE * self.budget.seconds:
+                left = f"the trace's job lists after the first {seed} of {self._trace.seeds}"
+                measured.left_out[left] = "no time for them"
+                return
+            measured.runs += _runs_of(model, live, seed, self._trace)
 
 
-def write_timeline(live: Live, file: Path, steps: int) -> None:
-    """A trace for chrome://tracing or Perfetto of pictures that arrive while others are drawn: text encoding,
-    passes, decoding and encoding, thread by thread and stream by stream.
-    """
-    jobs = [Job(number, 2.0 * number, steps, 5.0) for number in range(4)]
-    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # pyright: ignore[reportAttributeAccessIssue]  torch has no public name for it
-    with torch.profiler.profile(experimental_config=every_thread) as profile:
-        live.serve(jobs, 0.05)
-    profile.export_chrome_trace(str(file))
+def _runs_of(model: str, live: Live, seed: int, trace: Trace) -> Iterator[Run]:
+    jobs = job_list(trace.jobs, seed)
+    calls: list[Served] = []
+    for job in jobs:
+        started = calls[-1].finished_at if calls else 0.0
+        calls.append(Served(job, started, started + live.serve([job], 0)[0].latency_s))
+    for load in trace.loads:
+        interval_s = calls[-1].finished_at / len(calls) / load
+        alone = figures_of(one_after_another(calls, interval_s))
+        yield Run(model, "mixed", load, seed, "sequential", alone, 1)
+        together = figures_of(live.serve(jobs, interval_s))
+        yield Run(model, "mixed", load, seed, "step", together, live.images_per_pass)
 
 
 def passes_of(live: Live) -> list[dict[str, Any]]:
-    """For each drawn size and number of rows: seconds of a pass, and whether it is proved exact."""
+    """For each drawn size and number of rows that was tried: seconds of a pass, whether its rows have the
+    bits that they have in other passes, and whether the engine makes such passes.
+    """
     found: list[dict[str, Any]] = []
-    for key, curve in live.engine.shapes.costs.items():
-        size = "x".join(str(8 * side) for side in reversed(key.latent_shape[1:]))
-        exact = live.engine.status().determinism.get(size) == "exact"
-        for rows, seconds in sorted(curve.seconds.items()):
-            proved = exact and curve.serves(rows)
-            found.append({"size": size, "rows": rows, "seconds": seconds, "exact": proved})
+    for key, probe in live.engine.shapes.probes.items():
+        curve = live.engine.shapes.costs[key]
+        for rows in sorted({*probe.seconds, *probe.differing}):
+            found.append(
+                {
+                    "size": f"{probe.width}x{probe.height}",
+                    "rows": rows,
+                    "seconds": probe.seconds.get(rows),
+                    "exact": rows not in probe.differing,
+                    "serves": curve.serves(rows),
+                    "verdict": probe.verdict,
+                }
+            )
     return found
-
-
-def _print_speeds(console: Console, title: str, measured: Sequence[Speed]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("way", "alone s", "of floor", "pictures/s", "of floor"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for speed in measured:
-        table.add_row(
-            speed.way,
-            f"{speed.alone_s:.3f}",
-            f"{speed.alone_of_floor:.0%}",
-            f"{speed.crowd_per_s:.2f}",
-            f"{speed.crowd_of_floor:.0%}",
-        )
-    console.print(table)
-
-
-def _print_passes(console: Console, passes: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="Passes that serve", title_justify="left")
-    for column in ("way", "size", "rows", "ms", "exact"):
-        table.add_column(column)
-    for entry in passes:
-        table.add_row(
-            entry["way"],
-            entry["size"],
-            str(entry["rows"]),
-            f"{1000 * entry['seconds']:.1f}",
-            "yes" if entry["exact"] else "no",
-        )
-    console.print(table)

@@ -93,8 +93,8 @@ def median_images(runs: Sequence[Run], policy: str) -> float:
     return values[len(values) // 2]
 
 
-def print_gates(console: Console, gates: Sequence[Gate]) -> None:
-    table = Table(title="Gates", title_justify="left")
+def print_gates(console: Console, gates: Sequence[Gate], title: str = "Gates") -> None:
+    table = Table(title=title, title_justify="left")
     for column in ("what", "measured", "limit", ""):
         table.add_column(column)
     for gate in gates:
@@ -107,9 +107,13 @@ def write_json(file: Path, found: dict[str, Any], runs: Sequence[Run], gates: Se
     content = {
         "environment": found,
         "runs": [asdict(run) for run in runs],
-        "gates": [{**asdict(gate), "reached": gate.reached} for gate in gates],
+        "gates": as_records(gates),
     }
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def as_records(gates: Sequence[Gate]) -> list[dict[str, Any]]:
+    return [{**asdict(gate), "reached": gate.reached} for gate in gates]
 
 
 def plot(folder: Path, runs: Sequence[Run]) -> list[Path]:
@@ -118,14 +122,10 @@ def plot(folder: Path, runs: Sequence[Run]) -> list[Path]:
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigurationError("Plots need matplotlib: pip install 'hypergen[bench]'.") from None
     files: list[Path] = []
     for model, guidance in dict.fromkeys((run.model, run.guidance) for run in runs):
         chosen = [run for run in runs if (run.model, run.guidance) == (model, guidance)]
-        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        figure = new_figure(11, 3.6)
         axes = figure.subplots(1, len(_SHOWN), sharex=True)
         for axis, (name, title) in zip(axes, _SHOWN.items(), strict=True):
             for policy in dict.fromkeys(run.policy for run in chosen):
@@ -140,10 +140,23 @@ def plot(folder: Path, runs: Sequence[Run]) -> list[Path]:
         axes[0].set_ylabel("seconds")
         axes[0].legend()
         figure.suptitle(f"{model} model, {guidance} guidance")
-        file = folder / f"{model}-{guidance}.png"
+        file = folder / f"{model.replace(' ', '-')}-{guidance}.png"
         figure.savefig(file, dpi=110)
         files.append(file)
     return files
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty picture for a plot, in inches.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigurationError("Plots need matplotlib: pip install 'hypergen[bench]'.") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def command_line() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -15,12 +14,13 @@ import hypergen
 from hypergen.bench.clock import Clock
 from hypergen.bench.figures import Run, figures_of
 from hypergen.bench.jobs import GUIDANCE_SCALES, ONE_GUIDANCE_SCALE, STEPS, Job, job_list
-from hypergen.bench.models import RANDOM_MODELS
+from hypergen.bench.live import own_copy
 from hypergen.bench.policies import Policy, StepByStep, WholeBatches, one_after_another
+from hypergen.bench.published import DRAWN, refuse_on_cpu
+from hypergen.bench.work import family_of
 from hypergen.config import EngineSettings
 from hypergen.models import loading
 from hypergen.models.family import Family
-from hypergen.models.sd import StableDiffusion
 
 POLICIES = ("sequential", "static", "step", "step-fast")
 GUIDANCE = {"mixed": GUIDANCE_SCALES, "one": ONE_GUIDANCE_SCALE}
@@ -72,6 +72,8 @@ class Contest:
         return getattr(self, name.replace("-", "_"))
 
     def _engine(self, settings: EngineSettings) -> StepByStep:
+        # Prompts recur from run to run, and stock diffusers encodes them each time.
+        settings = settings.model_copy(update={"prompt_cache_mb": 0})
         return StepByStep(self._family(settings), self.side, settings, self.clock)
 
     def mean_service_s(self) -> float:
@@ -85,7 +87,12 @@ class Contest:
 
 
 def contest(model: str, settings: EngineSettings) -> Contest:
-    """Load a model to be served in every way."""
+    """Load a model to be served in every way.
+
+    Raises:
+        ConfigurationError: it is too large for a CPU.
+    """
+    refuse_on_cpu(model)
     if model == EMBEDDED:
         folder = Path(hypergen.__file__).parent / "embedded"
         pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -94,11 +101,10 @@ def contest(model: str, settings: EngineSettings) -> Contest:
         def family(settings: EngineSettings) -> Family:
             return loading.load(folder, settings)
     else:
-        pipeline = RANDOM_MODELS[model].pipeline()
-        side = RANDOM_MODELS[model].side
+        pipeline, side = DRAWN[model].pipeline(), DRAWN[model].side
 
         def family(settings: EngineSettings) -> Family:
-            return StableDiffusion(copy.deepcopy(pipeline), {}, settings)
+            return family_of(own_copy(pipeline), side, settings)
 
     pipeline.set_progress_bar_config(disable=True)
     return Contest(model, side, pipeline, family, settings)

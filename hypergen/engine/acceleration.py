@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergen.config import Attention, EngineSettings
+from hypergen.engine.warming import warm_up_request
 from hypergen.errors import ModelError
 from hypergen.models.family import Family
 
@@ -43,29 +45,50 @@ def accelerate(family: Family, settings: EngineSettings) -> None:
     if settings.compile != "off":
         graphs = settings.compile == "graphs"
         torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
-        # Fixed shapes, and no kernels chosen by timing: those could differ after the next start.
-        family.denoiser.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
-        forward = _in_buckets(forward, copy=graphs)
+        compile_network(family.denoiser, graphs=graphs)
+        forward = _in_buckets(forward, _fewest_rows(family), copy=graphs)
     if settings.attention is not None:
         forward = _with_attention(forward, settings.attention, device)
     _replace_forward(family, forward)
 
 
-def bucket(rows: int) -> int:
-    """The number of rows that a compiled pass is filled up to: 2, 4, 8 ..."""
-    return max(2, 1 << (rows - 1).bit_length())
+def compile_network(network: Any, *, graphs: bool) -> None:
+    """Compile for fixed shapes, without choosing kernels by timing: those could differ after the next start.
+
+    A transformer is its blocks, and all blocks of a kind are compiled once for each shape, not one by one. A
+    CUDA graph is of the whole network.
+    """
+    in_blocks = not isinstance(network, UNet2DConditionModel) and getattr(network, "_repeated_blocks", None)
+    if in_blocks and not graphs:
+        network.compile_repeated_blocks(dynamic=False)
+    else:
+        network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
-def _in_buckets(forward: Forward, copy: bool) -> Forward:
+def bucket(rows: int, fewest: int = 2) -> int:
+    """The number of rows that a compiled pass is filled up to: `fewest` (1 or 2), 2, 4, 8 ..."""
+    return max(fewest, 1 << (rows - 1).bit_length())
+
+
+@torch.inference_mode()
+def _fewest_rows(family: Family) -> int:
+    """The rows of one image as the model draws by default: where that is a single one, as with FLUX, filling
+    it up would double what an image costs.
+    """
+    return family.start(warm_up_request(family.describe("")), 0).rows
+
+
+def _in_buckets(forward: Forward, fewest: int, copy: bool) -> Forward:
     """Fill a pass up with copies of its last row, so that few shapes are compiled.
 
     Args:
+        fewest: see `bucket`.
         copy: the result stands in memory that the next pass overwrites.
     """
 
     def filled(*rows: Tensor, **named: Any) -> Tensor:
         count = rows[0].shape[0]
-        missing = bucket(count) - count
+        missing = bucket(count, fewest) - count
         filling = (torch.cat([row, row[-1:].expand(missing, *row.shape[1:])]) for row in rows)
         output = forward(*filling, **named)
         return output[:count].clone() if copy else output[:count]

@@ -35,6 +35,7 @@ class Probe:
         verdict: exact when the rows of all passes in `seconds` agree bit for bit. In strict mode those are
             the only ones that serve, so the verdict covers everything that is drawn.
         seconds: rows -> seconds of one pass, the first points of the cost curve.
+        differing: numbers of rows whose passes gave a row other bits.
         repaired: layers that the rule changed for this size.
     """
 
@@ -43,6 +44,7 @@ class Probe:
     passes: Iterator[None] = field(default_factory=lambda: iter(()), repr=False)
     verdict: Verdict = "exact"
     seconds: dict[int, float] = field(default_factory=dict)
+    differing: set[int] = field(default_factory=set)
     repaired: int = 0
 
 
@@ -115,8 +117,10 @@ class DeterminismRule:
             agrees = torch.equal(output, reversed_output.flip(0)) and all(
                 torch.equal(one, output[i]) for i, one in enumerate(known)
             )
-            if not agrees and (count <= 2 or not self._enabled):
-                found.verdict = "close"
+            if not agrees:
+                found.differing.add(count)
+                if count <= 2 or not self._enabled:
+                    found.verdict = "close"
             # With the rule, a larger pass that differs is left out: the others are enough to serve with.
             if agrees or count <= 2 or not self._enabled:
                 # The first pass of a shape also prepares kernels.

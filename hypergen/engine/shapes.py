@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from hypergen.config import EngineSettings
 from hypergen.engine.batching import CostCurve, GroupKey, group_key
@@ -156,6 +156,11 @@ class Shapes:
             return False
         verdict = self._probes[group_key(trajectory).shared].verdict
         return self._strict and trajectory.request.seed_given and verdict == "close"
+
+    @property
+    def probes(self) -> Mapping[GroupKey, Probe]:
+        """What was found for each shape, finished or not."""
+        return self._probes
 
     def verdicts(self) -> dict[str, Verdict]:
         """For each drawn size, "512x512": the verdict over all lengths of prompts."""

@@ -10,18 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
-from rich.console import Console
 
 from hypergen.bench.__main__ import main
 from hypergen.bench.alone import same_bytes_alone
 from hypergen.bench.clock import Clock
-from hypergen.bench.device import operations_of
 from hypergen.bench.gates import trace_gates
 from hypergen.bench.jobs import Job, job_list
-from hypergen.bench.models import RANDOM_MODELS
-from hypergen.bench.on_device import measure as measure_on_device
 from hypergen.bench.policies import WholeBatches
 from hypergen.bench.traces import Contest, contest, measure
 from tests.engine.inline import make_settings
@@ -88,43 +83,15 @@ def test_a_run_prints_its_table_and_writes_figures_and_plots(tmp_path: Path) -> 
         (["--model", "huge"], "'huge' is none of small, medium"),
         (["--load", "1,x"], "'1,x' is not a list of numbers"),
         (["--load", "0"], "loads are above 0"),
+        (["--steps", "4"], "--steps goes with --speeds or --device cuda"),
+        (["--speeds", "--policy", "static"], "--policy does not go with --speeds"),
+        (["--speeds", "--gates"], "--gates does not go with --speeds"),
     ],
 )
 def test_a_bad_option_is_one_line(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert message in result.output
-
-
-def test_the_operations_of_sd15_are_those_of_the_paper_model() -> None:
-    with torch.device("meta"):
-        unet, vae = RANDOM_MODELS["sd15"].networks()
-    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(859.5e6, rel=1e-3)
-    forward_flops, decode_flops = operations_of(unet, vae, 64)
-    assert forward_flops == pytest.approx(0.803e12, rel=0.01)
-    assert decode_flops == pytest.approx(2.5e12, rel=0.02)
-
-
-def test_settings_are_measured_one_by_one_where_the_device_can(tmp_path: Path) -> None:
-    measure_on_device(
-        Console(quiet=True),
-        tmp_path,
-        "small",
-        make_settings(max_batch_size=2),
-        variants=["decode_stream", "as by default"],
-        steps=2,
-        crowd=2,
-        loads=[1.5],
-        seeds=1,
-        jobs=4,
-    )
-    written = json.loads((tmp_path / "small.json").read_text())
-    assert [speed["way"] for speed in written["speeds"]] == ["stock, eager", "HyperGen, as by default"]
-    assert all(0 < speed["alone_of_floor"] < 1 for speed in written["speeds"])
-    assert {entry["exact"] for entry in written["passes"]} == {True}
-    assert [run["policy"] for run in written["runs"]] == ["sequential", "step"]
-    trace = json.loads((tmp_path / "small-timeline.json").read_text())
-    assert len({event.get("tid") for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}) >= 2
 
 
 @pytest.mark.bench

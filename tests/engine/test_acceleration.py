@@ -14,6 +14,7 @@ from hypergen.errors import ModelError
 from hypergen.generation import GenerationRequest
 from hypergen.models import loading
 from tests.engine.inline import InlineEngine, make_request, make_settings
+from tests.small_models import save_flux
 
 
 def _engine(folder: Path, **settings: Any) -> InlineEngine:
@@ -69,6 +70,7 @@ def test_what_a_cpu_cannot_do_is_refused_at_the_start(
 
 def test_compiled_passes_are_filled_up_to_few_sizes() -> None:
     assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
+    assert [bucket(rows, fewest=1) for rows in (1, 2, 3)] == [1, 2, 4]
 
 
 def test_a_compiled_model_draws_in_buckets(sd_folder: Path) -> None:
@@ -81,6 +83,29 @@ def test_a_compiled_model_draws_in_buckets(sd_folder: Path) -> None:
         compiled = _latents(engine, _requests())
     assert set(rows) <= {2, 4, 8}
     for one, other in zip(_latents(_engine(sd_folder), _requests()), compiled, strict=True):
+        assert np.linalg.norm(one - other) <= 1e-3 * np.linalg.norm(one)
+
+
+def test_a_transformer_is_compiled_block_by_block_and_draws_one_image_in_one_row(tmp_path: Path) -> None:
+    folder = save_flux(tmp_path)
+    requests = [make_request(seed=1), make_request(seed=2, num_inference_steps=3), make_request(seed=3)]
+    plain = _latents(_engine(folder), requests)
+    with torch.compiler.set_stance("force_eager"):
+        engine = _engine(folder, compile="on", max_batch_size=4)
+        denoiser: Any = engine.engine.family.denoiser
+        compiled = {type(m).__name__ for m in denoiser.modules() if m._compiled_call_impl is not None}
+        rows: list[int] = []
+        denoiser.register_forward_pre_hook(
+            lambda _module, _inputs, named: rows.append(named["hidden_states"].shape[0]), with_kwargs=True
+        )
+        engine.know(requests[0])
+        assert {1, 2} <= set(rows) <= {1, 2, 4, 8}
+        rows.clear()
+        (alone,) = _latents(engine, requests[:1])
+        assert set(rows) == {1}
+        crowd = _latents(_engine(folder, compile="on", max_batch_size=4), requests)
+    assert compiled == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    for one, other in zip([plain[0], *plain], [alone, *crowd], strict=True):
         assert np.linalg.norm(one - other) <= 1e-3 * np.linalg.norm(one)
 
 

@@ -120,6 +120,8 @@ def test_the_rule_repairs_what_the_probe_finds(sd_folder: Path) -> None:
     before = _run(DeterminismRule(family, enabled=False, max_rows=8).probe(_like(family, 64, 64)))
     after = _run(DeterminismRule(family, enabled=True, max_rows=8).probe(_like(family, 64, 64)))
     assert after.verdict == "exact"
+    assert after.differing.isdisjoint(after.seconds)
+    assert bool(before.differing) == (before.verdict == "close")
     assert {1, 2} <= after.seconds.keys() <= {1, 2, 3, 4, 6, 8}
     if before.verdict == "exact":
         pytest.skip("on this machine there is nothing to repair")
