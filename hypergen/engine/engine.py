@@ -18,10 +18,10 @@ from torch import Tensor
 from hypergen.config import EngineSettings
 from hypergen.engine.acceleration import accelerate
 from hypergen.engine.batching import group_key, next_batch
-from hypergen.engine.determinism import synchronize
 from hypergen.engine.failures import as_request_error
 from hypergen.engine.finishing import Finisher, Report
 from hypergen.engine.inbox import Arrival, Inbox
+from hypergen.engine.passes import Passes
 from hypergen.engine.previews import Previewer
 from hypergen.engine.shapes import Shapes
 from hypergen.engine.stepping import advance_all
@@ -93,9 +93,7 @@ class Engine:
         )
         self._previewer = Previewer(family, report, self._finisher.encoders)
         self.shapes = Shapes(family, settings, clock)
-        self._pass_s = 0.0
-        self._forwards = 0
-        self._image_steps = 0
+        self._passes = Passes(family, self.shapes, clock)
 
     def submit(self, request: GenerationRequest) -> None:
         self._inbox.submit(request)
@@ -113,8 +111,8 @@ class Engine:
             state="ready",
             device=self.family.describe(self.model_id).device,
             determinism=self.shapes.verdicts(),
-            forwards=self._forwards,
-            image_steps=self._image_steps,
+            forwards=self._passes.count,
+            image_steps=self._passes.image_steps,
             startup_s=self.startup_s,
         )
 
@@ -172,7 +170,7 @@ class Engine:
         """Serve a line between two steps for about as long as a forward pass takes, so that running images do
         not stall, however much there is to encode, probe or decode.
         """
-        until = self._clock() + max(self._pass_s, self._SHORTEST_MOMENT_S)
+        until = self._clock() + max(self._passes.seconds, self._SHORTEST_MOMENT_S)
         while line():
             self._stamp()
             serve_next()
@@ -242,7 +240,7 @@ class Engine:
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """One forward pass; when it fails, one for each image, so that only the guilty request fails."""
         try:
-            return list(zip(batch, self._forward(batch), strict=True))
+            return list(zip(batch, self._passes.predict(batch), strict=True))
         except Exception as error:  # the same edge
             if len(batch) == 1:
                 self._fail(batch[0].request.id, as_request_error(error, batch[0].request))
@@ -255,20 +253,6 @@ class Engine:
             self.shapes.limit_rows(group_key(batch[0]).shared, sum(t.rows for t in batch))
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
         return [pair for trajectory in batch for pair in self._denoise([trajectory])]
-
-    def _forward(self, batch: list[Trajectory]) -> list[Tensor]:
-        started = self._clock()
-        predictions = self.family.denoise(batch)
-        synchronize(predictions[0])
-        self._pass_s = self._clock() - started
-        rows = sum(trajectory.rows for trajectory in batch)
-        self.shapes.costs[group_key(batch[0]).shared].record(rows, self._pass_s)
-        self._forwards += 1
-        self._image_steps += len(batch)
-        shared = len({trajectory.request.id for trajectory in batch}) > 1
-        for trajectory in batch:
-            trajectory.shared_forwards += shared
-        return predictions
 
     def _advanced(self, trajectory: Trajectory, error: Exception | None) -> None:
         running = self._running.get(trajectory.request.id)

@@ -1,0 +1,46 @@
+"""Forward passes of an engine, measured and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hypergen.engine.batching import group_key
+from hypergen.engine.determinism import synchronize
+from hypergen.engine.shapes import Shapes
+from hypergen.models.family import Family
+from hypergen.trajectory import Trajectory
+
+
+class Passes:
+    """Runs a family's denoiser over batches; what each pass took goes into the cost curve of its shape.
+
+    Attributes:
+        seconds: of the latest pass.
+        count: passes since the start.
+        image_steps: images in those passes, summed.
+    """
+
+    def __init__(self, family: Family, shapes: Shapes, clock: Callable[[], float]) -> None:
+        self.seconds = 0.0
+        self.count = 0
+        self.image_steps = 0
+        self._family = family
+        self._shapes = shapes
+        self._clock = clock
+
+    def predict(self, batch: list[Trajectory]) -> list[Tensor]:
+        """One pass over images of one group: a prediction of shape (1, C, h, w) each."""
+        started = self._clock()
+        predictions = self._family.denoise(batch)
+        synchronize(predictions[0])
+        self.seconds = self._clock() - started
+        rows = sum(trajectory.rows for trajectory in batch)
+        self._shapes.costs[group_key(batch[0]).shared].record(rows, self.seconds)
+        self.count += 1
+        self.image_steps += len(batch)
+        shared = len({trajectory.request.id for trajectory in batch}) > 1
+        for trajectory in batch:
+            trajectory.shared_forwards += shared
+        return predictions
