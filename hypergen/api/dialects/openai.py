@@ -22,8 +22,10 @@ from hypergen.api.checks import (
     SentFile,
     check_prompt,
     check_sampler,
+    check_steps,
     check_work,
     choose_seed,
+    default_size,
     model_fields,
     read_control,
     validate,
@@ -150,7 +152,9 @@ def to_request(
 
     defaults = description.defaults
     width, height = _size(asked.size, description, settings.max_side)
-    num_inference_steps = asked.num_inference_steps or defaults.num_inference_steps
+    own_steps = min(defaults.num_inference_steps, settings.max_steps)
+    num_inference_steps = asked.num_inference_steps or own_steps
+    check_steps(num_inference_steps, settings.max_steps, "num_inference_steps")
     guidance_scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
     sampler = None if asked.sampler is None else public_name(asked.sampler)
     check_sampler(sampler, num_inference_steps, description, "num_inference_steps")
@@ -219,7 +223,7 @@ def to_response(
 
 def _size(size: str | None, description: ModelDescription, max_side: int) -> tuple[int, int]:
     if size is None or size == "auto":
-        return description.defaults.width, description.defaults.height
+        return default_size(description, max_side)
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidRequestError(
