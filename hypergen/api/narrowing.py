@@ -15,7 +15,9 @@ from hypergen.generation import ModelDescription, Option
 
 Schema = dict[str, Any]
 
-_NOT_TAKEN: Schema = {"type": "null"}
+_NULL: Schema = {"type": "null"}
+_EMPTY: Schema = {"type": "string", "enum": [""]}
+_FILE: Schema = {"type": "string", "format": "binary"}
 _BASE64: Schema = {"type": "string", "format": "byte", "examples": [PICTURE]}
 _PICTURES: dict[str, Option] = {"image": "image", "control_image": "control", "controlnet_image": "control"}
 _MODELS = ("control_model", "controlnet_name")
@@ -36,10 +38,12 @@ def narrow(
     for name, rule in _ranges(settings).items():
         if name in fields:
             fields[name] |= rule
-    if not is_form:
-        fields |= {name: {**fields[name], **_BASE64} for name in _PICTURES if name in fields}
+    picture = _FILE if is_form else _BASE64
+    for name in _PICTURES:
+        if fields.get(name, {}).get("type") == "string":
+            fields[name] |= picture
     if description is not None:
-        _tell_model(fields, description, settings)
+        _tell_model(fields, is_form, description, settings)
     if not is_form:
         for name in set(fields) - set(required):
             _allow_null(fields[name])
@@ -71,15 +75,18 @@ def _ranges(settings: ServerSettings) -> dict[str, Schema]:
     }
 
 
-def _tell_model(fields: dict[str, Schema], description: ModelDescription, settings: ServerSettings) -> None:
-    """The model's defaults, samplers, LoRAs and control models; null where it has none."""
+def _tell_model(
+    fields: dict[str, Schema], is_form: bool, description: ModelDescription, settings: ServerSettings
+) -> None:
+    """The model's defaults, samplers, LoRAs and control models; null, in forms empty, where it has none."""
+    not_taken = _EMPTY if is_form else _NULL
     defaults = description.defaults
     width, height = default_size(description, settings.max_side)
     told: dict[str, Schema] = {
         "size": {"examples": [f"{width}x{height}"]},
         "guidance_scale": {"default": defaults.guidance_scale},
         "num_inference_steps": {"default": min(defaults.num_inference_steps, settings.max_steps)},
-        "sampler": {"enum": list(description.samplers)} if description.samplers else _NOT_TAKEN,
+        "sampler": {"enum": list(description.samplers)} if description.samplers else not_taken,
     }
     if description.loras and "loras" in description.options:
         names: Schema = {"enum": list(description.loras)}
@@ -88,17 +95,17 @@ def _tell_model(fields: dict[str, Schema], description: ModelDescription, settin
         told |= {"lora_path": names, "loras": {**mixed, **example}, "lora": {**mixed, **example}}
     else:
         told |= {name: {"maxProperties": 0, "examples": [{}]} for name in ("loras", "lora")}
-        told["lora_path"] = _NOT_TAKEN
+        told["lora_path"] = not_taken
     for name in _MODELS:
         told[name] = {"enum": list(description.control_models)}
     for name, option in _PICTURES.items():
-        if option not in description.options and fields.get(name, {}).get("format") == "byte":
-            told[name] = _NOT_TAKEN
+        if option not in description.options and fields.get(name, {}).get("type") == "string":
+            told[name] = not_taken
     if "control" not in description.options:
-        told |= dict.fromkeys(_MODELS, _NOT_TAKEN)
+        told |= dict.fromkeys(_MODELS, not_taken)
     for name, rule in told.items():
         if name in fields:
-            known = fields[name] if rule != _NOT_TAKEN else {"description": fields[name]["description"]}
+            known = fields[name] if rule != not_taken else {"description": fields[name]["description"]}
             fields[name] = {**known, **rule}
 
 
@@ -127,7 +134,7 @@ def _rules(
     if "lora_path" in fields and is_form:
         rules.append({"not": {"required": ["lora_path", "loras"]}})
     elif "lora_path" in fields:
-        rules.append({"anyOf": [{"properties": {name: _NOT_TAKEN}} for name in ("lora_path", "loras")]})
+        rules.append({"anyOf": [{"properties": {name: _NULL}} for name in ("lora_path", "loras")]})
     if "width" in fields and settings.max_side >= _DOCUMENTED_SIDE:
         usual = {"properties": {side: {"maximum": _DOCUMENTED_SIDE} for side in ("width", "height")}}
         rules.append({"anyOf": [usual, _of_size(*_LARGEST_SIDES), _of_size(*_LARGEST_SIDES[::-1])]})
