@@ -59,3 +59,15 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> I
     arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
     with start_server(tmp_path_factory.mktemp("keyed"), *arguments, api_key="sk-right-key") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def documented_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """The embedded model under the name and the key that the documents use."""
+    given = {
+        "HYPERGEN_SERVED_MODEL_NAME": "stabilityai/stable-diffusion-xl-base-1.0",
+        "HYPERGEN_PRICE_RATE": "0.01",
+    }
+    folder = tmp_path_factory.mktemp("documented")
+    with start_server(folder, environment=given, api_key="sk-hypergen-123456") as server:
+        yield server
