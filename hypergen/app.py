@@ -49,7 +49,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     plain = app.openapi
 
     def described() -> dict[str, Any]:
-        return openapi.complete(plain())
+        return openapi.complete(plain(), settings.server, pool.describe())
 
     app.openapi = described
     app.include_router(create_router(settings, pool, storage, jobs, models))

@@ -189,6 +189,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="address that clients know this server by, for `url` results; absent: as asked",
     )
     max_side: int = Field(2048, ge=64, le=8192, description="longest width or height of a picture, in pixels")
+    max_steps: int = Field(150, ge=1, le=150, description="most denoising steps of a picture")
     max_megapixel_steps: float = Field(
         6300, gt=0, allow_inf_nan=False, description="work of one request: images x steps x megapixels"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+import hypergen
 from tests.live import LiveServer, start_server
 from tests.small_models import save_sd
 
@@ -58,4 +61,22 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> I
     """The same with a bearer key."""
     arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
     with start_server(tmp_path_factory.mktemp("keyed"), *arguments, api_key="sk-right-key") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def documented_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """The embedded model under the name and the key that the documents use.
+
+    It draws at most 128x128 and resizes, because samples ask for many pictures of 1024x1024.
+    """
+    folder = tmp_path_factory.mktemp("documented")
+    model = shutil.copytree(Path(hypergen.__file__).parent / "embedded", folder / "embedded")
+    told = json.loads((model / "hypergen.json").read_text(encoding="utf-8"))
+    (model / "hypergen.json").write_text(json.dumps({**told, "max_native_area": 128 * 128}), encoding="utf-8")
+    given = {
+        "HYPERGEN_SERVED_MODEL_NAME": "stabilityai/stable-diffusion-xl-base-1.0",
+        "HYPERGEN_PRICE_RATE": "0.01",
+    }
+    with start_server(folder, str(model), environment=given, api_key="sk-hypergen-123456") as server:
         yield server

@@ -149,6 +149,20 @@ def read_sampler(
     return sampler
 
 
+def default_size(description: ModelDescription, max_side: int) -> tuple[int, int]:
+    """The model's own width and height, or less of the same shape where the server allows only that."""
+    width, height = description.defaults.width, description.defaults.height
+    scale = min(1.0, max_side / max(width, height))
+    return max(SMALLEST_SIDE, int(width * scale) // 8 * 8), max(SMALLEST_SIDE, int(height * scale) // 8 * 8)
+
+
+def check_steps(steps: int, most: int, steps_param: str) -> None:
+    if steps > most:
+        raise InvalidRequestError(
+            f"'{steps_param}' must be at most {most} on this server, not {steps}.", param=steps_param
+        )
+
+
 def check_work(n: int, steps: int, width: int, height: int, most: float, size_param: str = "size") -> None:
     work = n * steps * width * height / 1e6
     if work > most:

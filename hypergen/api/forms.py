@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from hypergen.api.limits import parse_json_object, to_number
 from hypergen.errors import InvalidRequestError, UnsupportedMediaTypeError
 
 MAX_PICTURES = 16
@@ -110,10 +111,13 @@ def _to_body(items: list[tuple[str, str | bytes]], fields: type[BaseModel]) -> d
         elif match := _NESTED.fullmatch(name):
             inner = body.setdefault(match[1], {})
             if not isinstance(inner, dict) or match[2] in inner:
+                if match[1] not in kinds:  # unknown fields are ignored, whatever they are
+                    continue
                 raise _twice(match[1])
             cast(dict[str, Any], inner)[match[2]] = _typed(value, {"number"})
         elif name in body:
-            raise _twice(name)
+            if name in kinds or name == "mask":
+                raise _twice(name)
         else:
             body[name] = _typed(value, kinds.get(name, set()))
     if images or "images" not in body:
@@ -136,8 +140,10 @@ def _typed(value: str | bytes, kinds: set[str]) -> Any:
         return value
     if "integer" in kinds and _INTEGER.fullmatch(value):
         return int(value)
-    if "number" in kinds and _NUMBER.fullmatch(value):
-        return float(value)
+    if kinds & {"integer", "number"} and _NUMBER.fullmatch(value):
+        return to_number(value)
+    if "object" in kinds and value.startswith("{"):  # how OpenAPI says that a form holds an object
+        return parse_json_object(value.encode())
     if "boolean" in kinds:
         return _BOOLEANS.get(value, value)
     return value

@@ -20,7 +20,7 @@ from hypergen.api.drawing import CLIENT_GONE, ClientGoneError, check, draw, load
 from hypergen.api.errors import envelope, status_of
 from hypergen.api.operations import GENERATIONS
 from hypergen.config import Settings
-from hypergen.errors import GenerationError, RequestError
+from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
 from hypergen.generation import ImageFinished, ImageGenerator
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,10 @@ _CLIENT_LEFT: ContextVar[asyncio.Event | None] = ContextVar("client_left", defau
 
 
 class ClientWatch:
-    """ASGI middleware that tells the items of a native request when their client hangs up."""
+    """ASGI middleware that tells the items of a native request when their client hangs up.
+
+    Lets only JSON in: BentoML reads other bodies too, and fails on some of them.
+    """
 
     def __init__(self, app: ASGIApp, path: str) -> None:
         self._app = app
@@ -40,6 +43,8 @@ class ClientWatch:
         if scope["type"] != "http" or scope["path"] != self._path:
             await self._app(scope, receive, send)
             return
+        if not _is_json(scope):
+            raise UnsupportedMediaTypeError("Send the items as JSON, with 'Content-Type: application/json'.")
         body_read, left = asyncio.Event(), asyncio.Event()
 
         async def receive_body() -> Message:
@@ -60,6 +65,13 @@ class ClientWatch:
             await self._app(scope, receive_body, send)
         finally:
             watching.cancel()
+
+
+def _is_json(scope: Scope) -> bool:
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    return scope["method"] != "POST" or [kind.partition(b";")[0].strip().lower() for kind in kinds] == [
+        b"application/json"
+    ]
 
 
 class NativeItem(RootModel[dict[str, Any]]):

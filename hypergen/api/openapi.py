@@ -1,18 +1,26 @@
 """What /openapi.json says of the routes: bodies, answers, errors and examples.
 
-Bodies come from the dialects' own fields, so that ranges stand in one place.
+Bodies come from the dialects' own fields, so that ranges stand in one place; `narrowing` fits them to this
+server.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from pydantic import BaseModel
 
+from hypergen.api.auth import FILES_PREFIX, OPEN_PATHS
 from hypergen.api.dialects import hyperbolic, openai, openai_edits
 from hypergen.api.errors import envelope
 from hypergen.api.forms import MAX_PICTURES
-from hypergen.api.schemas import SCHEMAS
+from hypergen.api.narrowing import narrow
+from hypergen.api.native_paths import native_paths
+from hypergen.api.schemas import PICTURE, SCHEMAS
+from hypergen.config import ServerSettings
+from hypergen.generation import ModelDescription
+from hypergen.images.codec import FORMATS
 
 _EXAMPLE_PROMPT = "a red circle on a blue background"
 _ERRORS = {
@@ -32,6 +40,10 @@ _ERRORS = {
     504: ("Gateway Timeout", "The request took longer than the server allows.", None),
     507: ("Insufficient Storage", "No room for a `url`; `b64_json` needs none.", None),
 }
+_EXAMPLE_STREAM = (
+    "event: image_generation.completed\n"
+    'data: {"type":"image_generation.completed","b64_json":"iVBORw0KGgo..."}\n\n'
+)
 DRAWING_ERRORS = (400, 401, 408, 413, 415, 429, 500, 503, 504, 507)
 
 
@@ -43,7 +55,7 @@ def generations() -> dict[str, Any]:
         "summary": "Draw pictures from a prompt",
         "tags": ["Images"],
         "requestBody": _body({"application/json": _media(body, example)}),
-        "responses": _responses("ImagesResponse"),
+        "responses": _responses("ImagesResponse", streams=True),
     }
 
 
@@ -53,7 +65,7 @@ def edits() -> dict[str, Any]:
         "summary": "Draw pictures from a picture and a prompt, all over or where a mask says",
         "tags": ["Images"],
         "requestBody": _body(_edit_media(_schema(openai_edits.EditBody))),
-        "responses": _responses("ImagesResponse"),
+        "responses": _responses("ImagesResponse", streams=True),
     }
 
 
@@ -66,7 +78,7 @@ def variations() -> dict[str, Any]:
         "summary": "Draw variations of a picture",
         "tags": ["Images"],
         "requestBody": _body(media),
-        "responses": _responses("ImagesResponse"),
+        "responses": _responses("ImagesResponse", streams=True),
     }
 
 
@@ -104,11 +116,7 @@ def job(summary: str, operation_id: str, begins: bool = False) -> dict[str, Any]
     described: dict[str, Any] = {"operationId": operation_id, "summary": summary, "tags": ["Jobs"]}
     answer = {"description": summary, "content": {"application/json": {"schema": _reference("ImageJob")}}}
     if begins:
-        kinds = (_schema(openai.ImagesBody), _schema(hyperbolic.GenerationBody))
-        media = _edit_media(_schema(openai_edits.EditBody))
-        either = {"anyOf": [*kinds, media["application/json"]["schema"]]}
-        media["application/json"] = _media(either, {"prompt": _EXAMPLE_PROMPT, "n": 10})
-        described["requestBody"] = _body(media)
+        described["requestBody"] = _body(_job_media())
     errors = DRAWING_ERRORS if begins else (401, 404)
     described["responses"] = {("202" if begins else "200"): answer, **_errors(errors)}
     return described
@@ -121,23 +129,44 @@ def told(operation_id: str, name: str, *statuses: int) -> dict[str, Any]:
     return {"operationId": operation_id, "tags": ["Server"], "responses": responses}
 
 
-def complete(schema: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's description with what all routes share: the key, the errors, the named schemas."""
+def picture_file() -> dict[str, Any]:
+    """The file behind a `url`."""
+    file = {"schema": {"type": "string", "format": "binary"}}
+    content = dict.fromkeys((kind.media_type for kind in FORMATS.values()), file)
+    responses = {"200": {"description": "The file", "content": content}}
+    return {"operationId": "getImageFile", "tags": ["Images"], "responses": responses}
+
+
+def complete(
+    schema: dict[str, Any], settings: ServerSettings, description: ModelDescription | None
+) -> dict[str, Any]:
+    """FastAPI's description with what all routes share: the key, the errors, the named schemas.
+
+    Args:
+        description: of the served model; absent: it is not loaded yet.
+    """
+    schema = deepcopy(schema)  # FastAPI keeps its own for the next time
     components = schema.setdefault("components", {})
     components["securitySchemes"] = {
         "BearerAuth": {"type": "http", "scheme": "bearer", "bearerFormat": "API Key"}
     }
     components["schemas"] = {**SCHEMAS, "ImageGenerationRequest": _schema(hyperbolic.GenerationBody)}
+    schema["paths"] |= native_paths()
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # bad parameters are 400 here
-            is_open = path == "/health" or path.startswith("/v1/images/files/")
+            is_open = path in OPEN_PATHS or path.startswith(FILES_PREFIX)
             operation["security"] = [] if is_open else [{"BearerAuth": []}]
             statuses = {int(status) for status in operation["responses"]} - {200, 202}
             statuses |= ({404} if "{" in path else set()) | (set() if is_open else {401})
-            if path != "/health":
+            if path not in OPEN_PATHS:
                 # Also those that stand there already: FastAPI drops what is null from their examples.
                 operation["responses"].update(_errors(tuple(sorted(statuses))))
+            for kind, media in operation.get("requestBody", {}).get("content", {}).items():
+                for body in media["schema"].get("oneOf", [media["schema"]]):
+                    if "prompt" in body.get("properties", {}):
+                        narrow(body, kind.startswith("multipart"), settings, description)
+    narrow(components["schemas"]["ImageGenerationRequest"], False, settings, description)
     return schema
 
 
@@ -155,19 +184,36 @@ def _edit_media(body: dict[str, Any]) -> dict[str, Any]:
         "properties": {"image": files, "mask": file, **fields},
         "required": ["image", *required],
     }
-    picture = {
-        "type": "object",
-        "properties": {"image_url": {"type": "string", "description": "data: URL with base64"}},
-        "required": ["image_url"],
-    }
+    url = {"type": "string", "format": "data-url", "description": "data: URL with base64"}
+    picture = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
     pictures = {"type": "array", "items": picture, "minItems": 1, "maxItems": MAX_PICTURES}
     in_json = {
         **body,
         "properties": {"images": pictures, "mask": picture, **fields},
         "required": ["images", *required],
     }
-    example = {"prompt": _EXAMPLE_PROMPT, "images": [{"image_url": "data:image/png;base64,iVBORw0KGgo..."}]}
-    return {"multipart/form-data": {"schema": form}, "application/json": _media(in_json, example)}
+    example = {"prompt": _EXAMPLE_PROMPT, "images": [{"image_url": f"data:image/png;base64,{PICTURE}"}]}
+    encoding = {name: {"contentType": "image/png, image/jpeg, image/webp"} for name in ("image", "mask")}
+    return {
+        "multipart/form-data": {"schema": form, "encoding": encoding},
+        "application/json": _media(in_json, example),
+    }
+
+
+def _job_media() -> dict[str, Any]:
+    """The bodies of all routes; which fields are there tells whose it is, and none of them streams."""
+    media = _edit_media(_schema(openai_edits.EditBody))
+    media["multipart/form-data"]["schema"]["required"] = ["image"]  # without a prompt it is a variation
+    drawing, edit = _schema(openai.ImagesBody), media["application/json"]["schema"]
+    edit["required"] = ["images"]
+    none = {"type": "null"}
+    drawing["properties"] |= {"model_name": none, "images": none}
+    edit["properties"] |= {"model_name": none}
+    for body in (drawing, edit, media["multipart/form-data"]["schema"]):
+        body["properties"]["stream"] = {"type": "boolean", "enum": [False], "description": "no stream here"}
+    either = {"oneOf": [drawing, _schema(hyperbolic.GenerationBody), edit]}
+    media["application/json"] = _media(either, {"prompt": _EXAMPLE_PROMPT, "n": 10})
+    return media
 
 
 def _body(media: dict[str, Any]) -> dict[str, Any]:
@@ -182,9 +228,11 @@ def _reference(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _responses(name: str, description: str = "The pictures") -> dict[str, Any]:
-    answer = {"description": description, "content": {"application/json": {"schema": _reference(name)}}}
-    return {"200": answer, **_errors(DRAWING_ERRORS)}
+def _responses(name: str, description: str = "The pictures", streams: bool = False) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": _reference(name)}}
+    if streams:
+        content["text/event-stream"] = {"schema": _reference("ImagesStream"), "example": _EXAMPLE_STREAM}
+    return {"200": {"description": description, "content": content}, **_errors(DRAWING_ERRORS)}
 
 
 def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:

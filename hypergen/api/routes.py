@@ -77,7 +77,9 @@ def create_router(
         return json_response(_model(model_id))
 
     @router.head(FILES_PREFIX + "{name}", include_in_schema=False)
-    @router.get(FILES_PREFIX + "{name}", summary="A picture, without a key")
+    @router.get(
+        FILES_PREFIX + "{name}", summary="A picture, without a key", openapi_extra=openapi.picture_file()
+    )
     async def get_file(name: str) -> Response:
         stored = storage.get(name)
         if stored is None:
@@ -114,18 +116,20 @@ def create_router(
 
     @router.api_route(
         "/{path:path}",
-        methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
+        methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"],
         include_in_schema=False,
     )
     async def not_found(request: Request, path: str) -> Response:
         # This route takes every path, so that BentoML's own pages and plain-text errors do not show; a known
         # path with another method lands here too. BentoML's routes count up to the mount of this app.
         outer = takewhile(lambda route: not isinstance(route, Mount), request.scope["router"].routes)
+        methods: set[str] = set()
         for route in [*outer, *request.app.router.routes, *router.routes]:
             if route.matches(request.scope)[0] is Match.PARTIAL:
-                methods: set[str] = getattr(route, "methods", None) or set()
-                headers = {"Allow": ", ".join(sorted(methods))}
-                raise HTTPException(405, f"{request.method} is not allowed here", headers)
+                methods |= getattr(route, "methods", None) or set()
+        if methods:
+            headers = {"Allow": ", ".join(sorted(methods))}
+            raise HTTPException(405, f"{request.method} is not allowed here", headers)
         raise NotFoundError("There is no such path; /docs lists those that there are.")
 
     return router

@@ -6,6 +6,10 @@ from typing import Any
 
 from hypergen.api.errors import envelope
 
+# A red square of 8 x 8 pixels, as base64 of a PNG.
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
+)
 _TEXT = {"type": "string"}
 _INTEGER = {"type": "integer"}
 _TOKENS = {
@@ -14,6 +18,12 @@ _TOKENS = {
     "required": ["text_tokens", "image_tokens"],
 }
 _MODEL = {"id": _TEXT, "object": {"type": "string", "const": "model"}, "created": _INTEGER, "owned_by": _TEXT}
+_EVENTS = (
+    "image_generation.partial_image",
+    "image_generation.completed",
+    "image_edit.partial_image",
+    "image_edit.completed",
+)
 _ERROR = {
     "message": _TEXT,
     "type": _TEXT,
@@ -64,6 +74,22 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             },
         },
         "required": ["created", "data", "size", "quality", "background", "output_format", "usage"],
+    },
+    "ImagesStream": {
+        "type": "object",
+        "description": "one event of the stream",
+        "properties": {
+            "event": {
+                "type": "string",
+                "enum": [*_EVENTS, "error"],
+            },
+            "data": {
+                "type": "string",
+                "description": "JSON: the picture and what belongs to it, or the error",
+                "contentMediaType": "application/json",
+            },
+        },
+        "required": ["event", "data"],
     },
     "ImageGenerationResponse": {
         "type": "object",

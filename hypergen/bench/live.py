@@ -73,8 +73,8 @@ class Live:
     def _run(self) -> None:
         try:
             self.engine.warm_up()
-            while not self.engine.idle:  # until its probes are whole, and all sizes of a pass are compiled
-                self.engine.turn()
+            with torch.inference_mode():  # until its probes are whole, and all sizes of a pass are compiled
+                self.engine.shapes.finish()
             with self._news:
                 self._ready = True
                 self._news.notify_all()

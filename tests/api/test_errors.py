@@ -78,3 +78,9 @@ def test_the_official_client_raises_not_found(server: LiveServer) -> None:
         assert raised.value.code == "model_not_found"
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="m", messages=[{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "TRACE", "QUERY", "PUT"])
+def test_a_path_says_all_the_methods_that_it_takes(client: httpx.Client, method: str) -> None:
+    assert client.request(method, "/v1/images/jobs/job_1").headers["allow"] == "DELETE, GET"
+    assert client.request(method, "/generate").headers["allow"] == "POST"

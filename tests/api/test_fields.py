@@ -11,7 +11,7 @@ import pytest
 from tests.api.wire import GENERATIONS, JSON, QUICK, as_json, assert_error, draw
 
 NOT_A_STRING = [True, 1, 1.5, [], {}]
-NOT_AN_INTEGER = [True, 1.5, 1.0, "2", "", [], {}]
+NOT_AN_INTEGER = [True, 1.5, "2", "", [], {}]
 NOT_A_NUMBER = [True, "2", "", [], {}]
 NOT_OFFERED = ["", "AUTO", "best", 1, True, [], {}]
 
@@ -45,7 +45,7 @@ REFUSED: dict[str, list[Any]] = {
 ACCEPTED: dict[str, list[Any]] = {
     "prompt": ["a", "a" * 32000, "🦊" * 250, "\u202eright to left", "a\0b", "{0} %s ${x} '; DROP", "\uffff"],
     "model": ["gpt-image-1", "dall-e-3", "", "no/such/model"],
-    "n": [1, 10],
+    "n": [1, 1.0, 10],
     "quality": ["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"],
     "style": ["vivid", "natural"],
     "background": ["auto", "opaque"],
@@ -60,7 +60,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "negative_prompt": ["", "text", "a" * 32000],
     "num_inference_steps": [1, 150],
     "guidance_scale": [1, 1.0, 20, 20.0, 7.25],
-    "seed": [0, 1, 2**63 - 1],
+    "seed": [0, 1, 7.0, 2**63 - 1],
     "sampler": ["ddim", "euler"],
     "lora_scale": [0, 0.0, 1, 2, 2.0],
     "lora_path": ["style", "style.safetensors"],

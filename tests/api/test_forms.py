@@ -76,6 +76,23 @@ def test_empty_text_and_null_count_as_not_given() -> None:
     assert form_of([("image", ("a", b"1"))], {"model": "", "mask": "null", "user": ""}) == {"image": [b"1"]}
 
 
+def test_unknown_fields_may_come_twice() -> None:
+    parts = [("a", (None, "1")), ("a", (None, "2")), ("b[x]", (None, "1")), ("b[x]", (None, "2"))]
+    assert form_of([("prompt", (None, "p")), *parts])["prompt"] == "p"
+
+
+def test_objects_are_read_from_json_too() -> None:
+    assert form_of([("loras", (None, '{"a": 0.5}', "application/json"))]) == {"loras": {"a": 0.5}}
+    for text in ('{"a": 0.5', '{"a": 1, "a": 2}', '{"a": NaN}'):
+        with pytest.raises(InvalidRequestError):
+            form_of([("loras", (None, text))])
+
+
+def test_a_whole_number_is_an_integer_however_it_is_written() -> None:
+    assert form_of([("n", (None, "2.0")), ("seed", (None, "1e3"))]) == {"n": 2, "seed": 1000}
+    assert form_of([("n", (None, "2.5"))]) == {"n": 2.5}
+
+
 def test_objects_are_read_from_names_with_brackets() -> None:
     parts = [("image", ("a", b"1")), ("a[x]", (None, "0.5")), ("a[y]", (None, "z"))]
     assert form_of(parts) == {"image": [b"1"], "a": {"x": 0.5, "y": "z"}}

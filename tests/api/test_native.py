@@ -56,9 +56,10 @@ def test_a_bad_body_gets_the_one_error_body(client: httpx.Client, body: bytes, m
     assert assert_error(client.post("/generate", content=body, headers=JSON), 400).startswith(message)
 
 
-def test_pickles_are_refused(client: httpx.Client) -> None:
-    headers = {"Content-Type": "application/vnd.bentoml+pickle"}
-    assert_error(client.post("/generate", content=b"x", headers=headers), 415, code="unsupported_media_type")
+@pytest.mark.parametrize("kind", ["application/vnd.bentoml+pickle", "multipart/form-data", "text/plain", ""])
+def test_only_json_is_read(client: httpx.Client, kind: str) -> None:
+    response = client.post("/generate", content=b'{"items": []}', headers={"Content-Type": kind})
+    assert_error(response, 415, code="unsupported_media_type")
 
 
 def test_items_of_a_client_that_hangs_up_leave_the_queue(client: httpx.Client) -> None:

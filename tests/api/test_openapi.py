@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 import yaml
 
+from hypergen.api import openapi
+from hypergen.api.operations import OPERATIONS
+from hypergen.config import ServerSettings
+from hypergen.generation import ModelDescription
+from tests.api.able import ABLE
 from tests.api.schemas import validate
 from tests.api.test_hyperbolic import BODY, PATH
 from tests.api.wire import GENERATIONS, QUICK, draw
@@ -95,7 +102,8 @@ def test_every_route_is_named_with_its_errors_and_examples(description: dict[str
         "/v1/image/generation",
         "/v1/images/jobs",
     }
-    assert drawing | {"/v1/models", "/v1/models/{model}", "/health"} <= set(description["paths"])
+    others = {"/v1/models", "/v1/models/{model}", "/health", "/generate", "/metrics", "/livez", "/readyz"}
+    assert drawing | others <= set(description["paths"])
     operations = [
         (path, method, operation)
         for path, methods in description["paths"].items()
@@ -143,3 +151,37 @@ def test_examples_of_errors_are_errors(description: dict[str, Any]) -> None:
             for status, response in operation["responses"].items():
                 if int(status) >= 400 and "ErrorResponse" in str(response):
                     validate(response["content"]["application/json"]["example"], error)
+
+
+def fields_of(settings: ServerSettings, model: ModelDescription | None, path: str = GENERATIONS) -> Any:
+    """The fields of a body, as a server with these settings and this model describes them."""
+    paths = {operation.path: {"post": operation.described} for operation in OPERATIONS}
+    told = openapi.complete({"paths": paths}, settings, model)
+    return told["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+
+
+@pytest.mark.parametrize("most", [64, 128, 200, 1000, 2048])
+def test_sizes_are_described_as_they_are_checked(most: int) -> None:
+    settings = ServerSettings.model_validate({"max_side": most})
+    pattern = re.compile(fields_of(settings, ABLE)["size"]["pattern"])
+    assert pattern.fullmatch("auto")
+    for side in range(0, most + 20):
+        described = pattern.fullmatch(f"{side}x64") is not None
+        assert described == (side % 8 == 0 and 64 <= side <= most), side
+
+
+def test_a_server_describes_its_own_limits_and_what_its_model_has() -> None:
+    small = ServerSettings.model_validate({"max_side": 512, "max_steps": 20})
+    fields = fields_of(small, ABLE)
+    assert fields["num_inference_steps"]["maximum"] == fields["num_inference_steps"]["default"] == 20
+    assert fields["sampler"]["enum"] == [*ABLE.samplers, None]
+    assert fields["lora_path"]["enum"] == [*ABLE.loras, None]
+    assert fields["loras"]["maxProperties"] == ABLE.max_loras
+    assert fields["control_model"]["enum"] == ["canny", "depth", None]
+    bare = fields_of(small, replace(ABLE, options=frozenset(), loras=(), control_models=()))
+    for name in ("lora_path", "control_image", "control_model"):
+        assert bare[name]["type"] == "null"
+        assert bare[name]["description"]
+    assert "enum" not in fields_of(small, None)["sampler"]
+    assert fields["seed"]["type"] == ["integer", "null"]
+    assert fields["prompt"]["type"] == "string"

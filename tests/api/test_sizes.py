@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from hypergen.api.dialects import openai
+from hypergen.api.checks import default_size
+from hypergen.api.dialects import hyperbolic, openai
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import ModelDefaults, ModelDescription
@@ -114,3 +116,24 @@ def test_the_file_has_exactly_the_size_asked_for(
 def test_without_a_size_the_models_own_is_drawn(client: httpx.Client, fields: dict[str, Any]) -> None:
     assert draw(client, **fields)["size"] == "128x128"
     assert draw_image(client, **fields).size == (128, 128)
+
+
+def test_a_server_may_allow_less_than_the_models_own_size_and_steps() -> None:
+    small = ServerSettings.model_validate({"max_side": 128, "max_steps": 4})
+    own = openai.to_request({"prompt": "a"}, DESCRIPTION, small, "id").generation
+    assert (own.width, own.height, own.num_inference_steps) == (128, 128, 4)
+    body: dict[str, Any] = {"prompt": "a", "model_name": "a"}
+    theirs = hyperbolic.to_request(body, DESCRIPTION, small, "id").generation
+    assert (theirs.width, theirs.height, theirs.num_inference_steps) == (128, 128, 4)
+    with pytest.raises(InvalidRequestError, match="at most 4") as raised:
+        openai.to_request({**body, "num_inference_steps": 5}, DESCRIPTION, small, "id")
+    assert raised.value.param == "num_inference_steps"
+    with pytest.raises(InvalidRequestError, match="at most 4") as raised:
+        hyperbolic.to_request({**body, "steps": 5}, DESCRIPTION, small, "id")
+    assert raised.value.param == "steps"
+
+
+@pytest.mark.parametrize(("width", "height", "expected"), [(1024, 512, (128, 64)), (2048, 64, (128, 64))])
+def test_a_smaller_default_keeps_the_shape(width: int, height: int, expected: tuple[int, int]) -> None:
+    own = replace(DESCRIPTION, defaults=replace(DESCRIPTION.defaults, width=width, height=height))
+    assert default_size(own, 128) == expected

@@ -21,8 +21,10 @@ from hypergen.api.checks import (
     Number,
     check_option,
     check_prompt,
+    check_steps,
     check_work,
     choose_seed,
+    default_size,
     model_fields,
     read_control,
     read_sampler,
@@ -112,10 +114,12 @@ def to_request(
     asked = validate(GenerationBody, body)
     check_prompt(asked.prompt)
     defaults = description.defaults
-    width, height = asked.width or defaults.width, asked.height or defaults.height
+    own_width, own_height = default_size(description, settings.max_side)
+    width, height = asked.width or own_width, asked.height or own_height
     _check_size(width, height, settings.max_side)
     own_steps = defaults.num_inference_steps
-    steps = asked.steps or (_STEPS if own_steps == _USUAL_STEPS else own_steps)
+    steps = asked.steps or min(_STEPS if own_steps == _USUAL_STEPS else own_steps, settings.max_steps)
+    check_steps(steps, settings.max_steps, "steps")
     sampler = read_sampler(asked.sampler, steps, description, "steps")
     check_work(asked.n, steps, width, height, settings.max_megapixel_steps, size_param="width")
     seed = choose_seed(asked.seed, asked.n)

@@ -21,8 +21,10 @@ from hypergen.api.checks import (
     Number,
     SentFile,
     check_prompt,
+    check_steps,
     check_work,
     choose_seed,
+    default_size,
     model_fields,
     read_control,
     read_sampler,
@@ -150,7 +152,9 @@ def to_request(
 
     defaults = description.defaults
     width, height = _size(asked.size, description, settings.max_side)
-    num_inference_steps = asked.num_inference_steps or defaults.num_inference_steps
+    own_steps = min(defaults.num_inference_steps, settings.max_steps)
+    num_inference_steps = asked.num_inference_steps or own_steps
+    check_steps(num_inference_steps, settings.max_steps, "num_inference_steps")
     guidance_scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
     sampler = read_sampler(asked.sampler, num_inference_steps, description, "num_inference_steps")
     loras = _loras(asked, description)
@@ -219,7 +223,7 @@ def to_response(
 
 def _size(size: str | None, description: ModelDescription, max_side: int) -> tuple[int, int]:
     if size is None or size == "auto":
-        return description.defaults.width, description.defaults.height
+        return default_size(description, max_side)
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidRequestError(

@@ -71,7 +71,9 @@ def to_edit(
 def to_variation(
     body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
 ) -> openai.ImagesRequest:
-    """Check a variation, which is an edit with a neutral prompt and without a mask."""
+    """Check a variation, which is an edit with a neutral prompt; a mask is looked at, and not used."""
+    if "mask" in body:
+        look(_file(body["mask"], "mask"), "mask")
     fields = {name: value for name, value in body.items() if name != "mask"}
     return to_edit({"prompt": NEUTRAL_PROMPT, **fields}, description, settings, request_id)
 

@@ -1,0 +1,127 @@
+"""The examples, each run as its first line says, against a server of the embedded model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.live import LiveServer
+from tests.packages import ROOT, node_packages
+from tests.test_readme import colour, is_blue, is_red
+
+EXAMPLES = ROOT / "examples"
+SMALL = ("--size", "128x128", "--steps", "8")
+
+
+@pytest.fixture(scope="module")
+def server(documented_server: LiveServer) -> LiveServer:
+    return documented_server
+
+
+def run(server: LiveServer, folder: Path, *command: str, **environment: str) -> str:
+    """What an example prints; it writes into the folder."""
+    given = {**os.environ, "BASE_URL": server.url, "API_KEY": str(server.api_key), **environment}
+    done = subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def python(server: LiveServer, folder: Path, name: str, *options: str) -> str:
+    return run(server, folder, sys.executable, str(EXAMPLES / name), *options)
+
+
+def picture(file: Path, size: tuple[int, int] = (128, 128)) -> Image.Image:
+    with Image.open(file) as image:
+        assert image.size == size
+        return image.convert("RGB")
+
+
+def test_the_python_client_draws(server: LiveServer, tmp_path: Path) -> None:
+    printed = python(server, tmp_path, "python_client.py", *SMALL)
+    assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
+    assert "Wrote picture.png, 128x128, seed 14." in printed
+    drawn = picture(tmp_path / "picture.png")
+    assert is_red(colour(drawn, 0.5, 0.5))
+    assert is_blue(colour(drawn, 0.02, 0.02))
+
+
+def test_the_python_client_says_what_is_wrong(server: LiveServer, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"size: .*Invalid size format"):
+        python(server, tmp_path, "python_client.py", "--size", "large")
+
+
+def test_the_node_client_draws(server: LiveServer, tmp_path: Path) -> None:
+    node = node_packages(EXAMPLES)
+    script = str(EXAMPLES / "node_client.mjs")
+    printed = run(
+        server, tmp_path, node, script, "a red circle on a blue background", SIZE="128x128", STEPS="8"
+    )
+    assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
+    assert "Wrote picture-node.png, 128x128, seed 14." in printed
+    assert is_red(colour(picture(tmp_path / "picture-node.png"), 0.5, 0.5))
+
+
+def test_curl_draws(server: LiveServer, tmp_path: Path) -> None:
+    script = str(EXAMPLES / "curl.sh")
+    prompt = "a red circle on a blue background"
+    printed = run(server, tmp_path, script, prompt, SIZE="128x128", STEPS="8")
+    assert f"Wrote picture-curl.png from {server.url}/v1/images/files/" in printed
+    assert is_red(colour(picture(tmp_path / "picture-curl.png"), 0.5, 0.5))
+
+
+def test_curl_shows_the_error(server: LiveServer, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="Incorrect API key provided"):
+        run(server, tmp_path, str(EXAMPLES / "curl.sh"), API_KEY="sk-wrong")
+
+
+def test_previews_are_shown_while_the_picture_is_drawn(server: LiveServer, tmp_path: Path) -> None:
+    printed = python(server, tmp_path, "stream_previews.py", *SMALL, "--columns", "16")
+    assert [f"Preview {number}" in printed for number in (1, 2, 3, 4)] == [True, True, True, False]
+    assert "Wrote picture-streamed.png, 128x128." in printed
+    assert printed.count("▀") == 4 * 16 * 8  # three previews and the picture, two pixels a character
+    picture(tmp_path / "picture-streamed.png")
+
+
+def test_the_contact_sheet_has_the_picture_of_every_seed(server: LiveServer, tmp_path: Path) -> None:
+    prompt = "a red circle on a blue background"
+    options = (prompt, *SMALL, "--columns", "2", "--seeds", "14", "3", "5")
+    python(server, tmp_path, "contact_sheet.py", *options)
+    python(
+        server, tmp_path, "hyperbolic_client.py", prompt, "--width", "128", "--height", "128", "--steps", "8"
+    )
+    sheet = picture(tmp_path / "sheet.png", size=(2 * 136 + 8, 2 * 152 + 8))
+    alone = picture(tmp_path / "picture-hyperbolic.png")
+    assert sheet.crop((8, 8, 136, 136)).tobytes() == alone.tobytes()
+    assert sheet.getpixel((144 + 64, 160 + 64)) == (255, 255, 255)  # the fourth place is empty
+
+
+def test_an_edit_changes_only_what_the_mask_says(server: LiveServer, tmp_path: Path) -> None:
+    python(server, tmp_path, "edit_with_mask.py", *SMALL)
+    before, after = picture(tmp_path / "before.png"), picture(tmp_path / "after.png")
+    assert before.tobytes() != after.tobytes()
+    for edge in ((0, 0, 128, 16), (0, 112, 128, 128), (0, 0, 16, 128), (112, 0, 128, 128)):
+        assert before.crop(edge).tobytes() == after.crop(edge).tobytes()
+
+
+def test_hyperbolics_client_draws_with_loras(server: LiveServer, tmp_path: Path) -> None:
+    options = ("--width", "128", "--height", "128", "--steps", "8")
+    printed = python(server, tmp_path, "hyperbolic_client.py", *options)
+    assert "seed 14" in printed
+    assert "It costs 0.00005." in printed
+    plain = picture(tmp_path / "picture-hyperbolic.png")
+    python(server, tmp_path, "hyperbolic_client.py", *options, "--lora", "Pixel_Art=1", "--lora", "Logo=0.5")
+    assert picture(tmp_path / "picture-hyperbolic.png").tobytes() != plain.tobytes()
+
+
+def test_every_example_is_in_the_readme() -> None:
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    scripts = [file.name for file in EXAMPLES.iterdir() if file.suffix in (".py", ".mjs", ".sh")]
+    assert len(scripts) >= 7
+    assert [name for name in scripts if f"`{name}`" not in readme] == []
+    assert shutil.which("curl")
