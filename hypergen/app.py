@@ -49,7 +49,8 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     plain = app.openapi
 
     def described() -> dict[str, Any]:
-        return openapi.complete(plain(), settings.server, pool.describe())
+        # What is true of several models is true of any.
+        return openapi.complete(plain(), settings.server, pool.describe() if len(models) == 1 else None)
 
     app.openapi = described
     app.include_router(create_router(settings, pool, storage, jobs, models))

@@ -80,7 +80,8 @@ async def answer(
     description = loaded(generator, body.get(operation.model_field))
     asked = await check(operation, body, description, settings, request.state.request_id)
     body.clear()  # pictures in base64 would be held as long as the request waits
-    base = url_base(request, settings)
+    # A strange Host matters to answers with addresses alone.
+    base = "" if asked.response_format == "b64_json" else url_base(request, settings)
     timeout_s = settings.queue.request_timeout_s
     if operation.to_frame is not None and asked.stream:
         to_frame = partial(operation.to_frame, asked, int(time.time()))
