@@ -73,12 +73,17 @@ def download(model: HubModel) -> Path:
     return Path(folder)
 
 
-def cached_folder(repo: str) -> Path | None:
-    """Where the hub's own cache has what was downloaded of a model; nothing is asked or fetched."""
-    from huggingface_hub import try_to_load_from_cache
+def cached_folders(repo: str) -> list[Path]:
+    """Where the hub's own cache has what was downloaded of a model: first the commit that `main` was last
+    known to be, then the latest. Nothing is asked or fetched.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
 
-    pipeline_file = try_to_load_from_cache(repo, PIPELINE_FILE)
-    return Path(pipeline_file).parent if isinstance(pipeline_file, str) else None
+    main = try_to_load_from_cache(repo, PIPELINE_FILE)
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    found = sorted(snapshots.glob(f"*/{PIPELINE_FILE}"), key=lambda file: file.lstat().st_mtime, reverse=True)
+    return [file.parent for file in sorted(found, key=lambda file: str(file) != main)]
 
 
 @contextmanager

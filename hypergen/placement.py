@@ -28,9 +28,11 @@ class Turns:
         """Bring a network to the device, and the one before it away."""
         if self._there is network:
             return
-        if self._there is not None:
-            self._there.to("cpu")
-        network.to(self.device)
+        # The engine runs in inference mode, in which quantized weights cannot be moved.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._there is not None:
+                self._there.to("cpu")
+            network.to(self.device)
         self._there = network
 
 

@@ -14,13 +14,15 @@ from pathlib import Path
 
 from hypergen.checkpoint import Checkpoint, read_checkpoint
 from hypergen.errors import ModelError
-from hypergen.hub import HUB_ID, cached_folder, download, look_up
+from hypergen.hub import HUB_ID, cached_folders, download, look_up
 from hypergen.model_folder import (
     CHECKPOINT,
+    OPTIONAL,
     PIPELINE_FILE,
     Selection,
     missing_parts,
     pipeline_class_of,
+    read_components,
     safetensors_header,
     select_in_folder,
 )
@@ -95,9 +97,11 @@ def _beside(file: Path, checkpoint: Checkpoint) -> Path | None:
 
 def _from_hub(repo: str, checkpoint: Checkpoint, half: bool, say: Callable[[str], None]) -> Path:
     """The folder in the hub's cache, which is asked first; only what the checkpoint lacks is downloaded."""
-    cached = cached_folder(repo)
-    if cached is not None and not missing_parts(cached, checkpoint.components):
-        return cached
+    for folder in cached_folders(repo):
+        parts = read_components(folder / PIPELINE_FILE, repo).keys() - {OPTIONAL}
+        there = all((folder / part).is_dir() for part in parts)
+        if there and not missing_parts(folder, checkpoint.components):
+            return folder
     say(f"Asking the hub about {repo}")
     model = look_up(repo, revision=None, half=half, check=lambda _: None)
     selection = _without_weights(model.selection, checkpoint.components)

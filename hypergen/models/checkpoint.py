@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from hypergen.errors import ModelError
 from hypergen.model_folder import (
     CHECKPOINT,
     OPTIONAL_IN_CHECKPOINTS,
@@ -23,6 +25,7 @@ from hypergen.model_folder import (
 logger = logging.getLogger(__name__)
 
 _ITS_TOKENIZER = "tokenizer_3"
+_INCOMPLETE = "The checkpoint lacks weights that its configuration names; is it that of another model?"
 
 
 def load_checkpoint(pipeline_class: Any, path: Path, dtype: torch.dtype, left_out: dict[str, None]) -> Any:
@@ -31,6 +34,9 @@ def load_checkpoint(pipeline_class: Any, path: Path, dtype: torch.dtype, left_ou
     Args:
         path: the folder, in diffusers' layout but for the weights that are in its `checkpoint.safetensors`.
         left_out: components that are not loaded.
+
+    Raises:
+        ModelError: file and configuration do not fit together.
     """
     index = json.loads((path / PIPELINE_FILE).read_text(encoding="utf-8"))
     inside = parts_in_checkpoint(path)
@@ -43,6 +49,14 @@ def load_checkpoint(pipeline_class: Any, path: Path, dtype: torch.dtype, left_ou
     if OPTIONAL_IN_CHECKPOINTS in index and OPTIONAL_IN_CHECKPOINTS not in {*given, *inside}:
         logger.info("The checkpoint has no T5, and its folder neither: prompts are read by CLIP alone.")
         given |= {OPTIONAL_IN_CHECKPOINTS: None, _ITS_TOKENIZER: None}
-    return pipeline_class.from_single_file(
-        str(path / CHECKPOINT), config=str(path), dtype=dtype, local_files_only=True, **given
-    )
+    try:
+        pipeline: Any = pipeline_class.from_single_file(
+            str(path / CHECKPOINT), config=str(path), dtype=dtype, local_files_only=True, **given
+        )
+    except NotImplementedError:  # weights that the file had none for were to be moved
+        raise ModelError(_INCOMPLETE) from None
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    if any(parameter.is_meta for network in networks for parameter in network.parameters()):
+        raise ModelError(_INCOMPLETE)
+    pipeline.register_to_config(_name_or_path=str(path))  # where its LoRAs lie, as `from_pretrained` has it
+    return pipeline

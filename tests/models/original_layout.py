@@ -1,5 +1,5 @@
-"""Weights under the names that they were published with, for Stable Diffusion 1.x and XL: what diffusers
-turns into its own when it loads a file.
+"""Weights under the names that they were published with, for Stable Diffusion 1.x, 2.x and XL: what
+diffusers turns into its own when it loads a file.
 """
 
 from __future__ import annotations
@@ -55,14 +55,41 @@ _OPEN_CLIP = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
 }
 
+_JOINT = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm1_context.linear": "adaLN_modulation.1",
+    "norm1.linear": "adaLN_modulation.1",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "ff_context.": "ff.",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+    "norm_added_q": "ln_q",
+    "norm_added_k": "ln_k",
+    "norm_q": "ln_q",
+    "norm_k": "ln_k",
+    "to_out.0": "proj",
+    "to_add_out": "proj",
+}
 
-def save_original(pipeline: Any, file: Path) -> Path:
-    """One file with the UNet, the autoencoder and the text encoders of a pipeline."""
+
+def save_original(pipeline: Any, file: Path, *, second_version: bool = False) -> Path:
+    """One file with the UNet, the autoencoder and the text encoders of a pipeline.
+
+    Args:
+        second_version: as Stable Diffusion 2.x, whose text encoder is OpenCLIP's.
+    """
     tensors = _prefixed("model.diffusion_model.", _unet(pipeline.unet))
     tensors |= _prefixed("first_stage_model.", _vae(pipeline.vae))
     second = getattr(pipeline, "text_encoder_2", None)
     if pipeline.text_encoder is None:  # a refiner's
         tensors |= _prefixed("conditioner.embedders.0.model.", _open_clip(second))
+    elif second_version:
+        tensors |= _prefixed("cond_stage_model.model.", _open_clip(pipeline.text_encoder))
     elif second is None:
         tensors |= _prefixed("cond_stage_model.", _clip(pipeline.text_encoder))
     else:
@@ -127,13 +154,20 @@ def _vae(vae: Any) -> dict[str, Tensor]:
 
 
 def _clip(encoder: Any) -> dict[str, Tensor]:
-    names = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
-    return _prefixed("transformer.text_model.", names)
+    return _prefixed("transformer.", _whole_names(encoder))
+
+
+def _whole_names(encoder: Any) -> dict[str, Tensor]:
+    """transformers leaves the first part out for encoders without a projection."""
+    return {
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor
+        for name, tensor in encoder.state_dict().items()
+    }
 
 
 def _open_clip(encoder: Any) -> dict[str, Tensor]:
     """Queries, keys and values are one matrix, and the projection stands the other way round."""
-    weights = encoder.state_dict()
+    weights = _whole_names(encoder)
     tensors: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         old = _renamed(name, _OPEN_CLIP)
@@ -144,4 +178,37 @@ def _open_clip(encoder: Any) -> dict[str, Tensor]:
             tensors["text_projection"] = tensor.T
         elif "k_proj" not in name and "v_proj" not in name:
             tensors[old] = tensor
+    return tensors
+
+
+def save_original_sd3(pipeline: Any, file: Path) -> Path:
+    """One file with Stable Diffusion 3's transformer and autoencoder, without text encoders."""
+    tensors = _prefixed("model.diffusion_model.", _joint_transformer(pipeline.transformer))
+    tensors |= _prefixed("first_stage_model.", _vae(pipeline.vae))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return file
+
+
+def _joint_transformer(transformer: Any) -> dict[str, Tensor]:
+    """Queries, keys and values are one matrix; the last modulations have shift and scale swapped."""
+    weights: dict[str, Tensor] = transformer.state_dict()
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}.norm1_context."
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if any(part in name for part in (".to_k.", ".to_v.", ".add_k_proj.", ".add_v_proj.")):
+            continue
+        old = name
+        if name.startswith(("norm_out.", last)):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        for query in ("add_q_proj", "to_q"):
+            if f".{query}." in name:
+                parts = [weights[name.replace(query, query.replace("q", letter))] for letter in "qkv"]
+                tensor, old = torch.cat(parts), name.replace(query, "qkv")
+        if name.startswith("transformer_blocks."):
+            block = "context_block" if "_context." in name or "add" in name else "x_block"
+            _, number, inside = old.split(".", 2)
+            old = f"joint_blocks.{number}.{block}.{inside}"
+        if name.startswith("proj_out."):
+            old = f"final_layer.linear.{name.removeprefix('proj_out.')}"
+        tensors[_renamed(old, _JOINT)] = tensor
     return tensors

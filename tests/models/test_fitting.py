@@ -122,6 +122,19 @@ def test_networks_take_turns_and_draw_the_same(sd_folder: Path) -> None:
     assert device_of(pipeline.unet) == torch.device("cpu")
 
 
+@torch.inference_mode()
+def test_a_network_is_brought_to_the_device_and_stays_what_it_is() -> None:
+    with torch.inference_mode(False):
+        network = nn.Linear(4, 4)
+    turns = Turns(torch.device("meta"))
+    turns.join(network)
+    assert network.weight.device.type == "cpu"
+    assert device_of(network).type == "meta"
+    assert network(torch.ones(1, 4)).device.type == "meta"
+    assert network.weight.device.type == "meta"
+    assert not network.weight.is_inference()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_offloaded_models_wait_in_memory_and_draw_the_same(sd_folder: Path) -> None:
@@ -152,6 +165,11 @@ def test_weights_of_8_bits_draw_nearly_the_same_and_keep_their_promise(sd_folder
     for request in requests:
         assert crowd.data(request) == lone.data(request)
         assert crowd.images[request.id][0].shared_forwards > 0
+    turns = Turns(torch.device("meta"))
+    turns.join(small.unet)
+    with torch.inference_mode():
+        turns.take(small.unet)
+    assert {parameter.device.type for parameter in small.unet.parameters()} == {"meta"}
 
 
 def test_nothing_is_changed_unless_asked_for(sd_folder: Path) -> None:

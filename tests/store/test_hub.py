@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hypergen import store
 from tests.store.making import COMMIT, WEIGHTS, files_of, message
@@ -168,3 +170,27 @@ def test_offline_mode_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in message(store.ensure, "owner/model")
     assert hub.asked == []
+
+
+def test_a_checkpoint_takes_from_the_hub_only_what_it_lacks(hub: Hub, folder: Path, tmp_path: Path):
+    file = tmp_path / "unet.safetensors"
+    save_file({"conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)}, file)
+    stored = store.ensure(str(file), single_file_config="owner/model")
+    left_out = {f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.bin", "model.ckpt", "run.py"}
+    assert hub.fetched() == files_of(folder) - left_out
+    assert files_of(stored.path) == files_of(folder) - left_out | {"model.yaml", "checkpoint.safetensors"}
+    assert (stored.path / "checkpoint.safetensors").read_bytes() == file.read_bytes()
+    hub.asked.clear()
+    assert store.ensure(str(file), single_file_config="owner/model") == stored
+    assert hub.asked == []
+
+
+def test_a_refiner_is_looked_at_before_its_weights_are_fetched(hub: Hub):
+    assert "and no refiner" in message(store.ensure_refiner, "owner/model")
+    assert hub.fetched() == {"model_index.json"}
+    index = json.loads(hub.files["model_index.json"])
+    index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
+    hub.files["model_index.json"], hub.commit = json.dumps(index).encode(), COMMIT[::-1]
+    refiner = store.ensure_refiner("owner/model")
+    assert refiner is not None
+    assert refiner.source == "owner/model"

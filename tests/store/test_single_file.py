@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hypergen import store
 from hypergen.generation import GenerationRequest
 from hypergen.models import loading
 from tests.engine.inline import draw_alone, make_request, make_settings
-from tests.models.original_layout import save_original
+from tests.models.original_layout import save_original, save_original_sd3
 from tests.small_models import save_flux, save_sd3, save_sdxl
 from tests.store.making import message
 
-_REQUEST = make_request(num_inference_steps=3, negative_prompt="blurred", guidance_scale=4.0)
+_REQUEST = make_request(num_inference_steps=2, negative_prompt="blurred", guidance_scale=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,16 @@ def test_a_checkpoint_draws_what_its_folder_draws(sd_folder: Path, tmp_path: Pat
     assert store.find("my-model").path == stored.path
 
 
+def test_a_checkpoint_of_the_second_version_draws_what_its_folder_draws(
+    v_prediction_folder: Path, tmp_path: Path
+) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(v_prediction_folder)
+    file = save_original(pipeline, tmp_path / "v2.safetensors", second_version=True)
+    configuration = _configuration(v_prediction_folder, tmp_path / "configuration")
+    stored = store.ensure(str(file), single_file_config=str(configuration))
+    assert (_draw(stored.path) == _draw(v_prediction_folder)).all()
+
+
 def test_a_checkpoint_of_sdxl_draws_what_its_folder_draws(sdxl_folder: Path, tmp_path: Path) -> None:
     file = _original(sdxl_folder, tmp_path / "model.safetensors")
     configuration = _configuration(sdxl_folder, tmp_path / "configuration")
@@ -72,17 +82,24 @@ def test_a_checkpoint_of_sdxl_draws_what_its_folder_draws(sdxl_folder: Path, tmp
     assert (_draw(stored.path) == _draw(sdxl_folder)).all()
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_a_checkpoint_of_sd3_draws_what_its_folder_draws(sd3_folder: Path, tmp_path: Path) -> None:
+    file = save_original_sd3(DiffusionPipeline.from_pretrained(sd3_folder), tmp_path / "sd3.safetensors")
+    rest = Path(shutil.copytree(sd3_folder, tmp_path / "rest"))
+    for part in ("transformer", "vae"):
+        next((rest / part).glob("*.safetensors")).unlink()
+    stored = store.ensure(str(file), single_file_config=str(rest))
+    assert (_draw(stored.path) == _draw(sd3_folder)).all()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_a_denoiser_with_diffusers_names_takes_the_rest_from_its_configuration(
-    family: str, sd_folder: Path, sdxl_folder: Path, sd3_folder: Path, tmp_path: Path
+    family: str, sdxl_folder: Path, tmp_path: Path
 ) -> None:
-    folders = {"sd": sd_folder, "sdxl": sdxl_folder, "sd3": sd3_folder}
-    folder = folders.get(family) or save_flux(tmp_path / "small-flux")
-    name = "unet" if family in ("sd", "sdxl") else "transformer"
+    folder = sdxl_folder if family == "sdxl" else save_flux(tmp_path / "small-flux")
+    name = "unet" if family == "sdxl" else "transformer"
     file = _denoiser(folder, name, tmp_path / "denoiser.safetensors")
     whole = Path(shutil.copytree(folder, tmp_path / "whole"))
-    shutil.rmtree(whole / name)
-    shutil.copytree(folder / name, whole / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    next((whole / name).glob("*.safetensors")).unlink()
     stored = store.ensure(str(file), single_file_config=str(whole))
     assert (_draw(stored.path) == _draw(folder)).all()
 
@@ -175,6 +192,35 @@ def test_what_is_no_checkpoint_is_told_as_such(sd_folder: Path, tmp_path: Path) 
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"")
     assert "is no folder and no .safetensors file" in message(store.ensure, str(pickle))
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "model.diffusion_model.out.2.weight",
+        "first_stage_model.decoder.conv_in.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+    ],
+)
+def test_a_file_that_lacks_weights_is_refused(sd_folder: Path, tmp_path: Path, gone: str) -> None:
+    whole = load_file(_original(sd_folder, tmp_path / "whole.safetensors"))
+    save_file({name: t for name, t in whole.items() if name != gone}, tmp_path / "model.safetensors")
+    stored = store.ensure(str(tmp_path / "model.safetensors"), single_file_config=str(sd_folder))
+    assert "lacks weights" in message(loading.load, stored.path, make_settings())
+
+
+def test_loras_beside_the_configuration_are_offered(
+    sd_folder: Path, lora_folder: Path, tmp_path: Path
+) -> None:
+    configuration = _configuration(sd_folder, tmp_path / "configuration")
+    (configuration / "loras").mkdir()
+    shutil.copy(lora_folder / "style.safetensors", configuration / "loras")
+    file = _original(sd_folder, tmp_path / "model.safetensors")
+    stored = store.ensure(str(file), single_file_config=str(configuration))
+    family = loading.load(stored.path, make_settings())
+    assert family.describe("model").loras == ("style",)
+    styled = make_request(num_inference_steps=3, loras=(("style", 1.0),))
+    assert (_draw(stored.path, styled) != _draw(stored.path, make_request(num_inference_steps=3))).any()
 
 
 def test_weights_that_do_not_fit_are_one_line(sd_folder: Path, tmp_path: Path) -> None:
