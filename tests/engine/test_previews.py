@@ -103,6 +103,7 @@ def test_the_clean_latents_of_the_true_noise_are_the_clean_latents(
     scheduler = trajectory.scheduler
     # In the middle, where samplers stand between trained steps if they ever do; second-order ones begin one.
     for _ in range(4):
+        trajectory.model_input()
         trajectory.advance(torch.zeros_like(clean))
     timestep = trajectory.timestep
     trajectory.latents = scheduler.add_noise(clean, noise, timestep.reshape(1))
