@@ -14,8 +14,23 @@ from typing import Any
 from _bentoml_impl.server.app import ServiceAppFactory
 from _bentoml_sdk.service.factory import Service
 from bentoml._internal.marshal.dispatcher import NonBlockSema
+from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
+from starlette.middleware import Middleware
+
+from hypergen.api.endpoint_names import NamedEndpoints, TruePaths
 
 _BATCHES_IN_FLIGHT = 1024
+
+
+class _AppFactory(ServiceAppFactory):
+    """The app of a service, whose requests are counted by endpoint and not by path."""
+
+    @property
+    def middlewares(self) -> list[Middleware]:
+        counting, *others = super().middlewares
+        if counting.cls is not RunnerTrafficMetricsMiddleware:  # metrics are switched off
+            return [counting, *others]
+        return [Middleware(NamedEndpoints), counting, Middleware(TruePaths), *others]
 
 
 class ContinuousBatchingService(Service[Any]):
@@ -27,7 +42,7 @@ class ContinuousBatchingService(Service[Any]):
 
     def to_asgi(self, is_main: bool = True) -> Any:
         self.inject_config()
-        factory = ServiceAppFactory(self, is_main=is_main)
+        factory = _AppFactory(self, is_main=is_main)
         for dispatcher in factory.dispatchers.values():
             optimizer: Any = dispatcher.optimizer
             # Predicted latency = wait + a * n + b: with zeros it asks for no wait and predicts no overload.

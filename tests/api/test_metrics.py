@@ -1,0 +1,30 @@
+"""Metrics: what is counted under which name, whatever paths clients ask for."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+import httpx
+
+from hypergen.api.endpoint_names import OTHER, endpoint_name
+from tests.api.wire import draw
+from tests.live import LiveServer
+
+
+def test_requests_are_counted_by_endpoint_and_never_by_path(server: LiveServer) -> None:
+    secret = uuid.uuid4().hex
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        draw(client, size="64x64")
+        for path in (f"/{secret}", f"/v1/models/{secret}", f"/v1/images/files/{secret}", f"/livez/{secret}"):
+            assert client.get(path).status_code == 404
+        assert client.post(f"/v1/images/generations/{secret}").status_code == 404
+        told = client.get("/metrics").text
+    assert secret not in told
+    endpoints = set(re.findall(r'endpoint="([^"]*)"', told))
+    assert {OTHER, "/v1/images/generations", "/v1/models/{model}", "/health"} <= endpoints
+
+
+def test_every_described_path_has_a_name_of_its_own(server: LiveServer) -> None:
+    described = httpx.get(f"{server.url}/openapi.json", timeout=60).json()["paths"]
+    assert {endpoint_name(path) for path in described} == set(described)
