@@ -17,6 +17,7 @@ from hypergen.models import loading
 from hypergen.models.family import Family
 from hypergen.samplers import SAMPLERS
 from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+from tests.models.comparing import assert_close_in_half_precision
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -97,6 +98,17 @@ def test_a_size_between_the_multiples_is_cut_from_the_middle_of_a_larger_one(fam
     picture = np.asarray(Image.open(io.BytesIO(engine.data(asked))))
     assert picture.shape == (68, 100, 3)
     assert (picture == np.asarray(Image.open(io.BytesIO(engine.data(drawn))))[2:70, 2:102]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_stays_near_the_stock_picture(folder: Path, dtype: str) -> None:
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, dtype=getattr(torch, dtype)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    family = loading.load(folder, make_settings(dtype=dtype))
+    for request in _requests(None):
+        assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, request))
 
 
 def test_a_decoder_that_overflows_gives_no_black_picture(folder: Path) -> None:
