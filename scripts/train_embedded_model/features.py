@@ -4,8 +4,10 @@ Sizes, wording, seeds, guidance, negative prompts, picture-to-picture, time.
 """
 
 import json
+import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -26,7 +28,7 @@ from .captions import plain_caption
 from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw
 from .reading import read
 from .render import render
-from .scenes import Scene
+from .scenes import POSITIONS, STEADY, Scene, place
 from .score import held_out_scenes, mean, score
 
 CARD = Path("hypergen/embedded/hypergen.json")
@@ -105,19 +107,41 @@ def guidance(pipeline: StableDiffusionPipeline) -> None:
 
 
 def seeds(pipeline: StableDiffusionPipeline) -> None:
-    """How far pictures of one prompt and different seeds are apart, as a share of the range of a colour."""
-    for side, count in ((128, 16), (256, 6)):
-        differences = []
-        for prompt in captions(held_out_scenes({"single": count})):
-            images = draw(pipeline, [prompt] * 4, side, side)
-            differences += [
-                float((one - other).abs().mean() / 2)
-                for index, one in enumerate(images)
-                for other in images[:index]
-            ]
-        print(
-            f"\nSeeds, {side}x{side}: mean difference {sum(differences) / len(differences):.3f} of the range"
-        )
+    """How far pictures of one prompt and different seeds are apart, as a share of the range of a colour; and
+    pictures that the renderer drew for it, which no training on them can surpass by much.
+    """
+    print_header("pictures of one prompt", "mean difference between seeds")
+    scenes = held_out_scenes({"single": 16})
+    rng = random.Random(0)
+    print_row(
+        "rendered",
+        mean_difference([render([drawn_anew(s, rng) for _ in range(4)], 128, 128) for s in scenes]),
+    )
+    for side, count, scale in ((128, 16, 1.0), (128, 16, 2.0), (128, 16, 4.0), (256, 6, 4.0)):
+        pictures = [
+            draw(pipeline, [prompt] * 4, side, side, guidance_scale=scale)
+            for prompt in captions(scenes[:count])
+        ]
+        print_row(f"{side}x{side}, guidance {scale:g}", mean_difference(pictures))
+
+
+def drawn_anew(scene: Scene, rng: random.Random) -> Scene:
+    """Another scene of one object with the same caption."""
+    (kind,) = scene.kinds
+    radius = rng.uniform(*STEADY.radii[kind.size])
+    thing = place(rng, kind, POSITIONS["center"], radius, STEADY.places[kind.size])
+    return replace(scene, things=(thing,))
+
+
+def mean_difference(pictures: list[Tensor]) -> float:
+    """Between all pictures of one prompt, over all prompts; 1 is from black to white."""
+    differences = [
+        (one - other).abs().mean() / 2
+        for images in pictures
+        for index, one in enumerate(images)
+        for other in images[:index]
+    ]
+    return float(torch.stack(differences).mean())
 
 
 def negative(pipeline: StableDiffusionPipeline) -> None:
