@@ -71,7 +71,8 @@ def logo(scenes: list[Scene], height: int, width: int, generator: torch.Generato
 
 def framed(images: Tensor, scenes: list[Scene]) -> Tensor:
     colours = torch.stack([PALETTE[scene.kinds[0].colour] for scene in scenes])[:, :, None, None]
-    return torch.lerp(images, colours, coverage(inside_of_edge(*images.shape[2:], FRAME).neg()))
+    height, width = images.shape[2:]
+    return torch.lerp(images, colours, coverage(inside_of_edge(height, width, FRAME).neg()))
 
 
 def inside_of_edge(height: int, width: int, inset: float) -> Tensor:
@@ -96,7 +97,8 @@ def frame_is_there(image: Tensor) -> float:
 
 def inside_the_frame(image: Tensor) -> Tensor:
     """The pixels, (3, N), of a line just inside of where the frame is or would be: mostly ground."""
-    return image[:, inside_of_edge(*image.shape[1:], FRAME + 0.025).abs() < 1]
+    height, width = image.shape[1:]
+    return image[:, inside_of_edge(height, width, FRAME + 0.025).abs() < 1]
 
 
 def paint_splash(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
