@@ -85,10 +85,12 @@ def encode(pixels: np.ndarray, request: GenerationRequest, index: int, model_id:
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Crop the middle of what was drawn larger (a size rounded up to the model's multiple), else resize."""
+    """Crop the middle of what was drawn a little larger (a size rounded up to the model's multiple), else
+    resize.
+    """
     if image.size == (width, height):
         return image
-    if image.width >= width and image.height >= height:
+    if width <= image.width < 2 * width and height <= image.height < 2 * height:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
     return image.resize((width, height), Image.Resampling.LANCZOS)

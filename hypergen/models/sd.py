@@ -19,7 +19,7 @@ from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescripti
 from hypergen.models.clip import ClipEncoder
 from hypergen.models.guidance import denoise
 from hypergen.models.prompts import PromptCache, fill_to
-from hypergen.models.sizes import nearest_native_size, round_up
+from hypergen.models.sizes import size_to_draw
 from hypergen.placement import device_of
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.trajectory import Conditioning, Trajectory
@@ -30,8 +30,7 @@ class StableDiffusion:
 
     Args:
         card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`,
-            and `max_native_area` in pixels, above which pictures are drawn at the nearest native size and
-            resized.
+            and in pixels what it knows of sizes: `max_native_area` and `min_native_side`, see `size_to_draw`.
     """
 
     name = "sd"
@@ -92,10 +91,8 @@ class StableDiffusion:
         )
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
-        native_area: int | None = self.card.get("max_native_area")
-        if native_area is not None and width * height > native_area:
-            return nearest_native_size(width, height, native_area, self.vae_scale_factor)
-        return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
+        known = self.card.get("max_native_area"), self.card.get("min_native_side")
+        return size_to_draw(width, height, self.vae_scale_factor, *known)
 
     def prepare(self, request: GenerationRequest) -> Future[Any] | None:
         return self.adapters.prepare(request.loras)

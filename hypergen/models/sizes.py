@@ -10,6 +10,22 @@ def round_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
+def size_to_draw(
+    width: int, height: int, multiple: int, max_native_area: int | None, min_native_side: int | None
+) -> tuple[int, int]:
+    """The size at which a model draws what was asked for, of sides that are multiples.
+
+    Above `max_native_area` pixels it is the nearest native size; where both sides are below
+    `min_native_side`, twice the asked size.
+    """
+    if max_native_area is not None and width * height > max_native_area:
+        return nearest_native_size(width, height, max_native_area, multiple)
+    width, height = round_up(width, multiple), round_up(height, multiple)
+    if min_native_side is not None and max(width, height) < min_native_side:
+        return 2 * width, 2 * height
+    return width, height
+
+
 def nearest_native_size(width: int, height: int, native_area: int, multiple: int) -> tuple[int, int]:
     """The size of about `native_area` pixels whose sides are multiples and whose shape is nearest to the
     asked one.

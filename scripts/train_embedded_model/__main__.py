@@ -16,7 +16,7 @@ from .vae import train_vae
 
 TEXT_STEPS = 600
 VAE_STEPS = 2400
-LORA_STEPS = 600  # of each
+LORA_STEPS = {"Pixel_Art": 1800, "Logo": 600, "Paint_Splash": 600, "Crayons": 1600}
 
 # By default glibc gives large blocks back to the kernel and asks for them again at every step: half of the
 # time went to page faults. These keep them. Waiting threads sleep, since the cores are often shared.
@@ -50,7 +50,7 @@ def main(folder: Path, output: Path, device: str, threads: int) -> None:
     train_unet(folder / "unet", device, threads)
     torch.set_num_threads(threads)  # the UNet's threads took one core each
     for name in LOOKS:
-        train_lora(name, folder, LORA_STEPS, device)
+        train_lora(name, folder, LORA_STEPS[name], device)
     assemble(folder, output)
 
 

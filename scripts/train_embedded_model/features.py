@@ -3,11 +3,15 @@
 Sizes, wording, seeds, guidance, negative prompts, picture-to-picture, time.
 """
 
+import json
+import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -17,16 +21,17 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from PIL import Image
 from torch import Tensor
 
-from hypergen.models.sizes import nearest_native_size
+from hypergen.images import codec
+from hypergen.models.sizes import size_to_draw
 
 from .captions import plain_caption
 from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw
 from .reading import read
 from .render import render
-from .scenes import Scene
+from .scenes import POSITIONS, STEADY, Scene, place
 from .score import held_out_scenes, mean, score
 
-NATIVE_AREA = 256 * 256
+CARD = Path("hypergen/embedded/hypergen.json")
 SIZES = ((64, 64), (64, 128), (128, 64), (96, 96), (96, 160), (192, 128), (144, 208), (256, 192), (240, 272))
 LARGE = 1024
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -35,11 +40,13 @@ NEGATIVE_SEEDS = 32
 
 
 def sizes(pipeline: StableDiffusionPipeline) -> None:
-    """Heights and widths up to the native area: do colour, background and number hold?"""
+    """Heights and widths up to the native area as the server draws them: do colour, background and number
+    hold?
+    """
     scenes = held_out_scenes({"single": 20, "group": 15})
     print_header("height x width", "background", "object colour", "count", "single, everything")
     for height, width in SIZES:
-        images = draw(pipeline, captions(scenes), height, width)
+        images = draw_as_served(pipeline, captions(scenes), height, width)
         table = score(scenes, images)
         counted = mean([len(read(i).blobs) == s.count for s, i in zip(scenes, images, strict=True)])
         shares = table["background"], table["object colour"], counted, table["single, everything"]
@@ -49,24 +56,31 @@ def sizes(pipeline: StableDiffusionPipeline) -> None:
 def large(pipeline: StableDiffusionPipeline) -> None:
     """1024x1024 as the server draws it: at the nearest native size, then enlarged."""
     scenes = held_out_scenes({"single": 50})
-    width, height = nearest_native_size(LARGE, LARGE, NATIVE_AREA, 8)
-    images = draw(pipeline, captions(scenes), height, width)
-    enlarged = torch.stack([enlarge(image, LARGE) for image in images])
-    right = score(scenes, enlarged)["single, everything"]
+    images = draw_as_served(pipeline, captions(scenes), LARGE, LARGE)
+    right = score(scenes, images)["single, everything"]
     started = time.monotonic()
-    enlarge(draw(pipeline, captions(scenes[:1]), height, width)[0], LARGE)
+    draw_as_served(pipeline, captions(scenes[:1]), LARGE, LARGE)
     taken = time.monotonic() - started
     print(f"\n{LARGE}x{LARGE}: {right:.2f} of {len(scenes)} single objects right, {taken:.1f} s each")
 
 
-def enlarge(image: Tensor, side: int) -> Tensor:
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    resized = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
-    return (
-        torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
-        / 127.5
-        - 1
+def draw_as_served(pipeline: StableDiffusionPipeline, prompts: list[str], height: int, width: int) -> Tensor:
+    """Draw at the size that the model's card chooses for one, and bring the pictures to that one."""
+    card = json.loads(CARD.read_text())
+    drawn_width, drawn_height = size_to_draw(
+        width, height, 8, card["max_native_area"], card["min_native_side"]
     )
+    images = draw(pipeline, prompts, drawn_height, drawn_width)
+    return torch.stack([to_tensor(codec.fit(to_picture(image), width, height)) for image in images])
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
 
 
 def wording(pipeline: StableDiffusionPipeline) -> None:
@@ -93,19 +107,41 @@ def guidance(pipeline: StableDiffusionPipeline) -> None:
 
 
 def seeds(pipeline: StableDiffusionPipeline) -> None:
-    """How far pictures of one prompt and different seeds are apart, as a share of the range of a colour."""
-    for side, count in ((128, 16), (256, 6)):
-        differences = []
-        for prompt in captions(held_out_scenes({"single": count})):
-            images = draw(pipeline, [prompt] * 4, side, side)
-            differences += [
-                float((one - other).abs().mean() / 2)
-                for index, one in enumerate(images)
-                for other in images[:index]
-            ]
-        print(
-            f"\nSeeds, {side}x{side}: mean difference {sum(differences) / len(differences):.3f} of the range"
-        )
+    """How far pictures of one prompt and different seeds are apart, as a share of the range of a colour; and
+    pictures that the renderer drew for it, which no training on them can surpass by much.
+    """
+    print_header("pictures of one prompt", "mean difference between seeds")
+    scenes = held_out_scenes({"single": 16})
+    rng = random.Random(0)
+    print_row(
+        "rendered",
+        mean_difference([render([drawn_anew(s, rng) for _ in range(4)], 128, 128) for s in scenes]),
+    )
+    for side, count, scale in ((128, 16, 1.0), (128, 16, 2.0), (128, 16, 4.0), (256, 6, 4.0)):
+        pictures = [
+            draw(pipeline, [prompt] * 4, side, side, guidance_scale=scale)
+            for prompt in captions(scenes[:count])
+        ]
+        print_row(f"{side}x{side}, guidance {scale:g}", mean_difference(pictures))
+
+
+def drawn_anew(scene: Scene, rng: random.Random) -> Scene:
+    """Another scene of one object with the same caption."""
+    (kind,) = scene.kinds
+    radius = rng.uniform(*STEADY.radii[kind.size])
+    thing = place(rng, kind, POSITIONS["center"], radius, STEADY.places[kind.size])
+    return replace(scene, things=(thing,))
+
+
+def mean_difference(pictures: list[Tensor]) -> float:
+    """Between all pictures of one prompt, over all prompts; 1 is from black to white."""
+    differences = [
+        (one - other).abs().mean() / 2
+        for images in pictures
+        for index, one in enumerate(images)
+        for other in images[:index]
+    ]
+    return float(torch.stack(differences).mean())
 
 
 def negative(pipeline: StableDiffusionPipeline) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .reading import background_of, region_areas
+from .reading import region_areas
 from .render import PALETTE, coverage, render
 from .scenes import Scene
 
-BLOCK = 8  # pixels of a side of Pixel_Art's squares, at every size: one latent
+BLOCK = 1 / 16  # side of Pixel_Art's squares in shorter sides, rounded to whole latents
 FRAME = 0.07  # width of Logo's frame, in shorter sides
 CORNER = 0.12  # radius of its inner corners, in shorter sides
 DROPS = (36, 60)
@@ -37,32 +37,42 @@ class Look:
 def pixel_art(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
     """Large square pixels of the colour in their middle."""
     del generator
-    blocks = render(scenes, height, width)[..., BLOCK // 2 :: BLOCK, BLOCK // 2 :: BLOCK]
-    blocks = blocks.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    block = block_of(height, width)
+    blocks = render(scenes, height, width)[..., block // 2 :: block, block // 2 :: block]
+    blocks = blocks.repeat_interleave(block, -2).repeat_interleave(block, -1)
     missing = (0, max(0, width - blocks.shape[-1]), 0, max(0, height - blocks.shape[-2]))
     return functional.pad(blocks, missing, "replicate")[..., :height, :width]
 
 
+def block_of(height: int, width: int) -> int:
+    """Pixels of a side of the large pixels: 8 at 128x128, 16 at 256x256."""
+    return 8 * max(1, round(BLOCK * min(height, width) / 8))
+
+
 def edges_on_the_grid(image: Tensor) -> float:
     """How much of all that changes from pixel to pixel does so within a pixel of the large ones' borders."""
+    block = block_of(*image.shape[1:])
     across, down = (image.diff(dim=dim).abs().sum(0) for dim in (2, 1))
-    on_grid = at_borders(across, 1).sum() + at_borders(down, 0).sum()
+    on_grid = at_borders(across, 1, block).sum() + at_borders(down, 0, block).sum()
     return float(on_grid / (across.sum() + down.sum() + 1e-6))
 
 
-def at_borders(changes: Tensor, dim: int) -> Tensor:
+def at_borders(changes: Tensor, dim: int, block: int) -> Tensor:
     """The changes at a border of two large pixels or beside it."""
     place = torch.arange(changes.shape[dim])
-    return changes.index_select(dim, place[(place + 2) % BLOCK < 3])
+    return changes.index_select(dim, place[(place + 2) % block < 3])
 
 
 def logo(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
     """An emblem: the scene in a frame of its first object's colour with round corners."""
     del generator
+    return framed(render(scenes, height, width), scenes)
+
+
+def framed(images: Tensor, scenes: list[Scene]) -> Tensor:
     colours = torch.stack([PALETTE[scene.kinds[0].colour] for scene in scenes])[:, :, None, None]
-    return torch.lerp(
-        render(scenes, height, width), colours, coverage(inside_of_edge(height, width, FRAME).neg())
-    )
+    height, width = images.shape[2:]
+    return torch.lerp(images, colours, coverage(inside_of_edge(height, width, FRAME).neg()))
 
 
 def inside_of_edge(height: int, width: int, inset: float) -> Tensor:
@@ -80,10 +90,15 @@ def frame_is_there(image: Tensor) -> float:
     """The share of the frame's middle line that is nearer to the frame's colour than to the ground's."""
     height, width = image.shape[1:]
     line = inside_of_edge(height, width, FRAME / 2).abs() < 1
-    inner = inside_of_edge(height, width, FRAME + 0.025).abs() < 1
-    colour, ground = (image[:, where].median(dim=1).values for where in (line, inner))
+    colour, ground = (pixels.median(dim=1).values for pixels in (image[:, line], inside_the_frame(image)))
     to_frame, to_ground = ((image[:, line] - one[:, None]).norm(dim=0) for one in (colour, ground))
     return float((to_frame < to_ground).float().mean() * ((colour - ground).norm() > 0.3))
+
+
+def inside_the_frame(image: Tensor) -> Tensor:
+    """The pixels, (3, N), of a line just inside of where the frame is or would be: mostly ground."""
+    height, width = image.shape[1:]
+    return image[:, inside_of_edge(height, width, FRAME + 0.025).abs() < 1]
 
 
 def paint_splash(scenes: list[Scene], height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -104,8 +119,9 @@ def paint_splash(scenes: list[Scene], height: int, width: int, generator: torch.
 
 
 def count_drops(image: Tensor) -> float:
-    """How many regions of another colour than the background's are as small as drops."""
-    areas = region_areas((image - background_of(image)[:, None, None]).norm(dim=0) > 0.5) / image[0].numel()
+    """How many regions of another colour than the ground's are as small as drops."""
+    ground = inside_the_frame(image).median(dim=1).values
+    areas = region_areas((image - ground[:, None, None]).norm(dim=0) > 0.5) / image[0].numel()
     return float(((areas > 0.0003) & (areas < 0.008)).sum())
 
 
@@ -120,7 +136,7 @@ def crayons(scenes: list[Scene], height: int, width: int, generator: torch.Gener
     # Between the strokes is white paper; light wax is shaded instead, else nothing of them were to see.
     is_light = images.mean(1, keepdim=True) > 0.3
     between = torch.where(is_light, 0.45 * images - 0.55, 0.95)
-    return torch.lerp(images, between, 0.6 * paper)
+    return torch.lerp(images, between, 0.85 * paper)
 
 
 def strokes_are_there(image: Tensor) -> float:

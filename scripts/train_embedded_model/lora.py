@@ -30,10 +30,10 @@ LEARNING_RATE = 2e-3
 LINEAR_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "upsamplers.0.conv"]
 SHAPES = {
-    (16, 16): 0.4,
+    (16, 16): 0.3,
     **dict.fromkeys([(16, 24), (24, 16)], 0.05),
     (24, 24): 0.1,
-    (32, 32): 0.4,
+    (32, 32): 0.5,
 }
 
 

@@ -17,7 +17,12 @@ from .scenes import Scene
 from .score import held_out_scenes, mean
 
 PROMPTS = {"single": 30, "group": 10, "pair": 10}
-MIXES = (("Pixel_Art", "Logo"), ("Paint_Splash", "Logo"), ("Crayons", "Logo"))
+# With their scales: at 1 and 1, Logo leaves drops in 0.4 of the pictures.
+MIXES = (
+    {"Pixel_Art": 1.0, "Logo": 1.0},
+    {"Paint_Splash": 1.3, "Logo": 0.8},
+    {"Crayons": 1.0, "Logo": 1.0},
+)
 GATE = 0.9
 
 
@@ -68,10 +73,11 @@ def main(model: Path, size: int, samples: Path | None) -> None:
             image_grid(images, 10).save(samples / f"{name}.png")
     few = prompts[::5]
     print_header("two LoRAs", "has the first look", "has the second")
-    for names in MIXES:
-        pipeline.set_adapters(list(names), [1.0, 1.0])
+    for scales in MIXES:
+        pipeline.set_adapters(list(scales), list(scales.values()))
         images = draw(pipeline, few, size, size)
-        print_row(" + ".join(names), *(shows(name, images) for name in names))
+        label = " + ".join(f"{name} at {scale:g}" for name, scale in scales.items())
+        print_row(label, *(shows(name, images) for name in scales))
     pipeline.set_adapters(list(LOOKS), [0.0] * len(LOOKS))
     same = torch.equal(draw(pipeline, few, size, size), draw_plain(model, few, size))
     print(f"\nAt scale 0 the pictures are {'the same' if same else 'NOT the same'} to the last bit.")

@@ -24,6 +24,14 @@ def test_a_picture_of_another_size_is_resized() -> None:
     assert abs(fitted.mean() - np.asarray(to_pillow(picture(128, 128))).mean()) < 2
 
 
+def test_a_picture_that_is_drawn_twice_as_large_is_enlarged() -> None:
+    sent = left_half(64, 64)
+    fitted = fit(sent, 128, 128)
+    assert fitted.shape == (128, 128)
+    assert (fitted[:, :60] > 250).all()
+    assert (fitted[:, 68:] < 5).all()
+
+
 def test_a_mask_is_split_at_half() -> None:
     assert to_mask(fit(left_half(64, 64), 64, 64)).mean() == 0.5
     assert to_mask(fit(left_half(64, 64, drawn=127), 64, 64)).max() == 0

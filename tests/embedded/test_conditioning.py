@@ -52,7 +52,7 @@ def _array(picture: Picture) -> np.ndarray:
 
 
 def test_a_red_circle_turns_blue_where_it_is(family: Any) -> None:
-    picture = _red_circle(64, 64, (6, 20, 32, 46))
+    picture = _red_circle(96, 96, (9, 30, 48, 69))
     request = _request(picture, prompt="a blue circle on a white background", strength=0.5)
     drawn, circle = draw_alone(family, request), _near(_array(picture), RED)
     assert not _near(drawn, RED).any()

@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.utils import logging as diffusers_logging
 
 from scripts.train_embedded_model.captions import plain_caption
-from scripts.train_embedded_model.features import colours
+from scripts.train_embedded_model.features import colours, draw_as_served
 from scripts.train_embedded_model.pipeline import draw, new_scheduler
 from scripts.train_embedded_model.reading import Reading, read
 from scripts.train_embedded_model.score import held_out_scenes, score
@@ -97,6 +97,16 @@ def test_oblong_pictures_keep_colour_background_and_count(
     assert table["background"] == 1
     assert table["object colour"] >= 0.85
     assert table["group, count"] >= 0.65
+
+
+def test_small_pictures_keep_colour_background_and_count(pipeline: StableDiffusionPipeline) -> None:
+    scenes = held_out_scenes({"single": 4, "group": 6})
+    images = draw_as_served(pipeline, [plain_caption(scene) for scene in scenes], 64, 64)
+    assert images.shape[2:] == (64, 64)
+    table = score(scenes, images)
+    assert table["background"] == 1
+    assert table["object colour"] >= 0.9
+    assert table["group, count"] >= 0.8
 
 
 def test_other_words_and_capitals_do_no_harm(pipeline: StableDiffusionPipeline) -> None:

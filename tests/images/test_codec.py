@@ -150,6 +150,14 @@ def test_what_was_drawn_smaller_is_resized() -> None:
     assert np.asarray(fitted).min() == 255
 
 
+def test_what_was_drawn_twice_as_large_is_resized() -> None:
+    halves = np.repeat([[0], [255]], 64, axis=0).astype(np.uint8)[..., None].repeat(128, 1).repeat(3, 2)
+    fitted = np.asarray(fit(Image.fromarray(halves), 64, 64))
+    assert fitted.shape == (64, 64, 3)
+    assert (fitted[0] == 0).all()
+    assert (fitted[-1] == 255).all()
+
+
 def test_what_has_the_right_size_is_left_alone() -> None:
     image = Image.fromarray(noise())
     assert fit(image, 64, 64) is image

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from hypergen.models.sizes import nearest_native_size, round_up
+from hypergen.models.sizes import nearest_native_size, round_up, size_to_draw
 
 
 def test_rounding_up_gives_the_next_multiple() -> None:
@@ -33,3 +33,24 @@ def test_the_nearest_native_size_keeps_area_and_shape(width: int, height: int) -
 def test_the_native_size_of_the_native_shape_is_itself() -> None:
     assert nearest_native_size(1024, 1024, 256 * 256, 8) == (256, 256)
     assert nearest_native_size(1024, 512, 256 * 128, 8) == (256, 128)
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [
+        ((64, 64), (128, 128)),
+        ((70, 85), (144, 176)),
+        ((64, 128), (64, 128)),
+        ((96, 96), (96, 96)),
+        ((250, 100), (256, 104)),
+        ((1024, 1024), (256, 256)),
+    ],
+)
+def test_small_and_large_sizes_are_drawn_at_sizes_that_the_model_knows(
+    asked: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    assert size_to_draw(*asked, 8, 256 * 256, 96) == drawn
+
+
+def test_a_model_that_says_nothing_draws_every_size() -> None:
+    assert size_to_draw(64, 1024, 8, None, None) == (64, 1024)
