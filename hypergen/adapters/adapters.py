@@ -54,6 +54,11 @@ class Lora:
         self.nbytes = sum(weights.nbytes for weights in layers.values())
 
 
+def _version_of(name: str, path: Path) -> _Version:
+    status = os.stat(path)
+    return name, status.st_size, status.st_mtime_ns
+
+
 class Adapters:
     """Loads LoRAs by name and applies them to passes of the pipeline's modules, on the engine's thread.
 
@@ -112,9 +117,23 @@ class Adapters:
 
     def prepare(self, asked: Asked) -> Future[Loras] | None:
         """Begin to read the LoRAs of a request in a thread; `load` need not read those that this keeps. None:
-        there are none. May be called from any thread.
+        there are none. What is in memory is there at once. May be called from any thread.
         """
-        return self._readers.submit(self._read, asked) if asked else None
+        if not asked:
+            return None
+        if not self._in_memory(asked):
+            return self._readers.submit(self._read, asked)
+        ready: Future[Loras] = Future()
+        ready.set_result(self._read(asked))
+        return ready
+
+    def _in_memory(self, asked: Asked) -> bool:
+        try:
+            versions = [_version_of(name, self.registry.path_of(name)) for name, _ in asked]
+        except (OSError, InvalidRequestError):  # told by whoever reads it
+            return False
+        with self._lock:
+            return all(version in self._in_use for version in versions)
 
     def load(self, asked: Asked) -> Loras:
         """The LoRAs of a request, from memory or their files; weight 0 is the base model.
@@ -134,8 +153,7 @@ class Adapters:
     def _read_one(self, name: str) -> Lora:
         path = self.registry.path_of(name)
         try:
-            status = os.stat(path)
-            version = (name, status.st_size, status.st_mtime_ns)
+            version = _version_of(name, path)
             with self._lock:
                 lora = self._in_use.get(version)
             if lora is None:

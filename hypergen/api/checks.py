@@ -90,7 +90,7 @@ class ModelFields(BaseModel, extra="ignore"):
 
 
 # What means nothing without a control picture -> its value when nobody gave it.
-_CONTROL_OPTIONS = {
+CONTROL_OPTIONS = {
     name: field.default for name, field in ModelFields.model_fields.items() if name.startswith("control")
 }
 
@@ -225,7 +225,7 @@ def read_control(
         InvalidRequestError: one of the two is missing, the model is unknown, or the family has none.
     """
     image_param, model_param = names
-    options = [name for name in _CONTROL_OPTIONS if getattr(asked, name) != _CONTROL_OPTIONS[name]]
+    options = [name for name in CONTROL_OPTIONS if getattr(asked, name) != CONTROL_OPTIONS[name]]
     if image is None and model is None and not options:
         return None
     given = image_param if image is not None else model_param if model is not None else options[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from hypergen.api.checks import MAX_SEED, SMALLEST_SIDE, default_size
+from hypergen.api.checks import CONTROL_OPTIONS, MAX_SEED, SMALLEST_SIDE, default_size
 from hypergen.api.schemas import PICTURE
 from hypergen.config import ServerSettings
 from hypergen.generation import ModelDescription, Option
@@ -21,6 +21,7 @@ _FILE: Schema = {"type": "string", "format": "binary"}
 _BASE64: Schema = {"type": "string", "format": "byte", "examples": [PICTURE]}
 _PICTURES: dict[str, Option] = {"image": "image", "control_image": "control", "controlnet_image": "control"}
 _MODELS = ("control_model", "controlnet_name")
+_CONTROL_PICTURES = ("control_image", "controlnet_image")
 _STEPS = ("num_inference_steps", "steps")
 _DOCUMENTED_SIDE, _LARGEST_SIDES = 2048, (1664, 2432)
 
@@ -103,6 +104,8 @@ def _tell_model(
             told[name] = not_taken
     if "control" not in description.options:
         told |= dict.fromkeys(_MODELS, not_taken)
+    if "true_cfg_scale" not in description.options:
+        told["true_cfg_scale"] = not_taken
     for name, rule in told.items():
         if name in fields:
             known = fields[name] if rule != not_taken else {"description": fields[name]["description"]}
@@ -138,6 +141,10 @@ def _rules(
     if "width" in fields and settings.max_side >= _DOCUMENTED_SIDE:
         usual = {"properties": {side: {"maximum": _DOCUMENTED_SIDE} for side in ("width", "height")}}
         rules.append({"anyOf": [usual, _of_size(*_LARGEST_SIDES), _of_size(*_LARGEST_SIDES[::-1])]})
+    if picture := next((name for name in _CONTROL_PICTURES if name in fields), None):
+        usual = {name: {"enum": [value, None]} for name, value in CONTROL_OPTIONS.items()}
+        given = {"properties": {picture: {"type": "string"}}, "required": [picture]}
+        rules.append({"if": given, "else": {"properties": usual}})
     steps = next(name for name in _STEPS if name in fields)
     for name, least in (description.samplers if description else {}).items():
         if least > 1:

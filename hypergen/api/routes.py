@@ -69,7 +69,7 @@ def create_router(
     async def get_model(model: str) -> Response:
         # Ids may start with a slash, which a proxy or client may have dropped or doubled.
         model_id = next((known.id for known in models if known.id.strip("/") == model.strip("/")), None)
-        model_id = model_id or next((known.id for known in models if known.is_called(model)), None)
+        model_id = model_id or next((known.id for known in models if model in known.aliases), None)
         if model_id is None:
             raise NotFoundError(
                 f"This server has no model '{model[:100]}'.", param="model", code="model_not_found"

@@ -48,7 +48,7 @@ def _drawn(server: LiveServer, **body: Any) -> tuple[tuple[int, int], bytes]:
 def test_the_list_has_both_and_each_can_be_asked_for(several: LiveServer) -> None:
     client = several.openai()
     assert [model.id for model in client.models.list().data] == ["owner/first", "second"]
-    for name in ("owner/first", "sd1.5"):
+    for name in ("owner/first", "SD1.5"):
         assert client.models.retrieve(name).id == "owner/first"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("third")

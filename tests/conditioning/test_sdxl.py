@@ -111,9 +111,10 @@ def test_a_lora_draws_what_diffusers_draws_with_it(base: Path, family: Any, lora
             generator=torch.Generator().manual_seed(request.seed),
         )
     )
+    assert_same(draw_alone(family, request), stock)
     crowd = InlineEngine(family)
+    crowd.know(request, plain)
     crowd.run(request, plain)
     assert crowd.images[request.id][0].shared_forwards > 0
-    assert_same(draw_alone(family, request), stock)
     assert_same(pixels_of(crowd.data(request)), stock)
     assert crowd.data(request) != crowd.data(plain)
