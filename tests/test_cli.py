@@ -66,7 +66,7 @@ HELP = {
         r"--guidance-scale FLOAT 1 to 20",
     ],
     "models": [r"List the models"],
-    "import": [r"hub id or a folder", r"--revision TEXT"],
+    "import": [r"a hub id, a folder or a file", r"--revision TEXT"],
     "loras": [r"--lora TEXT .*?NAME=PATH", r"--lora-dir PATH .*?several times"],
 }
 

@@ -93,6 +93,7 @@ _OTHERS: dict[str, Any] = {
     "guidance_scale": 7.0,
     "seed": 6,
     "sampler": "euler",
+    "true_cfg_scale": 2.5,
     "prompt_2": "in oil",
     "negative_prompt_2": "blurred",
     "enable_refiner": True,
@@ -117,7 +118,7 @@ _NOT_TOLD = {
 
 @pytest.mark.parametrize("field", [f.name for f in fields(GenerationRequest) if f.name not in _NOT_TOLD])
 def test_metadata_tells_everything_that_determines_a_picture(field: str) -> None:
-    plain = request(image=_SENT)
+    plain = request(image=_SENT, negative_prompt="grainy")
     changed = replace(plain, **{field: _OTHERS[field]})
     told = [Image.open(BytesIO(encode(noise(), one, 0, "m"))).info["hypergen"] for one in (plain, changed)]
     assert told[0] != told[1]
