@@ -104,6 +104,7 @@ def _tell_model(
             told[name] = not_taken
     if "control" not in description.options:
         told |= dict.fromkeys(_MODELS, not_taken)
+        told |= {name: {"enum": [value]} for name, value in CONTROL_OPTIONS.items()}
     if "true_cfg_scale" not in description.options:
         told["true_cfg_scale"] = not_taken
     for name, rule in told.items():
