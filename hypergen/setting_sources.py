@@ -125,4 +125,4 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"Unknown setting '{where}'."
     given = "" if where.endswith("api_key") else f" (given: {first['input']!r})"
-    return f"Setting '{where}': {first['msg']}{given}."
+    return f"Setting '{where}': {first['msg'].removeprefix('Value error, ')}{given}."
