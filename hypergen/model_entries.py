@@ -13,6 +13,9 @@ from pydantic import BaseModel, Field
 from hypergen.named_sources import NamedSources
 
 _ENDINGS = (".yaml", ".yml")
+_PACKAGE = Path(__file__).resolve().parent
+# In an installed wheel and in a clone.
+_SHIPPED = (_PACKAGE / "bento" / "configs", _PACKAGE.parent / "configs")
 
 
 class ModelDefaultsEntry(BaseModel, frozen=True, extra="forbid"):
@@ -79,7 +82,14 @@ def _read_entry(entry: Any) -> Any:
     if not isinstance(entry, str):
         return entry
     entry = entry.strip()
-    return _read_file(Path(entry).expanduser()) if is_model_file(entry) else {"source": entry}
+    return _read_file(_find_file(entry)) if is_model_file(entry) else {"source": entry}
+
+
+def _find_file(given: str) -> Path:
+    """The file itself, else the one of this name that comes with HyperGen."""
+    file = Path(given).expanduser()
+    shipped = next((folder / given for folder in _SHIPPED if (folder / given).is_file()), None)
+    return file if file.exists() or file.name != given or shipped is None else shipped
 
 
 def _read_file(file: Path) -> Any:

@@ -86,6 +86,15 @@ def test_what_is_wrong_is_one_clear_line(models: list[object], flags: dict[str, 
     assert "\n" not in str(raised.value)
 
 
+def test_a_shipped_file_is_found_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(flags={"models": ("embedded.yaml",)}).models[0].source == "hypergen-tiny"
+    _write(tmp_path, "source: other\n", "embedded.yaml")  # one's own comes first
+    assert load_settings(flags={"models": ("embedded.yaml",)}).models[0].source == "other"
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load_settings(flags={"models": ("elsewhere/embedded.yaml",)})
+
+
 def test_two_choices_in_one_place_are_an_error() -> None:
     both = {"HYPERGEN_MODEL": "a", "HYPERGEN_MODELS": json.dumps([{"source": "b"}])}
     with pytest.raises(ConfigurationError, match="model and models"):
