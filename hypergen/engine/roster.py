@@ -12,7 +12,6 @@ import gc
 import itertools
 import logging
 import math
-import queue
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 
 from hypergen.engine.failures import as_request_error
 from hypergen.engine.finishing import Report
+from hypergen.engine.inbox import Arrival, Inbox
 from hypergen.errors import GenerationError, ModelError
 from hypergen.generation import EngineStatus, GenerationRequest, ModelDescription, Verdict
 from hypergen.served_models import ServedModel
@@ -60,7 +60,7 @@ class Loaded:
 
 
 # A request and its place in the order of arrival among all models.
-_Arrival = tuple[int, GenerationRequest]
+_Numbered = tuple[int, GenerationRequest]
 
 
 @dataclass(eq=False)
@@ -72,7 +72,7 @@ class _Seat:
     loaded: Loaded | None = None
     used_at: float = 0.0
     # With the order of arrival among all models.
-    waiting: deque[_Arrival] = field(default_factory=deque[_Arrival])
+    waiting: deque[_Numbered] = field(default_factory=deque[_Numbered])
     forwards: int = 0  # of times in memory that are over
     image_steps: int = 0
     determinism: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
@@ -92,8 +92,6 @@ class Roster:
         ModelError: a model alone is larger than the limit.
     """
 
-    _IDLE_WAIT_S = 1.0
-
     def __init__(
         self,
         models: Sequence[tuple[ServedModel, int]],
@@ -106,7 +104,7 @@ class Roster:
         self._limit = math.inf if limit_bytes is None else limit_bytes
         self._load = load
         self._report = report
-        self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
+        self._inbox = Inbox(lambda _: None)  # what a request needs is read by its model's own
         self._arrivals = itertools.count()
         self._turning: Drawer | None = None
         self._moved_at = time.monotonic()
@@ -120,15 +118,15 @@ class Roster:
         return self._turning.last_step_at if self._turning is not None else self._moved_at
 
     def submit(self, request: GenerationRequest) -> None:
-        self._inbox.put(request)
+        self._inbox.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out before its next step; nothing more is reported of it."""
-        self._inbox.put(request_id)
+        self._inbox.cancel(request_id)
 
     def stop(self) -> None:
         """Let `run` return after the current steps."""
-        self._inbox.put(None)
+        self._inbox.stop()
 
     def status(self) -> EngineStatus:
         seats = list(self._seats.values())
@@ -194,18 +192,14 @@ class Roster:
                 self._moved_at, self._turning = time.monotonic(), None
 
     def _read_inbox(self, wait: bool) -> None:
-        try:
-            message = self._inbox.get(timeout=self._IDLE_WAIT_S) if wait else self._inbox.get_nowait()
-            while True:
-                if message is None:
-                    self._stopping = True
-                elif isinstance(message, GenerationRequest):
-                    self._seat_of(message).waiting.append((next(self._arrivals), message))
-                else:
-                    self._drop(message)
-                message = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+        for message in self._inbox.read(idle=wait, busy=not wait):
+            if message is None:
+                self._stopping = True
+            elif isinstance(message, Arrival):
+                request = message.request
+                self._seat_of(request).waiting.append((next(self._arrivals), request))
+            else:
+                self._drop(message)
 
     def _seat_of(self, request: GenerationRequest) -> _Seat:
         return self._seats[request.model or next(iter(self._seats))]
@@ -243,14 +237,8 @@ class Roster:
         """
         if seat.loaded is not None:
             return True
-        there = [other for other in self._seats.values() if other.loaded is not None]
-        while sum(other.expected_bytes for other in there) + seat.expected_bytes > self._limit:
-            leaving = [other for other in there if other.loaded and other.loaded.drawer.resting]
-            if not leaving:
-                return False
-            oldest = min(leaving, key=lambda other: other.used_at)
-            self._move_out(oldest)
-            there.remove(oldest)
+        if not self._make_room(seat):
+            return False
         self._moved_at = math.inf  # a large model takes minutes, which are no stall
         try:
             seat.loaded = self._load(seat.model)
@@ -259,6 +247,19 @@ class Roster:
         seat.used_at = self._moved_at
         seat.expected_bytes = seat.loaded.size_bytes
         self._refuse_if_too_large(seat.model, seat.expected_bytes)
+        self._make_room(seat)  # with its control models and refiner it may be larger than was expected
+        return True
+
+    def _make_room(self, seat: _Seat) -> bool:
+        """Move others out until a model's weights fit beside the rest; False while the rest still draws."""
+        there = [other for other in self._seats.values() if other.loaded is not None and other is not seat]
+        while sum(other.expected_bytes for other in there) + seat.expected_bytes > self._limit:
+            leaving = [other for other in there if other.loaded and other.loaded.drawer.resting]
+            if not leaving:
+                return False
+            oldest = min(leaving, key=lambda other: other.used_at)
+            self._move_out(oldest)
+            there.remove(oldest)
         return True
 
     def _move_out(self, seat: _Seat) -> None:

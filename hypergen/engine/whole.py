@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections import deque
 
@@ -12,6 +11,7 @@ import torch
 from hypergen.config import EngineSettings
 from hypergen.engine.failures import as_request_error
 from hypergen.engine.finishing import Report
+from hypergen.engine.inbox import Arrival, Inbox
 from hypergen.engine.warming import warm_up_request
 from hypergen.generation import EngineStatus, GenerationRequest, ImageFinished, Progress, Started
 from hypergen.images import codec
@@ -38,7 +38,7 @@ class WholeEngine:
         self.last_step_at = time.monotonic()
         self.startup_s: dict[str, float] = {}
         self._report = report
-        self._inbox: queue.SimpleQueue[GenerationRequest | str | None] = queue.SimpleQueue()
+        self._inbox = Inbox(lambda _: None)
         self._waiting: deque[GenerationRequest] = deque()
         self._drawing: GenerationRequest | None = None
         self._stopping = False
@@ -50,15 +50,15 @@ class WholeEngine:
         )
 
     def submit(self, request: GenerationRequest) -> None:
-        self._inbox.put(request)
+        self._inbox.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out at its next step; nothing more is reported of it."""
-        self._inbox.put(request_id)
+        self._inbox.cancel(request_id)
 
     def stop(self) -> None:
         """Let `run` return after the current request."""
-        self._inbox.put(None)
+        self._inbox.stop()
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -152,17 +152,12 @@ class WholeEngine:
         self.last_step_at = time.monotonic()
 
     def _read_inbox(self, wait: bool) -> None:
-        try:
-            message = self._inbox.get(timeout=1.0) if wait else self._inbox.get_nowait()
-            while True:
-                if message is None:
-                    self._stopping = True
-                elif isinstance(message, GenerationRequest):
-                    self._waiting.append(message)
-                else:
-                    self._waiting = deque(r for r in self._waiting if r.id != message)
-                    if self._drawing is not None and self._drawing.id == message:
-                        self._drawing = None
-                message = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+        for message in self._inbox.read(idle=wait, busy=not wait):
+            if message is None:
+                self._stopping = True
+            elif isinstance(message, Arrival):
+                self._waiting.append(message.request)
+            else:
+                self._waiting = deque(r for r in self._waiting if r.id != message)
+                if self._drawing is not None and self._drawing.id == message:
+                    self._drawing = None

@@ -24,13 +24,17 @@ _NAMES = ("one", "two", "three")
 class _Drawn:
     """A roster in the test's own thread, and what it reported."""
 
-    def __init__(self, models: list[ServedModel], room: float | None = None) -> None:
+    def __init__(
+        self, models: list[ServedModel], room: float | None = None, known_bytes: bool = True
+    ) -> None:
         """With room for the weights of so many models of the first one's size."""
         self.events: list[tuple[str, Event | RequestError]] = []
         self.images: dict[str, bytes] = {}
         self.on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
         expected = [(m, loading.expected_bytes(m.path, m.settings)) for m in models]
         limit = None if room is None else room * expected[0][1]
+        if not known_bytes:
+            expected = [(model, 0) for model in models]
         self.roster = Roster(expected, limit, Loader(self._report), self._report)
         self.descriptions = self.roster.load_all()
 
@@ -171,6 +175,10 @@ def test_a_model_that_cannot_come_back_fails_its_own_requests_alone(
 def test_a_model_larger_than_the_memory_for_models_is_refused(models: list[ServedModel]) -> None:
     with pytest.raises(ModelError, match=r"one take .* GB, more than the .* GB"):
         _Drawn(models, 0.5)
+
+
+def test_a_model_that_is_larger_than_expected_sends_others_away(models: list[ServedModel]) -> None:
+    assert _Drawn(models, 1.5, known_bytes=False).roster.status().models == ("one",)
 
 
 def test_weights_are_counted_as_they_lie_in_memory(models: list[ServedModel]) -> None:
