@@ -13,9 +13,9 @@ from hypergen.bench.timeline import PASS, Share
 
 _FOR_TRANSFORMERS = "all for transformers"
 _FOR_UNETS = tuple(name for name in VARIANTS if name != _FOR_TRANSFORMERS)
-# Euler's sampler for flow matching takes its steps one by one. For a graph the whole transformer would have
-# to be compiled for each size of a pass, and launches are hidden by its arithmetic.
-_LEFT_OUT = {"vectorised_steps off", "compile=graphs", "all of it"}
+# For a graph the whole transformer would have to be compiled for each size of a pass, and launches are hidden
+# by its arithmetic.
+_LEFT_OUT = {"compile=graphs", "all of it"}
 _FOR_FLUX = tuple(name for name in VARIANTS if name not in _LEFT_OUT)
 
 _OTHER = Plan(steps=30, crowd=8, trace_side=None, trace_batch=8, variants=_FOR_UNETS)

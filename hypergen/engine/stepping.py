@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from hypergen.trajectory import Trajectory
+
+# From predictions, latents in float32 and the sigmas of all images before and after the step to new latents.
+_Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def advance_all(
@@ -17,16 +20,15 @@ def advance_all(
     """Advance each trajectory along its prediction; yields it with what went wrong, if anything did.
 
     Args:
-        pairs: predictions of shape (1, C, h, w), guidance already applied.
+        pairs: predictions of shape (1, C, h, w) of one model, guidance already applied.
         vectorised: images with Euler's sampler take one set of operations instead of one each, which saves a
-            GPU some ten launches for each image. The bits do not depend on how many there are; in float32
-            they are those of diffusers, in half precision its last bit may differ.
+            GPU some ten launches for each image. The bits are those of diffusers, however many there are.
     """
-    alike = [(trajectory, noise_pred) for trajectory, noise_pred in pairs if _is_plain_euler(trajectory)]
-    together = alike if vectorised else []
-    if together:
-        _euler_steps([trajectory for trajectory, _ in together], [noise_pred for _, noise_pred in together])
-    advanced = {trajectory for trajectory, _ in together}
+    steps = [_euler_of(trajectory) if vectorised else None for trajectory, _ in pairs]
+    alike = [pair for pair, step in zip(pairs, steps, strict=True) if step is not None]
+    if step := next(filter(None, steps), None):
+        _advance_together([trajectory for trajectory, _ in alike], [pred for _, pred in alike], step)
+    advanced = {trajectory for trajectory, _ in alike}
     for trajectory, noise_pred in pairs:
         if trajectory in advanced:
             yield trajectory, None
@@ -39,39 +41,58 @@ def advance_all(
             yield trajectory, None
 
 
-def _is_plain_euler(trajectory: Trajectory) -> bool:
-    """Without noise of its own, which only `s_churn` would add, for two predictions, and nothing put back."""
+def _euler_of(trajectory: Trajectory) -> _Step | None:
+    """Euler's step for what the model predicts, without noise and with nothing put back after it."""
     scheduler = trajectory.scheduler
     if trajectory.after_step is not None:
-        return False
-    if type(scheduler) is not EulerDiscreteScheduler:
-        return False
-    return scheduler.config["prediction_type"] in ("epsilon", "v_prediction")
+        return None
+    if type(scheduler) is EulerDiscreteScheduler:  # only `s_churn` would add noise
+        return {"epsilon": _epsilon_step, "v_prediction": _velocity_step}.get(
+            scheduler.config["prediction_type"]
+        )
+    if type(scheduler) is FlowMatchEulerDiscreteScheduler and not scheduler.config["stochastic_sampling"]:
+        return _flow_step
+    return None
 
 
-def _euler_steps(trajectories: Sequence[Trajectory], predictions: Sequence[Tensor]) -> None:
-    """`EulerDiscreteScheduler.step` of all of them at once: Algorithm 2 of Karras et al. 2022
-    (https://arxiv.org/abs/2206.00364) without churn, rounded where diffusers rounds.
-    """
+def _advance_together(trajectories: Sequence[Trajectory], predictions: Sequence[Tensor], step: _Step) -> None:
     model_output = torch.cat(list(predictions))
     sample = torch.cat([trajectory.latents for trajectory in trajectories]).to(torch.float32)
-    schedulers = [trajectory.scheduler for trajectory in trajectories]
-    index = [trajectory.step_index for trajectory in trajectories]
 
-    def column(values: list[Tensor]) -> Tensor:
-        return torch.stack(values).to(sample).reshape(-1, 1, 1, 1)
+    def sigmas(offset: int) -> Tensor:
+        chosen = [t.scheduler.sigmas[t.step_index + offset] for t in trajectories]
+        return torch.stack(chosen).to(sample).reshape(-1, 1, 1, 1)
 
-    sigma = column([scheduler.sigmas[i] for scheduler, i in zip(schedulers, index, strict=True)])
-    next_sigma = column([scheduler.sigmas[i + 1] for scheduler, i in zip(schedulers, index, strict=True)])
-    # One prediction type for all: they come from one model.
-    if schedulers[0].config["prediction_type"] == "epsilon":
-        scaled = (sigma * model_output.float()).to(model_output.dtype)
-        pred_original_sample = sample - scaled
-    else:
-        scaled = (model_output.float() * (-sigma / (sigma**2 + 1) ** 0.5)).to(model_output.dtype)
-        pred_original_sample = scaled + sample / (sigma**2 + 1)
-    derivative = (sample - pred_original_sample) / sigma
-    latents = (sample + derivative * (next_sigma - sigma)).to(model_output.dtype)
+    latents = step(model_output, sample, sigmas(0), sigmas(1)).to(model_output.dtype)
     for trajectory, advanced in zip(trajectories, latents.split(1), strict=True):
         trajectory.stepped(advanced)
         trajectory.scheduler._step_index = trajectory.step_index
+
+
+def _epsilon_step(model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """Algorithm 2 of Karras et al. 2022 (https://arxiv.org/abs/2206.00364) without churn."""
+    # diffusers keeps these sigmas on the CPU, where torch rounds a number on the left to the tensor's
+    # precision; to a GPU's kernels it goes as it is.
+    factor = sigma.to(model_output.dtype) if sample.device.type == "cpu" else sigma
+    return _towards(sample - _product(factor, model_output), sample, sigma, next_sigma)
+
+
+def _velocity_step(model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """The same, for models that predict velocity."""
+    scaled = _product(-sigma / (sigma**2 + 1) ** 0.5, model_output)
+    return _towards(scaled + sample / (sigma**2 + 1), sample, sigma, next_sigma)
+
+
+def _towards(pred_original_sample: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    derivative = (sample - pred_original_sample) / sigma
+    return sample + derivative * (next_sigma - sigma)
+
+
+def _flow_step(model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """A straight line along the flow; here diffusers' sigmas are on the device, where the left is rounded."""
+    return sample + _product((next_sigma - sigma).to(model_output.dtype), model_output)
+
+
+def _product(factor: Tensor, model_output: Tensor) -> Tensor:
+    """In float32, then rounded to the prediction's precision, as is a product with one number."""
+    return (factor.float() * model_output.float()).to(model_output.dtype)
