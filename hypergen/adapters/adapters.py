@@ -60,7 +60,8 @@ def _version_of(name: str, path: Path) -> _Version:
 
 
 class Adapters:
-    """Loads LoRAs by name and applies them to passes of the pipeline's modules, on the engine's thread.
+    """Loads LoRAs by name and applies them to passes of the pipeline's modules: of the denoiser on the
+    engine's thread, of the text encoders on one thread at a time.
 
     Args:
         pipeline: of diffusers; its modules get hooks that do nothing in passes without a LoRA.
@@ -78,9 +79,10 @@ class Adapters:
         self._kept: OrderedDict[_Version, Lora] = OrderedDict()
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
         self._lock = threading.Lock()  # of these two
+        self._hooking = threading.Lock()  # a second hook would add a LoRA twice
+        self._passes = threading.local()
         self._readers = ThreadPoolExecutor(2, "lora")  # so that a large file does not hold all others up
         self._hooked: set[str] = set()
-        self.rows: Rows | None = None  # of the pass that is under way; None: no row has a LoRA
         self._reason = next(
             (f"with --{name}" for name in _EXCLUDING if getattr(settings, name) != "off"), None
         )
@@ -101,6 +103,11 @@ class Adapters:
             return LoraRegistry()
         folder = self._pipeline.config.get("_name_or_path")
         return open_registry(settings, Path(folder) if folder else None)
+
+    @property
+    def rows(self) -> Rows | None:
+        """Of the pass that is under way in this thread; None: no row has a LoRA."""
+        return getattr(self._passes, "rows", None)
 
     @property
     def options(self) -> frozenset[Option]:
@@ -182,15 +189,16 @@ class Adapters:
 
     def _hook(self, lora: Lora) -> None:
         """Hooks and not other forwards, because the engine replaces forwards of layers (invariance.py)."""
-        for name in lora.layers.keys() - self._hooked:
-            component, _, inside = name.partition(".")
-            layer = getattr(self._pipeline, component).get_submodule(inside)
-            layer.register_forward_hook(partial(self._add, name))
-            self._hooked.add(name)
+        with self._hooking:
+            for name in lora.layers.keys() - self._hooked:
+                component, _, inside = name.partition(".")
+                layer = getattr(self._pipeline, component).get_submodule(inside)
+                layer.register_forward_hook(partial(self._add, name))
+                self._hooked.add(name)
 
     def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.rows is not None:
-            self.rows.add(layer, name, inputs[0], output)
+        if (rows := self.rows) is not None:
+            rows.add(layer, name, inputs[0], output)
 
     def _keep(self, version: _Version, lora: Lora) -> None:
         with self._lock:
@@ -201,11 +209,11 @@ class Adapters:
 
     @contextmanager
     def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:
-        self.rows = Rows(loras, self._pieces)
+        self._passes.rows = Rows(loras, self._pieces)
         try:
             yield
         finally:
-            self.rows = None
+            self._passes.rows = None
 
 
 @contextmanager

@@ -28,12 +28,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention=flash": {"attention": "flash"},
     "attention=cudnn": {"attention": "cudnn"},
     "decode_stream": {"decode_stream": True},
+    "text_thread": {"text_thread": True},
     "vectorised_steps off": {"vectorised_steps": False},
     "compile": {"compile": "on"},
     "compile=graphs": {"compile": "graphs"},
-    "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True},
+    "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True, "text_thread": True},
     # For transformers over many tokens: attention is a fifth of their work, and launches are hidden by it.
-    "all for transformers": {"compile": "on", "attention": "cudnn", "decode_stream": True},
+    "all for transformers": {
+        "compile": "on",
+        "attention": "cudnn",
+        "decode_stream": True,
+        "text_thread": True,
+    },
 }
 _LONE_PICTURES = 4  # the first of them warms up
 

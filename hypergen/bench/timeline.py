@@ -1,4 +1,4 @@
-"""When an engine encodes texts, makes passes, decodes and writes files while pictures arrive."""
+"""When an engine encodes texts, begins images, makes passes, decodes and writes files, as pictures arrive."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from hypergen.bench.report import new_figure
 from hypergen.bench.work import GUIDANCE_SCALE
 from hypergen.engine.determinism import synchronize
 
-PASS, TEXT, DECODING, FILE = "pass", "text encoding", "decoding", "file"
+PASS, TEXT, BEGINNING, DECODING, FILE = "pass", "text encoding", "beginning", "decoding", "file"
 ON_DEVICE = "decoding on the device"
-_STAGES = (TEXT, PASS, DECODING, ON_DEVICE, FILE)
+_STAGES = (TEXT, BEGINNING, PASS, DECODING, ON_DEVICE, FILE)
 _PICTURES, _MOST_STEPS = 6, 10
 
 
@@ -81,7 +81,8 @@ def _noting(live: Live) -> Iterator[list[Span]]:
     """Spans of what the engine asks of its family, complete when the block is left."""
     family: Any = live.engine.family
     spans: list[Span] = []
-    start, denoise, decode = family.start, family.denoise, family.decode
+    read_prompts, start = family.read_prompts, family.start
+    denoise, decode = family.denoise, family.decode
     on_cuda = next(family.denoiser.parameters()).is_cuda
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     zero, zero_at = _moment() if on_cuda else (None, 0.0)
@@ -91,10 +92,18 @@ def _noting(live: Live) -> Iterator[list[Span]]:
         started = time.monotonic()
         with torch.profiler.record_function(name):
             yield
-        spans.append(Span(name, started, time.monotonic(), threading.current_thread().name == "engine"))
+        thread = threading.current_thread().name
+        spans.append(Span(name, started, time.monotonic(), waited_for=thread == "engine"))
+
+    def noted_reading(*given: Any) -> Any:
+        with stage(TEXT):
+            encoded = read_prompts(*given)
+            if on_cuda:
+                torch.cuda.current_stream().synchronize()
+            return encoded
 
     def noted_start(*given: Any) -> Any:
-        with stage(TEXT):
+        with stage(BEGINNING):
             return start(*given)
 
     def noted_denoise(*given: Any) -> list[Tensor]:
@@ -114,11 +123,12 @@ def _noting(live: Live) -> Iterator[list[Span]]:
             events.append((began, ended))
             return image
 
-    family.start, family.denoise, family.decode = noted_start, noted_denoise, noted_decode
+    family.read_prompts, family.start = noted_reading, noted_start
+    family.denoise, family.decode = noted_denoise, noted_decode
     try:
         yield spans
     finally:
-        del family.start, family.denoise, family.decode
+        del family.read_prompts, family.start, family.denoise, family.decode
     if zero is not None:
         torch.cuda.synchronize()
         for began, ended in events:

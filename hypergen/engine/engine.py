@@ -23,6 +23,7 @@ from hypergen.engine.finishing import Finisher, Report
 from hypergen.engine.inbox import Arrival, Inbox
 from hypergen.engine.passes import Passes
 from hypergen.engine.previews import Previewer
+from hypergen.engine.reading import PromptReader
 from hypergen.engine.shapes import Shapes
 from hypergen.engine.stepping import advance_all
 from hypergen.engine.warming import draw_once
@@ -76,7 +77,8 @@ class Engine:
         self.startup_s: dict[str, float] = {}
         self._clock = clock
         self._report = report
-        self._inbox = Inbox(family.prepare)
+        self._reader = PromptReader(family) if settings.text_thread else None
+        self._inbox = Inbox(family.prepare if self._reader is None else self._reader.prepare)
         self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
         self._running: dict[str, _Running] = {}
         self._active: list[Trajectory] = []
@@ -134,6 +136,8 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the files that are being written; no turn may follow."""
+        if self._reader is not None:
+            self._reader.shutdown()
         self._finisher.shutdown()
 
     @property
@@ -224,8 +228,9 @@ class Engine:
     def _join(self, arrival: Arrival, arrived_at: float) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         request = arrival.request
-        if arrival.prepared is not None:
-            arrival.prepared.result()  # raises what was wrong
+        prepared = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
+        # Held, so that all images of the request find them, however little the cache keeps.
+        _held = self.family.read_prompts(request) if self._reader is None else prepared
         trajectories = [self.family.start(request, index) for index in range(request.n)]
         for stage in trajectories[0].stages():
             yield from self.shapes.learn(stage)

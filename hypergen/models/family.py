@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hypergen.generation import GenerationRequest, ModelDescription
+from hypergen.models.prompts import EncodedPrompt
 from hypergen.trajectory import Trajectory
 
 
@@ -44,8 +45,18 @@ class Family(Protocol):
         """
         ...
 
+    def read_prompts(self, request: GenerationRequest) -> Sequence[EncodedPrompt]:
+        """Encode all that a request has to read; `start` need not encode what is still held.
+
+        May be called beside the other methods, by one thread at a time.
+
+        Raises:
+            InvalidRequestError: a LoRA of the request cannot be used.
+        """
+        ...
+
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        """Encode the prompts (from the cache if they are there) and draw the noise of image `index`."""
+        """Draw the noise of image `index`, and encode the prompts that are neither held nor in the cache."""
         ...
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:

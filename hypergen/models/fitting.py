@@ -44,8 +44,12 @@ def place(pipeline: Any, settings: EngineSettings, device: torch.device, turns: 
         return pipeline.to(device)
     if device.type == "cpu":
         raise ModelError("The setting offload moves models to an accelerator; this one is on the CPU.")
-    if settings.compile != "off" or settings.decode_stream:
-        other = "compile" if settings.compile != "off" else "decode_stream"
+    excluded = {
+        "compile": settings.compile != "off",
+        "decode_stream": settings.decode_stream,
+        "text_thread": settings.text_thread,  # a text encoder would send the denoiser away in its pass
+    }
+    if other := next((name for name, wanted in excluded.items() if wanted), None):
         raise ModelError(f"The settings offload and {other} do not go together.")
     turns = turns or Turns(device)
     for network in pipeline.components.values():

@@ -17,7 +17,7 @@ from hypergen.config import EngineSettings
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.clip import PooledClipEncoder
 from hypergen.models.guidance import denoise
-from hypergen.models.prompts import PromptCache
+from hypergen.models.prompts import EncodedPrompt, PromptCache
 from hypergen.models.sizes import round_up
 from hypergen.models.t5 import T5Encoder
 from hypergen.placement import device_of
@@ -104,15 +104,13 @@ class Flux:
     def prepare(self, request: GenerationRequest) -> Future[Any] | None:
         return self.adapters.prepare(request.loras)
 
+    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
+        return [p for both in self._read(request, self.adapters.load(request.loras)) for p in both]
+
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         loras = self.adapters.load(request.loras)
-        positive = self._conditioning(request, loras, request.prompt, request.prompt_2)
-        negative = None
-        scale = self.true_cfg_scale if request.true_cfg_scale is None else request.true_cfg_scale
-        if (request.negative_prompt or request.negative_prompt_2) and scale > 1:
-            unwanted, unwanted_2 = request.negative_prompt or "", request.negative_prompt_2
-            negative = self._conditioning(request, loras, unwanted, unwanted_2)
-
+        encoded = self._read(request, loras)
+        positive, *negatives = [self._conditioning(request, *prompts) for prompts in encoded]
         width, height = self.drawn_size(request.width, request.height)
         rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
         scheduler = self.schedulers.make(
@@ -126,9 +124,9 @@ class Flux:
             index=index,
             latents=noise.to(device_of(self.transformer)),
             positive=positive,
-            negative=negative,
-            guidance_scale=scale,
-            prompt_tokens=self.t5.get(request.prompt_2 or request.prompt, loras).tokens,
+            negative=negatives[0] if negatives else None,
+            guidance_scale=self._scale(request),
+            prompt_tokens=encoded[0][0].tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
@@ -160,14 +158,24 @@ class Flux:
         )[0]
         return functional.pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
 
+    def _scale(self, request: GenerationRequest) -> float:
+        """Of the guidance away from a negative prompt."""
+        return self.true_cfg_scale if request.true_cfg_scale is None else request.true_cfg_scale
+
+    def _read(self, request: GenerationRequest, loras: Loras) -> list[tuple[EncodedPrompt, EncodedPrompt]]:
+        """What T5 and CLIP say of the prompt and of the negative one, where it counts."""
+        texts = [(request.prompt, request.prompt_2)]
+        if (request.negative_prompt or request.negative_prompt_2) and self._scale(request) > 1:
+            texts.append((request.negative_prompt or "", request.negative_prompt_2))
+        return [(self.t5.get(text_2 or text, loras), self.clip.get(text, loras)) for text, text_2 in texts]
+
     def _conditioning(
-        self, request: GenerationRequest, loras: Loras, text: str, text_2: str | None
+        self, request: GenerationRequest, words: EncodedPrompt, pooled: EncodedPrompt
     ) -> Conditioning:
-        embeds, pooled = self.t5.get(text_2 or text, loras).embeds, self.clip.get(text, loras).embeds
         if not self.takes_guidance:
-            return Conditioning(embeds, (pooled,))
-        guidance = torch.tensor([request.guidance_scale], device=embeds.device)
-        return Conditioning(embeds, (pooled, guidance))
+            return Conditioning(words.embeds, (pooled.embeds,))
+        guidance = torch.tensor([request.guidance_scale], device=words.embeds.device)
+        return Conditioning(words.embeds, (pooled.embeds, guidance))
 
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:

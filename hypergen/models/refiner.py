@@ -16,7 +16,7 @@ from hypergen.model_folder import check_folder
 from hypergen.models.clip import ClipEncoder
 from hypergen.models.fitting import place
 from hypergen.models.loading import load_pipeline
-from hypergen.models.prompts import PromptCache, fill_to
+from hypergen.models.prompts import EncodedPrompt, PromptCache, fill_to
 from hypergen.placement import device_of, turns_of
 from hypergen.samplers import SchedulerFactory
 from hypergen.trajectory import Conditioning, Stage, Trajectory
@@ -56,6 +56,13 @@ class Refiner:
         with torch.inference_mode():
             self._prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 3)
 
+    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
+        """The prompt and, with guidance, the negative one."""
+        texts = [request.prompt]
+        if request.guidance_scale > 1:
+            texts.append(request.negative_prompt or "")
+        return [self._prompts.get(text) for text in texts]
+
     def stage(
         self, trajectory: Trajectory, width: int, height: int, schedulers: SchedulerFactory
     ) -> Stage | None:
@@ -78,10 +85,10 @@ class Refiner:
     def _conditionings(
         self, request: GenerationRequest, width: int, height: int
     ) -> tuple[Conditioning, Conditioning | None]:
-        positive, empty = self._prompts.get(request.prompt), self._prompts.get("").embeds
-        if request.guidance_scale <= 1:
+        positive, *negatives = self.read_prompts(request)
+        if not negatives:
             return self._conditioning(positive.embeds, positive.pooled, width, height, _AESTHETIC_SCORE), None
-        negative = self._prompts.get(request.negative_prompt or "")
+        (negative,), empty = negatives, self._prompts.get("").embeds
         length = max(positive.embeds.shape[1], negative.embeds.shape[1])
         unwanted, unwanted_pooled = fill_to(negative.embeds, length, empty), negative.pooled
         assert unwanted_pooled is not None

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from hypergen.adapters.adapters import Adapters
+from hypergen.adapters.rows import Loras
 from hypergen.conditioning import controlnet
 from hypergen.conditioning.beginning import begin
 from hypergen.conditioning.latents import LatentSpace
@@ -18,7 +19,7 @@ from hypergen.config import EngineSettings
 from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
 from hypergen.models.clip import ClipEncoder
 from hypergen.models.guidance import denoise
-from hypergen.models.prompts import PromptCache, fill_to
+from hypergen.models.prompts import EncodedPrompt, PromptCache, fill_to
 from hypergen.models.sizes import size_to_draw
 from hypergen.placement import device_of
 from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
@@ -97,13 +98,15 @@ class StableDiffusion:
     def prepare(self, request: GenerationRequest) -> Future[Any] | None:
         return self.adapters.prepare(request.loras)
 
+    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
+        return self._encode(request, self.adapters.load(request.loras))
+
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         loras = self.adapters.load(request.loras)
-        encoded = self.prompts.get(request.prompt, loras)
+        encoded, *others = self._encode(request, loras)
         positive, negative = encoded.embeds, None
-        if request.guidance_scale > 1:
-            empty = self.prompts.get("", loras).embeds
-            negative = self.prompts.get(request.negative_prompt or "", loras).embeds
+        if others:
+            negative, empty = (other.embeds for other in others)
             length = max(positive.shape[1], negative.shape[1])
             positive, negative = fill_to(positive, length, empty), fill_to(negative, length, empty)
 
@@ -131,6 +134,13 @@ class StableDiffusion:
             draws_noise=takes_generator(scheduler),
             loras=loras,
         )
+
+    def _encode(self, request: GenerationRequest, loras: Loras) -> list[EncodedPrompt]:
+        """The prompt; with guidance the negative one too, and what the shorter of the two is filled with."""
+        texts = [request.prompt]
+        if request.guidance_scale > 1:
+            texts += [request.negative_prompt or "", ""]
+        return [self.prompts.get(text, loras) for text in texts]
 
     def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         return denoise(self.forward, trajectories)

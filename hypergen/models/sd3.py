@@ -102,6 +102,9 @@ class StableDiffusion3:
     def prepare(self, request: GenerationRequest) -> None:
         return None
 
+    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
+        return [prompt for encoded in self._read(request) for prompt in encoded]
+
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         positive, negative, tokens = self._conditionings(request)
         size = self.drawn_size(request.width, request.height)
@@ -145,31 +148,27 @@ class StableDiffusion3:
 
     def _conditionings(self, request: GenerationRequest) -> tuple[Conditioning, Conditioning | None, int]:
         """Positive, negative when there is guidance, and the tokens of the prompt."""
-        positive = self._encode(request.prompt, request.prompt_2)
-        tokens = max(positive[0].tokens, self.t5.get(request.prompt).tokens)
-        if request.guidance_scale <= 1:
-            return self._conditioning(request.prompt, positive, longest(positive)), None, tokens
-        unwanted = request.negative_prompt or ""
-        negative = self._encode(unwanted, request.negative_prompt_2)
-        length = longest([*positive, *negative])
-        return (
-            self._conditioning(request.prompt, positive, length),
-            self._conditioning(unwanted, negative, length),
-            tokens,
-        )
+        encoded = self._read(request)
+        length = longest([prompt for *clips, _ in encoded for prompt in clips])
+        positive, *negatives = [self._conditioning(*prompts, length) for prompts in encoded]
+        first, _, words = encoded[0]
+        return positive, negatives[0] if negatives else None, max(first.tokens, words.tokens)
 
-    def _encode(self, text: str, text_2: str | None) -> tuple[EncodedPrompt, EncodedPrompt]:
+    def _read(self, request: GenerationRequest) -> list[tuple[EncodedPrompt, EncodedPrompt, EncodedPrompt]]:
+        """What both CLIP encoders and T5 say of the prompt and, with guidance, of the negative one."""
+        texts = [(request.prompt, request.prompt_2)]
+        if request.guidance_scale > 1:
+            texts.append((request.negative_prompt or "", request.negative_prompt_2))
         first, second = self.clips
-        return first.get(text), second.get(text_2 or text)
+        return [(first.get(text), second.get(text_2 or text), self.t5.get(text)) for text, text_2 in texts]
 
     def _conditioning(
-        self, text: str, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int
+        self, first: EncodedPrompt, second: EncodedPrompt, words: EncodedPrompt, length: int
     ) -> Conditioning:
-        words = self.t5.get(text).embeds
-        clip = side_by_side(self.clips, encoded, length)
-        clip = functional.pad(clip, (0, words.shape[-1] - clip.shape[-1]))
-        pooled = [prompt.pooled for prompt in encoded if prompt.pooled is not None]
-        return Conditioning(torch.cat([clip, words], dim=1), (torch.cat(pooled, dim=-1),))
+        clip = side_by_side(self.clips, (first, second), length)
+        clip = functional.pad(clip, (0, words.embeds.shape[-1] - clip.shape[-1]))
+        pooled = [prompt.pooled for prompt in (first, second) if prompt.pooled is not None]
+        return Conditioning(torch.cat([clip, words.embeds], dim=1), (torch.cat(pooled, dim=-1),))
 
     def _no_words(self, text: str) -> EncodedPrompt:
         transformer = self.transformer

@@ -104,6 +104,14 @@ class StableDiffusionXL:
     def prepare(self, request: GenerationRequest) -> Future[Any] | None:
         return self.adapters.prepare(request.loras)
 
+    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
+        encoded = [
+            prompt for both in self._read(request, self.adapters.load(request.loras)) for prompt in both
+        ]
+        if request.enable_refiner and self.refiner is not None:
+            encoded += self.refiner.read_prompts(request)
+        return encoded
+
     def start(self, request: GenerationRequest, index: int) -> Trajectory:
         loras = self.adapters.load(request.loras)
         width, height = size = self.drawn_size(request.width, request.height)
@@ -167,11 +175,11 @@ class StableDiffusionXL:
         time_ids = torch.tensor(
             [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=device_of(self.unet)
         )
-        positive = self._encode(request.prompt, request.prompt_2, loras)
+        positive, *negatives = self._read(request, loras)
         tokens = positive[0].tokens
-        if request.guidance_scale <= 1:
+        if not negatives:
             return self._conditioning(positive, longest(positive), time_ids), None, tokens
-        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
+        (negative,) = negatives
         length = longest([*positive, *negative])
         unwanted = self._conditioning(negative, length, time_ids)
         asked = request.negative_prompt or request.negative_prompt_2
@@ -179,6 +187,13 @@ class StableDiffusionXL:
             embeds, pooled = (torch.zeros_like(tensor) for tensor in unwanted.tensors[:2])
             unwanted = Conditioning(embeds, (pooled, time_ids))
         return self._conditioning(positive, length, time_ids), unwanted, tokens
+
+    def _read(self, request: GenerationRequest, loras: Loras) -> list[tuple[EncodedPrompt, EncodedPrompt]]:
+        """What both encoders say of the prompt and, with guidance, of the negative one."""
+        texts = [(request.prompt, request.prompt_2)]
+        if request.guidance_scale > 1:
+            texts.append((request.negative_prompt or "", request.negative_prompt_2))
+        return [self._encode(text, text_2, loras) for text, text_2 in texts]
 
     def _encode(self, text: str, text_2: str | None, loras: Loras) -> tuple[EncodedPrompt, EncodedPrompt]:
         first, second = self.encoders

@@ -17,7 +17,7 @@ from hypergen.bench.figures import Figures, Run
 from hypergen.bench.goals import PLANS, goals, plan_for, unanswered
 from hypergen.bench.on_device import Trace, measure
 from hypergen.bench.published import DRAWN, PUBLISHED
-from hypergen.bench.timeline import DECODING, FILE, PASS, TEXT, Share, Span, shares
+from hypergen.bench.timeline import BEGINNING, DECODING, FILE, PASS, TEXT, Share, Span, shares
 from hypergen.bench.traces import contest
 from hypergen.bench.work import Work, family_of, operations_of
 from hypergen.config import EngineSettings
@@ -108,15 +108,23 @@ def test_each_kind_of_model_is_measured_to_the_end(tmp_path: Path, name: str, tr
     assert [run["policy"] for run in written["runs"]] == ["sequential", "step"]
     assert {run["model"] for run in written["runs"]} == {f"{name} {trace_side}x{trace_side}"}
 
-    assert [stage["stage"] for stage in written["stages"]] == [TEXT, PASS, DECODING, FILE]
+    assert [stage["stage"] for stage in written["stages"]] == [TEXT, BEGINNING, PASS, DECODING, FILE]
     assert all(stage["seconds"] > 0 for stage in written["stages"])
     assert written["stages"][-1]["holding_up"] == 0  # files are written in threads of their own
     trace = json.loads((tmp_path / f"{name}-timeline.json").read_text())
     labels = {event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"}
-    assert {TEXT, PASS, DECODING} <= labels
+    assert {TEXT, BEGINNING, PASS, DECODING} <= labels
     assert len({event.get("tid") for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}) >= 2
     assert (tmp_path / f"{name}-timeline.png").stat().st_size > 5_000
     assert (tmp_path / f"{name}-{trace_side}x{trace_side}-mixed.png").stat().st_size > 5_000
+
+
+def test_texts_in_a_thread_of_their_own_hold_up_no_pass(tmp_path: Path) -> None:
+    written = _measure(tmp_path, "tiny-flux", "text_thread", trace_side=64)
+    assert written["served_by"] == OURS + "text_thread"
+    held = {stage["stage"]: stage["holding_up"] for stage in written["stages"]}
+    assert held[TEXT] == 0
+    assert BEGINNING in held
 
 
 def test_what_does_not_fit_into_the_time_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Reading: prompts of requests that are yet to come in, encoded beside the steps of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from hypergen.generation import GenerationRequest
+from hypergen.models.family import Family
+from hypergen.models.prompts import EncodedPrompt
+
+
+class PromptReader:
+    """Encodes prompts in a thread of its own, one after another; on CUDA on a stream of its own.
+
+    The bits are those of the engine's thread: each text is still encoded alone, by the same kernels.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        # As many threads of torch's as the engine has, because kernels may choose by their number.
+        self._thread = ThreadPoolExecutor(
+            1, "prompts", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        )
+        device = next(family.denoiser.parameters()).device
+        self._engine_stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def prepare(self, request: GenerationRequest) -> Future[Sequence[EncodedPrompt]]:
+        """What `Family.prepare` reads of files, then the prompts. May be called from any thread."""
+        read: Future[Sequence[EncodedPrompt]] = Future()
+        files = self._family.prepare(request)
+        if files is None:
+            self._thread.submit(self._read, request, None, read)
+        else:  # not waited for in the thread: others' prompts go first meanwhile
+            files.add_done_callback(lambda files: self._thread.submit(self._read, request, files, read))
+        return read
+
+    def shutdown(self) -> None:
+        self._thread.shutdown()
+
+    @torch.inference_mode()
+    def _read(
+        self,
+        request: GenerationRequest,
+        files: Future[Any] | None,
+        read: Future[Sequence[EncodedPrompt]],
+    ) -> None:
+        try:
+            if files is not None:
+                files.result()  # raises what was wrong
+            read.set_result(self._encode(request))
+        except Exception as error:  # the edge of this thread: the engine reports it
+            read.set_exception(error)
+
+    def _encode(self, request: GenerationRequest) -> Sequence[EncodedPrompt]:
+        if self._stream is None or self._engine_stream is None:
+            return self._family.read_prompts(request)
+        with torch.cuda.stream(self._stream):
+            if request.loras:  # whose weights went to the device on the engine's stream
+                self._stream.wait_stream(self._engine_stream)
+            encoded = self._family.read_prompts(request)
+            for tensor in (t for prompt in encoded for t in (prompt.embeds, prompt.pooled) if t is not None):
+                # Else their memory could be given away while a pass that reads them is under way.
+                tensor.record_stream(self._engine_stream)
+        self._stream.synchronize()
+        return encoded
