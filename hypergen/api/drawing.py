@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,6 +20,7 @@ from hypergen.api.forms import is_form, read_form
 from hypergen.api.limits import read_json_object
 from hypergen.api.operations import Operation
 from hypergen.api.streaming import in_frames
+from hypergen.api.writing import in_slices, write
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, InvalidRequestError, RequestError, UnavailableError
 from hypergen.generation import (
@@ -96,7 +97,7 @@ async def answer(
         urls = None
     else:
         urls = await asyncio.to_thread(store, storage, asked.generation, images, base)
-    pieces = await asyncio.to_thread(operation.to_response, asked, images, urls, int(time.time()))
+    pieces = await write(operation.to_response, asked, images, urls, int(time.time()))
     response = in_pieces(pieces)
     response.headers["openai-processing-ms"] = str(max(1, round((time.monotonic() - started) * 1000)))
     shared = ",".join(str(image.shared_forwards) for image in images)
@@ -107,8 +108,8 @@ async def answer(
 
 
 def in_pieces(pieces: list[bytes]) -> StreamingResponse:
-    """A JSON answer that is sent piece by piece."""
-    response = StreamingResponse(_one_by_one(pieces), media_type="application/json")
+    """A JSON answer that is sent in slices."""
+    response = StreamingResponse(in_slices(pieces), media_type="application/json")
     response.headers["content-length"] = str(sum(len(piece) for piece in pieces))
     return response
 
@@ -224,12 +225,6 @@ def url_base(request: Request, settings: Settings) -> str:
     if not _HOST.fullmatch(host):
         raise InvalidRequestError("The Host header names no host.", code="invalid_host")
     return f"{request.scope['scheme']}://{host}"
-
-
-async def _one_by_one(pieces: Iterable[bytes]) -> AsyncGenerator[bytes, None]:
-    """Let the server wait for the client after each piece: handing over 40 MB at once blocks the loop."""
-    for piece in pieces:
-        yield piece
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -16,6 +15,7 @@ from hypergen.api.errors import json_response, to_json
 from hypergen.api.forms import is_form
 from hypergen.api.jobs import Jobs
 from hypergen.api.operations import Operation
+from hypergen.api.writing import write
 from hypergen.config import Settings
 from hypergen.generation import ImageGenerator
 
@@ -47,7 +47,7 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         if job.state != "succeeded":
             return json_response(told)
         base = url_base(request, settings) + FILES_PREFIX
-        result = await asyncio.to_thread(jobs.result, job, lambda name: base + name)
+        result = await write(jobs.result, job, base)
         return in_pieces([to_json(told)[:-1] + b',"result":', *result, b"}"])
 
     @router.delete(PATH + "/{job_id}", openapi_extra=openapi.job("Cancel a job", "cancelImageJob"))

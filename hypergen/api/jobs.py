@@ -11,7 +11,6 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -159,12 +158,12 @@ class Jobs:
             told["error"] = {**error, "status": status}
         return told
 
-    def result(self, job: Job, addresses: Callable[[str], str]) -> list[bytes]:
+    def result(self, job: Job, base: str) -> list[bytes]:
         """The answer that the request would have had, as JSON in pieces; reads files, so it belongs into a
         thread.
 
         Args:
-            addresses: the `url` of a stored picture's name.
+            base: what comes before a stored picture's name in its `url`.
 
         Raises:
             NotFoundError: the pictures' time is over, or newer ones took their room.
@@ -175,10 +174,8 @@ class Jobs:
             if stored is None:
                 raise NotFoundError("The pictures of this job are gone; their time is over.")
             images.append(replace(image, data=stored.path.read_bytes()))
-        if job.asked.response_format == "b64_json":
-            urls = None
-        else:
-            urls = [addresses(name) for _, name in job.pictures]
+        in_base64 = job.asked.response_format == "b64_json"
+        urls = None if in_base64 else [base + name for _, name in job.pictures]
         return job.operation.to_response(job.asked, images, urls, job.created)
 
     async def _run(self, job: Job) -> None:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hypergen.api.drawing import CLIENT_GONE, ClientGoneError, check, draw, loaded
 from hypergen.api.errors import envelope, status_of
 from hypergen.api.operations import GENERATIONS
+from hypergen.api.writing import write
 from hypergen.config import Settings
 from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
 from hypergen.generation import ImageFinished, ImageGenerator
@@ -114,7 +115,7 @@ async def draw_item(generator: ImageGenerator, settings: Settings, item: NativeI
             logger.exception("An item of the native API failed.")
             error = GenerationError("The server failed on this item; its log says why.")
         return _failed(error)
-    return NativeResult(images=await asyncio.to_thread(_with_base64, images))
+    return NativeResult(images=await write(_with_base64, images))
 
 
 def _with_base64(images: list[ImageFinished]) -> list[NativeImage]:

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from hypergen.api.errors import envelope, status_of, to_json
+from hypergen.api.writing import in_slices, write
 from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
 from hypergen.generation import Event, ImageFinished, Preview
 
@@ -60,7 +61,7 @@ async def _frames(
         while event is not None:
             again = isinstance(event, Preview) and (event.index, event.number) in sent
             if isinstance(event, Preview | ImageFinished) and not again:
-                for piece in await asyncio.to_thread(to_frame, event):
+                async for piece in in_slices(await write(to_frame, event)):
                     yield piece
             if isinstance(event, Preview):
                 sent.add((event.index, event.number))
