@@ -58,7 +58,7 @@ def test_whole_batches_hold_jobs_of_equal_settings(small: Contest) -> None:
 
 
 def test_the_order_of_the_policies_rotates_and_all_loads_are_measured(small: Contest) -> None:
-    runs = list(measure(small, ["static", "step"], [1.5, 3.0], seeds=2, jobs=4, guidance="one"))
+    runs = list(measure(small, ["static", "step"], [1.5, 3.0], seeds=2, jobs=2, guidance="one"))
     assert [(run.seed, run.policy, run.load) for run in runs] == [
         *((0, policy, load) for policy in ("static", "step") for load in (1.5, 3.0)),
         *((1, policy, load) for policy in ("step", "static") for load in (1.5, 3.0)),
