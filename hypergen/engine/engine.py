@@ -229,8 +229,8 @@ class Engine:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         request = arrival.request
         prepared = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
-        # Held, so that all images of the request find them, however little the cache keeps.
-        _held = self.family.read_prompts(request) if self._reader is None else prepared
+        # Held, so that all images of the request find them, however little the caches keep.
+        _held = prepared, None if self._reader else self.family.read_prompts(request)
         trajectories = [self.family.start(request, index) for index in range(request.n)]
         for stage in trajectories[0].stages():
             yield from self.shapes.learn(stage)

@@ -29,9 +29,11 @@ class PromptReader:
         self._engine_stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def prepare(self, request: GenerationRequest) -> Future[Sequence[EncodedPrompt]]:
-        """What `Family.prepare` reads of files, then the prompts. May be called from any thread."""
-        read: Future[Sequence[EncodedPrompt]] = Future()
+    def prepare(self, request: GenerationRequest) -> Future[Any]:
+        """What `Family.prepare` reads of files, then the prompts; both stay while the result is kept. May
+        be called from any thread.
+        """
+        read: Future[Any] = Future()
         files = self._family.prepare(request)
         if files is None:
             self._thread.submit(self._read, request, None, read)
@@ -43,16 +45,10 @@ class PromptReader:
         self._thread.shutdown()
 
     @torch.inference_mode()
-    def _read(
-        self,
-        request: GenerationRequest,
-        files: Future[Any] | None,
-        read: Future[Sequence[EncodedPrompt]],
-    ) -> None:
+    def _read(self, request: GenerationRequest, files: Future[Any] | None, read: Future[Any]) -> None:
         try:
-            if files is not None:
-                files.result()  # raises what was wrong
-            read.set_result(self._encode(request))
+            prepared = None if files is None else files.result()  # raises what was wrong
+            read.set_result((prepared, self._encode(request)))
         except Exception as error:  # the edge of this thread: the engine reports it
             read.set_exception(error)
 

@@ -51,12 +51,12 @@ def loras(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
 
 @pytest.fixture
 def load(sd_folder: Path, loras: Path, tmp_path: Path) -> Callable[[str], Any]:
-    """A family of a kind that remembers no prompt longer than it is needed."""
+    """A family of a kind that remembers no prompt and no LoRA longer than it is needed."""
 
     def load(kind: str) -> Any:
         changes: dict[str, Any] = {"prompt_cache_mb": 0}
         if kind == "sd":
-            return loading.load(sd_folder, make_settings(lora_dir=[str(loras)], **changes))
+            return loading.load(sd_folder, make_settings(lora_dir=[str(loras)], lora_cache_mb=0, **changes))
         if kind == "sdxl":
             base = save_sdxl(tmp_path / "base")
             changes["refiner"] = str(save_refiner(tmp_path / "refiner", base))
