@@ -14,10 +14,16 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 import hypergen
 from tests.live import LiveServer, start_server
+
+# A hint that it gives at this import would be printed after pytest's summary.
+transformers_logging.set_verbosity_error()
 from tests.small_models import save_sd
+
+transformers_logging.set_verbosity_warning()
 
 
 @pytest.fixture(scope="session")
