@@ -22,7 +22,8 @@ def advance_all(
     Args:
         pairs: predictions of shape (1, C, h, w) of one model, guidance already applied.
         vectorised: images with Euler's sampler take one set of operations instead of one each, which saves a
-            GPU some ten launches for each image. The bits are those of diffusers, however many there are.
+            GPU some ten launches for each image. The bits do not depend on how many there are; on a CPU they
+            are those of diffusers, and rounded for a GPU as its kernels are known to round.
     """
     steps = [_euler_of(trajectory) if vectorised else None for trajectory, _ in pairs]
     alike = [pair for pair, step in zip(pairs, steps, strict=True) if step is not None]
