@@ -27,6 +27,8 @@ from hypergen.models.whole import WholePipeline
 logger = logging.getLogger(__name__)
 
 _READ_BY_CLIP = ("sd", "sdxl", "sd3")
+# Settings of the engine that a pipeline which is drawn whole has no use for.
+_STEP_BY_STEP = ("compile", "channels_last", "attention", "decode_stream", "text_thread")
 
 
 def load(path: Path, settings: EngineSettings) -> Family:
@@ -68,6 +70,11 @@ def load_any(
     if family is None:
         if settings.controlnet:
             raise ModelError("Control models steer models with a UNet; this one is drawn whole.")
+        for name in _STEP_BY_STEP:
+            if getattr(settings, name) != EngineSettings.model_fields[name].default:
+                raise ModelError(
+                    f"The setting {name} goes with models drawn step by step, not with this one."
+                )
         return WholePipeline(pipeline, card)
     loaded: Family = family(pipeline, card, settings)
     unet = getattr(pipeline, "unet", None)  # not the denoiser, which may have a refiner in it

@@ -148,3 +148,19 @@ def test_a_pipeline_that_wants_more_than_a_prompt_is_refused(folder: Path) -> No
     pipeline.__class__ = Wanting
     with pytest.raises(ModelError, match="also wants image"):
         WholePipeline(pipeline, {})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compile": "on"},
+        {"channels_last": True},
+        {"attention": "math"},
+        {"decode_stream": True},
+        {"text_thread": True},
+    ],
+    ids=str,
+)
+def test_settings_of_the_step_by_step_engine_are_refused(folder: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=f"The setting {next(iter(settings))} goes with models drawn step"):
+        loading.load_any(folder, make_settings(**settings))
