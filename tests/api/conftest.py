@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.api.promptness import Probe
 from tests.api.wire import GENERATIONS, QUICK, client_of
 from tests.live import LiveServer, start_server
 
@@ -36,7 +37,7 @@ class TightServer:
     health_while_loading: httpx.Response
     refusal_while_loading: httpx.Response
     models_while_loading: httpx.Response
-    health_seconds_while_loading: list[float]
+    probe_while_loading: Probe
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +58,8 @@ def tight(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator
         health = client.get("/health")
         refusal = client.post(GENERATIONS, json=QUICK)
         models = client.get("/v1/models")
-        seconds: list[float] = []
+        probe = Probe()
         until = time.monotonic() + 60
-        status = ""
-        while status != "healthy" and time.monotonic() < until:
-            started = time.perf_counter()
-            status = client.get("/health").json()["status"]
-            seconds.append(time.perf_counter() - started)
-            time.sleep(0.01)
-        yield TightServer(server, client, health, refusal, models, seconds)
+        while probe.look(client)["status"] != "healthy" and time.monotonic() < until:
+            pass
+        yield TightServer(server, client, health, refusal, models, probe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,22 +11,9 @@ import pytest
 
 from tests.api.conftest import TightServer
 from tests.api.files import as_data_url, as_file, gradient
+from tests.api.promptness import Probe
 from tests.api.wire import GENERATIONS, QUICK, SLOW, assert_error, client_of, draw
 from tests.live import LiveServer
-
-# The promise of /health, in seconds: 99 of 100 answers within this, also while pictures are drawn and while
-# the model loads. A quiet machine needs a few milliseconds.
-PROMISED_P99_S = 0.1
-
-
-def p99(seconds: list[float]) -> float:
-    return sorted(seconds)[int(len(seconds) * 0.99)]
-
-
-def assert_prompt(seconds: list[float]) -> None:
-    if p99(seconds) >= PROMISED_P99_S and os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
-        pytest.skip(f"this machine is too busy to measure; the 99th percentile was {p99(seconds):.3f} s")
-    assert p99(seconds) < PROMISED_P99_S
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
@@ -84,23 +70,20 @@ def test_pictures_beyond_the_memory_for_them_are_refused(tight: TightServer) -> 
 
 
 def test_health_answers_at_once_while_pictures_are_drawn(server: LiveServer, client: httpx.Client) -> None:
-    seconds: list[float] = []
+    probe = Probe()
     queue_sizes: set[int] = set()
     with ThreadPoolExecutor(8) as pool:
         drawing = [
             pool.submit(client.post, GENERATIONS, json={**QUICK, "num_inference_steps": 60}) for _ in range(8)
         ]
-        with httpx.Client(base_url=server.url) as probe:
-            while len(seconds) < 200 or not all(each.done() for each in drawing):
-                started = time.perf_counter()
-                queue_sizes.add(probe.get("/health").json()["queue_size"])
-                seconds.append(time.perf_counter() - started)
-                time.sleep(0.002)
+        with httpx.Client(base_url=server.url) as looking:
+            while len(probe.answers_s) < 200 or not all(each.done() for each in drawing):
+                queue_sizes.add(probe.look(looking)["queue_size"])
     assert {each.result().status_code for each in drawing} == {200}
     assert max(queue_sizes) == 8
-    assert_prompt(seconds)
+    probe.assert_prompt()
 
 
 def test_health_answers_at_once_while_the_model_loads(tight: TightServer) -> None:
-    assert len(tight.health_seconds_while_loading) > 20
-    assert_prompt(tight.health_seconds_while_loading)
+    assert len(tight.probe_while_loading.answers_s) > 20
+    tight.probe_while_loading.assert_prompt()
