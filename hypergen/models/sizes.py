@@ -15,13 +15,14 @@ def size_to_draw(
 ) -> tuple[int, int]:
     """The size at which a model draws what was asked for, of sides that are multiples.
 
-    Above `max_native_area` pixels it is the nearest native size; where both sides are below
-    `min_native_side`, twice the asked size.
+    Above `max_native_area` pixels it is the nearest native size; where a side is below `min_native_side`,
+    twice the asked size if that is within the native area.
     """
     if max_native_area is not None and width * height > max_native_area:
         return nearest_native_size(width, height, max_native_area, multiple)
     width, height = round_up(width, multiple), round_up(height, multiple)
-    if min_native_side is not None and max(width, height) < min_native_side:
+    is_small = min_native_side is not None and min(width, height) < min_native_side
+    if is_small and (max_native_area is None or 4 * width * height <= max_native_area):
         return 2 * width, 2 * height
     return width, height
 
