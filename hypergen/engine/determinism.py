@@ -138,6 +138,10 @@ class DeterminismRule:
 
 
 def synchronize(output: Tensor) -> None:
-    """Wait until the device is done, else a clock would tell how fast kernels are queued."""
-    if output.device.type != "cpu":
+    """Wait until this thread's work is done, else a clock would tell how fast kernels are queued; what other
+    streams decode and read goes on.
+    """
+    if output.is_cuda:
+        torch.cuda.current_stream(output.device).synchronize()
+    elif output.device.type != "cpu":
         torch.accelerator.synchronize(output.device)
