@@ -17,18 +17,22 @@ from hypergen.served_models import ServedModel
 class Loader:
     """Loads models and draws once with each.
 
+    Args:
+        alone: see `loading.load_any`.
+
     Attributes:
         seconds: stage -> what it took, over all models so far.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, *, alone: bool) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._report = report
+        self._alone = alone
 
     def __call__(self, model: ServedModel) -> Loaded:
         """Raises ModelError when the model cannot be loaded, GenerationError when it does not draw."""
         started = time.monotonic()
-        loaded = loading.load_any(model.path, model.settings, model.defaults)
+        loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
         size_bytes = loading.weight_bytes(loaded)
         description = loaded.describe(model.id)
         self.seconds["weights"] += time.monotonic() - started

@@ -102,8 +102,9 @@ def _make_roster(start: wire.Start, outbox: queue.SimpleQueue[Any]) -> tuple[Ros
 
     settings = start.models[0].settings
     report = _reporter(outbox)
-    loader = Loader(report)
-    if len(start.models) == 1:  # nothing could be moved out for it
+    alone = len(start.models) == 1
+    loader = Loader(report, alone=alone)
+    if alone:  # nothing could be moved out for it
         return Roster([(start.models[0], 0)], None, loader, report), loader
     limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
     if limit_bytes is None and loading.choose_device(settings).type == "cuda":

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,15 @@ logger = logging.getLogger(__name__)
 
 _READ_BY_CLIP = ("sd", "sdxl", "sd3")
 # Settings of the engine that a pipeline which is drawn whole has no use for.
-_STEP_BY_STEP = ("compile", "channels_last", "attention", "decode_stream", "text_thread")
+_STEP_BY_STEP = (
+    "compile",
+    "channels_last",
+    "attention",
+    "decode_stream",
+    "text_thread",
+    "vectorised_steps",
+)
+_WITH_LORAS = ("sd", "sdxl", "flux")
 
 
 def load(path: Path, settings: EngineSettings) -> Family:
@@ -44,12 +52,14 @@ def load(path: Path, settings: EngineSettings) -> Family:
 
 
 def load_any(
-    path: Path, settings: EngineSettings, defaults: Mapping[str, Any] | None = None
+    path: Path, settings: EngineSettings, defaults: Mapping[str, Any] | None = None, *, alone: bool = True
 ) -> Family | WholePipeline:
     """Load the model in `path` onto the device that the settings name, or the best there is.
 
     Args:
         defaults: what requests get that do not say, in place of the model's own.
+        alone: no other model is served that settings could be meant for, so that those which this one has no
+            use for are refused.
 
     Raises:
         ModelError: the folder is of no pipeline that can be served, or its files do not fit together.
@@ -61,6 +71,12 @@ def load_any(
         raise ModelError(
             "Prompt weighting goes with Stable Diffusion, SDXL and SD 3, whose words CLIP reads."
         )
+    if family is None and settings.controlnet:
+        raise ModelError("Control models steer models with a UNet; this one is drawn whole.")
+    for message in _unused(family.name if family else None, settings):
+        if alone:
+            raise ModelError(message)
+        logger.warning("%s: %s", path.name, message)
     card = _read_card(path)
     card["defaults"] = {**card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
@@ -68,18 +84,21 @@ def load_any(
     dtype = choose_dtype(settings, device, card, half_dtype)
     pipeline = place(load_pipeline(pipeline_class, path, dtype), settings, device)
     if family is None:
-        if settings.controlnet:
-            raise ModelError("Control models steer models with a UNet; this one is drawn whole.")
-        for name in _STEP_BY_STEP:
-            if getattr(settings, name) != EngineSettings.model_fields[name].default:
-                raise ModelError(
-                    f"The setting {name} goes with models drawn step by step, not with this one."
-                )
         return WholePipeline(pipeline, card)
     loaded: Family = family(pipeline, card, settings)
     unet = getattr(pipeline, "unet", None)  # not the denoiser, which may have a refiner in it
     loaded.control_models = controlnet.load(settings.controlnet, unet, dtype)
     return loaded
+
+
+def _unused(family: str | None, settings: EngineSettings) -> Iterator[str]:
+    """What to say of settings that a model of this family has no use for; None: it is drawn whole."""
+    uses = dict.fromkeys(() if family else _STEP_BY_STEP, "models drawn step by step")
+    if family not in _WITH_LORAS:
+        uses |= dict.fromkeys(("lora", "lora_dir"), "Stable Diffusion, SDXL and FLUX")
+    for name, use in uses.items():
+        if getattr(settings, name) != EngineSettings.model_fields[name].get_default():
+            yield f"The setting {name} goes with {use}, not with this model."
 
 
 def expected_bytes(path: Path, settings: EngineSettings) -> int:

@@ -35,7 +35,7 @@ class _Drawn:
         limit = None if room is None else room * expected[0][1]
         if not known_bytes:
             expected = [(model, 0) for model in models]
-        self.roster = Roster(expected, limit, Loader(self._report), self._report)
+        self.roster = Roster(expected, limit, Loader(self._report, alone=len(models) == 1), self._report)
         self.descriptions = self.roster.load_all()
 
     def run(self, *requests: GenerationRequest) -> None:
