@@ -77,7 +77,7 @@ def goals(
         yield Gate(what + "throughput", ratios.throughput, TRACE_THROUGHPUT)
         yield Gate(what + "p95 of short jobs", ratios.short_p95_s, TRACE_SHORT_P95)
     if held := [share.holding_up for share in stages if share.stage != PASS]:
-        what = f"{name}: share of the time in which text encoding, decoding and files hold up passes"
+        what = f"{name}: share of the time in which all that is not a pass holds up passes"
         yield Gate(what, sum(held), HOLDING_UP, at_most=True)
 
 
@@ -88,5 +88,5 @@ def unanswered(name: str, gates: Sequence[Gate]) -> list[str]:
     first = (
         "a lone picture" if name in LONE_S else f"pictures a second in passes of at least {CROWD_ROWS} rows"
     )
-    parts = (first, "throughput", "p95 of short jobs", "hold up passes")
+    parts = (first, "throughput", "p95 of short jobs", "holds up passes")
     return [part for part in parts if not any(part.split(" of at least")[0] in gate.what for gate in gates)]

@@ -78,7 +78,7 @@ class Engine:
         self._clock = clock
         self._report = report
         self._reader = PromptReader(family) if settings.text_thread else None
-        self._inbox = Inbox(family.prepare if self._reader is None else self._reader.prepare)
+        self._inbox = Inbox(family.prepare if self._reader is None else self._reader.prepare, clock)
         self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
         self._running: dict[str, _Running] = {}
         self._active: list[Trajectory] = []
@@ -148,23 +148,32 @@ class Engine:
     @property
     def resting(self) -> bool:
         """Whether no request is here; a probe of larger passes may still be under way."""
-        return not (self._joining or self._active or self._denoised) and self._inbox.empty()
+        return not self._busy and self._inbox.empty()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._joining or self._active or self._denoised)
 
     @torch.inference_mode()
-    def turn(self, wait: bool = True) -> None:
-        """Take requests in and out, advance one batch by one step, finish images.
+    def turn(self, wait: bool = True) -> bool:
+        """Take requests in and out, advance one batch by one step, finish images; False: nothing was to do.
 
         Args:
-            wait: for the inbox, when idle.
+            wait: for the inbox, while nothing else is to do.
         """
-        self._read_inbox(wait=wait and self.idle)
+        self._read_inbox(wait)
         self.last_step_at = self._clock()
+        moved = self._busy
         self._in_a_moment(lambda: self._joining, self._admit)
         self.step()
         self._in_a_moment(lambda: self._denoised, self._finish)
-        if not self._joining and (shape := self.shapes.unfinished(self._active)):
+        # A request whose prompts are being read would wait for the end of an idle pass.
+        may_probe = not self._joining and bool(self._active or self._inbox.empty())
+        if may_probe and (shape := self.shapes.unfinished(self._active)):
             self._stamp()
             self.shapes.probe_on(shape)
+            moved = True
+        return moved
 
     def _stamp(self) -> None:
         """Say that the engine moves; a new size of a compiled model may then take minutes and is no stall."""
@@ -205,12 +214,11 @@ class Engine:
             self._report(request_id, Progress(running.steps_done, running.steps_due))
 
     def _read_inbox(self, wait: bool) -> None:
-        busy = bool(self._joining or self._active or self._denoised)
-        for message in self._inbox.read(idle=wait, busy=busy):
+        for message in self._inbox.read(idle=wait and self.idle, busy=self._busy or not wait):
             if message is None:
                 self._stopping = True
             elif isinstance(message, Arrival):
-                self._joining.append((message.request, self._join(message, self._clock())))
+                self._joining.append((message.request, self._join(message)))
             else:
                 self._drop(message)
 
@@ -225,7 +233,7 @@ class Engine:
         except Exception as error:  # the edge where one request's trouble must not become everyone's
             self._fail(request.id, as_request_error(error, request))
 
-    def _join(self, arrival: Arrival, arrived_at: float) -> Generator[None]:
+    def _join(self, arrival: Arrival) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         request = arrival.request
         prepared = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
@@ -235,7 +243,7 @@ class Engine:
         for stage in trajectories[0].stages():
             yield from self.shapes.learn(stage)
         for trajectory in trajectories:
-            trajectory.arrived_at = arrived_at
+            trajectory.arrived_at = arrival.sent_at
             trajectory.lone = any(self.shapes.must_run_alone(stage) for stage in trajectory.stages())
         steps_due = sum(trajectory.remaining_steps for trajectory in trajectories)
         self._running[request.id] = _Running(request, request.n, steps_due=steps_due)

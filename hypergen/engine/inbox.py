@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,10 +15,16 @@ from hypergen.generation import GenerationRequest
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, and what was read for it, to be kept until it has joined."""
+    """A request that can join.
+
+    Attributes:
+        prepared: what was read for it, to be kept until it has joined.
+        sent_at: by the engine's clock, before that was read.
+    """
 
     request: GenerationRequest
     prepared: Future[Any] | None
+    sent_at: float
 
 
 _IDLE_WAIT_S = 1.0
@@ -31,32 +38,41 @@ class Inbox:
 
     Args:
         prepare: begins to read what a request needs; None where there is nothing to read.
+        clock: when a request was submitted.
     """
 
-    def __init__(self, prepare: Callable[[GenerationRequest], Future[Any] | None]) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[GenerationRequest], Future[Any] | None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._prepare = prepare
+        self._clock = clock
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._preparing: set[str] = set()
+        self._preparing: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
 
     def submit(self, request: GenerationRequest) -> None:
+        sent_at = self._clock()
         prepared = self._prepare(request)
         if prepared is None:
-            self._messages.put(Arrival(request, None))
+            self._messages.put(Arrival(request, None, sent_at))
             return
         with self._lock:
-            self._preparing.add(request.id)
-        prepared.add_done_callback(lambda prepared: self._arrive(Arrival(request, prepared)))
+            self._preparing[request.id] = prepared
+        prepared.add_done_callback(lambda prepared: self._arrive(Arrival(request, prepared, sent_at)))
 
     def _arrive(self, arrival: Arrival) -> None:
         with self._lock:
             if arrival.request.id in self._preparing:  # else it was cancelled meanwhile
                 self._messages.put(arrival)
-                self._preparing.remove(arrival.request.id)
+                del self._preparing[arrival.request.id]
 
     def cancel(self, request_id: str) -> None:
         with self._lock:
-            self._preparing.discard(request_id)
+            prepared = self._preparing.pop(request_id, None)
+        if prepared is not None:  # outside the lock: those who wait for it are called here
+            prepared.cancel()
         self._messages.put(request_id)
 
     def stop(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,6 +14,12 @@ from hypergen.generation import GenerationRequest
 from hypergen.models.family import Family
 from hypergen.models.prompts import EncodedPrompt
 
+logger = logging.getLogger(__name__)
+
+# Held while a prompt is read and while a model is loaded: loading libraries set torch's default dtype, and do
+# so for all threads.
+quiet = threading.Lock()
+
 
 class PromptReader:
     """Encodes prompts in a thread of its own, one after another; on CUDA on a stream of its own.
@@ -21,6 +29,7 @@ class PromptReader:
 
     def __init__(self, family: Family) -> None:
         self._family = family
+        self._closed = False
         # As many threads of torch's as the engine has, because kernels may choose by their number.
         self._thread = ThreadPoolExecutor(
             1, "prompts", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
@@ -38,19 +47,34 @@ class PromptReader:
         if files is None:
             self._thread.submit(self._read, request, None, read)
         else:  # not waited for in the thread: others' prompts go first meanwhile
-            files.add_done_callback(lambda files: self._thread.submit(self._read, request, files, read))
+            files.add_done_callback(lambda files: self._read_with(request, files, read))
         return read
 
     def shutdown(self) -> None:
-        self._thread.shutdown()
+        """Wait for the prompt that is being read; those behind it were cancelled."""
+        self._closed = True
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read_with(self, request: GenerationRequest, files: Future[Any], read: Future[Any]) -> None:
+        if not self._closed:  # else it was cancelled while its files were read
+            self._thread.submit(self._read, request, files, read)
 
     @torch.inference_mode()
     def _read(self, request: GenerationRequest, files: Future[Any] | None, read: Future[Any]) -> None:
+        if not read.set_running_or_notify_cancel():
+            return
+        prepared = encoded = None
         try:
-            prepared = None if files is None else files.result()  # raises what was wrong
-            read.set_result((prepared, self._encode(request)))
+            if files is not None:
+                prepared = files.result()  # raises what was wrong
+            with quiet:
+                encoded = self._encode(request)
+        except torch.OutOfMemoryError:
+            logger.warning("A prompt had no room beside a pass; it is read between two.")
         except Exception as error:  # the edge of this thread: the engine reports it
             read.set_exception(error)
+            return
+        read.set_result((prepared, encoded))
 
     def _encode(self, request: GenerationRequest) -> Sequence[EncodedPrompt]:
         if self._stream is None or self._engine_stream is None:

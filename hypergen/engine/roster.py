@@ -23,6 +23,7 @@ import torch
 from hypergen.engine.failures import as_request_error
 from hypergen.engine.finishing import Report
 from hypergen.engine.inbox import Arrival, Inbox
+from hypergen.engine.reading import quiet
 from hypergen.errors import GenerationError, ModelError
 from hypergen.generation import EngineStatus, GenerationRequest, ModelDescription, Verdict
 from hypergen.served_models import ServedModel
@@ -41,7 +42,7 @@ class Drawer(Protocol):
     def resting(self) -> bool: ...
     def submit(self, request: GenerationRequest) -> None: ...
     def cancel(self, request_id: str) -> None: ...
-    def turn(self, wait: bool = True) -> None: ...
+    def turn(self, wait: bool = True) -> bool: ...
     def status(self) -> EngineStatus: ...
     def close(self) -> None: ...
 
@@ -104,10 +105,11 @@ class Roster:
         self._limit = math.inf if limit_bytes is None else limit_bytes
         self._load = load
         self._report = report
-        self._inbox = Inbox(lambda _: None)  # what a request needs is read by its model's own
+        self._inbox = Inbox()  # what a request needs is read by its model's own
         self._arrivals = itertools.count()
         self._turning: Drawer | None = None
         self._moved_at = time.monotonic()
+        self._moved = False
         self._stopping = False
         for seat in self._seats.values():
             self._refuse_if_too_large(seat.model, seat.expected_bytes)
@@ -179,6 +181,7 @@ class Roster:
         """Take requests in and out; then every model with work takes a step."""
         self._read_inbox(wait=self.idle)
         self._moved_at = time.monotonic()
+        self._moved = False
         self._deal()
         for seat in self._seats.values():
             if seat.loaded is None or seat.loaded.drawer.idle:
@@ -187,12 +190,13 @@ class Roster:
                 seat.used_at = time.monotonic()
             self._turning = seat.loaded.drawer
             try:
-                self._turning.turn(wait=False)
+                self._moved |= self._turning.turn(wait=False)
             finally:
                 self._moved_at, self._turning = time.monotonic(), None
 
     def _read_inbox(self, wait: bool) -> None:
-        for message in self._inbox.read(idle=wait, busy=not wait):
+        # Where no model moved, all that is here is read from files or being encoded.
+        for message in self._inbox.read(idle=wait, busy=self._moved):
             if message is None:
                 self._stopping = True
             elif isinstance(message, Arrival):
@@ -241,7 +245,8 @@ class Roster:
             return False
         self._moved_at = math.inf  # a large model takes minutes, which are no stall
         try:
-            seat.loaded = self._load(seat.model)
+            with quiet:
+                seat.loaded = self._load(seat.model)
         finally:
             self._moved_at = time.monotonic()
         seat.used_at = self._moved_at

@@ -38,7 +38,7 @@ class WholeEngine:
         self.last_step_at = time.monotonic()
         self.startup_s: dict[str, float] = {}
         self._report = report
-        self._inbox = Inbox(lambda _: None)
+        self._inbox = Inbox()
         self._waiting: deque[GenerationRequest] = deque()
         self._drawing: GenerationRequest | None = None
         self._stopping = False
@@ -91,16 +91,18 @@ class WholeEngine:
             self.turn()
 
     @torch.inference_mode()
-    def turn(self, wait: bool = True) -> None:
-        """Take requests in and out and draw one of them, all its images.
+    def turn(self, wait: bool = True) -> bool:
+        """Take requests in and out and draw one of them, all its images; False: nothing was to do.
 
         Args:
             wait: for the inbox, when idle.
         """
         self._read_inbox(wait=wait and self.idle)
         self._stamp(0)
-        if self._waiting:
-            self._serve(self._waiting.popleft())
+        if not self._waiting:
+            return False
+        self._serve(self._waiting.popleft())
+        return True
 
     def close(self) -> None:
         """Nothing is left open; the counterpart of `Engine.close`."""

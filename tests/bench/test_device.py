@@ -179,7 +179,7 @@ def test_goals_tell_what_is_met_and_by_which_way() -> None:
         (1.5, False),
         (pytest.approx(0.06), False),
     ]
-    assert ("throughput" in throughput, "short jobs" in short, "hold up" in held) == (True, True, True)
+    assert ("throughput" in throughput, "short jobs" in short, "holds up" in held) == (True, True, True)
     assert unanswered("sdxl", list(found.values())) == []
 
 

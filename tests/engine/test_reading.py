@@ -13,8 +13,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from hypergen.engine.acceleration import accelerate
+from hypergen.engine.reading import quiet
 from hypergen.errors import InvalidRequestError, ModelError, RequestError
-from hypergen.generation import Event, ImageFinished, Progress
+from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress
 from hypergen.models import loading
 from hypergen.models.fitting import place
 from tests.adapters.making import TEXT, save_lora
@@ -31,7 +33,8 @@ def _readers() -> Iterator[set[str]]:
 
     def note(module: nn.Module, _inputs: Any) -> None:
         if type(module).__name__ in _ENCODERS:
-            names.add(threading.current_thread().name)
+            names.add(name := threading.current_thread().name)
+            assert quiet.locked() == name.startswith("prompts")  # no model is loaded meanwhile
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
     try:
@@ -133,6 +136,76 @@ def test_a_request_that_leaves_while_its_prompt_is_read_does_not_come_back(
     go_on.set()
     engine.run()
     assert {request_id for request_id, _ in engine.events} == {stays.id}
+
+
+def test_prompts_of_requests_that_left_are_not_read(load: Callable[[str], Any]) -> None:
+    engine = InlineEngine(load("sd"), text_thread=True)
+    reader = engine.engine._reader
+    assert reader is not None
+    go_on = threading.Event()
+    reader._thread.submit(go_on.wait, 60)
+    left = [make_request(prompt=f"{number} cats") for number in range(5)]
+    stays = make_request(negative_prompt="a dog")
+    read = list[str]()
+    family: Any = engine.engine.family
+    read_prompts = family.read_prompts
+
+    def noted(request: GenerationRequest) -> Any:
+        read.append(request.id)
+        return read_prompts(request)
+
+    family.read_prompts = noted
+    for request in (*left, stays):
+        engine.submit(request)
+    for request in left:
+        engine.cancel(request)
+    go_on.set()
+    engine.run()
+    assert read == [stays.id]
+    assert engine.images.keys() == {stays.id}
+
+
+def test_an_engine_that_closes_does_not_wait_for_prompts_of_those_who_left(
+    load: Callable[[str], Any],
+) -> None:
+    engine = InlineEngine(load("sd"), text_thread=True)
+    reader = engine.engine._reader
+    assert reader is not None
+    reading, go_on = threading.Event(), threading.Event()
+    reader._thread.submit(lambda: (reading.set(), go_on.wait(60)))
+    assert reading.wait(60)
+    left = make_request(loras=(("style", 0.5),))
+    engine.submit(left)
+    engine.engine.cancel(left.id)
+    assert not engine.engine.turn(wait=False)
+    assert engine.engine.resting
+    go_on.set()
+    engine.engine.close()
+
+
+def test_a_prompt_without_room_beside_a_pass_is_read_between_two(load: Callable[[str], Any]) -> None:
+    """The device's answer is made up here: a CPU has no error of this kind."""
+    request = make_request()
+    engine = InlineEngine(family := load("sd"))
+    engine.run(request)
+
+    def refuse(_module: nn.Module, _inputs: Any) -> None:
+        if threading.current_thread().name.startswith("prompts"):
+            raise torch.OutOfMemoryError
+
+    beside = InlineEngine(family, text_thread=True)
+    hook = family.text_encoder.register_forward_pre_hook(refuse)
+    try:
+        beside.run(request)
+    finally:
+        hook.remove()
+    assert beside.data(request) == engine.data(request)
+
+
+def test_texts_are_not_read_beside_passes_whose_attention_is_chosen_for_the_process(sd_folder: Path) -> None:
+    settings = make_settings(attention="math", text_thread=True)
+    with pytest.raises(ModelError, match="attention and text_thread do not go together"):
+        accelerate(loading.load(sd_folder, settings), settings)
 
 
 def test_a_lora_that_cannot_be_read_fails_its_request_alone(load: Callable[[str], Any]) -> None:

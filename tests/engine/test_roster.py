@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from hypergen.engine.loader import Loader
-from hypergen.engine.roster import Roster
+from hypergen.engine.reading import quiet
+from hypergen.engine.roster import Loaded, Roster
 from hypergen.errors import GenerationError, ModelError, RequestError
 from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress
 from hypergen.models import loading
@@ -35,8 +36,14 @@ class _Drawn:
         limit = None if room is None else room * expected[0][1]
         if not known_bytes:
             expected = [(model, 0) for model in models]
-        self.roster = Roster(expected, limit, Loader(self._report, alone=len(models) == 1), self._report)
+        self.loader = Loader(self._report, alone=len(models) == 1)
+        self.roster = Roster(expected, limit, self._load, self._report)
         self.descriptions = self.roster.load_all()
+
+    def _load(self, model: ServedModel) -> Loaded:
+        # Loading changes torch's default dtype for all threads, those that read prompts too.
+        assert quiet.locked()
+        return self.loader(model)
 
     def run(self, *requests: GenerationRequest) -> None:
         self._open = {request.id for request in requests}
