@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -23,13 +23,14 @@ from hypergen.engine.finishing import Finisher, Report
 from hypergen.engine.inbox import Arrival, Inbox
 from hypergen.engine.passes import Passes
 from hypergen.engine.previews import Previewer
-from hypergen.engine.reading import PromptReader
+from hypergen.engine.reading import PromptReader, quiet
 from hypergen.engine.shapes import Shapes
 from hypergen.engine.stepping import advance_all
 from hypergen.engine.warming import draw_once
 from hypergen.errors import RequestError
 from hypergen.generation import EngineStatus, GenerationRequest, Progress, Started
 from hypergen.models.family import Family
+from hypergen.models.prompts import EncodedPrompt
 from hypergen.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -236,9 +237,9 @@ class Engine:
     def _join(self, arrival: Arrival) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         request = arrival.request
-        prepared = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
+        read = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
         # Held, so that all images of the request find them, however little the caches keep.
-        _held = prepared, None if self._reader else self.family.read_prompts(request)
+        _held = read, None if self._reader and read and read[1] else self._read_prompts(request)
         trajectories = [self.family.start(request, index) for index in range(request.n)]
         for stage in trajectories[0].stages():
             yield from self.shapes.learn(stage)
@@ -249,6 +250,11 @@ class Engine:
         self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
         (self._denoised if trajectories[0].unchanged else self._active).extend(trajectories)
         self.shapes.forget_old({group_key(s).shared for t in self._active for s in t.stages()})
+
+    def _read_prompts(self, request: GenerationRequest) -> Sequence[EncodedPrompt]:
+        """Encode prompts here, between two passes; not beside a thread that reads others."""
+        with quiet:
+            return self.family.read_prompts(request)
 
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """One forward pass; when it fails, one for each image, so that only the guilty request fails."""

@@ -28,7 +28,7 @@ class Arrival:
 
 
 _IDLE_WAIT_S = 1.0
-_PAUSE_S = 0.005
+_PAUSE_S = 0.001
 # The id of a request that is not wanted any more; None: stop.
 Message = Arrival | str | None
 

@@ -39,8 +39,8 @@ class PromptReader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def prepare(self, request: GenerationRequest) -> Future[Any]:
-        """What `Family.prepare` reads of files, then the prompts; both stay while the result is kept. May
-        be called from any thread.
+        """What `Family.prepare` reads of files, then the prompts, or None for them where they had no room
+        beside a pass; both stay while the result is kept. May be called from any thread.
         """
         read: Future[Any] = Future()
         files = self._family.prepare(request)
@@ -48,6 +48,7 @@ class PromptReader:
             self._thread.submit(self._read, request, None, read)
         else:  # not waited for in the thread: others' prompts go first meanwhile
             files.add_done_callback(lambda files: self._read_with(request, files, read))
+            read.add_done_callback(lambda read: read.cancelled() and files.cancel())
         return read
 
     def shutdown(self) -> None:
@@ -79,12 +80,14 @@ class PromptReader:
     def _encode(self, request: GenerationRequest) -> Sequence[EncodedPrompt]:
         if self._stream is None or self._engine_stream is None:
             return self._family.read_prompts(request)
-        with torch.cuda.stream(self._stream):
-            if request.loras:  # whose weights went to the device on the engine's stream
-                self._stream.wait_stream(self._engine_stream)
-            encoded = self._family.read_prompts(request)
-            for tensor in (t for prompt in encoded for t in (prompt.embeds, prompt.pooled) if t is not None):
-                # Else their memory could be given away while a pass that reads them is under way.
-                tensor.record_stream(self._engine_stream)
-        self._stream.synchronize()
-        return encoded
+        try:
+            with torch.cuda.stream(self._stream):
+                if request.loras:  # whose weights went to the device on the engine's stream
+                    self._stream.wait_stream(self._engine_stream)
+                encoded = self._family.read_prompts(request)
+                for tensor in (t for p in encoded for t in (p.embeds, p.pooled) if t is not None):
+                    # Else their memory could be given away while a pass that reads them is under way.
+                    tensor.record_stream(self._engine_stream)
+            return encoded
+        finally:  # what was read before an error is in the prompt cache too
+            self._stream.synchronize()

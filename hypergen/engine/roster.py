@@ -243,12 +243,12 @@ class Roster:
             return True
         if not self._make_room(seat):
             return False
-        self._moved_at = math.inf  # a large model takes minutes, which are no stall
-        try:
-            with quiet:
+        with quiet:
+            self._moved_at = math.inf  # a large model takes minutes, which are no stall
+            try:
                 seat.loaded = self._load(seat.model)
-        finally:
-            self._moved_at = time.monotonic()
+            finally:
+                self._moved_at = time.monotonic()
         seat.used_at = self._moved_at
         seat.expected_bytes = seat.loaded.size_bytes
         self._refuse_if_too_large(seat.model, seat.expected_bytes)

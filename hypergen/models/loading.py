@@ -37,6 +37,7 @@ _STEP_BY_STEP = (
     "vectorised_steps",
 )
 _WITH_LORAS = ("sd", "sdxl", "flux")
+_WITH_LORAS_IN_WORDS = "Stable Diffusion, SDXL and FLUX"
 
 
 def load(path: Path, settings: EngineSettings) -> Family:
@@ -73,6 +74,8 @@ def load_any(
         )
     if family is None and settings.controlnet:
         raise ModelError("Control models steer models with a UNet; this one is drawn whole.")
+    if settings.lora and (family is None or family.name not in _WITH_LORAS):
+        raise ModelError(f"LoRAs go with {_WITH_LORAS_IN_WORDS}; this model takes none.")
     for message in _unused(family.name if family else None, settings):
         if alone:
             raise ModelError(message)
@@ -93,9 +96,9 @@ def load_any(
 
 def _unused(family: str | None, settings: EngineSettings) -> Iterator[str]:
     """What to say of settings that a model of this family has no use for; None: it is drawn whole."""
-    uses = dict.fromkeys(() if family else _STEP_BY_STEP, "models drawn step by step")
+    uses: dict[str, str] = dict.fromkeys(() if family else _STEP_BY_STEP, "models drawn step by step")
     if family not in _WITH_LORAS:
-        uses |= dict.fromkeys(("lora", "lora_dir"), "Stable Diffusion, SDXL and FLUX")
+        uses["lora_dir"] = _WITH_LORAS_IN_WORDS
     for name, use in uses.items():
         if getattr(settings, name) != EngineSettings.model_fields[name].get_default():
             yield f"The setting {name} goes with {use}, not with this model."

@@ -159,7 +159,6 @@ def test_a_pipeline_that_wants_more_than_a_prompt_is_refused(folder: Path) -> No
         {"decode_stream": True},
         {"text_thread": True},
         {"vectorised_steps": False},
-        {"lora": ("style=style.safetensors",)},
         {"lora_dir": ("loras",)},
     ],
     ids=str,
@@ -169,3 +168,9 @@ def test_settings_of_the_step_by_step_engine_are_refused(folder: Path, settings:
         loading.load_any(folder, make_settings(**settings))
     # Beside other models they may be meant for those.
     assert loading.load_any(folder, make_settings(**settings), alone=False)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_loras_of_a_model_that_takes_none_are_refused(folder: Path, alone: bool) -> None:
+    with pytest.raises(ModelError, match="LoRAs go with Stable Diffusion, SDXL and FLUX"):
+        loading.load_any(folder, make_settings(lora=("style=style.safetensors",)), alone=alone)
