@@ -32,6 +32,7 @@ def test_the_folder_is_small_and_complete() -> None:
     assert sum(size for name, size in files.items() if name not in LORAS) <= 13_000_000
     assert all(files[name] < 1_000_000 for name in LORAS)
     assert files.keys() == LORAS | {
+        "LICENSE",
         "README.md",
         "hypergen.json",
         "model_index.json",
