@@ -8,6 +8,7 @@ import click
 import torch
 
 from .assemble import assemble
+from .continuing import take_apart
 from .looks import LOOKS
 from .lora import train_lora
 from .text_encoder import train_text_encoder
@@ -37,11 +38,18 @@ ALLOCATOR = {
 @click.option(
     "--output", type=Path, default=Path("hypergen/embedded"), show_default=True, help="the finished model"
 )
+@click.option(
+    "--continue-from",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="a finished model, into a new folder: repeats the last round of its UNet, and its LoRAs",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
-def main(folder: Path, output: Path, device: str, threads: int) -> None:
-    """Train text encoder, autoencoder, UNet and LoRAs, then assemble them; about two hours on two cores."""
+def main(folder: Path, output: Path, continue_from: Path | None, device: str, threads: int) -> None:
+    """Train text encoder, autoencoder, UNet and LoRAs, then assemble them; some four hours on two cores."""
     torch.set_num_threads(threads)
+    if continue_from:
+        take_apart(continue_from, folder)
     # A finished part is never made again: the later ones depend on its exact numbers.
     if not (folder / "text" / "text_encoder").exists():
         train_text_encoder(folder / "text", TEXT_STEPS, device)

@@ -158,9 +158,9 @@ def decorate(text: str, rng: random.Random) -> str:
     """Add what people write around a subject and what changes nothing in the picture."""
     if rng.random() < 0.1:
         text = text.removeprefix("an ").removeprefix("a ")
-    if rng.random() < 0.12:
+    if rng.random() < 0.2:
         text = f"{article(rng.choice(MEDIA))} of {text}"
-    if rng.random() < 0.12:
+    if rng.random() < 0.2:
         text += ", " + ", ".join(rng.sample(QUALITIES, rng.choice((1, 1, 2))))
     if rng.random() < 0.3:
         text = text[0].upper() + text[1:]

@@ -28,7 +28,7 @@ from .captions import plain_caption
 from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw
 from .reading import read
 from .render import render
-from .scenes import POSITIONS, STEADY, Scene, place
+from .scenes import FAR_APART, Scene, anywhere
 from .score import held_out_scenes, mean, score
 
 CARD = Path("hypergen/embedded/hypergen.json")
@@ -127,10 +127,7 @@ def seeds(pipeline: StableDiffusionPipeline) -> None:
 
 def drawn_anew(scene: Scene, rng: random.Random) -> Scene:
     """Another scene of one object with the same caption."""
-    (kind,) = scene.kinds
-    radius = rng.uniform(*STEADY.radii[kind.size])
-    thing = place(rng, kind, POSITIONS["center"], radius, STEADY.places[kind.size])
-    return replace(scene, things=(thing,))
+    return replace(scene, things=(anywhere(rng, scene.kinds[0], FAR_APART),))
 
 
 def mean_difference(pictures: list[Tensor]) -> float:

@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .looks import LOOKS
 from .pipeline import load_text_encoder, load_vae
 from .progress import Run, rising_then_falling
 from .replay import Replay
-from .scenes import Scene
+from .scenes import FAR_APART, Scene
 from .unet import load_unet
 
 SEED = 5
@@ -56,15 +57,7 @@ def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
     torch.manual_seed(SEED)
     tokenizer, text_encoder = load_text_encoder(folder / "text")
     vae, unet = load_vae(folder / "vae").to(device), load_unet(folder / "unet").to(device)
-    unet.add_adapter(
-        LoraConfig(
-            r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LINEAR_LAYERS + CONVOLUTIONS
-        )
-    )
-    params = [param for param in unet.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(params, LEARNING_RATE, weight_decay=0)
-    adapters = Adapters(unet)
-    run = Run(folder / "loras" / name, steps, {"lora": adapters, "adamw": optimizer})
+    run, params, optimizer = begin_lora_run(name, folder, unet, steps)
     rng = random.Random(SEED + run.step)
     generator = torch.Generator().manual_seed(SEED + run.step)
 
@@ -72,6 +65,7 @@ def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
         return LOOKS[name].draw(scenes, height, width, generator)
 
     replay = Replay(vae, tokenizer, text_encoder.to(device), rng.getrandbits(32), device, draw)
+    replay.spread_by(FAR_APART)
     share = Share(unet, replay)
     for step in run:
         for group in optimizer.param_groups:
@@ -82,7 +76,22 @@ def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.report(loss)
-    weights = {key: value.half().cpu().contiguous() for key, value in adapters.state_dict().items()}
+    weights = {key: value.half().cpu().contiguous() for key, value in run.parts["lora"].state_dict().items()}
     StableDiffusionPipeline.save_lora_weights(
         folder / "loras", unet_lora_layers=weights, weight_name=f"{name}.safetensors"
     )
+
+
+def begin_lora_run(
+    name: str, folder: Path, unet: UNet2DConditionModel, steps: int
+) -> tuple[Run, list[nn.Parameter], torch.optim.Optimizer]:
+    """Give the UNet a LoRA to train; its run is that of its checkpoint if there is one."""
+    unet.add_adapter(
+        LoraConfig(
+            r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LINEAR_LAYERS + CONVOLUTIONS
+        )
+    )
+    params = [param for param in unet.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, LEARNING_RATE, weight_decay=0)
+    run = Run(folder / "loras" / name, steps, {"lora": Adapters(unet), "adamw": optimizer})
+    return run, params, optimizer

@@ -42,16 +42,23 @@ RADII_PLACED = {"": (0.18, 0.22), "small": (0.12, 0.15), "large": (0.23, 0.24)}
 RADII_IN_GROUP = {"": (0.14, 0.16), "small": (0.10, 0.12), "large": (0.17, 0.18)}
 RADII_IN_PAIR = {"": (0.15, 0.18), "small": (0.10, 0.12), "large": (0.20, 0.21)}
 
+LARGEST_ANGLE = 0.1  # radians: enough to vary, too little to make a diamond of a square
+
 
 @dataclass(frozen=True)
 class Spread:
     """How a single object without a named place varies, by what the caption says of its size.
 
-    `radii` are in shorter sides, `places` how far it may stand from the middle on either axis.
+    `radii` are in shorter sides. It stands in the middle or, where there are `stops`, by chance there or so
+    far to either side of it on either axis; from there it is at most `places` away, and turned by at most
+    `angle` radians. `singles` is the share of scenes that have a single object.
     """
 
     radii: dict[str, tuple[float, float]]
     places: dict[str, float]
+    stops: dict[str, float] | None = None
+    angle: float = LARGEST_ANGLE
+    singles: float = 0.42
 
 
 STEADY = Spread(
@@ -62,13 +69,27 @@ ROAMING = Spread(
     {"": (0.21, 0.35), "small": (0.14, 0.18), "large": (0.40, 0.45)},
     {"": 0.13, "small": 0.16, "large": 0.03},
 )
+# Pictures of one caption differ most when the object stands in one of nine places far apart. Sizes and angles
+# that vary as well are too much for this UNet: with SCATTERED, 0.75 of single objects were right at 256x256.
+# Places that are whole latents apart, at best four, look the same to it.
+SCATTERED = Spread(
+    {"": (0.22, 0.30), "small": (0.14, 0.18), "large": (0.38, 0.42)},
+    {"": 0.0, "small": 0.0, "large": 0.0},
+    {"": 0.125, "small": 0.25, "large": 0.0625},
+)
+FAR_APART = Spread(
+    {"": (0.23, 0.23), "small": (0.15, 0.15), "large": (0.36, 0.36)},
+    {"": 0.0, "small": 0.0, "large": 0.0},
+    {"": 0.25, "small": 0.25, "large": 0.125},
+    angle=0.0,
+    singles=0.6,
+)
 
 GROUPS = {
     2: ((0.25, 0.5), (0.75, 0.5)),
     3: ((0.5, 0.25), (0.25, 0.74), (0.75, 0.74)),
     4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
 }
-LARGEST_ANGLE = 0.1  # radians: enough to vary, too little to make a diamond of a square
 
 # What is drawn worst is trained on most: thin parts, and objects near their background in colour.
 THIN = ("star", "cross", "ring", "moon")
@@ -132,7 +153,8 @@ def is_held_out(shape: str, colour: str, background: str) -> bool:
 
 def random_scene(rng: random.Random, spread: Spread = STEADY) -> Scene:
     """Draw a scene of any layout; textured objects are a small share of it."""
-    (layout,) = rng.choices(("single", "group", "pair"), (0.42, 0.30, 0.28))
+    others = 1 - spread.singles
+    (layout,) = rng.choices(("single", "group", "pair"), (spread.singles, 0.52 * others, 0.48 * others))
     return single(rng, spread) if layout == "single" else {"group": group, "pair": pair}[layout](rng)
 
 
@@ -149,10 +171,21 @@ def single(rng: random.Random, spread: Spread = STEADY) -> Scene:
     background = rng.choice(list(COLOURS))
     kind = random_kind(rng, background)
     placed = kind.size != "large" and rng.random() < 0.25
-    position = rng.choice(list(POSITIONS)) if placed else "center"
-    radius = rng.uniform(*(RADII_PLACED if placed else spread.radii)[kind.size])
-    thing = place(rng, kind, POSITIONS[position], radius, 0.02 if placed else spread.places[kind.size])
-    return Scene(background, (kind,), (thing,), position=position if placed else "")
+    if placed:
+        position = rng.choice(list(POSITIONS))
+        thing = place(rng, kind, POSITIONS[position], rng.uniform(*RADII_PLACED[kind.size]), 0.02)
+        return Scene(background, (kind,), (thing,), position=position)
+    return Scene(background, (kind,), (anywhere(rng, kind, spread),))
+
+
+def anywhere(rng: random.Random, kind: Kind, spread: Spread) -> Thing:
+    """A single object whose place is not named."""
+    radius = rng.uniform(*spread.radii[kind.size])
+    x, y = POSITIONS["center"]
+    if spread.stops:
+        stop = spread.stops[kind.size]
+        x, y = x + rng.choice((-stop, 0, stop)), y + rng.choice((-stop, 0, stop))
+    return place(rng, kind, (x, y), radius, spread.places[kind.size], spread.angle)
 
 
 def group(rng: random.Random) -> Scene:
@@ -194,10 +227,17 @@ def random_kind(rng: random.Random, *other_colours: str) -> Kind:
     return Kind(rng.choice(SHAPES), colour, style, size)
 
 
-def place(rng: random.Random, kind: Kind, centre: tuple[float, float], radius: float, spread: float) -> Thing:
-    """Put an object near a centre, at most `spread` away on either axis, turned a little."""
+def place(
+    rng: random.Random,
+    kind: Kind,
+    centre: tuple[float, float],
+    radius: float,
+    spread: float,
+    angle: float = LARGEST_ANGLE,
+) -> Thing:
+    """Put an object near a centre, at most `spread` away on either axis, turned by at most `angle`."""
     x, y = (value + rng.uniform(-spread, spread) for value in centre)
-    return Thing(kind, x, y, radius, rng.uniform(-LARGEST_ANGLE, LARGEST_ANGLE))
+    return Thing(kind, x, y, radius, rng.uniform(-angle, angle))
 
 
 def distance(colour: str, other: str) -> float:

@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.utils import logging as diffusers_logging
 
 from scripts.train_embedded_model.captions import plain_caption
-from scripts.train_embedded_model.features import colours, draw_as_served
+from scripts.train_embedded_model.features import colours, draw_as_served, mean_difference
 from scripts.train_embedded_model.pipeline import draw, new_scheduler
 from scripts.train_embedded_model.reading import Reading, read
 from scripts.train_embedded_model.score import held_out_scenes, score
@@ -130,6 +130,13 @@ def test_the_same_seed_draws_the_same_bytes_and_another_seed_another_picture(
     first, again = (draw(pipeline, ["a white square on a green background"] * 2, 128, 128) for _ in range(2))
     assert torch.equal(first, again)
     assert (first[0] - first[1]).abs().mean() / 2 > 0.002
+
+
+def test_pictures_of_one_prompt_differ_by_a_twentieth_of_the_range(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    prompts = [plain_caption(scene) for scene in held_out_scenes({"single": 6})]
+    assert mean_difference([draw(pipeline, [prompt] * 4, 128, 128) for prompt in prompts]) >= 0.05
 
 
 def test_a_negative_prompt_takes_away_what_it_names(pipeline: StableDiffusionPipeline) -> None:
