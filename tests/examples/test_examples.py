@@ -42,13 +42,20 @@ def picture(file: Path, size: tuple[int, int] = (128, 128)) -> Image.Image:
         return image.convert("RGB")
 
 
+def is_red_on_blue(drawn: Image.Image) -> bool:
+    """A tenth to a quarter of the picture is red, wherever it stands; most of the rest is blue."""
+    small = drawn.resize((32, 32))
+    colours = [colour(small, x / 31, y / 31) for x in range(32) for y in range(32)]
+    red, blue = (sum(map(check, colours)) / len(colours) for check in (is_red, is_blue))
+    return 0.1 < red < 0.25 and blue > 0.6
+
+
 def test_the_python_client_draws(server: LiveServer, tmp_path: Path) -> None:
     printed = python(server, tmp_path, "python_client.py", *SMALL)
     assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
     assert "Wrote picture.png, 128x128, seed 14." in printed
     drawn = picture(tmp_path / "picture.png")
-    assert is_red(colour(drawn, 0.5, 0.5))
-    assert is_blue(colour(drawn, 0.02, 0.02))
+    assert is_red_on_blue(drawn)
 
 
 def test_the_python_client_says_what_is_wrong(server: LiveServer, tmp_path: Path) -> None:
@@ -64,7 +71,7 @@ def test_the_node_client_draws(server: LiveServer, tmp_path: Path) -> None:
     )
     assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
     assert "Wrote picture-node.png, 128x128, seed 14." in printed
-    assert is_red(colour(picture(tmp_path / "picture-node.png"), 0.5, 0.5))
+    assert is_red_on_blue(picture(tmp_path / "picture-node.png"))
 
 
 def test_curl_draws(server: LiveServer, tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_curl_draws(server: LiveServer, tmp_path: Path) -> None:
     prompt = "a red circle on a blue background"
     printed = run(server, tmp_path, script, prompt, SIZE="128x128", STEPS="8")
     assert f"Wrote picture-curl.png from {server.url}/v1/images/files/" in printed
-    assert is_red(colour(picture(tmp_path / "picture-curl.png"), 0.5, 0.5))
+    assert is_red_on_blue(picture(tmp_path / "picture-curl.png"))
 
 
 def test_curl_shows_the_error(server: LiveServer, tmp_path: Path) -> None:
