@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +50,19 @@ def client(server: LiveServer) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def tight(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[TightServer]:
-    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
-    folder = tmp_path_factory.mktemp("tight")
+    with start_tight_server(tmp_path_factory.mktemp("tight"), sd_folder) as tight:
+        yield tight
+
+
+@contextmanager
+def start_tight_server(folder: Path, model: Path) -> Iterator[TightServer]:
+    """A server with little room until the block is left, asked from its first answer on.
+
+    Args:
+        folder: an empty folder for the model store and the log.
+        model: the model that it draws with.
+    """
+    arguments = (str(model), "--device", "cpu", "--dtype", "float32")
     with (
         start_server(folder, *arguments, environment=TIGHT, wait=False) as server,
         client_of(server) as client,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx
 # the model loads. A quiet machine needs a few milliseconds.
 PROMISED_P99_S = 0.1
 PAUSE_S = 0.01
+ATTEMPTS = 3
 
 
 @dataclass
@@ -31,11 +33,26 @@ class Probe:
         self.late_s.append(started - asleep - PAUSE_S)
         return health
 
-    def assert_prompt(self) -> None:
+    @property
+    def is_prompt(self) -> bool:
         """A busy machine lets processes wait for a core: the server before its answer and this one after it
         may each wait as long as this one did after its sleeps.
         """
-        assert p99(self.answers_s) < PROMISED_P99_S + 2 * p99(self.late_s)
+        return p99(self.answers_s) < PROMISED_P99_S + 2 * p99(self.late_s)
+
+    def __str__(self) -> str:
+        return f"p99 {p99(self.answers_s):.3f} s, own sleeps {p99(self.late_s):.3f} s late"
+
+
+def assert_prompt(attempt: Callable[[], Probe]) -> None:
+    """One attempt of three must be prompt: a server that blocks does so in each, a busy machine does not."""
+    slow: list[str] = []
+    while len(slow) < ATTEMPTS:
+        probe = attempt()
+        if probe.is_prompt:
+            return
+        slow.append(str(probe))
+    raise AssertionError("; ".join(slow))
 
 
 def p99(seconds: list[float]) -> float:

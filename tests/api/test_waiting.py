@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.api.conftest import TightServer
+from tests.api.conftest import TightServer, start_tight_server
 from tests.api.files import as_data_url, as_file, gradient
-from tests.api.promptness import Probe
+from tests.api.promptness import Probe, assert_prompt
 from tests.api.wire import GENERATIONS, QUICK, SLOW, assert_error, client_of, draw
 from tests.live import LiveServer
 
@@ -70,20 +71,31 @@ def test_pictures_beyond_the_memory_for_them_are_refused(tight: TightServer) -> 
 
 
 def test_health_answers_at_once_while_pictures_are_drawn(server: LiveServer, client: httpx.Client) -> None:
-    probe = Probe()
-    queue_sizes: set[int] = set()
-    with ThreadPoolExecutor(8) as pool:
-        drawing = [
-            pool.submit(client.post, GENERATIONS, json={**QUICK, "num_inference_steps": 60}) for _ in range(8)
-        ]
-        with httpx.Client(base_url=server.url) as looking:
+    def probe_drawing() -> Probe:
+        probe = Probe()
+        queue_sizes: set[int] = set()
+        with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.url) as looking:
+            body = {**QUICK, "num_inference_steps": 60}
+            drawing = [pool.submit(client.post, GENERATIONS, json=body) for _ in range(8)]
             while len(probe.answers_s) < 200 or not all(each.done() for each in drawing):
                 queue_sizes.add(probe.look(looking)["queue_size"])
-    assert {each.result().status_code for each in drawing} == {200}
-    assert max(queue_sizes) == 8
-    probe.assert_prompt()
+        assert {each.result().status_code for each in drawing} == {200}
+        assert max(queue_sizes) == 8
+        return probe
+
+    assert_prompt(probe_drawing)
 
 
-def test_health_answers_at_once_while_the_model_loads(tight: TightServer) -> None:
+def test_health_answers_at_once_while_the_model_loads(
+    tight: TightServer, tmp_path_factory: pytest.TempPathFactory, sd_folder: Path
+) -> None:
+    probes = [tight.probe_while_loading]
+
+    def probe_loading() -> Probe:
+        if probes:
+            return probes.pop()
+        with start_tight_server(tmp_path_factory.mktemp("again"), sd_folder) as another:
+            return another.probe_while_loading
+
     assert len(tight.probe_while_loading.answers_s) > 20
-    tight.probe_while_loading.assert_prompt()
+    assert_prompt(probe_loading)
