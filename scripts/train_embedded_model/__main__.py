@@ -46,7 +46,7 @@ ALLOCATOR = {
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 def main(folder: Path, output: Path, continue_from: Path | None, device: str, threads: int) -> None:
-    """Train text encoder, autoencoder, UNet and LoRAs, then assemble them; some four hours on two cores."""
+    """Train text encoder, autoencoder, UNet and LoRAs, then assemble them; some five hours on two cores."""
     torch.set_num_threads(threads)
     if continue_from:
         take_apart(continue_from, folder)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from .looks import LOOKS
 from .lora import begin_lora_run
-from .unet import ROUNDS, TOTAL_STEPS, begin_run
+from .unet import BEFORE_LAST_ROUND, ROUNDS, TOTAL_STEPS, begin_run
 
 
 def take_apart(model: Path, folder: Path) -> None:
@@ -32,6 +32,7 @@ def take_apart(model: Path, folder: Path) -> None:
     run, *_ = begin_run(folder / "unet", pipeline.unet)
     run.step = TOTAL_STEPS - ROUNDS[-1].steps
     run.save()
+    torch.save(pipeline.unet.state_dict(), folder / "unet" / BEFORE_LAST_ROUND)
     for name in LOOKS:
         saved = load_file(model / "loras" / f"{name}.safetensors")
         run, *_ = begin_lora_run(name, folder, pipeline.unet, 1)

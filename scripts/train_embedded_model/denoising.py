@@ -11,6 +11,8 @@ from .pipeline import new_scheduler
 from .replay import Replay
 
 CAPTION_DROPOUT = 0.1
+BLENDED_SHARE = 0.5
+LEAST_BLENDED_TIMESTEP = 200  # below it the velocity would have to take away more than the noise is
 
 
 class Share:
@@ -21,20 +23,31 @@ class Share:
         self.alphas_cumprod = new_scheduler().alphas_cumprod
         self.no_prompt = replay.embed([""])
 
-    def backward(self, size: int, height: int, width: int) -> Tensor:
+    def backward(self, size: int, height: int, width: int, blend: float = 0.0) -> Tensor:
         """Add this share's gradients to the UNet's and return its loss.
 
         The loss is the mean squared error of the predicted velocity (Salimans & Ho 2022, arXiv:2202.00512).
+
+        With `blend`, half of the noisy latents of objects that may stand elsewhere hold up to that share of
+        them elsewhere, and the velocity leads away from it. Steps of sampling begin from the mean of what
+        a caption may show, so they come by such latents, and training by itself never does; the fewer the
+        steps, the more often two places stay (the exposure bias of Ning et al. 2023, arXiv:2301.11706).
         """
-        latents, prompt_embeds = self.replay.batch(size, height, width)
+        sample = self.replay.batch(size, height, width)
+        latents, prompt_embeds = sample.latents, sample.prompt_embeds
         generator = self.replay.generator
         prompt_embeds[torch.rand(size, generator=generator) < CAPTION_DROPOUT] = self.no_prompt
         timesteps = random_timesteps(size, height * width, generator)
         alpha_squared = self.alphas_cumprod[timesteps][:, None, None, None].to(latents)
         alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        velocity = alpha * noise - sigma * latents
-        noisy_latents = alpha * latents + sigma * noise
+        blended = (torch.rand(size, generator=generator) < BLENDED_SHARE) & (
+            timesteps >= LEAST_BLENDED_TIMESTEP
+        )
+        shares = blend * torch.rand(size, generator=generator) * blended
+        strayed = shares[:, None, None, None].to(latents) * (sample.elsewhere - latents)
+        noisy_latents = alpha * (latents + strayed) + sigma * noise
+        velocity = alpha * noise - sigma * latents + alpha_squared / sigma * strayed
         velocity_pred = self.unet(noisy_latents, timesteps.to(latents.device), prompt_embeds).sample
         loss = torch.nn.functional.mse_loss(velocity_pred, velocity)
         loss.backward()
@@ -49,5 +62,5 @@ def random_timesteps(count: int, area: int, generator: torch.Generator) -> Tenso
     """
     order, offset = torch.randperm(count, generator=generator), torch.rand(count, generator=generator)
     spread = (order + offset) / count
-    shift = (area / 256) ** 0.25
+    shift = (area / 64) ** 0.25
     return (1000 * shift * spread / (1 + (shift - 1) * spread)).long().clamp(0, 999)

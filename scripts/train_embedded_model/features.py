@@ -7,7 +7,6 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -28,7 +27,7 @@ from .captions import plain_caption
 from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw
 from .reading import read
 from .render import render
-from .scenes import FAR_APART, Scene, anywhere
+from .scenes import OVERLAPPING, Scene, elsewhere
 from .score import held_out_scenes, mean, score
 
 CARD = Path("hypergen/embedded/hypergen.json")
@@ -115,7 +114,9 @@ def seeds(pipeline: StableDiffusionPipeline) -> None:
     rng = random.Random(0)
     print_row(
         "rendered",
-        mean_difference([render([drawn_anew(s, rng) for _ in range(4)], 128, 128) for s in scenes]),
+        mean_difference(
+            [render([elsewhere(s, rng, OVERLAPPING) for _ in range(4)], 128, 128) for s in scenes]
+        ),
     )
     for side, count, scale in ((128, 16, 1.0), (128, 16, 2.0), (128, 16, 4.0), (256, 6, 4.0)):
         pictures = [
@@ -123,11 +124,6 @@ def seeds(pipeline: StableDiffusionPipeline) -> None:
             for prompt in captions(scenes[:count])
         ]
         print_row(f"{side}x{side}, guidance {scale:g}", mean_difference(pictures))
-
-
-def drawn_anew(scene: Scene, rng: random.Random) -> Scene:
-    """Another scene of one object with the same caption."""
-    return replace(scene, things=(anywhere(rng, scene.kinds[0], FAR_APART),))
 
 
 def mean_difference(pictures: list[Tensor]) -> float:

@@ -21,7 +21,7 @@ from .looks import LOOKS
 from .pipeline import load_text_encoder, load_vae
 from .progress import Run, rising_then_falling
 from .replay import Replay
-from .scenes import FAR_APART, Scene
+from .scenes import OVERLAPPING, Scene
 from .unet import load_unet
 
 SEED = 5
@@ -65,7 +65,7 @@ def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
         return LOOKS[name].draw(scenes, height, width, generator)
 
     replay = Replay(vae, tokenizer, text_encoder.to(device), rng.getrandbits(32), device, draw)
-    replay.spread_by(FAR_APART)
+    replay.spread_by(OVERLAPPING)
     share = Share(unet, replay)
     for step in run:
         for group in optimizer.param_groups:

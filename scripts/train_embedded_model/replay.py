@@ -6,6 +6,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -14,15 +15,28 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import random_caption, with_unknown_word
 from .render import render
-from .scenes import STEADY, Scene, Spread, training_scene
+from .scenes import STEADY, Scene, Spread, elsewhere, training_scene
 from .text_encoder import tokenize
 
 CAPACITY = 4000  # pictures of each shape
 FRESH = 0.2  # the share of a batch that is newly drawn before each step
 
 
+@dataclass(frozen=True)
+class Sample:
+    """An encoded picture and its caption.
+
+    `elsewhere` is another picture of the caption, with a single object in another of its places; where the
+    caption leaves no choice it is the same.
+    """
+
+    latents: Tensor
+    elsewhere: Tensor
+    prompt_embeds: Tensor
+
+
 class Replay:
-    """Latents with their prompt_embeds, by the height and width of the latents; nothing held out is in it."""
+    """Samples by the height and width of their latents; nothing held out is in it."""
 
     def __init__(
         self,
@@ -37,16 +51,20 @@ class Replay:
         self.draw = draw
         self.spread = STEADY
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.pools: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self.pools: dict[tuple[int, int], list[Sample]] = defaultdict(list)
 
-    def batch(self, size: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Renew a part of a pool, then draw latents and prompt_embeds from it."""
+    def batch(self, size: int, height: int, width: int) -> Sample:
+        """Renew a part of a pool, then draw samples from it, stacked."""
         pool = self.pools[height, width]
         whole, rest = divmod(FRESH * size, 1)
         fresh = int(whole) + (self.rng.random() < rest)
         self.renew(pool, 2 * size if len(pool) < 8 * size else fresh, height, width)
-        latents, prompt_embeds = zip(*self.rng.sample(pool, size), strict=True)
-        return torch.stack(latents), torch.stack(prompt_embeds).float()
+        samples = self.rng.sample(pool, size)
+        return Sample(
+            torch.stack([sample.latents for sample in samples]),
+            torch.stack([sample.elsewhere for sample in samples]),
+            torch.stack([sample.prompt_embeds for sample in samples]).float(),
+        )
 
     def spread_by(self, spread: Spread) -> None:
         """From now on single objects vary like this; what is kept of others is dropped."""
@@ -55,20 +73,27 @@ class Replay:
             self.pools.clear()
 
     @torch.no_grad()
-    def renew(self, pool: list[tuple[Tensor, Tensor]], count: int, height: int, width: int) -> None:
+    def renew(self, pool: list[Sample], count: int, height: int, width: int) -> None:
         """Put newly drawn scenes into a pool, in place of random ones once it is full."""
         if not count:
             return
         scenes = [training_scene(self.rng, self.spread) for _ in range(count)]
-        images = self.draw(scenes, 8 * height, 8 * width).to(self.device)
         texts = [with_unknown_word(random_caption(scene, self.rng).text, self.rng) for scene in scenes]
+        moved = {
+            index: elsewhere(scene, self.rng, self.spread)
+            for index, scene in enumerate(scenes)
+            if scene.stands_anywhere
+        }
+        images = self.draw([*scenes, *moved.values()], 8 * height, 8 * width).to(self.device)
         latents = self.vae.encode(images).latent_dist.mode()
+        others = dict(zip(moved, latents[count:], strict=True))
         prompt_embeds = self.embed(texts).bfloat16()  # half the memory; the text encoder's noise is larger
-        for pair in zip(latents, prompt_embeds, strict=True):
+        for index in range(count):
+            sample = Sample(latents[index], others.get(index, latents[index]), prompt_embeds[index])
             if len(pool) < CAPACITY:
-                pool.append(pair)
+                pool.append(sample)
             else:
-                pool[self.rng.randrange(CAPACITY)] = pair
+                pool[self.rng.randrange(CAPACITY)] = sample
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:

@@ -42,6 +42,9 @@ RADII_PLACED = {"": (0.18, 0.22), "small": (0.12, 0.15), "large": (0.23, 0.24)}
 RADII_IN_GROUP = {"": (0.14, 0.16), "small": (0.10, 0.12), "large": (0.17, 0.18)}
 RADII_IN_PAIR = {"": (0.15, 0.18), "small": (0.10, 0.12), "large": (0.20, 0.21)}
 
+NINE = tuple((across, down) for across in (-1, 0, 1) for down in (-1, 0, 1))
+FIVE = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))  # as on a die
+
 LARGEST_ANGLE = 0.1  # radians: enough to vary, too little to make a diamond of a square
 
 
@@ -49,14 +52,15 @@ LARGEST_ANGLE = 0.1  # radians: enough to vary, too little to make a diamond of 
 class Spread:
     """How a single object without a named place varies, by what the caption says of its size.
 
-    `radii` are in shorter sides. It stands in the middle or, where there are `stops`, by chance there or so
-    far to either side of it on either axis; from there it is at most `places` away, and turned by at most
-    `angle` radians. `singles` is the share of scenes that have a single object.
+    `radii` are in shorter sides. It stands in the middle or, where there are `stops`, by chance in one of
+    `stands`, which count in stops from the middle; from there it is at most `places` away, and turned by at
+    most `angle` radians. `singles` is the share of scenes that have a single object.
     """
 
     radii: dict[str, tuple[float, float]]
     places: dict[str, float]
     stops: dict[str, float] | None = None
+    stands: tuple[tuple[int, int], ...] = NINE
     angle: float = LARGEST_ANGLE
     singles: float = 0.42
 
@@ -81,6 +85,19 @@ FAR_APART = Spread(
     {"": (0.23, 0.23), "small": (0.15, 0.15), "large": (0.36, 0.36)},
     {"": 0.0, "small": 0.0, "large": 0.0},
     {"": 0.25, "small": 0.25, "large": 0.125},
+    angle=0.0,
+    singles=0.6,
+)
+# Fewer of those places are farther apart, and more objects were drawn in two at once (0.14 of them at
+# 256x256; 0.03 with nine).
+ON_A_DIE = replace(FAR_APART, stands=FIVE)
+# Larger objects that would overlap in all of their places are drawn in one of them: what each place holds is
+# decided beside the others, where convolutions see it. Pictures differ as much.
+OVERLAPPING = Spread(
+    {"": (0.28, 0.28), "small": (0.17, 0.17), "large": (0.42, 0.42)},
+    {"": 0.0, "small": 0.0, "large": 0.0},
+    {"": 0.125, "small": 0.125, "large": 0.0625},
+    FIVE,
     angle=0.0,
     singles=0.6,
 )
@@ -134,6 +151,11 @@ class Scene:
         return 1 if self.relation else len(self.things)
 
     @property
+    def stands_anywhere(self) -> bool:
+        """Whether it is a single object whose place the caption does not name."""
+        return len(self.things) == 1 and not self.position
+
+    @property
     def held_out(self) -> bool:
         """Whether any thing has a combination that is kept out of the UNet's training."""
         return any(is_held_out(kind.shape, kind.colour, self.background) for kind in self.kinds)
@@ -184,8 +206,14 @@ def anywhere(rng: random.Random, kind: Kind, spread: Spread) -> Thing:
     x, y = POSITIONS["center"]
     if spread.stops:
         stop = spread.stops[kind.size]
-        x, y = x + rng.choice((-stop, 0, stop)), y + rng.choice((-stop, 0, stop))
+        across, down = rng.choice(spread.stands)
+        x, y = x + stop * across, y + stop * down
     return place(rng, kind, (x, y), radius, spread.places[kind.size], spread.angle)
+
+
+def elsewhere(scene: Scene, rng: random.Random, spread: Spread) -> Scene:
+    """Another scene of one object with the same caption."""
+    return replace(scene, things=(anywhere(rng, scene.kinds[0], spread),))
 
 
 def group(rng: random.Random) -> Scene:
