@@ -27,7 +27,7 @@ class Sample:
     """An encoded picture and its caption.
 
     `elsewhere` is another picture of the caption, with a single object in another of its places; where the
-    caption leaves no choice it is the same.
+    caption leaves no choice, or nobody asks for it, it is the same.
     """
 
     latents: Tensor
@@ -49,7 +49,7 @@ class Replay:
     ):
         self.vae, self.tokenizer, self.text_encoder, self.device = vae, tokenizer, text_encoder, device
         self.draw = draw
-        self.spread = STEADY
+        self.spread, self.moves = STEADY, False
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.pools: dict[tuple[int, int], list[Sample]] = defaultdict(list)
 
@@ -66,10 +66,13 @@ class Replay:
             torch.stack([sample.prompt_embeds for sample in samples]).float(),
         )
 
-    def spread_by(self, spread: Spread) -> None:
-        """From now on single objects vary like this; what is kept of others is dropped."""
-        if spread is not self.spread:
-            self.spread = spread
+    def spread_by(self, spread: Spread, moves: bool = False) -> None:
+        """From now on single objects vary like this, with a picture of them elsewhere if it `moves`.
+
+        What is kept of others is dropped.
+        """
+        if spread is not self.spread or moves != self.moves:
+            self.spread, self.moves = spread, moves
             self.pools.clear()
 
     @torch.no_grad()
@@ -82,7 +85,7 @@ class Replay:
         moved = {
             index: elsewhere(scene, self.rng, self.spread)
             for index, scene in enumerate(scenes)
-            if scene.stands_anywhere
+            if self.moves and scene.stands_anywhere
         }
         images = self.draw([*scenes, *moved.values()], 8 * height, 8 * width).to(self.device)
         latents = self.vae.encode(images).latent_dist.mode()

@@ -135,7 +135,7 @@ def train_unet(folder: Path, device: str, threads: int) -> None:
         )
         shapes = SMALL_FIRST if step < SMALL_FIRST_STEPS else part.shapes
         for share in shares:
-            share.replay.spread_by(part.spread)
+            share.replay.spread_by(part.spread, moves=part.blend > 0)
         ((height, width),) = rng.choices(list(shapes), list(shapes.values()))
         share_size = LATENTS_PER_STEP // (height * width * threads)
         futures = [workers.submit(share.backward, share_size, height, width, part.blend) for share in shares]

@@ -64,8 +64,10 @@ def test_an_object_elsewhere_has_the_same_caption() -> None:
 def test_a_step_of_training_leads_on_from_the_finished_model(parts: Path, blend: float) -> None:
     tokenizer, text_encoder = load_text_encoder(parts / "text")
     replay = Replay(load_vae(parts / "vae"), tokenizer, text_encoder, 0, "cpu")
-    replay.spread_by(OVERLAPPING)
+    replay.spread_by(OVERLAPPING, moves=blend > 0)
     unet = load_unet(parts / "unet").requires_grad_(True)
+    sample = replay.batch(8, 16, 16)
+    assert torch.equal(sample.latents, sample.elsewhere) == (blend == 0)
     losses = [Share(unet, replay).backward(8, 16, 16, blend).item() for _ in range(4)]
     assert sum(losses) / len(losses) < 0.5  # an untrained UNet has a loss of about 1
     assert all(parameter.grad is not None for parameter in unet.parameters())
