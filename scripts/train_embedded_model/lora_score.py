@@ -22,6 +22,7 @@ MIXES = (
     {"Pixel_Art": 1.0, "Logo": 1.0},
     {"Paint_Splash": 1.3, "Logo": 0.8},
     {"Crayons": 1.0, "Logo": 1.0},
+    {"Crayons": 0.7, "Logo": 1.2},
 )
 GATE = 0.9
 

@@ -139,18 +139,20 @@ def print_table(columns: dict[str, dict[str, float]], gates: dict[str, float]) -
 @click.option(
     "--size", type=int, multiple=True, default=(256, 128), show_default=True, help="pixels of each side"
 )
+@click.option("--first-seed", default=0, show_default=True, help="of the first prompt; the next has the next")
 @click.option("--samples", type=Path, help="a folder for the pictures, in the order of the prompts")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-def main(model: Path, size: tuple[int, ...], samples: Path | None, device: str) -> None:
+def main(model: Path, size: tuple[int, ...], first_seed: int, samples: Path | None, device: str) -> None:
     """Draw two hundred held-out prompts at each size, the single objects also in few steps, and print the
     table."""
     scenes = held_out_scenes(PROMPTS)
     singles = scenes[: PROMPTS["single"]]
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
+    seeds = list(range(first_seed, first_seed + len(scenes)))
     columns: dict[str, dict[str, float]] = {}
     for side in size:
         started = time.monotonic()
-        images = draw(pipeline, [plain_caption(scene) for scene in scenes], side, side)
+        images = draw(pipeline, [plain_caption(scene) for scene in scenes], side, side, seeds=seeds)
         column = score(scenes, images)
         for guidance_scale in (FEW_STEPS_GUIDANCE, GUIDANCE_SCALE):
             quick = draw(
@@ -160,6 +162,7 @@ def main(model: Path, size: tuple[int, ...], samples: Path | None, device: str) 
                 side,
                 num_inference_steps=FEW_STEPS,
                 guidance_scale=guidance_scale,
+                seeds=seeds[: len(singles)],
             )
             column[few_steps_row(guidance_scale)] = score(singles, quick)["single, everything"]
         columns[f"{side}x{side}"] = column
