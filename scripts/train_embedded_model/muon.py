@@ -6,38 +6,53 @@ https://kellerjordan.github.io/posts/muon.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+AT_ONCE = 8  # matrices: many small ones cost little then, and there are enough parts for the threads
+
 
 class Muon(Optimizer):
-    """Updates parameters of two or more dimensions, seen as matrices of output x everything else."""
+    """Updates parameters of two or more dimensions, seen as matrices of output x everything else.
+
+    With `workers`, its threads divide the matrices among them.
+    """
 
     def __init__(
-        self, params: Iterable[Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.02
+        self,
+        params: Iterable[Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.02,
+        workers: Executor | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.workers = workers
 
-    @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  no closure here
+        in_turn = self.workers.map if self.workers else map
         for group in self.param_groups:
-            # Matrices of one shape go through the iteration as one batch: many small ones cost little then.
-            same_shape: dict[tuple[int, int], list[Parameter]] = defaultdict(list)
-            for param in group["params"]:
-                same_shape[param.shape[0], param[0].numel()].append(param)
-            for shape, params in same_shape.items():
-                # This gives the update the size of AdamW's (Liu et al. 2025, arXiv:2502.16982).
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                updates = orthogonalise(
-                    torch.stack([self.look_ahead(p, group["momentum"]).view(shape) for p in params])
-                )
-                for param, update in zip(params, updates, strict=True):
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.add_(update.view_as(param), alpha=-scale)
+            list(in_turn(partial(self.update, group), batches(group["params"])))
+
+    @torch.no_grad()  # here, not around the step: it holds for one thread only
+    def update(self, group: dict[str, Any], params: list[Parameter]) -> None:
+        """Update matrices of one shape, which go through the iteration as one batch."""
+        shape = matrix_shape(params[0])
+        # This gives the update the size of AdamW's (Liu et al. 2025, arXiv:2502.16982).
+        scale = group["lr"] * 0.2 * max(shape) ** 0.5
+        updates = orthogonalise(
+            torch.stack([self.look_ahead(p, group["momentum"]).view(shape) for p in params])
+        )
+        for param, update in zip(params, updates, strict=True):
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+            param.add_(update.view_as(param), alpha=-scale)
 
     def look_ahead(self, param: Parameter, momentum: float) -> Tensor:
         """Fold the gradient into the running mean and return the Nesterov direction."""
@@ -49,26 +64,47 @@ class Muon(Optimizer):
         return torch.lerp(param.grad, state["mean"], momentum)
 
 
+def batches(params: Iterable[Parameter]) -> Iterator[list[Parameter]]:
+    """Matrices of one shape together, a few at once."""
+    same_shape: dict[tuple[int, int], list[Parameter]] = defaultdict(list)
+    for param in params:
+        same_shape[matrix_shape(param)].append(param)
+    for alike in same_shape.values():
+        for start in range(0, len(alike), AT_ONCE):
+            yield alike[start : start + AT_ONCE]
+
+
+def matrix_shape(param: Tensor) -> tuple[int, int]:
+    return param.shape[0], param[0].numel()
+
+
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Bring the singular values of a batch of matrices near 1 by four Newton-Schulz steps."""
+    """Bring the singular values of a batch of matrices near 1 by four Newton-Schulz steps, in bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).bfloat16()
     for _ in range(4):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices)
 
 
 def muon_and_adamw(
-    model: Module, muon_lr: float, adamw_lr: float, except_for: tuple[str, ...]
+    model: Module,
+    muon_lr: float,
+    adamw_lr: float,
+    except_for: tuple[str, ...],
+    workers: Executor | None = None,
 ) -> list[Optimizer]:
     """Give the matrices to Muon; the rest, and layers with a name of `except_for`, to AdamW."""
     matrices, others = [], []
     for name, param in model.named_parameters():
         is_hidden_matrix = param.ndim >= 2 and not any(part in name for part in except_for)
         (matrices if is_hidden_matrix else others).append(param)
-    return [Muon(matrices, muon_lr), torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.98), weight_decay=0)]
+    return [
+        Muon(matrices, muon_lr, workers=workers),
+        torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.98), weight_decay=0),
+    ]
 
 
 def set_learning_rates(optimizers: list[Optimizer], fraction: float) -> None:

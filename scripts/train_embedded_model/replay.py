@@ -19,7 +19,7 @@ from .scenes import STEADY, Scene, Spread, elsewhere, training_scene
 from .text_encoder import tokenize
 
 CAPACITY = 4000  # pictures of each shape
-FRESH = 0.2  # the share of a batch that is newly drawn before each step
+FRESH = 0.12  # the share of a batch that is newly drawn before each step
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
 
 import copy
 import random
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .pipeline import draw, load_text_encoder, load_vae, make_pipeline
 from .progress import Run, image_grid, rising_then_falling
 from .replay import Replay
 from .scenes import FAR_APART, ON_A_DIE, OVERLAPPING, ROAMING, SCATTERED, STEADY, Spread
+from .threads import step_together
 
 SEED = 3
 LATENTS_PER_STEP = 32 * 16 * 16  # a step costs the same at every size
@@ -108,16 +110,13 @@ BEFORE_LAST_ROUND = "before_last_round.pt"
 
 
 def train_unet(folder: Path, device: str, threads: int) -> None:
-    """Train the UNet of the parts beside `folder`; what counts is its average, see `load_unet`.
-
-    Each thread takes a share of the batch, from rendering to gradients. Threads that meet once a step lose
-    less to waiting than threads that divide every operation, above all where other work wants the cores too.
-    """
+    """Train the UNet of the parts beside `folder`; what counts is its average, see `load_unet`."""
     tokenizer, text_encoder = load_text_encoder(folder.parent / "text")
     vae = load_vae(folder.parent / "vae")
     torch.manual_seed(SEED)
     unet = new_unet().to(device)
-    run, average, optimizers = begin_run(folder, unet)
+    workers = ThreadPoolExecutor(threads)
+    run, average, optimizers = begin_run(folder, unet, workers)
     rng = random.Random(SEED + run.step)
     vae.to(device)
     text_encoder.to(device)
@@ -126,7 +125,6 @@ def train_unet(folder: Path, device: str, threads: int) -> None:
         tokenizer = copy.deepcopy(tokenizer)  # one tokenizer must not be used by two threads at once
         replay = Replay(vae, tokenizer, text_encoder, rng.getrandbits(32), device)
         shares.append(Share(unet, replay))
-    workers = ThreadPoolExecutor(threads)
     torch.set_num_threads(1)
     for step in run:
         part, done = round_of(step)
@@ -138,15 +136,8 @@ def train_unet(folder: Path, device: str, threads: int) -> None:
             share.replay.spread_by(part.spread, moves=part.blend > 0)
         ((height, width),) = rng.choices(list(shapes), list(shapes.values()))
         share_size = LATENTS_PER_STEP // (height * width * threads)
-        futures = [workers.submit(share.backward, share_size, height, width, part.blend) for share in shares]
-        loss = torch.stack([future.result() for future in futures]).mean()
-        for parameter in unet.parameters():
-            assert parameter.grad is not None
-            parameter.grad /= threads
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 2.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        tasks = [partial(share.backward, share_size, height, width, part.blend) for share in shares]
+        loss = step_together(workers, tasks, unet.parameters(), optimizers, max_norm=2.0)
         average.update_parameters(unet)
         if step + 1 == TOTAL_STEPS - ROUNDS[-1].steps:
             torch.save(average.module.state_dict(), folder / BEFORE_LAST_ROUND)
@@ -158,12 +149,12 @@ def train_unet(folder: Path, device: str, threads: int) -> None:
 
 
 def begin_run(
-    folder: Path, unet: UNet2DConditionModel
+    folder: Path, unet: UNet2DConditionModel, workers: Executor | None = None
 ) -> tuple[Run, AveragedModel, list[torch.optim.Optimizer]]:
     """The run of a UNet, its average and its optimizers, as the checkpoint in `folder` has them if there is
     one.
     """
-    optimizers = muon_and_adamw(unet, 2e-3, 2e-3, except_for=("conv_in", "conv_out"))
+    optimizers = muon_and_adamw(unet, 2e-3, 2e-3, except_for=("conv_in", "conv_out"), workers=workers)
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     parts = {"unet": unet, "average": average, "muon": optimizers[0], "adamw": optimizers[1]}
     return Run(folder, TOTAL_STEPS, parts), average, optimizers

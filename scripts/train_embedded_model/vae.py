@@ -6,6 +6,8 @@
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from .muon import muon_and_adamw, set_learning_rates
 from .progress import Run, image_grid, rising_then_falling
 from .render import render
 from .scenes import Scene, random_scene
+from .threads import step_together
 from .thumbnails import start_as_thumbnails
 
 SEED = 1
@@ -26,23 +29,23 @@ LATENT_NOISE = 0.05  # the decoder must bear what is left of the UNet's errors
 POSTERIOR_STD = 0.03
 
 
-def train_vae(folder: Path, steps: int, device: str) -> None:
+def train_vae(folder: Path, steps: int, device: str, threads: int) -> None:
     """Train, whiten and save the autoencoder in `folder`."""
     torch.manual_seed(SEED)
     vae = new_vae().to(device)
+    workers = ThreadPoolExecutor(threads)
     # Layers that touch pixels or latents have columns of very different size, which Muon would make equal.
-    optimizers = muon_and_adamw(vae, 7e-4, 2e-3, except_for=("conv_in", "conv_out", "quant"))
+    optimizers = muon_and_adamw(vae, 7e-4, 2e-3, except_for=("conv_in", "conv_out", "quant"), workers=workers)
     run = Run(folder, steps, {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]})
     rng = random.Random(SEED + run.step)
+    shares = [Share(vae, rng.getrandbits(32), CROPS // threads) for _ in range(threads)]
+    torch.set_num_threads(1)
     for step in run:
         set_learning_rates(optimizers, rising_then_falling(step, steps, warmup=30, flat=0.3))
-        loss = reconstruction_loss(vae, random_crops(rng, rng.choice((96, 128, 160, 256))).to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        run.report(loss)
+        size = rng.choice((96, 128, 160, 256))
+        tasks = [partial(share.backward, size) for share in shares]
+        run.report(step_together(workers, tasks, vae.parameters(), optimizers, max_norm=1.0))
+    torch.set_num_threads(threads)
     vae.eval().requires_grad_(False)
     whiten(vae, render([random_scene(rng) for _ in range(128)], 128, 128).to(device))
     vae.save_pretrained(folder / "vae")
@@ -73,9 +76,24 @@ def new_vae() -> AutoencoderKL:
     return vae
 
 
-def random_crops(rng: random.Random, size: int) -> Tensor:
+class Share:
+    """One thread's share of every batch: its own crops and its own noise, the common autoencoder."""
+
+    def __init__(self, vae: AutoencoderKL, seed: int, crops: int):
+        self.vae, self.crops = vae, crops
+        self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def backward(self, size: int) -> Tensor:
+        """Add the gradients of crops of `size` x `size` pictures to the autoencoder's; return the loss."""
+        images = random_crops(self.rng, self.crops, size).to(self.vae.device)
+        loss = reconstruction_loss(self.vae, images, self.generator)
+        loss.backward()
+        return loss.detach()
+
+
+def random_crops(rng: random.Random, count: int, size: int) -> Tensor:
     """Cut squares out of rendered scenes, each around some part of a thing: background teaches little."""
-    scenes = [random_scene(rng) for _ in range(CROPS)]
+    scenes = [random_scene(rng) for _ in range(count)]
     images = render(scenes, size, size)
     return torch.stack([crop_near_a_thing(rng, *pair) for pair in zip(images, scenes, strict=True)])
 
@@ -90,10 +108,11 @@ def crop_near_a_thing(rng: random.Random, image: Tensor, scene: Scene) -> Tensor
     return image[:, top : top + CROP, left : left + CROP]
 
 
-def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
+def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
     """L1 + L2 + the difference of the edges, and a weak pull of the latents to zero mean and unit size."""
     latents = vae.quant_conv(vae.encoder(images))[:, :4]
-    noisy_latents = latents + LATENT_NOISE * torch.randn_like(latents)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    noisy_latents = latents + LATENT_NOISE * noise
     decoded = vae.decoder(vae.post_quant_conv(noisy_latents))
     columns, rows = (functional.l1_loss(decoded.diff(dim=dim), images.diff(dim=dim)) for dim in (-1, -2))
     mean_is_zero = latents.mean((0, 2, 3)).square().mean()
