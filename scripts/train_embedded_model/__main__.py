@@ -45,7 +45,8 @@ ALLOCATOR = {
     help="a finished model, into a new folder: repeats the last round of its UNet, and its LoRAs",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=int, default=2, show_default=True)
+# More would leave threads without a share: a step has twelve crops, or eight of the largest latents.
+@click.option("--threads", type=click.IntRange(1, 4), default=2, show_default=True)
 def main(folder: Path, output: Path, continue_from: Path | None, device: str, threads: int) -> None:
     """Train text encoder, autoencoder, UNet and LoRAs, then assemble them; some five hours on two cores."""
     torch.set_num_threads(threads)
