@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from .looks import LOOKS
 from .lora import begin_lora_run
-from .unet import BEFORE_LAST_ROUND, ROUNDS, TOTAL_STEPS, begin_run
+from .unet import LAST_ROUND, begin_run
 
 
 def take_apart(model: Path, folder: Path) -> None:
-    """Fill `folder` with the parts of `model`, as they are before the last round of the UNet.
+    """Fill `folder` with the parts of `model`, its UNet at the start of its last round.
 
     Text encoder and autoencoder are finished; the LoRAs begin their steps anew, from what they are. A model
     does not carry the state of optimizers, so that they begin anew too.
@@ -30,9 +30,8 @@ def take_apart(model: Path, folder: Path) -> None:
     shutil.copytree(model / "tokenizer", folder / "text" / "tokenizer")
     pipeline.vae.save_pretrained(folder / "vae" / "vae")
     run, *_ = begin_run(folder / "unet", pipeline.unet)
-    run.step = TOTAL_STEPS - ROUNDS[-1].steps
+    run.step = LAST_ROUND
     run.save()
-    torch.save(pipeline.unet.state_dict(), folder / "unet" / BEFORE_LAST_ROUND)
     for name in LOOKS:
         saved = load_file(model / "loras" / f"{name}.safetensors")
         run, *_ = begin_lora_run(name, folder, pipeline.unet, 1)

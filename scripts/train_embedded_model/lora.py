@@ -21,7 +21,7 @@ from .looks import LOOKS
 from .pipeline import load_text_encoder, load_vae
 from .progress import Run, rising_then_falling
 from .replay import Replay
-from .scenes import OVERLAPPING, Scene
+from .scenes import Scene
 from .unet import load_unet
 
 SEED = 5
@@ -65,13 +65,13 @@ def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
         return LOOKS[name].draw(scenes, height, width, generator)
 
     replay = Replay(vae, tokenizer, text_encoder.to(device), rng.getrandbits(32), device, draw)
-    replay.spread_by(OVERLAPPING)
     share = Share(unet, replay)
     for step in run:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rising_then_falling(step, steps, warmup=20, flat=0.3)
         ((height, width),) = rng.choices(list(SHAPES), list(SHAPES.values()))
-        loss = share.backward(LATENTS_PER_STEP // (height * width), height, width)
+        loss = share.loss(LATENTS_PER_STEP // (height * width), height, width, pure_noise=0.15)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -20,6 +20,7 @@ PROMPTS = {"single": 30, "group": 10, "pair": 10}
 # With their scales: at 1 and 1, Logo leaves drops in 0.4 of the pictures.
 MIXES = (
     {"Pixel_Art": 1.0, "Logo": 1.0},
+    {"Paint_Splash": 1.0, "Crayons": 1.0},
     {"Paint_Splash": 1.3, "Logo": 0.8},
     {"Crayons": 1.0, "Logo": 1.0},
     {"Crayons": 0.7, "Logo": 1.2},

@@ -48,7 +48,7 @@ class Muon(Optimizer):
         # This gives the update the size of AdamW's (Liu et al. 2025, arXiv:2502.16982).
         scale = group["lr"] * 0.2 * max(shape) ** 0.5
         updates = orthogonalise(
-            torch.stack([self.look_ahead(p, group["momentum"]).view(shape) for p in params])
+            torch.stack([self.look_ahead(p, group["momentum"]).reshape(shape) for p in params])
         )
         for param, update in zip(params, updates, strict=True):
             param.mul_(1 - group["lr"] * group["weight_decay"])

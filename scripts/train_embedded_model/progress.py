@@ -39,6 +39,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self.load()
+        if self.step > steps:
+            raise ValueError(
+                f"{self.checkpoint} has done {self.step} steps of {steps}: it is of another recipe."
+            )
 
     @property
     def checkpoint(self) -> Path:

@@ -42,8 +42,7 @@ RADII_PLACED = {"": (0.18, 0.22), "small": (0.12, 0.15), "large": (0.23, 0.24)}
 RADII_IN_GROUP = {"": (0.14, 0.16), "small": (0.10, 0.12), "large": (0.17, 0.18)}
 RADII_IN_PAIR = {"": (0.15, 0.18), "small": (0.10, 0.12), "large": (0.20, 0.21)}
 
-NINE = tuple((across, down) for across in (-1, 0, 1) for down in (-1, 0, 1))
-FIVE = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))  # as on a die
+OPEN_PLACES = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))  # right and down from the middle, as on a die
 
 LARGEST_ANGLE = 0.1  # radians: enough to vary, too little to make a diamond of a square
 
@@ -53,14 +52,13 @@ class Spread:
     """How a single object without a named place varies, by what the caption says of its size.
 
     `radii` are in shorter sides. It stands in the middle or, where there are `stops`, by chance in one of
-    `stands`, which count in stops from the middle; from there it is at most `places` away, and turned by at
-    most `angle` radians. `singles` is the share of scenes that have a single object.
+    OPEN_PLACES, which count in stops, shares of either side; from there it is at most `jitter` away, and
+    turned by at most `angle` radians. `singles` is the share of scenes that have a single object.
     """
 
     radii: dict[str, tuple[float, float]]
-    places: dict[str, float]
+    jitter: dict[str, float]
     stops: dict[str, float] | None = None
-    stands: tuple[tuple[int, int], ...] = NINE
     angle: float = LARGEST_ANGLE
     singles: float = 0.42
 
@@ -69,35 +67,15 @@ STEADY = Spread(
     {"": (0.26, 0.34), "small": (0.15, 0.19), "large": (0.40, 0.45)},
     {"": 0.05, "small": 0.08, "large": 0.02},
 )
-ROAMING = Spread(
-    {"": (0.21, 0.35), "small": (0.14, 0.18), "large": (0.40, 0.45)},
-    {"": 0.13, "small": 0.16, "large": 0.03},
-)
-# Pictures of one caption differ most when the object stands in one of nine places far apart. Sizes and angles
-# that vary as well are too much for this UNet: with SCATTERED, 0.75 of single objects were right at 256x256.
-# Places that are whole latents apart, at best four, look the same to it.
-SCATTERED = Spread(
-    {"": (0.22, 0.30), "small": (0.14, 0.18), "large": (0.38, 0.42)},
-    {"": 0.0, "small": 0.0, "large": 0.0},
-    {"": 0.125, "small": 0.25, "large": 0.0625},
-)
-FAR_APART = Spread(
-    {"": (0.23, 0.23), "small": (0.15, 0.15), "large": (0.36, 0.36)},
-    {"": 0.0, "small": 0.0, "large": 0.0},
-    {"": 0.25, "small": 0.25, "large": 0.125},
-    angle=0.0,
-    singles=0.6,
-)
-# Fewer of those places are farther apart, and more objects were drawn in two at once (0.14 of them at
-# 256x256; 0.03 with nine).
-ON_A_DIE = replace(FAR_APART, stands=FIVE)
-# Larger objects that would overlap in all of their places are drawn in one of them: what each place holds is
-# decided beside the others, where convolutions see it. Pictures differ as much.
+# Pictures of one caption differ by where the object stands: in one of five places, of which most overlap.
+# What one holds is decided beside the others then, where convolutions see it; of places far apart, two were
+# filled at once. Sizes and angles that vary as well are too much for this UNet. Stops are whole latents (two
+# at 128x128, four at 256x256, for large objects half of that), so that the latents of all places are the
+# same, shifted.
 OVERLAPPING = Spread(
     {"": (0.28, 0.28), "small": (0.17, 0.17), "large": (0.42, 0.42)},
     {"": 0.0, "small": 0.0, "large": 0.0},
     {"": 0.125, "small": 0.125, "large": 0.0625},
-    FIVE,
     angle=0.0,
     singles=0.6,
 )
@@ -206,14 +184,22 @@ def anywhere(rng: random.Random, kind: Kind, spread: Spread) -> Thing:
     x, y = POSITIONS["center"]
     if spread.stops:
         stop = spread.stops[kind.size]
-        across, down = rng.choice(spread.stands)
+        across, down = rng.choice(OPEN_PLACES)
         x, y = x + stop * across, y + stop * down
-    return place(rng, kind, (x, y), radius, spread.places[kind.size], spread.angle)
+    return place(rng, kind, (x, y), radius, spread.jitter[kind.size], spread.angle)
 
 
-def elsewhere(scene: Scene, rng: random.Random, spread: Spread) -> Scene:
-    """Another scene of one object with the same caption."""
-    return replace(scene, things=(anywhere(rng, scene.kinds[0], spread),))
+def possible_scenes(scene: Scene, spread: Spread) -> list[Scene]:
+    """A scene with its object in each of OPEN_PLACES if its caption leaves the place open, else as it is."""
+    if not (spread.stops and scene.stands_anywhere):
+        return [scene]
+    (thing,) = scene.things
+    stop = spread.stops[thing.kind.size]
+    x, y = POSITIONS["center"]
+    return [
+        replace(scene, things=(replace(thing, x=x + stop * across, y=y + stop * down),))
+        for across, down in OPEN_PLACES
+    ]
 
 
 def group(rng: random.Random) -> Scene:

@@ -4,34 +4,38 @@ Threads that meet once a step lose less to waiting than threads that divide ever
 other work wants the cores too.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
 
 def step_together(
     workers: Executor,
-    shares: Sequence[Callable[[], Tensor]],
-    params: Iterable[Parameter],
+    compute_losses: Sequence[Callable[[], Tensor]],
+    model: Module,
     optimizers: Sequence[Optimizer],
     max_norm: float,
 ) -> Tensor:
-    """Let every share add its gradients, take one step by their mean, and return the mean loss.
+    """Take one step by the mean of the shares' gradients, and return their mean loss.
 
-    Each share returns its loss, and all of them have the same size.
+    Each of `compute_losses` computes that of its share, and all shares have the same size.
     """
-    params = list(params)
-    futures = [workers.submit(share) for share in shares]
-    loss = torch.stack([future.result() for future in futures]).mean()
-    for param in params:
-        assert param.grad is not None
-        param.grad /= len(shares)
+    params = list(model.parameters())
+
+    def differentiate(compute_loss: Callable[[], Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        loss = compute_loss()
+        return loss.detach(), torch.autograd.grad(loss, params)
+
+    # In the order of the shares, whichever is ready first: sums of three or more numbers depend on it.
+    shares = list(workers.map(differentiate, compute_losses))
+    for param, first, *others in zip(params, *(grads for _, grads in shares), strict=True):
+        param.grad = sum(others, first) / len(shares)
     torch.nn.utils.clip_grad_norm_(params, max_norm)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return loss
+    return torch.stack([loss for loss, _ in shares]).mean()

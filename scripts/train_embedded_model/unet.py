@@ -6,7 +6,7 @@
 import copy
 import random
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from .muon import muon_and_adamw, set_learning_rates
 from .pipeline import draw, load_text_encoder, load_vae, make_pipeline
 from .progress import Run, image_grid, rising_then_falling
 from .replay import Replay
-from .scenes import FAR_APART, ON_A_DIE, OVERLAPPING, ROAMING, SCATTERED, STEADY, Spread
 from .threads import step_together
 
 SEED = 3
@@ -36,27 +35,18 @@ SAMPLES = (
     "a blue moon left of a red cross on a gray background",
 )
 
-# Heights and widths of the latents, with their share of the steps. Small latents come first, for a picture of
-# 16x16 costs a quarter of one of 32x32; yet what was learnt there does not carry over by itself (with a
-# twentieth of the steps at 32x32, counts were right at 128 pixels and wrong at 256; with none at 8x8, most
-# pictures of 64 pixels showed nothing at all).
+# Heights and widths of the latents, with weights by which they are drawn. Small latents come first, for a
+# picture of 16x16 costs a quarter of one of 32x32; yet what was learnt there does not carry over by itself
+# (with a twentieth of the steps at 32x32, counts were right at 128 pixels and wrong at 256; with none at 8x8,
+# most pictures of 64 pixels showed nothing at all).
 SMALL_FIRST = {
     (16, 16): 0.55,
     **dict.fromkeys([(16, 24), (24, 16), (12, 20), (20, 12)], 0.04),
     (32, 32): 0.21,
     **dict.fromkeys([(24, 40), (40, 24)], 0.04),
 }
+# Sizes that were missing here were drawn worse than their neighbours: shapes at 256x192, counts at 144x208.
 LARGE_LATER = {
-    (8, 8): 0.06,
-    **dict.fromkeys([(8, 16), (16, 8), (12, 12)], 0.02),
-    (16, 16): 0.2,
-    **dict.fromkeys([(16, 24), (24, 16), (12, 20), (20, 12)], 0.02),
-    (24, 24): 0.04,
-    (32, 32): 0.46,
-    **dict.fromkeys([(24, 40), (40, 24), (28, 36), (36, 28)], 0.03),
-}
-# Sizes that were missing above were drawn worse than their neighbours: shapes at 256x192, counts at 144x208.
-MORE_SHAPES = {
     (8, 8): 0.03,
     **dict.fromkeys([(8, 16), (16, 8), (12, 12)], 0.01),
     (16, 16): 0.2,
@@ -65,52 +55,39 @@ MORE_SHAPES = {
     **dict.fromkeys([(12, 32), (32, 12), (16, 48), (48, 16), (16, 64), (64, 16)], 0.01),
     (24, 24): 0.03,
     **dict.fromkeys([(24, 32), (32, 24)], 0.025),
-    (32, 32): 0.55,
+    (32, 32): 0.75,
     **dict.fromkeys([(24, 40), (40, 24), (28, 36), (36, 28)], 0.02),
 }
-SMALL_FIRST_STEPS = 2560
 
 
 @dataclass(frozen=True)
 class Round:
-    """A part of the training, with a learning rate that rises and falls once.
+    """A part of the training: its steps, the sizes of its latents, and how far its learning rate rises.
 
-    `rate` is its highest learning rate as a share of the first round's; `spread` is that of single objects
-    around the middle, see `scenes.single`; `shapes` are those of the latents after SMALL_FIRST_STEPS; `blend`
-    is explained in `Share.backward`.
+    `blend` and `pure_noise` are those of `Share.loss`.
     """
 
     steps: int
-    rate: float
-    spread: Spread
-    shapes: dict[tuple[int, int], float] = field(default_factory=lambda: LARGE_LATER)
+    shapes: dict[tuple[int, int], float]
+    rate: float = 1.0
     blend: float = 0.0
+    pure_noise: float = 0.0
 
 
-# Objects that may stand anywhere cost the shape of single ones (0.94 to 0.87 at 128x128, 0.92 to 0.76 at
-# 256x256) while groups and pairs went on to be learnt; the third round takes that back, and with it that
-# pictures of one caption differ. The later ones bring it again: in places far apart, two of which were
-# filled at once now and then, and at last in places that overlap. Before the blend, 0.98 of single objects
-# were right at 256x256 and 0.83 in four steps; after its first 1,600 steps, all 90 and 0.89.
+# What noise alone leads to is learnt last: with that from the first step on, shapes at 256x256 were wrong in
+# 24 of 90 pictures after 8,000 steps, and in 11 after 9,600.
 ROUNDS = (
-    Round(6400, 1.0, STEADY),
-    Round(5600, 0.5, ROAMING),
-    Round(1600, 0.35, STEADY),
-    Round(6200, 0.5, SCATTERED, MORE_SHAPES),
-    Round(4000, 0.35, FAR_APART, MORE_SHAPES),
-    Round(2400, 0.35, ON_A_DIE, MORE_SHAPES),
-    Round(2600, 0.35, OVERLAPPING, MORE_SHAPES),
-    Round(1600, 0.35, OVERLAPPING, MORE_SHAPES, blend=0.5),
-    Round(700, 0.2, OVERLAPPING, MORE_SHAPES, blend=0.5),
+    Round(2000, SMALL_FIRST),
+    Round(5000, LARGE_LATER, blend=0.5),
+    Round(1600, LARGE_LATER, rate=0.4, blend=0.5),
+    Round(800, {(16, 16): 0.3, (32, 32): 0.7}, rate=0.35, blend=0.5, pure_noise=0.15),
 )
 TOTAL_STEPS = sum(part.steps for part in ROUNDS)
-# What a round ends with is better at some of the scores and worse at others, by chance; the mean of two is
-# good at all of them (Wortsman et al. 2022, arXiv:2203.05482).
-BEFORE_LAST_ROUND = "before_last_round.pt"
+LAST_ROUND = TOTAL_STEPS - ROUNDS[-1].steps  # its first step
 
 
 def train_unet(folder: Path, device: str, threads: int) -> None:
-    """Train the UNet of the parts beside `folder`; what counts is its average, see `load_unet`."""
+    """Train the UNet of the parts beside `folder`; what counts is its average."""
     tokenizer, text_encoder = load_text_encoder(folder.parent / "text")
     vae = load_vae(folder.parent / "vae")
     torch.manual_seed(SEED)
@@ -126,26 +103,34 @@ def train_unet(folder: Path, device: str, threads: int) -> None:
         replay = Replay(vae, tokenizer, text_encoder, rng.getrandbits(32), device)
         shares.append(Share(unet, replay))
     torch.set_num_threads(1)
-    for step in run:
-        part, done = round_of(step)
-        set_learning_rates(
-            optimizers, part.rate * rising_then_falling(done, part.steps, warmup=40, flat=0.35)
-        )
-        shapes = SMALL_FIRST if step < SMALL_FIRST_STEPS else part.shapes
-        for share in shares:
-            share.replay.spread_by(part.spread, moves=part.blend > 0)
-        ((height, width),) = rng.choices(list(shapes), list(shapes.values()))
-        share_size = LATENTS_PER_STEP // (height * width * threads)
-        tasks = [partial(share.backward, share_size, height, width, part.blend) for share in shares]
-        loss = step_together(workers, tasks, unet.parameters(), optimizers, max_norm=2.0)
-        average.update_parameters(unet)
-        if step + 1 == TOTAL_STEPS - ROUNDS[-1].steps:
-            torch.save(average.module.state_dict(), folder / BEFORE_LAST_ROUND)
-        run.report(loss)
-        if (step + 1) % SAMPLE_EVERY == 0:
-            pipeline = make_pipeline(average.module, vae, tokenizer, text_encoder)
-            images = draw(pipeline, list(SAMPLES), 256, 256, num_inference_steps=10)
-            image_grid(images, 4).save(folder / f"samples_{step + 1}.png")
+    with workers:
+        for step in run:
+            part, _ = round_of(step)
+            set_learning_rates(optimizers, rate_of(step))
+            ((height, width),) = rng.choices(list(part.shapes), list(part.shapes.values()))
+            share_size = LATENTS_PER_STEP // (height * width * threads)
+            compute_losses = [
+                partial(share.loss, share_size, height, width, part.blend, part.pure_noise)
+                for share in shares
+            ]
+            run.report(step_together(workers, compute_losses, unet, optimizers, max_norm=2.0))
+            average.update_parameters(unet)
+            if (step + 1) % SAMPLE_EVERY == 0:
+                pipeline = make_pipeline(average.module, vae, tokenizer, text_encoder)
+                images = draw(pipeline, list(SAMPLES), 256, 256, num_inference_steps=10)
+                image_grid(images, 4).save(folder / f"samples_{step + 1}.png")
+
+
+def rate_of(step: int) -> float:
+    """The learning rate falls to nothing over the first two rounds, and again, from less, in each later one.
+
+    Restarts are from Loshchilov & Hutter 2017, arXiv:1608.03983.
+    """
+    falls_after = ROUNDS[0].steps + ROUNDS[1].steps
+    if step < falls_after:
+        return rising_then_falling(step, falls_after, warmup=40, flat=0.4)
+    part, done = round_of(step)
+    return part.rate * rising_then_falling(done, part.steps, warmup=40, flat=0.3)
 
 
 def begin_run(
@@ -161,7 +146,7 @@ def begin_run(
 
 
 def round_of(step: int) -> tuple[Round, int]:
-    """The round of a step, and how many of its steps were taken before."""
+    """The round that a step is of, and which of its steps it is."""
     for part in ROUNDS:
         if step < part.steps:
             return part, step
@@ -189,14 +174,9 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
-    """The averaged UNet of a checkpoint; of a finished run, its mean with that before the last round."""
+    """The averaged UNet of a checkpoint."""
     unet = new_unet()
     average = AveragedModel(unet)
-    checkpoint = torch.load(folder / "checkpoint.pt")
-    average.load_state_dict(checkpoint["average"])
-    weights = average.module.state_dict()
-    if checkpoint["run"]["step"] == TOTAL_STEPS:
-        before = torch.load(folder / BEFORE_LAST_ROUND)
-        weights = {name: value.lerp(before[name], 0.5) for name, value in weights.items()}
-    unet.load_state_dict(weights)
+    average.load_state_dict(torch.load(folder / "checkpoint.pt")["average"])
+    unet.load_state_dict(average.module.state_dict())
     return unet.eval().requires_grad_(False)

@@ -40,11 +40,12 @@ def train_vae(folder: Path, steps: int, device: str, threads: int) -> None:
     rng = random.Random(SEED + run.step)
     shares = [Share(vae, rng.getrandbits(32), CROPS // threads) for _ in range(threads)]
     torch.set_num_threads(1)
-    for step in run:
-        set_learning_rates(optimizers, rising_then_falling(step, steps, warmup=30, flat=0.3))
-        size = rng.choice((96, 128, 160, 256))
-        tasks = [partial(share.backward, size) for share in shares]
-        run.report(step_together(workers, tasks, vae.parameters(), optimizers, max_norm=1.0))
+    with workers:
+        for step in run:
+            set_learning_rates(optimizers, rising_then_falling(step, steps, warmup=30, flat=0.3))
+            size = rng.choice((96, 128, 160, 256))
+            compute_losses = [partial(share.loss, size) for share in shares]
+            run.report(step_together(workers, compute_losses, vae, optimizers, max_norm=1.0))
     torch.set_num_threads(threads)
     vae.eval().requires_grad_(False)
     whiten(vae, render([random_scene(rng) for _ in range(128)], 128, 128).to(device))
@@ -83,12 +84,10 @@ class Share:
         self.vae, self.crops = vae, crops
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
-    def backward(self, size: int) -> Tensor:
-        """Add the gradients of crops of `size` x `size` pictures to the autoencoder's; return the loss."""
+    def loss(self, size: int) -> Tensor:
+        """The loss of crops of `size` x `size` pictures."""
         images = random_crops(self.rng, self.crops, size).to(self.vae.device)
-        loss = reconstruction_loss(self.vae, images, self.generator)
-        loss.backward()
-        return loss.detach()
+        return reconstruction_loss(self.vae, images, self.generator)
 
 
 def random_crops(rng: random.Random, count: int, size: int) -> Tensor:
