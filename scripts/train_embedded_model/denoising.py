@@ -14,7 +14,7 @@ from .replay import Replay, Sample
 from .scenes import OPEN_PLACES
 
 CAPTION_DROPOUT = 0.1
-PURE_NOISE_TIMESTEP = 999
+PURE_NOISE_SHARE, PURE_NOISE_TIMESTEP = 0.15, 999
 BLENDED_SHARE = 0.5
 # The velocity grows with what strayed by alpha^2 / sigma: 1.3 here, and without end below.
 LEAST_BLENDED_TIMESTEP = 200

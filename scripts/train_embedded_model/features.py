@@ -107,7 +107,7 @@ def guidance(pipeline: StableDiffusionPipeline) -> None:
 
 def seeds(pipeline: StableDiffusionPipeline) -> None:
     """How far pictures of one prompt and different seeds are apart, as a share of the range of a colour; and
-    pictures that the renderer drew for it, which no training on them can surpass by much.
+    rendered pictures of scenes as training draws them, which the model can surpass by little.
     """
     print_header("pictures of one prompt", "mean difference between seeds")
     scenes = held_out_scenes({"single": 16})
@@ -117,7 +117,7 @@ def seeds(pipeline: StableDiffusionPipeline) -> None:
         for scene in (single(rng, OVERLAPPING) for _ in range(100))
         if scene.stands_anywhere and not scene.kinds[0].size
     ]
-    rendered = [render(rng.choices(possible_scenes(s, OVERLAPPING), k=4), 128, 128) for s in trained]
+    rendered = [render(rng.choices(possible_scenes(s), k=4), 128, 128) for s in trained]
     print_row("rendered", mean_difference(rendered))
     for side, count, scale in ((128, 16, 1.0), (128, 16, 2.0), (128, 16, 4.0), (256, 6, 4.0)):
         pictures = [

@@ -16,7 +16,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .denoising import Share
+from .denoising import PURE_NOISE_SHARE, Share
 from .looks import LOOKS
 from .pipeline import load_text_encoder, load_vae
 from .progress import Run, rising_then_falling
@@ -70,7 +70,7 @@ def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rising_then_falling(step, steps, warmup=20, flat=0.3)
         ((height, width),) = rng.choices(list(SHAPES), list(SHAPES.values()))
-        loss = share.loss(LATENTS_PER_STEP // (height * width), height, width, pure_noise=0.15)
+        loss = share.loss(LATENTS_PER_STEP // (height * width), height, width, pure_noise=PURE_NOISE_SHARE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import random_caption, with_unknown_word
 from .render import render
-from .scenes import OVERLAPPING, Scene, possible_scenes, training_scene
+from .scenes import Scene, possible_scenes, training_scene
 from .text_encoder import tokenize
 
 CAPACITY = 4000  # samples of each shape, for each thread
@@ -65,9 +65,9 @@ class Replay:
         """Put newly drawn scenes into a pool, in place of random ones once it is full."""
         if not count:
             return
-        scenes = [training_scene(self.rng, OVERLAPPING) for _ in range(count)]
+        scenes = [training_scene(self.rng) for _ in range(count)]
         texts = [with_unknown_word(random_caption(scene, self.rng).text, self.rng) for scene in scenes]
-        possible = [possible_scenes(scene, OVERLAPPING) for scene in scenes]
+        possible = [possible_scenes(scene) for scene in scenes]
         images = self.draw(list(chain.from_iterable(possible)), 8 * height, 8 * width).to(self.device)
         latents = self.vae.encode(images).latent_dist.mode().split([len(each) for each in possible])
         prompt_embeds = self.embed(texts).bfloat16()  # half the memory; the text encoder's noise is larger

@@ -158,10 +158,10 @@ def random_scene(rng: random.Random, spread: Spread = STEADY) -> Scene:
     return single(rng, spread) if layout == "single" else {"group": group, "pair": pair}[layout](rng)
 
 
-def training_scene(rng: random.Random, spread: Spread = STEADY) -> Scene:
+def training_scene(rng: random.Random) -> Scene:
     """Draw a scene that has no held-out combination, more often one that is hard to draw."""
     while True:
-        scene = random_scene(rng, spread)
+        scene = random_scene(rng, OVERLAPPING)
         if not scene.held_out and (scene.is_hard or rng.random() < EASY_SHARE):
             return scene
 
@@ -189,12 +189,13 @@ def anywhere(rng: random.Random, kind: Kind, spread: Spread) -> Thing:
     return place(rng, kind, (x, y), radius, spread.jitter[kind.size], spread.angle)
 
 
-def possible_scenes(scene: Scene, spread: Spread) -> list[Scene]:
+def possible_scenes(scene: Scene) -> list[Scene]:
     """A scene with its object in each of OPEN_PLACES if its caption leaves the place open, else as it is."""
-    if not (spread.stops and scene.stands_anywhere):
+    if not scene.stands_anywhere:
         return [scene]
     (thing,) = scene.things
-    stop = spread.stops[thing.kind.size]
+    assert OVERLAPPING.stops
+    stop = OVERLAPPING.stops[thing.kind.size]
     x, y = POSITIONS["center"]
     return [
         replace(scene, things=(replace(thing, x=x + stop * across, y=y + stop * down),))

@@ -88,7 +88,7 @@ def sign(number: float) -> int:
 def test_an_object_in_another_of_its_places_has_the_same_caption() -> None:
     rng = random.Random(0)
     for scene in (single(rng, OVERLAPPING) for _ in range(100)):
-        possible = possible_scenes(scene, OVERLAPPING)
+        possible = possible_scenes(scene)
         assert {plain_caption(other) for other in possible} == {plain_caption(scene)}
         assert scene in possible
         if scene.stands_anywhere:
@@ -96,7 +96,7 @@ def test_an_object_in_another_of_its_places_has_the_same_caption() -> None:
             assert [(sign(thing.x - 0.5), sign(thing.y - 0.5)) for thing in things] == list(OPEN_PLACES)
         else:
             assert len(possible) == 1
-    assert all(len(possible_scenes(pair(rng), OVERLAPPING)) == 1 for _ in range(20))
+    assert all(len(possible_scenes(pair(rng))) == 1 for _ in range(20))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 32)])
@@ -141,17 +141,17 @@ def test_the_unet_meets_noise_alone_as_sampling_begins(parts: Path) -> None:
     met: list[tuple[Tensor, Tensor]] = []
     unet.register_forward_pre_hook(lambda _, inputs: met.append(inputs[:2]))
     share = Share(unet, replay)
-    for _ in range(20):
+    for _ in range(10):
         replay.generator.manual_seed(len(met))
         share.loss(16, 8, 8, pure_noise=0.15)
-    drawn = [torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    drawn = [torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(10)]
     same = [
         torch.equal(x, y)
         for (latents, _), noise in zip(met, drawn, strict=True)
         for x, y in zip(latents, noise, strict=True)
     ]
     timesteps = torch.cat([timesteps for _, timesteps in met])
-    assert 0.1 < sum(same) / len(same) < 0.2  # of 320
+    assert 0.1 < sum(same) / len(same) < 0.2  # of 160
     assert set(timesteps[torch.tensor(same)].tolist()) == {999}
 
 
@@ -161,7 +161,7 @@ def test_a_step_of_training_leads_on_from_the_finished_model(parts: Path, blend:
     replay = Replay(load_vae(parts / "vae"), tokenizer, text_encoder, 0, "cpu")
     unet = load_unet(parts / "unet").requires_grad_(True)
     share = Share(unet, replay)
-    loss = torch.stack([share.loss(8, 16, 16, blend) for _ in range(4)]).mean()
+    loss = torch.stack([share.loss(8, 16, 16, blend) for _ in range(2)]).mean()
     assert loss < 0.5  # an untrained UNet has a loss of about 1
     loss.backward()
     assert all(parameter.grad is not None for parameter in unet.parameters())
