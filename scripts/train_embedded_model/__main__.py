@@ -18,7 +18,7 @@ from .vae import train_vae
 
 TEXT_STEPS = 600
 VAE_STEPS = 2400
-LORA_STEPS = {"Pixel_Art": 1800, "Crayons": 1600, "Logo": 600, "Paint_Splash": 600}
+LORA_STEPS = {"Pixel_Art": 1800, "Crayons": 1400, "Paint_Splash": 900, "Logo": 600}
 
 # By default glibc gives large blocks back to the kernel and asks for them again at every step: half of the
 # time went to page faults. These keep them. Waiting threads sleep, since the cores are often shared.
