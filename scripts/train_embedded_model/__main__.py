@@ -18,6 +18,7 @@ from .vae import train_vae
 
 TEXT_STEPS = 600
 VAE_STEPS = 2400
+# In this order two processes end at about the same time.
 LORA_STEPS = {"Pixel_Art": 1800, "Crayons": 1400, "Paint_Splash": 900, "Logo": 600}
 
 # By default glibc gives large blocks back to the kernel and asks for them again at every step: half of the
