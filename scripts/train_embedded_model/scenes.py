@@ -86,8 +86,9 @@ GROUPS = {
     4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
 }
 
-# What is drawn worst is trained on most: thin parts, and objects near their background in colour.
-THIN = ("star", "cross", "ring", "moon")
+# What is drawn worst is trained on most: thin parts, hexagons (small ones become circles), and objects near
+# their background in colour.
+HARD = ("star", "cross", "ring", "moon", "hexagon")
 CLOSE = 125  # distance of two colours in RGB, of 442; the closest two of the palette are 82 apart
 EASY_SHARE = 0.55  # of the other scenes, how many are kept
 
@@ -141,7 +142,7 @@ class Scene:
     @property
     def is_hard(self) -> bool:
         return any(
-            kind.shape in THIN or distance(kind.colour, self.background) < CLOSE for kind in self.kinds
+            kind.shape in HARD or distance(kind.colour, self.background) < CLOSE for kind in self.kinds
         )
 
 
