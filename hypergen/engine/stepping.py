@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,6 +10,8 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from hypergen.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
 
 # From predictions, latents in float32 and the sigmas of all images before and after the step to new latents.
 _Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -25,17 +28,19 @@ def advance_all(
             GPU some ten launches for each image. The bits do not depend on how many there are; on a CPU they
             are those of diffusers, and rounded for a GPU as its kernels are known to round.
     """
-    steps = [_euler_of(trajectory) if vectorised else None for trajectory, _ in pairs]
-    alike = [pair for pair, step in zip(pairs, steps, strict=True) if step is not None]
-    if step := next(filter(None, steps), None):
-        _advance_together([trajectory for trajectory, _ in alike], [pred for _, pred in alike], step)
-    advanced = {trajectory for trajectory, _ in alike}
-    for trajectory, noise_pred in pairs:
-        if trajectory in advanced:
-            yield trajectory, None
-            continue
+    together: dict[Trajectory, Tensor] = {}
+    if vectorised:
         try:
-            trajectory.advance(noise_pred)
+            together = _step_together(pairs)
+        except Exception as error:  # no image has moved yet
+            logger.warning("A shared Euler step failed (%s); each image takes its own.", error)
+    for trajectory, noise_pred in pairs:
+        try:
+            if trajectory in together:
+                trajectory.stepped(together[trajectory])
+                trajectory.scheduler._step_index = trajectory.step_index
+            else:
+                trajectory.advance(noise_pred)
         except Exception as error:  # the edge where one image's trouble must not become everyone's
             yield trajectory, error
         else:
@@ -56,8 +61,15 @@ def _euler_of(trajectory: Trajectory) -> _Step | None:
     return None
 
 
-def _advance_together(trajectories: Sequence[Trajectory], predictions: Sequence[Tensor], step: _Step) -> None:
-    model_output = torch.cat(list(predictions))
+def _step_together(pairs: Sequence[tuple[Trajectory, Tensor]]) -> dict[Trajectory, Tensor]:
+    """The latents after the step of each image with Euler's sampler; changes none of them."""
+    steps = [_euler_of(trajectory) for trajectory, _ in pairs]
+    step = next(filter(None, steps), None)
+    if step is None:
+        return {}
+    alike = [pair for pair, its_step in zip(pairs, steps, strict=True) if its_step is not None]
+    trajectories = [trajectory for trajectory, _ in alike]
+    model_output = torch.cat([noise_pred for _, noise_pred in alike])
     sample = torch.cat([trajectory.latents for trajectory in trajectories]).to(torch.float32)
 
     def sigmas(offset: int) -> Tensor:
@@ -65,9 +77,7 @@ def _advance_together(trajectories: Sequence[Trajectory], predictions: Sequence[
         return torch.stack(chosen).to(sample).reshape(-1, 1, 1, 1)
 
     latents = step(model_output, sample, sigmas(0), sigmas(1)).to(model_output.dtype)
-    for trajectory, advanced in zip(trajectories, latents.split(1), strict=True):
-        trajectory.stepped(advanced)
-        trajectory.scheduler._step_index = trajectory.step_index
+    return dict(zip(trajectories, latents.split(1), strict=True))
 
 
 def _epsilon_step(model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:

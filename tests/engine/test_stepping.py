@@ -97,3 +97,33 @@ def test_an_image_that_fails_leaves_the_others_alone() -> None:
     assert results[trajectories[0]] is None
     assert results[trajectories[1]] is None
     assert isinstance(results[trajectories[2]], RuntimeError)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("spoil", ["prediction", "sigmas"])
+def test_a_shared_step_that_fails_is_taken_by_each_image_alone_and_once(
+    prediction: Prediction, spoil: str
+) -> None:
+    def make() -> list[Trajectory]:
+        return [
+            t
+            for t in _trajectories(prediction, torch.float32)
+            if type(t.scheduler).__name__.endswith("EulerDiscreteScheduler")
+        ]
+
+    stock, images = make(), make()
+    _draw(stock[:-1], vectorised=False)
+    bad = images[-1]
+    if spoil == "sigmas":
+        bad.scheduler.sigmas = None
+    while active := [image for image in images[:-1] if image.remaining_steps]:
+        pairs = [(image, torch.tanh(image.model_input())) for image in active]
+        pairs.append((bad, torch.zeros(1, 4 if spoil == "sigmas" else 3, 6, 10)))
+        before = [image.step_index for image, _ in pairs]
+        *fine, failed = advance_all(pairs, vectorised=True)
+        assert [error for _, error in fine] == [None] * len(active)
+        assert failed[0] is bad
+        assert isinstance(failed[1], Exception)
+        steps_taken = [image.step_index - step for (image, _), step in zip(pairs, before, strict=True)]
+        assert steps_taken == [1] * len(active) + [0]
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(stock[:-1], images[:-1], strict=True))
