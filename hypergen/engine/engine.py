@@ -90,6 +90,7 @@ class Engine:
             model_id,
             report,
             self.cancel,
+            self._inbox.fail,
             clock=clock,
             own_stream=settings.decode_stream,
             encoders=encoders,
@@ -204,7 +205,8 @@ class Engine:
             if not self._running[request_id].started:
                 self._running[request_id].started = True
                 self._report(request_id, Started())
-        pairs = self._denoise(batch)
+        # Another image of a request may have failed in this very batch.
+        pairs = [pair for pair in self._denoise(batch) if pair[0].request.id in self._running]
         for trajectory, prediction in pairs:
             running = self._running[trajectory.request.id]
             self._previewer.look_at(trajectory, prediction, running.steps_due // running.request.n)
@@ -271,7 +273,8 @@ class Engine:
             torch.cuda.empty_cache()
             self.shapes.limit_rows(group_key(batch[0]).shared, sum(t.rows for t in batch))
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
-        return [pair for trajectory in batch for pair in self._denoise([trajectory])]
+        alone = (trajectory for trajectory in batch if trajectory.request.id in self._running)
+        return [pair for trajectory in alone for pair in self._denoise([trajectory])]
 
     def _advanced(self, trajectory: Trajectory, error: Exception | None) -> None:
         running = self._running.get(trajectory.request.id)
@@ -290,7 +293,7 @@ class Engine:
         trajectory = self._denoised.popleft()
         request = trajectory.request
         try:
-            decoded = self._finisher.decode(trajectory)
+            self._finisher.encode_later(trajectory, self._finisher.decode(trajectory))
         except Exception as error:  # the same edge
             self._fail(request.id, as_request_error(error, request))
             return
@@ -298,7 +301,6 @@ class Engine:
         running.images_left -= 1
         if running.images_left == 0:
             del self._running[request.id]
-        self._finisher.encode_later(trajectory, decoded)
 
     def _fail(self, request_id: str, error: RequestError) -> None:
         self._drop(request_id)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from hypergen.generation import Event, ImageFinished
 from hypergen.images import codec
 from hypergen.models.family import Family
 from hypergen.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, Event | RequestError], None]
 
@@ -40,6 +43,7 @@ class Finisher:
 
     Args:
         cancel: takes the other images of a request out, from any thread.
+        fail: told that the device is lost, from any thread.
         own_stream: decode beside the next step instead of before it; needs CUDA.
         encoders: where pixels become files; absent: two threads.
     """
@@ -52,6 +56,7 @@ class Finisher:
         model_id: str,
         report: Report,
         cancel: Callable[[str], None],
+        fail: Callable[[Exception], None],
         *,
         clock: Callable[[], float],
         own_stream: bool,
@@ -61,6 +66,7 @@ class Finisher:
         self._model_id = model_id
         self._report = report
         self._cancel = cancel
+        self._fail = fail
         self._clock = clock
         self._stream = torch.cuda.Stream() if own_stream else None
         self.encoders = encoders or ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
@@ -92,7 +98,8 @@ class Finisher:
 
     def encode_later(self, trajectory: Trajectory, decoded: Decoded) -> None:
         """Hand pixels to the threads that write files; they report the picture."""
-        self.encoders.submit(self._encode, trajectory, decoded, self._clock() - trajectory.arrived_at)
+        engine_s = self._clock() - trajectory.arrived_at
+        self.encoders.submit(self._encode, trajectory, decoded, engine_s).add_done_callback(self._encoded)
 
     def encode(self, trajectory: Trajectory, decoded: Decoded) -> bytes:
         """The file of an image, as soon as its pixels are there.
@@ -135,6 +142,13 @@ class Finisher:
                 encode_s=time.monotonic() - started,
             ),
         )
+
+    def _encoded(self, encoding: Future[None]) -> None:
+        error = encoding.exception()
+        if isinstance(error, torch.AcceleratorError):  # the engine may be idle, and would not notice
+            self._fail(error)
+        elif error is not None:
+            logger.error("An image could not be reported.", exc_info=error)
 
 
 def to_pixels(image: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +49,17 @@ class Inbox:
     ) -> None:
         self._prepare = prepare
         self._clock = clock
-        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._preparing: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
 
     def submit(self, request: GenerationRequest) -> None:
         sent_at = self._clock()
-        prepared = self._prepare(request)
+        try:
+            prepared = self._prepare(request)
+        except Exception as error:  # raised where the request joins, which fails it alone
+            prepared = Future[Any]()
+            prepared.set_exception(error)
         if prepared is None:
             self._messages.put(Arrival(request, None, sent_at))
             return
@@ -78,6 +83,10 @@ class Inbox:
     def stop(self) -> None:
         self._messages.put(None)
 
+    def fail(self, error: Exception) -> None:
+        """Let `read` raise what went wrong in another thread and concerns more than one request."""
+        self._messages.put(error)
+
     def empty(self) -> bool:
         """Whether nothing is there and no request is being prepared."""
         with self._lock:
@@ -89,12 +98,16 @@ class Inbox:
         Args:
             idle: there is nothing else to do.
             busy: there are images to draw.
+
+        Raises:
+            Exception: what `fail` was told.
         """
         # Neither: files are read for a request, and a loop without a pause would hinder that.
         timeout_s = _IDLE_WAIT_S if idle else 0.0 if busy else _PAUSE_S
-        try:
-            yield self._messages.get(timeout=timeout_s) if timeout_s else self._messages.get_nowait()
+        with suppress(queue.Empty):
+            message = self._messages.get(timeout=timeout_s) if timeout_s else self._messages.get_nowait()
             while True:
-                yield self._messages.get_nowait()
-        except queue.Empty:
-            pass
+                if isinstance(message, Exception):
+                    raise message
+                yield message
+                message = self._messages.get_nowait()

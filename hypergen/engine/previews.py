@@ -60,17 +60,16 @@ class Previewer:
         Args:
             steps: that the image takes in all; one that begins from a picture does not take the first ones.
         """
-        due = sorted(preview_steps(steps, trajectory.request.partial_images))
-        taken = steps - trajectory.remaining_steps + 1
-        if taken not in due:
-            return
         try:
+            due = sorted(preview_steps(steps, trajectory.request.partial_images))
+            taken = steps - trajectory.remaining_steps + 1
+            if taken not in due:
+                return
             clean = predict_clean(trajectory, prediction).to(trajectory.latents.dtype)
             pixels = to_pixels(self._draw(trajectory, clean)).cpu()
-        except Exception:  # a picture without previews is better than none
+            self._encoders.submit(self._encode, trajectory, due.index(taken), pixels)
+        except Exception:  # an image without previews is better than none
             logger.exception("A preview of %s could not be drawn.", trajectory.request.id)
-            return
-        self._encoders.submit(self._encode, trajectory, due.index(taken), pixels)
 
     def _draw(self, trajectory: Trajectory, clean: Tensor) -> Tensor:
         """Pixels in -1..1 of the drawn size, or of the latents' size."""
@@ -82,11 +81,11 @@ class Previewer:
 
     def _encode(self, trajectory: Trajectory, number: int, pixels: Tensor) -> None:
         request = trajectory.request
-        image = Image.fromarray(pixels.numpy())
-        drawn = self._family.drawn_size(request.width, request.height)
-        if image.size != drawn:
-            image = image.resize(drawn, Image.Resampling.BICUBIC)
         try:
+            image = Image.fromarray(pixels.numpy())
+            drawn = self._family.drawn_size(request.width, request.height)
+            if image.size != drawn:
+                image = image.resize(drawn, Image.Resampling.BICUBIC)
             # Without the settings: they do not make this picture.
             data = codec.encode(np.asarray(image), replace(request, metadata=False), trajectory.index, "")
         except Exception:  # the picture itself will tell why

@@ -57,8 +57,12 @@ class PromptReader:
         self._thread.shutdown(cancel_futures=True)
 
     def _read_with(self, request: GenerationRequest, files: Future[Any], read: Future[Any]) -> None:
-        if not self._closed:  # else it was cancelled while its files were read
+        if self._closed:  # it was cancelled while its files were read
+            return
+        try:
             self._thread.submit(self._read, request, files, read)
+        except RuntimeError as error:  # no thread can be started; a callback's error would be told to nobody
+            read.set_exception(error)
 
     @torch.inference_mode()
     def _read(self, request: GenerationRequest, files: Future[Any] | None, read: Future[Any]) -> None:

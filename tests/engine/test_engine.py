@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from hypergen.engine.batching import group_key
+from hypergen.engine.finishing import Decoded
 from hypergen.engine.shapes import Shapes
 from hypergen.errors import GenerationError, RequestError
 from hypergen.generation import Event, ImageFinished, Progress, Started
+from hypergen.models import loading
 from hypergen.trajectory import Conditioning
-from tests.engine.inline import InlineEngine, make_request
+from tests.engine.inline import InlineEngine, make_request, make_settings
 
 MakeEngine = Callable[..., InlineEngine]
 
@@ -166,6 +169,77 @@ def test_a_request_that_makes_a_pass_fail_fails_alone(inline: MakeEngine, spoilt
     assert [request_id for request_id, event in engine.events if isinstance(event, RequestError)] == [bad.id]
     assert bad.id not in engine.images
     assert all(engine.data(request) for request in good)
+
+
+@pytest.mark.parametrize("spoilt", ["embeds", "sigmas"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_image_that_fails_ends_its_request_and_no_other(
+    inline: MakeEngine, spoilt: str, index: int
+) -> None:
+    """In a batch with its sibling, whose own forward call and step succeed, and with other requests."""
+    bad, good = (make_request(n=2, sampler="euler", guidance_scale=1.0, seed=seed) for seed in (1, 2))
+    undisturbed = inline()
+    undisturbed.run(good)
+    engine = inline()
+    engine.know(bad)
+
+    def spoil(request_id: str, event: Event | RequestError) -> None:
+        if request_id == bad.id and event == Progress(4, 8):
+            image = next(t for t in engine.engine._active if t.request is bad and t.index == index)
+            if spoilt == "sigmas":
+                # Enough for the forward call, not for the step.
+                image.scheduler.sigmas = image.scheduler.sigmas[: image.step_index + 1]
+            else:
+                image.positive = Conditioning(image.positive.embeds[..., :5])
+
+    engine.run(bad, good, on_event=spoil)
+    assert isinstance(engine.errors[bad.id], GenerationError)
+    assert [request_id for request_id, event in engine.events if isinstance(event, RequestError)] == [bad.id]
+    assert [engine.data(good, j) for j in (0, 1)] == [undisturbed.data(good, j) for j in (0, 1)]
+    assert all(image.shared_forwards for image in engine.images[good.id].values())
+
+
+def test_images_that_no_thread_can_encode_do_not_end_the_engine(inline: MakeEngine) -> None:
+    engine = inline()
+    bad, waiting = make_request(partial_images=2), make_request(width=72, num_inference_steps=50)
+    encoders = engine.engine._finisher.encoders
+
+    def close_the_encoders(request_id: str, event: Event | RequestError) -> None:
+        if request_id == bad.id and event == Progress(1, 4):
+            encoders.shutdown()  # as where no thread can be started
+        if request_id == bad.id and isinstance(event, RequestError):
+            engine.cancel(waiting)
+
+    engine.run(bad, waiting, on_event=close_the_encoders)
+    assert isinstance(engine.errors[bad.id], GenerationError)
+    assert not engine.engine._running
+
+
+@pytest.mark.parametrize("text_thread", [False, True])
+def test_a_request_whose_files_cannot_be_read_fails_alone(sd_folder: Path, text_thread: bool) -> None:
+    family: Any = loading.load(sd_folder, make_settings())
+    family.adapters._readers.shutdown()  # as where no thread can be started
+    engine = InlineEngine(family, text_thread=text_thread)
+    bad, good = make_request(loras=(("style", 1.0),)), make_request()
+    engine.run(bad, good)
+    assert isinstance(engine.errors[bad.id], GenerationError)
+    assert engine.data(good)
+
+
+def test_a_device_lost_while_a_file_is_encoded_ends_the_engine(inline: MakeEngine) -> None:
+    """Else the request would never end: the threads that encode have nobody to tell."""
+
+    class LostDevice:
+        def synchronize(self) -> None:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    engine = inline().engine
+    image = engine.family.start(make_request(), 0)
+    decoded = Decoded(torch.zeros(64, 64, 3, dtype=torch.uint8), torch.tensor(True), cast(Any, LostDevice()))
+    engine._finisher.encode_later(image, decoded)
+    engine._finisher.shutdown()
+    with pytest.raises(torch.AcceleratorError):
+        engine.turn(wait=False)
 
 
 def test_a_file_that_cannot_be_written_ends_the_drawing_of_its_request(inline: MakeEngine) -> None:
