@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 from hypergen.engine.engine import Engine
 from hypergen.engine.finishing import Report
@@ -29,8 +30,13 @@ class Loader:
         self._report = report
         self._alone = alone
 
-    def __call__(self, model: ServedModel) -> Loaded:
-        """Raises ModelError when the model cannot be loaded, GenerationError when it does not draw."""
+    def __call__(self, model: ServedModel, between_steps: Callable[[], None]) -> Loaded:
+        """See `Roster`.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            GenerationError: it does not draw.
+        """
         started = time.monotonic()
         loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
         size_bytes = loading.weight_bytes(loaded)
@@ -38,7 +44,7 @@ class Loader:
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()
         if isinstance(loaded, WholePipeline):
-            drawer = WholeEngine(loaded, model.id, model.settings, self._report)
+            drawer = WholeEngine(loaded, model.id, model.settings, self._report, between_steps)
         else:
             drawer = Engine(loaded, model.id, model.settings, self._report)
         drawer.warm_up()

@@ -87,7 +87,8 @@ class Roster:
     Args:
         models: each with the expected size of its weights in bytes.
         limit_bytes: what the weights of all models in memory may take; None is no limit.
-        load: brings a model into memory, ready to draw.
+        load: brings a model into memory, ready to draw. What draws there calls the second argument between
+            two steps of one turn, so that requests leave it meanwhile.
 
     Raises:
         ModelError: a model alone is larger than the limit.
@@ -97,7 +98,7 @@ class Roster:
         self,
         models: Sequence[tuple[ServedModel, int]],
         limit_bytes: float | None,
-        load: Callable[[ServedModel], Loaded],
+        load: Callable[[ServedModel, Callable[[], None]], Loaded],
         report: Report,
     ) -> None:
         self.startup_s: dict[str, float] = {}
@@ -127,7 +128,7 @@ class Roster:
         self._inbox.cancel(request_id)
 
     def stop(self) -> None:
-        """Let `run` return after the current steps."""
+        """Let `run` return after the current steps; a full pipeline first ends its request."""
         self._inbox.stop()
 
     def status(self) -> EngineStatus:
@@ -179,7 +180,8 @@ class Roster:
 
     def turn(self) -> None:
         """Take requests in and out; then every model with work takes a step."""
-        self._read_inbox(wait=self.idle)
+        # Where no model moved, all that is here is read from files or being encoded.
+        self._read_inbox(idle=self.idle, busy=self._moved)
         self._moved_at = time.monotonic()
         self._moved = False
         self._deal()
@@ -194,9 +196,11 @@ class Roster:
             finally:
                 self._moved_at, self._turning = time.monotonic(), None
 
-    def _read_inbox(self, wait: bool) -> None:
-        # Where no model moved, all that is here is read from files or being encoded.
-        for message in self._inbox.read(idle=wait, busy=self._moved):
+    def _read_what_is_there(self) -> None:
+        self._read_inbox(idle=False, busy=True)
+
+    def _read_inbox(self, *, idle: bool, busy: bool) -> None:
+        for message in self._inbox.read(idle=idle, busy=busy):
             if message is None:
                 self._stopping = True
             elif isinstance(message, Arrival):
@@ -246,7 +250,7 @@ class Roster:
         with quiet:
             self._moved_at = math.inf  # a large model takes minutes, which are no stall
             try:
-                seat.loaded = self._load(seat.model)
+                seat.loaded = self._load(seat.model, self._read_what_is_there)
             finally:
                 self._moved_at = time.monotonic()
         seat.used_at = self._moved_at

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -29,15 +30,27 @@ class WholeEngine:
 
     `submit`, `cancel` and `stop` may be called from any thread; `run` is the thread that owns the model, and
     reports come from it.
+
+    Args:
+        between_steps: called after every step, because a turn takes as long as a request: it hands on what is
+            cancelled meanwhile.
     """
 
-    def __init__(self, model: WholePipeline, model_id: str, settings: EngineSettings, report: Report) -> None:
+    def __init__(
+        self,
+        model: WholePipeline,
+        model_id: str,
+        settings: EngineSettings,
+        report: Report,
+        between_steps: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model = model
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = time.monotonic()
         self.startup_s: dict[str, float] = {}
         self._report = report
+        self._between_steps = between_steps
         self._inbox = Inbox()
         self._waiting: deque[GenerationRequest] = deque()
         self._drawing: GenerationRequest | None = None
@@ -129,6 +142,7 @@ class WholeEngine:
             self._steps += 1
             # Pipelines with two calls a step would count beyond what was asked for.
             self._report(request.id, Progress(index * steps + min(step, steps), request.n * steps))
+            self._between_steps()
             self._read_inbox(wait=False)
             if self._drawing is not request:
                 raise _CancelledError

@@ -13,11 +13,12 @@ from hypergen.engine.loader import Loader
 from hypergen.engine.reading import quiet
 from hypergen.engine.roster import Loaded, Roster
 from hypergen.errors import GenerationError, ModelError, RequestError
-from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress
+from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress, Started
 from hypergen.models import loading
 from hypergen.served_models import ServedModel
 from tests.engine.inline import make_request, make_settings
 from tests.small_models import save_sdxl
+from tests.whole_models import save_pixart
 
 _NAMES = ("one", "two", "three")
 
@@ -40,10 +41,10 @@ class _Drawn:
         self.roster = Roster(expected, limit, self._load, self._report)
         self.descriptions = self.roster.load_all()
 
-    def _load(self, model: ServedModel) -> Loaded:
+    def _load(self, model: ServedModel, between_steps: Callable[[], None]) -> Loaded:
         # Loading changes torch's default dtype for all threads, those that read prompts too.
         assert quiet.locked()
-        return self.loader(model)
+        return self.loader(model, between_steps)
 
     def run(self, *requests: GenerationRequest) -> None:
         self._open = {request.id for request in requests}
@@ -177,6 +178,63 @@ def test_a_model_that_cannot_come_back_fails_its_own_requests_alone(
     weights.write_bytes(good)
     drawn.run(again := make_request(model="xl"))
     assert again.id in drawn.images
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> list[ServedModel]:
+    """Two full pipelines."""
+    folder = save_pixart(tmp_path_factory.mktemp("whole"))
+    return [ServedModel(id=name, path=folder, settings=make_settings()) for name in _NAMES[:2]]
+
+
+@pytest.mark.parametrize("at_step", [1, 3])
+def test_a_full_pipeline_stops_at_the_step_after_its_request_is_cancelled(
+    pipelines: list[ServedModel], at_step: int
+) -> None:
+    drawn = _Drawn(pipelines[:1])
+    gone, last = make_request(num_inference_steps=6), make_request(num_inference_steps=2)
+
+    def cancel(request_id: str, event: Event | RequestError) -> None:
+        if request_id == gone.id and event == Progress(at_step, 6):
+            drawn.roster.cancel(gone.id)
+            drawn.roster.submit(last)
+
+    drawn.on_event = cancel
+    drawn.roster.submit(gone)
+    drawn._open = {last.id}
+    while drawn._open:
+        drawn.roster.turn()
+    assert [event for request_id, event in drawn.events if request_id == gone.id] == [
+        Started(),
+        *(Progress(step, 6) for step in range(1, at_step + 1)),
+    ]
+
+
+def test_a_request_cancelled_while_a_full_pipeline_runs_is_never_started(
+    pipelines: list[ServedModel],
+) -> None:
+    """Whether it waits for the same model or another, was handed on already or comes during the run."""
+    drawn = _Drawn(pipelines)
+    running = make_request(model="one", num_inference_steps=4)
+    before = [make_request(model=name) for name in _NAMES[:2]]
+    during = [make_request(model=name) for name in _NAMES[:2]]
+    last = [make_request(model=name, num_inference_steps=2) for name in _NAMES[:2]]
+
+    def cancel_those_that_wait(request_id: str, event: Event | RequestError) -> None:
+        if request_id == running.id and event == Progress(2, 4):
+            for request in during:
+                drawn.roster.submit(request)
+            for request in [*before, *during]:
+                drawn.roster.cancel(request.id)
+
+    drawn.on_event = cancel_those_that_wait
+    for request in (running, *before, *last):
+        drawn.roster.submit(request)
+    drawn._open = {running.id, *(request.id for request in last)}
+    while drawn._open:
+        drawn.roster.turn()
+    assert set(drawn.images) == {running.id, *(request.id for request in last)}
+    assert {request_id for request_id, _ in drawn.events} == set(drawn.images)
 
 
 def test_a_model_larger_than_the_memory_for_models_is_refused(models: list[ServedModel]) -> None:
