@@ -40,7 +40,6 @@ class Loader:
         started = time.monotonic()
         loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
         size_bytes = loading.weight_bytes(loaded)
-        description = loaded.describe(model.id)
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()
         if isinstance(loaded, WholePipeline):
@@ -49,4 +48,4 @@ class Loader:
             drawer = Engine(loaded, model.id, model.settings, self._report)
         drawer.warm_up()
         self.seconds["warm-up"] += time.monotonic() - started
-        return Loaded(drawer, description, size_bytes)
+        return Loaded(drawer, loaded.describe(model.id), size_bytes)

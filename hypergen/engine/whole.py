@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,8 @@ from hypergen.images import codec
 from hypergen.models.whole import WholePipeline
 
 logger = logging.getLogger(__name__)
+
+_MOST_MIN_STEPS = 4  # PNDM begins with so many steps of Runge and Kutta; no scheduler of diffusers wants more
 
 
 class _CancelledError(Exception):
@@ -84,9 +87,22 @@ class WholeEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Draw a picture of the default size in two steps, so that "ready" was tried."""
+        """Find out the fewest steps that the pipeline can do, with an image of the default size.
+
+        So "ready" was tried.
+        """
         request = warm_up_request(self.model.describe(self.model_id))
-        codec.encode(self.model.draw(request, 0, self._stamp), request, 0, self.model_id)
+        while True:
+            try:
+                fewest = replace(request, num_inference_steps=self.model.min_steps)
+                pixels = self.model.draw(fewest, 0, self._stamp)
+                break
+            # What schedulers raise for too few steps; no other error depends on their number.
+            except (ArithmeticError, LookupError, ValueError):
+                if self.model.min_steps == _MOST_MIN_STEPS:
+                    raise
+            self.model.min_steps += 1
+        codec.encode(pixels, request, 0, self.model_id)
 
     @property
     def idle(self) -> bool:

@@ -26,6 +26,9 @@ class WholePipeline:
     Args:
         card: what the diffusers files cannot say about a model, see `StableDiffusion`.
 
+    Attributes:
+        min_steps: the fewest that it can do, as far as was tried.
+
     Raises:
         ModelError: this pipeline does not draw from a prompt alone.
     """
@@ -33,6 +36,7 @@ class WholePipeline:
     def __init__(self, pipeline: Any, card: dict[str, Any]) -> None:
         self.pipeline = pipeline
         self.card = card
+        self.min_steps = 1
         self.parameters = inspect.signature(pipeline.__call__).parameters
         self.name = type(pipeline).__name__
         missing = [name for name in _NEEDED if name not in self.parameters]
@@ -68,7 +72,7 @@ class WholePipeline:
             family=self.name,
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={},
-            min_steps=1,
+            min_steps=self.min_steps,
             device=self.device.type,
             dtype=str(self.pipeline.dtype).removeprefix("torch."),
             options=frozenset(["negative_prompt"] if "negative_prompt" in self.parameters else []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
+from hypergen.api.checks import read_sampler
+from hypergen.engine.loader import Loader
 from hypergen.engine.whole import WholeEngine
-from hypergen.errors import ModelError, RequestError
+from hypergen.errors import InvalidRequestError, ModelError, RequestError
 from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress, Started
 from hypergen.models import loading
 from hypergen.models.registry import FAMILIES, servable
 from hypergen.models.whole import WholePipeline
+from hypergen.served_models import ServedModel
 from tests.engine.inline import make_request, make_settings
 from tests.whole_models import save_cogview, save_pixart
 
@@ -148,6 +152,28 @@ def test_a_pipeline_that_wants_more_than_a_prompt_is_refused(folder: Path) -> No
     pipeline.__class__ = Wanting
     with pytest.raises(ModelError, match="also wants image"):
         WholePipeline(pipeline, {})
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "fewest"),
+    [(diffusers.DPMSolverMultistepScheduler, 1), (diffusers.PNDMScheduler, 4)],
+)
+def test_the_fewest_steps_that_a_pipeline_can_do_are_published(
+    tmp_path: Path, scheduler: Any, fewest: int
+) -> None:
+    """PNDM cannot begin with fewer than 4, and raises a ValueError in its step or before it."""
+    folder = save_pixart(tmp_path)
+    scheduler().save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    named = json.loads(index.read_text(encoding="utf-8")) | {"scheduler": ["diffusers", scheduler.__name__]}
+    index.write_text(json.dumps(named), encoding="utf-8")
+    model = ServedModel(id="whole", path=folder, settings=make_settings())
+    loaded = Loader(lambda _id, _event: None, alone=True)(model, lambda: None)
+    assert loaded.description.min_steps == fewest
+    if fewest > 1:
+        with pytest.raises(InvalidRequestError, match=f"at least {fewest} steps") as refused:
+            read_sampler(None, fewest - 1, loaded.description, "num_inference_steps")
+        assert refused.value.param == "num_inference_steps"
 
 
 @pytest.mark.parametrize(
