@@ -12,6 +12,7 @@ import gc
 import itertools
 import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -112,13 +113,17 @@ class Roster:
         self._moved_at = time.monotonic()
         self._moved = False
         self._stopping = False
+        # Whoever looks at a model from another thread keeps it alive, so none may while one leaves.
+        self._leaving = threading.Lock()
         for seat in self._seats.values():
             self._refuse_if_too_large(seat.model, seat.expected_bytes)
 
     @property
     def last_step_at(self) -> float:
         """When the engine last moved; infinite while it does what may take minutes."""
-        return self._turning.last_step_at if self._turning is not None else self._moved_at
+        with self._leaving:
+            turning = self._turning
+            return self._moved_at if turning is None else turning.last_step_at
 
     def submit(self, request: GenerationRequest) -> None:
         self._inbox.submit(request)
@@ -132,8 +137,11 @@ class Roster:
         self._inbox.stop()
 
     def status(self) -> EngineStatus:
+        with self._leaving:
+            return self._status()
+
+    def _status(self) -> EngineStatus:
         seats = list(self._seats.values())
-        # Asked by another thread than the one that moves models out.
         there = [(seat, loaded.drawer.status()) for seat in seats if (loaded := seat.loaded) is not None]
         determinism: dict[str, Verdict] = {}
         for seat in seats:
@@ -276,15 +284,16 @@ class Roster:
         assert seat.loaded is not None
         logger.info("%s is moved out of memory.", seat.model.id)
         seat.loaded.drawer.close()
-        status = seat.loaded.drawer.status()
-        seat.forwards += status.forwards
-        seat.image_steps += status.image_steps
-        seat.determinism = status.determinism
-        seat.loaded = None
-        # What was there at the start is kept out of collections, which would now keep the model.
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
+        with self._leaving:
+            status = seat.loaded.drawer.status()
+            seat.forwards += status.forwards
+            seat.image_steps += status.image_steps
+            seat.determinism = status.determinism
+            seat.loaded = None
+            # What was there at the start is kept out of collections, which would now keep the model.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

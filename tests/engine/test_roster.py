@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from hypergen.engine.engine import Engine
 from hypergen.engine.loader import Loader
 from hypergen.engine.reading import quiet
 from hypergen.engine.roster import Loaded, Roster
 from hypergen.errors import GenerationError, ModelError, RequestError
-from hypergen.generation import Event, GenerationRequest, ImageFinished, Progress, Started
+from hypergen.generation import EngineStatus, Event, GenerationRequest, ImageFinished, Progress, Started
 from hypergen.models import loading
 from hypergen.served_models import ServedModel
 from tests.engine.inline import make_request, make_settings
@@ -32,6 +36,7 @@ class _Drawn:
         """With room for the weights of so many models of the first one's size."""
         self.events: list[tuple[str, Event | RequestError]] = []
         self.images: dict[str, bytes] = {}
+        self._open: set[str] = set()
         self.on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
         expected = [(m, loading.expected_bytes(m.path, m.settings)) for m in models]
         limit = None if room is None else room * expected[0][1]
@@ -235,6 +240,34 @@ def test_a_request_cancelled_while_a_full_pipeline_runs_is_never_started(
         drawn.roster.turn()
     assert set(drawn.images) == {running.id, *(request.id for request in last)}
     assert {request_id for request_id, _ in drawn.events} == set(drawn.images)
+
+
+def test_a_model_whose_status_is_being_read_is_freed_when_it_is_evicted(
+    models: list[ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lives at `gc.freeze` and lies in cycles, as models do, would stay until the next eviction."""
+    drawn = _Drawn(models[:2], 1.5)
+    loaded = drawn.roster._seats["one"].loaded
+    assert loaded is not None
+    model = weakref.ref(loaded.drawer)
+    del loaded
+    status, reading, frozen = Engine.status, threading.Event(), threading.Event()
+
+    def read_slowly(engine: Engine) -> EngineStatus:
+        reading.set()
+        if threading.current_thread() is heartbeat:
+            frozen.wait(0.3)  # so long the eviction waits here at most
+        return status(engine)
+
+    monkeypatch.setattr(Engine, "status", read_slowly)
+    heartbeat = threading.Thread(target=drawn.roster.status)
+    heartbeat.start()
+    reading.wait()
+    alive: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: (alive.append(model() is not None), frozen.set()))
+    drawn.run(make_request(model="two"))
+    heartbeat.join()
+    assert alive == [False]
 
 
 def test_a_model_larger_than_the_memory_for_models_is_refused(models: list[ServedModel]) -> None:
