@@ -15,14 +15,15 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypergen import logs
 from hypergen.engine import spare, wire
-from hypergen.errors import HyperGenError, RequestError, pack
-from hypergen.generation import Event
+from hypergen.errors import GenerationError, HyperGenError, RequestError, pack
+from hypergen.generation import EngineStatus, Event
 
 if TYPE_CHECKING:
     from hypergen.engine.loader import Loader
@@ -47,11 +48,11 @@ def main() -> None:
     if not isinstance(start, wire.Start):
         os._exit(0)
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
+    threading.Thread(target=_serve, args=(_write, connection, outbox), daemon=True).start()
 
     rosters: list[Roster] = []
     # Reads from the start, so that a parent that leaves while the models load is noticed.
-    threading.Thread(target=_read, args=(connection, rosters), daemon=True).start()
+    threading.Thread(target=_serve, args=(_read, connection, rosters), daemon=True).start()
     try:
         started = time.monotonic()
         imports.result()
@@ -79,8 +80,9 @@ def main() -> None:
         wire.send(connection, wire.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
     rosters.append(roster)
-    outbox.put(wire.Loaded(descriptions, roster.status()))
-    threading.Thread(target=_beat, args=(roster, outbox), daemon=True).start()
+    status = roster.status()
+    outbox.put(wire.Loaded(descriptions, status))
+    threading.Thread(target=_beat, args=(roster, status, outbox), daemon=True).start()
     try:
         roster.run()
     except Exception:  # the device is lost; a new process gets a new one
@@ -117,10 +119,13 @@ def _connect(arguments: list[str]) -> tuple[socket.socket, Future[None]]:
     """The connection to the pool, and the imports that a spare began while it waited for it."""
     imports: Future[None] = Future()
     imports.set_result(None)
+    descriptor = int(arguments[0] if arguments[0] != "--spare" else arguments[1])
+    # A process that this one starts would inherit it, and the pool would not see that this one has died.
+    os.set_inheritable(descriptor, False)
     if arguments[0] != "--spare":
-        return socket.socket(fileno=int(arguments[0])), imports
-    _, descriptor, model_path = arguments
-    listener = socket.socket(fileno=int(descriptor))
+        return socket.socket(fileno=descriptor), imports
+    _, _, model_path = arguments
+    listener = socket.socket(fileno=descriptor)
     imports = ThreadPoolExecutor(1).submit(import_all, Path(model_path))
     return spare.wait_for_adoption(listener), imports
 
@@ -171,12 +176,28 @@ def _reporter(outbox: queue.SimpleQueue[Any]) -> Any:
     return report
 
 
+def _serve(work: Callable[..., None], *arguments: Any) -> None:
+    """The work of a thread; if it fails the process ends, which would hear or say nothing any more."""
+    try:
+        work(*arguments)
+    except Exception:
+        logger.exception("The engine cannot talk to the server any more.")
+        os._exit(13)
+
+
 def _write(connection: socket.socket, outbox: queue.SimpleQueue[Any]) -> None:
     while True:
+        message = outbox.get()
         try:
-            wire.send(connection, outbox.get())
+            wire.send(connection, message)
         except OSError:
             os._exit(0)
+        except Exception:  # nothing of the message was sent yet
+            if not isinstance(message, wire.Happened):
+                raise
+            logger.exception("An event of %s could not be sent.", message.request_id)
+            failure = GenerationError("The image could not be sent; the server's log says why.")
+            outbox.put(wire.Failed(message.request_id, pack(failure)))
 
 
 def _read(connection: socket.socket, rosters: list[Roster]) -> None:
@@ -192,9 +213,17 @@ def _read(connection: socket.socket, rosters: list[Roster]) -> None:
                 os._exit(0)
 
 
-def _beat(roster: Roster, outbox: queue.SimpleQueue[Any]) -> None:
+def _beat(roster: Roster, status: EngineStatus, outbox: queue.SimpleQueue[Any]) -> None:
+    """Say every second that the engine lives; without a status, with the last one that there was."""
+    logged: set[type[Exception]] = set()
     while True:
-        outbox.put(wire.Alive(time.monotonic() - roster.last_step_at, roster.status()))
+        try:
+            status = roster.status()
+        except Exception as error:  # silence would be taken for a stall, and a busy engine killed
+            if type(error) not in logged:
+                logger.exception("The status cannot be told; the last one is told again.")
+            logged.add(type(error))
+        outbox.put(wire.Alive(time.monotonic() - roster.last_step_at, status))
         time.sleep(1)
 
 

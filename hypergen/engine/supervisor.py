@@ -113,9 +113,13 @@ class Supervisor:
         connection: socket.socket,
         outbox: Any,
     ) -> None:
-        while (message := wire.receive(connection)) is not None:
-            if not _call_soon(loop, self._received, process, message):
-                return
+        try:
+            while (message := wire.receive(connection)) is not None:
+                if not _call_soon(loop, self._received, process, message):
+                    return
+        except Exception:  # the edge of this thread: without it nobody would hear of the process again
+            logger.exception("What engine %d says cannot be read; it is ended.", process.pid)
+            process.kill()
         connection.close()
         outbox.put(None)
         process.wait()
@@ -124,7 +128,7 @@ class Supervisor:
     @staticmethod
     def _write(
         _loop: asyncio.AbstractEventLoop,
-        _process: EngineProcess,
+        process: EngineProcess,
         connection: socket.socket,
         outbox: Any,
     ) -> None:
@@ -132,6 +136,10 @@ class Supervisor:
             try:
                 wire.send(connection, message)
             except OSError:  # the reader notices too, and tells
+                return
+            except Exception:  # the edge of this thread: whoever waits for an answer would wait for ever
+                logger.exception("A message to engine %d cannot be sent; it is ended.", process.pid)
+                process.kill()
                 return
 
     def _received(self, process: EngineProcess, message: Any) -> None:
