@@ -84,8 +84,12 @@ class DeterminismRule:
         """A probe, not yet run, of images like this one: of its shape, and with as long a prompt."""
         request = trajectory.request
         found = Probe(*self._family.drawn_size(request.width, request.height))
-        found.passes = self._passes(found, trajectory)
+        self.begin_again(found, trajectory)
         return found
+
+    def begin_again(self, probe: Probe, trajectory: Trajectory) -> None:
+        """Let a probe whose passes were given up try all of them, with an image of the same shape."""
+        probe.passes = self._passes(probe, trajectory)
 
     def _passes(self, found: Probe, trajectory: Trajectory) -> Iterator[None]:
         """Repair what the shape needs, then compare passes of different rows."""

@@ -243,8 +243,7 @@ class Engine:
         # Held, so that all images of the request find them, however little the caches keep.
         _held = read, None if self._reader and read and read[1] else self._read_prompts(request)
         trajectories = [self.family.start(request, index) for index in range(request.n)]
-        for stage in trajectories[0].stages():
-            yield from self.shapes.learn(stage)
+        yield from self.shapes.learn(trajectories[0])
         for trajectory in trajectories:
             trajectory.arrived_at = arrival.sent_at
             trajectory.lone = any(self.shapes.must_run_alone(stage) for stage in trajectory.stages())

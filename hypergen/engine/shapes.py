@@ -28,6 +28,8 @@ class Shapes:
     """
 
     _KEPT = 256
+    # A probe keeps rows as large as the largest batch, on the device.
+    _MOST_UNFINISHED = 8
     # One guided image. A request need not wait until larger passes are proved.
     _ENOUGH_ROWS = 2
     _LONGEST_IDLE_PASS_S = 0.5
@@ -48,18 +50,36 @@ class Shapes:
         )
         self._probes: dict[GroupKey, Probe] = {}
         self._probing: set[GroupKey] = set()
-        self._unfinished: set[GroupKey] = set()
+        # In the order in which they were begun; only these probes keep tensors.
+        self._unfinished: dict[GroupKey, None] = {}
+        self._paused: set[GroupKey] = set()
+        self._joining: Counter[GroupKey] = Counter()
         self.costs: dict[GroupKey, CostCurve] = {}
 
     def learn(self, trajectory: Trajectory) -> Iterator[None]:
-        """Probe the shape of a trajectory if it is new, far enough to draw; an item for each forward pass, so
-        that other images can advance between them. Where nothing is drawn there is nothing to learn.
+        """Probe the shapes of a trajectory's stages if they are new, far enough to draw; an item for each
+        forward pass, so that other images can advance between them. Where nothing is drawn there is nothing
+        to learn.
         """
         if trajectory.unchanged:
             return
+        stages = list(trajectory.stages())
+        needed = [group_key(stage).shared for stage in stages]
+        self._joining.update(needed)
+        try:
+            for stage in stages:
+                yield from self._learn(stage)
+        finally:
+            self._joining.subtract(needed)
+
+    def _learn(self, trajectory: Trajectory) -> Iterator[None]:
         key = group_key(trajectory).shared
         while key in self._probing:  # for another request
             yield
+        if key in self._paused:
+            self._paused.discard(key)
+            self._rule.begin_again(self._probes[key], trajectory)
+            self._may_go_on(key)
         if key in self._probes:
             return
         probe = self._rule.probe(trajectory)
@@ -72,8 +92,22 @@ class Shapes:
         finally:
             self._probing.discard(key)
         self._probes[key] = probe
-        self._unfinished.add(key)
+        self._may_go_on(key)
         self._read(key)
+
+    def _may_go_on(self, key: GroupKey) -> None:
+        """Let a probe try larger passes later; the oldest of too many pauses until its shape is asked for."""
+        self._unfinished[key] = None
+        if len(self._unfinished) > self._MOST_UNFINISHED:
+            oldest = next(iter(self._unfinished))
+            self._end(oldest)
+            self._paused.add(oldest)
+
+    def _end(self, key: GroupKey) -> None:
+        """Probe no further, and give the tensors back."""
+        self._unfinished.pop(key, None)
+        self._paused.discard(key)
+        self._probes[key].passes = iter(())
 
     def unfinished(self, active: Collection[Trajectory]) -> GroupKey | None:
         """A shape whose probe has more rows to try, and that it is worth to try them: nothing else is to be
@@ -113,7 +147,7 @@ class Shapes:
 
     def limit_rows(self, key: GroupKey, rows: int) -> None:
         """So many rows do not fit into memory: try no more, and make smaller passes."""
-        self._unfinished.discard(key)
+        self._end(key)
         self.costs[key].max_rows = max(2, rows // 2)
 
     def _read(self, key: GroupKey) -> None:
@@ -129,7 +163,7 @@ class Shapes:
         curve.seconds = {**probe.seconds, **curve.seconds}
 
     def _finish(self, key: GroupKey) -> None:
-        self._unfinished.discard(key)
+        self._end(key)
         self._read(key)
         probe = self._probes[key]
         seconds = ", ".join(f"{rows}: {seconds:.3f}" for rows, seconds in probe.seconds.items())
@@ -143,12 +177,12 @@ class Shapes:
         )
 
     def forget_old(self, needed: set[GroupKey]) -> None:
-        """Keep the latest shapes and those that are needed."""
-        for key in [key for key in self._probes if key not in needed][
-            : max(0, len(self._probes) - self._KEPT)
-        ]:
+        """Keep the latest shapes, those that are needed and those of requests that are joining."""
+        old = [key for key in self._probes if key not in needed and not self._joining[key]]
+        for key in old[: max(0, len(self._probes) - self._KEPT)]:
+            self._end(key)
             del self._probes[key], self.costs[key]
-            self._unfinished.discard(key)
+        self._joining = +self._joining
 
     def must_run_alone(self, trajectory: Trajectory) -> bool:
         """Whether neighbours would change the bits of an image whose seed was asked for."""
