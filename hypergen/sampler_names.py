@@ -17,7 +17,10 @@ _SAME = {
 }
 
 
+_LONGEST = 100
+
+
 def public_name(name: str) -> str:
     """Our name for a sampler; what is unknown comes back in our way of writing."""
-    plain = "_".join(re.findall(r"[a-z0-9]+", name.lower().replace("++", "pp"))).removeprefix("k_")
+    plain = "_".join(re.findall(r"[a-z0-9]+", name[:_LONGEST].lower().replace("++", "pp"))).removeprefix("k_")
     return _SAME.get(plain, plain)

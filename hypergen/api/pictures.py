@@ -7,7 +7,6 @@ takes a second for the largest, so it belongs into a thread.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from io import BytesIO
 
@@ -21,7 +20,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 8192
 
-_DATA_URL = re.compile(r"data:[^,;]{0,100}(;[^,;]{0,100})*;base64,", re.ASCII | re.IGNORECASE)
+# What stands before the base64 of a `data:` URL; longer ones are no media type.
+_LONGEST_PREFIX = 1024
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.ASCII | re.IGNORECASE)
 
 
@@ -31,17 +31,19 @@ def from_base64(text: str, param: str) -> bytes:
     Raises:
         InvalidRequestError: it is neither; addresses are not fetched.
     """
-    prefix = _DATA_URL.match(text)
-    if prefix is None and _ADDRESS.match(text):
+    prefix, comma, _ = text[:_LONGEST_PREFIX].partition(",")
+    is_data_url = comma and prefix[:5].lower() == "data:" and prefix[-7:].lower() == ";base64"
+    if not is_data_url and _ADDRESS.match(text):
         raise InvalidRequestError(
-            f"'{param}' must hold the picture itself, as base64 or a data: URL with base64; "
+            f"'{param}' must hold the image itself, as base64 or a data: URL with base64; "
             "addresses are not fetched.",
             param=param,
         )
-    encoded = text[prefix.end() :] if prefix else text
+    encoded = text[len(prefix) + 1 :] if is_data_url else text
     try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError):
+        # Not `split`, which makes an object per word: millions of them in a text of line breaks.
+        return base64.b64decode(encoded.encode("ascii").translate(None, b" \t\n\v\f\r"), validate=True)
+    except ValueError:  # also text beyond ASCII
         raise InvalidRequestError(f"'{param}' is not valid base64.", param=param) from None
 
 

@@ -1,0 +1,65 @@
+"""Input images as base64: every text has an answer, at a cost that grows with its size alone."""
+
+from __future__ import annotations
+
+import base64
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hypergen.api.pictures import from_base64
+from hypergen.errors import InvalidRequestError
+from hypergen.sampler_names import public_name
+from tests.api.costs import growth, memory, refusal
+
+TEXTS: dict[str, Callable[[int], bytes]] = {
+    "semicolons": lambda size: b"data:".ljust(size, b";"),
+    "semicolons before a comma": lambda size: b"data:".ljust(size, b";") + b",",
+    "many prefixes": lambda size: b"data:;base64," * (size // 13),
+    "words": lambda size: b"YWJj " * (size // 5),
+    "line breaks": lambda size: b"\r\n" * (size // 2),
+    "colons": lambda size: b"a:" * (size // 2),
+    "padding": lambda size: b"=" * size,
+    "base64": lambda size: b"A" * size,
+}
+
+
+def read(data: bytes) -> bytes:
+    return from_base64(data.decode(), "image")
+
+
+@pytest.mark.parametrize("make", TEXTS.values(), ids=TEXTS)
+def test_base64_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[int], bytes]) -> None:
+    assert growth(read, make, 2_000_000) < 3
+    assert memory(read, make(1_000_000)) < 6
+
+
+def test_a_media_type_of_1000_letters_is_read_and_a_longer_one_is_refused() -> None:
+    assert from_base64("data:" + "a" * 1000 + ";base64,YWJj", "image") == b"abc"
+    with pytest.raises(InvalidRequestError):
+        from_base64("data:" + "a" * 1024 + ";base64,YWJj", "image")
+
+
+@settings(derandomize=True, max_examples=50, deadline=None)
+@given(st.text() | st.text("data:;base64,= \nA/+%"))
+def test_text_is_base64_or_refused_by_its_parameter(text: str) -> None:
+    error = refusal(lambda: from_base64(text, "mask"))
+    assert error is None or (error.param == "mask" and "'mask'" in error.message)
+
+
+@settings(derandomize=True, max_examples=20, deadline=None)
+@given(st.binary())
+def test_what_was_encoded_is_read(data: bytes) -> None:
+    assert from_base64(base64.encodebytes(data).decode(), "image") == data
+
+
+def test_a_sampler_name_of_megabytes_costs_no_memory() -> None:
+    name = "a." * 1_000_000
+    tracemalloc.start()
+    assert len(public_name(name)) < 200
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
