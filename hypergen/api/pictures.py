@@ -10,8 +10,9 @@ import base64
 import re
 from io import BytesIO
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
+from hypergen.api.image_files import TooManyPartsError, pixels_and_orientation
 from hypergen.errors import InvalidRequestError
 from hypergen.generation import Picture
 
@@ -23,6 +24,18 @@ MAX_SIDE = 8192
 # What stands before the base64 of a `data:` URL; longer ones are no media type.
 _LONGEST_PREFIX = 1024
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.ASCII | re.IGNORECASE)
+
+
+# EXIF's orientation -> how to turn the image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def from_base64(text: str, param: str) -> bytes:
@@ -51,34 +64,46 @@ def look(data: bytes, param: str) -> Image.Image:
     """Open a file and check what its header says; nothing is decoded yet.
 
     Raises:
-        InvalidRequestError: it is no PNG, JPEG or WebP, or too large.
+        InvalidRequestError: it is no PNG, JPEG or WebP, too large, or of too many parts.
     """
+    return _open(data, param)[0]
+
+
+def _open(data: bytes, param: str) -> tuple[Image.Image, int]:
+    """The image, not decoded yet, and its orientation."""
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        pixels, orientation = pixels_and_orientation(data)
+        image = Image.open(BytesIO(pixels), formats=FORMATS)
+    except TooManyPartsError as error:
+        raise InvalidRequestError(
+            f"'{param}' has more than {error}; save the image anew.", param=param
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(param, "larger than is safe to look at") from None
     except Exception:  # Pillow's readers raise whatever a broken file makes them stumble over
         raise _unreadable(param) from None
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise _too_large(param, f"{image.width}x{image.height}")
-    return image
+    return image, orientation
 
 
 def decode(data: bytes, param: str) -> Image.Image:
-    """The picture in a file, upright by its EXIF orientation, as RGB, or RGBA if it has transparency.
+    """The image in a file, upright by its EXIF orientation, as RGB, or RGBA if it has transparency.
 
     Of an animation it is the first frame. Colour profiles are ignored.
 
     Raises:
         InvalidRequestError: the file is unreadable, truncated or too large.
     """
-    image = look(data, param)
+    image, orientation = _open(data, param)
     try:
         image.load()
-        image = _upright(image)
         if image.mode.startswith(("I", "F")):  # 16 bits of grey, which a plain conversion would clip
             image = image.convert("I").point(lambda value: value / 257).convert("L")
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        if image.mode != mode:
+            image = image.convert(mode)
+        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
     except Exception:  # as above
         raise _unreadable(param) from None
 
@@ -121,17 +146,10 @@ def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF in a picture that is fine
-        return image
-
-
 def _too_large(param: str, size: str) -> InvalidRequestError:
     most = f"{MAX_PIXELS // 1_000_000} megapixels and sides of {MAX_SIDE}"
-    return InvalidRequestError(f"'{param}' is {size}; a picture may have {most}.", param=param)
+    return InvalidRequestError(f"'{param}' is {size}; an image may have {most}.", param=param)
 
 
 def _unreadable(param: str) -> InvalidRequestError:
-    return InvalidRequestError(f"'{param}' is not a readable PNG, JPEG or WebP picture.", param=param)
+    return InvalidRequestError(f"'{param}' is not a readable PNG, JPEG or WebP image.", param=param)

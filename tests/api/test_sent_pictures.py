@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from hypergen.api.pictures import decode, from_base64, to_mask, to_picture
 from hypergen.errors import InvalidRequestError
@@ -46,15 +46,6 @@ def test_what_is_too_large_is_refused_for_its_size(size: tuple[int, int]) -> Non
         decode(png_header(*size), "image")
 
 
-def test_text_in_a_png_cannot_fill_the_memory() -> None:
-    bomb = PngImagePlugin.PngInfo()
-    bomb.add_text("a", "0" * 100_000_000, zip=True)
-    data = as_file(gradient(), pnginfo=bomb)
-    assert len(data) < 200_000
-    with pytest.raises(InvalidRequestError):
-        decode(data, "image")
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
 def test_ordinary_kinds_of_pictures_are_read(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
@@ -87,7 +78,6 @@ def test_pictures_are_turned_upright_by_their_orientation(kind: str) -> None:
     assert difference(to_picture(image, 96, 64), gradient()) < 4
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_does_not_spoil_a_picture() -> None:
     data = as_file(gradient(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 40)
     assert decode(data, "image").size == (96, 64)

@@ -1,0 +1,188 @@
+"""Input images that were made to cost time or memory."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
+
+from hypergen.api.image_files import pixels_and_orientation
+from hypergen.api.pictures import decode, look
+from tests.api.costs import growth, memory, refusal
+from tests.api.files import as_file, gradient
+
+JPEG = as_file(gradient(), "JPEG")
+PROGRESSIVE = as_file(gradient(), "JPEG", progressive=True)
+PNG = as_file(gradient())
+WEBP = as_file(gradient(), "WEBP")
+FILES = {"jpeg": JPEG, "progressive jpeg": PROGRESSIVE, "png": PNG, "webp": WEBP}
+
+
+def segment(code: int, data: bytes = b"") -> bytes:
+    return bytes((0xFF, code)) + (len(data) + 2).to_bytes(2) + data
+
+
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+
+def in_jpeg(segments: bytes) -> bytes:
+    return JPEG[:2] + segments + JPEG[2:]
+
+
+def in_png(chunks: bytes) -> bytes:
+    """Behind the header."""
+    return PNG[:33] + chunks + PNG[33:]
+
+
+def in_webp(chunks: bytes) -> bytes:
+    size = (95).to_bytes(3, "little") + (63).to_bytes(3, "little")
+    body = b"WEBPVP8X" + (10).to_bytes(4, "little") + b"\x08\0\0\0" + size + WEBP[12:] + chunks
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+def webp_chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return kind + len(data).to_bytes(4, "little") + data + b"\0" * (len(data) % 2)
+
+
+def with_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan stands there again and again."""
+    last = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+    return PROGRESSIVE[:-2] + last * (scans - PROGRESSIVE.count(b"\xff\xda")) + PROGRESSIVE[-2:]
+
+
+def directory(entries: list[tuple[int, int, int, int]], order: str = "<") -> bytes:
+    """EXIF: tag, type, count and value of each entry."""
+    packed = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    return start + struct.pack(f"{order}IH", 8, len(entries)) + packed + bytes(4)
+
+
+def message(data: bytes) -> str:
+    error = refusal(lambda: decode(data, "mask"))
+    assert error is not None
+    assert error.param == "mask"
+    return error.message
+
+
+def test_a_jpeg_of_100_scans_is_read_and_of_101_refused_before_it_is_decoded() -> None:
+    assert decode(with_scans(100), "mask").size == (96, 64)
+    assert message(with_scans(101)) == "'mask' has more than 100 scans; save the image anew."
+    assert refusal(lambda: look(with_scans(101), "mask"))
+
+
+def test_scans_of_a_thumbnail_do_not_count() -> None:
+    thumbnail = segment(0xE1, b"Exif\0\0" + b"\xff\xda\0\2" * 1000) + segment(0xFE, b"\xff\xda\0\2" * 1000)
+    assert decode(in_jpeg(thumbnail), "image").size == (96, 64)
+
+
+def test_2000_segments_of_a_jpeg_are_read_at_most() -> None:
+    assert decode(in_jpeg(segment(0xE5) * 1900), "image").size == (96, 64)
+    assert (
+        message(in_jpeg(segment(0xE5) * 2000)) == "'mask' has more than 2,000 segments; save the image anew."
+    )
+    assert "segments" in message(in_jpeg(segment(0xFE) * 1_000_000))
+
+
+@pytest.mark.parametrize("kind", [b"abCd", b"tEXt", b"IDAT"])
+def test_50_000_chunks_of_a_png_are_read_at_most(kind: bytes) -> None:
+    assert decode(in_png(chunk(kind) * 49_000), "image").size == (96, 64)
+    assert message(in_png(chunk(kind) * 50_000)) == "'mask' has more than 50,000 chunks; save the image anew."
+    behind = PNG[:-12] + chunk(kind) * 50_000 + PNG[-12:]
+    assert "chunks" in message(behind)
+
+
+def test_50_000_chunks_of_a_webp_are_read_at_most() -> None:
+    assert decode(in_webp(webp_chunk(b"abcd") * 49_000), "image").size == (96, 64)
+    assert "50,000 chunks" in message(in_webp(webp_chunk(b"abcd") * 50_000))
+
+
+def test_pixels_in_chunks_of_one_byte_are_the_same() -> None:
+    pixels = PNG[PNG.index(b"IDAT") + 4 : -16]
+    split = b"".join(chunk(b"IDAT", pixels[at : at + 1]) for at in range(len(pixels)))
+    data = PNG[: PNG.index(b"IDAT") - 4] + split + PNG[-12:]
+    assert decode(data, "image").tobytes() == gradient().tobytes()
+
+
+def test_compressed_text_of_a_png_is_not_unpacked() -> None:
+    bomb = PngImagePlugin.PngInfo()
+    bomb.add_text("a", "0" * 100_000_000, zip=True)
+    data = as_file(gradient(), pnginfo=bomb)
+    assert memory(lambda data: decode(data, "image"), data) < 6
+    assert decode(data, "image").tobytes() == gradient().tobytes()
+
+
+def test_a_second_image_behind_a_jpeg_is_not_looked_at() -> None:
+    file = BytesIO()
+    gradient().save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 96))] * 200)
+    image = decode(file.getvalue(), "image")
+    assert image.tobytes() == decode(JPEG, "image").tobytes()
+
+
+@pytest.mark.parametrize("entries", [1, 20, 5000])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_exif_whose_entries_claim_20_mb_each_costs_no_memory_and_is_obeyed(entries: int, order: str) -> None:
+    turned = 6 if order == "<" else 6 << 16
+    exif = directory(
+        [(0x9000 + at, 1, 20_000_000, 8) for at in range(entries)] + [(0x0112, 3, 1, turned)], order
+    )
+    for data in (
+        in_jpeg(segment(0xE1, b"Exif\0\0" + exif)),
+        in_png(chunk(b"eXIf", exif)),
+        in_webp(webp_chunk(b"EXIF", exif)),
+    ):
+        assert decode(data, "image").size == (64, 96)
+        assert memory(lambda data: decode(data, "image"), data + bytes(100_000)) < 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = as_file(gradient(), exif=exif.tobytes())
+    image = Image.open(BytesIO(data))
+    assert decode(data, "image").tobytes() == ImageOps.exif_transpose(image).tobytes()
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from([b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b""]))
+def test_exif_of_any_bytes_is_an_orientation(exif: bytes, start: bytes) -> None:
+    assert 1 <= pixels_and_orientation(in_png(chunk(b"eXIf", start + exif)))[1] <= 8
+    assert decode(in_jpeg(segment(0xE1, b"Exif\0\0" + start + exif)), "image")
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(st.data())
+def test_any_bytes_are_an_image_or_refused_by_their_parameter(data: st.DataObject) -> None:
+    """Files of which a piece is exchanged for any other bytes, or cut out."""
+    file = data.draw(st.sampled_from(list(FILES.values())))
+    start = data.draw(st.integers(0, len(file)))
+    end = data.draw(st.integers(start, min(len(file), start + 50)))
+    changed = file[:start] + data.draw(st.binary(max_size=50)) + file[end:]
+    error = refusal(lambda: decode(changed, "mask"))
+    assert error is None or (error.param == "mask" and "'mask'" in error.message)
+
+
+HOSTILE: dict[str, Callable[[int], bytes]] = {
+    "filling before a marker": lambda size: in_jpeg(b"\xff" * size),
+    "bytes between segments": lambda size: in_jpeg(segment(0xFE) + bytes(size)),
+    "escaped bytes": lambda size: JPEG[:-2] + b"\xff\0" * (size // 2),
+    "restarts": lambda size: JPEG[:-2] + b"\xff\xd0" * (size // 2),
+    "segments": lambda size: in_jpeg(segment(0xE1, b"Exif\0\0") * (size // 10)),
+    "large segments": lambda size: in_jpeg(segment(0xE1, b"Exif\0\0".ljust(60_000, b"x")) * (size // 60_000)),
+    "chunks": lambda size: in_png(chunk(b"tEXt") * (size // 12)),
+    "large chunks": lambda size: in_png(chunk(b"eXIf", directory([]) + bytes(1000)) * (size // 1000)),
+    "webp chunks": lambda size: in_webp(webp_chunk(b"EXIF") * (size // 8)),
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_an_image_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[int], bytes]) -> None:
+    assert growth(lambda data: decode(data, "image"), make, 1_000_000) < 3
+    assert memory(lambda data: decode(data, "image"), make(1_000_000)) < 6
