@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import re
+import threading
+from contextvars import ContextVar
 from io import BytesIO
 
 from PIL import Image, ImageChops
@@ -37,6 +39,28 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Set by whoever decodes for a client: the event is set when nobody waits for the image any more.
+decoding_cancelled: ContextVar[threading.Event | None] = ContextVar("decoding_cancelled", default=None)
+
+
+class DecodingCancelledError(Exception):
+    """Nobody waits for the image any more."""
+
+
+def raise_if_cancelled() -> None:
+    """Called between the steps of decoding, and while a file is read."""
+    cancelled = decoding_cancelled.get()
+    if cancelled is not None and cancelled.is_set():
+        raise DecodingCancelledError
+
+
+class _Source(BytesIO):
+    """A file that stops when decoding is cancelled; Pillow reads JPEG and PNG in blocks of 64 kB."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        raise_if_cancelled()
+        return super().read(size)
+
 
 def from_base64(text: str, param: str) -> bytes:
     """The bytes of a file given as bare base64 or as a `data:` URL; line breaks in it are fine.
@@ -65,15 +89,19 @@ def look(data: bytes, param: str) -> Image.Image:
 
     Raises:
         InvalidRequestError: it is no PNG, JPEG or WebP, too large, or of too many parts.
+        DecodingCancelledError: nobody waits for it any more.
     """
     return _open(data, param)[0]
 
 
 def _open(data: bytes, param: str) -> tuple[Image.Image, int]:
     """The image, not decoded yet, and its orientation."""
+    raise_if_cancelled()
     try:
         pixels, orientation = pixels_and_orientation(data)
-        image = Image.open(BytesIO(pixels), formats=FORMATS)
+        image = Image.open(_Source(pixels), formats=FORMATS)
+    except DecodingCancelledError:
+        raise
     except TooManyPartsError as error:
         raise InvalidRequestError(
             f"'{param}' has more than {error}; save the image anew.", param=param
@@ -94,22 +122,27 @@ def decode(data: bytes, param: str) -> Image.Image:
 
     Raises:
         InvalidRequestError: the file is unreadable, truncated or too large.
+        DecodingCancelledError: nobody waits for it any more.
     """
     image, orientation = _open(data, param)
     try:
         image.load()
+        raise_if_cancelled()
         if image.mode.startswith(("I", "F")):  # 16 bits of grey, which a plain conversion would clip
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         mode = "RGBA" if image.has_transparency_data else "RGB"
         if image.mode != mode:
             image = image.convert(mode)
         return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    except DecodingCancelledError:
+        raise
     except Exception:  # as above
         raise _unreadable(param) from None
 
 
 def to_picture(image: Image.Image, width: int, height: int) -> Picture:
     """A decoded picture at the asked size; what is transparent becomes white."""
+    raise_if_cancelled()
     if image.mode == "RGBA":
         opaque = Image.new("RGB", image.size, "white")
         opaque.paste(image, mask=image.getchannel("A"))
@@ -123,6 +156,7 @@ def to_mask(image: Image.Image, width: int, height: int) -> Picture:
     What is transparent is drawn and what is opaque is kept; in a mask without transparency, what is white is
     drawn and what is black is kept. What lies between is between.
     """
+    raise_if_cancelled()
     draw = ImageChops.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
     return Picture(width, height, _fit(draw, width, height).tobytes())
 

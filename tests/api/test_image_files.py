@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import struct
+import threading
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -13,7 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
 from hypergen.api.image_files import pixels_and_orientation
-from hypergen.api.pictures import decode, look
+from hypergen.api.pictures import (
+    DecodingCancelledError,
+    decode,
+    decoding_cancelled,
+    look,
+    to_mask,
+    to_picture,
+)
 from tests.api.costs import growth, memory, refusal
 from tests.api.files import as_file, gradient
 
@@ -186,3 +195,61 @@ HOSTILE: dict[str, Callable[[int], bytes]] = {
 def test_an_image_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[int], bytes]) -> None:
     assert growth(lambda data: decode(data, "image"), make, 1_000_000) < 3
     assert memory(lambda data: decode(data, "image"), make(1_000_000)) < 6
+
+
+class CountedEvent(threading.Event):
+    """Is set after it was asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._left = times
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda: look(PNG, "image"),
+        lambda: decode(PNG, "image"),
+        lambda: to_picture(gradient(), 64, 64),
+        lambda: to_mask(gradient(), 64, 64),
+    ],
+    ids=["look", "decode", "to_picture", "to_mask"],
+)
+def test_every_step_stops_when_decoding_is_cancelled(step: Callable[[], object]) -> None:
+    cancelled = threading.Event()
+
+    def run() -> object:
+        decoding_cancelled.set(cancelled)
+        return step()
+
+    assert contextvars.copy_context().run(run)
+    cancelled.set()
+    with pytest.raises(DecodingCancelledError):
+        contextvars.copy_context().run(run)
+    assert step()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_decoding_stops_after_any_64_kb_that_were_read(kind: str) -> None:
+    """A file of some 3 MB is read in more than 40 blocks; each is the last if the client leaves then."""
+    data = as_file(Image.effect_noise((2000, 1500), 90), kind, quality=100)
+
+    def stopped(after: int) -> bool:
+        decoding_cancelled.set(CountedEvent(after))
+        try:
+            decode(data, "image")
+        except DecodingCancelledError:
+            return True
+        return False
+
+    assert all(contextvars.copy_context().run(stopped, after) for after in range(len(data) // 65_536))
+    assert not contextvars.copy_context().run(stopped, 1_000_000)
+
+
+def test_decoding_that_is_not_watched_is_not_cancelled() -> None:
+    assert decoding_cancelled.get() is None
+    assert decode(PNG, "image")
