@@ -199,6 +199,9 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         6300, gt=0, allow_inf_nan=False, description="work of one request: images x steps x megapixels"
     )
     max_body_mb: float = Field(24, gt=0, allow_inf_nan=False, description="largest request body, in MB")
+    max_text_body_mb: float = Field(
+        1, gt=0, allow_inf_nan=False, description="largest request body without input images, in MB"
+    )
     price_rate: float | None = Field(
         None,
         gt=0,

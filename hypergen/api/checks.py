@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sized
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, Field, StrictBool, StrictBytes, StrictStr, ValidationError
 
@@ -16,6 +17,8 @@ from hypergen.sampler_names import public_name
 
 MAX_SEED = 2**63 - 1
 SMALLEST_SIDE = 64
+# Of a list or object in a field: pydantic would tell what is wrong with each of a million.
+MAX_ENTRIES = 64
 # A picture in a field: text with base64 in JSON, or what a form's file holds.
 SentFile = StrictStr | StrictBytes
 # An integer is a number here, but `true` and "7" are not.
@@ -103,10 +106,14 @@ def validate(kind: type[Body], body: dict[str, Any]) -> Body:
     Raises:
         InvalidRequestError: for the first field that does not fit; `param` names it.
     """
+    for name in kind.model_fields:
+        value = body.get(name)
+        if isinstance(value, (dict, list)) and len(cast(Sized, value)) > MAX_ENTRIES:
+            raise too_many_entries(name)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = str(first["loc"][0])
         if first["type"] == "missing":
             message = f"The field '{param}' is required."
@@ -114,6 +121,10 @@ def validate(kind: type[Body], body: dict[str, Any]) -> Body:
         # "Input should be ..." and "String should have ..." go on after the name.
         expected = first["msg"].removeprefix("Input ").removeprefix("String ")
         raise InvalidRequestError(f"'{param}' {expected}.", param=param) from None
+
+
+def too_many_entries(param: str) -> InvalidRequestError:
+    return InvalidRequestError(f"'{param}' may have at most {MAX_ENTRIES} entries.", param=param)
 
 
 def check_prompt(prompt: str) -> None:

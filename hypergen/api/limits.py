@@ -21,6 +21,10 @@ from hypergen.errors import (
 # A body may stall for as long as this, and come at no less than this.
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 10_000
+# As in the settings.
+MAX_TEXT_BYTES = 1_000_000
+_MAX_TOKENS = 100_000
+_IMAGE_NAMES = (b'"image"', b'"images"', b'"mask"', b'"control_image"', b'"controlnet_image"')
 
 
 class BodyLimit:
@@ -65,15 +69,63 @@ class BodyLimit:
         )
 
 
-async def read_json_object(request: Request, or_form: bool = False) -> dict[str, Any]:
+class JsonBounds:
+    """How much a JSON body may hold, looked at as its bytes come, before anything is parsed.
+
+    Parsing keeps the interpreter's lock, and with it the event loop: 10 s for 24 MB of empty lists.
+
+    Args:
+        max_text_bytes: the most bytes before one names a field of an input image.
+    """
+
+    def __init__(self, max_text_bytes: int) -> None:
+        self._max_text_bytes = max_text_bytes
+        self._received = 0
+        self._tokens = 0
+        self._has_image = False
+        self._end = b""  # of what came before: a name may be split over two chunks
+
+    def feed(self, chunk: bytes) -> None:
+        """Look at the next bytes.
+
+        Raises:
+            PayloadTooLargeError: it is more than text needs, and no input image was named.
+            InvalidRequestError: it is more tokens than a request needs.
+        """
+        self._received += len(chunk)
+        # In texts too: base64 has none of them.
+        self._tokens += sum(map(chunk.count, (b"[", b"{", b",", b":")))
+        if self._tokens > _MAX_TOKENS:
+            raise InvalidRequestError(
+                f"The body has more than {_MAX_TOKENS:,} JSON tokens.", code="invalid_json"
+            )
+        if self._has_image:
+            return
+        seen = self._end + chunk
+        self._has_image = any(name in seen for name in _IMAGE_NAMES)
+        self._end = seen[-max(map(len, _IMAGE_NAMES)) :]
+        if self._received > self._max_text_bytes and not self._has_image:
+            raise text_too_large(self._max_text_bytes)
+
+
+def text_too_large(max_text_bytes: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"Bodies without input images may have at most {max_text_bytes:,} bytes.")
+
+
+async def read_json_object(
+    request: Request, or_form: bool = False, max_text_bytes: int = MAX_TEXT_BYTES
+) -> dict[str, Any]:
     """The body as a JSON object; fields that are null are left out, they count as not given.
 
     Args:
         or_form: the caller would have read a form too; the error says so.
+        max_text_bytes: of a body without input images.
 
     Raises:
         UnsupportedMediaTypeError: the body is declared as something else, or compressed.
-        InvalidRequestError: it is not one JSON object in UTF-8 without duplicate keys, NaN or Infinity.
+        PayloadTooLargeError: it is too large for one without input images.
+        InvalidRequestError: it is not one JSON object in UTF-8 without duplicate keys, NaN or Infinity, or it
+            has more tokens than are read.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -84,10 +136,14 @@ async def read_json_object(request: Request, or_form: bool = False) -> dict[str,
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaTypeError("Compressed request bodies are not read.")
     # Not `request.body()`, which would keep megabytes of base64 for as long as the request waits.
-    return parse_json_object(b"".join([chunk async for chunk in request.stream()]))
+    body, bounds = bytearray(), JsonBounds(max_text_bytes)
+    async for chunk in request.stream():
+        bounds.feed(chunk)
+        body += chunk
+    return parse_json_object(body)
 
 
-def parse_json_object(data: bytes) -> dict[str, Any]:
+def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:
     """See `read_json_object`."""
     try:
         body = json.loads(data.decode("utf-8"), **_READERS)
