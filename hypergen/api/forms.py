@@ -6,15 +6,18 @@ Forms carry only text, so numbers and booleans are recognised by the type of the
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncGenerator
+from functools import cache
 from typing import Any, cast
 
 from pydantic import BaseModel
 from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from hypergen.api.limits import parse_json_object, to_number
+from hypergen.api.limits import MAX_TEXT_BYTES, JsonBounds, parse_json_object, text_too_large, to_number
 from hypergen.errors import InvalidRequestError, UnsupportedMediaTypeError
 
 MAX_PICTURES = 16
@@ -23,7 +26,14 @@ _MAX_FIELDS = 200
 # The base64 of a picture may stand in a field; the limit of the whole body is what counts.
 _MAX_FIELD_BYTES = 2**30
 
+# Beside the parts' own; what looks like a boundary is looked at byte by byte.
+_MAX_BOUNDARIES = _MAX_FILES + _MAX_FIELDS + 1
+_MAX_HEADER_BYTES = 1024
+# Others may be decoded in time that grows with the square of the text, such as punycode.
+_CHARSETS = {"utf-8", "ascii", "iso8859-1", "iso8859-15", "cp1252"}
+
 _IMAGE = re.compile(r"image(?:\[([0-9]{0,3})\])?", re.ASCII)
+_IMAGES = {"mask", "control_image", "controlnet_image", "images"}
 _NESTED = re.compile(r"([^\[\]]{1,100})\[([^\[\]]{0,100})\]")
 _INTEGER = re.compile(r"-?[0-9]{1,20}", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
@@ -32,28 +42,78 @@ _BOOLEANS = {"true": True, "false": False}
 
 class _Parser(MultiPartParser):
     """Starlette's parser, which also notices a form that was cut off, and text in another encoding
-    than the form says, which Starlette would take for Latin-1.
+    than the form says, which Starlette would take for Latin-1, and bounds headers and texts.
     """
 
     ended = False
 
+    def __init__(self, request: Request, max_text_bytes: int) -> None:
+        content_type = request.headers["content-type"]
+        boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+        super().__init__(
+            request.headers,
+            _with_few_boundaries(request.stream(), boundary),
+            max_files=_MAX_FILES,
+            max_fields=_MAX_FIELDS,
+            max_part_size=_MAX_FIELD_BYTES,
+        )
+        self._max_text_bytes = max_text_bytes
+        self._text_bytes = 0
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        super().on_header_value(data, start, end)
+        if len(self._current_partial_header_value) > _MAX_HEADER_BYTES:
+            raise MultiPartException(f"A header of a part is longer than {_MAX_HEADER_BYTES:,} bytes.")
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None and not _is_image(self._current_part.field_name):
+            self._text_bytes += end - start
+            if self._text_bytes > self._max_text_bytes:
+                raise text_too_large(self._max_text_bytes)
+        super().on_part_data(data, start, end)
+
     def on_end(self) -> None:
         self.ended = True
 
+    def close(self) -> None:
+        """Remove what was read from the disk, also of a part that was cut off."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
     def on_part_end(self) -> None:
         if self._current_part.file is None:
+            if self._charset not in _CHARSETS:
+                raise MultiPartException("Text must be in UTF-8.")
             try:
                 self._current_part.data.decode(self._charset)
-            except (UnicodeDecodeError, LookupError):
+            except UnicodeDecodeError:
                 raise MultiPartException("Text is not in the encoding of the form.") from None
         super().on_part_end()
+
+
+async def _with_few_boundaries(stream: AsyncGenerator[bytes], boundary: bytes) -> AsyncGenerator[bytes]:
+    """The same chunks, as long as the boundary stands in them as often as parts may, and without padding."""
+    delimiter, found, end = b"\r\n--" + boundary, 0, b""
+    async for chunk in stream:
+        seen = end + chunk
+        found += seen.count(delimiter) - end.count(delimiter)
+        if found > _MAX_BOUNDARIES or any(delimiter + padding in seen for padding in (b" ", b"\t")):
+            raise MultiPartException("It holds its boundary too often, or with something behind it.")
+        end = seen[-len(delimiter) :]
+        yield chunk
+
+
+def _is_image(name: str) -> bool:
+    return name in _IMAGES or _IMAGE.fullmatch(name) is not None
 
 
 def is_form(request: Request) -> bool:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data"
 
 
-async def read_form(request: Request, fields: type[BaseModel]) -> dict[str, Any]:
+async def read_form(
+    request: Request, fields: type[BaseModel], max_text_bytes: int = MAX_TEXT_BYTES
+) -> dict[str, Any]:
     """A multipart form as the body that JSON would have, with files as bytes.
 
     `image`, `image[]` and `image[0]` become the list `image`, in this order, also where there are none;
@@ -62,20 +122,16 @@ async def read_form(request: Request, fields: type[BaseModel]) -> dict[str, Any]
 
     Args:
         fields: whose types tell what text is a number.
+        max_text_bytes: of all fields together that are no files and no input images.
 
     Raises:
+        PayloadTooLargeError: there is more text.
         InvalidRequestError: the form is broken or cut off, has too many parts, or a field twice.
         UnsupportedMediaTypeError: the body is compressed.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaTypeError("Compressed request bodies are not read.")
-    parser = _Parser(
-        request.headers,
-        request.stream(),
-        max_files=_MAX_FILES,
-        max_fields=_MAX_FIELDS,
-        max_part_size=_MAX_FIELD_BYTES,
-    )
+    parser = _Parser(request, max_text_bytes)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -95,7 +151,7 @@ async def read_form(request: Request, fields: type[BaseModel]) -> dict[str, Any]
             for name, value in form.multi_items()
         ]
     finally:
-        await form.close()
+        parser.close()
     return _to_body(items, fields)
 
 
@@ -125,6 +181,7 @@ def _to_body(items: list[tuple[str, str | bytes]], fields: type[BaseModel]) -> d
     return body
 
 
+@cache
 def _kinds(fields: type[BaseModel]) -> dict[str, set[str]]:
     """Field to the JSON types that it takes."""
     schemas: dict[str, dict[str, Any]] = fields.model_json_schema()["properties"]
@@ -143,7 +200,9 @@ def _typed(value: str | bytes, kinds: set[str]) -> Any:
     if kinds & {"integer", "number"} and _NUMBER.fullmatch(value):
         return to_number(value)
     if "object" in kinds and value.startswith("{"):  # how OpenAPI says that a form holds an object
-        return parse_json_object(value.encode())
+        data = value.encode()
+        JsonBounds(len(data)).feed(data)
+        return parse_json_object(data)
     if "boolean" in kinds:
         return _BOOLEANS.get(value, value)
     return value

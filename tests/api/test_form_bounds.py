@@ -1,0 +1,132 @@
+"""Forms that were made to cost time or memory."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hypergen.api.dialects import openai_edits
+from hypergen.api.forms import _to_body  # pyright: ignore[reportPrivateUsage]  its own parser, without HTTP
+from hypergen.errors import InvalidRequestError, PayloadTooLargeError
+from tests.api.able import ABLE, SETTINGS
+from tests.api.costs import growth, memory, refusal
+from tests.api.test_forms import PICTURE, form_of, read
+
+END = b"--b--\r\n"
+
+
+def part(name: str, data: bytes = b"x", file: bool = False, more: bytes = b"") -> bytes:
+    filename = b'; filename="a"' if file else b""
+    head = b'--b\r\nContent-Disposition: form-data; name="%s"%s%s' % (name.encode(), filename, more)
+    return head + b"\r\n\r\n" + data + b"\r\n"
+
+
+def read_parts(parts: bytes, charset: str = "") -> dict[str, Any]:
+    return read(parts, f"multipart/form-data; boundary=b{charset}")
+
+
+def image(data: bytes) -> bytes:
+    return part("image", data, file=True) + END
+
+
+BODIES: dict[str, Callable[[int], bytes]] = {
+    "boundaries with something behind": lambda size: image(b"\r\n--bX" * (size // 6)),
+    "almost last boundaries": lambda size: image(b"\r\n--b-X" * (size // 7)),
+    "starts of boundaries": lambda size: image(b"\r\n--" * (size // 4)),
+    "carriage returns": lambda size: image(b"\r" * size),
+    "line breaks": lambda size: image(b"\r\n" * (size // 2)),
+    "padding": lambda size: part("image") + b"--b" + b" " * size + b"\r\n" + END,
+    "line breaks before": lambda size: b"\r\n" * (size // 2) + image(b"x"),
+    "hyphens before": lambda size: b"\r\n" + b"-" * size + image(b"x"),
+    "parts": lambda size: part("a") * (size // 60) + END,
+    "parts behind the end": lambda size: image(b"x") + part("a") * (size // 60),
+    "a header": lambda size: b"--b\r\nX: " + b"a" * size,
+    "a header's name": lambda size: b"--b\r\n" + b"a" * size,
+    "headers": lambda size: b"--b\r\n" + b"X: y\r\n" * (size // 6),
+    "parameters": lambda size: part("a", more=b";" * 4000) * (size // 4000) + END,
+    "entries": lambda size: (
+        part("loras", json.dumps(dict.fromkeys(map(str, range(size // 12)), 1)).encode()) + END
+    ),
+    "an image in text": lambda size: part("image", b"a" * size) + END,
+    "a file": lambda size: image(b"a" * size),
+}
+
+
+@pytest.mark.parametrize("make", BODIES.values(), ids=BODIES)
+def test_a_form_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[int], bytes]) -> None:
+    assert growth(read_parts, make, 500_000) < 3
+    assert memory(read_parts, make(1_000_000)) < 8
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "unicode_escape", "utf-16", "x", "zlib"])
+def test_text_in_other_encodings_is_refused(charset: str) -> None:
+    """Python decodes punycode in time that grows with the square of the text: 10 s for 0.6 MB."""
+    text = part("prompt", b"-" + b"a" * 100_000) + END
+    with pytest.raises(InvalidRequestError) as raised:
+        read_parts(text, f"; charset={charset}")
+    assert raised.value.code == "invalid_form"
+
+
+def test_text_of_a_form_may_have_1_000_000_bytes_together() -> None:
+    parts = part("prompt", b"a" * 400_000) + part("other", b"a" * 600_000)
+    assert read_parts(parts + END)
+    with pytest.raises(PayloadTooLargeError, match="1,000,000 bytes"):
+        read_parts(parts + part("n", b"1") + END)
+
+
+@pytest.mark.parametrize("name", ["image", "image[]", "image[2]", "mask", "control_image"])
+def test_an_input_image_may_stand_in_a_larger_text(name: str) -> None:
+    assert read_parts(part(name, b"a" * 2_000_000) + END)
+
+
+def test_a_part_may_have_headers_of_1024_bytes() -> None:
+    assert read_parts(part("prompt", more=b"; x=" + b"a" * 900) + image(b"x"))["prompt"] == "x"
+    with pytest.raises(InvalidRequestError, match="1,024 bytes"):
+        read_parts(part("prompt", more=b"; x=" + b"a" * 1000) + image(b"x"))
+
+
+@pytest.mark.parametrize("in_json", [True, False])
+def test_an_object_in_a_form_may_have_64_entries(in_json: bool) -> None:
+    def edit(count: int) -> None:
+        loras = {f"lora{number}": 1.0 for number in range(count)}
+        text = (
+            [("loras", (None, json.dumps(loras)))]
+            if in_json
+            else [(f"loras[{name}]", (None, str(weight))) for name, weight in loras.items()]
+        )
+        body = form_of([("image", ("a", PICTURE)), ("prompt", (None, "a")), *text])
+        openai_edits.to_edit(body, ABLE, SETTINGS, "id")
+
+    for count, message in ((64, "must name a LoRA"), (65, "may have at most 64 entries")):
+        with pytest.raises(InvalidRequestError, match=message) as raised:
+            edit(count)
+        assert raised.value.param == "loras"
+
+
+names = st.sampled_from(
+    ["image", "image[]", "image[1]", "mask", "n", "loras", "loras[a]", "n[b]", "x", "x[y]"]
+)
+texts = st.text() | st.text(string.digits + '-.eE{}:,"tru') | st.sampled_from(["", "null", "true"])
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(st.lists(st.tuples(names | st.text(), texts | st.binary()), max_size=8))
+def test_any_parts_are_a_body_or_refused(items: list[tuple[str, str | bytes]]) -> None:
+    assert refusal(lambda: _to_body(items, openai_edits.EditBody)) is None or items
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(st.data())
+def test_any_bytes_are_a_form_or_refused(data: st.DataObject) -> None:
+    """A form of which a piece is exchanged for any other bytes, or cut out."""
+    form = part("prompt", b"a") + part("n", b"2") + part("loras[a]", b"1") + image(b"abc")
+    start = data.draw(st.integers(0, len(form)))
+    end = data.draw(st.integers(start, min(len(form), start + 30)))
+    piece = data.draw(st.binary(max_size=20) | st.text('-b\r\n;="', max_size=20).map(str.encode))
+    refusal(lambda: read_parts(form[:start] + piece + form[end:]))
