@@ -52,8 +52,12 @@ class Asked:
             raise InvalidRequestError("This route does not stream; leave 'stream' out.", param="stream")
 
     def in_its_words(self, error: RequestError) -> RequestError:
-        """What the engine found wrong, under the name that the client knows the field by."""
+        """What the engine found wrong, under the name that the client knows the field by; the message has it
+        too.
+        """
         error.param = self.fields.get(error.param or "", error.param)
+        if error.param is not None and f"'{error.param}'" not in error.message:
+            error.message = f"'{error.param}': {error.message}"
         return error
 
 
@@ -129,7 +133,7 @@ def too_many_entries(param: str) -> InvalidRequestError:
 
 def check_prompt(prompt: str) -> None:
     if not prompt.strip():
-        raise InvalidRequestError("The prompt is blank.", param="prompt")
+        raise InvalidRequestError("'prompt' is blank.", param="prompt")
 
 
 def choose_seed(seed: int | None, n: int) -> int:
@@ -139,7 +143,9 @@ def choose_seed(seed: int | None, n: int) -> int:
         # enough that a JavaScript client reads it back exactly.
         return secrets.randbelow(2**32)
     if seed + n - 1 > MAX_SEED:
-        raise InvalidRequestError(f"The last picture's seed would be above {MAX_SEED}.", param="seed")
+        raise InvalidRequestError(
+            f"'seed' is too large: the last image's would be above {MAX_SEED}.", param="seed"
+        )
     return seed
 
 
@@ -151,12 +157,14 @@ def read_sampler(
     if given is not None and sampler not in description.samplers:
         known = ", ".join(description.samplers) or "none to choose, for a model of this kind"
         raise InvalidRequestError(
-            f"Unknown sampler '{given[:40]}'; this server has {known}.", param="sampler"
+            f"'sampler' names an unknown one, '{given[:40]}'; this server has {known}.", param="sampler"
         )
     min_steps = description.min_steps if sampler is None else description.samplers[sampler]
     if steps < min_steps:
         name = sampler or "model's own"
-        raise InvalidRequestError(f"The {name} sampler needs at least {min_steps} steps.", param=steps_param)
+        raise InvalidRequestError(
+            f"'{steps_param}' must be at least {min_steps} with the {name} sampler.", param=steps_param
+        )
     return sampler
 
 
@@ -177,9 +185,11 @@ def check_steps(steps: int, most: int, steps_param: str) -> None:
 def check_work(n: int, steps: int, width: int, height: int, most: float, size_param: str = "size") -> None:
     work = n * steps * width * height / 1e6
     if work > most:
+        param = "n" if n > 1 else size_param
         raise InvalidRequestError(
-            f"This is {work:.0f} images x steps x megapixels; the server takes {most:.0f} in one request.",
-            param="n" if n > 1 else size_param,
+            f"'{param}' is too large: this is {work:.0f} images x steps x megapixels; the server takes "
+            f"{most:.0f} in one request.",
+            param=param,
         )
 
 

@@ -137,7 +137,7 @@ async def read_form(
     except MultiPartException as error:
         too_many = error.message.startswith("Too many files")
         raise InvalidRequestError(
-            f"The form cannot be read: {error.message}",
+            f"'image': {error.message}" if too_many else f"The form cannot be read: {error.message}",
             param="image" if too_many else None,
             code="invalid_form",
         ) from None

@@ -26,12 +26,12 @@ def resolve_loras(
     for given, weight in weights.items():
         name = name_of(given, description.loras, description.lora_folders)
         if name is None:
-            raise InvalidRequestError(f"{param} {NOT_OFFERED}", param=param)
+            raise InvalidRequestError(f"'{param}' {NOT_OFFERED}", param=param)
         if name in found:
-            raise InvalidRequestError(f"{param} names one LoRA twice.", param=param)
+            raise InvalidRequestError(f"'{param}' names one LoRA twice.", param=param)
         found[name] = weight
     if len(found) > description.max_loras:
         raise InvalidRequestError(
-            f"{param} has {len(found)} LoRAs; this server mixes {description.max_loras}.", param=param
+            f"'{param}' has {len(found)} LoRAs; this server mixes {description.max_loras}.", param=param
         )
     return tuple(sorted((name, float(weight)) for name, weight in found.items() if weight != 0))

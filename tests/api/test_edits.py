@@ -39,6 +39,7 @@ def edit(**fields: Any) -> GenerationRequest:
 def refusal(**fields: Any) -> InvalidRequestError:
     with pytest.raises(InvalidRequestError) as raised:
         edit(**fields)
+    assert str(raised.value.param) in raised.value.message
     return raised.value
 
 

@@ -64,6 +64,14 @@ def test_a_form_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[
     assert memory(read_parts, make(1_000_000)) < 8
 
 
+@pytest.mark.parametrize("piece", [b"\r\n--bX" * 300, b"\r\n--b ", b"\r\n--b\t"])
+def test_what_looks_like_300_boundaries_is_refused(piece: bytes) -> None:
+    """Behind each the parser goes byte by byte; a form has at most 233 of them, and nothing behind them."""
+    with pytest.raises(InvalidRequestError, match="boundary") as raised:
+        read_parts(image(b"x" + piece))
+    assert raised.value.code == "invalid_form"
+
+
 @pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "unicode_escape", "utf-16", "x", "zlib"])
 def test_text_in_other_encodings_is_refused(charset: str) -> None:
     """Python decodes punycode in time that grows with the square of the text: 10 s for 0.6 MB."""

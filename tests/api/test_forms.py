@@ -151,5 +151,6 @@ def test_too_many_parts_are_refused() -> None:
     with pytest.raises(InvalidRequestError) as raised:
         form_of([("image[]", ("a", b"x"))] * 33)
     assert raised.value.param == "image"
+    assert "'image'" in raised.value.message
     with pytest.raises(InvalidRequestError):
         form_of([(f"field{number}", (None, "x")) for number in range(201)])

@@ -24,6 +24,7 @@ def request_of(**fields: Any) -> GenerationRequest:
 def refusal(**fields: Any) -> InvalidRequestError:
     with pytest.raises(InvalidRequestError) as raised:
         request_of(**fields)
+    assert str(raised.value.param) in raised.value.message
     return raised.value
 
 
@@ -179,3 +180,20 @@ def test_contradictory_control_fields_are_refused() -> None:
 
 def test_flux_draws_from_no_picture_whatever_the_model_can() -> None:
     assert refusal(model_name="FLUX.1-dev", image=PICTURE).param == "image"
+
+
+@pytest.mark.parametrize(
+    ("found", "param"),
+    [
+        ("loras", "lora"),
+        ("control_model", "controlnet_name"),
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "cfg_scale"),
+        ("prompt", "prompt"),
+    ],
+)
+def test_what_the_engine_finds_is_told_by_the_clients_name(found: str, param: str) -> None:
+    asked = hyperbolic.to_request(BODY, ABLE, SETTINGS, "id")
+    error = asked.in_its_words(InvalidRequestError("It is too much.", param=found))
+    assert (error.param, error.message) == (param, f"'{param}': It is too much.")
+    assert asked.in_its_words(InvalidRequestError("It is too much.")).message == "It is too much."

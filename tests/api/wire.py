@@ -66,6 +66,8 @@ def assert_error(response: Any, status: int, param: Any = ANY, code: Any = ANY) 
     else:
         assert body["detail"] == error["message"]
     assert param is ANY or error["param"] == param, body
+    if status == 400 and error["param"] is not None:
+        assert error["param"] in error["message"], body
     assert code is ANY or error["code"] == code, body
     return error["message"]
 

@@ -43,6 +43,13 @@ _LARGEST_SIDE = 2432
 # Documented, although one side is longer than the documented limit.
 _LARGE_SIZES = ((1664, _LARGEST_SIDE), (_LARGEST_SIDE, 1664))
 _STEPS = 30
+# Names of fields in the engine's errors -> in this dialect.
+_ENGINE_FIELDS = {
+    "loras": "lora",
+    "control_model": "controlnet_name",
+    "num_inference_steps": "steps",
+    "guidance_scale": "cfg_scale",
+}
 _USUAL_STEPS = 50  # of a model that asks for nothing special
 
 
@@ -127,7 +134,7 @@ def to_request(
     picture = None
     if asked.image is not None:
         if asked.model_name.upper().startswith("FLUX"):
-            message = "FLUX does not draw from a picture; leave 'image' out or name another model."
+            message = "FLUX does not start from an 'image'; leave it out or name another model."
             raise InvalidRequestError(message, param="image", code="unsupported_parameter")
         check_option("image", "image", description)
         picture = to_picture(decode(from_base64(asked.image, "image"), "image"), width, height)
@@ -153,7 +160,7 @@ def to_request(
         metadata=settings.image_metadata,
         **model_fields(asked, asked.negative_prompt, description),
     )
-    asked_for = Asked(request, response_format="b64_json", fields={"loras": "lora"})
+    asked_for = Asked(request, response_format="b64_json", fields=_ENGINE_FIELDS)
     if settings.price_rate is None:
         return asked_for
     amount = price(request, settings.price_rate)
@@ -204,5 +211,5 @@ def _check_loras(loras: dict[str, float], description: ModelDescription) -> None
     for name in loras:
         if name not in description.loras:
             known = ", ".join(description.loras) or "none"
-            message = f"Unknown LoRA '{name[:100]}'; {description.id} has {known}."
+            message = f"'lora' names an unknown LoRA, '{name[:100]}'; {description.id} has {known}."
             raise InvalidRequestError(message, param="lora")

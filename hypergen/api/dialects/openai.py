@@ -142,11 +142,11 @@ def to_request(
     check_prompt(asked.prompt)
     if asked.background == "transparent":
         raise InvalidRequestError(
-            "Pictures are opaque; use background 'auto' or 'opaque'.", param="background"
+            "'background' must be 'auto' or 'opaque': images have no transparency.", param="background"
         )
     if asked.output_format == "png" and asked.output_compression != 100:
         raise InvalidRequestError(
-            "PNG is lossless and takes only output_compression 100; use output_format 'jpeg' or 'webp'.",
+            "'output_compression' must be 100 with PNG, which is lossless; 'jpeg' and 'webp' take less.",
             param="output_compression",
         )
 
@@ -234,11 +234,11 @@ def _size(size: str | None, description: ModelDescription, max_side: int) -> tup
     width, height = int(match[1]), int(match[2])
     if width % 8 or height % 8:
         raise InvalidRequestError(
-            f"Width and height must be divisible by 8, which {size} is not.", param="size"
+            f"'size' must be divisible by 8 in width and height, which {size} is not.", param="size"
         )
     if not (min(width, height) >= SMALLEST_SIDE and max(width, height) <= max_side):
         raise InvalidRequestError(
-            f"Width and height must be between {SMALLEST_SIDE} and {max_side} pixels, not {size}.",
+            f"'size' must be between {SMALLEST_SIDE} and {max_side} pixels in width and height, not {size}.",
             param="size",
         )
     return width, height
@@ -247,7 +247,7 @@ def _size(size: str | None, description: ModelDescription, max_side: int) -> tup
 def _loras(asked: ImagesBody, description: ModelDescription) -> tuple[tuple[str, float], ...]:
     if asked.loras is not None:
         if asked.lora_path is not None:
-            raise InvalidRequestError("Give lora_path or loras, not both.", param="loras")
+            raise InvalidRequestError("Give 'lora_path' or 'loras', not both.", param="loras")
         return resolve_loras(asked.loras, description, "loras")
     lora = description.default_lora if asked.lora_path is None else asked.lora_path
     return () if lora is None else resolve_loras({lora: asked.lora_scale}, description, "lora_path")

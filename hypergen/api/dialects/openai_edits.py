@@ -89,7 +89,7 @@ def _pictures(body: dict[str, Any]) -> tuple[list[bytes], str]:
         raise InvalidRequestError(message, param=param, code="missing_required_parameter")
     pictures = cast(list[object], given) if isinstance(given, list) else [given]
     if not 1 <= len(pictures) <= MAX_PICTURES:
-        raise InvalidRequestError(f"'{param}' must be 1 to {MAX_PICTURES} pictures.", param=param)
+        raise InvalidRequestError(f"'{param}' must be 1 to {MAX_PICTURES} images.", param=param)
     return [_file(picture, param) for picture in pictures], param
 
 
@@ -99,13 +99,15 @@ def _file(picture: object, param: str) -> bytes:
         keys = cast(dict[str, object], picture)
         picture = keys.get("image_url")
         if keys.get("file_id") is not None:
-            raise InvalidRequestError("'file_id' is not known here; send the picture itself.", param=param)
+            raise InvalidRequestError(
+                f"'{param}' must hold the image itself: 'file_id' is not known here.", param=param
+            )
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, str):
         return from_base64(picture, param)
     raise InvalidRequestError(
-        f'\'{param}\' must hold pictures: files in a form, {{"image_url": "data:..."}} in JSON.', param=param
+        f'\'{param}\' must hold images: files in a form, {{"image_url": "data:..."}} in JSON.', param=param
     )
 
 
@@ -113,7 +115,7 @@ def _read_mask(value: object, image: Image) -> Image:
     mask = decode(_file(value, "mask"), "mask")
     if mask.size != image.size:
         sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
-        raise InvalidRequestError(f"The mask is {sizes[0]} and the picture {sizes[1]}.", param="mask")
+        raise InvalidRequestError(f"'mask' is {sizes[0]} and the input image {sizes[1]}.", param="mask")
     return mask
 
 
