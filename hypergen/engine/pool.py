@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from hypergen.config import Settings
 from hypergen.engine import wire
 from hypergen.engine.accelerators import visible_accelerators
-from hypergen.engine.admission import Admission
+from hypergen.engine.admission import Admission, Place
 from hypergen.engine.supervisor import Supervisor
 from hypergen.errors import GenerationError, RequestError, UnavailableError, unpack
 from hypergen.generation import (
@@ -21,10 +23,13 @@ from hypergen.generation import (
     ImageFinished,
     ModelDescription,
     Outlook,
+    Progress,
     Started,
     State,
 )
 from hypergen.served_models import ServedModel
+
+logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5
 _UNAVAILABLE: dict[State, str] = {
@@ -40,9 +45,10 @@ class _Call:
     """One request on its way through an engine."""
 
     request: GenerationRequest
+    place: Place
     events: asyncio.Queue[Event | RequestError] = field(default_factory=asyncio.Queue)
     started: bool = False
-    delivered: set[int] = field(default_factory=set)  # images that the client's side has already
+    finished: set[int] = field(default_factory=set)  # images that came, whether the client read them or not
     losses: int = 0  # engines that died while they had it
     crashes: int = 0  # those of them that it may have killed
 
@@ -100,6 +106,7 @@ class _EngineCalls:
             # One that had not started is innocent the first time; then starting may be what kills.
             call.crashes += call.started or call.losses > 1
             call.started = False
+            call.place.restart()
         calls = [*self.submitted.values(), *self.suspects, *self.held]
         for line in (self.submitted, self.suspects, self.held):
             line.clear()
@@ -150,7 +157,10 @@ class EnginePool:
         if self._watch:
             self._watch.cancel()
         self._end_all_calls()
-        await asyncio.gather(*(engine.supervisor.stop() for engine in self._engines))
+        stops = (engine.supervisor.stop() for engine in self._engines)
+        for error in await asyncio.gather(*stops, return_exceptions=True):
+            if error is not None:  # the others have stopped all the same
+                logger.error("An engine could not be stopped.", exc_info=error)
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests; those accepted go on for so many seconds, then they end with 503."""
@@ -159,9 +169,10 @@ class EnginePool:
             asyncio.get_running_loop().call_later(timeout_s, self._end_all_calls)
 
     def _end_all_calls(self) -> None:
+        self._admission.close(partial(_unavailable, "draining"))
         for engine in self._engines:
             for call in [*engine.submitted.values(), *engine.suspects, *engine.held]:
-                call.events.put_nowait(_unavailable("draining"))
+                self._end(call, _unavailable("draining"))
 
     def describe(self, name: str | None = None) -> ModelDescription | None:
         every = (engine.supervisor.descriptions for engine in self._engines)
@@ -202,25 +213,30 @@ class EnginePool:
             GenerationError: drawing failed.
         """
         self._refuse_unless_ready()
-        async with self._admission.place(request.work, request.id, request.picture_bytes) as place:
-            # Accepted: what happens to the engines from here on is no reason to refuse it.
-            call = _Call(request)
+        place = await self._admission.enter(request.work, request.id, request.picture_bytes)
+        # Accepted: what happens to the engines from here on is no reason to refuse it.
+        call = _Call(request, place)
+        unread = request.n
+        try:
             self._assign(call)
-            try:
-                while len(call.delivered) < request.n:
-                    event = await call.events.get()
-                    if isinstance(event, RequestError):
-                        raise event
-                    if isinstance(event, Started):
-                        place.started()
-                    elif isinstance(event, ImageFinished):
-                        if event.index in call.delivered:
-                            continue
-                        call.delivered.add(event.index)
-                    yield event
-            finally:
-                for engine in self._engines:
-                    engine.remove(call, cancel=len(call.delivered) < request.n)
+            while unread:
+                event = await call.events.get()
+                if isinstance(event, RequestError):
+                    raise event
+                unread -= isinstance(event, ImageFinished)
+                yield event
+        finally:
+            self._end(call)
+
+    def _end(self, call: _Call, error: RequestError | None = None) -> None:
+        """Take a call out of its engine and the queue, when the engine is done with it or nobody wants it;
+        its consumer may still read what came.
+        """
+        for engine in self._engines:
+            engine.remove(call, cancel=len(call.finished) < call.request.n)
+        call.place.leave()
+        if error is not None:
+            call.events.put_nowait(error)
 
     def _refuse_unless_ready(self) -> None:
         state = self.status().state
@@ -228,14 +244,19 @@ class EnginePool:
             raise _unavailable(state)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
-        self._engine_of(supervisor).submit_next()
+        engine = self._engine_of(supervisor)
+        for other in self._engines:
+            if other.supervisor.status.state != "ready":  # what waits for it need not wait longer
+                engine.held.extend(other.held)
+                other.held.clear()
+        engine.submit_next()
 
     def _on_lost(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
         for call in engine.give_up_calls():
             if call.crashes > 1:
-                message = "The engine died twice while it drew this picture; it is not tried again."
-                call.events.put_nowait(GenerationError(message, code="poison"))
+                message = "The engine crashed twice while processing this request; not retrying."
+                self._end(call, GenerationError(message, code="poison"))
             elif call.crashes and supervisor.status.state != "failed":
                 engine.add(call)
             else:
@@ -249,7 +270,7 @@ class EnginePool:
                 call
             )
         else:
-            call.events.put_nowait(_unavailable("failed"))
+            self._end(call, _unavailable("failed"))
 
     def _engine_of(self, supervisor: Supervisor) -> _EngineCalls:
         return next(engine for engine in self._engines if engine.supervisor is supervisor)
@@ -260,10 +281,23 @@ class EnginePool:
         if call is None:  # cancelled while the message was on its way
             return
         if isinstance(message, wire.Failed):
-            call.events.put_nowait(unpack(message.error))
+            self._end(call, unpack(message.error))
             return
-        call.started = call.started or isinstance(message.event, Started)
+        match message.event:
+            case Started():
+                call.started = True
+                call.place.started()
+            case Progress(step, steps):
+                call.place.progress(step / steps)
+            case ImageFinished(index=index):
+                if index in call.finished:  # again, after a crash
+                    return
+                call.finished.add(index)
+            case _:
+                pass
         call.events.put_nowait(message.event)
+        if len(call.finished) == call.request.n:
+            self._end(call)
 
     async def _watch_for_stalls(self) -> None:
         while True:

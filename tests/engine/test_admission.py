@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 import pytest
 
 from hypergen.config import QueueSettings
+from hypergen.engine import admission as admissions
 from hypergen.engine.admission import Admission, Place
-from hypergen.errors import QueueFullError
+from hypergen.errors import QueueFullError, UnavailableError
 
 
 def _admission(size: int = 1, timeout_s: float = 60) -> Admission:
     return Admission(QueueSettings.model_validate({"max_queue_size": size, "queue_timeout_s": timeout_s}))
+
+
+@asynccontextmanager
+async def place_in(
+    admission: Admission, work: float, name: str = "", picture_bytes: int = 0
+) -> AsyncGenerator[Place, None]:
+    """A place until the block is left; all of its work is done then, if it started."""
+    place = await admission.enter(work, name, picture_bytes)
+    try:
+        yield place
+        if place.running:
+            place.progress(1.0)
+    finally:
+        place.leave()
 
 
 class Visitor:
@@ -26,7 +43,7 @@ class Visitor:
         self.task = asyncio.create_task(self._visit())
 
     async def _visit(self) -> None:
-        async with self._admission.place(1.0) as self.place:
+        async with place_in(self._admission, 1.0) as self.place:
             self._entered.append(self._number)
             await self._leave.wait()
 
@@ -73,12 +90,15 @@ async def test_a_wait_at_the_door_ends_with_a_refusal_that_says_when_to_come_bac
 
 async def test_pictures_beyond_the_memory_for_them_are_refused_at_once() -> None:
     admission = Admission(QueueSettings.model_validate({"max_pictures_mb": 1}))
-    async with admission.place(1.0, picture_bytes=2_000_000):  # alone it always fits
-        async with admission.place(1.0):  # and those without pictures are not concerned
-            with pytest.raises(QueueFullError, match="pictures") as refusal:
-                await admission.place(1.0, picture_bytes=1).__aenter__()
+    async with place_in(admission, 1.0, picture_bytes=2_000_000):  # alone it always fits
+        async with place_in(admission, 1.0):  # and those without pictures are not concerned
+            with pytest.raises(QueueFullError, match="input images") as refusal:
+                await admission.enter(1.0, picture_bytes=1)
         assert 1 <= (refusal.value.retry_after_s or 0) <= 60
-    async with admission.place(1.0, picture_bytes=500_000), admission.place(1.0, picture_bytes=500_000):
+    async with (
+        place_in(admission, 1.0, picture_bytes=500_000),
+        place_in(admission, 1.0, picture_bytes=500_000),
+    ):
         assert _counts(admission) == (0, 2, 0)
     assert _counts(admission) == (0, 0, 0)
 
@@ -130,24 +150,25 @@ async def test_a_turn_given_to_one_who_gives_up_in_that_moment_goes_to_the_next(
 
 async def test_the_time_to_come_back_follows_the_work_ahead() -> None:
     admission = _admission(10)
-    assert admission.retry_after_s() == 60  # nothing was measured yet
-    async with admission.place(1.0) as place:
+    async with place_in(admission, 1e6):
+        assert admission.retry_after_s() == 5  # nothing was measured yet
+    async with place_in(admission, 1.0) as place:
         place.started()
         await asyncio.sleep(0.05)
     assert admission.retry_after_s() == 1
-    async with admission.place(1e6):
+    async with place_in(admission, 1e6):
         assert admission.retry_after_s() == 60
 
 
 async def test_a_waiting_request_learns_who_is_before_it_and_how_long_it_takes() -> None:
     admission = _admission(1)
-    async with admission.place(2.0, "done") as place:
+    async with place_in(admission, 2.0, "done") as place:
         place.started()
         await asyncio.sleep(0.1)
     entered: list[str] = []
 
     async def visit(name: str) -> None:
-        async with admission.place(1.0, name) as place:
+        async with place_in(admission, 1.0, name) as place:
             if name == "running":
                 place.started()
             entered.append(name)
@@ -172,7 +193,7 @@ async def test_a_waiting_request_learns_who_is_before_it_and_how_long_it_takes()
 
 async def test_without_a_measurement_no_time_is_told() -> None:
     admission = _admission(1)
-    async with admission.place(1.0, "a"):
+    async with place_in(admission, 1.0, "a"):
         outlook = admission.outlook("a")
     assert outlook is not None
     assert (outlook.position, outlook.expected_s) == (0, None)
@@ -182,7 +203,7 @@ async def test_counts_never_drift() -> None:
     admission, chance = _admission(3), random.Random(0)
 
     async def visit() -> None:
-        async with admission.place(chance.random()) as place:
+        async with place_in(admission, chance.random()) as place:
             await asyncio.sleep(chance.choice([0, 0.001, 0.003]))
             if chance.random() < 0.7:
                 place.started()
@@ -200,4 +221,102 @@ async def test_counts_never_drift() -> None:
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} <= {type(None), QueueFullError, asyncio.CancelledError}
     assert _counts(admission) == (0, 0, 0)
-    assert abs(admission._work) < 1e-9
+    assert admission.retry_after_s() <= 1
+    assert not admission._places
+
+
+async def test_what_waits_in_the_overflow_queue_is_refused_when_admission_closes() -> None:
+    admission, entered = _admission(1), []
+    visitors = [Visitor(admission, entered, number) for number in range(4)]
+    await _settle()
+    assert _counts(admission) == (0, 1, 3)
+    admission.close(lambda: UnavailableError("closed", code="draining"))
+    await visitors[0].leave()
+    for visitor in visitors[1:]:
+        with pytest.raises(UnavailableError):
+            await visitor.task
+    with pytest.raises(UnavailableError):
+        await admission.enter(1.0)
+    assert entered == [0]
+    assert _counts(admission) == (0, 0, 0)
+
+
+async def test_a_turn_that_comes_in_the_moment_of_the_close_is_refused() -> None:
+    admission, entered = _admission(1), []
+    first, second = (Visitor(admission, entered, number) for number in range(2))
+    await _settle()
+    await first.leave()  # the turn of the second has come, but it does not know yet
+    admission.close(lambda: UnavailableError("closed", code="draining"))
+    with pytest.raises(UnavailableError):
+        await second.task
+    assert _counts(admission) == (0, 0, 0)
+
+
+class _Clock:
+    """Replaces the clock of the module under test, not its code: minutes pass at once."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(admissions, "time", clock)
+    return clock
+
+
+async def _run(admission: Admission, clock: _Clock, seconds: float, share: float, steps: int = 10) -> None:
+    """A request for 10 units of work that leaves after so many seconds with this share of it done."""
+    place = await admission.enter(10.0)
+    place.started()
+    for step in range(1, steps + 1):
+        clock.now += seconds / steps
+        place.progress(share * step / steps)
+    place.leave()
+
+
+async def test_requests_that_left_do_not_slow_the_measured_rate(clock: _Clock) -> None:
+    """One unit of work a second, whoever stays to the end: 30 requests leave after a minute with theirs
+    undone."""
+    admission = _admission(10)
+    await _run(admission, clock, seconds=10, share=1.0)
+    assert admission.rate.seconds_for(10.0) == pytest.approx(10)
+    for _ in range(30):
+        slow = await admission.enter(600.0)
+        slow.started()
+        for second in range(60):
+            clock.now += 1
+            slow.progress((second + 1) / 600)
+        slow.leave()
+    assert admission.rate.seconds_for(10.0) == pytest.approx(10)
+
+
+async def test_the_work_ahead_is_what_is_left_of_it(clock: _Clock) -> None:
+    admission = _admission(10)
+    await _run(admission, clock, seconds=10, share=1.0)
+    running = await admission.enter(20.0)
+    running.started()
+    assert admission.retry_after_s() == 20
+    clock.now += 15
+    running.progress(0.75)
+    assert admission.retry_after_s() == 5
+
+
+async def test_the_time_of_a_stalled_engine_and_its_reload_is_not_counted(clock: _Clock) -> None:
+    admission = _admission(10)
+    await _run(admission, clock, seconds=10, share=1.0)
+    place = await admission.enter(10.0)
+    place.started()
+    clock.now += 300  # it stalls, and is killed
+    place.restart()
+    clock.now += 120  # the model is loaded again
+    place.started()
+    for step in range(10):
+        clock.now += 1
+        place.progress((step + 1) / 10)
+    place.leave()
+    assert admission.rate.seconds_for(10.0) == pytest.approx(10)

@@ -20,7 +20,7 @@ import pytest
 from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.errors import GenerationError, RequestError, UnavailableError
-from hypergen.generation import GenerationRequest, ImageFinished, Progress, Started, State, draw_all
+from hypergen.generation import GenerationRequest, ImageFinished, Picture, Progress, Started, State, draw_all
 from tests.engine.inline import make_request, make_settings, served
 
 _PATIENCE_S = 120  # for a busy machine; nothing here takes a tenth of it
@@ -171,6 +171,72 @@ async def test_requests_end_when_an_engine_cannot_come_back(sd_folder: Path, tmp
         assert pool.status().reason
         with pytest.raises(UnavailableError):
             await draw_all(pool, make_request())
+
+
+async def test_a_client_that_reads_nothing_holds_neither_queue_nor_engine(sd_folder: Path) -> None:
+    async with _pool(sd_folder, queue=1) as pool:
+        mute = pool.generate(make_request(num_inference_steps=4))
+        assert await anext(mute)
+        await _until(lambda: pool.status().queue_size == 0)  # the engine has finished
+
+        # A crash that comes then is none of its business, and nothing waits for it.
+        _kill(pool)
+        await _until(lambda: pool.status().state == "recovering")
+        await _until(lambda: pool.status().state == "ready")
+        async with asyncio.timeout(_PATIENCE_S):
+            assert len(await draw_all(pool, make_request())) == 1
+        assert len(await _rest(mute)) == 1
+        assert pool.status().engines[0].restarts == 1
+
+
+async def test_input_images_that_are_given_back_to_a_client_that_reads_nothing_hold_no_place(
+    sd_folder: Path,
+) -> None:
+    """With strength 0 nothing is denoised, so the request never starts."""
+    image = Picture(64, 64, bytes(64 * 64 * 3))
+    async with _pool(sd_folder, queue=1) as pool:
+        mutes = [pool.generate(make_request(image=image, strength=0.0, n=2)) for _ in range(3)]
+        for mute in mutes:
+            async with asyncio.timeout(_PATIENCE_S):
+                assert isinstance(await anext(mute), ImageFinished)
+        await _until(lambda: pool.status().queue_size == 0)
+        assert len(await draw_all(pool, make_request())) == 1
+        for mute in mutes:
+            assert len(await _rest(mute)) == 1
+
+
+async def test_what_waits_for_a_recovering_engine_goes_to_the_one_that_is_ready_sooner(
+    sd_folder: Path,
+) -> None:
+    async with _pool(sd_folder, engines=2, max_batch_size=1) as pool:
+        requests = [make_request(num_inference_steps=60, seed=seed) for seed in range(8)]
+        drawing = [asyncio.create_task(draw_all(pool, request)) for request in requests]
+        await _until(lambda: pool.status().running >= 2)
+        old = pool.engine_pids()
+        _kill(pool)
+        await _until(lambda: not set(old) & set(pool.engine_pids()))
+        slow = pool.engine_pids()[0]
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            # Two ran and are tried again alone, each by its own engine; the second does all the rest.
+            await _until(lambda: sum(task.done() for task in drawing) == 7)
+            assert [engine.state for engine in pool.status().engines] == ["recovering", "ready"]
+        finally:
+            os.kill(slow, signal.SIGCONT)
+        async with asyncio.timeout(_PATIENCE_S):
+            assert [len(images) for images in await asyncio.gather(*drawing)] == [1] * 8
+
+
+async def test_a_drain_also_ends_what_waits_in_the_overflow_queue(sd_folder: Path) -> None:
+    async with _pool(sd_folder, queue=1, max_batch_size=1) as pool:
+        drawing = [asyncio.create_task(draw_all(pool, _endless())) for _ in range(5)]
+        await _until(lambda: pool.status().queue_size == 5)
+        await _until(lambda: pool.status().running == 1)
+        pool.drain(0.2)
+        async with asyncio.timeout(_PATIENCE_S):
+            ends = await asyncio.gather(*drawing, return_exceptions=True)
+        assert {getattr(end, "code", None) for end in ends} == {"draining"}
+        assert pool.status().queue_size == 0
 
 
 async def test_a_model_that_cannot_be_loaded_is_told_once_and_not_tried_again(
