@@ -16,6 +16,7 @@ from _bentoml_sdk.service.factory import Service
 from bentoml._internal.marshal.dispatcher import NonBlockSema
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from starlette.middleware import Middleware
+from uvicorn.config import HTTP_PROTOCOLS
 
 from hypergen.api.endpoint_names import NamedEndpoints, TruePaths
 
@@ -34,13 +35,16 @@ class _AppFactory(ServiceAppFactory):
 
 
 class ContinuousBatchingService(Service[Any]):
-    """A BentoML service whose batches neither wait nor shed nor queue behind each other.
+    """A BentoML service whose batches neither wait nor shed nor queue behind each other, over connections
+    with limits.
 
-    Given to `bentoml.service(service_class=...)`. What it adjusts is internal to BentoML 1.4; a test asserts
-    that it is still there.
+    Given to `bentoml.service(service_class=...)`. What it adjusts is internal to BentoML 1.4 and uvicorn; a
+    test asserts that it is still there.
     """
 
     def to_asgi(self, is_main: bool = True) -> Any:
+        # BentoML makes uvicorn's configuration after this call, and does not say which protocol.
+        HTTP_PROTOCOLS["auto"] = "hypergen.api.http_protocol:GuardedProtocol"
         self.inject_config()
         factory = _AppFactory(self, is_main=is_main)
         for dispatcher in factory.dispatchers.values():

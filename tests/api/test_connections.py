@@ -1,0 +1,166 @@
+"""Connections that send too little, take too little, or are too many, on a real server of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from hypergen.api.http_protocol import GuardedProtocol
+from tests.live import LiveServer
+
+HALF_HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+MEGABYTES = 32  # more than the buffers of both sides
+
+
+class HastyProtocol(GuardedProtocol):
+    """The same with less patience."""
+
+    head_timeout_s = 0.5
+    write_timeout_s = 0.5
+    look_every_s = 0.1
+    max_connections = 5
+
+
+async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
+    """As many megabytes as the path says."""
+    megabytes = int(scope["path"].strip("/") or 0)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(megabytes):
+        await send({"type": "http.response.body", "body": b"a" * 1_000_000, "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+@asynccontextmanager
+async def _server(
+    protocol: type[GuardedProtocol] = HastyProtocol,
+) -> AsyncGenerator[tuple[uvicorn.Server, int], None]:
+    config = uvicorn.Config(_answer, port=0, log_config=None, lifespan="off", http=protocol)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110  uvicorn tells nobody
+        await asyncio.sleep(0.01)
+    try:
+        yield server, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def _until_closed(reader: asyncio.StreamReader) -> bytes:
+    """What came before the end."""
+    async with asyncio.timeout(20):
+        try:
+            return await reader.read()
+        except ConnectionError:
+            return b""
+
+
+@pytest.mark.parametrize("sent", [b"", HALF_HEAD], ids=["nothing", "half a head"])
+async def test_a_connection_without_a_whole_head_is_closed(sent: bytes) -> None:
+    async with _server() as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        assert await _until_closed(reader) == b""
+        writer.close()
+
+
+async def test_a_head_that_comes_byte_by_byte_is_closed() -> None:
+    async with _server() as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+        async def drip() -> None:
+            for byte in HALF_HEAD * 1000:
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        assert await _until_closed(reader) == b""
+        dripping.cancel()
+        writer.close()
+
+
+async def test_half_a_head_after_an_answer_is_closed() -> None:
+    async with _server() as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.write(HALF_HEAD)
+        await _until_closed(reader)
+        writer.close()
+
+
+async def test_a_client_that_takes_nothing_of_its_answer_is_disconnected() -> None:
+    async with _server() as (server, port):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % MEGABYTES)
+        async with asyncio.timeout(20):
+            while not server.server_state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            while server.server_state.connections or server.server_state.tasks:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+
+async def test_a_slow_client_gets_its_whole_answer() -> None:
+    """It takes ten times as long as a client may stall."""
+    async with _server() as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET /%d HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % MEGABYTES)
+        received = 0
+        while data := await reader.read(MEGABYTES * 1_000_000 // 50):
+            received += len(data)
+            await asyncio.sleep(0.002)
+        assert received > MEGABYTES * 1_000_000
+        writer.close()
+
+
+async def test_beyond_the_limit_the_oldest_idle_connection_makes_room() -> None:
+    class FiveConnections(GuardedProtocol):
+        max_connections = 5
+
+    async with _server(FiveConnections) as (server, port):
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+        busy_reader, busy = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        busy.write(b"GET /%d HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % MEGABYTES)
+        await busy_reader.read(1)
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{port}/")).status_code == 200
+            assert await _until_closed(idle[0][0]) == b""
+            assert len(server.server_state.connections) == 5
+        assert len(await busy_reader.read(1_000_000)) > 0  # what is being answered goes on
+        for _, writer in (*idle, (busy_reader, busy)):
+            writer.transport.abort()
+
+
+CHUNKED = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CHUNKED += "Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", ["F" * 16, "F" * 20, "F" * 40, "80001000", "-1", "0x10", "1 1", ""])
+def test_a_chunk_size_that_overflows_is_answered_at_once(server: LiveServer, size: str) -> None:
+    """The body's own patience is 30 s."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"{CHUNKED}{size}\r\nabc".encode())
+        answer = b""
+        while data := connection.recv(65536):
+            answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert b"x-content-type-options: nosniff" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
+def test_no_more_connections_are_kept_than_descriptors_allow() -> None:
+    assert GuardedProtocol.max_connections < 1_000_000
+    assert GuardedProtocol.max_connections >= 16
