@@ -15,7 +15,7 @@ from bentoml.models import BentoModel
 
 from hypergen import logs
 from hypergen.api.middleware import OuterMiddleware
-from hypergen.api.native import ClientWatch, NativeItem, NativeResult, draw_item
+from hypergen.api.native import ClientWatch, NativeItems, NativeResult, draw_item
 from hypergen.api_keys import api_keys
 from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
 from hypergen.choosing_models import find_models
@@ -62,7 +62,7 @@ class HyperGen:
     @bentoml.api(
         batchable=True, max_batch_size=max(2, settings.engine.max_batch_size), max_latency_ms=86_400_000
     )
-    async def generate(self, items: list[NativeItem]) -> list[NativeResult]:
+    async def generate(self, items: NativeItems) -> list[NativeResult]:
         """Draw every item; its fields are those of POST /v1/images/generations."""
         return await asyncio.gather(*(draw_item(pool, settings, item) for item in items))
 
@@ -76,6 +76,10 @@ class HyperGen:
 HyperGen.add_asgi_middleware(
     OuterMiddleware,  # pyright: ignore[reportArgumentType]  BentoML's Protocol describes a function, not a class
     keys=keys,
-    max_body_bytes=int(settings.server.max_body_mb * 1e6),
+    settings=settings,
 )
-HyperGen.add_asgi_middleware(ClientWatch, path="/generate")  # pyright: ignore[reportArgumentType]  the same
+HyperGen.add_asgi_middleware(
+    ClientWatch,  # pyright: ignore[reportArgumentType]  the same
+    path="/generate",
+    max_text_bytes=int(settings.server.max_text_body_mb * 1e6),
+)

@@ -20,8 +20,7 @@ from starlette.responses import Response
 
 from hypergen import __version__
 from hypergen.api import openapi
-from hypergen.api.drawing import CLIENT_GONE, ClientGoneError
-from hypergen.api.errors import envelope, json_response, to_response
+from hypergen.api.errors import CLIENT_GONE, ClientGoneError, envelope, json_response, to_response
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import create_router
 from hypergen.config import Settings
@@ -36,7 +35,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     worker all call it.
     """
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
-    jobs = Jobs(pool, storage, settings.queue, settings.server.url_lifetime_s, settings.server.max_jobs)
+    jobs = Jobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:

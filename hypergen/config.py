@@ -161,7 +161,9 @@ class QueueSettings(BaseModel, frozen=True, extra="forbid"):
         1024,
         gt=0,
         allow_inf_nan=False,
-        description="memory for the pictures that unfinished requests came with, in MB; beyond it 429",
+        description="memory in MB for the input images of unfinished requests, beyond which they get 429; "
+        "as much for bodies that are being read, and for finished images on their way, beyond which the "
+        "client is disconnected that has taken nothing for the longest time",
     )
     request_timeout_s: float = Field(
         3600, gt=0, allow_inf_nan=False, description="seconds a request may take in all before 504"
@@ -188,6 +190,11 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="bearer key that requests must carry; absent: no authentication",
     )
     api_key_file: Path | None = Field(None, description="file whose lines are bearer keys")
+    allowed_host: tuple[str, ...] = Field(
+        (),
+        description="host name that clients know this server by, beside its address, localhost and IP "
+        "addresses; several in HYPERGEN_ALLOWED_HOST stand with commas between them",
+    )
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
@@ -220,6 +227,15 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="disk space for `url` results, in MB; the oldest go first",
     )
+
+    @field_validator("allowed_host", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):

@@ -4,16 +4,19 @@ The stock dispatcher learns from millisecond calls how long to hold a request ba
 sum looks too long, and lets one batch run at a time. With pictures that refuses requests although there is
 room, delays lone ones by up to twice their drawing time, and keeps the engine half empty. Here a batch leaves
 at once and many run at a time: what waits meanwhile still arrives together, and the engine batches by
-denoising step.
+denoising step. Calls share no batch: BentoML answers a whole batch at once, so a small call would wait for a
+large one that came in the same moment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from _bentoml_impl.server.app import ServiceAppFactory
 from _bentoml_sdk.service.factory import Service
-from bentoml._internal.marshal.dispatcher import NonBlockSema
+from bentoml._internal.marshal.dispatcher import CorkDispatcher, Job, NonBlockSema
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from starlette.middleware import Middleware
 from uvicorn.config import HTTP_PROTOCOLS
@@ -54,4 +57,12 @@ class ContinuousBatchingService(Service[Any]):
             optimizer.log_outbound = lambda *_args, **_kwargs: None
             optimizer.trigger_refresh = lambda: None
             dispatcher._sema = NonBlockSema(_BATCHES_IN_FLIGHT)
+            dispatcher._get_inputs = partial(_one_call, dispatcher)
         return factory()
+
+
+def _one_call(
+    dispatcher: CorkDispatcher[Any, Any], num_batches: int | None = None
+) -> Iterator[Job[Any, Any]]:
+    """The batch to run next: all items of the call that came first, and of no other."""
+    yield dispatcher._queue.popleft()

@@ -6,6 +6,7 @@
     └── RequestError                told to the client, with the parameter that caused it
         ├── InvalidRequestError
         ├── AuthenticationError
+        ├── ForbiddenError
         ├── NotFoundError
         ├── PayloadTooLargeError
         ├── SlowBodyError
@@ -73,6 +74,12 @@ class AuthenticationError(RequestError):
     """The bearer key is missing or wrong."""
 
     code = "invalid_api_key"
+
+
+class ForbiddenError(RequestError):
+    """The server takes no requests of this origin or under this name."""
+
+    code = "forbidden"
 
 
 class NotFoundError(RequestError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sized
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, Field, StrictBool, StrictBytes, StrictStr, ValidationError
 
@@ -50,6 +50,10 @@ class Asked:
         """For routes that answer in one piece."""
         if self.stream:
             raise InvalidRequestError("This route does not stream; leave 'stream' out.", param="stream")
+
+    def without_input_images(self) -> Self:
+        """For answering: the input images are not needed any more, and may be large."""
+        return replace(self, generation=replace(self.generation, image=None, mask=None, control=None))
 
     def in_its_words(self, error: RequestError) -> RequestError:
         """What the engine found wrong, under the name that the client knows the field by; the message has it

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import contextvars
+import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.checks import Asked
+from hypergen.api.errors import ClientGoneError
 from hypergen.api.forms import is_form, read_form
+from hypergen.api.hosts import is_own_host
 from hypergen.api.limits import read_json_object
 from hypergen.api.operations import Operation
-from hypergen.api.streaming import in_frames
+from hypergen.api.outgoing import Outgoing
+from hypergen.api.pictures import decoding_cancelled
+from hypergen.api.streaming import Arrivals, EventStream
 from hypergen.api.writing import in_slices, write
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, InvalidRequestError, RequestError, UnavailableError
@@ -34,23 +40,27 @@ from hypergen.generation import (
 from hypergen.images.codec import FORMATS
 from hypergen.images.storage import ImageStorage
 
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-CLIENT_GONE = 499  # nobody reads it; the number is nginx's and stands in the log
+logger = logging.getLogger(__name__)
 
 _PICTURES = frozenset({"image", "images", "mask", "control_image", "controlnet_image"})
 # A decoded picture of 40 megapixels takes 160 MB, so only two are decoded at a time.
 _DECODERS = ThreadPoolExecutor(2, "decode")
+_Result = TypeVar("_Result")
 
 
-class ClientGoneError(Exception):
-    """The client hung up before its answer."""
+async def read_body(request: Request, operation: Operation, settings: Settings) -> dict[str, Any]:
+    """The fields of a request, from JSON or from a form where the operation takes one.
 
-
-async def read_body(request: Request, operation: Operation) -> dict[str, Any]:
-    """The fields of a request, from JSON or from a form where the operation takes one."""
-    if operation.form is not None and is_form(request):
-        return await read_form(request, operation.form)
-    return await read_json_object(request, or_form=operation.form is not None)
+    Raises:
+        ClientGoneError: the client hung up before the end of its body.
+    """
+    max_text_bytes = int(settings.server.max_text_body_mb * 1e6)
+    try:
+        if operation.form is not None and is_form(request):
+            return await read_form(request, operation.form, max_text_bytes)
+        return await read_json_object(request, operation.form is not None, max_text_bytes)
+    except ClientDisconnect:
+        raise ClientGoneError from None
 
 
 async def check(
@@ -59,12 +69,29 @@ async def check(
     description: ModelDescription,
     settings: Settings,
     request_id: str,
+    until_client_left: Callable[[], Awaitable[object]],
+    deadline: float,
 ) -> Asked:
-    """Check a body and resolve its defaults; pictures in it are decoded in a thread."""
+    """Check a body and resolve its defaults; input images in it are decoded in a thread, until the client
+    leaves or the time is over.
+
+    Raises:
+        ClientGoneError: nobody waits for the answer any more.
+        RequestError: the body is not right, or the deadline passed.
+    """
     arguments = (body, description, settings.server, request_id)
     if _PICTURES.isdisjoint(body):
         return operation.to_request(*arguments)
-    return await asyncio.get_running_loop().run_in_executor(_DECODERS, operation.to_request, *arguments)
+    cancelled = threading.Event()
+    context = contextvars.copy_context()
+    context.run(decoding_cancelled.set, cancelled)
+    decoding = asyncio.get_running_loop().run_in_executor(
+        _DECODERS, lambda: context.run(operation.to_request, *arguments)
+    )
+    try:
+        return await unless_client_leaves(decoding, until_client_left(), deadline)
+    finally:
+        cancelled.set()
 
 
 async def answer(
@@ -77,28 +104,30 @@ async def answer(
     """One image request, from its body to its answer."""
     started = time.monotonic()
     loaded(generator)
-    body = await read_body(request, operation)
+    body = await read_body(request, operation, settings)
     description = loaded(generator, body.get(operation.model_field))
-    asked = await check(operation, body, description, settings, request.state.request_id)
-    body.clear()  # pictures in base64 would be held as long as the request waits
-    # A strange Host matters to answers with addresses alone.
-    base = "" if asked.response_format == "b64_json" else url_base(request, settings)
-    timeout_s = settings.queue.request_timeout_s
+    deadline: float = request.state.deadline
+    until_client_left = partial(disconnected, request)
+    asked = await check(
+        operation, body, description, settings, request.state.request_id, until_client_left, deadline
+    )
+    body.clear()  # input images in base64 would be held as long as the request waits
+    request.state.body.release()
+    base = url_base(request, settings, asked)
+    outgoing: Outgoing = request.state.outgoing
     if operation.to_frame is not None and asked.stream:
-        to_frame = partial(operation.to_frame, asked, int(time.time()))
-        return await stream(generator, asked, to_frame, _disconnected(request), timeout_s)
+        to_frame = partial(operation.to_frame, asked.without_input_images(), int(time.time()))
+        return await stream(generator, asked, to_frame, until_client_left(), deadline, outgoing)
     try:
-        images = await draw(generator, asked.generation, _disconnected(request), timeout_s)
+        images = await draw(generator, asked.generation, until_client_left(), deadline)
     except InvalidRequestError as error:
         raise asked.in_its_words(error) from None
+    asked = asked.without_input_images()
     if asked.price is not None:
         asked.price.count()
-    if asked.response_format == "b64_json":
-        urls = None
-    else:
-        urls = await asyncio.to_thread(store, storage, asked.generation, images, base)
+    urls = None if base is None else await asyncio.to_thread(store, storage, asked.generation, images, base)
     pieces = await write(operation.to_response, asked, images, urls, int(time.time()))
-    response = in_pieces(pieces)
+    response = in_pieces(pieces, outgoing)
     response.headers["openai-processing-ms"] = str(max(1, round((time.monotonic() - started) * 1000)))
     shared = ",".join(str(image.shared_forwards) for image in images)
     response.headers["x-hypergen-shared-forwards"] = shared
@@ -107,10 +136,12 @@ async def answer(
     return response
 
 
-def in_pieces(pieces: list[bytes]) -> StreamingResponse:
+def in_pieces(pieces: list[bytes], outgoing: Outgoing) -> StreamingResponse:
     """A JSON answer that is sent in slices."""
+    size = sum(len(piece) for piece in pieces)
+    outgoing.hold(size)
     response = StreamingResponse(in_slices(pieces), media_type="application/json")
-    response.headers["content-length"] = str(sum(len(piece) for piece in pieces))
+    response.headers["content-length"] = str(size)
     return response
 
 
@@ -135,26 +166,19 @@ async def draw(
     generator: ImageGenerator,
     request: GenerationRequest,
     until_client_left: Awaitable[object],
-    timeout_s: float,
+    deadline: float,
 ) -> list[ImageFinished]:
     """Draw all pictures unless the client leaves or the time is over; either frees the place at once.
+
+    Args:
+        deadline: by the event loop's clock.
 
     Raises:
         ClientGoneError: nobody waits for the answer any more.
         DeadlineExceededError: the request took longer than the server allows.
     """
     drawing = asyncio.ensure_future(draw_all(generator, request))
-    leaving = asyncio.ensure_future(until_client_left)
-    try:
-        await asyncio.wait([drawing, leaving], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if drawing.done():
-            return drawing.result()
-        if leaving.done():
-            raise ClientGoneError
-        raise DeadlineExceededError(f"The request was not finished within {timeout_s:g} s.")
-    finally:
-        await _cancel(drawing)
-        await _cancel(leaving)
+    return await unless_client_leaves(drawing, until_client_left, deadline)
 
 
 async def stream(
@@ -162,7 +186,8 @@ async def stream(
     asked: Asked,
     to_frame: Callable[[Preview | ImageFinished], list[bytes]],
     until_client_left: Awaitable[object],
-    timeout_s: float,
+    deadline: float,
+    outgoing: Outgoing,
 ) -> Response:
     """Begin to draw, then answer with events as they come.
 
@@ -170,24 +195,42 @@ async def stream(
         ClientGoneError: nobody waits for the answer any more.
         RequestError: the request was not begun.
     """
-    until = time.monotonic() + timeout_s
-    events = generator.generate(asked.generation)
-    first = asyncio.ensure_future(anext(events))
+    arrivals = Arrivals(generator.generate(asked.generation), outgoing)
+    try:
+        first = asyncio.ensure_future(arrivals.next())
+        event = await unless_client_leaves(first, until_client_left, deadline)
+    except BaseException as error:
+        await arrivals.close()
+        if isinstance(error, InvalidRequestError):
+            raise asked.in_its_words(error) from None
+        raise
+    return EventStream(event, arrivals, to_frame, deadline)
+
+
+async def unless_client_leaves(
+    work: asyncio.Future[_Result], until_client_left: Awaitable[object], deadline: float
+) -> _Result:
+    """What the work gives; it is cancelled when the client leaves or the time is over.
+
+    Args:
+        deadline: by the event loop's clock.
+
+    Raises:
+        ClientGoneError: nobody waits for the answer any more.
+        DeadlineExceededError: the time is over.
+    """
     leaving = asyncio.ensure_future(until_client_left)
     try:
-        await asyncio.wait([first, leaving], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if first.done():
-            return in_frames(first.result(), events, to_frame, until)
+        timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait([work, leaving], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
         if leaving.done():
             raise ClientGoneError
-        raise DeadlineExceededError(f"The request was not begun within {timeout_s:g} s.")
-    except InvalidRequestError as error:
-        raise asked.in_its_words(error) from None
+        raise DeadlineExceededError("The request was not finished within its time.")
     finally:
+        await _cancel(work)
         await _cancel(leaving)
-        if not first.done():
-            await _cancel(first)
-            await events.aclose()
 
 
 def server_timing(images: list[ImageFinished]) -> str:
@@ -208,26 +251,45 @@ def store(
 ) -> list[str]:
     """Keep the pictures' files; returns their addresses."""
     kind = FORMATS[request.output_format]
-    return [
-        base + FILES_PREFIX + storage.put(image.data, kind.extension, kind.media_type) for image in images
-    ]
+    return [base + storage.put(image.data, kind.extension, kind.media_type) for image in images]
 
 
-def url_base(request: Request, settings: Settings) -> str:
-    """Scheme, host and port of `url` results: the public ones, else those that the request came to.
+def url_base(request: Request, settings: Settings, asked: Asked) -> str | None:
+    """What comes before a stored image's name in `url` results: the public URL, else scheme, host and port
+    that the request came to. None for answers without addresses: where none are asked for, and where the
+    operator has not named that host, because whoever sends a strange one could have its address given to
+    others.
 
     Raises:
-        InvalidRequestError: the Host header is no plain host and port.
+        InvalidRequestError: only addresses are asked for, and there are none.
     """
+    if asked.response_format == "b64_json":
+        return None
     if settings.server.public_url:
-        return settings.server.public_url.rstrip("/")
+        return settings.server.public_url.rstrip("/") + FILES_PREFIX
     host = request.headers.get("host", "")
-    if not _HOST.fullmatch(host):
-        raise InvalidRequestError("The Host header names no host.", code="invalid_host")
-    return f"{request.scope['scheme']}://{host}"
+    if is_own_host(host, settings.server):
+        return f"{request.scope['scheme']}://{host}{FILES_PREFIX}"
+    _warn_of_host()
+    if asked.response_format == "url":
+        raise InvalidRequestError(
+            "'response_format' url: this server does not know itself by the Host of this request, which "
+            "--public-url or --allowed-host would name; ask for 'b64_json'.",
+            param="response_format",
+            code="invalid_host",
+        )
+    return None
 
 
-async def _disconnected(request: Request) -> None:
+@cache
+def _warn_of_host() -> None:
+    logger.warning(
+        "Requests come to a host that neither --public-url nor --allowed-host names: answers have no url."
+    )
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client has left; its body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from hypergen.errors import (
     AuthenticationError,
     DeadlineExceededError,
+    ForbiddenError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
@@ -26,6 +27,7 @@ from hypergen.errors import (
 STATUS: dict[type[RequestError], int] = {
     InvalidRequestError: 400,
     AuthenticationError: 401,
+    ForbiddenError: 403,
     NotFoundError: 404,
     SlowBodyError: 408,
     PayloadTooLargeError: 413,
@@ -49,7 +51,12 @@ _CODES = {
 # These would fail again, and the official clients would otherwise send them three times in all.
 _FINAL = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
 # The body of these was not read to its end, so the connection cannot carry another request.
-_CLOSING = (AuthenticationError, PayloadTooLargeError, SlowBodyError)
+_CLOSING = (AuthenticationError, ForbiddenError, PayloadTooLargeError, SlowBodyError)
+CLIENT_GONE = 499  # nobody reads it; the number is nginx's and stands in the log
+
+
+class ClientGoneError(Exception):
+    """The client hung up before its answer."""
 
 
 def status_of(error: RequestError) -> int:

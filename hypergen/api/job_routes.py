@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,8 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hypergen.api import openapi, operations
-from hypergen.api.auth import FILES_PREFIX
-from hypergen.api.drawing import check, in_pieces, loaded, read_body, url_base
+from hypergen.api.drawing import check, disconnected, in_pieces, loaded, read_body, url_base
 from hypergen.api.errors import json_response, to_json
 from hypergen.api.forms import is_form
 from hypergen.api.jobs import Jobs
@@ -31,13 +31,19 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
     async def create_job(request: Request) -> Response:
         loaded(generator)
         # A form reads the same for edits and variations.
-        body = await read_body(request, operations.EDITS)
+        body = await read_body(request, operations.EDITS, settings)
         operation = _operation_of(body, is_form(request))
         description = loaded(generator, body.get(operation.model_field))
-        asked = await check(operation, body, description, settings, request.state.request_id)
+        deadline: float = request.state.deadline
+        until_client_left = partial(disconnected, request)
+        asked = await check(
+            operation, body, description, settings, request.state.request_id, until_client_left, deadline
+        )
         body.clear()
+        request.state.body.release()
         asked.refuse_stream()
-        job = await jobs.begin(operation, asked)
+        url_base(request, settings, asked)  # refuses what its result could not hold
+        job = await jobs.begin(operation, asked, deadline)
         return json_response(jobs.describe(job), 202, {"Location": f"{PATH}/{job.id}", **asked.headers})
 
     @router.get(PATH + "/{job_id}", openapi_extra=openapi.job("How a job is, and its result", "getImageJob"))
@@ -46,9 +52,8 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         told = jobs.describe(job)
         if job.state != "succeeded":
             return json_response(told)
-        base = url_base(request, settings) + FILES_PREFIX
-        result = await write(jobs.result, job, base)
-        return in_pieces([to_json(told)[:-1] + b',"result":', *result, b"}"])
+        result = await write(jobs.result, job, url_base(request, settings, job.asked))
+        return in_pieces([to_json(told)[:-1] + b',"result":', *result, b"}"], request.state.outgoing)
 
     @router.delete(PATH + "/{job_id}", openapi_extra=openapi.job("Cancel a job", "cancelImageJob"))
     async def cancel_job(job_id: str) -> Response:

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from hypergen.api.checks import Asked
 from hypergen.api.errors import envelope, status_of
 from hypergen.api.operations import Operation
-from hypergen.config import QueueSettings
 from hypergen.errors import (
     DeadlineExceededError,
     GenerationError,
@@ -77,19 +76,20 @@ class Jobs:
         self,
         generator: ImageGenerator,
         storage: ImageStorage,
-        queue: QueueSettings,
         lifetime_s: float,
         most: int,
     ) -> None:
         self._generator = generator
         self._storage = storage
-        self._timeout_s = queue.request_timeout_s
         self._lifetime_s = lifetime_s
         self._most = most
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
-    async def begin(self, operation: Operation, asked: Asked) -> Job:
+    async def begin(self, operation: Operation, asked: Asked, deadline: float) -> Job:
         """Take a checked request on.
+
+        Args:
+            deadline: when it must be finished, by the event loop's clock.
 
         Raises:
             QueueFullError: there is no room for one more, here or in the queue.
@@ -102,10 +102,10 @@ class Jobs:
             )
         job = Job(f"job_{uuid.uuid4().hex}", operation, asked, int(time.time()))
         self._jobs[job.id] = job
-        job.task = asyncio.create_task(self._run(job))
+        job.task = asyncio.create_task(self._run(job, deadline))
         await asyncio.wait([job.task], timeout=_REFUSAL_S)
         if job.error is not None and status_of(job.error) in (429, 503):
-            del self._jobs[job.id]
+            self._jobs.pop(job.id, None)  # another that came meanwhile may have taken its room
             raise job.error
         return job
 
@@ -129,9 +129,11 @@ class Jobs:
         return job
 
     async def close(self) -> None:
-        """End all jobs."""
-        for job_id in list(self._jobs):
-            await self.cancel(job_id)
+        """End all jobs, also those whose time is over."""
+        tasks = [job.task for job in self._jobs.values() if job.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def describe(self, job: Job) -> dict[str, Any]:
         """The job as its client sees it, without the result."""
@@ -158,36 +160,34 @@ class Jobs:
             told["error"] = {**error, "status": status}
         return told
 
-    def result(self, job: Job, base: str) -> list[bytes]:
+    def result(self, job: Job, base: str | None) -> list[bytes]:
         """The answer that the request would have had, as JSON in pieces; reads files, so it belongs into a
         thread.
 
         Args:
-            base: what comes before a stored picture's name in its `url`.
+            base: what comes before a stored picture's name in its `url`; None: there are no addresses.
 
         Raises:
             NotFoundError: the pictures' time is over, or newer ones took their room.
         """
         images: list[ImageFinished] = []
         for image, name in job.pictures:
-            stored = self._storage.get(name)
-            if stored is None:
-                raise NotFoundError("The pictures of this job are gone; their time is over.")
-            images.append(replace(image, data=stored.path.read_bytes()))
-        in_base64 = job.asked.response_format == "b64_json"
-        urls = None if in_base64 else [base + name for _, name in job.pictures]
+            data = self._storage.read(name)
+            if data is None:
+                raise NotFoundError("The images of this job are gone; their time is over.")
+            images.append(replace(image, data=data))
+        urls = None if base is None else [base + name for _, name in job.pictures]
         return job.operation.to_response(job.asked, images, urls, job.created)
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job, deadline: float) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout_at(deadline):
                 await self._draw(job)
             self._end(job, "succeeded")
         except asyncio.CancelledError:
             self._end(job, "cancelled")
         except TimeoutError:
-            message = f"The job was not finished within {self._timeout_s:g} s."
-            self._end(job, "failed", DeadlineExceededError(message))
+            self._end(job, "failed", DeadlineExceededError("The job was not finished within its time."))
         except RequestError as error:
             self._end(job, "failed", job.asked.in_its_words(error))
         except Exception:  # the outer edge: nobody else waits for this task
@@ -219,9 +219,7 @@ class Jobs:
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()
-        # Pictures that were sent are not needed any more, and may be large.
-        generation = replace(job.asked.generation, image=None, mask=None, control=None)
-        job.asked = replace(job.asked, generation=generation)
+        job.asked = job.asked.without_input_images()
         if job.id in self._jobs:  # so that those that have ended stand in that order
             self._jobs.move_to_end(job.id)
 

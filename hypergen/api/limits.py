@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope
 from hypergen.errors import (
     InvalidRequestError,
     PayloadTooLargeError,
+    QueueFullError,
     RequestError,
     SlowBodyError,
     UnsupportedMediaTypeError,
@@ -25,18 +26,33 @@ _SLOWEST_BYTES_PER_S = 10_000
 MAX_TEXT_BYTES = 1_000_000
 _MAX_TOKENS = 100_000
 _IMAGE_NAMES = (b'"image"', b'"images"', b'"mask"', b'"control_image"', b'"controlnet_image"')
+MAX_ITEMS = 64  # of one native call; each is checked on the event loop
+
+
+class BodyMemory:
+    """What the bodies that are being read, and wait to be parsed, may take together."""
+
+    # Of each body so much is not counted, so that requests without input images go on beside others' images.
+    FREE_BYTES = 64 * 1024
+
+    def __init__(self, max_bytes: float) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
 
 
 class BodyLimit:
-    """Watches over one request's body: its bytes, by its header first and then as they come, and its pace.
+    """Watches over one request's body: its bytes, by its header first and then as they come, its pace, and
+    the memory that all bodies share.
 
     Attributes:
         error: what was found wrong.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, max_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int, memory: BodyMemory) -> None:
         self._receive = receive
         self._max_bytes = max_bytes
+        self._memory = memory
+        self._held = 0
         self._received = 0
         self._whole = False
         self._began_at = time.monotonic()
@@ -61,7 +77,22 @@ class BodyLimit:
         if self._received > self._max_bytes:
             self.error = self._too_large()
             raise self.error
+        self._hold(max(0, self._received - BodyMemory.FREE_BYTES))
         return message
+
+    def release(self) -> None:
+        """The body was read into what is counted elsewhere, or the request has ended."""
+        self._hold(0)
+
+    def _hold(self, size: int) -> None:
+        self._memory.held_bytes += size - self._held
+        self._held = size
+        if size and self._memory.held_bytes > max(self._memory.max_bytes, size):  # one alone always fits
+            self.release()
+            self.error = QueueFullError(
+                "The bodies of other requests fill the memory for them. Try again in 5 s.", retry_after_s=5
+            )
+            raise self.error
 
     def _too_large(self) -> PayloadTooLargeError:
         return PayloadTooLargeError(

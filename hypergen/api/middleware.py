@@ -1,14 +1,15 @@
-"""The outermost middleware: every request gets an id, shows its key, stays within the body limit, and when it
-fails gets the one error body, also where BentoML's own routes would answer otherwise.
+"""The outermost middleware: every request gets an id and a deadline, shows its key, stays within the limits
+of bodies, and when it fails gets the one error body, also where BentoML's own routes would answer otherwise.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -18,8 +19,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api import errors
 from hypergen.api.auth import OPEN_PATHS, BearerAuth
-from hypergen.api.limits import BodyLimit
-from hypergen.errors import RequestError
+from hypergen.api.http_protocol import ABORT
+from hypergen.api.limits import BodyLimit, BodyMemory
+from hypergen.api.outgoing import OutgoingMemory
+from hypergen.config import Settings
+from hypergen.errors import DeadlineExceededError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +32,23 @@ _HIDDEN_HEADERS = ("server", "x-bentoml-request-id")
 
 
 class OuterMiddleware:
-    """Pure ASGI, because a middleware of another kind breaks streams and hides disconnects."""
+    """Pure ASGI, because a middleware of another kind breaks streams and hides disconnects.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
+    Puts into the request's state its `request_id`, its `deadline` (by the loop's clock), its `body`
+    (`BodyLimit`) and what it has `outgoing`.
+    """
+
+    # What is being done when the deadline passes gets this long to say so itself.
+    _GRACE_S = 1.0
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], settings: Settings) -> None:
         self._app = app
         self._auth = BearerAuth(keys)
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = int(settings.server.max_body_mb * 1e6)
+        self._timeout_s = settings.queue.request_timeout_s
+        memory_bytes = settings.queue.max_pictures_mb * 1e6
+        self._bodies = BodyMemory(memory_bytes)
+        self._outgoing = OutgoingMemory(memory_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -42,31 +57,61 @@ class OuterMiddleware:
             return await send({"type": "websocket.close", "code": 1008})
         request_id = f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        limit = BodyLimit(scope, receive, self._max_body_bytes)
-        answer = _Answer(scope, send, limit, request_id)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
+        limit = BodyLimit(scope, receive, self._max_body_bytes, self._bodies)
+        timeout = asyncio.timeout_at(deadline + self._GRACE_S)
+
+        def cut() -> None:
+            with suppress(RuntimeError):  # the answer has ended in this moment
+                timeout.reschedule(loop.time())
+
+        outgoing = self._outgoing.open(cut)
+        scope["state"] |= {"deadline": deadline, "body": limit, "outgoing": outgoing}
+        answer = _Answer(scope, send, limit, outgoing.moved)
         try:
             self._auth.check(scope["method"], scope["path"], scope["headers"])
             if limit.error:
                 raise limit.error
-            await self._app(scope, limit.receive, answer.send)
+            async with timeout:
+                await self._app(scope, limit.receive, answer.send)
+        except errors.ClientGoneError:
+            if not answer.started:
+                await answer.client_left()
         except Exception as error:  # the outer edge of the HTTP half
-            if not isinstance(error, RequestError):
+            if timeout.expired() and isinstance(error, TimeoutError):
+                error = DeadlineExceededError("The request was not finished within its time.")
+            elif not isinstance(error, RequestError):
                 logger.exception("%s failed.", request_id)
-            if answer.started:
-                raise
-            await answer.replace(scope, receive, error)
+            if not answer.started:
+                await answer.replace(scope, receive, error)
+            elif not await self._abort(scope, request_id):
+                raise error
         finally:
+            limit.release()
+            self._outgoing.close(outgoing)
             answer.log()
+
+    async def _abort(self, scope: Scope, request_id: str) -> bool:
+        """End the connection of an answer that has begun and cannot be finished; False where nothing can."""
+        abort = scope.get("extensions", {}).get(ABORT)
+        if abort is None:
+            return False
+        logger.warning("%s: the connection is closed, its answer was not taken or not finished.", request_id)
+        abort()
+        await asyncio.sleep(0)  # lets the server see it, which would else miss the end of the answer
+        return True
 
 
 class _Answer:
     """One response on its way out: gets its headers, and its body too if it is an error in another shape."""
 
-    def __init__(self, scope: Scope, send: Send, limit: BodyLimit, request_id: str) -> None:
+    def __init__(self, scope: Scope, send: Send, limit: BodyLimit, moved: Callable[[], None]) -> None:
         self._scope = scope
         self._send = send
         self._limit = limit
-        self._request_id = request_id
+        self._moved = moved
+        self._request_id: str = scope["state"]["request_id"]
         self._arrived = time.monotonic()
         self._status = 0
         self._held: Message | None = None  # the start of an error response, until its body was seen
@@ -82,6 +127,7 @@ class _Answer:
             await self._start(message)
         elif self._held is None:
             await self._send(message)
+            self._moved()
         else:
             self._body += message.get("body", b"")
             if not message.get("more_body"):
@@ -103,6 +149,7 @@ class _Answer:
             if name in headers:
                 del headers[name]
         headers["x-request-id"] = self._request_id
+        headers["x-content-type-options"] = "nosniff"
         await self._send(message)
 
     async def _send_error(self, start: Message) -> None:
@@ -126,6 +173,10 @@ class _Answer:
             {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         )
         await self._send({"type": "http.response.body", "body": response.body})
+
+    async def client_left(self) -> None:
+        """Nobody reads it, but BentoML waits for an answer."""
+        await self._answer_instead(Response(status_code=errors.CLIENT_GONE))
 
     def log(self) -> None:
         if self._scope["path"] in OPEN_PATHS:  # probes come every few seconds

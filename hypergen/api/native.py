@@ -11,13 +11,15 @@ import base64
 import logging
 import uuid
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, PrivateAttr, RootModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hypergen.api.drawing import CLIENT_GONE, ClientGoneError, check, draw, loaded
-from hypergen.api.errors import envelope, status_of
+from hypergen.api.drawing import check, draw, loaded
+from hypergen.api.errors import CLIENT_GONE, ClientGoneError, envelope, status_of
+from hypergen.api.limits import MAX_ITEMS, JsonBounds
 from hypergen.api.operations import GENERATIONS
 from hypergen.api.writing import write
 from hypergen.config import Settings
@@ -27,18 +29,28 @@ from hypergen.generation import ImageFinished, ImageGenerator
 logger = logging.getLogger(__name__)
 
 
-_CLIENT_LEFT: ContextVar[asyncio.Event | None] = ContextVar("client_left", default=None)
+@dataclass(frozen=True)
+class _Call:
+    """What the items of one native request share: when their client has left, and their deadline."""
+
+    left: asyncio.Event
+    deadline: float
+
+
+_CALL: ContextVar[_Call] = ContextVar("call")
 
 
 class ClientWatch:
-    """ASGI middleware that tells the items of a native request when their client hangs up.
+    """ASGI middleware that tells the items of a native request when their client hangs up, and by when they
+    must be answered.
 
-    Lets only JSON in: BentoML reads other bodies too, and fails on some of them.
+    Lets only JSON in, within its bounds: BentoML reads other bodies too, and fails on some of them.
     """
 
-    def __init__(self, app: ASGIApp, path: str) -> None:
+    def __init__(self, app: ASGIApp, path: str, max_text_bytes: int) -> None:
         self._app = app
         self._path = path
+        self._max_text_bytes = max_text_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != self._path:
@@ -46,26 +58,44 @@ class ClientWatch:
             return
         if not _is_json(scope):
             raise UnsupportedMediaTypeError("Send the items as JSON, with 'Content-Type: application/json'.")
-        body_read, left = asyncio.Event(), asyncio.Event()
+        body = await self._read_body(receive)
+        left = asyncio.Event()
 
         async def receive_body() -> Message:
-            message = await receive()
-            if not message.get("more_body"):
-                body_read.set()
-            return message
+            if body:
+                return {"type": "http.request", "body": body.pop(), "more_body": False}
+            await left.wait()
+            return {"type": "http.disconnect"}
 
         async def watch() -> None:
-            await body_read.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
             left.set()
 
-        _CLIENT_LEFT.set(left)
+        _CALL.set(_Call(left, scope["state"]["deadline"]))
         watching = asyncio.create_task(watch())
         try:
             await self._app(scope, receive_body, send)
         finally:
             watching.cancel()
+
+    async def _read_body(self, receive: Receive) -> list[bytes]:
+        """The whole body, in one piece.
+
+        Raises:
+            ClientGoneError: the client hung up before its end.
+            RequestError: it is beyond the bounds of JSON bodies.
+        """
+        bounds, chunks = JsonBounds(self._max_text_bytes), list[bytes]()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            chunks.append(message.get("body", b""))
+            bounds.feed(chunks[-1])
+            more = message.get("more_body", False)
+        return [b"".join(chunks)]
 
 
 def _is_json(scope: Scope) -> bool:
@@ -78,10 +108,18 @@ def _is_json(scope: Scope) -> bool:
 class NativeItem(RootModel[dict[str, Any]]):
     """The fields of an OpenAI request, checked by the dialect and not here, so that each item fails alone."""
 
-    _client_left: asyncio.Event | None = PrivateAttr(default_factory=_CLIENT_LEFT.get)
+    _call: _Call = PrivateAttr(default_factory=_CALL.get)
 
     async def until_client_left(self) -> None:
-        await (self._client_left or asyncio.Event()).wait()
+        await self._call.left.wait()
+
+    @property
+    def deadline(self) -> float:
+        """By the event loop's clock."""
+        return self._call.deadline
+
+
+NativeItems = Annotated[list[NativeItem], Field(max_length=MAX_ITEMS)]
 
 
 class NativeImage(BaseModel):
@@ -104,10 +142,12 @@ async def draw_item(generator: ImageGenerator, settings: Settings, item: NativeI
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
         description = loaded(generator, body.get(GENERATIONS.model_field))
-        asked = await check(GENERATIONS, body, description, settings, f"item_{uuid.uuid4().hex}")
+        item_id = f"item_{uuid.uuid4().hex}"
+        asked = await check(
+            GENERATIONS, body, description, settings, item_id, item.until_client_left, item.deadline
+        )
         asked.refuse_stream()
-        timeout_s = settings.queue.request_timeout_s
-        images = await draw(generator, asked.generation, item.until_client_left(), timeout_s)
+        images = await draw(generator, asked.generation, item.until_client_left(), item.deadline)
     except ClientGoneError:
         return NativeResult(status=CLIENT_GONE)
     except Exception as error:  # the edge of the HTTP half, for one item

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypergen.api.limits import MAX_ITEMS
 from hypergen.api.schemas import PICTURE
 
 
@@ -22,7 +23,7 @@ def native_paths() -> dict[str, Any]:
 
 def _generate() -> dict[str, Any]:
     item = {"type": "object", "description": "the fields of a generation, checked one by one"}
-    items = {"type": "array", "items": item}
+    items = {"type": "array", "items": item, "maxItems": MAX_ITEMS}
     body = {"type": "object", "properties": {"items": items}, "required": ["items"]}
     image = {
         "type": "object",

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Match, Mount
+from starlette.types import Message, Receive, Scope, Send
 
 from hypergen.api import openapi
 from hypergen.api.auth import FILES_PREFIX
@@ -30,8 +31,35 @@ from hypergen.served_models import ServedModel
 _FILE_HEADERS = {
     "Cache-Control": "private, max-age=3600, immutable",
     "Content-Security-Policy": "sandbox; default-src 'none'",
-    "X-Content-Type-Options": "nosniff",
 }
+
+
+_GONE = "There is no such image, or its time is over."
+
+
+class StoredFile(FileResponse):
+    """A stored image, whose time may end between its look-up and its first byte."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held: list[Message] = []
+        started = False
+
+        async def send_when_open(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":  # comes before the file is opened
+                held.append(message)
+                return
+            started = True
+            while held:
+                await send(held.pop())
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_when_open)
+        except (FileNotFoundError, RuntimeError):
+            if started:
+                raise
+            raise NotFoundError(_GONE) from None
 
 
 def create_router(
@@ -83,8 +111,8 @@ def create_router(
     async def get_file(name: str) -> Response:
         stored = storage.get(name)
         if stored is None:
-            raise NotFoundError("There is no such picture, or its time is over.")
-        return FileResponse(stored.path, media_type=stored.media_type, headers=_FILE_HEADERS)
+            raise NotFoundError(_GONE)
+        return StoredFile(stored.path, media_type=stored.media_type, headers=_FILE_HEADERS)
 
     @router.get(
         "/health",

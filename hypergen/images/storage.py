@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -13,6 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypergen.errors import StorageFullError
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders of killed servers stay there
+    fcntl = None
+
+_PREFIX = "hypergen-images-"
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class ImageStorage:
         self._images: OrderedDict[str, StoredImage] = OrderedDict()
         self._lock = threading.Lock()
         self._folder: Path | None = None
+        self._descriptor: int | None = None  # of the folder, with a lock on it
 
     def put(self, data: bytes, extension: str, media_type: str) -> str:
         """Keep a file; returns its name, with 192 random bits.
@@ -70,24 +79,48 @@ class ImageStorage:
             stored = self._images.get(name)
         return stored if stored is not None and stored.path.is_file() else None
 
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a stored file; None also when its time ends in this moment."""
+        stored = self.get(name)
+        try:
+            return None if stored is None else stored.path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def drop_old(self) -> None:
+        """Remove files whose time is over; to be called every now and then."""
+        with self._lock:
+            self._drop_old()
+
     def close(self) -> None:
         """Remove every file."""
         with self._lock:
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
+            self._unlock()
             self._folder = None
             self._images.clear()
             self._bytes = 0
 
     def _make_folder(self) -> Path:
         """The folder, made on first use, because building or importing the service must leave no trace; and
-        made again when whoever tidies up temporary files took it away.
+        made again when whoever tidies up temporary files took it away. A lock on it says that its server
+        runs.
         """
         with self._lock:
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="hypergen-images-"))
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+                self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            if self._descriptor is None or not self._folder.is_dir():
+                self._unlock()
+                self._folder.mkdir(mode=0o700, exist_ok=True)
+                self._descriptor = os.open(self._folder, os.O_RDONLY)
+                _lock(self._descriptor)
             return self._folder
+
+    def _unlock(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _drop_old(self) -> None:
         now = time.monotonic()
@@ -105,3 +138,28 @@ def _remove(path: Path) -> None:
     """What cannot be removed must not fail the request that happens to come by."""
     with suppress(OSError):
         path.unlink()
+
+
+def remove_folders_of_killed_servers() -> None:
+    """Remove what servers left behind that were killed and could not close their storage."""
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # another user's, or gone
+            continue
+        try:
+            if _lock(descriptor):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take a lock that lasts as long as the process, however it ends; False if another process has it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

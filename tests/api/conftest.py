@@ -24,6 +24,7 @@ TIGHT = {
     "HYPERGEN_MAX_PICTURES_MB": "0.01",
     "HYPERGEN_PRICE_RATE": "0.01",
     "HYPERGEN_IMAGE_METADATA": "false",
+    "HYPERGEN_ALLOWED_HOST": "images.example, cdn.example",
     "HYPERGEN_PUBLIC_URL": "https://pictures.example/hypergen/",
     "HYPERGEN_SERVED_MODEL_NAME": "owner/small-sd",
 }

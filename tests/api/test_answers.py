@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.api.wire import GENERATIONS, QUICK, assert_error, draw
+from tests.api.wire import GENERATIONS, QUICK, draw
 
 
 def test_an_answer_tells_what_was_drawn(client: httpx.Client) -> None:
@@ -82,21 +82,6 @@ def test_keys_that_were_not_asked_for_are_absent(
 def test_url_and_base64_hold_the_same_bytes(client: httpx.Client) -> None:
     for item in draw(client, n=3)["data"]:
         assert httpx.get(item["url"]).content == base64.b64decode(item["b64_json"], validate=True)
-
-
-def test_urls_have_the_origin_that_the_request_came_to(client: httpx.Client) -> None:
-    port = client.base_url.port
-    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "pictures.example"):
-        response = client.post(GENERATIONS, json=QUICK, headers={"Host": host})
-        assert response.json()["data"][0]["url"].startswith(f"http://{host}/v1/images/files/")
-
-
-@pytest.mark.parametrize(
-    "host", ["x/health?", "a b", "user@host", "host:99999999", "h\\x", "[::1", "é.example"]
-)
-def test_a_host_that_is_none_is_refused(client: httpx.Client, host: str) -> None:
-    response = client.post(GENERATIONS, json=QUICK, headers=[(b"Host", host.encode())])
-    assert_error(response, 400, code="invalid_host")
 
 
 def test_a_public_url_stands_before_the_name_of_the_picture(tight: TightServer) -> None:

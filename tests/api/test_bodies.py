@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from hypergen.api import limits
 from hypergen.api.middleware import OuterMiddleware
+from hypergen.config import Settings
 from tests.api.conftest import TightServer
 from tests.api.wire import GENERATIONS, JSON, QUICK, assert_error
 
@@ -163,7 +164,7 @@ async def test_a_body_that_stalls_is_given_up(
         answers.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    await OuterMiddleware(app, (), 1_000_000)(scope, receive, send)
+    await OuterMiddleware(app, (), Settings.model_validate({}))(scope, receive, send)
     assert answers[0]["status"] == status
     if status == 408:
         assert (b"connection", b"close") in [(name.lower(), value) for name, value in answers[0]["headers"]]

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message, Scope
 
+from hypergen.api import operations
+from hypergen.api.checks import Asked
+from hypergen.api.jobs import Jobs
+from hypergen.api.routes import StoredFile
+from hypergen.config import Settings
+from hypergen.engine.pool import EnginePool
+from hypergen.errors import NotFoundError, QueueFullError, UnavailableError
+from hypergen.images.storage import ImageStorage
 from tests.api.conftest import TightServer
 from tests.api.wire import QUICK, SLOW, assert_error, draw
+from tests.engine.inline import make_request
 from tests.live import LiveServer
 
 PATH = "/v1/images/jobs"
@@ -159,3 +173,49 @@ def test_jobs_need_the_key(keyed_server: LiveServer) -> None:
         assert_error(stranger.post(PATH, json=QUICK), 401)
         assert_error(stranger.get(f"{PATH}/job_0"), 401)
         assert_error(stranger.delete(f"{PATH}/job_0"), 401)
+
+
+async def test_jobs_that_are_refused_side_by_side_are_refused_all() -> None:
+    """There is room for one, and each that ends makes room for the next while it is still being refused."""
+    settings = Settings.model_validate({})
+    pool = EnginePool(settings, accelerators=[{}])  # not started: it refuses at once
+    jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, most=1)
+    request = make_request()
+    refusals = await asyncio.gather(
+        *(jobs.begin(operations.GENERATIONS, Asked(request), deadline=1e9) for _ in range(8)),
+        return_exceptions=True,
+    )
+    assert {type(refusal) for refusal in refusals} <= {UnavailableError, QueueFullError}
+
+
+def test_images_that_go_in_the_moment_in_which_they_are_read_are_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = ImageStorage(60, 1_000_000)
+    name = storage.put(b"data", "png", "image/png")
+    stored = storage.get(name)
+    assert stored
+    monkeypatch.setattr(storage, "get", lambda _: stored)  # it was there when it was looked up
+    stored.path.unlink()
+    assert storage.read(name) is None
+    storage.close()
+
+
+async def test_a_stored_file_that_goes_before_its_first_byte_is_not_found(tmp_path: Path) -> None:
+    """Removed before its size is read, and between that and its opening."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: Scope = {"type": "http", "method": "GET", "headers": [], "asgi": {"spec_version": "2.3"}}
+    file = tmp_path / "x.png"
+    for known in (None, os.stat(tmp_path)):
+        with pytest.raises(NotFoundError):
+            await StoredFile(file, stat_result=known)(scope, receive, send)
+    assert sent == []

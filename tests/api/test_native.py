@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -32,6 +33,29 @@ def test_an_item_fails_alone(client: httpx.Client) -> None:
     assert (bad["status"], bad["error"]["param"]) == (400, "n")
     assert set(bad["error"]) == {"message", "type", "param", "code"}
     assert (also_bad["status"], also_bad["error"]["param"]) == (400, "prompt")
+
+
+def test_a_small_call_does_not_wait_for_a_large_one(client: httpx.Client) -> None:
+    """Both come in the same moment, in which the stock dispatcher would make one batch of them."""
+    large = {**QUICK, "num_inference_steps": 60, "n": 4}
+    ended: list[str] = []
+
+    def call(name: str, item: dict[str, Any]) -> None:
+        assert generate(client, item)[0]["status"] == 200
+        ended.append(name)
+
+    with ThreadPoolExecutor(2) as calls:
+        for _ in range(3):
+            for future in [calls.submit(call, "large", large), calls.submit(call, "small", QUICK)]:
+                future.result()
+    assert ended == ["small", "large"] * 3
+
+
+def test_a_call_has_at_most_64_items(client: httpx.Client) -> None:
+    item = {**QUICK, "n": 0}
+    assert [result["status"] for result in generate(client, *[item] * 64)] == [400] * 64
+    response = client.post("/generate", json={"items": [item] * 65})
+    assert "items" in assert_error(response, 400)
 
 
 def test_no_items_give_no_results(client: httpx.Client) -> None:

@@ -1,0 +1,162 @@
+"""Clients that take nothing, send nothing or leave, against a running server with few descriptors."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.api.files import as_data_url
+from tests.api.wire import GENERATIONS, QUICK, client_of
+from tests.live import LiveServer, start_server
+
+DESCRIPTORS = 400
+TIMEOUT_S = 8
+_WITH_FEW_DESCRIPTORS = (
+    f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS})); "
+    "os.execv(sys.executable, [sys.executable, '-m', 'hypergen.cli', 'serve', *sys.argv[1:]])"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[LiveServer]:
+    """With 400 descriptors, a queue of one, and 8 s for a request."""
+    folder = tmp_path_factory.mktemp("hostile")
+    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32", "--max-queue-size", "1")
+    program = (sys.executable, "-c", _WITH_FEW_DESCRIPTORS)
+    with start_server(folder, *arguments, "--request-timeout", str(TIMEOUT_S), program=program) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[httpx.Client]:
+    with client_of(server) as client:
+        yield client
+
+
+def noise(side: int) -> bytes:
+    """A PNG that no encoder makes smaller."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def connect(server: LiveServer, receive_buffer: int | None = None) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(60)
+    connection.connect((host, int(port)))
+    return connection
+
+
+def post(connection: socket.socket, path: str, body: dict[str, Any]) -> None:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+
+
+def given_back(**fields: Any) -> dict[str, Any]:
+    """An edit that gives its noisy input image back ten times, about 30 MB, without any work for the
+    engine."""
+    images = [{"image_url": as_data_url(noise(1024))}]
+    return {"prompt": "a", "images": images, "strength": 0, "n": 10, "size": "1024x1024", **fields}
+
+
+def test_five_hundred_strangers_do_not_keep_health_out(server: LiveServer) -> None:
+    """More connections than the server has descriptors, each with half a head."""
+    with ExitStack() as stack:
+        for _ in range(500):
+            connection = stack.enter_context(connect(server))
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        for _ in range(5):
+            started = time.monotonic()
+            assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+            assert time.monotonic() - started < 3  # asyncio itself waits a second when descriptors run out
+    assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+
+
+def test_a_stream_that_nobody_reads_ends_with_its_time_and_holds_up_nobody(
+    server: LiveServer, client: httpx.Client
+) -> None:
+    with connect(server, receive_buffer=4096) as mute:
+        post(mute, "/v1/images/edits", given_back(stream=True))
+        assert mute.recv(12) == b"HTTP/1.1 200"
+        until = time.monotonic() + TIMEOUT_S
+        while client.get("/health").json()["queue_size"]:  # the only place in the queue is free soon
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        engine = server.engine()
+        engine.kill()
+        while client.get("/health").json()["status"] != "recovering":
+            time.sleep(0.02)
+        while client.get("/health").json()["status"] != "healthy":
+            time.sleep(0.1)
+        assert client.post(GENERATIONS, json=QUICK).status_code == 200
+        # Its own deadline ends it, however little it reads: the connection breaks before the answer's end.
+        time.sleep(max(0.0, until + 2 - time.monotonic()))
+        received = b""
+        try:
+            while data := mute.recv(1 << 20):
+                received += data
+        except ConnectionError:
+            pass
+        assert len(received) < 20_000_000
+    assert "was not taken or not finished" in server.log()
+
+
+def test_answers_that_nobody_reads_are_taken_back(tmp_path: Path, sd_folder: Path) -> None:
+    """Twenty clients ask for the 42 MB of a job each; the server holds 100 MB of them at most."""
+    arguments = (str(sd_folder), "--device", "cpu", "--max-pictures-mb", "100")
+    with ExitStack() as stack:
+        server = stack.enter_context(start_server(tmp_path, *arguments))
+        client = stack.enter_context(client_of(server))
+        job = client.post("/v1/images/jobs", json=given_back(response_format="b64_json")).json()
+        while (state := client.get(f"/v1/images/jobs/{job['id']}").json())["status"] != "succeeded":
+            assert state["status"] in ("queued", "running")
+            time.sleep(0.1)
+        worker = next(p for p in server.processes() if any("_bentoml_impl" in part for part in p.cmdline()))
+        before = worker.memory_info().rss
+        for _ in range(20):
+            mute = stack.enter_context(connect(server, receive_buffer=4096))
+            mute.sendall(f"GET /v1/images/jobs/{job['id']} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            assert mute.recv(12) == b"HTTP/1.1 200"
+        # Each answer is made of 32 MB of files beside the 100 MB; without the limit it is 840 MB.
+        assert worker.memory_info().rss - before < 350e6
+        # Whoever reads gets all of it.
+        assert len(client.get(f"/v1/images/jobs/{job['id']}").content) > 40_000_000
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, "/v1/images/edits", "/v1/images/jobs", "/generate"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_leaves_in_its_body_is_one_line_with_499(
+    server: LiveServer, client: httpx.Client, path: str, kind: str
+) -> None:
+    if kind.startswith("multipart") and path not in ("/v1/images/edits", "/v1/images/jobs"):
+        pytest.skip("forms are not read here")
+    before = len(server.log())
+    with connect(server) as leaving:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+        )
+        leaving.sendall(head.encode() + b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na')
+    until = time.monotonic() + 10
+    while f"POST {path} 499 " not in server.log()[before:]:
+        assert time.monotonic() < until, server.log()[before:]
+        time.sleep(0.05)
+    time.sleep(0.2)
+    lines = [line for line in server.log()[before:].splitlines() if "/health" not in line]
+    assert len(lines) == 1, lines
