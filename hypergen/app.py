@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -26,8 +26,10 @@ from hypergen.api.routes import create_router
 from hypergen.config import Settings
 from hypergen.engine.pool import EnginePool
 from hypergen.errors import RequestError
-from hypergen.images.storage import ImageStorage
+from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
 from hypergen.served_models import ServedModel
+
+_DROP_OLD_EVERY_S = 10.0
 
 
 def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedModel]) -> FastAPI:
@@ -39,12 +41,16 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        await asyncio.to_thread(remove_folders_of_killed_servers)
         # What is there now stays; each search for garbage among it would hold the loop up for tens of ms.
         gc.collect()
         gc.freeze()
-        yield
-        await jobs.close()
-        storage.close()
+        # Closes the rest too when one of them raises.
+        async with AsyncExitStack() as closing:
+            closing.callback(storage.close)
+            closing.push_async_callback(jobs.close)
+            closing.callback(asyncio.create_task(_drop_old_images(storage)).cancel)
+            yield
 
     app = FastAPI(
         title="HyperGen", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan
@@ -77,6 +83,12 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
         )
 
     return app
+
+
+async def _drop_old_images(storage: ImageStorage) -> None:
+    while True:
+        await asyncio.sleep(_DROP_OLD_EVERY_S)
+        await asyncio.to_thread(storage.drop_old)
 
 
 def drain_on_sigterm(pool: EnginePool, timeout_s: float) -> None:

@@ -1,0 +1,155 @@
+"""What a server leaves, answers and removes when it is stopped or killed."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from hypergen.api.jobs import Jobs
+from hypergen.api.operations import GENERATIONS
+from hypergen.app import create_app
+from hypergen.config import Settings
+from hypergen.engine.pool import EnginePool
+from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
+from tests.api.wire import GENERATIONS as GENERATIONS_PATH
+from tests.api.wire import QUICK, SLOW, assert_error, draw
+from tests.engine.inline import make_settings, served
+from tests.live import LiveServer, start_server
+
+
+def test_a_drain_answers_everybody_with_the_same_503(tmp_path: Path, sd_folder: Path) -> None:
+    """One request runs, one waits, three are in the overflow queue; the drain time is 3 s."""
+    arguments = (str(sd_folder), "--device", "cpu", "--max-queue-size", "1", "--drain-timeout", "3")
+    body = {**SLOW, "size": "512x512"}
+    with start_server(tmp_path, *arguments) as server, ThreadPoolExecutor(5) as clients:
+        answers = [
+            clients.submit(httpx.post, server.url + GENERATIONS_PATH, json=body, timeout=60) for _ in range(5)
+        ]
+        until = time.monotonic() + 60
+        while server.health()["queue_size"] < 5:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        for answer in answers:
+            assert_error(answer.result(), 503, code="draining")
+        assert 2.5 < time.monotonic() - started < 10
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log()
+
+
+def _workers(server: LiveServer) -> list[psutil.Process]:
+    """The processes that serve HTTP; BentoML starts one again when it is killed."""
+    return [p for p in server.processes() if any("_bentoml_impl" in argument for argument in p.cmdline())]
+
+
+def test_images_of_a_killed_worker_are_removed_at_the_next_start(tmp_path: Path, sd_folder: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {"TMPDIR": str(temporary)}
+    with start_server(
+        tmp_path / "server", str(sd_folder), "--device", "cpu", environment=environment
+    ) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            draw(client)
+        (left,) = temporary.glob("hypergen-images-*")
+        (worker,) = _workers(server)
+        worker.kill()
+        until = time.monotonic() + 60
+        while left.exists():
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(60)
+    assert not list(temporary.glob("hypergen-*"))
+
+
+def test_folders_of_running_servers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = ImageStorage(lifetime_s=60, max_bytes=1000)
+    name = storage.put(b"data", "png", "image/png")
+    (tmp_path / "hypergen-images-killed").mkdir()
+    remove_folders_of_killed_servers()
+    assert storage.read(name) == b"data"
+    assert len(list(tmp_path.iterdir())) == 1
+    storage.close()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+async def test_jobs_older_than_their_lifetime_do_not_stop_the_shutdown(
+    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lifespan of the app ends, and with it the storage and a job that runs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
+    await pool.start([served(sd_folder)])
+    try:
+        async with asyncio.timeout(60):
+            while pool.status().state != "ready":  # noqa: ASYNC110  what is awaited happens in another process
+                await asyncio.sleep(0.02)
+        storage = ImageStorage(60, 1_000_000)
+        jobs = Jobs(pool, storage, lifetime_s=0.0, most=10)
+        description = pool.describe()
+        assert description
+        deadline = asyncio.get_running_loop().time() + 60
+
+        async def begin(request_id: str, **fields: object) -> str:
+            body = {**QUICK, **fields}
+            asked = GENERATIONS.to_request(body, description, Settings.model_validate({}).server, request_id)
+            return (await jobs.begin(GENERATIONS, asked, deadline)).id
+
+        old = jobs.get(await begin("old"))
+        assert old.task
+        await old.task
+        assert len(_files(tmp_path)) == 1
+        running = jobs.get(await begin("running", **SLOW))
+        await jobs.close()
+        assert running.state == "cancelled"
+        assert pool.status().queue_size == 0
+        storage.close()
+        assert _files(tmp_path) == []
+    finally:
+        await pool.stop()
+
+
+async def test_the_storage_is_closed_although_the_jobs_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    settings = Settings.model_validate({})
+    app = create_app(settings, EnginePool(settings, accelerators=[{}]), [served(tmp_path)])
+    closed = threading.Event()
+    monkeypatch.setattr(ImageStorage, "close", lambda _: closed.set())
+
+    async def fail(_: Jobs) -> None:
+        raise OSError("cannot be closed")
+
+    monkeypatch.setattr(Jobs, "close", fail)
+    with pytest.raises(OSError, match="cannot be closed"):
+        async with app.router.lifespan_context(app):
+            pass
+    assert closed.is_set()
+
+
+def test_expired_images_are_removed_without_another_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = ImageStorage(lifetime_s=0.01, max_bytes=1000)
+    storage.put(b"data", "png", "image/png")
+    time.sleep(0.02)
+    storage.drop_old()
+    assert not list(tmp_path.glob("*/*"))
+    storage.close()
