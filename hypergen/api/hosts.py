@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from hypergen.api.auth import FILES_PREFIX
 from hypergen.config import ServerSettings
+from hypergen.errors import ForbiddenError
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(:[0-9]{1,5})?")
 
@@ -26,6 +29,32 @@ def is_own_host(host: str, server: ServerSettings) -> bool:
     if server.public_url:
         known.add(urlsplit(server.public_url).hostname or "")
     return name in {entry.lower() for entry in known} or name.endswith(".localhost") or _is_address(name)
+
+
+def refuse_strangers(
+    method: str, path: str, headers: Iterable[tuple[bytes, bytes]], server: ServerSettings
+) -> None:
+    """For servers without a key: refuse what a web page of another site sends through somebody's browser.
+
+    Raises:
+        ForbiddenError: the Host is none of this server's, or the request comes from a page of another site.
+            Stored images may be shown by other sites; their names cannot be guessed.
+    """
+    given = [
+        (name, value.decode("latin-1")) for name, value in headers if name in (b"host", b"sec-fetch-site")
+    ]
+    hosts = [value for name, value in given if name == b"host"]
+    if len(hosts) > 1 or not all(is_own_host(host, server) for host in hosts):
+        raise ForbiddenError(
+            "The Host header names another server. Name this one with --allowed-host or --public-url, "
+            "or set an API key.",
+            code="forbidden_host",
+        )
+    is_file = path.startswith(FILES_PREFIX) and method in ("GET", "HEAD")
+    if (b"sec-fetch-site", "cross-site") in given and not is_file:
+        raise ForbiddenError(
+            "Pages of other sites may not use this server without an API key.", code="cross_site"
+        )
 
 
 def _is_address(name: str) -> bool:

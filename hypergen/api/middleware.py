@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api import errors
 from hypergen.api.auth import OPEN_PATHS, BearerAuth
+from hypergen.api.hosts import refuse_strangers
 from hypergen.api.http_protocol import ABORT
 from hypergen.api.limits import BodyLimit, BodyMemory
 from hypergen.api.outgoing import OutgoingMemory
@@ -44,6 +45,8 @@ class OuterMiddleware:
     def __init__(self, app: ASGIApp, keys: Sequence[str], settings: Settings) -> None:
         self._app = app
         self._auth = BearerAuth(keys)
+        self._keyed = bool(keys)
+        self._server = settings.server
         self._max_body_bytes = int(settings.server.max_body_mb * 1e6)
         self._timeout_s = settings.queue.request_timeout_s
         memory_bytes = settings.queue.max_pictures_mb * 1e6
@@ -71,6 +74,8 @@ class OuterMiddleware:
         answer = _Answer(scope, send, limit, outgoing.moved)
         try:
             self._auth.check(scope["method"], scope["path"], scope["headers"])
+            if not self._keyed:
+                refuse_strangers(scope["method"], scope["path"], scope["headers"], self._server)
             if limit.error:
                 raise limit.error
             async with timeout:

@@ -26,6 +26,11 @@ _EXAMPLE_PROMPT = "a red circle on a blue background"
 _ERRORS = {
     400: ("Bad Request", "A field is missing, malformed or out of range; `param` names it.", "n"),
     401: ("Unauthorized", "No key, a wrong key, or another scheme than Bearer.", None),
+    403: (
+        "Forbidden",
+        "Without a key: the Host is none of this server's, or a page of another site asks.",
+        None,
+    ),
     404: ("Not Found", "There is no such path, model, picture or job.", None),
     408: ("Request Timeout", "The body came too slowly.", None),
     413: ("Payload Too Large", "The body is larger than the server reads.", None),
@@ -158,7 +163,7 @@ def complete(
             is_open = path in OPEN_PATHS or path.startswith(FILES_PREFIX)
             operation["security"] = [] if is_open else [{"BearerAuth": []}]
             statuses = {int(status) for status in operation["responses"]} - {200, 202}
-            statuses |= ({404} if "{" in path else set()) | (set() if is_open else {401})
+            statuses |= ({404} if "{" in path else set()) | ({403} if is_open else {401, 403})
             if path not in OPEN_PATHS:
                 # Also those that stand there already: FastAPI drops what is null from their examples.
                 operation["responses"].update(_errors(tuple(sorted(statuses))))

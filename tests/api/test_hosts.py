@@ -1,0 +1,97 @@
+"""Which hosts and pages may use a server: without a key, no page of another site; and whose name is in
+`url`."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.api.conftest import TightServer
+from tests.api.wire import GENERATIONS, QUICK, assert_error, client_of, draw
+from tests.live import LiveServer
+
+OWN = [
+    "127.0.0.1",
+    "localhost:8000",
+    "LOCALHOST",
+    "[::1]:8000",
+    "192.168.1.5:8000",
+    "a.localhost",
+    "localhost.",
+]
+STRANGE = ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "evil"]
+NO_HOSTS = ["x/health?", "a b", "user@host", "host:99999999", "h\\x", "[::1", "é.example", "", "[evil]"]
+
+
+@pytest.mark.parametrize("host", OWN)
+def test_without_a_key_local_names_and_addresses_are_served(client: httpx.Client, host: str) -> None:
+    assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+    url = client.post(GENERATIONS, json=QUICK, headers={"Host": host}).json()["data"][0]["url"]
+    assert url.startswith(f"http://{host}/v1/images/files/")
+
+
+@pytest.mark.parametrize("host", [*STRANGE, *NO_HOSTS])
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/docs", "/v1/images/files/x.png"])
+def test_without_a_key_other_names_are_refused(client: httpx.Client, path: str, host: str) -> None:
+    response = client.get(path, headers=[(b"Host", host.encode())])
+    assert_error(response, 403, code="forbidden_host")
+    assert response.json()["error"]["type"] == "permission_error"
+
+
+@pytest.mark.parametrize("site", ["cross-site"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_without_a_key_pages_of_other_sites_are_refused(client: httpx.Client, method: str, site: str) -> None:
+    headers = {"Sec-Fetch-Site": site, "Origin": "https://evil.example"}
+    assert_error(client.request(method, "/v1/images/variations", headers=headers), 403, code="cross_site")
+
+
+@pytest.mark.parametrize("site", ["same-origin", "same-site", "none"])
+def test_pages_of_the_same_site_are_served(client: httpx.Client, site: str) -> None:
+    assert client.get("/v1/models", headers={"Sec-Fetch-Site": site}).status_code == 200
+
+
+def test_other_sites_may_show_stored_images(client: httpx.Client) -> None:
+    url = draw(client)["data"][0]["url"]
+    assert httpx.get(url, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["pictures.example", "IMAGES.example:443", "cdn.example", "127.0.0.1"])
+def test_named_hosts_are_served(tight: TightServer, host: str) -> None:
+    response = tight.client.post(GENERATIONS, json=QUICK, headers={"Host": host})
+    url = response.json()["data"][0]["url"]
+    assert url.startswith("https://pictures.example/hypergen/v1/images/files/")
+    assert_error(tight.client.get("/health", headers={"Host": "pictures.example.evil"}), 403)
+
+
+@pytest.mark.parametrize("host", [*STRANGE, *NO_HOSTS])
+def test_with_a_key_the_host_matters_to_addresses_alone(keyed_server: LiveServer, host: str) -> None:
+    headers = [(b"Host", host.encode()), (b"Sec-Fetch-Site", b"cross-site")]
+    with client_of(keyed_server) as client:
+        assert client.get("/v1/models", headers=headers).status_code == 200
+        for response_format in (None, "b64_json"):
+            body = {**QUICK, "response_format": response_format}
+            (item,) = client.post(GENERATIONS, json=body, headers=headers).json()["data"]
+            assert item["b64_json"]
+            assert "url" not in item
+        for path in (GENERATIONS, "/v1/images/jobs"):
+            response = client.post(path, json={**QUICK, "response_format": "url"}, headers=headers)
+            assert_error(response, 400, param="response_format", code="invalid_host")
+
+
+def test_every_answer_says_that_its_type_is_not_to_be_guessed(
+    client: httpx.Client, keyed_server: LiveServer
+) -> None:
+    for response in (
+        client.get("/health"),
+        client.get("/docs"),
+        client.get("/openapi.json"),
+        client.get("/metrics"),
+        client.get("/nothing"),
+        client.post(GENERATIONS, json=QUICK),
+        client.post(GENERATIONS, json={}),
+        client.post("/generate", json={}),
+        client.get("/v1/models", headers={"Host": "evil.example"}),
+        httpx.get(keyed_server.url + "/v1/models"),
+        httpx.get(draw(client)["data"][0]["url"]),
+    ):
+        assert response.headers.get_list("x-content-type-options") == ["nosniff"], response.url
