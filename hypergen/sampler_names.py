@@ -17,7 +17,7 @@ _SAME = {
 }
 
 
-_LONGEST = 100
+_LONGEST = 100  # letters; what is longer is no name
 
 
 def public_name(name: str) -> str:
