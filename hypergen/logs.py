@@ -17,3 +17,5 @@ def configure(part: str) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # It warns of every malformed form, whose sender is told.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)

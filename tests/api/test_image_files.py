@@ -60,10 +60,10 @@ def webp_chunk(kind: bytes, data: bytes = b"") -> bytes:
     return kind + len(data).to_bytes(4, "little") + data + b"\0" * (len(data) % 2)
 
 
-def with_scans(scans: int) -> bytes:
+def with_scans(scans: int, start: bytes = PROGRESSIVE) -> bytes:
     """A progressive JPEG whose last scan stands there again and again."""
-    last = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
-    return PROGRESSIVE[:-2] + last * (scans - PROGRESSIVE.count(b"\xff\xda")) + PROGRESSIVE[-2:]
+    last = start[start.rindex(b"\xff\xda") : -2]
+    return start[:-2] + last * (scans - start.count(b"\xff\xda")) + start[-2:]
 
 
 def directory(entries: list[tuple[int, int, int, int]], order: str = "<") -> bytes:
