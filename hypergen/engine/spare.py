@@ -110,6 +110,7 @@ def adopt() -> tuple[_Adopted, socket.socket] | None:
     except (OSError, ValueError, psutil.Error):  # a worker before this one had it
         connection.close()
         return None
+    shutil.rmtree(Path(path).parent, ignore_errors=True)  # a launcher that is killed could not
     return process, connection
 
 

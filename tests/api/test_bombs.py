@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -99,3 +100,19 @@ def test_health_and_other_clients_are_served_within_a_second(
     assert {status for sender in senders for status in sender.statuses} <= statuses
     assert all(sender.statuses for sender in senders)
     assert max(health_s) < PROMISED_S, sorted(health_s)[-3:]
+
+
+def test_images_of_clients_that_left_are_not_decoded(server: LiveServer, client: httpx.Client) -> None:
+    """Sixteen of the slowest images take the two decoder threads about 25 s; their clients leave at once."""
+    host, port = server.url.removeprefix("http://").split(":")
+    body = BOMBS["2: the largest JPEG that is decoded"][1]()
+    head = f"POST {EDITS} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    for _ in range(16):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+            time.sleep(0.05)
+    good = {**QUICK, "images": [{"image_url": as_data_url(as_file(gradient()))}]}
+    started = time.monotonic()
+    assert client.post(EDITS, json=good).status_code == 200
+    assert time.monotonic() - started < 12

@@ -164,3 +164,19 @@ def test_a_chunk_size_that_overflows_is_answered_at_once(server: LiveServer, siz
 def test_no_more_connections_are_kept_than_descriptors_allow() -> None:
     assert GuardedProtocol.max_connections < 1_000_000
     assert GuardedProtocol.max_connections >= 16
+
+
+def _chunks_without_end(server: LiveServer, path: str, size: int) -> bytes:
+    """The answer to so many bytes of a chunked body whose end never comes."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(CHUNKED.replace("/v1/images/generations", path).encode())
+        for _ in range(size // 1000):
+            connection.sendall(b"3e8\r\n" + b"a" * 1000 + b"\r\n")
+        return connection.recv(65536)
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits", "/generate"])
+def test_a_chunked_body_is_refused_as_soon_as_it_passes_the_limit(server: LiveServer, path: str) -> None:
+    """1 MB is for bodies without input images, also where those are read."""
+    assert _chunks_without_end(server, path, 1_001_000).startswith(b"HTTP/1.1 413")

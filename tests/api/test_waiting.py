@@ -64,7 +64,7 @@ def test_pictures_beyond_the_memory_for_them_are_refused(tight: TightServer) -> 
     wait_until(lambda: tight.server.health()["queue_size"] == 1, 5)
     response = tight.client.post("/v1/images/edits", json={**body, "num_inference_steps": 1})
     tight.client.delete(f"/v1/images/jobs/{job['id']}")
-    assert "pictures" in assert_error(response, 429, code="rate_limit_exceeded")
+    assert "input images" in assert_error(response, 429, code="rate_limit_exceeded")
     assert 1 <= int(response.headers["retry-after"]) <= 60
     draw(tight.client)  # one without pictures
     assert tight.client.post("/v1/images/edits", json={**body, "num_inference_steps": 1}).status_code == 200

@@ -36,6 +36,7 @@ async def test_the_pool_adopts_a_spare_and_replaces_it_when_it_dies(
     try:
         await pool.start([served(sd_folder)])
         assert pool.engine_pids() == [spare_pid]
+        assert not os.path.exists(spare.environment[VARIABLE].partition(":")[2])  # noqa: ASYNC240
         await _until_ready(pool)
         (before,) = await draw_all(pool, make_request())
         os.kill(spare_pid, signal.SIGKILL)

@@ -171,7 +171,7 @@ def test_the_fewest_steps_that_a_pipeline_can_do_are_published(
     loaded = Loader(lambda _id, _event: None, alone=True)(model, lambda: None)
     assert loaded.description.min_steps == fewest
     if fewest > 1:
-        with pytest.raises(InvalidRequestError, match=f"at least {fewest} steps") as refused:
+        with pytest.raises(InvalidRequestError, match=f"must be at least {fewest} ") as refused:
             read_sampler(None, fewest - 1, loaded.description, "num_inference_steps")
         assert refused.value.param == "num_inference_steps"
 
