@@ -8,6 +8,7 @@ description.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -227,6 +228,14 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="disk space for `url` results, in MB; the oldest go first",
     )
+
+    @field_validator("allowed_host")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", host):
+                raise ValueError("a host is a name without scheme, port and path, such as images.example")
+        return tuple(host.rstrip(".").lower() for host in hosts)
 
     @field_validator("allowed_host", mode="before")
     @classmethod

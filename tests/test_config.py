@@ -151,3 +151,16 @@ def test_a_named_source_has_no_comma_since_the_environment_could_not_hold_it(tmp
     file.write_text("engine: {controlnet: {edges: '/models/a,b'}}\n")
     with pytest.raises(ConfigurationError, match="without commas"):
         load_settings(file)
+
+
+@pytest.mark.parametrize(
+    "host", ["http://gpu.example", "gpu.example:8000", "gpu.example/x", "é.example", "*"]
+)
+def test_an_allowed_host_is_a_plain_name(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="allowed_host"):
+        load_settings(environment={"HYPERGEN_ALLOWED_HOST": f"ok.example, {host}"})
+
+
+def test_allowed_hosts_stand_with_commas_between_them() -> None:
+    settings = load_settings(environment={"HYPERGEN_ALLOWED_HOST": "a.example, B.example."})
+    assert settings.server.allowed_host == ("a.example", "b.example")

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ from hypergen.api.pictures import decoding_cancelled
 from hypergen.api.streaming import Arrivals, EventStream
 from hypergen.api.writing import in_slices, write
 from hypergen.config import Settings
-from hypergen.errors import DeadlineExceededError, InvalidRequestError, RequestError, UnavailableError
+from hypergen.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from hypergen.generation import (
     GenerationRequest,
     ImageFinished,
@@ -113,7 +112,7 @@ async def answer(
     )
     body.clear()  # input images in base64 would be held as long as the request waits
     request.state.body.release()
-    base = url_base(request, settings, asked)
+    base = url_base(request, settings, asked)  # before anything is generated that could not be answered
     outgoing: Outgoing = request.state.outgoing
     if operation.to_frame is not None and asked.stream:
         to_frame = partial(operation.to_frame, asked.without_input_images(), int(time.time()))
@@ -298,5 +297,7 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
     """End a task and wait until it has left what it held."""
     if not task.done():
         task.cancel()
-        with suppress(asyncio.CancelledError, RequestError):
-            await task
+        # Not `await task`: its CancelledError could not be told from one that is meant for this task.
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()

@@ -49,6 +49,8 @@ class _Parser(MultiPartParser):
 
     def __init__(self, request: Request, max_text_bytes: int) -> None:
         content_type = request.headers["content-type"]
+        if len(content_type) > _MAX_HEADER_BYTES:  # its options are read in time that grows with their square
+            raise MultiPartException(f"Its content type is longer than {_MAX_HEADER_BYTES:,} bytes.")
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         super().__init__(
             request.headers,
@@ -97,8 +99,10 @@ async def _with_few_boundaries(stream: AsyncGenerator[bytes], boundary: bytes) -
     async for chunk in stream:
         seen = end + chunk
         found += seen.count(delimiter) - end.count(delimiter)
-        if found > _MAX_BOUNDARIES or any(delimiter + padding in seen for padding in (b" ", b"\t")):
-            raise MultiPartException("It holds its boundary too often, or with something behind it.")
+        if found > _MAX_BOUNDARIES:
+            raise MultiPartException(f"It has more than {_MAX_BOUNDARIES} parts.")
+        if any(delimiter + padding in seen for padding in (b" ", b"\t")):
+            raise MultiPartException("Its boundary has spaces behind it.")
         end = seen[-len(delimiter) :]
         yield chunk
 
@@ -131,8 +135,8 @@ async def read_form(
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaTypeError("Compressed request bodies are not read.")
-    parser = _Parser(request, max_text_bytes)
     try:
+        parser = _Parser(request, max_text_bytes)
         form = await parser.parse()
     except MultiPartException as error:
         too_many = error.message.startswith("Too many files")

@@ -21,14 +21,8 @@ def is_own_host(host: str, server: ServerSettings) -> bool:
     `allowed_host` or `public_url`. Names of others would let a web page reach it by DNS rebinding, and
     addresses can not be rebound.
     """
-    match = _HOST.fullmatch(host)
-    if match is None:
-        return False
-    name = match[1].strip("[]").rstrip(".").lower()
-    known = {server.host, "localhost", *server.allowed_host}
-    if server.public_url:
-        known.add(urlsplit(server.public_url).hostname or "")
-    return name in {entry.lower() for entry in known} or name.endswith(".localhost") or _is_address(name)
+    name = _name_in(host)
+    return name is not None and (_is_named(name, server) or _address(name) is not None)
 
 
 def refuse_strangers(
@@ -41,7 +35,9 @@ def refuse_strangers(
             Stored images may be shown by other sites; their names cannot be guessed.
     """
     given = [
-        (name, value.decode("latin-1")) for name, value in headers if name in (b"host", b"sec-fetch-site")
+        (name, value.decode("latin-1"))
+        for name, value in headers
+        if name in (b"host", b"origin", b"sec-fetch-site")
     ]
     hosts = [value for name, value in given if name == b"host"]
     if len(hosts) > 1 or not all(is_own_host(host, server) for host in hosts):
@@ -51,15 +47,41 @@ def refuse_strangers(
             code="forbidden_host",
         )
     is_file = path.startswith(FILES_PREFIX) and method in ("GET", "HEAD")
-    if (b"sec-fetch-site", "cross-site") in given and not is_file:
+    # Browsers say the site of a page only to https and loopback, and the origin of a POST to everybody.
+    is_foreign = (
+        any(not _is_own_origin(value, hosts, server) for name, value in given if name == b"origin")
+        or (b"sec-fetch-site", "cross-site") in given
+    )
+    if is_foreign and not is_file:
         raise ForbiddenError(
             "Pages of other sites may not use this server without an API key.", code="cross_site"
         )
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
+def _is_own_origin(origin: str, hosts: list[str], server: ServerSettings) -> bool:
+    """Whether a page comes from this server or this machine; "null" does not."""
+    host = origin.partition("://")[2]
+    name = _name_in(host)
+    if name is None:
         return False
-    return True
+    address = _address(name)
+    return host in hosts or _is_named(name, server) or (address is not None and address.is_loopback)
+
+
+def _is_named(name: str, server: ServerSettings) -> bool:
+    named = {server.host.lower(), "localhost", *server.allowed_host}
+    public = urlsplit(server.public_url or "").hostname
+    return name in named or name == public or name.endswith(".localhost")
+
+
+def _name_in(host: str) -> str | None:
+    """The host without its port; None if it is none."""
+    match = _HOST.fullmatch(host)
+    return None if match is None else match[1].strip("[]").rstrip(".").lower()
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None

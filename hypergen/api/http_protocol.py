@@ -22,19 +22,19 @@ except ImportError:  # Windows, which has no such limit
 
 # No client sends such chunks; a size that wraps around in a proxy before us may hide a second request.
 _MAX_CHUNK_BYTES = 2**31
-ABORT = (
-    "hypergen.abort"  # in `scope["extensions"]`: ends the connection at once, what was not sent is dropped
-)
+_MOST_CONNECTIONS = 10_000
+# h11 takes a microsecond for each byte of a body in chunks of one, and reads are 256 kB by default.
+_READ_BYTES = 16 * 1024
+# In `scope["extensions"]`: ends the connection at once; what was not sent is dropped.
+ABORT = "hypergen.abort"
 
 
-def max_connections() -> int:
-    """How many connections fit beside the files and sockets that the process itself needs."""
-    if resource is None:
-        return 1000
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors == resource.RLIM_INFINITY:
-        return 100_000
-    return max(16, descriptors - min(128, descriptors // 4))
+def _connections_that_fit() -> int:
+    """How many connections there may be beside the files and sockets that the process itself needs."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
+    if descriptors < 0:  # no limit
+        return _MOST_CONNECTIONS
+    return min(_MOST_CONNECTIONS, max(16, descriptors - min(128, descriptors // 4)))
 
 
 class GuardedProtocol(H11Protocol):
@@ -43,13 +43,15 @@ class GuardedProtocol(H11Protocol):
     Attributes:
         head_timeout_s: from the connection, or the answer before, to the end of a request's head.
         write_timeout_s: in which a client takes no byte of its answer.
+        drain_timeout_s: in which a client that was answered early may send the rest of its body.
         max_connections: beyond so many, the one that has waited longest for a request is ended.
     """
 
     head_timeout_s = 20.0
     write_timeout_s = 60.0
     look_every_s = 5.0
-    max_connections = max_connections()
+    drain_timeout_s = 120.0
+    max_connections = _connections_that_fit()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -72,6 +74,8 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        if hasattr(transport, "max_size"):  # asyncio's own
+            transport.max_size = _READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
         self._look = self.loop.call_later(self.look_every_s, self._look_again)
         self._make_room()
 
@@ -79,6 +83,7 @@ class GuardedProtocol(H11Protocol):
         if self._look is not None:
             self._look.cancel()
         super().connection_lost(exc)
+        self.app = cast(Any, None)  # breaks a cycle, so that all of it goes with the connection
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -120,7 +125,8 @@ class GuardedProtocol(H11Protocol):
         if now - self._sent_at >= self.write_timeout_s:
             self.transport.abort()
             return
-        if self.idle and now - self.waiting_since >= self.head_timeout_s:
+        timeout_s = self.head_timeout_s if self.conn.their_state is h11.IDLE else self.drain_timeout_s
+        if self.idle and now - self.waiting_since >= timeout_s:
             self.transport.close()
         self._look = self.loop.call_later(self.look_every_s, self._look_again)
 
@@ -128,8 +134,10 @@ class GuardedProtocol(H11Protocol):
         """End the connection that has waited longest for a request when there are too many; without such a
         one, the new connection.
         """
-        connections = cast(set[GuardedProtocol], self.connections)
-        there = [connection for connection in connections if not connection.transport.is_closing()]
+        if len(self.connections) <= self.max_connections:
+            return
+        connections = cast(set[Any], self.connections)  # WebSockets too, which are refused at once
+        there = [c for c in connections if isinstance(c, GuardedProtocol) and not c.transport.is_closing()]
         if len(there) <= self.max_connections:
             return
         idle = (connection for connection in there if connection.idle and connection is not self)

@@ -74,7 +74,8 @@ def _read_jpeg(data: bytes) -> tuple[bytes, int]:
                 raise TooManyPartsError(f"{MAX_SCANS} scans")
             following = _next_marker(data, at)
             at = following.start() if following else len(data)
-        if code in _PIXEL_SEGMENTS or data.startswith(_COLOURS.get(code, b"\0"), start + 4):
+        tells_colours = code in _COLOURS and data.startswith(_COLOURS[code], start + 4)
+        if code in _PIXEL_SEGMENTS or tells_colours:
             kept.append(view[start:at])
         elif code not in _METADATA_SEGMENTS:
             raise ValueError("A frame of a kind that is not read.")

@@ -90,7 +90,7 @@ class BodyLimit:
         if size and self._memory.held_bytes > max(self._memory.max_bytes, size):  # one alone always fits
             self.release()
             self.error = QueueFullError(
-                "The bodies of other requests fill the memory for them. Try again in 5 s.", retry_after_s=5
+                "The server is reading too many large requests. Try again in 5 s.", retry_after_s=5
             )
             raise self.error
 

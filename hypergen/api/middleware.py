@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from hypergen.api.auth import OPEN_PATHS, BearerAuth
 from hypergen.api.hosts import refuse_strangers
 from hypergen.api.http_protocol import ABORT
 from hypergen.api.limits import BodyLimit, BodyMemory
-from hypergen.api.outgoing import OutgoingMemory
+from hypergen.api.outgoing import Outgoing, OutgoingMemory
+from hypergen.api.writing import SLICE_BYTES, in_slices
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, RequestError
 
@@ -71,7 +72,7 @@ class OuterMiddleware:
 
         outgoing = self._outgoing.open(cut)
         scope["state"] |= {"deadline": deadline, "body": limit, "outgoing": outgoing}
-        answer = _Answer(scope, send, limit, outgoing.moved)
+        answer = _Answer(scope, send, limit, outgoing)
         try:
             self._auth.check(scope["method"], scope["path"], scope["headers"])
             if not self._keyed:
@@ -85,12 +86,12 @@ class OuterMiddleware:
                 await answer.client_left()
         except Exception as error:  # the outer edge of the HTTP half
             if timeout.expired() and isinstance(error, TimeoutError):
-                error = DeadlineExceededError("The request was not finished within its time.")
+                error = _too_late()
             elif not isinstance(error, RequestError):
                 logger.exception("%s failed.", request_id)
             if not answer.started:
                 await answer.replace(scope, receive, error)
-            elif not await self._abort(scope, request_id):
+            elif not timeout.expired() or not await self._abort(scope, request_id):
                 raise error
         finally:
             limit.release()
@@ -111,11 +112,11 @@ class OuterMiddleware:
 class _Answer:
     """One response on its way out: gets its headers, and its body too if it is an error in another shape."""
 
-    def __init__(self, scope: Scope, send: Send, limit: BodyLimit, moved: Callable[[], None]) -> None:
+    def __init__(self, scope: Scope, send: Send, limit: BodyLimit, outgoing: Outgoing) -> None:
         self._scope = scope
         self._send = send
         self._limit = limit
-        self._moved = moved
+        self._outgoing = outgoing
         self._request_id: str = scope["state"]["request_id"]
         self._arrived = time.monotonic()
         self._status = 0
@@ -131,12 +132,26 @@ class _Answer:
                 return
             await self._start(message)
         elif self._held is None:
-            await self._send(message)
-            self._moved()
+            await self._send_body(message.get("body", b""), message.get("more_body", False))
         else:
             self._body += message.get("body", b"")
             if not message.get("more_body"):
                 await self._send_error(self._held)
+
+    async def _send_body(self, body: bytes, more_body: bool) -> None:
+        """In slices that a slow client can be waited for between: BentoML's routes answer in one piece."""
+        size = len(body)
+        if size > SLICE_BYTES:
+            self._outgoing.hold(size)
+            async for piece in in_slices([body]):
+                size -= len(piece)
+                if size:
+                    await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                    self._outgoing.moved()
+                else:
+                    body = piece
+        await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
+        self._outgoing.moved()
 
     async def replace(self, scope: Scope, receive: Receive, error: Exception) -> None:
         """Answer an exception that nobody answered."""
@@ -161,6 +176,10 @@ class _Answer:
         self._held = None
         body = self._body
         error = self._limit.error
+        late = asyncio.get_running_loop().time() >= self._scope["state"]["deadline"]
+        if late and start["status"] >= 500:  # BentoML answers what it cancelled in its own way
+            await self._answer_instead(errors.to_response(_too_late()))
+            return
         # A stranger learns of the key first.
         if error and start["status"] not in (401, errors.status_of(error)):
             await self._answer_instead(errors.to_response(error))
@@ -192,6 +211,10 @@ class _Answer:
         logger.info(
             "%s %s %d %.0f ms %s", self._scope["method"], path, self._status, milliseconds, self._request_id
         )
+
+
+def _too_late() -> DeadlineExceededError:
+    return DeadlineExceededError("The request was not finished within its time.")
 
 
 def _has_our_shape(body: bytes) -> bool:

@@ -22,6 +22,8 @@ class Outgoing:
 
     def hold(self, size: int) -> None:
         """So many bytes more wait for the client; others may have to go for them."""
+        if not self.held_bytes:  # until now there was nothing to take
+            self.moved()
         self.held_bytes += size
         self.memory.make_room(self)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -56,8 +55,7 @@ class Arrivals:
     async def close(self) -> None:
         """Cancel what is not finished."""
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait([self._task])
 
     async def _take(self) -> None:
         try:

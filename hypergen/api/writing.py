@@ -13,7 +13,7 @@ _Written = TypeVar("_Written")
 # One thread: base64 of a picture holds the interpreter's lock for milliseconds, and several threads that hand
 # the lock to each other would keep the event loop from it for as long as all of them take.
 _WRITER = ThreadPoolExecutor(1, "write")
-_SLICE_BYTES = 256 * 1024
+SLICE_BYTES = 256 * 1024
 
 
 async def write(function: Callable[[*_Arguments], _Written], *arguments: *_Arguments) -> _Written:
@@ -24,6 +24,6 @@ async def write(function: Callable[[*_Arguments], _Written], *arguments: *_Argum
 async def in_slices(pieces: Iterable[bytes]) -> AsyncGenerator[bytes, None]:
     """The same bytes, slice by slice, so that handing megabytes to a socket does not hold up the loop."""
     for piece in pieces:
-        for start in range(0, len(piece), _SLICE_BYTES):
-            yield piece[start : start + _SLICE_BYTES]
+        for start in range(0, len(piece), SLICE_BYTES):
+            yield piece[start : start + SLICE_BYTES]
             await asyncio.sleep(0)  # a fast client takes all of them without a pause

@@ -110,9 +110,10 @@ class ImageStorage:
         with self._lock:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            if self._descriptor is None or not self._folder.is_dir():
+            while self._descriptor is None or not self._folder.is_dir():
                 self._unlock()
                 self._folder.mkdir(mode=0o700, exist_ok=True)
+                # Between these two lines another server that starts may take it for a killed one's.
                 self._descriptor = os.open(self._folder, os.O_RDONLY)
                 _lock(self._descriptor)
             return self._folder
@@ -144,7 +145,7 @@ def remove_folders_of_killed_servers() -> None:
     """Remove what servers left behind that were killed and could not close their storage."""
     for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         except OSError:  # another user's, or gone
             continue
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,9 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hypergen.api.http_protocol import GuardedProtocol
+from hypergen.api.middleware import OuterMiddleware
+from hypergen.config import Settings
 from tests.live import LiveServer
 
 HALF_HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -41,9 +46,9 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 @asynccontextmanager
 async def _server(
-    protocol: type[GuardedProtocol] = HastyProtocol,
+    protocol: type[GuardedProtocol] = HastyProtocol, app: ASGIApp = _answer
 ) -> AsyncGenerator[tuple[uvicorn.Server, int], None]:
-    config = uvicorn.Config(_answer, port=0, log_config=None, lifespan="off", http=protocol)
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", http=protocol)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110  uvicorn tells nobody
@@ -110,6 +115,26 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_disconnected() -> No
         writer.transport.abort()
 
 
+async def test_an_answer_in_one_piece_ends_with_the_time_of_its_request() -> None:
+    """BentoML's routes answer so; a client that takes a little now and then does not stall."""
+    settings = Settings.model_validate({"queue": {"request_timeout_s": 0.5}})
+    app = OuterMiddleware(Response(bytes(MEGABYTES * 1_000_000)), (), settings)
+    async with _server(GuardedProtocol, app) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert await reader.read(12) == b"HTTP/1.1 200"
+        async with asyncio.timeout(20):
+            while server.server_state.connections or server.server_state.tasks:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+
+async def test_an_answer_in_one_piece_is_whole() -> None:
+    app = OuterMiddleware(Response(bytes(range(256)) * 100_000), (), Settings.model_validate({}))
+    async with _server(GuardedProtocol, app) as (_, port), httpx.AsyncClient() as client:
+        assert (await client.get(f"http://127.0.0.1:{port}/")).content == bytes(range(256)) * 100_000
+
+
 async def test_a_slow_client_gets_its_whole_answer() -> None:
     """It takes ten times as long as a client may stall."""
     async with _server() as (_, port):
@@ -139,6 +164,46 @@ async def test_beyond_the_limit_the_oldest_idle_connection_makes_room() -> None:
         assert len(await busy_reader.read(1_000_000)) > 0  # what is being answered goes on
         for _, writer in (*idle, (busy_reader, busy)):
             writer.transport.abort()
+
+
+async def test_websockets_do_not_break_the_limit() -> None:
+    class TwoConnections(GuardedProtocol):
+        max_connections = 2
+
+    async with _server(TwoConnections) as (server, port):
+        writers: list[asyncio.StreamWriter] = []
+        for _ in range(6):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n")
+            writer.write(b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eHh4eHh4eHh4eHh4eHh4eA==\r\n\r\n")
+            writers.append(writer)
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{port}/")).status_code == 200
+        assert server.server_state.total_requests >= 1
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def test_a_closed_connection_is_freed_at_once() -> None:
+    kept: list[weakref.ref[GuardedProtocol]] = []
+
+    class Remembered(GuardedProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
+            kept.append(weakref.ref(self))
+            super().connection_made(transport)
+
+    gc.disable()
+    try:
+        async with _server(Remembered) as (server, port):
+            async with httpx.AsyncClient() as client:
+                assert (await client.get(f"http://127.0.0.1:{port}/")).status_code == 200
+            async with asyncio.timeout(20):
+                while server.server_state.connections:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert [reference() for reference in kept] == [None]
+    finally:
+        gc.enable()
 
 
 CHUNKED = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
+from tests.api.files import as_file, gradient
 from tests.api.wire import GENERATIONS, QUICK, assert_error, client_of, draw
 from tests.live import LiveServer
 
@@ -43,6 +44,25 @@ def test_without_a_key_other_names_are_refused(client: httpx.Client, path: str, 
 def test_without_a_key_pages_of_other_sites_are_refused(client: httpx.Client, method: str, site: str) -> None:
     headers = {"Sec-Fetch-Site": site, "Origin": "https://evil.example"}
     assert_error(client.request(method, "/v1/images/variations", headers=headers), 403, code="cross_site")
+
+
+FOREIGN = ["https://evil.example", "null", "http://6.6.6.6", "http://127.0.0.1.evil.example", "file://", "x"]
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "192.168.1.5:8000"])
+def test_without_a_key_other_origins_are_refused(client: httpx.Client, host: str, origin: str) -> None:
+    """A form post, which needs no preflight; to a plain http address browsers send no Sec-Fetch-Site."""
+    files = {"image": ("image.png", as_file(gradient()))}
+    headers = {"Host": host, "Origin": origin}
+    response = client.post("/v1/images/variations", files=files, headers=headers)
+    assert_error(response, 403, code="cross_site")
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://127.0.0.1", "http://192.168.1.5:8000"])
+def test_origins_of_this_machine_and_server_are_served(client: httpx.Client, origin: str) -> None:
+    headers = {"Host": "192.168.1.5:8000", "Origin": origin}
+    assert client.post(GENERATIONS, json=QUICK, headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("site", ["same-origin", "same-site", "none"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import tempfile
 import threading
@@ -78,9 +79,10 @@ def test_folders_of_running_servers_stay(tmp_path: Path, monkeypatch: pytest.Mon
     storage = ImageStorage(lifetime_s=60, max_bytes=1000)
     name = storage.put(b"data", "png", "image/png")
     (tmp_path / "hypergen-images-killed").mkdir()
+    os.mkfifo(tmp_path / "hypergen-images-trap")  # whose opening would wait for ever
     remove_folders_of_killed_servers()
     assert storage.read(name) == b"data"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
     storage.close()
 
 
