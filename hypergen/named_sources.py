@@ -29,10 +29,14 @@ def _read(value: Any) -> Any:
 NamedSources = Annotated[dict[str, str], BeforeValidator(_read)]
 
 
-def as_text(value: object) -> str:
-    """A setting as the environment holds it."""
+def as_text(value: object, separator: str = os.pathsep) -> str:
+    """A setting as the environment holds it.
+
+    Args:
+        separator: between the items of a list.
+    """
     if isinstance(value, Mapping):
         return ",".join(f"{name}={source}" for name, source in cast(Mapping[str, str], value).items())
     if isinstance(value, tuple):
-        return os.pathsep.join(map(str, cast(tuple[Any, ...], value)))
+        return separator.join(map(str, cast(tuple[Any, ...], value)))
     return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,7 +95,8 @@ def load_settings(
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Flags as the environment of a child process; the child reads them back with `load_settings`."""
     return {
-        PREFIX + option_name(name).upper(): as_text(value)
+        # Paths hold commas, and hosts with ports, which are refused, hold what separates paths.
+        PREFIX + option_name(name).upper(): as_text(value, "," if name == "allowed_host" else os.pathsep)
         for name, value in flags.items()
         if value not in (None, ())
     }

@@ -161,6 +161,11 @@ def test_an_allowed_host_is_a_plain_name(host: str) -> None:
         load_settings(environment={"HYPERGEN_ALLOWED_HOST": f"ok.example, {host}"})
 
 
+def test_allowed_hosts_given_as_flags_reach_the_service() -> None:
+    environment = environment_of({"allowed_host": ("a.example", "b.example")})
+    assert load_settings(environment=environment).server.allowed_host == ("a.example", "b.example")
+
+
 def test_allowed_hosts_stand_with_commas_between_them() -> None:
     settings = load_settings(environment={"HYPERGEN_ALLOWED_HOST": "a.example, B.example."})
     assert settings.server.allowed_host == ("a.example", "b.example")
