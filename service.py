@@ -13,15 +13,15 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 import bentoml
 from bentoml.models import BentoModel
 
-from hypergen import logs
+from hypergen import log_setup
 from hypergen.api.middleware import OuterMiddleware
-from hypergen.api.native import ClientWatch, NativeItems, NativeResult, draw_item
-from hypergen.api_keys import api_keys
-from hypergen.app import create_app, drain_on_sigterm, leave_with_parent
-from hypergen.choosing_models import find_models
-from hypergen.dispatch import ContinuousBatchingService
-from hypergen.engine.pool import EnginePool
-from hypergen.setting_sources import load_settings
+from hypergen.app import create_app
+from hypergen.bentoml_integration.batch_api import ClientWatch, NativeItems, NativeResult, draw_item
+from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService
+from hypergen.engine_client.pool import EnginePool
+from hypergen.load_settings import api_keys, load_settings
+from hypergen.process_lifecycle import drain_on_sigterm, leave_with_parent
+from hypergen.resolve_models import find_models
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
@@ -46,7 +46,7 @@ class HyperGen:
 
     @bentoml.on_startup
     async def start(self) -> None:
-        logs.configure("http")
+        log_setup.configure("http")
         drain_on_sigterm(pool, settings.queue.drain_timeout_s)
         launcher = os.environ.get("_HYPERGEN_LAUNCHER_PID")
         if not keys and not launcher:

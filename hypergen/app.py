@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
-import signal
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from types import FrameType
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import psutil
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -25,10 +21,10 @@ from hypergen.api.errors import CLIENT_GONE, ClientGoneError, envelope, json_res
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import create_router
 from hypergen.config import Settings
-from hypergen.engine.pool import EnginePool
+from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import RequestError
 from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
-from hypergen.served_models import ServedModel
+from hypergen.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -95,33 +91,3 @@ async def _drop_old_images(storage: ImageStorage) -> None:
             await asyncio.to_thread(storage.drop_old)
         except Exception:  # an edge: nobody waits for this task
             logger.exception("Expired images could not be removed.")
-
-
-def drain_on_sigterm(pool: EnginePool, timeout_s: float) -> None:
-    """Let SIGTERM start our drain before uvicorn's, which would end what is left with a plain-text error."""
-    loop = asyncio.get_running_loop()
-    uvicorn_handler = signal.getsignal(signal.SIGTERM)
-
-    def drain(signum: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(pool.drain, timeout_s)
-        if callable(uvicorn_handler):
-            uvicorn_handler(signum, frame)
-
-    signal.signal(signal.SIGTERM, drain)
-
-
-async def leave_with_parent(launcher: int | None) -> None:
-    """End this process when those that started it are gone: killing them leaves no orphan on the port.
-
-    Args:
-        launcher: process id of the `hypergen serve` above BentoML's main process, if there is one.
-    """
-    parent = os.getppid()
-    while os.getppid() == parent:
-        with suppress(psutil.Error, ProcessLookupError):  # the parent is gone: the next look says so
-            # Asked of the parent, because a process that nobody waited for still has its id.
-            if launcher is not None and psutil.Process(parent).ppid() != launcher:
-                os.kill(parent, signal.SIGTERM)
-                return
-        await asyncio.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
-from hypergen.model_entries import ModelEntry, read_entries
-from hypergen.named_sources import NamedSources
+from hypergen.served_model_config import ModelEntry, NamedSources, read_entries
 
 Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]

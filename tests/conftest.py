@@ -17,11 +17,11 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 import hypergen
-from tests.live import LiveServer, start_server
+from tests.support.live_server import LiveServer, start_server
 
 # A hint that it gives at this import would be printed after pytest's summary.
 transformers_logging.set_verbosity_error()
-from tests.small_models import save_sd
+from tests.support.small_models import save_sd
 
 transformers_logging.set_verbosity_warning()
 
@@ -43,7 +43,7 @@ def lora_folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Pa
     """A LoRA for the small Stable Diffusion, `style`, and a damaged one, `broken`."""
     from diffusers import StableDiffusionPipeline
 
-    from tests.adapters.making import save_lora
+    from tests.support.lora_files import save_lora
 
     folder = tmp_path_factory.mktemp("loras")
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)

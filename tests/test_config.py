@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hypergen.api_keys import api_keys
 from hypergen.config import Settings
-from hypergen.control_sources import find_control_models
 from hypergen.errors import ConfigurationError
-from hypergen.hub import HUB_ID
-from hypergen.setting_sources import environment_of, fields, load_settings, option_name
+from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
+from hypergen.model_store.hub import HUB_ID
+from hypergen.resolve_models import find_control_models
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from diffusers import ControlNetModel
 
-from hypergen.control_sources import find_control_models
 from hypergen.errors import ModelError
+from hypergen.resolve_models import find_control_models
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.live import LiveServer, free_port, start_server
+from tests.support.live_server import LiveServer, free_port, start_server
 
 ROOT = Path(__file__).parents[1]
 ITEM = {"prompt": "a cat", "seed": 1, "num_inference_steps": 4, "size": "64x64"}

@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1 protocol with limits on what a connection may cost: time for a request's head, time
 without a byte of an answer taken, and a number of connections.
 
-uvicorn has no settings for these. `hypergen/dispatch.py` makes it the protocol of the service.
+uvicorn has no settings for these. The
+service's `bentoml_integration/dispatcher.py` chooses it.
 """
 
 from __future__ import annotations

@@ -9,15 +9,16 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hypergen.api import openapi, operations
-from hypergen.api.drawing import check, disconnected, in_pieces, loaded, read_body, url_base
+from hypergen.api import openapi
+from hypergen.api.dialects import endpoints
+from hypergen.api.dialects.endpoints import Operation
 from hypergen.api.errors import json_response, to_json
-from hypergen.api.forms import is_form
+from hypergen.api.image_requests import check, disconnected, in_pieces, loaded, read_body, url_base
 from hypergen.api.jobs import Jobs
-from hypergen.api.operations import Operation
-from hypergen.api.writing import write
+from hypergen.api.multipart_form import is_form
+from hypergen.api.responses import write
 from hypergen.config import Settings
-from hypergen.generation import ImageGenerator
+from hypergen.engine_protocol import ImageGenerator
 
 PATH = "/v1/images/jobs"
 
@@ -31,7 +32,7 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
     async def create_job(request: Request) -> Response:
         loaded(generator)
         # A form reads the same for edits and variations.
-        body = await read_body(request, operations.EDITS, settings)
+        body = await read_body(request, endpoints.EDITS, settings)
         operation = _operation_of(body, is_form(request))
         description = loaded(generator, body.get(operation.model_field))
         deadline: float = request.state.deadline
@@ -63,7 +64,7 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
 def _operation_of(body: dict[str, Any], form: bool) -> Operation:
     """Whose body this is: the fields tell."""
     if "model_name" in body and not form:
-        return operations.HYPERBOLIC
+        return endpoints.HYPERBOLIC
     if "images" in body or form:
-        return operations.EDITS if "prompt" in body else operations.VARIATIONS
-    return operations.GENERATIONS
+        return endpoints.EDITS if "prompt" in body else endpoints.VARIATIONS
+    return endpoints.GENERATIONS

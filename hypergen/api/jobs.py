@@ -15,9 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from hypergen.api.checks import Asked
+from hypergen.api.dialects.endpoints import Operation
 from hypergen.api.errors import envelope, status_of
-from hypergen.api.operations import Operation
+from hypergen.api.validation import Asked
+from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import (
     DeadlineExceededError,
     GenerationError,
@@ -25,8 +26,8 @@ from hypergen.errors import (
     QueueFullError,
     RequestError,
 )
-from hypergen.generation import ImageFinished, ImageGenerator, Progress, Started
-from hypergen.images.codec import FORMATS
+from hypergen.events import ImageFinished, Progress, Started
+from hypergen.images.encoding import FORMATS
 from hypergen.images.storage import ImageStorage
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hypergen.adapters.registry import NOT_OFFERED, name_of
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import ModelDescription
+from hypergen.model_info import ModelDescription
+from hypergen.model_store.lora_files import NOT_OFFERED, name_of
 
 
 def resolve_loras(

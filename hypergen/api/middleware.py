@@ -21,9 +21,9 @@ from hypergen.api import errors
 from hypergen.api.auth import OPEN_PATHS, BearerAuth
 from hypergen.api.hosts import refuse_strangers
 from hypergen.api.http_protocol import ABORT
-from hypergen.api.limits import BodyLimit, BodyMemory
-from hypergen.api.outgoing import Outgoing, OutgoingMemory
-from hypergen.api.writing import SLICE_BYTES, in_slices
+from hypergen.api.outgoing_answers import Outgoing, OutgoingMemory
+from hypergen.api.request_body import BodyLimit, BodyMemory
+from hypergen.api.responses import SLICE_BYTES, in_slices
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, RequestError
 

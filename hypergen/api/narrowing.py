@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from hypergen.api.checks import CONTROL_OPTIONS, MAX_SEED, SMALLEST_SIDE, default_size
 from hypergen.api.schemas import PICTURE
+from hypergen.api.validation import CONTROL_OPTIONS, MAX_SEED, SMALLEST_SIDE, default_size
 from hypergen.config import ServerSettings
-from hypergen.generation import ModelDescription, Option
+from hypergen.model_info import ModelDescription, Option
 
 Schema = dict[str, Any]
 

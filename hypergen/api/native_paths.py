@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypergen.api.limits import MAX_ITEMS
+from hypergen.api.request_body import MAX_ITEMS
 from hypergen.api.schemas import PICTURE
 
 

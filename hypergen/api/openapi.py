@@ -12,15 +12,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from hypergen.api.auth import FILES_PREFIX, OPEN_PATHS
-from hypergen.api.dialects import hyperbolic, openai, openai_edits
+from hypergen.api.dialects import hyperbolic, openai_edits, openai_images
 from hypergen.api.errors import envelope
-from hypergen.api.forms import MAX_PICTURES
+from hypergen.api.multipart_form import MAX_PICTURES
 from hypergen.api.narrowing import narrow
 from hypergen.api.native_paths import native_paths
 from hypergen.api.schemas import PICTURE, SCHEMAS
 from hypergen.config import ServerSettings
-from hypergen.generation import ModelDescription
-from hypergen.images.codec import FORMATS
+from hypergen.images.encoding import FORMATS
+from hypergen.model_info import ModelDescription
 
 _EXAMPLE_PROMPT = "a red circle on a blue background"
 _ERRORS = {
@@ -53,7 +53,7 @@ DRAWING_ERRORS = (400, 401, 408, 413, 415, 429, 500, 503, 504, 507)
 
 
 def generations() -> dict[str, Any]:
-    body = _schema(openai.ImagesBody)
+    body = _schema(openai_images.ImagesBody)
     example = {"prompt": _EXAMPLE_PROMPT, "size": "1024x1024", "seed": 7, "num_inference_steps": 30}
     return {
         "operationId": "createImage",
@@ -209,7 +209,7 @@ def _job_media() -> dict[str, Any]:
     """The bodies of all routes; which fields are there tells whose it is, and none of them streams."""
     media = _edit_media(_schema(openai_edits.EditBody))
     media["multipart/form-data"]["schema"]["required"] = ["image"]  # without a prompt it is a variation
-    drawing, edit = _schema(openai.ImagesBody), media["application/json"]["schema"]
+    drawing, edit = _schema(openai_images.ImagesBody), media["application/json"]["schema"]
     edit["required"] = ["images"]
     none = {"type": "null"}
     drawing["properties"] |= {"model_name": none, "images": none}

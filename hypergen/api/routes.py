@@ -17,16 +17,18 @@ from starlette.types import Message, Receive, Scope, Send
 
 from hypergen.api import openapi
 from hypergen.api.auth import FILES_PREFIX
-from hypergen.api.drawing import answer
+from hypergen.api.dialects.endpoints import OPERATIONS, Operation
 from hypergen.api.errors import json_response
+from hypergen.api.image_requests import answer
 from hypergen.api.job_routes import add_job_routes
 from hypergen.api.jobs import Jobs
-from hypergen.api.operations import OPERATIONS, Operation
 from hypergen.config import Settings
+from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import NotFoundError
-from hypergen.generation import GeneratorStatus, ImageGenerator, ModelDescription
+from hypergen.events import GeneratorStatus
 from hypergen.images.storage import ImageStorage
-from hypergen.served_models import ServedModel
+from hypergen.model_info import ModelDescription
+from hypergen.served_model import ServedModel
 
 _FILE_HEADERS = {
     "Cache-Control": "private, max-age=3600, immutable",

@@ -15,12 +15,12 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from hypergen.conditioning.canny import canny
-from hypergen.conditioning.pictures import fit, to_unit
+from hypergen.conditioning.controlnet_preprocessors import canny
+from hypergen.conditioning.image_tensors import fit, to_unit
+from hypergen.denoising.offload import device_of
 from hypergen.errors import InvalidRequestError, ModelError
-from hypergen.generation import Control
-from hypergen.hub import with_revision
-from hypergen.placement import device_of
+from hypergen.model_store.hub import with_revision
+from hypergen.request import Control
 
 logger = logging.getLogger(__name__)
 

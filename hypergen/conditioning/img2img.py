@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hypergen.conditioning.latents import Beginning, LatentSpace, with_noise
-from hypergen.conditioning.pictures import fit, to_image
-from hypergen.generation import GenerationRequest, Picture
+from hypergen.conditioning.image_tensors import fit, to_image
+from hypergen.conditioning.latent_space import Beginning, LatentSpace, with_noise
+from hypergen.request import GenerationRequest, Picture
 
 
 def first_step(request: GenerationRequest, scheduler: Any) -> int:

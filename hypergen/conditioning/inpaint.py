@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hypergen.conditioning.image_tensors import fit, to_image, to_mask
 from hypergen.conditioning.img2img import first_step, skip_steps
-from hypergen.conditioning.latents import Beginning, LatentSpace, at_the_start, with_noise
-from hypergen.conditioning.pictures import fit, to_image, to_mask
-from hypergen.generation import GenerationRequest
-from hypergen.trajectory import Trajectory
+from hypergen.conditioning.latent_space import Beginning, LatentSpace, at_the_start, with_noise
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.request import GenerationRequest
 
 
 @dataclass(frozen=True)

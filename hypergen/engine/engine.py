@@ -16,22 +16,23 @@ import torch
 from torch import Tensor
 
 from hypergen.config import EngineSettings
-from hypergen.engine.acceleration import accelerate
-from hypergen.engine.batching import group_key, next_batch
-from hypergen.engine.failures import as_request_error
-from hypergen.engine.finishing import Finisher, Report
-from hypergen.engine.inbox import Arrival, Inbox
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.engine.batch_invariance.shape_profiles import Shapes
+from hypergen.engine.batched_euler import advance_all
+from hypergen.engine.optimizations import accelerate
 from hypergen.engine.passes import Passes
+from hypergen.engine.postprocess import Finisher, Report
 from hypergen.engine.previews import Previewer
-from hypergen.engine.reading import PromptReader, quiet
-from hypergen.engine.shapes import Shapes
-from hypergen.engine.stepping import advance_all
-from hypergen.engine.warming import draw_once
+from hypergen.engine.prompt_encoding import PromptReader, quiet
+from hypergen.engine.request_errors import as_request_error
+from hypergen.engine.request_queue import Arrival, Inbox
+from hypergen.engine.scheduler import group_key, next_batch
+from hypergen.engine.warmup import draw_once
 from hypergen.errors import RequestError
-from hypergen.generation import EngineStatus, GenerationRequest, Progress, Started
+from hypergen.events import EngineStatus, Progress, Started
 from hypergen.models.family import Family
-from hypergen.models.prompts import EncodedPrompt
-from hypergen.trajectory import Trajectory
+from hypergen.models.text_encoders.prompt_cache import EncodedPrompt
+from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 

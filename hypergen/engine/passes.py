@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from hypergen.engine.batching import group_key
-from hypergen.engine.determinism import synchronize
-from hypergen.engine.shapes import Shapes
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.engine.batch_invariance.probe import synchronize
+from hypergen.engine.batch_invariance.shape_profiles import Shapes
+from hypergen.engine.scheduler import group_key
 from hypergen.models.family import Family
-from hypergen.trajectory import Trajectory
 
 
 class Passes:

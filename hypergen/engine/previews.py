@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from hypergen.engine.finishing import Report, to_pixels
-from hypergen.generation import Preview
-from hypergen.images import codec
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.offload import device_of
+from hypergen.engine.postprocess import Report, to_pixels
+from hypergen.events import Preview
+from hypergen.images import encoding
 from hypergen.models.family import Family
-from hypergen.placement import device_of
-from hypergen.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Previewer:
             if image.size != drawn:
                 image = image.resize(drawn, Image.Resampling.BICUBIC)
             # Without the settings: they do not make this picture.
-            data = codec.encode(np.asarray(image), replace(request, metadata=False), trajectory.index, "")
+            data = encoding.encode(np.asarray(image), replace(request, metadata=False), trajectory.index, "")
         except Exception:  # the picture itself will tell why
             logger.exception("A preview of %s could not be written.", request.id)
             return

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hypergen.generation import GenerationRequest, ModelDescription
-from hypergen.models.prompts import EncodedPrompt
-from hypergen.trajectory import Trajectory
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.model_info import ModelDescription
+from hypergen.models.text_encoders.prompt_cache import EncodedPrompt
+from hypergen.request import GenerationRequest
 
 
 class Family(Protocol):

@@ -11,18 +11,19 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hypergen.adapters.adapters import Adapters
-from hypergen.adapters.rows import Loras
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
-from hypergen.models.clip import PooledClipEncoder
-from hypergen.models.guidance import denoise
-from hypergen.models.prompts import EncodedPrompt, PromptCache
-from hypergen.models.sizes import round_up
-from hypergen.models.t5 import T5Encoder
-from hypergen.placement import device_of
-from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
-from hypergen.trajectory import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.offload import device_of
+from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
+from hypergen.lora.batched_lora import Loras
+from hypergen.lora.manager import Adapters
+from hypergen.model_info import ModelDefaults, ModelDescription, Option
+from hypergen.models.cfg import denoise
+from hypergen.models.resolution import round_up
+from hypergen.models.text_encoders.clip import PooledClipEncoder
+from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
+from hypergen.models.text_encoders.t5 import T5Encoder
+from hypergen.request import GenerationRequest
 
 _PATCH = 2  # latent pixels that make the side of a patch
 _SIDE = 1024

@@ -17,12 +17,12 @@ from torch import nn
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
-from hypergen.model_folder import CHECKPOINT, LORAS, safetensors_header
-from hypergen.models.checkpoint import load_checkpoint
+from hypergen.model_families import FAMILIES, family_class, servable
+from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
+from hypergen.models.diffusers_pipeline import WholePipeline
 from hypergen.models.family import Family
-from hypergen.models.fitting import place
-from hypergen.models.registry import FAMILIES, family_class, servable
-from hypergen.models.whole import WholePipeline
+from hypergen.models.memory import place
+from hypergen.models.single_file_loading import load_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
+from hypergen.denoising.denoising_state import Conditioning, Stage, Trajectory
+from hypergen.denoising.offload import device_of, turns_of
+from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.errors import ModelError
-from hypergen.generation import GenerationRequest
-from hypergen.model_folder import check_folder
-from hypergen.models.clip import ClipEncoder
-from hypergen.models.fitting import place
+from hypergen.model_store.diffusers_layout import check_folder
 from hypergen.models.loading import load_pipeline
-from hypergen.models.prompts import EncodedPrompt, PromptCache, fill_to
-from hypergen.placement import device_of, turns_of
-from hypergen.samplers import SchedulerFactory
-from hypergen.trajectory import Conditioning, Stage, Trajectory
+from hypergen.models.memory import place
+from hypergen.models.text_encoders.clip import ClipEncoder
+from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache, fill_to
+from hypergen.request import GenerationRequest
 
 # The share of the noise schedule that the base model draws; the refiner was trained on the rest.
 _TAKES_OVER_AT = 0.8

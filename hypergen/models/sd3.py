@@ -11,19 +11,20 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hypergen.conditioning.beginning import begin
-from hypergen.conditioning.latents import LatentSpace
+from hypergen.conditioning.initial_latents import begin
+from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
-from hypergen.models.clip import ClipEncoder, longest, side_by_side
-from hypergen.models.guidance import denoise
-from hypergen.models.prompts import EncodedPrompt, PromptCache
-from hypergen.models.sizes import round_up
-from hypergen.models.t5 import T5Encoder
-from hypergen.models.weighting import without_weights
-from hypergen.placement import device_of
-from hypergen.samplers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
-from hypergen.trajectory import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.offload import device_of
+from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
+from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.models.cfg import denoise
+from hypergen.models.resolution import round_up
+from hypergen.models.text_encoders.clip import ClipEncoder, longest, side_by_side
+from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
+from hypergen.models.text_encoders.prompt_weighting import without_weights
+from hypergen.models.text_encoders.t5 import T5Encoder
+from hypergen.request import GenerationRequest
 
 # Tokens that T5 reads, as the models were trained.
 _T5_LENGTH = 256

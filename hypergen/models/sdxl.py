@@ -11,21 +11,22 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from hypergen.adapters.adapters import Adapters
-from hypergen.adapters.rows import Loras
 from hypergen.conditioning import controlnet
-from hypergen.conditioning.beginning import begin
-from hypergen.conditioning.latents import LatentSpace
+from hypergen.conditioning.initial_latents import begin
+from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription, Option
-from hypergen.models.clip import ClipEncoder, longest, side_by_side
-from hypergen.models.guidance import denoise
-from hypergen.models.prompts import EncodedPrompt, PromptCache
+from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.offload import device_of
+from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_generator
+from hypergen.lora.batched_lora import Loras
+from hypergen.lora.manager import Adapters
+from hypergen.model_info import ModelDefaults, ModelDescription, Option
+from hypergen.models.cfg import denoise
 from hypergen.models.refiner import Experts, Refiner
-from hypergen.models.sizes import round_up
-from hypergen.placement import device_of
-from hypergen.samplers import SAMPLERS, SchedulerFactory, takes_generator
-from hypergen.trajectory import Conditioning, Trajectory
+from hypergen.models.resolution import round_up
+from hypergen.models.text_encoders.clip import ClipEncoder, longest, side_by_side
+from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
+from hypergen.request import GenerationRequest
 
 # Turbo is distilled to draw in a few steps without guidance: fifty guided ones would spoil its pictures.
 _TURBO_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 1024, "height": 1024}

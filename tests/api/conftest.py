@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.promptness import Probe
-from tests.api.wire import GENERATIONS, QUICK, client_of
-from tests.live import LiveServer, start_server
+from tests.support.health_latency import Probe
+from tests.support.http_client import GENERATIONS, QUICK, client_of
+from tests.support.live_server import LiveServer, start_server
 
 TIGHT = {
     "HYPERGEN_MAX_QUEUE_SIZE": "1",

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.api.wire import GENERATIONS, QUICK, draw
+from tests.support.http_client import GENERATIONS, QUICK, draw
 
 
 def test_an_answer_tells_what_was_drawn(client: httpx.Client) -> None:

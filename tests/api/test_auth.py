@@ -10,8 +10,8 @@ from http.client import HTTPConnection
 import httpx
 import pytest
 
-from tests.api.wire import GENERATIONS, JSON, QUICK, assert_error, client_of
-from tests.live import LiveServer
+from tests.support.http_client import GENERATIONS, JSON, QUICK, assert_error, client_of
+from tests.support.live_server import LiveServer
 
 KEY = b"sk-right-key"
 

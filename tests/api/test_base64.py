@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypergen.api.pictures import from_base64
+from hypergen.api.sampler_aliases import public_name
 from hypergen.errors import InvalidRequestError
-from hypergen.sampler_names import public_name
-from tests.api.costs import growth, memory, refusal
+from hypergen.images.decoding import from_base64
+from tests.support.parser_costs import growth, memory, refusal
 
 TEXTS: dict[str, Callable[[int], bytes]] = {
     "semicolons": lambda size: b"data:".ljust(size, b";"),

@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from hypergen.api import limits
+from hypergen.api import request_body
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.config import Settings
 from tests.api.conftest import TightServer
-from tests.api.wire import GENERATIONS, JSON, QUICK, assert_error
+from tests.support.http_client import GENERATIONS, JSON, QUICK, assert_error
 
 GOOD = json.dumps(QUICK).encode()
 
@@ -146,7 +146,7 @@ async def test_a_body_that_stalls_is_given_up(
     monkeypatch: pytest.MonkeyPatch, sent: int, status: int
 ) -> None:
     """Here after 20 ms, and 1 ms more for every 10 bytes; the rest of the body comes after 200 ms."""
-    monkeypatch.setattr(limits, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(request_body, "_PATIENCE_S", 0.02)
     pieces = [b"a" * sent, b"a"]
 
     async def receive() -> Message:

@@ -13,10 +13,10 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.api.files import as_data_url, as_file, gradient
 from tests.api.test_image_files import with_scans
-from tests.api.wire import GENERATIONS, JSON, QUICK, client_of
-from tests.live import LiveServer
+from tests.support.http_client import GENERATIONS, JSON, QUICK, client_of
+from tests.support.image_files import as_data_url, as_file, gradient
+from tests.support.live_server import LiveServer
 
 EDITS = "/v1/images/edits"
 CLIENTS = 4

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hypergen.api.http_protocol import GuardedProtocol
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.config import Settings
-from tests.live import LiveServer
+from tests.support.live_server import LiveServer
 
 HALF_HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 MEGABYTES = 32  # more than the buffers of both sides

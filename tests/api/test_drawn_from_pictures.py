@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.api.files import as_base64, as_data_url, as_file, gradient
 from tests.api.test_edits import EDITS, VARIATIONS
-from tests.live import LiveServer
+from tests.support.image_files import as_base64, as_data_url, as_file, gradient
+from tests.support.live_server import LiveServer
 
 PICTURE = as_file(gradient(128, 128))
 FIELDS = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 4, "response_format": "b64_json"}

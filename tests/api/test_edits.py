@@ -12,13 +12,13 @@ from PIL import Image
 
 from hypergen.api.dialects import openai_edits
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import GenerationRequest
-from tests.api.able import ABLE, SETTINGS
+from hypergen.request import GenerationRequest
 from tests.api.conftest import TightServer
-from tests.api.files import BROKEN, as_base64, as_data_url, as_file, gradient
-from tests.api.test_forms import form_of
-from tests.api.wire import QUICK, assert_error
-from tests.live import LiveServer
+from tests.api.test_multipart_form import form_of
+from tests.support.full_capability_model import ABLE, SETTINGS
+from tests.support.http_client import QUICK, assert_error
+from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient
+from tests.support.live_server import LiveServer
 
 EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"

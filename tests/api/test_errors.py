@@ -6,8 +6,8 @@ import httpx
 import openai
 import pytest
 
-from tests.api.wire import GENERATIONS, assert_error
-from tests.live import LiveServer
+from tests.support.http_client import GENERATIONS, assert_error
+from tests.support.live_server import LiveServer
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.wire import GENERATIONS, JSON, QUICK, as_json, assert_error, draw
+from tests.support.http_client import GENERATIONS, JSON, QUICK, as_json, assert_error, draw
 
 NOT_A_STRING = [True, 1, 1.5, [], {}]
 NOT_AN_INTEGER = [True, 1.5, "2", "", [], {}]

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.wire import GENERATIONS, QUICK, assert_error, client_of, draw
-from tests.live import LiveServer
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, client_of, draw
+from tests.support.live_server import LiveServer
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypergen.api.dialects import openai_edits
-from hypergen.api.forms import _to_body  # pyright: ignore[reportPrivateUsage]  its own parser, without HTTP
+from hypergen.api.multipart_form import _to_body  # pyright: ignore[reportPrivateUsage]  its own parser, without HTTP
 from hypergen.errors import InvalidRequestError, PayloadTooLargeError
-from tests.api.able import ABLE, SETTINGS
-from tests.api.costs import growth, memory, refusal
-from tests.api.test_forms import PICTURE, form_of, read
+from tests.api.test_multipart_form import PICTURE, form_of, read
+from tests.support.full_capability_model import ABLE, SETTINGS
+from tests.support.parser_costs import growth, memory, refusal
 
 END = b"--b--\r\n"
 

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.api.files import as_data_url
-from tests.api.wire import GENERATIONS, QUICK, client_of
-from tests.live import LiveServer, start_server
+from tests.support.http_client import GENERATIONS, QUICK, client_of
+from tests.support.image_files import as_data_url
+from tests.support.live_server import LiveServer, start_server
 
 DESCRIPTORS = 400
 TIMEOUT_S = 8
 _WITH_FEW_DESCRIPTORS = (
     f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS})); "
-    "os.execv(sys.executable, [sys.executable, '-m', 'hypergen.cli', 'serve', *sys.argv[1:]])"
+    "os.execv(sys.executable, [sys.executable, '-m', 'hypergen.cli.main', 'serve', *sys.argv[1:]])"
 )
 
 

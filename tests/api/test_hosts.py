@@ -7,9 +7,9 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.api.files import as_file, gradient
-from tests.api.wire import GENERATIONS, QUICK, assert_error, client_of, draw
-from tests.live import LiveServer
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, client_of, draw
+from tests.support.image_files import as_file, gradient
+from tests.support.live_server import LiveServer
 
 OWN = [
     "127.0.0.1",

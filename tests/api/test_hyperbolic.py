@@ -14,10 +14,10 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.conftest import TightServer
-from tests.api.files import as_base64, as_file, gradient
-from tests.api.schemas import validate
-from tests.api.wire import JSON, as_json, assert_error, client_of, draw_bytes
-from tests.live import LiveServer
+from tests.support.http_client import JSON, as_json, assert_error, client_of, draw_bytes
+from tests.support.image_files import as_base64, as_file, gradient
+from tests.support.live_server import LiveServer
+from tests.support.response_schemas import validate
 
 PATH = "/v1/image/generation"
 BODY: dict[str, Any] = {"model_name": "SDXL1.0-base", "prompt": "a red circle", "steps": 1}

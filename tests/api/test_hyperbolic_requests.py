@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from hypergen.api.dialects import hyperbolic, openai
+from hypergen.api.dialects import hyperbolic, openai_images
 from hypergen.api.dialects.hyperbolic import price
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import GenerationRequest, ModelDefaults, ModelDescription
 from hypergen.metrics import Price
-from tests.api.able import ABLE, SETTINGS
-from tests.api.files import BROKEN, as_base64, as_data_url, as_file, gradient
+from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.request import GenerationRequest
 from tests.api.test_hyperbolic import BODY, PICTURE
+from tests.support.full_capability_model import ABLE, SETTINGS
+from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient
 
 
 def request_of(**fields: Any) -> GenerationRequest:
@@ -126,7 +127,7 @@ def test_what_only_some_models_have_reaches_those() -> None:
 def test_a_true_cfg_scale_is_for_the_models_that_have_one() -> None:
     fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
     flux = ModelDescription(**{**fields, "family": "flux", "options": ABLE.options | {"true_cfg_scale"}})
-    for dialect, body in ((hyperbolic, BODY), (openai, {"prompt": "a cat"})):
+    for dialect, body in ((hyperbolic, BODY), (openai_images, {"prompt": "a cat"})):
         for scale in (1, 2.5, 20):
             request = dialect.to_request({**body, "true_cfg_scale": scale}, flux, SETTINGS, "id").generation
             assert request.true_cfg_scale == scale

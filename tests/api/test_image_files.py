@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from hypergen.api.image_files import pixels_and_orientation
-from hypergen.api.pictures import (
+from hypergen.images.decoding import (
     DecodingCancelledError,
     decode,
     decoding_cancelled,
@@ -23,8 +22,9 @@ from hypergen.api.pictures import (
     to_mask,
     to_picture,
 )
-from tests.api.costs import growth, memory, refusal
-from tests.api.files import as_file, gradient
+from hypergen.images.image_files import pixels_and_orientation
+from tests.support.image_files import as_file, gradient
+from tests.support.parser_costs import growth, memory, refusal
 
 JPEG = as_file(gradient(), "JPEG")
 PROGRESSIVE = as_file(gradient(), "JPEG", progressive=True)

@@ -14,18 +14,18 @@ import httpx
 import pytest
 from starlette.types import Message, Scope
 
-from hypergen.api import operations
-from hypergen.api.checks import Asked
+from hypergen.api.dialects import endpoints
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import StoredFile
+from hypergen.api.validation import Asked
 from hypergen.config import Settings
-from hypergen.engine.pool import EnginePool
+from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import NotFoundError, QueueFullError, UnavailableError
 from hypergen.images.storage import ImageStorage
 from tests.api.conftest import TightServer
-from tests.api.wire import QUICK, SLOW, assert_error, draw
-from tests.engine.inline import make_request
-from tests.live import LiveServer
+from tests.support.http_client import QUICK, SLOW, assert_error, draw
+from tests.support.live_server import LiveServer
+from tests.support.sync_engine import make_request
 
 PATH = "/v1/images/jobs"
 HYPERBOLIC = {"model_name": "SD1.5", "prompt": "a red circle", "steps": 1}
@@ -182,7 +182,7 @@ async def test_jobs_that_are_refused_side_by_side_are_refused_all() -> None:
     jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, most=1)
     request = make_request()
     refusals = await asyncio.gather(
-        *(jobs.begin(operations.GENERATIONS, Asked(request), deadline=1e9) for _ in range(8)),
+        *(jobs.begin(endpoints.GENERATIONS, Asked(request), deadline=1e9) for _ in range(8)),
         return_exceptions=True,
     )
     assert {type(refusal) for refusal in refusals} <= {UnavailableError, QueueFullError}

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from hypergen.api.checks import validate
-from hypergen.api.dialects import hyperbolic, openai
-from hypergen.api.limits import JsonBounds, parse_json_object, read_json_object
+from hypergen.api.dialects import hyperbolic, openai_images
+from hypergen.api.request_body import JsonBounds, parse_json_object, read_json_object
+from hypergen.api.validation import validate
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError, PayloadTooLargeError
-from tests.api.costs import growth, memory, refusal
+from tests.support.parser_costs import growth, memory, refusal
 
 MOST_TEXT = 1_000_000
 IMAGE = b'{"image":"'
@@ -141,17 +141,17 @@ def test_any_object_is_read_as_it_was_written(body: dict[str, Any]) -> None:
     assert read(json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")) == given_fields
 
 
-@pytest.mark.parametrize("name", openai.ImagesBody.model_fields)
+@pytest.mark.parametrize("name", openai_images.ImagesBody.model_fields)
 @pytest.mark.parametrize("value", [["x"] * 65, {str(number): "x" for number in range(65)}])
 def test_a_field_with_more_than_64_entries_is_refused_by_its_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError) as raised:
-        validate(openai.ImagesBody, {"prompt": "a", name: value})
+        validate(openai_images.ImagesBody, {"prompt": "a", name: value})
     assert raised.value.param == name
     assert raised.value.message == f"'{name}' may have at most 64 entries."
 
 
 def test_64_loras_are_looked_at() -> None:
     loras = {str(number): 1 for number in range(64)}
-    assert validate(openai.ImagesBody, {"prompt": "a", "loras": loras}).loras == loras
+    assert validate(openai_images.ImagesBody, {"prompt": "a", "loras": loras}).loras == loras
     body = {"prompt": "a", "model_name": "m", "lora": {**loras, "64": "x"}}
     assert refusal(lambda: validate(hyperbolic.GenerationBody, body))

@@ -7,8 +7,8 @@ import time
 
 import httpx
 
-from tests.api.wire import assert_error, draw
-from tests.live import LiveServer
+from tests.support.http_client import assert_error, draw
+from tests.support.live_server import LiveServer
 
 
 def logged(server: LiveServer, request_id: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hypergen.images.codec import METADATA_KEY
-from tests.api.wire import GENERATIONS, QUICK, assert_error, draw, draw_image
+from hypergen.images.encoding import METADATA_KEY
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, draw, draw_image
 
 SEEDED = {"seed": 3, "response_format": "b64_json"}
 

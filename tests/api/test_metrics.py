@@ -7,9 +7,9 @@ import uuid
 
 import httpx
 
-from hypergen.api.endpoint_names import OTHER, endpoint_name
-from tests.api.wire import draw
-from tests.live import LiveServer
+from hypergen.bentoml_integration.metric_paths import OTHER, endpoint_name
+from tests.support.http_client import draw
+from tests.support.live_server import LiveServer
 
 
 def test_requests_are_counted_by_endpoint_and_never_by_path(server: LiveServer) -> None:

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.api.wire import assert_error, draw_bytes
-from tests.live import LiveServer
+from tests.support.http_client import assert_error, draw_bytes
+from tests.support.live_server import LiveServer
 
 
 def test_exactly_the_served_model_is_listed(client: httpx.Client, sd_folder: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from hypergen.api import openapi
-from hypergen.api.operations import OPERATIONS
+from hypergen.api.dialects.endpoints import OPERATIONS
 from hypergen.config import ServerSettings
-from hypergen.generation import ModelDescription
-from tests.api.able import ABLE
-from tests.api.schemas import validate
+from hypergen.model_info import ModelDescription
 from tests.api.test_hyperbolic import BODY, PATH
-from tests.api.wire import GENERATIONS, QUICK, draw
+from tests.support.full_capability_model import ABLE
+from tests.support.http_client import GENERATIONS, QUICK, draw
+from tests.support.response_schemas import validate
 
 # The operation of Hyperbolic's OpenAPI file, as its clients were generated from it.
 OPERATION = yaml.safe_load("""

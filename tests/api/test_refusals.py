@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.api.wire import GENERATIONS, SLOW, assert_error, draw
-from tests.live import LiveServer
+from tests.support.http_client import GENERATIONS, SLOW, assert_error, draw
+from tests.support.live_server import LiveServer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.live import LiveServer
+from tests.support.live_server import LiveServer
 
 SAMPLERS = ["ddim", "euler_a", "dpmpp_2m_sde", "heun", "unipc", "lcm"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live import LiveServer, start_server
+from tests.support.live_server import LiveServer, start_server
 
 KEY = "sk-fuzzed-key"
 JSON, FORM = "application/json", "multipart/form-data"

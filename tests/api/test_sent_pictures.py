@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypergen.api.pictures import decode, from_base64, to_mask, to_picture
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import Picture
-from tests.api.files import BROKEN, as_base64, as_data_url, as_file, gradient, png_header
+from hypergen.images.decoding import decode, from_base64, to_mask, to_picture
+from hypergen.request import Picture
+from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient, png_header
 
 ORIENTATION = 0x0112
 
@@ -173,5 +173,5 @@ def test_other_text_is_refused_and_nothing_is_fetched(text: str) -> None:
 
 
 def test_pictures_are_read_without_torch() -> None:
-    program = "import sys, hypergen.api.pictures; sys.exit('torch' in sys.modules)"
+    program = "import sys, hypergen.images.decoding; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -14,7 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.live import LiveServer, start_server
+from tests.support.live_server import LiveServer, start_server
 
 _QUICK = {"prompt": "a cat", "seed": 5, "response_format": "b64_json"}
 

@@ -15,16 +15,16 @@ import httpx
 import psutil
 import pytest
 
+from hypergen.api.dialects.endpoints import GENERATIONS
 from hypergen.api.jobs import Jobs
-from hypergen.api.operations import GENERATIONS
 from hypergen.app import create_app
 from hypergen.config import Settings
-from hypergen.engine.pool import EnginePool
+from hypergen.engine_client.pool import EnginePool
 from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
-from tests.api.wire import GENERATIONS as GENERATIONS_PATH
-from tests.api.wire import QUICK, SLOW, assert_error, draw
-from tests.engine.inline import make_settings, served
-from tests.live import LiveServer, start_server
+from tests.support.http_client import GENERATIONS as GENERATIONS_PATH
+from tests.support.http_client import QUICK, SLOW, assert_error, draw
+from tests.support.live_server import LiveServer, start_server
+from tests.support.sync_engine import make_settings, served
 
 
 def test_a_drain_answers_everybody_with_the_same_503(tmp_path: Path, sd_folder: Path) -> None:

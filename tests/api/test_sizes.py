@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from hypergen.api.checks import default_size
-from hypergen.api.dialects import hyperbolic, openai
+from hypergen.api.dialects import hyperbolic, openai_images
+from hypergen.api.validation import default_size
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import ModelDefaults, ModelDescription
-from tests.api.wire import GENERATIONS, QUICK, assert_error, draw, draw_image
+from hypergen.model_info import ModelDefaults, ModelDescription
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, draw, draw_image
 
 DESCRIPTION = ModelDescription(
     id="m",
@@ -89,15 +89,17 @@ def test_a_size_that_cannot_be_drawn_is_refused(client: httpx.Client, size: Any)
 )
 def test_every_multiple_of_8_within_the_limits_is_taken(size: str | None, expected: tuple[int, int]) -> None:
     body = {"prompt": "a"} if size is None else {"prompt": "a", "size": size}
-    generation = openai.to_request(body, DESCRIPTION, ServerSettings.model_validate({}), "id").generation
+    generation = openai_images.to_request(
+        body, DESCRIPTION, ServerSettings.model_validate({}), "id"
+    ).generation
     assert (generation.width, generation.height) == expected
 
 
 def test_the_documented_maxima_are_within_the_work_of_one_request() -> None:
     body = {"prompt": "a", "n": 10, "num_inference_steps": 150, "size": "2048x2048"}
-    openai.to_request(body, DESCRIPTION, ServerSettings.model_validate({}), "id")
+    openai_images.to_request(body, DESCRIPTION, ServerSettings.model_validate({}), "id")
     with pytest.raises(InvalidRequestError, match="images x steps x megapixels"):
-        openai.to_request(
+        openai_images.to_request(
             body, DESCRIPTION, ServerSettings.model_validate({"max_megapixel_steps": 6000}), "id"
         )
 
@@ -120,13 +122,13 @@ def test_without_a_size_the_models_own_is_drawn(client: httpx.Client, fields: di
 
 def test_a_server_may_allow_less_than_the_models_own_size_and_steps() -> None:
     small = ServerSettings.model_validate({"max_side": 128, "max_steps": 4})
-    own = openai.to_request({"prompt": "a"}, DESCRIPTION, small, "id").generation
+    own = openai_images.to_request({"prompt": "a"}, DESCRIPTION, small, "id").generation
     assert (own.width, own.height, own.num_inference_steps) == (128, 128, 4)
     body: dict[str, Any] = {"prompt": "a", "model_name": "a"}
     theirs = hyperbolic.to_request(body, DESCRIPTION, small, "id").generation
     assert (theirs.width, theirs.height, theirs.num_inference_steps) == (128, 128, 4)
     with pytest.raises(InvalidRequestError, match="at most 4") as raised:
-        openai.to_request({**body, "num_inference_steps": 5}, DESCRIPTION, small, "id")
+        openai_images.to_request({**body, "num_inference_steps": 5}, DESCRIPTION, small, "id")
     assert raised.value.param == "num_inference_steps"
     with pytest.raises(InvalidRequestError, match="at most 4") as raised:
         hyperbolic.to_request({**body, "steps": 5}, DESCRIPTION, small, "id")

@@ -13,8 +13,8 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.api.files import as_data_url, as_file, gradient
-from tests.live import LiveServer
+from tests.support.image_files import as_data_url, as_file, gradient
+from tests.support.live_server import LiveServer
 
 GENERATIONS = "/v1/images/generations"
 BODY: dict[str, Any] = {

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer, start_tight_server
-from tests.api.files import as_data_url, as_file, gradient
-from tests.api.promptness import Probe, assert_prompt
-from tests.api.wire import GENERATIONS, QUICK, SLOW, assert_error, client_of, draw
-from tests.live import LiveServer
+from tests.support.health_latency import Probe, assert_prompt
+from tests.support.http_client import GENERATIONS, QUICK, SLOW, assert_error, client_of, draw
+from tests.support.image_files import as_data_url, as_file, gradient
+from tests.support.live_server import LiveServer
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

@@ -12,17 +12,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from hypergen.bench.device import OURS, STOCK, VARIANTS, Plan, Speed
-from hypergen.bench.figures import Figures, Run
-from hypergen.bench.goals import PLANS, goals, plan_for, unanswered
-from hypergen.bench.on_device import Trace, measure
-from hypergen.bench.published import DRAWN, PUBLISHED
-from hypergen.bench.timeline import BEGINNING, DECODING, FILE, PASS, TEXT, Share, Span, shares
-from hypergen.bench.traces import contest
-from hypergen.bench.work import Work, family_of, operations_of
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError
-from tests.engine.inline import make_settings
+from scripts.bench.device import OURS, STOCK, VARIANTS, Plan, Speed
+from scripts.bench.figures import Figures, Run
+from scripts.bench.goals import PLANS, goals, plan_for, unanswered
+from scripts.bench.on_device import Trace, measure
+from scripts.bench.published import DRAWN, PUBLISHED
+from scripts.bench.timeline import BEGINNING, DECODING, FILE, PASS, TEXT, Share, Span, shares
+from scripts.bench.traces import contest
+from scripts.bench.work import Work, family_of, operations_of
+from tests.support.sync_engine import make_settings
 
 # Weights of the published files.
 _WEIGHTS = {

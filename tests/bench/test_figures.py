@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hypergen.bench.clock import Clock
-from hypergen.bench.figures import Figures, Run, figures_of, median_of, median_ratio
-from hypergen.bench.gates import Gate, trace_gates
-from hypergen.bench.jobs import GUIDANCE_SCALES, STEPS, Job, job_list
-from hypergen.bench.policies import Served, one_after_another
+from scripts.bench.clock import Clock
+from scripts.bench.figures import Figures, Run, figures_of, median_of, median_ratio
+from scripts.bench.gates import Gate, trace_gates
+from scripts.bench.jobs import GUIDANCE_SCALES, STEPS, Job, job_list
+from scripts.bench.policies import Served, one_after_another
 
 
 def _served(number: int, arrived_at: float, finished_at: float, steps: int = 20) -> Served:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hypergen.bench.__main__ import main
-from hypergen.bench.alone import same_bytes_alone
-from hypergen.bench.clock import Clock
-from hypergen.bench.gates import trace_gates
-from hypergen.bench.jobs import Job, job_list
-from hypergen.bench.policies import WholeBatches
-from hypergen.bench.traces import Contest, contest, measure
-from tests.engine.inline import make_settings
+from scripts.bench.__main__ import main
+from scripts.bench.alone import same_bytes_alone
+from scripts.bench.clock import Clock
+from scripts.bench.gates import trace_gates
+from scripts.bench.jobs import Job, job_list
+from scripts.bench.policies import WholeBatches
+from scripts.bench.traces import Contest, contest, measure
+from tests.support.sync_engine import make_settings
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,14 @@ def test_the_order_of_the_policies_rotates_and_all_loads_are_measured(small: Con
 
 
 def test_a_run_prints_its_table_and_writes_figures_and_plots(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hypergen.cli", "bench", "--policy", "step", "--load", "1.5"]
+    command = [sys.executable, "-m", "scripts.bench", "--policy", "step", "--load", "1.5"]
     command += ["--jobs", "10", "--seeds", "1", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     assert "load average" in done.stdout
     assert "small, load 1.5, mixed guidance, median of 1 seeds" in done.stdout
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [run["policy"] for run in written["runs"]] == ["step"]
-    assert written["environment"]["command"].startswith("hypergen bench --policy")
+    assert written["environment"]["command"].startswith("python -m scripts.bench --policy")
     assert (tmp_path / "small-mixed.png").stat().st_size > 10_000
 
 

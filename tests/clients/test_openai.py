@@ -11,9 +11,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.api.files import as_file, gradient
-from tests.live import LiveServer
-from tests.packages import node_packages, python_packages
+from tests.support.image_files import as_file, gradient
+from tests.support.live_server import LiveServer
+from tests.support.packages import node_packages, python_packages
 
 HERE = Path(__file__).parent
 # The major version before the environment's, with the one package that only it needs.

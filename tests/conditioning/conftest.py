@@ -9,7 +9,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from hypergen.models import loading
-from tests.engine.inline import make_settings
+from tests.support.sync_engine import make_settings
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,11 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
 )
 
-from hypergen.engine.batching import group_key
+from hypergen.engine.scheduler import group_key
 from hypergen.errors import InvalidRequestError, ModelError
-from hypergen.generation import Control, GenerationRequest
 from hypergen.models import loading
-from tests.conditioning.stock import (
+from hypergen.request import Control, GenerationRequest
+from tests.support.diffusers_edits import (
     assert_same,
     draw,
     left_half,
@@ -28,7 +28,7 @@ from tests.conditioning.stock import (
     sizes_of_passes,
     to_pillow,
 )
-from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
 
 
 def random_control_model(parts: dict[str, Any], seed: int) -> Any:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from hypergen.engine.batching import group_key
-from hypergen.generation import GenerationRequest
-from hypergen.samplers import SAMPLERS
-from tests.conditioning.stock import assert_same, draw, picture, pixels_of, to_pillow
-from tests.engine.inline import InlineEngine, draw_alone, make_request
+from hypergen.denoising.schedulers import SAMPLERS
+from hypergen.engine.scheduler import group_key
+from hypergen.request import GenerationRequest
+from tests.support.diffusers_edits import assert_same, draw, picture, pixels_of, to_pillow
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
-from hypergen.engine.batching import group_key
+from hypergen.denoising.schedulers import SAMPLERS
+from hypergen.engine.scheduler import group_key
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import GenerationRequest, Picture
 from hypergen.models import loading
-from hypergen.samplers import SAMPLERS
-from tests.conditioning.stock import assert_same, draw, left_half, picture, pixels_of, to_pillow
-from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
+from hypergen.request import GenerationRequest, Picture
+from tests.support.diffusers_edits import assert_same, draw, left_half, picture, pixels_of, to_pillow
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
 
 
 @pytest.fixture(scope="module")

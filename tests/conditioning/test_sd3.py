@@ -15,19 +15,19 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from hypergen.engine.finishing import to_pixels
-from hypergen.generation import GenerationRequest
+from hypergen.denoising.schedulers import FLOW_SAMPLERS
+from hypergen.engine.postprocess import to_pixels
 from hypergen.models import loading
-from hypergen.samplers import FLOW_SAMPLERS
-from tests.conditioning.stock import assert_same, left_half, picture, pixels_of, to_pillow
-from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
-from tests.models.comparing import (
+from hypergen.request import GenerationRequest
+from tests.support.compare_with_diffusers import (
     assert_drawn_as_by_stock,
     common_arguments,
     draw_one_after_another,
     sampler_of,
 )
-from tests.small_models import save_sd3
+from tests.support.diffusers_edits import assert_same, left_half, picture, pixels_of, to_pillow
+from tests.support.small_models import save_sd3
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
 
 _CHANGED = make_request(
     image=picture(), strength=0.7, num_inference_steps=5, negative_prompt="blurred", seed=11

@@ -15,13 +15,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from hypergen.generation import Control
 from hypergen.models import loading
-from tests.adapters.making import save_lora, stock_picture
-from tests.conditioning.stock import assert_same, draw, left_half, picture, pixels_of, to_pillow
+from hypergen.request import Control
 from tests.conditioning.test_controlnet import random_control_model
-from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
-from tests.small_models import save_sdxl
+from tests.support.diffusers_edits import assert_same, draw, left_half, picture, pixels_of, to_pillow
+from tests.support.lora_files import save_lora, stock_picture
+from tests.support.small_models import save_sdxl
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
 
 _STEPS = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "blurred"}
 

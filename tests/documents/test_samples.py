@@ -18,8 +18,8 @@ import httpx
 import pytest
 from PIL import Image, ImageChops
 
-from tests.live import LiveServer
-from tests.packages import ROOT, node_packages
+from tests.support.live_server import LiveServer
+from tests.support.packages import ROOT, node_packages
 
 SAMPLES = Path(__file__).parent / "samples"
 KEY = "sk-hypergen-123456"

@@ -10,7 +10,7 @@ import pytest
 
 from hypergen.models import loading
 from hypergen.models.family import Family
-from tests.engine.inline import InlineEngine, make_settings
+from tests.support.sync_engine import InlineEngine, make_settings
 
 
 @pytest.fixture(scope="session")

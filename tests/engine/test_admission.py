@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from hypergen.config import QueueSettings
-from hypergen.engine import admission as admissions
-from hypergen.engine.admission import Admission, Place
+from hypergen.engine_client import admission as admissions
+from hypergen.engine_client.admission import Admission, Place
 from hypergen.errors import QueueFullError, UnavailableError
 
 

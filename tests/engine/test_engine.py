@@ -9,14 +9,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from hypergen.engine.batching import group_key
-from hypergen.engine.finishing import Decoded
-from hypergen.engine.shapes import Shapes
+from hypergen.denoising.denoising_state import Conditioning
+from hypergen.engine.batch_invariance.shape_profiles import Shapes
+from hypergen.engine.postprocess import Decoded
+from hypergen.engine.scheduler import group_key
 from hypergen.errors import GenerationError, RequestError
-from hypergen.generation import Event, ImageFinished, Progress, Started
+from hypergen.events import Event, ImageFinished, Progress, Started
 from hypergen.models import loading
-from hypergen.trajectory import Conditioning
-from tests.engine.inline import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings
 
 MakeEngine = Callable[..., InlineEngine]
 

@@ -18,10 +18,12 @@ import psutil
 import pytest
 
 from hypergen.config import Settings
-from hypergen.engine.pool import EnginePool
+from hypergen.engine_client.pool import EnginePool
+from hypergen.engine_protocol import draw_all
 from hypergen.errors import GenerationError, RequestError, UnavailableError
-from hypergen.generation import GenerationRequest, ImageFinished, Picture, Progress, Started, State, draw_all
-from tests.engine.inline import make_request, make_settings, served
+from hypergen.events import ImageFinished, Progress, Started, State
+from hypergen.request import GenerationRequest, Picture
+from tests.support.sync_engine import make_request, make_settings, served
 
 _PATIENCE_S = 120  # for a busy machine; nothing here takes a tenth of it
 
@@ -298,9 +300,9 @@ async def test_stopping_the_pool_ends_what_runs(sd_folder: Path) -> None:
 _PARENT = """
 import asyncio, sys
 from pathlib import Path
-from hypergen.setting_sources import load_settings
-from hypergen.engine.pool import EnginePool
-from hypergen.served_models import ServedModel
+from hypergen.load_settings import load_settings
+from hypergen.engine_client.pool import EnginePool
+from hypergen.served_model import ServedModel
 
 async def main():
     settings = load_settings(flags={"device": "cpu"})

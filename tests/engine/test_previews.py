@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.previews import LatentColours, predict_clean, preview_steps
-from hypergen.generation import ImageFinished, Preview
+from hypergen.events import ImageFinished, Preview
 from hypergen.models import loading
-from hypergen.samplers import SAMPLERS
-from tests.conditioning.stock import picture
-from tests.engine.inline import InlineEngine, make_request, make_settings
+from tests.support.diffusers_edits import picture
+from tests.support.sync_engine import InlineEngine, make_request, make_settings
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.live import LiveServer
-from tests.packages import ROOT, node_packages
+from tests.support.live_server import LiveServer
+from tests.support.packages import ROOT, node_packages
 from tests.test_readme import colour, is_blue, is_red
 
 EXAMPLES = ROOT / "examples"

@@ -12,13 +12,12 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, FluxPipeline
 from safetensors.torch import save_file
 
-from hypergen.generation import GenerationRequest, ModelDefaults
+from hypergen.denoising.schedulers import Sampler
+from hypergen.model_info import ModelDefaults
 from hypergen.models import loading
 from hypergen.models.family import Family
-from hypergen.samplers import Sampler
-from tests.adapters.making import ATTENTION, adapter, stock_picture
-from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
-from tests.models.comparing import (
+from hypergen.request import GenerationRequest
+from tests.support.compare_with_diffusers import (
     assert_close_in_half_precision,
     assert_drawn_as_by_stock,
     assert_same,
@@ -27,7 +26,9 @@ from tests.models.comparing import (
     sampler_of,
     stock_pipeline,
 )
-from tests.small_models import save_flux
+from tests.support.lora_files import ATTENTION, adapter, stock_picture
+from tests.support.small_models import save_flux
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
 
 _REQUEST = make_request(num_inference_steps=5, guidance_scale=3.5, width=96, height=64, seed=11)
 _LENGTH = {"dev": 512, "schnell": 256}

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
+from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.errors import ModelError
-from hypergen.generation import Control, GenerationRequest
 from hypergen.models import loading
 from hypergen.models.family import Family
-from hypergen.samplers import SAMPLERS
-from tests.conditioning.stock import picture
+from hypergen.request import Control, GenerationRequest
 from tests.conditioning.test_controlnet import random_control_model
-from tests.engine.inline import draw_alone, make_request, make_settings
-from tests.models.comparing import (
+from tests.support.compare_with_diffusers import (
     assert_drawn_as_by_stock,
     common_arguments,
     sampler_of,
     stock_pipeline,
 )
-from tests.small_models import save_refiner, save_sdxl
+from tests.support.diffusers_edits import picture
+from tests.support.small_models import save_refiner, save_sdxl
+from tests.support.sync_engine import draw_alone, make_request, make_settings
 
 _REFINED = make_request(
     num_inference_steps=8, negative_prompt="blurred", width=96, height=64, seed=11, enable_refiner=True

@@ -12,12 +12,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from hypergen.generation import GenerationRequest
+from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.models import loading
 from hypergen.models.family import Family
-from hypergen.samplers import SAMPLERS
-from tests.engine.inline import InlineEngine, draw_alone, make_request, make_settings
-from tests.models.comparing import assert_close_in_half_precision
+from hypergen.request import GenerationRequest
+from tests.support.compare_with_diffusers import assert_close_in_half_precision
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])

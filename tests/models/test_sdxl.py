@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from hypergen.generation import GenerationRequest, ModelDefaults
+from hypergen.denoising.schedulers import SAMPLERS
+from hypergen.model_info import ModelDefaults
 from hypergen.models import loading
 from hypergen.models.family import Family
-from hypergen.samplers import SAMPLERS
-from tests.engine.inline import draw_alone, make_request, make_settings
-from tests.models.comparing import (
+from hypergen.request import GenerationRequest
+from tests.support.compare_with_diffusers import (
     CHUNK,
     assert_close_in_half_precision,
     assert_drawn_as_by_stock,
@@ -25,7 +25,8 @@ from tests.models.comparing import (
     sampler_of,
     stock_pipeline,
 )
-from tests.small_models import save_sdxl
+from tests.support.small_models import save_sdxl
+from tests.support.sync_engine import draw_alone, make_request, make_settings
 
 _GUIDED = make_request(
     num_inference_steps=5, guidance_scale=6.0, negative_prompt="blurred", width=96, height=64, seed=11

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictInt, StrictStr
 
-from hypergen.api.checks import (
+from hypergen.api.errors import to_json
+from hypergen.api.loras import resolve_loras
+from hypergen.api.validation import (
     MAX_SEED,
     SMALLEST_SIDE,
     Asked,
@@ -30,13 +32,13 @@ from hypergen.api.checks import (
     read_sampler,
     validate,
 )
-from hypergen.api.errors import to_json
-from hypergen.api.loras import resolve_loras
-from hypergen.api.pictures import decode, from_base64, to_picture
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import GenerationRequest, ImageFinished, ModelDescription
+from hypergen.events import ImageFinished
+from hypergen.images.decoding import decode, from_base64, to_picture
 from hypergen.metrics import Price
+from hypergen.model_info import ModelDescription
+from hypergen.request import GenerationRequest
 
 _MAX_SIDE = 2048
 _LARGEST_SIDE = 2432

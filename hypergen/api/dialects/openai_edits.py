@@ -11,20 +11,20 @@ from typing import Any, Literal, cast
 from PIL.Image import Image
 from pydantic import Field
 
-from hypergen.api.checks import SMALLEST_SIDE, check_option, validate
-from hypergen.api.dialects import openai
-from hypergen.api.forms import MAX_PICTURES
-from hypergen.api.pictures import decode, from_base64, look, to_mask, to_picture
+from hypergen.api.dialects import openai_images
+from hypergen.api.multipart_form import MAX_PICTURES
+from hypergen.api.validation import SMALLEST_SIDE, check_option, validate
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.generation import ModelDescription
+from hypergen.images.decoding import decode, from_base64, look, to_mask, to_picture
+from hypergen.model_info import ModelDescription
 
 # A variation has no prompt of its own.
 NEUTRAL_PROMPT = "a picture"
 _STRENGTH = 0.7
 
 
-class EditBody(openai.ImagesBody):
+class EditBody(openai_images.ImagesBody):
     """What an edit has beside its pictures: the fields of a generation and a few of its own."""
 
     input_fidelity: Literal["high", "low"] | None = Field(
@@ -34,7 +34,7 @@ class EditBody(openai.ImagesBody):
 
 def to_edit(
     body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
-) -> openai.ImagesRequest:
+) -> openai_images.ImagesRequest:
     """Check an edit and read its pictures; takes as long as decoding them, so it belongs into a thread.
 
     Args:
@@ -55,7 +55,7 @@ def to_edit(
     image = decode(sources[0], param)
     if asked.size in (None, "auto"):
         body = {**body, "size": _drawable_size(image, settings.max_side)}
-    drawing = openai.to_request(body, description, settings, request_id)
+    drawing = openai_images.to_request(body, description, settings, request_id)
     size = (drawing.generation.width, drawing.generation.height)
     mask = _read_mask(body["mask"], image) if "mask" in body else None
     usual = _STRENGTH if mask is None else 1.0
@@ -65,12 +65,12 @@ def to_edit(
         mask=None if mask is None else to_mask(mask, *size),
         strength=usual if asked.strength is None else asked.strength,
     )
-    return replace(drawing, generation=generation, image_tokens=openai.image_tokens(*size))
+    return replace(drawing, generation=generation, image_tokens=openai_images.image_tokens(*size))
 
 
 def to_variation(
     body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
-) -> openai.ImagesRequest:
+) -> openai_images.ImagesRequest:
     """Check a variation, which is an edit with a neutral prompt; a mask is looked at, and not used."""
     if "mask" in body:
         look(_file(body["mask"], "mask"), "mask")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 from typing import Any, Literal
 
-from hypergen.api.dialects.openai import ImagesRequest, usage
+from hypergen.api.dialects.openai_images import ImagesRequest, usage
 from hypergen.api.errors import to_json
-from hypergen.generation import ImageFinished, Preview
+from hypergen.events import ImageFinished, Preview
 
 Kind = Literal["image_generation", "image_edit"]
 

@@ -1,1 +1,0 @@
-"""Adapters: LoRAs by name, from their files, and applied row by row."""

@@ -1,0 +1,1 @@
+"""Everything that feeds or patches BentoML."""

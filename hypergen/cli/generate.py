@@ -1,0 +1,79 @@
+"""Drawing from the command line: one engine for one request, with a progress bar, no server."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hypergen import events
+from hypergen.api.dialects import openai_images
+from hypergen.config import Settings
+from hypergen.engine_client.pool import EnginePool
+from hypergen.errors import ConfigurationError, ModelError
+from hypergen.events import ImageFinished
+from hypergen.images.encoding import FORMATS
+from hypergen.model_info import ModelDescription
+from hypergen.served_model import ServedModel
+
+_ENDINGS = {".jpeg": "jpeg", **{f".{kind.extension}": name for name, kind in FORMATS.items()}}
+
+
+def draw_files(
+    settings: Settings, model: ServedModel, options: dict[str, Any], output: Path
+) -> list[tuple[Path, int]]:
+    """Draw one request into files; returns them with their seeds.
+
+    Args:
+        options: fields of an OpenAI request; None means not given.
+
+    Raises:
+        ConfigurationError: the output's ending is no format that can be written.
+        InvalidRequestError: an option does not fit.
+        ModelError: the model cannot be loaded.
+    """
+    if output.suffix.lower() not in _ENDINGS:
+        raise ConfigurationError(f"The ending of {output.name} must be one of {', '.join(sorted(_ENDINGS))}.")
+    body = {name: value for name, value in options.items() if value is not None}
+    body["output_format"] = _ENDINGS[output.suffix.lower()]
+    images = asyncio.run(_draw(settings, model, body))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files: list[tuple[Path, int]] = []
+    for image in images:
+        file = output if len(images) == 1 else output.with_stem(f"{output.stem}-{image.index}")
+        file.write_bytes(image.data)
+        files.append((file, image.seed))
+    return files
+
+
+async def _draw(settings: Settings, model: ServedModel, body: dict[str, Any]) -> list[ImageFinished]:
+    pool = EnginePool(settings, accelerators=[{}])
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        try:
+            await pool.start([model])
+            description = await _loaded(pool)
+            asked = openai_images.to_request(body, description, settings.server, uuid.uuid4().hex).generation
+            images: list[ImageFinished] = []
+            async for event in pool.generate(asked):
+                if isinstance(event, events.Progress):
+                    progress.update(task, description="drawing", completed=event.step, total=event.steps)
+                elif isinstance(event, ImageFinished):
+                    images.append(event)
+            return sorted(images, key=lambda image: image.index)
+        finally:
+            await pool.stop()
+
+
+async def _loaded(pool: EnginePool) -> ModelDescription:
+    while (description := pool.describe()) is None:
+        status = pool.status()
+        if status.state == "failed":
+            raise ModelError(f"The model could not be loaded: {status.reason}")
+        await asyncio.sleep(0.02)
+    return description

@@ -1,0 +1,275 @@
+"""The command line: hypergen serve | generate | models | import | loras."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+# Before anything imports bentoml or a hub client: nothing is reported to anybody.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import click
+from pydantic.fields import FieldInfo
+
+from hypergen import __version__
+from hypergen.config import Settings
+from hypergen.errors import HyperGenError, ModelError
+from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
+
+Command = Callable[..., None]
+
+
+def setting_options(*names: str) -> Callable[[Command], Command]:
+    """Flags for settings: name, type, help, unit and default follow from the fields; no names means all."""
+
+    def add(command: Command) -> Command:
+        chosen = [
+            (name, field)
+            for _, name, field in fields()
+            if (not names or name in names) and name not in ("model", "models")
+        ]
+        for name, field in reversed(chosen):
+            several = get_origin(field.annotation) in (dict, tuple)
+            command = click.option(
+                *_declaration(name, field),
+                type=_type(field),
+                multiple=several,
+                default=None,
+                callback=_given if several else None,
+                help=_help(field),
+            )(command)
+        return command
+
+    return add
+
+
+def _given(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> Any:
+    """None for a flag that may be repeated and was not given at all."""
+    return value or None
+
+
+def _declaration(name: str, field: FieldInfo) -> list[str]:
+    flag = option_name(name).replace("_", "-")
+    return [f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}", name]
+
+
+def _type(field: FieldInfo) -> Any:
+    if get_origin(field.annotation) is tuple:
+        return click.Path(path_type=Path) if Path in get_args(field.annotation) else str
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
+    kind = kinds[0]
+    if get_origin(field.annotation) is Literal:
+        return click.Choice(kinds)
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    return {int: int, float: float, bool: bool, Path: click.Path(path_type=Path)}.get(kind, str)
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if default == ():
+        return f"{field.description}; may be given several times"
+    shown = "" if default in (None, {}) else f"  [default: {'yes' if default is True else default}]"
+    return f"{field.description}{shown}"
+
+
+# Settings that concern a picture drawn without a server.
+_DRAWING = ("device", "dtype", "image_metadata", "lora_dir", "prompt_weighting", "single_file_config")
+CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML file with settings; flags and HYPERGEN_... variables win over it",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Serve open diffusion models behind the image APIs that applications already speak."""
+
+
+@main.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@CONFIG
+@click.option("--reload", is_flag=True, help="restart when the source changes")
+@setting_options()
+def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: Any) -> None:
+    """Serve one or several MODELs over HTTP.
+
+    MODEL is a hub id (owner/name), a folder in diffusers' layout, a checkpoint in one .safetensors file, a
+    tag of the model store, or a served-model file such as those in configs/; without any the model that comes
+    with HyperGen is served. Requests choose among several by name; the first draws what names none.
+    """
+    from hypergen.cli.serve import check_port, run_service
+    from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
+    from hypergen.served_model_config import as_json
+
+    settings = load_settings(config, os.environ, {**flags, "models": models})
+    keys = api_keys(settings.server)
+    check_port(settings.server)
+    found = find_models(settings, _say)
+    if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
+        _say(
+            f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
+        )
+    # The service reads the settings again, from its environment: nothing secret stands on a command line. It
+    # runs in its own folder, so models and paths are resolved here.
+    if settings.server.api_key_file:
+        flags["api_key_file"] = settings.server.api_key_file.resolve()
+    flags["models"] = as_json(resolved_entries(settings, found))
+    flags |= resolved_flags(settings.engine)
+    environment = {**environment_of(flags), "HYPERGEN_MODEL": ""}
+    file = config or os.environ.get("HYPERGEN_CONFIG")
+    if file:
+        environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
+    sys.exit(run_service(settings, environment, found[0].path, reload, _say))
+
+
+@main.command()
+@click.argument("prompt")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="file to write; its ending chooses png, jpeg or webp; several images get a number each",
+)
+@click.option(
+    "-m",
+    "--model",
+    help="hub id, folder, model-store tag or served-model file  [default: the embedded model]",
+)
+@click.option("-n", type=int, help="number of images, 1 to 10  [default: 1]")
+@click.option("--negative-prompt", help="what not to draw")
+@click.option("--size", help="WIDTHxHEIGHT in pixels, multiples of 8  [default: the model's]")
+@click.option(
+    "--steps", "num_inference_steps", type=int, help="denoising steps, 1 to 150  [default: the model's]"
+)
+@click.option("--guidance-scale", type=float, help="1 to 20, 1 is no guidance  [default: the model's]")
+@click.option("--seed", type=int, help="the same seed gives the same bytes  [default: drawn]")
+@click.option("--sampler", help="name of a sampler  [default: the model's]")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="NAME[:WEIGHT]",
+    help="a LoRA by name or file, and its strength from 0 to 2, else 1; may be given several times",
+)
+@CONFIG
+@setting_options(*_DRAWING)
+def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, ...], **options: Any) -> None:
+    """Draw PROMPT into a file, without a server."""
+    from hypergen.cli.generate import draw_files
+    from hypergen.resolve_models import find_models
+
+    model: str | None = options.pop("model")
+    flags = {name: options.pop(name) for name in _DRAWING}
+    settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
+    if loras:
+        settings, options["loras"] = _with_loras(settings, loras)
+    found = find_models(settings, _say)[0]
+    for file, seed in draw_files(settings, found, {"prompt": prompt, **options}, output):
+        _say(f"{file} (seed {seed})")
+
+
+@main.command()
+def models() -> None:
+    """List the models in the model store."""
+    from hypergen.model_store import store
+
+    rows = [("TAG", "SIZE", "IMPORTED", "SOURCE")]
+    for model in store.list_models():
+        created = model.created.strftime("%Y-%m-%d %H:%M")
+        rows.append((model.tag, f"{model.size_bytes / 1e6:.1f} MB", created, model.source))
+    _table(rows)
+
+
+@main.command()
+@click.argument("model", required=False)
+@CONFIG
+@setting_options("lora", "lora_dir")
+def loras(model: str | None, config: Path | None, **flags: Any) -> None:
+    """List the LoRAs that a server with these settings offers for MODEL; without it the embedded model.
+
+    A hub model's own are listed once it is in the store; nothing is downloaded.
+    """
+    from hypergen.model_store import store
+    from hypergen.model_store.lora_files import open_registry, summarise
+    from hypergen.resolve_models import entries_of, settings_of
+
+    settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
+    entries = entries_of(settings)
+    for entry in entries:
+        if len(entries) > 1:
+            click.echo(f"{entry.name or entry.source or store.EMBEDDED_NAME}:")
+        registry = open_registry(settings_of(entry, settings.engine), store.local_folder(entry.source))
+        rows = [("NAME", "MODEL", "LAYOUT", "RANK", "SIZE")]
+        for name, path in sorted(registry.files.items()):
+            shown = f"{name} (default)" if name == registry.default else name
+            try:
+                lora = summarise(path)
+            except ModelError as error:
+                rows.append((shown, "-", str(error), "-", "-"))
+                continue
+            ranks = ",".join(map(str, lora.ranks))
+            rows.append((shown, lora.model, lora.layout, ranks, f"{lora.size_bytes / 1e6:.1f} MB"))
+        unfilled = (name for name, file in sorted(entry.loras.items()) if not file)
+        rows += [(name, "-", "no file yet, not offered", "-", "-") for name in unfilled]
+        _table(rows)
+
+
+@main.command("import")
+@click.argument("source", required=False)
+@setting_options("revision", "dtype", "single_file_config")
+def import_(source: str | None, **flags: Any) -> None:
+    """Put SOURCE into the model store: a hub id, a folder or a file; without it the embedded model."""
+    from hypergen.model_store import store
+
+    stored = store.import_model(source, **flags, progress=_say)
+    click.echo(stored.tag)
+
+
+def _with_loras(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:
+    """The settings with LoRA files that were named by path, and names with their weights for the request."""
+    weights: dict[str, float] = {}
+    files = list(settings.engine.lora)
+    for text in given:
+        name, colon, weight = text.rpartition(":")
+        try:
+            name, strength = (name, float(weight)) if colon else (text, 1.0)
+        except ValueError:
+            name, strength = text, 1.0
+        path = Path(name).expanduser()
+        if path.suffix == ".safetensors" and path.is_file():
+            name = path.stem
+            files.append(f"{name}={path}")
+        weights[name] = strength
+    engine = settings.engine.model_copy(update={"lora": tuple(files)})
+    return settings.model_copy(update={"engine": engine}), weights
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def run() -> None:
+    """The entry point: our own errors are one line and exit code 1."""
+    try:
+        main()
+    except HyperGenError as error:
+        _say(f"Error: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

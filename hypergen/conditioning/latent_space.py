@@ -1,0 +1,97 @@
+"""Latents: the noise that an image begins with, and the pictures that are encoded for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.offload import device_of
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where an image begins; fields of the same names are for its `Trajectory`.
+
+    Attributes:
+        others: what the denoiser reads beside the latents in every step, for `Conditioning.others`.
+    """
+
+    latents: Tensor
+    step_index: int = 0
+    after_step: Callable[[Trajectory], Tensor] | None = None
+    unchanged: bool = False
+    others: tuple[Tensor, ...] = ()
+
+
+def at_the_start(scheduler: Any, noise: Tensor) -> Tensor:
+    """Noise as strong as the scheduler wants it before its first step; flow matching takes it as it is."""
+    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def with_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Latents with as much noise as they have before the step that the scheduler takes next."""
+    if hasattr(scheduler, "scale_noise"):  # flow matching mixes, the others add
+        return scheduler.scale_noise(latents, timestep.reshape(1), noise)
+    return scheduler.add_noise(latents, noise, timestep.reshape(1))
+
+
+class LatentSpace:
+    """The latents of one autoencoder, in the precision of the denoiser.
+
+    Args:
+        vae: encodes one picture per call, so that its bits never depend on others.
+        upcast: encode in float32, for an encoder that leaves the numbers of float16.
+    """
+
+    # A request for n pictures, or a client who tries prompts over one picture, encodes it once.
+    _KEPT = 8
+
+    def __init__(self, vae: Any, dtype: torch.dtype, *, upcast: bool = False) -> None:
+        self._vae = vae
+        self._dtype = dtype
+        self._upcast = upcast
+        self._scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._distributions: OrderedDict[bytes, Any] = OrderedDict()
+
+    def noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
+        """Noise for a picture of `width` x `height` pixels, drawn on the CPU."""
+        shape = (
+            1,
+            self._vae.config.latent_channels,
+            height // self._scale_factor,
+            width // self._scale_factor,
+        )
+        return torch.randn(shape, generator=generator, dtype=self._dtype).to(device_of(self._vae))
+
+    def encode(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """A sample of what the encoder makes of a picture, scaled for the denoiser.
+
+        Args:
+            image: -1..1, shape (1, 3, H, W), on the CPU.
+        """
+        key = hashlib.sha256(repr(image.shape).encode() + image.numpy().tobytes()).digest()
+        if key not in self._distributions:
+            self._distributions[key] = self._distribution(image)
+            if len(self._distributions) > self._KEPT:
+                self._distributions.popitem(last=False)
+        self._distributions.move_to_end(key)
+        sample = self._distributions[key].sample(generator).to(self._dtype)
+        shift = self._vae.config.get("shift_factor") or 0.0
+        return self._vae.config.scaling_factor * (sample - shift)
+
+    def _distribution(self, image: Tensor) -> Any:
+        stored = self._vae.dtype
+        if self._upcast and stored != torch.float32:
+            self._vae.to(torch.float32)
+        try:
+            return self._vae.encode(image.to(device_of(self._vae), self._vae.dtype)).latent_dist
+        finally:
+            if self._vae.dtype != stored:
+                self._vae.to(stored)

@@ -1,0 +1,157 @@
+"""One image on its way from noise to pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergen.request import GenerationRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What tells one row of a forward pass what to draw.
+
+    Attributes:
+        embeds: of the prompt's tokens, shape (1, L, D).
+        others: whatever else the family's denoiser takes for a row, each with 1 as its first dimension, in
+            the order of its `forward`.
+    """
+
+    embeds: Tensor
+    others: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.embeds, *self.others)
+
+    def with_others(self, more: tuple[Tensor, ...]) -> Conditioning:
+        """The same with more of `others` at the end."""
+        return Conditioning(self.embeds, (*self.others, *more))
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What an image is drawn with from one of its steps on, in place of what it started with.
+
+    Attributes:
+        at_step: index of its first step.
+        scheduler: with the same timesteps, about to take that step.
+    """
+
+    at_step: int
+    positive: Conditioning
+    negative: Conditioning | None
+    scheduler: Any
+    kind: tuple[Hashable, ...]
+
+
+@dataclass(kw_only=True, eq=False)
+class Trajectory:
+    """The state of one image between two denoising steps; a request for n images makes n of them.
+
+    Attributes:
+        latents: shape (1, C, h, w), h and w in latent pixels.
+        positive, negative: of prompt and negative prompt, in the same shapes; no negative one without
+            guidance.
+        guidance_scale: how far a prediction is moved away from the negative one.
+        generator: the image's own source of noise, on the CPU, so that the seed means the same on every
+            device.
+        scheduler: the image's own, with the history that multistep samplers keep.
+        loras: of the family's `Adapters`, with their weights, in the order in which they are summed.
+        per_step: what the denoiser takes for a row, after its `Conditioning`, that differs from step to step;
+            each has one item for every timestep.
+        after_step: gives the latents to go on with after a step, where something is put back.
+        unchanged: nothing is drawn, the picture that was sent is the result.
+        kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
+        lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
+            alone.
+        next_stage: what it goes on with later, if anything.
+    """
+
+    request: GenerationRequest
+    index: int
+    latents: Tensor
+    positive: Conditioning
+    negative: Conditioning | None
+    guidance_scale: float
+    prompt_tokens: int
+    generator: torch.Generator
+    scheduler: Any
+    draws_noise: bool
+    loras: tuple[tuple[Any, float], ...] = ()
+    kind: tuple[Hashable, ...] = ()
+    per_step: tuple[Tensor, ...] = ()
+    after_step: Callable[[Trajectory], Tensor] | None = None
+    unchanged: bool = False
+    lone: bool = False
+    next_stage: Stage | None = None
+    step_index: int = 0
+    shared_forwards: int = 0
+    arrived_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed + self.index
+
+    @property
+    def guided(self) -> bool:
+        return self.negative is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a forward pass that one step of this image takes."""
+        return 2 if self.guided else 1
+
+    @property
+    def timesteps(self) -> Tensor:
+        return self.scheduler.timesteps
+
+    @property
+    def remaining_steps(self) -> int:
+        """Forward passes to go; second-order samplers have nearly two per step asked for."""
+        return len(self.timesteps) - self.step_index
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.timesteps[self.step_index]
+
+    @property
+    def step_tensors(self) -> tuple[Tensor, ...]:
+        """Of `per_step` what belongs to the next step, each with 1 as its first dimension."""
+        return tuple(tensor[self.step_index : self.step_index + 1] for tensor in self.per_step)
+
+    def model_input(self) -> Tensor:
+        """The latents as the denoiser wants them at this timestep."""
+        if not hasattr(self.scheduler, "scale_model_input"):  # flow matching takes them as they are
+            return self.latents
+        return self.scheduler.scale_model_input(self.latents, self.timestep)
+
+    def advance(self, noise_pred: Tensor) -> None:
+        """Take one step along the prediction, shape (1, C, h, w), guidance already applied."""
+        noise = {"generator": self.generator} if self.draws_noise else {}
+        stepped = self.scheduler.step(noise_pred, self.timestep, self.latents, **noise, return_dict=False)
+        self.stepped(stepped[0])
+
+    def stepped(self, latents: Tensor) -> None:
+        """Take over the latents after a step; with the next one another stage may begin."""
+        self.latents = latents
+        self.step_index += 1
+        if self.after_step is not None:
+            self.latents = self.after_step(self)
+        if self.next_stage is not None and self.step_index == self.next_stage.at_step:
+            stage, self.next_stage = self.next_stage, None
+            self.positive, self.negative = stage.positive, stage.negative
+            self.scheduler, self.kind, self.per_step = stage.scheduler, stage.kind, ()
+
+    def stages(self) -> Iterator[Trajectory]:
+        """This image as it is, and as it will be in the stage to come."""
+        yield self
+        if (stage := self.next_stage) is not None:
+            changed = {"positive": stage.positive, "negative": stage.negative, "kind": stage.kind}
+            yield replace(self, scheduler=stage.scheduler, next_stage=None, per_step=(), **changed)

@@ -1,0 +1,1 @@
+"""The same bytes for an image, whatever shares its batch."""

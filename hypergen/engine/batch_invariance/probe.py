@@ -1,0 +1,151 @@
+"""Same seed, same bytes: the rule that makes rows independent of their neighbours, and the probe that proves
+it.
+
+A kernel may add numbers in another order when the batch has another size, and then an image depends, in its
+last bits, on who shared the forward pass. The rule makes the layers that were found to do so row-invariant
+(`invariance.py`). Everything else is not assumed but probed: the same rows must agree bit for bit in passes
+of 1, 2, 3, 4, 6 ... rows, at every position. With more threads or odd sizes some numbers of rows do not;
+those are left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.engine.batch_invariance.layers import make_convolutions_invariant, make_linears_invariant
+from hypergen.events import Verdict
+from hypergen.models.cfg import random_rows
+from hypergen.models.family import Family
+
+_ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+@dataclass
+class Probe:
+    """What was found for one drawn size and one length of prompts.
+
+    Attributes:
+        passes: runs the probe, one forward pass for each item; the rest is final when it is used up.
+        verdict: exact when the rows of all passes in `seconds` agree bit for bit. In strict mode those are
+            the only ones that serve, so the verdict covers everything that is drawn.
+        seconds: rows -> seconds of one pass, the first points of the cost curve.
+        differing: numbers of rows whose passes gave a row other bits.
+        repaired: layers that the rule changed for this size.
+    """
+
+    width: int
+    height: int
+    passes: Iterator[None] = field(default_factory=lambda: iter(()), repr=False)
+    verdict: Verdict = "exact"
+    seconds: dict[int, float] = field(default_factory=dict)
+    differing: set[int] = field(default_factory=set)
+    repaired: int = 0
+
+
+class DeterminismRule:
+    """Applies the rule to one denoiser, size by size as sizes are first drawn.
+
+    Args:
+        enabled: False probes and reports, but changes nothing (`--determinism fast`).
+        repairs: False leaves the layers as they are: a compiled denoiser has none to replace any more.
+        max_rows: the largest forward pass the engine would make.
+        budget_s: a probe stops trying more rows after this long, which keeps large models on slow devices
+            usable.
+        clock: the seconds of the cost curve's first points.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        enabled: bool,
+        repairs: bool = True,
+        max_rows: int,
+        budget_s: float = 20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._family = family
+        self._enabled = enabled
+        self._max_rows = max_rows
+        self._budget_s = budget_s
+        self._clock = clock
+        self._repairs = enabled and repairs
+        self._networks = nn.ModuleList([family.denoiser, *family.control_models.values()])
+        if self._repairs:
+            make_linears_invariant(self._networks)
+
+    def probe(self, trajectory: Trajectory) -> Probe:
+        """A probe, not yet run, of images like this one: of its shape, and with as long a prompt."""
+        request = trajectory.request
+        found = Probe(*self._family.drawn_size(request.width, request.height))
+        self.begin_again(found, trajectory)
+        return found
+
+    def begin_again(self, probe: Probe, trajectory: Trajectory) -> None:
+        """Let a probe whose passes were given up try all of them, with an image of the same shape."""
+        probe.passes = self._passes(probe, trajectory)
+
+    def _passes(self, found: Probe, trajectory: Trajectory) -> Iterator[None]:
+        """Repair what the shape needs, then compare passes of different rows."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        most = max(2, self._max_rows)
+        arguments, kind = random_rows(trajectory, most, generator), trajectory.kind
+        if self._repairs:
+            one_row = [rows[:1] for rows in arguments]
+            found.repaired = make_convolutions_invariant(
+                self._networks, lambda: self._family.forward(*one_row, kind=kind), self._max_rows
+            )
+            yield
+
+        spent_s = 0.0
+        known: list[Tensor] = []  # outputs of the first rows, as the passes so far gave them
+        for count in sorted({count for count in _ROW_COUNTS if count < most} | {most}):
+            if count > max(1, 2 * len(known)):
+                continue  # in two orders, the known rows would not stand at every position
+            rows = [argument[:count] for argument in arguments]
+            try:
+                output, seconds = self._timed_forward(rows, kind)
+                yield
+                reversed_output, seconds_again = self._timed_forward([row.flip(0) for row in rows], kind)
+            except torch.OutOfMemoryError:
+                if count <= 2:  # not even one guided image
+                    raise
+                return
+            spent_s += seconds + seconds_again
+            agrees = torch.equal(output, reversed_output.flip(0)) and all(
+                torch.equal(one, output[i]) for i, one in enumerate(known)
+            )
+            if not agrees:
+                found.differing.add(count)
+                if count <= 2 or not self._enabled:
+                    found.verdict = "close"
+            # With the rule, a larger pass that differs is left out: the others are enough to serve with.
+            if agrees or count <= 2 or not self._enabled:
+                # The first pass of a shape also prepares kernels.
+                found.seconds[count] = min(seconds, seconds_again)
+                known += output[len(known) :]
+            if count >= 2 and spent_s > self._budget_s:
+                return
+            yield
+
+    def _timed_forward(self, rows: list[Tensor], kind: tuple[Hashable, ...]) -> tuple[Tensor, float]:
+        started = self._clock()
+        output = self._family.forward(*rows, kind=kind)
+        synchronize(output)
+        return output, self._clock() - started
+
+
+def synchronize(output: Tensor) -> None:
+    """Wait until this thread's work is done, else a clock would tell how fast kernels are queued; what other
+    streams decode and read goes on.
+    """
+    if output.is_cuda:
+        torch.cuda.current_stream(output.device).synchronize()
+    elif output.device.type != "cpu":
+        torch.accelerator.synchronize(output.device)

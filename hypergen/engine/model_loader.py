@@ -1,0 +1,51 @@
+"""Bringing a model of the roster into memory, ready to draw."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from hypergen.engine.engine import Engine
+from hypergen.engine.model_manager import Loaded
+from hypergen.engine.pipeline_engine import WholeEngine
+from hypergen.engine.postprocess import Report
+from hypergen.models import loading
+from hypergen.models.diffusers_pipeline import WholePipeline
+from hypergen.served_model import ServedModel
+
+
+class Loader:
+    """Loads models and draws once with each.
+
+    Args:
+        alone: see `loading.load_any`.
+
+    Attributes:
+        seconds: stage -> what it took, over all models so far.
+    """
+
+    def __init__(self, report: Report, *, alone: bool) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._report = report
+        self._alone = alone
+
+    def __call__(self, model: ServedModel, between_steps: Callable[[], None]) -> Loaded:
+        """See `Roster`.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            GenerationError: it does not draw.
+        """
+        started = time.monotonic()
+        loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
+        size_bytes = loading.weight_bytes(loaded)
+        self.seconds["weights"] += time.monotonic() - started
+        started = time.monotonic()
+        if isinstance(loaded, WholePipeline):
+            drawer = WholeEngine(loaded, model.id, model.settings, self._report, between_steps)
+        else:
+            drawer = Engine(loaded, model.id, model.settings, self._report)
+        drawer.warm_up()
+        self.seconds["warm-up"] += time.monotonic() - started
+        return Loaded(drawer, loaded.describe(model.id), size_bytes)

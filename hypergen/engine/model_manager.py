@@ -1,0 +1,307 @@
+"""The models of one engine process: whose turn it is, and which of them are in memory.
+
+One thread owns them all. Models with work take turns, one step each. Where the weights of all models do not
+fit, a request for one that is not in memory waits until enough others have finished what they draw; they are
+then moved out, the one used longest ago first, and the model is loaded again from its files. Requests that
+came later wait behind it, whichever model they are for, so that none waits for ever.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from hypergen.engine.postprocess import Report
+from hypergen.engine.prompt_encoding import quiet
+from hypergen.engine.request_errors import as_request_error
+from hypergen.engine.request_queue import Arrival, Inbox
+from hypergen.errors import GenerationError, ModelError
+from hypergen.events import EngineStatus, Verdict
+from hypergen.model_info import ModelDescription
+from hypergen.request import GenerationRequest
+from hypergen.served_model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Drawer(Protocol):
+    """What draws with one model: an `Engine` or a `WholeEngine`."""
+
+    last_step_at: float
+
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def resting(self) -> bool: ...
+    def submit(self, request: GenerationRequest) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def turn(self, wait: bool = True) -> bool: ...
+    def status(self) -> EngineStatus: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        size_bytes: of its weights.
+    """
+
+    drawer: Drawer
+    description: ModelDescription
+    size_bytes: int
+
+
+# A request and its place in the order of arrival among all models.
+_Numbered = tuple[int, GenerationRequest]
+
+
+@dataclass(eq=False)
+class _Seat:
+    """One model of the roster, in memory or not."""
+
+    model: ServedModel
+    expected_bytes: int
+    loaded: Loaded | None = None
+    used_at: float = 0.0
+    # With the order of arrival among all models.
+    waiting: deque[_Numbered] = field(default_factory=deque[_Numbered])
+    forwards: int = 0  # of times in memory that are over
+    image_steps: int = 0
+    determinism: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
+
+
+class Roster:
+    """Draws what is submitted, each request with its model.
+
+    `submit`, `cancel` and `stop` may be called from any thread; `run` is the thread that owns the models.
+
+    Args:
+        models: each with the expected size of its weights in bytes.
+        limit_bytes: what the weights of all models in memory may take; None is no limit.
+        load: brings a model into memory, ready to draw. What draws there calls the second argument between
+            two steps of one turn, so that requests leave it meanwhile.
+
+    Raises:
+        ModelError: a model alone is larger than the limit.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[tuple[ServedModel, int]],
+        limit_bytes: float | None,
+        load: Callable[[ServedModel, Callable[[], None]], Loaded],
+        report: Report,
+    ) -> None:
+        self.startup_s: dict[str, float] = {}
+        self._seats = {model.id: _Seat(model, size) for model, size in models}
+        self._limit = math.inf if limit_bytes is None else limit_bytes
+        self._load = load
+        self._report = report
+        self._inbox = Inbox()  # what a request needs is read by its model's own
+        self._arrivals = itertools.count()
+        self._turning: Drawer | None = None
+        self._moved_at = time.monotonic()
+        self._moved = False
+        self._stopping = False
+        # Whoever looks at a model from another thread keeps it alive, so none may while one leaves.
+        self._leaving = threading.Lock()
+        for seat in self._seats.values():
+            self._refuse_if_too_large(seat.model, seat.expected_bytes)
+
+    @property
+    def last_step_at(self) -> float:
+        """When the engine last moved; infinite while it does what may take minutes."""
+        with self._leaving:
+            turning = self._turning
+            return self._moved_at if turning is None else turning.last_step_at
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._inbox.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Take a request out before its next step; nothing more is reported of it."""
+        self._inbox.cancel(request_id)
+
+    def stop(self) -> None:
+        """Let `run` return after the current steps; a full pipeline first ends its request."""
+        self._inbox.stop()
+
+    def status(self) -> EngineStatus:
+        with self._leaving:
+            return self._status()
+
+    def _status(self) -> EngineStatus:
+        seats = list(self._seats.values())
+        there = [(seat, loaded.drawer.status()) for seat in seats if (loaded := seat.loaded) is not None]
+        determinism: dict[str, Verdict] = {}
+        for seat in seats:
+            now = next((status.determinism for of, status in there if of is seat), seat.determinism)
+            # One model's sizes stand alone, as they always did; those of several say whose they are.
+            prefix = f"{seat.model.id} " if len(seats) > 1 else ""
+            determinism |= {prefix + size: verdict for size, verdict in now.items()}
+        return EngineStatus(
+            state="ready",
+            device=next((status.device for _, status in there), None),
+            determinism=determinism,
+            forwards=sum(seat.forwards for seat in seats) + sum(status.forwards for _, status in there),
+            image_steps=sum(seat.image_steps for seat in seats) + sum(s.image_steps for _, s in there),
+            models=tuple(seat.model.id for seat, _ in there),
+            startup_s=self.startup_s,
+        )
+
+    def load_all(self) -> tuple[ModelDescription, ...]:
+        """Bring every model in once, the first one last, so that all were tried and the first are there.
+
+        Raises:
+            ModelError: one cannot be loaded, or is larger than the limit.
+        """
+        descriptions: list[ModelDescription] = []
+        for seat in reversed(self._seats.values()):
+            self._bring_in(seat)
+            assert seat.loaded is not None
+            descriptions.append(seat.loaded.description)
+        return tuple(reversed(descriptions))
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self._stopping:
+            self.turn()
+        for seat in self._seats.values():
+            if seat.loaded is not None:
+                seat.loaded.drawer.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do but to read the inbox."""
+        seats = self._seats.values()
+        return all(not seat.waiting and (seat.loaded is None or seat.loaded.drawer.idle) for seat in seats)
+
+    def turn(self) -> None:
+        """Take requests in and out; then every model with work takes a step."""
+        # Where no model moved, all that is here is read from files or being encoded.
+        self._read_inbox(idle=self.idle, busy=self._moved)
+        self._moved_at = time.monotonic()
+        self._moved = False
+        self._deal()
+        for seat in self._seats.values():
+            if seat.loaded is None or seat.loaded.drawer.idle:
+                continue
+            if not seat.loaded.drawer.resting:
+                seat.used_at = time.monotonic()
+            self._turning = seat.loaded.drawer
+            try:
+                self._moved |= self._turning.turn(wait=False)
+            finally:
+                self._moved_at, self._turning = time.monotonic(), None
+
+    def _read_what_is_there(self) -> None:
+        self._read_inbox(idle=False, busy=True)
+
+    def _read_inbox(self, *, idle: bool, busy: bool) -> None:
+        for message in self._inbox.read(idle=idle, busy=busy):
+            if message is None:
+                self._stopping = True
+            elif isinstance(message, Arrival):
+                request = message.request
+                self._seat_of(request).waiting.append((next(self._arrivals), request))
+            else:
+                self._drop(message)
+
+    def _seat_of(self, request: GenerationRequest) -> _Seat:
+        return self._seats[request.model or next(iter(self._seats))]
+
+    def _drop(self, request_id: str) -> None:
+        for seat in self._seats.values():
+            seat.waiting = deque(entry for entry in seat.waiting if entry[1].id != request_id)
+            if seat.loaded is not None:
+                seat.loaded.drawer.cancel(request_id)
+
+    def _deal(self) -> None:
+        """Hand the requests that wait to their models, in the order in which they came."""
+        while asked := [seat for seat in self._seats.values() if seat.waiting]:
+            seat = min(asked, key=lambda seat: seat.waiting[0][0])
+            try:
+                if not self._bring_in(seat):
+                    return
+            except Exception as error:  # the edge where one model's trouble must not become everyone's
+                logger.exception("The model %s could not be loaded again.", seat.model.id)
+                if isinstance(error, ModelError):
+                    error = GenerationError("The model could not be loaded again; the server's log says why.")
+                for _, request in seat.waiting:
+                    self._report(request.id, as_request_error(error, request))
+                seat.waiting.clear()
+                continue
+            assert seat.loaded is not None
+            while seat.waiting:
+                seat.loaded.drawer.submit(seat.waiting.popleft()[1])
+
+    def _bring_in(self, seat: _Seat) -> bool:
+        """Have a model in memory; False while those in its place still draw.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        if seat.loaded is not None:
+            return True
+        if not self._make_room(seat):
+            return False
+        with quiet:
+            self._moved_at = math.inf  # a large model takes minutes, which are no stall
+            try:
+                seat.loaded = self._load(seat.model, self._read_what_is_there)
+            finally:
+                self._moved_at = time.monotonic()
+        seat.used_at = self._moved_at
+        seat.expected_bytes = seat.loaded.size_bytes
+        self._refuse_if_too_large(seat.model, seat.expected_bytes)
+        self._make_room(seat)  # with its control models and refiner it may be larger than was expected
+        return True
+
+    def _make_room(self, seat: _Seat) -> bool:
+        """Move others out until a model's weights fit beside the rest; False while the rest still draws."""
+        there = [other for other in self._seats.values() if other.loaded is not None and other is not seat]
+        while sum(other.expected_bytes for other in there) + seat.expected_bytes > self._limit:
+            leaving = [other for other in there if other.loaded and other.loaded.drawer.resting]
+            if not leaving:
+                return False
+            oldest = min(leaving, key=lambda other: other.used_at)
+            self._move_out(oldest)
+            there.remove(oldest)
+        return True
+
+    def _move_out(self, seat: _Seat) -> None:
+        """Give a model's memory back. Its pictures stay the same: they depend on no state that is lost."""
+        assert seat.loaded is not None
+        logger.info("%s is moved out of memory.", seat.model.id)
+        seat.loaded.drawer.close()
+        with self._leaving:
+            status = seat.loaded.drawer.status()
+            seat.forwards += status.forwards
+            seat.image_steps += status.image_steps
+            seat.determinism = status.determinism
+            seat.loaded = None
+            # What was there at the start is kept out of collections, which would now keep the model.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _refuse_if_too_large(self, model: ServedModel, size_bytes: int) -> None:
+        if size_bytes > self._limit:
+            raise ModelError(
+                f"The weights of {model.id} take {size_bytes / 1e9:.3g} GB, more than the "
+                f"{self._limit / 1e9:.3g} GB that models may take."
+            )

@@ -1,0 +1,36 @@
+"""Warming up: the picture that shows that a model draws, before anybody asks."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.engine.batch_invariance.shape_profiles import Shapes
+from hypergen.model_info import ModelDescription
+from hypergen.models.family import Family
+from hypergen.request import GenerationRequest
+
+
+def draw_once(family: Family, description: ModelDescription, shapes: Shapes) -> Trajectory:
+    """Probe the default size and draw a picture of it, up to its last step."""
+    trajectory = family.start(warm_up_request(description), 0)
+    deque(shapes.learn(trajectory), maxlen=0)
+    while trajectory.remaining_steps:
+        trajectory.advance(family.denoise([trajectory])[0])
+    return trajectory
+
+
+def warm_up_request(description: ModelDescription) -> GenerationRequest:
+    """Two steps at the model's own size and guidance."""
+    defaults = description.defaults
+    return GenerationRequest(
+        id="warm-up",
+        prompt="",
+        negative_prompt=None,
+        width=defaults.width,
+        height=defaults.height,
+        num_inference_steps=2,
+        guidance_scale=defaults.guidance_scale,
+        seed=0,
+        seed_given=False,
+    )

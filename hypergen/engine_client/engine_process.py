@@ -1,0 +1,224 @@
+"""One engine process seen from the HTTP half: started, watched, and started again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from hypergen import ipc
+from hypergen.engine_client.environment import engine_environment
+from hypergen.engine_client.prestart import EngineProcess, adopt
+from hypergen.events import EngineStatus
+from hypergen.model_info import ModelDescription
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Keeps one engine process alive. Belongs to the event loop; a reader and a writer thread serve it.
+
+    Args:
+        start: what the process is told to load.
+        environment: added to the process's environment, for example which accelerator it may see.
+        on_ready: called each time a process has loaded its models.
+        on_message: called with what the process tells of a request.
+        on_lost: called when the process is gone and everything it had was lost.
+    """
+
+    _RELOADS = 3
+    _SHUTDOWN_S = 5.0
+
+    def __init__(
+        self,
+        start: ipc.Start,
+        environment: Mapping[str, str],
+        *,
+        on_ready: Callable[[Supervisor], None],
+        on_message: Callable[[ipc.Happened | ipc.Failed], None],
+        on_lost: Callable[[Supervisor], None],
+    ) -> None:
+        self.descriptions: tuple[ModelDescription, ...] = ()
+        self.status = EngineStatus(state="loading")
+        self._start = start
+        self._environment = environment
+        self._on_ready = on_ready
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._process: EngineProcess | None = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._loading = False
+        self._load_error: str | None = None
+        self._failed_loads = 0
+        self._restarts = 0
+        self._step_seen_at = 0.0
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def launch(self) -> None:
+        """Start a process; it says when it has loaded."""
+        # A spare knows nothing of an accelerator that it should see.
+        process, connection = (None if self._environment else adopt()) or _start(self._environment)
+        outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._process, self._outbox = process, outbox
+        self._loading, self._load_error = True, None
+        loop = asyncio.get_running_loop()
+        for target in (self._read, self._write):
+            threading.Thread(target=target, args=(loop, process, connection, outbox), daemon=True).start()
+        outbox.put(self._start)
+
+    def send(self, message: ipc.Submit | ipc.Cancel) -> None:
+        self._outbox.put(message)
+
+    def kill_if_stalled(self, timeout_s: float) -> None:
+        """End a process that has taken no step for this long while it had work; it is then started again."""
+        if (
+            self.status.state == "ready"
+            and time.monotonic() - self._step_seen_at > timeout_s
+            and self._process
+        ):
+            logger.error(
+                "Engine %d has not moved for %.0f s and is started again.", self._process.pid, timeout_s
+            )
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Ask the process to leave, and see that it has."""
+        self._stopping = True
+        process = self._process
+        if process is None:
+            return
+        self._outbox.put(ipc.Shutdown())
+        try:
+            await asyncio.to_thread(process.wait, self._SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+    def _read(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        process: EngineProcess,
+        connection: socket.socket,
+        outbox: Any,
+    ) -> None:
+        try:
+            while (message := ipc.receive(connection)) is not None:
+                if not _call_soon(loop, self._received, process, message):
+                    return
+        except Exception:  # the edge of this thread: without it nobody would hear of the process again
+            logger.exception("What engine %d says cannot be read; it is ended.", process.pid)
+            process.kill()
+        connection.close()
+        outbox.put(None)
+        process.wait()
+        _call_soon(loop, self._gone, process)
+
+    @staticmethod
+    def _write(
+        _loop: asyncio.AbstractEventLoop,
+        process: EngineProcess,
+        connection: socket.socket,
+        outbox: Any,
+    ) -> None:
+        while (message := outbox.get()) is not None:
+            try:
+                ipc.send(connection, message)
+            except OSError:  # the reader notices too, and tells
+                return
+            except Exception:  # the edge of this thread: whoever waits for an answer would wait for ever
+                logger.exception("A message to engine %d cannot be sent; it is ended.", process.pid)
+                process.kill()
+                return
+
+    def _received(self, process: EngineProcess, message: Any) -> None:
+        if process is not self._process:
+            return
+        match message:
+            case ipc.Happened() | ipc.Failed():
+                self._on_message(message)
+            case ipc.Alive(step_age_s, status):
+                self._step_seen_at = time.monotonic() - step_age_s
+                self._set_status(status)
+            case ipc.Loaded(descriptions, status):
+                self._failed_loads, self._loading = 0, False
+                self._step_seen_at = time.monotonic()
+                self.descriptions = descriptions
+                self._set_status(status)
+                self._on_ready(self)
+            case ipc.LoadFailed(reason):
+                self._load_error = reason
+
+    def _gone(self, process: EngineProcess) -> None:
+        """The process has ended. A first load that fails is final; an engine that worked once gets new
+        chances.
+        """
+        if process is not self._process or self._stopping:
+            return
+        reason = self._load_error or _end_of(process)
+        logger.error("Engine %d is gone: %s", process.pid, reason)
+        if self._loading:
+            self._failed_loads += 1
+        else:
+            self._restarts += 1
+        if not self.descriptions or self._failed_loads >= self._RELOADS:
+            self._set_status(EngineStatus(state="failed", reason=reason))
+            self._on_lost(self)
+            return
+        self._set_status(EngineStatus(state="recovering", reason=reason))
+        self._on_lost(self)
+        task = asyncio.get_running_loop().create_task(self._relaunch(delay_s=float(self._failed_loads)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _relaunch(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        if self._stopping:
+            return
+        try:
+            self.launch()
+        except OSError as error:  # no memory or no process left for a new one
+            logger.exception("The engine cannot be started again.")
+            self._set_status(EngineStatus(state="failed", reason=f"the engine cannot be started: {error}"))
+            self._on_lost(self)
+
+    def _set_status(self, status: EngineStatus) -> None:
+        self.status = replace(status, restarts=self._restarts)
+
+
+def _start(environment: Mapping[str, str]) -> tuple[EngineProcess, socket.socket]:
+    """A new engine process and our end of a pair of sockets."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "hypergen.engine.worker_main", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=engine_environment(environment),
+            stdin=subprocess.DEVNULL,
+        )
+    return process, ours
+
+
+def _end_of(process: EngineProcess) -> str:
+    code = "" if process.returncode is None else f" with code {process.returncode}"
+    return f"the engine process ended{code}"
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
+    try:
+        loop.call_soon_threadsafe(callback, *args)
+    except RuntimeError:  # the loop is closed: the server is leaving
+        return False
+    return True

@@ -1,0 +1,103 @@
+"""What the pool and an engine process say to each other, over a private pair of sockets.
+
+A message is a pickle with its length before it. Both ends are our own processes and the sockets have no name,
+so nothing else can write to them. Finished files cross, never pixels or tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from hypergen.errors import PackedError
+from hypergen.events import EngineStatus, Event
+from hypergen.model_info import ModelDescription
+from hypergen.request import GenerationRequest
+from hypergen.served_model import ServedModel
+
+_LENGTH = struct.Struct(">Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Pool to engine, first of all: what to load."""
+
+    models: tuple[ServedModel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Pool to engine: leave now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Engine to pool: ready to draw."""
+
+    descriptions: tuple[ModelDescription, ...]
+    status: EngineStatus
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    request_id: str
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request_id: str
+    error: PackedError
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Engine to pool, every second: how long ago the last step began, and the status."""
+
+    step_age_s: float
+    status: EngineStatus
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    connection.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def receive(connection: socket.socket) -> Any:
+    """The next message; None when the other side is gone."""
+    head = _receive_exactly(connection, _LENGTH.size)
+    if head is None:
+        return None
+    data = _receive_exactly(connection, _LENGTH.unpack(head)[0])
+    return None if data is None else pickle.loads(data)
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
+    received = bytearray()
+    while len(received) < size:
+        try:
+            part = connection.recv(min(size - len(received), 1 << 20))
+        except OSError:
+            return None
+        if not part:
+            return None
+        received += part
+    return bytes(received)

@@ -1,0 +1,149 @@
+"""Where settings come from: a file, the environment and flags, the later ones winning."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from hypergen.config import ServerSettings, Settings
+from hypergen.errors import ConfigurationError
+from hypergen.served_model_config import as_text
+
+PREFIX = "HYPERGEN_"
+# Kubernetes announces a service called "hypergen" to every pod with names like these; they are not ours.
+_KUBERNETES_NAME = re.compile(r"HYPERGEN_(SERVICE_|PORT_)")
+
+
+def option_name(field: str) -> str:
+    """The name of a setting in flags and the environment: the field without its unit of seconds."""
+    return field.removesuffix("_s")
+
+
+def fields(kind: type[BaseModel] = Settings) -> Iterator[tuple[str | None, str, FieldInfo]]:
+    """Every setting as (section, field, description of the field); the section of the top level is None."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for _, inner, inner_field in fields(field.annotation):
+                yield name, inner, inner_field
+        else:
+            yield None, name, field
+
+
+def load_settings(
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read settings; flags win over the environment, that over the file, and the file over the defaults.
+
+    Args:
+        file: a YAML file with the sections of `Settings`; absent: the environment's `HYPERGEN_CONFIG`.
+        flags: field name to value; None means not given.
+
+    Raises:
+        ConfigurationError: a key is unknown or a value does not fit. The message is one line.
+    """
+    environment = environment or {}
+    if file is None and environment.get(PREFIX + "CONFIG"):
+        file = Path(environment[PREFIX + "CONFIG"])
+    tree: dict[str, Any] = _read_file(file) if file else {}
+    section_of = {name: section for section, name, _ in fields()}
+    field_of = {PREFIX + option_name(name).upper(): name for name in section_of}
+
+    given: dict[str, Any] = {}
+    for name, value in environment.items():
+        if not name.startswith(PREFIX) or name == PREFIX + "CONFIG" or _KUBERNETES_NAME.match(name):
+            continue
+        if name == PREFIX + "PORT" and value.startswith("tcp://"):  # Kubernetes again
+            continue
+        if name not in field_of:
+            raise ConfigurationError(
+                f"Unknown environment variable {name}; known are {', '.join(sorted(field_of))}."
+            )
+        if value != "":
+            given[field_of[name]] = value
+    # A flag that may be given several times and was not is an empty tuple.
+    flags = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
+    for layer, where in ((tree, f"The configuration file {file}"), (given, "The environment")):
+        if layer.get("model") and layer.get("models"):
+            raise ConfigurationError(f"{where} says model and models; give one of them.")
+    for earlier, later in ((tree, given), (tree, flags), (given, flags)):
+        for one, other in (("model", "models"), ("models", "model")):
+            if one in later:
+                earlier.pop(other, None)
+
+    for name, value in {**given, **flags}.items():
+        section = section_of[name]
+        if section is None:
+            tree[name] = value
+        else:
+            tree[section] = {**_names_and_values(tree.get(section), f"Setting '{section}'"), name: value}
+    try:
+        settings = Settings.model_validate({name: value for name, value in tree.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None
+    return settings
+
+
+def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Flags as the environment of a child process; the child reads them back with `load_settings`."""
+    return {
+        # Paths hold commas, and hosts with ports, which are refused, hold what separates paths.
+        PREFIX + option_name(name).upper(): as_text(value, "," if name == "allowed_host" else os.pathsep)
+        for name, value in flags.items()
+        if value not in (None, ())
+    }
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"The configuration file {file} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"The configuration file {file} is not YAML: {' '.join(str(error).split())}"
+        ) from None
+    return _names_and_values(tree, f"The configuration file {file}")
+
+
+def _names_and_values(value: Any, what: str) -> dict[str, Any]:
+    """A mapping of YAML; an empty file or section is an empty one."""
+    if value is not None and not isinstance(value, dict):
+        raise ConfigurationError(f"{what} must hold names and values.")
+    return cast(dict[str, Any], value or {})
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"Unknown setting '{where}'."
+    given = "" if where.endswith("api_key") else f" (given: {first['input']!r})"
+    return f"Setting '{where}': {first['msg'].removeprefix('Value error, ')}{given}."
+
+
+def api_keys(server: ServerSettings) -> tuple[str, ...]:
+    """The keys that open the server; none means no authentication.
+
+    Raises:
+        ConfigurationError: the key file cannot be read or holds no key.
+    """
+    keys = [server.api_key] if server.api_key else []
+    if server.api_key_file:
+        try:
+            lines = server.api_key_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"The key file {server.api_key_file} cannot be read: {error}.") from None
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ConfigurationError(f"The key file {server.api_key_file} holds no key.")
+        keys += found
+    return tuple(keys)

@@ -1,0 +1,290 @@
+"""Folders in diffusers layout, read without torch: which files count, and whether they are whole and safe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hypergen.errors import ModelError
+from hypergen.model_store.checkpoint_detection import read_checkpoint
+
+PIPELINE_FILE = "model_index.json"
+# Weights of several parts in one file, in a folder that has the rest; see `single_file.py`.
+CHECKPOINT = "checkpoint.safetensors"
+LIBRARIES = ("diffusers", "transformers")
+LORAS = "loras"  # a folder of LoRA files that belong to the model
+OPTIONAL = "safety_checker"  # not loaded unless asked for, and often deleted from downloads
+# SD 3 draws without T5, and checkpoints of it often leave T5 out.
+OPTIONAL_IN_CHECKPOINTS = "text_encoder_3"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"}
+
+_BESIDE = re.compile(r"model_index\.json|hypergen\.json|README\.md|LICENSE[\w-]*(\.md|\.txt)?")
+# `vae`, `text_encoder_2`: a name that stays inside the model's folder.
+_COMPONENT = re.compile(r"[A-Za-z0-9_]+")
+_WEIGHTLESS = re.compile(r".*(Scheduler|Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor)")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_INDEX = re.compile(r"([^.]+)\.safetensors(?:\.(?P<legacy>\w+))?\.index(?:\.(?P<variant>\w+))?\.json")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of a model that are worth storing.
+
+    Args:
+        files: stored name -> name in the source, both relative to the model's folder.
+        fp16: "taken", "left" (there are some, not asked for) or "none".
+    """
+
+    files: dict[str, str]
+    fp16: str
+
+
+def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
+    """Component -> class name, null ones left out. Whatever could run foreign code is refused.
+
+    A list as `_class_name` and a library other than diffusers and transformers mean code that comes with the
+    model. SD 1.x names its safety checker's library `stable_diffusion`; that one is a module of diffusers.
+    """
+    index = _read_json(pipeline_file, model, PIPELINE_FILE)
+    if not isinstance(index.get("_class_name"), str):
+        raise ModelError(
+            f"{model}: _class_name in {PIPELINE_FILE} is {index.get('_class_name')!r}, not a class name."
+        )
+    components: dict[str, str] = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[:1] == [None]:
+            continue
+        match entry:
+            case [str(library), str(class_name)] if _COMPONENT.fullmatch(name):
+                checker = (library, class_name) == ("stable_diffusion", "StableDiffusionSafetyChecker")
+                if library not in LIBRARIES and not checker:
+                    raise ModelError(
+                        f"{model}: {name} is of library '{library}'; only {' and '.join(LIBRARIES)} are run."
+                    )
+                components[name] = class_name
+            case _:
+                raise ModelError(f"{model}: {name!r} in {PIPELINE_FILE} is {entry!r}, not [library, class].")
+    return components
+
+
+def pipeline_class_of(folder: Path, model: str) -> str:
+    return str(_read_json(folder / PIPELINE_FILE, model, PIPELINE_FILE).get("_class_name"))
+
+
+def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_file: Path) -> None:
+    """Refuse a pipeline class that cannot be served; None serves all."""
+    pipeline = pipeline_class_of(pipeline_file.parent, model)
+    if pipelines is not None and pipeline not in pipelines:
+        raise ModelError(f"{model} is a {pipeline}, which is no pipeline of the installed diffusers.")
+
+
+def select_files(names: Iterable[str], components: Iterable[str], *, half: bool) -> Selection:
+    """Choose what to store: configurations, vocabularies and one set of safetensors weights a component.
+
+    With `half` the `.fp16.` set is taken where a component has one, else the plain one; a component that has
+    only one set gives that one. fp16 files lose the variant in their name, since `from_pretrained` would want
+    `variant="fp16"` for every component or none; shards keep their names, which the index lists.
+    """
+    names = list(names)
+    files = {name: name for name in names if _BESIDE.fullmatch(name)}
+    taken = left = False
+    for component in components:
+        inside = [n.partition("/")[2] for n in names if n.startswith(f"{component}/") and n.count("/") == 1]
+        variants = {n: _variant(n) for n in inside}
+        fp16 = any(v == "fp16" and n.endswith(".safetensors") for n, v in variants.items())
+        plain = any(v == "" and n.endswith(".safetensors") for n, v in variants.items())
+        wanted = "fp16" if fp16 and (half or not plain) else ""
+        taken, left = taken or wanted == "fp16", left or (fp16 and wanted == "")
+        for name, variant in variants.items():
+            text = Path(name).suffix in {".json", ".txt", ".model"} and ".index." not in name
+            if text or variant == wanted:
+                stored = name if text else _plain_name(name)
+                files[f"{component}/{stored}"] = f"{component}/{name}"
+    return Selection(files, "taken" if taken else "left" if left else "none")
+
+
+def require_weights(model: str, component: str, class_name: str, names: Iterable[str]) -> None:
+    """Refuse a component that should have weights and has no safetensors among its files."""
+    suffixes = {Path(name).suffix for name in names}
+    if component == OPTIONAL or _WEIGHTLESS.fullmatch(class_name) or ".safetensors" in suffixes:
+        return
+    has = (
+        "only pickle weights; only safetensors are loaded" if suffixes & PICKLES else "no safetensors weights"
+    )
+    raise ModelError(f"{model}: {component} has {has}.")
+
+
+def select_in_folder(folder: Path, *, half: bool) -> Selection:
+    """`select_files` for a folder of this machine."""
+    components = read_components(folder / PIPELINE_FILE, str(folder))
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    for component in components:
+        names += [f"{component}/{file.name}" for file in (folder / component).glob("*") if file.is_file()]
+    selection = select_files(sorted(names), components, half=half)
+    loras = {f"{LORAS}/{file.name}" for file in (folder / LORAS).glob("*.safetensors") if file.is_file()}
+    return replace(selection, files={**selection.files, **{name: name for name in sorted(loras)}})
+
+
+def missing_parts(folder: Path, inside: Collection[str]) -> list[str]:
+    """Parts whose weights are neither `inside` a checkpoint nor in the folder."""
+    return [
+        name
+        for name, class_name in read_components(folder / PIPELINE_FILE, str(folder)).items()
+        if name not in (OPTIONAL, OPTIONAL_IN_CHECKPOINTS, *inside)
+        and not _WEIGHTLESS.fullmatch(class_name)
+        and not any((folder / name).glob("*.safetensors"))
+    ]
+
+
+def digest(folder: Path, selection: Selection, *, of_contents: bool) -> str:
+    """Twelve hex digits over contents or, since weights are large, over names, sizes, times and headers."""
+    total = hashlib.sha256()
+    for stored, name in sorted(selection.files.items()):
+        file = folder / name
+        total.update(f"{stored}\0{name}\0".encode())
+        if of_contents:
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+            continue
+        stat = file.stat()
+        total.update(f"{stat.st_size} {stat.st_mtime_ns}\0".encode())
+        if file.suffix == ".safetensors":
+            total.update(safetensors_header(file, str(folder), name))
+    return total.hexdigest()[:12]
+
+
+def check_folder(path: Path) -> None:
+    """Raise a ModelError of one line that names folder and file unless this is a whole, safe model.
+
+    Reads configurations and safetensors headers, never weights: milliseconds, also for large models.
+    """
+    if not path.is_dir():
+        raise ModelError(f"No such folder: {path}")
+    if not (path / PIPELINE_FILE).is_file():
+        raise ModelError(f"{path} has no {PIPELINE_FILE}: HyperGen serves folders in diffusers layout.")
+    inside = parts_in_checkpoint(path)
+    excused = {*inside, OPTIONAL_IN_CHECKPOINTS} if inside else inside
+    for name, class_name in read_components(path / PIPELINE_FILE, str(path)).items():
+        if name not in excused:
+            check_component(path, name, class_name)
+
+
+def parts_in_checkpoint(path: Path) -> frozenset[str]:
+    """The parts of a model whose weights are in its checkpoint and not in their folders; usually none."""
+    file = path / CHECKPOINT
+    if not file.is_file():
+        return frozenset()
+    return read_checkpoint(safetensors_header(file, str(path), file.name), CHECKPOINT).components
+
+
+def safetensors_header(file: Path, model: str, name: str) -> bytes:
+    """The JSON header's bytes, after comparing what it promises with the size of the file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":  # "version https://git-lfs.github.com/spec/v1"
+            raise ModelError(f"{model}: {name} is a Git LFS pointer, not weights: run `git lfs pull` there.")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ModelError(f"{model}: {name} is damaged: its header does not fit into its {size} bytes.")
+        header = stream.read(length)
+    try:
+        tensors: dict[str, Any] = json.loads(header)
+        ends = [int(tensor["data_offsets"][1]) for key, tensor in tensors.items() if key != "__metadata__"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise ModelError(f"{model}: {name} is damaged: its header cannot be read.") from None
+    if (expected := 8 + length + max(ends, default=0)) != size:
+        raise ModelError(f"{model}: {name} is damaged: it should have {expected} bytes and has {size}.")
+    return header
+
+
+def place_file(original: Path, target: Path, *, copy_weights: bool) -> None:
+    """Hard-link weights, else copy them or, where that is not wanted, point to them. Other files are copied.
+
+    People edit configurations in place, which would change a link's content too. The original may itself be a
+    symbolic link, as all files of the hub's cache are.
+    """
+    original = original.resolve()
+    if target.suffix == ".safetensors":
+        with suppress(OSError):  # another file system, or one without hard links
+            os.link(original, target)
+            return
+        if not copy_weights:
+            target.symlink_to(original)
+            return
+    shutil.copyfile(original, target)
+
+
+def is_unchanged(file: Path, size: int, mtime_ns: int) -> bool:
+    """Whether a stored file is what was stored, as far as its size and time can tell."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return False
+    # What lies elsewhere as well can be written to there. Copies of the store itself need not keep the time.
+    shared = file.is_symlink() or stat.st_nlink > 1
+    return stat.st_size == size and (not shared or stat.st_mtime_ns == mtime_ns)
+
+
+def check_component(model: Path, name: str, class_name: str) -> None:
+    """`check_folder` for one part of a model."""
+    folder = model / name
+    if not folder.is_dir() and name != OPTIONAL:
+        raise ModelError(f"{model}: {PIPELINE_FILE} names '{name}', but there is no such folder.")
+    require_weights(str(model), name, class_name, [file.name for file in folder.glob("*")])
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        return
+    _read_json(folder / "config.json", str(model), f"{name}/config.json")
+    indices = [file for file in sorted(folder.iterdir()) if _INDEX.fullmatch(file.name)]
+    if not indices and all(_SHARD.search(file.name) for file in weights):
+        raise ModelError(f"{model}: {name} has shards of weights without their safetensors.index.json.")
+    for index in indices:
+        _check_shards(model, index)
+    for file in weights:
+        safetensors_header(file, str(model), f"{name}/{file.name}")
+
+
+def _check_shards(model: Path, index: Path) -> None:
+    name = f"{index.parent.name}/{index.name}"
+    weight_map = _read_json(index, str(model), name).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{model}: {name} has no weight_map.")
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        if "/" in shard or "\\" in shard or not (index.parent / shard).is_file():
+            raise ModelError(f"{model}: {name} names '{shard}', but there is no such file beside it.")
+
+
+def _read_json(file: Path, model: str, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError:
+        raise ModelError(f"{model}: {name} is missing or cannot be read.") from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{model}: {name} is damaged: it is not JSON.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{model}: {name} is damaged: it should hold a JSON object.")
+    return content
+
+
+def _variant(name: str) -> str | None:
+    """Of safetensors files and their indices: "" for plain, "fp16", "non_ema" ...; None for other files."""
+    if match := _INDEX.fullmatch(name):
+        return match["legacy"] or match["variant"] or ""
+    if not name.endswith(".safetensors"):
+        return None
+    return _SHARD.sub("", name.removesuffix(".safetensors")).partition(".")[2]
+
+
+def _plain_name(name: str) -> str:
+    if match := _INDEX.fullmatch(name):
+        return f"{match[1]}.safetensors.index.json"
+    return name if _SHARD.search(name) else f"{name.partition('.')[0]}.safetensors"

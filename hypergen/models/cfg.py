@@ -1,0 +1,58 @@
+"""Guidance: one forward pass over the rows of many images, then one prediction for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.lora.manager import in_rows
+
+Rows = tuple[Tensor, ...]
+
+
+def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) -> list[Tensor]:
+    """Predictions of shape (1, C, h, w), one for each trajectory, with classifier-free guidance applied.
+
+    Args:
+        trajectories: of one group, so of one `kind`.
+        forward: see `Family.forward`; called once.
+    """
+    guided = [trajectory for trajectory in trajectories if trajectory.guided]
+    inputs = {trajectory: trajectory.model_input() for trajectory in trajectories}
+    # Negative rows first, as diffusers orders them.
+    conditionings = [t.negative for t in guided if t.negative is not None] + [
+        t.positive for t in trajectories
+    ]
+    rows = [*guided, *trajectories]
+    columns = [(*c.tensors, *t.step_tensors) for c, t in zip(conditionings, rows, strict=True)]
+    with in_rows([t.loras for t in rows]):
+        noise_pred = forward(
+            torch.cat([inputs[t] for t in rows]),
+            torch.stack([t.timestep.to(torch.float32) for t in rows]),
+            *(torch.cat(column) for column in zip(*columns, strict=True)),
+            kind=trajectories[0].kind,
+        ).split(1)
+    predictions = dict(zip(trajectories, noise_pred[len(guided) :], strict=True))
+    for trajectory, unwanted in zip(guided, noise_pred, strict=False):
+        # Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, with guidance_scale = w + 1.
+        towards = predictions[trajectory] - unwanted
+        predictions[trajectory] = unwanted + trajectory.guidance_scale * towards
+    return list(predictions.values())
+
+
+def random_rows(trajectory: Trajectory, rows: int, generator: torch.Generator) -> Rows:
+    """Arguments for `Family.forward` as many images like this one would give them, each different."""
+    latents = trajectory.latents
+    others = (*trajectory.positive.tensors, *(tensor[:1] for tensor in trajectory.per_step))
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn((rows, *like.shape[1:]), generator=generator).to(like)
+
+    return (
+        noise(latents),
+        torch.randint(0, 1000, (rows,), generator=generator).to(latents.device, torch.float32),
+        *(tensor + noise(tensor) for tensor in others),
+    )

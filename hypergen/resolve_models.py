@@ -1,0 +1,150 @@
+"""Which models a server serves: from its settings to entries of the model store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hypergen.config import EngineSettings, Settings
+from hypergen.errors import ConfigurationError, ModelError
+from hypergen.model_families import servable
+from hypergen.model_store import store
+from hypergen.model_store.diffusers_layout import check_component
+from hypergen.model_store.hub import HUB_ID, with_revision
+from hypergen.model_store.lora_files import open_registry, with_absolute_path
+from hypergen.served_model import ServedModel
+from hypergen.served_model_config import ModelEntry
+
+
+def find_models(settings: Settings, say: Callable[[str], None] | None = None) -> tuple[ServedModel, ...]:
+    """Every model of the settings, imported into the store where it is not there; the first is the default.
+
+    Raises:
+        ConfigurationError: two have one name, or a setting cannot say which of several models it is for.
+        ModelError: one cannot be found, read or served.
+    """
+    entries = entries_of(settings)
+    own = [settings_of(entry, settings.engine) for entry in entries]
+    models: list[ServedModel] = []
+    for entry, engine in zip(entries, own, strict=True):
+        stored = store.ensure(
+            entry.source,
+            revision=entry.revision,
+            dtype=engine.dtype,
+            single_file_config=entry.single_file_config,
+            pipelines=servable(),
+            progress=say,
+        )
+        refiner = store.ensure_refiner(entry.refiner or engine.refiner, dtype=engine.dtype, progress=say)
+        if refiner:  # engines know folders, not the store
+            engine = engine.model_copy(update={"refiner": str(refiner.path)})
+        open_registry(engine, stored.path)  # tells now, not in the engine, what is not there
+        models.append(
+            ServedModel(
+                id=entry.name or entry.source or stored.source,
+                aliases=entry.aliases,
+                tags=(stored.tag, *([refiner.tag] if refiner else [])),
+                path=stored.path,
+                settings=engine,
+                defaults=entry.defaults.model_dump(exclude_none=True),
+            )
+        )
+    _refuse_equal_names(models)
+    return tuple(models)
+
+
+def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:
+    """The same models for a process with another working folder: tags and whole paths."""
+    return tuple(
+        ModelEntry(
+            source=model.tags[0],
+            name=model.id,
+            aliases=model.aliases,
+            defaults=entry.defaults,
+            loras={
+                name: str(Path(file).expanduser().absolute()) if file else None
+                for name, file in entry.loras.items()
+            },
+            controlnet=find_control_models(entry.controlnet),
+            refiner=next(iter(model.tags[1:]), None),
+        )
+        for entry, model in zip(entries_of(settings), models, strict=True)
+    )
+
+
+def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
+    """Settings of one model that stand outside its entry, for the same process."""
+    return {
+        "lora": tuple(with_absolute_path(given) for given in engine.lora),
+        "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
+        "controlnet": find_control_models(engine.controlnet) or None,
+    }
+
+
+def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
+    """What the settings say of each model; those of the command line's own flags are put in.
+
+    Raises:
+        ConfigurationError: a setting cannot say which of several models it is for.
+    """
+    entries = settings.models or (ModelEntry(source=settings.model),)
+    of_entry = {
+        "name": settings.served_model_name,
+        "revision": settings.revision,
+        "single_file_config": settings.single_file_config,
+    }
+    changes = {name: value for name, value in of_entry.items() if value}
+    if len(entries) == 1:
+        return (entries[0].model_copy(update=changes),)
+    engine = settings.engine
+    of_engine = {"lora": engine.lora, "controlnet": engine.controlnet, "refiner": engine.refiner}
+    given = [*changes, *(name for name, value in of_engine.items() if value)]
+    if given:
+        raise ConfigurationError(
+            f"'{given[0]}' belongs to one model and several are served: put it into a served-model file."
+        )
+    return entries
+
+
+def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
+    """The server's settings with what belongs to this model alone, its refiner apart."""
+    loras = tuple(f"{name}={file}" for name, file in entry.loras.items() if file)
+    return engine.model_copy(
+        update={
+            "lora": (*(with_absolute_path(given) for given in engine.lora), *loras),
+            "controlnet": find_control_models({**engine.controlnet, **entry.controlnet}),
+        }
+    )
+
+
+def _refuse_equal_names(models: list[ServedModel]) -> None:
+    taken: set[str] = set()
+    for model in models:
+        names = {name.casefold() for name in (model.id, *model.aliases)}
+        if names & taken:
+            raise ConfigurationError(
+                f"Two models are called '{sorted(names & taken)[0]}'; give one another name."
+            )
+        taken |= names
+
+
+def find_control_models(sources: Mapping[str, str]) -> dict[str, str]:
+    """The same sources with folders as whole paths; a hub id, which may end in
+    @REVISION, stays as it is, and the engine gets its files.
+
+    Raises:
+        ModelError: a folder does not exist, or is no whole model with safetensors weights.
+    """
+    found: dict[str, str] = {}
+    for name, source in sources.items():
+        path = Path(os.path.expanduser(source)).resolve()
+        if path.is_dir():
+            check_component(path.parent, path.name, "ControlNetModel")
+            found[name] = str(path)
+        elif HUB_ID.fullmatch(with_revision(source)[0]):
+            found[name] = source
+        else:
+            raise ModelError(f"Control model '{name}': no such folder: {source}")
+    return found

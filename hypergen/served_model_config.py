@@ -1,0 +1,159 @@
+"""What the operator says of each model to serve, as in the served-model files in configs/."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field
+
+_ENDINGS = (".yaml", ".yml")
+_PACKAGE = Path(__file__).resolve().parent
+# In an installed wheel and in a clone.
+_SHIPPED = (_PACKAGE / "bento" / "configs", _PACKAGE.parent / "configs")
+
+
+def _read_pairs(value: Any) -> Any:
+    """From what flags (a list of NAME=SOURCE) and the environment (one text, with commas) give."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, (list, tuple)):
+        pairs = [str(entry).partition("=") for entry in cast(Sequence[Any], value)]
+        value = {name.strip(): source.strip() for name, _, source in pairs}
+        if len(value) < len(pairs):
+            raise ValueError("a name stands there twice")
+    if isinstance(value, Mapping):
+        value = cast(Mapping[Any, Any], value)
+        for name, source in value.items():
+            if not (name and source) or "," in f"{name}{source}":
+                raise ValueError("must be NAME=SOURCE, without commas")
+    return value
+
+
+NamedSources = Annotated[dict[str, str], BeforeValidator(_read_pairs)]
+
+
+class ModelDefaultsEntry(BaseModel, frozen=True, extra="forbid"):
+    """What requests get that do not say, in place of what the family would give; absent: what it gives."""
+
+    num_inference_steps: int | None = Field(None, ge=1, le=150)
+    guidance_scale: float | None = Field(None, ge=1, le=20, allow_inf_nan=False)
+    width: int | None = Field(None, ge=64, le=8192, multiple_of=8)  # pixels
+    height: int | None = Field(None, ge=64, le=8192, multiple_of=8)  # pixels
+
+
+class ModelEntry(BaseModel, frozen=True, extra="forbid"):
+    """One model to serve. Everything named here belongs to this model alone.
+
+    Attributes:
+        source: hub id, folder or tag of the model store; None is the embedded model.
+        revision: branch, tag or commit of a hub model.
+        single_file_config: see the setting of this name.
+        name: its id in /v1/models; None is what was given as source.
+        aliases: other names that requests may use for it.
+        loras: name -> file. A name without a file is not offered: it waits for the operator to fill it in.
+        controlnet: name -> folder or hub id of a control model.
+        refiner: of an SDXL model: hub id, folder, checkpoint file or tag of the store.
+    """
+
+    source: str | None = None
+    revision: str | None = None
+    single_file_config: str | None = None
+    name: str | None = None
+    aliases: tuple[str, ...] = ()
+    defaults: ModelDefaultsEntry = Field(default_factory=lambda: ModelDefaultsEntry.model_validate({}))
+    loras: dict[str, str | None] = Field(default_factory=dict[str, str | None])
+    controlnet: NamedSources = Field(default_factory=dict[str, str])
+    refiner: str | None = None
+
+
+def is_model_file(given: str) -> bool:
+    """Whether this names a served-model file and no model."""
+    return given.endswith(_ENDINGS)
+
+
+def read_entries(value: Any) -> Any:
+    """Entries from what a file (a list), the environment (one text) and flags give, for pydantic to check.
+
+    An entry is a mapping, a served-model file, or a model's source. In the environment they stand with commas
+    between them, or as JSON.
+
+    Raises:
+        ValueError: a served-model file cannot be read. The message is one line.
+    """
+    if isinstance(value, str):
+        value = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [_read_entry(entry) for entry in cast(Sequence[Any], value)]
+
+
+def as_json(entries: Sequence[ModelEntry]) -> str:
+    """Entries as one text for the environment."""
+    return json.dumps([entry.model_dump(exclude_defaults=True) for entry in entries])
+
+
+def _read_entry(entry: Any) -> Any:
+    if not isinstance(entry, str):
+        return entry
+    entry = entry.strip()
+    return _read_file(_find_file(entry)) if is_model_file(entry) else {"source": entry}
+
+
+def _find_file(given: str) -> Path:
+    """The file itself, else the one of this name that comes with HyperGen."""
+    file = Path(given).expanduser()
+    shipped = next((folder / given for folder in _SHIPPED if (folder / given).is_file()), None)
+    return file if file.exists() or file.name != given or shipped is None else shipped
+
+
+def _read_file(file: Path) -> Any:
+    """A served-model file; paths in it are meant from its folder."""
+    try:
+        tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the served-model file {file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"the served-model file {file} must hold names and values")
+    tree = cast(dict[str, Any], tree)
+    folder = file.resolve().parent
+    for name in ("source", "single_file_config", "refiner"):
+        if isinstance(tree.get(name), str):
+            tree[name] = _from_folder(folder, tree[name])
+    for name in ("loras", "controlnet"):
+        if isinstance(tree.get(name), dict):
+            sources = cast(dict[str, Any], tree[name])
+            tree[name] = dict(_from_folders(folder, sources, always=name == "loras"))
+    return tree
+
+
+def _from_folders(folder: Path, sources: dict[str, Any], *, always: bool) -> Iterator[tuple[str, Any]]:
+    for name, source in sources.items():
+        if isinstance(source, str) and source:
+            yield name, str(folder / Path(source).expanduser()) if always else _from_folder(folder, source)
+        else:
+            yield name, source
+
+
+def _from_folder(folder: Path, source: str) -> str:
+    """A source that begins with a dot as a whole path; others may be hub ids."""
+    return str(folder / source) if source.startswith("./") or source.startswith("../") else source
+
+
+def as_text(value: object, separator: str = os.pathsep) -> str:
+    """A setting as the environment holds it.
+
+    Args:
+        separator: between the items of a list.
+    """
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={source}" for name, source in cast(Mapping[str, str], value).items())
+    if isinstance(value, tuple):
+        return separator.join(map(str, cast(tuple[Any, ...], value)))
+    return str(value)

@@ -1,0 +1,82 @@
+"""What a picture costs in arithmetic, and the time below which a device cannot draw it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hypergen.config import EngineSettings
+from hypergen.engine.batch_invariance.probe import synchronize
+from hypergen.model_families import family_class
+from hypergen.models.cfg import random_rows
+from hypergen.models.family import Family
+from scripts.bench.jobs import Job
+from scripts.bench.policies import request_for
+
+GUIDANCE_SCALE = 5.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one guided picture costs.
+
+    Attributes:
+        peak_flops: floating point operations a second of a large matrix product on this device.
+        rows: of a forward pass that one step of the picture takes.
+        forward_flops, decode_flops: of one row of the denoiser, of one picture of the decoder.
+    """
+
+    peak_flops: float
+    rows: int
+    forward_flops: float
+    decode_flops: float
+
+    def floor_s(self, steps: int) -> float:
+        """Seconds below which no picture can be drawn at this precision; text encoding not counted."""
+        return (self.rows * steps * self.forward_flops + self.decode_flops) / self.peak_flops
+
+
+def family_of(pipeline: Any, side: int, settings: EngineSettings) -> Family:
+    """The family that draws a pipeline, with pictures of `side` x `side` pixels as its default."""
+    card = {"defaults": {"width": side, "height": side}}
+    return family_class(type(pipeline).__name__)(pipeline, card, settings)
+
+
+def work_of(family: Family, side: int) -> Work:
+    """Count the operations of a picture, and measure what its device can do."""
+    weight = next(family.denoiser.parameters())
+    matrix_side = 8192 if weight.is_cuda else 1024
+    with torch.inference_mode():
+        matrix = torch.randn(matrix_side, matrix_side, device=weight.device, dtype=weight.dtype)
+        seconds = [_timed(lambda: matrix @ matrix) for _ in range(8)]
+    return Work(2 * matrix_side**3 / min(seconds), *operations_of(family, side))
+
+
+@torch.inference_mode()
+def operations_of(family: Family, side: int) -> tuple[int, int, int]:
+    """Rows of one step of a guided picture, floating point operations of one row of the denoiser, and of the
+    decoder; the family may be on the meta device, where nothing is computed.
+    """
+    trajectory = family.start(request_for(Job(0, 0, 2, GUIDANCE_SCALE), side), 0)
+    row = random_rows(trajectory, 1, torch.Generator("cpu").manual_seed(0))
+    forward_flops = _flops(lambda: family.forward(*row, kind=trajectory.kind))
+    return trajectory.rows, forward_flops, _flops(lambda: family.decode(trajectory))
+
+
+def _flops(call: Callable[[], object]) -> int:
+    # Attention as plain products: torch does not count what the CPU's own kernel does.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _timed(call: Callable[[], torch.Tensor]) -> float:
+    started = time.monotonic()
+    synchronize(call())
+    return time.monotonic() - started

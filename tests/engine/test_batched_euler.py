@@ -1,0 +1,129 @@
+"""Euler's step of many images at once: the bits of diffusers' own step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.schedulers import FlowSchedulerFactory, SchedulerFactory, takes_generator
+from hypergen.engine.batched_euler import advance_all
+from tests.support.sync_engine import make_request
+
+Prediction = Literal["epsilon", "v_prediction", "flow"]
+ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+_SAMPLERS = ["euler", None, "euler_karras", "euler_a", "dpmpp_2m", "euler"]
+_FLOW_SAMPLERS = ["euler", None, "heun", "euler"]
+
+
+def _factory(prediction: Prediction, device: torch.device) -> SchedulerFactory:
+    if prediction == "flow":  # with FLUX's shift by size
+        published: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        return FlowSchedulerFactory(published, device, sigmas_end_at_last_step=True)
+    published = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction
+    )
+    return SchedulerFactory(published, device)
+
+
+def _trajectories(prediction: Prediction, dtype: torch.dtype, device: str = "cpu") -> list[Trajectory]:
+    factory = _factory(prediction, torch.device(device))
+    made: list[Trajectory] = []
+    for seed, sampler in enumerate(_FLOW_SAMPLERS if prediction == "flow" else _SAMPLERS):
+        generator = torch.Generator().manual_seed(seed)
+        scheduler = factory.make(sampler, 4 + seed, image_tokens=256)
+        noise = torch.randn((1, 4, 6, 10), generator=generator).to(device, dtype)
+        made.append(
+            Trajectory(
+                request=make_request(seed=seed),
+                index=0,
+                latents=noise * getattr(scheduler, "init_noise_sigma", 1.0),
+                positive=Conditioning(torch.zeros(1, 77, 8)),
+                negative=None,
+                guidance_scale=1.0,
+                prompt_tokens=0,
+                generator=generator,
+                scheduler=scheduler,
+                draws_noise=takes_generator(scheduler),
+            )
+        )
+    return made
+
+
+def _draw(trajectories: list[Trajectory], vectorised: bool) -> list[Tensor]:
+    while active := [trajectory for trajectory in trajectories if trajectory.remaining_steps]:
+        pairs = [(trajectory, torch.tanh(trajectory.model_input())) for trajectory in active]
+        assert [error for _, error in advance_all(pairs, vectorised)] == [None] * len(active)
+    return [trajectory.latents for trajectory in trajectories]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CUDA)])
+def test_steps_taken_together_have_the_bits_of_diffusers(
+    device: str, prediction: Prediction, dtype: torch.dtype
+) -> None:
+    stock = _draw(_trajectories(prediction, dtype, device), vectorised=False)
+    together = _draw(_trajectories(prediction, dtype, device), vectorised=True)
+    assert {latents.dtype for latents in together} == {dtype}
+    same = [torch.equal(one, other) for one, other in zip(stock, together, strict=True)]
+    assert same == [True] * len(stock)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_images_of_one_sampler_take_one_set_of_operations(prediction: Prediction) -> None:
+    """Else nothing would be gained, and nothing of the above would be tried."""
+    alike = [t for t in _trajectories(prediction, torch.float32) if t.request.seed < 2]
+    pairs = [(trajectory, torch.tanh(trajectory.model_input())) for trajectory in alike]
+    with profile(activities=[ProfilerActivity.CPU]) as operations:
+        assert [error for _, error in advance_all(pairs, vectorised=True)] == [None, None]
+    counts = {event.key: event.count for event in operations.key_averages()}
+    assert counts["aten::mul"] == (1 if prediction == "flow" else 2)
+
+
+def test_an_image_that_fails_leaves_the_others_alone() -> None:
+    trajectories = [t for t in _trajectories("epsilon", torch.float32) if t.request.seed in (0, 1, 4)]
+    pairs = [(trajectory, torch.tanh(trajectory.model_input())) for trajectory in trajectories]
+    pairs[2] = (trajectories[2], torch.zeros(1, 3, 6, 10))
+    results = dict(advance_all(pairs, vectorised=True))
+    assert results[trajectories[0]] is None
+    assert results[trajectories[1]] is None
+    assert isinstance(results[trajectories[2]], RuntimeError)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("spoil", ["prediction", "sigmas"])
+def test_a_shared_step_that_fails_is_taken_by_each_image_alone_and_once(
+    prediction: Prediction, spoil: str
+) -> None:
+    def make() -> list[Trajectory]:
+        return [
+            t
+            for t in _trajectories(prediction, torch.float32)
+            if type(t.scheduler).__name__.endswith("EulerDiscreteScheduler")
+        ]
+
+    stock, images = make(), make()
+    _draw(stock[:-1], vectorised=False)
+    bad = images[-1]
+    if spoil == "sigmas":
+        bad.scheduler.sigmas = None
+    while active := [image for image in images[:-1] if image.remaining_steps]:
+        pairs = [(image, torch.tanh(image.model_input())) for image in active]
+        pairs.append((bad, torch.zeros(1, 4 if spoil == "sigmas" else 3, 6, 10)))
+        before = [image.step_index for image, _ in pairs]
+        *fine, failed = advance_all(pairs, vectorised=True)
+        assert [error for _, error in fine] == [None] * len(active)
+        assert failed[0] is bad
+        assert isinstance(failed[1], Exception)
+        steps_taken = [image.step_index - step for (image, _), step in zip(pairs, before, strict=True)]
+        assert steps_taken == [1] * len(active) + [0]
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(stock[:-1], images[:-1], strict=True))

@@ -1,0 +1,164 @@
+"""Pixels to files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hypergen.images.encoding import FORMATS, encode, fit
+from hypergen.request import Control, GenerationRequest, Picture
+
+
+def request(width: int = 64, height: int = 64, **changes: Any) -> GenerationRequest:
+    given: dict[str, Any] = {
+        "id": "id",
+        "prompt": "a red circle",
+        "negative_prompt": None,
+        "width": width,
+        "height": height,
+        "num_inference_steps": 20,
+        "guidance_scale": 7.5,
+        "seed": 5,
+        "seed_given": True,
+    }
+    return GenerationRequest(**{**given, **changes})
+
+
+def noise(width: int = 64, height: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 40), (8, 1), (1, 8), (1, 1), (2432, 1664)])
+def test_a_png_holds_exactly_the_pixels(width: int, height: int) -> None:
+    pixels = noise(width, height)
+    data = encode(pixels, request(width, height), 0, "m")
+    Image.open(BytesIO(data)).verify()  # checksums and chunks
+    image = Image.open(BytesIO(data))
+    assert (image.format, image.mode) == ("PNG", "RGB")
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_a_png_of_a_cropped_picture_holds_its_pixels() -> None:
+    pixels = noise(80, 72)
+    image = Image.open(BytesIO(encode(pixels, request(64, 64), 0, "m")))
+    assert np.array_equal(np.asarray(image), pixels[4:68, 8:72])
+
+
+def test_metadata_in_a_png_is_read_back_whatever_the_letters() -> None:
+    prompt = 'ein "roter" Kreis \u2014 \u5186 \U0001f534 \x00 \ud800'
+    image = Image.open(BytesIO(encode(noise(), request(prompt=prompt), 0, "m")))
+    assert json.loads(image.info["hypergen"])["prompt"] == prompt
+
+
+def test_a_smooth_picture_makes_a_small_png() -> None:
+    ramp = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3))
+    assert len(encode(ramp, request(256, 256), 0, "m")) < 2000
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_what_its_name_says(name: str) -> None:
+    image = Image.open(BytesIO(encode(noise(), request(output_format=name), 0, "m")))
+    assert image.format == name.upper()
+    assert image.get_format_mimetype() == FORMATS[name].media_type
+    assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("metadata", [True, False])
+def test_the_same_pixels_make_the_same_bytes(name: str, metadata: bool) -> None:
+    files = {encode(noise(), request(output_format=name, metadata=metadata), 0, "m") for _ in range(3)}
+    assert len(files) == 1
+
+
+def test_metadata_is_of_the_image_and_not_of_its_request() -> None:
+    of_many = encode(noise(), request(n=4, id="a", seed_given=False), 2, "m")
+    assert of_many == encode(noise(), request(id="b", seed=7), 0, "m")
+    assert json.loads(Image.open(BytesIO(of_many)).info["hypergen"])["seed"] == 7
+
+
+_SENT = Picture(64, 64, bytes(3 * 64 * 64))
+# Another value for everything in a request that determines a picture.
+_OTHERS: dict[str, Any] = {
+    "prompt": "a blue circle",
+    "negative_prompt": "blurred",
+    "width": 56,
+    "height": 56,
+    "num_inference_steps": 21,
+    "guidance_scale": 7.0,
+    "seed": 6,
+    "sampler": "euler",
+    "true_cfg_scale": 2.5,
+    "prompt_2": "in oil",
+    "negative_prompt_2": "blurred",
+    "enable_refiner": True,
+    "image": Picture(64, 64, b"\1" * (3 * 64 * 64)),
+    "strength": 0.5,
+    "mask": Picture(64, 64, bytes(64 * 64)),
+    "control": Control(model="canny", image=_SENT),
+    "loras": (("style", 0.5),),
+}
+# How it is answered, or told elsewhere.
+_NOT_TOLD = {
+    "id",
+    "seed_given",
+    "n",
+    "model",
+    "output_format",
+    "output_compression",
+    "partial_images",
+    "metadata",
+}
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(GenerationRequest) if f.name not in _NOT_TOLD])
+def test_metadata_tells_everything_that_determines_a_picture(field: str) -> None:
+    plain = request(image=_SENT, negative_prompt="grainy")
+    changed = replace(plain, **{field: _OTHERS[field]})
+    told = [Image.open(BytesIO(encode(noise(), one, 0, "m"))).info["hypergen"] for one in (plain, changed)]
+    assert told[0] != told[1]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_without_metadata_a_file_holds_nothing_but_the_picture(name: str) -> None:
+    image = Image.open(BytesIO(encode(noise(), request(output_format=name, metadata=False), 0, "m")))
+    assert not image.getexif()
+    assert not {"exif", "hypergen", "comment"} & set(image.info)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("length", [60_000, 64_500, 65_000, 65_536, 200_000])
+def test_metadata_of_any_length_makes_a_file(name: str, length: int) -> None:
+    data = encode(noise(), request(output_format=name, prompt="a" * length), 0, "m")
+    Image.open(BytesIO(data)).load()
+
+
+def test_what_was_drawn_larger_is_cropped_in_the_middle() -> None:
+    pixels = noise(80, 72)
+    fitted = fit(Image.fromarray(pixels), 64, 64)
+    assert np.array_equal(np.asarray(fitted), pixels[4:68, 8:72])
+
+
+def test_what_was_drawn_smaller_is_resized() -> None:
+    white = np.full((64, 32, 3), 255, np.uint8)
+    fitted = fit(Image.fromarray(white), 128, 256)
+    assert fitted.size == (128, 256)
+    assert np.asarray(fitted).min() == 255
+
+
+def test_what_was_drawn_twice_as_large_is_resized() -> None:
+    halves = np.repeat([[0], [255]], 64, axis=0).astype(np.uint8)[..., None].repeat(128, 1).repeat(3, 2)
+    fitted = np.asarray(fit(Image.fromarray(halves), 64, 64))
+    assert fitted.shape == (64, 64, 3)
+    assert (fitted[0] == 0).all()
+    assert (fitted[-1] == 255).all()
+
+
+def test_what_has_the_right_size_is_left_alone() -> None:
+    image = Image.fromarray(noise())
+    assert fit(image, 64, 64) is image

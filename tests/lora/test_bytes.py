@@ -1,0 +1,172 @@
+"""Same seed, same bytes with LoRAs: alone and among rows with others, and the base model's bytes kept."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from hypergen.errors import RequestError
+from hypergen.events import Event, Progress
+from hypergen.lora.batched_lora import Pieces
+from hypergen.lora.manager import Adapters, in_rows
+from hypergen.models import loading
+from hypergen.models.cfg import random_rows
+from hypergen.request import GenerationRequest
+from tests.support.lora_files import EVERYTHING, TEXT, save_lora
+from tests.support.sync_engine import InlineEngine, make_request, make_settings
+
+# Rank of the LoRA -> what it trains.
+_LORAS = {
+    "rank4": {"rank": 4, "text": TEXT},
+    "rank8": {"rank": 8, "targets": EVERYTHING},
+    "rank16": {"rank": 16},
+    "rank48": {"rank": 48},
+    "dora": {"rank": 4, "targets": ("to_v", "conv2"), "use_dora": True},
+}
+_CHOICES: list[tuple[tuple[str, float], ...]] = [
+    (),
+    *(((name, 1.0),) for name in _LORAS),
+    (("rank4", 0.5), ("rank8", 0.9)),
+    (("dora", 1.0), ("rank16", 2.0), ("rank8", 0.25)),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("loras")
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    for seed, (name, config) in enumerate(_LORAS.items()):
+        save_lora(folder / f"{name}.safetensors", pipeline, seed=seed, **config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def family(sd_folder: Path, folder: Path) -> Any:
+    return loading.load(sd_folder, make_settings(lora_dir=[str(folder)]))
+
+
+def _requests(chance: random.Random, count: int) -> list[GenerationRequest]:
+    return [
+        make_request(
+            loras=_CHOICES[number % len(_CHOICES)],
+            num_inference_steps=chance.randint(2, 5),
+            guidance_scale=chance.choice([1.0, 4.0]),
+            seed=chance.randrange(2**32),
+        )
+        for number in range(count)
+    ]
+
+
+def _one_after_another(engine: InlineEngine, requests: list[GenerationRequest]) -> None:
+    coming = iter(requests[1:])
+
+    def bring_the_next(_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, Progress) and event.step == event.steps and (request := next(coming, None)):
+            engine.submit(request)
+
+    engine.run(requests[0], on_event=bring_the_next)
+
+
+def test_an_image_has_the_same_bytes_alone_and_among_other_loras(family: Any, sd_folder: Path) -> None:
+    chance = random.Random(3)
+    tested = _requests(chance, 16)
+    alone = InlineEngine(family)
+    _one_after_another(alone, tested)
+    assert max(alone.images[request.id][0].shared_forwards for request in tested) == 0
+
+    coming = [*tested, *_requests(chance, 8)]
+    chance.shuffle(coming)
+    first = [coming.pop(0) for _ in range(4)]
+    crowded = InlineEngine(family, aging=0)
+
+    def bring_more(_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, Progress) and coming and (event.step == event.steps or chance.random() < 0.1):
+            crowded.submit(coming.pop(0))
+
+    crowded.run(*first, on_event=bring_more)
+    shared = [crowded.images[request.id][0].shared_forwards > 0 for request in tested]
+    assert sum(shared) >= len(tested) - 2
+    assert [r.loras for r in tested if crowded.trace[r.id] != alone.trace[r.id]] == []
+    assert [r.loras for r in tested if crowded.data(r) != alone.data(r)] == []
+
+    never = InlineEngine(loading.load(sd_folder, make_settings()))
+    base = [request for request in tested if not request.loras]
+    never.run(*base)
+    assert [request.id for request in base if never.data(request) != crowded.data(request)] == []
+
+
+def test_weight_zero_is_the_base_model(family: Any) -> None:
+    nothing, base, real = (
+        make_request(loras=(("rank8", 0.0),)),
+        make_request(),
+        make_request(loras=(("rank8", 0.1),)),
+    )
+    engine = InlineEngine(family)
+    engine.run(nothing, base, real)
+    assert engine.data(nothing) == engine.data(base)
+    assert engine.trace[real.id] != engine.trace[base.id]
+
+
+@torch.inference_mode()
+def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
+    """Passes of any rows: what the trials of the layers promise."""
+    adapters: Adapters = family.adapters
+    InlineEngine(family).know(make_request())  # repairs the layers
+    rows = random_rows(family.start(make_request(), 0), 9, torch.Generator().manual_seed(0))
+    loras = [adapters.load(_CHOICES[row % len(_CHOICES)]) for row in range(9)]
+
+    def run(chosen: list[int]) -> torch.Tensor:
+        with in_rows([loras[row] for row in chosen]):
+            return family.forward(*(tensor[chosen] for tensor in rows))
+
+    alone = [run([row])[0] for row in range(9)]
+    for count in (2, 3, 4, 6, 8):
+        chosen = random.Random(count).sample(range(9), count)
+        for row, output in zip(chosen, run(chosen), strict=True):
+            assert torch.equal(output, alone[row])
+    assert adapters.rows is None
+
+
+def test_a_model_offers_the_loras_in_its_folder(sd_folder: Path, folder: Path, tmp_path: Path) -> None:
+    for part in sd_folder.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "loras").symlink_to(folder)
+    settings = make_settings(lora=[f"rank8={folder / 'rank16.safetensors'}"])
+    family: Any = loading.load(tmp_path, settings)
+    description = family.describe("small")
+    assert set(description.loras) == set(_LORAS)
+    assert (description.default_lora, description.lora_folders, description.max_loras) == (None, (), 4)
+    assert "loras" in description.options
+    # What the operator gave wins.
+    (lora, _), *_ = family.adapters.load((("rank8", 1.0),))
+    assert {weights.up.shape[1] for weights in lora.layers.values()} == {32}
+    assert not any("conv" in name for name in lora.layers)
+
+
+def test_a_size_that_changes_bits_is_not_used() -> None:
+    pieces = Pieces(strict=True)
+    tried: list[int] = []
+
+    def trial(size: int) -> bool:
+        tried.append(size)
+        return size in (2, 8)
+
+    assert [pieces.largest("shape", rows, trial) for rows in (1, 2, 5, 9, 20)] == [1, 2, 2, 8, 8]
+    assert sorted(tried) == [2, 4, 8, 16]
+    assert Pieces(strict=False).largest("shape", 5, trial) == 4
+
+
+def test_a_lora_that_no_longer_fits_into_memory_is_loaded_again(sd_folder: Path, folder: Path) -> None:
+    """Also while images that use it run, and with the same bytes."""
+    small = loading.load(sd_folder, make_settings(lora_dir=[str(folder)], lora_cache_mb=0))
+    large = loading.load(sd_folder, make_settings(lora_dir=[str(folder)]))
+    requests = [make_request(loras=choice, num_inference_steps=2) for choice in _CHOICES]
+    engines = [InlineEngine(small), InlineEngine(large)]
+    for engine in engines:
+        engine.run(*requests)
+    assert [r.loras for r in requests if engines[0].data(r) != engines[1].data(r)] == []

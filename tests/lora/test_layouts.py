@@ -1,0 +1,203 @@
+"""Files as they are downloaded for SDXL and FLUX, against diffusers: each layout reaches the same layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from hypergen.errors import ConfigurationError, ModelError
+from hypergen.lora.manager import Adapters, in_rows
+from tests.support.lora_files import adapter
+from tests.support.random_models import SMALL_VAE
+from tests.support.sync_engine import make_settings
+
+State = dict[str, Tensor]
+
+
+def _sdxl() -> Any:
+    torch.manual_seed(0)
+    text: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = CLIPTextConfig(vocab_size=100, projection_dim=32, **text)
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**SMALL_VAE),
+        text_encoder=CLIPTextModel(config).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        tokenizer=None,  # pyright: ignore[reportArgumentType]  nothing is read here
+        tokenizer_2=None,  # pyright: ignore[reportArgumentType]  the same
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=8,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            transformer_layers_per_block=1,
+            projection_class_embeddings_input_dim=80,
+            cross_attention_dim=64,
+            norm_num_groups=8,
+        ).eval(),
+        scheduler=EulerDiscreteScheduler(),  # pyright: ignore[reportArgumentType]  its enum is of names
+    )
+
+
+def _flux() -> Any:
+    torch.manual_seed(0)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(**SMALL_VAE),
+        text_encoder=None,  # pyright: ignore[reportArgumentType]  nothing is read here
+        tokenizer=None,  # pyright: ignore[reportArgumentType]  the same
+        text_encoder_2=None,  # pyright: ignore[reportArgumentType]  the same
+        tokenizer_2=None,  # pyright: ignore[reportArgumentType]  the same
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ).eval(),
+    )
+
+
+def _noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _run_sdxl(pipeline: Any) -> list[Tensor]:
+    added = {"text_embeds": _noise(1, 32, seed=3), "time_ids": torch.full((1, 6), 64.0)}
+    tokens = torch.arange(7)[None]
+    return [
+        pipeline.unet(_noise(1, 4, 8, 8, seed=1), 500, _noise(1, 7, 64, seed=2), added_cond_kwargs=added)[0],
+        pipeline.text_encoder(tokens)[0],
+        pipeline.text_encoder_2(tokens)[0],
+    ]
+
+
+def _run_flux(pipeline: Any) -> list[Tensor]:
+    output = pipeline.transformer(
+        _noise(1, 16, 16, seed=1),
+        _noise(1, 5, 32, seed=2),
+        _noise(1, 32, seed=3),
+        torch.full((1,), 0.5),
+        torch.zeros(16, 3),
+        torch.zeros(5, 3),
+    )
+    return [output[0]]
+
+
+def _pair(name: str, out: int, inside: int, rank: int, alpha: float, seed: int) -> State:
+    return {
+        f"{name}.lora_down.weight": _noise(rank, inside, seed=seed) * 0.3,
+        f"{name}.lora_up.weight": _noise(out, rank, seed=seed + 1) * 0.3,
+        f"{name}.alpha": torch.tensor(alpha),
+    }
+
+
+def _sdxl_peft(pipeline: Any) -> State:
+    second = adapter(pipeline.text_encoder_2, 4, ["q_proj"], 2, 1.0)
+    state = {f"unet.{key}": v for key, v in adapter(pipeline.unet, 4, ["to_q", "to_k"], 1).items()}
+    return {**state, **{f"text_encoder_2.{key}": value for key, value in second.items()}}
+
+
+def _sdxl_kohya(_: Any) -> State:
+    """Blocks counted as in the original code, all ranks and alphas different, both text encoders."""
+    block = "lora_unet_input_blocks_4_1_transformer_blocks_0_"
+    text = "text_model_encoder_layers_0_"
+    return {
+        **_pair(f"{block}attn1_to_q", 32, 32, 4, 2.0, 1),
+        **_pair(f"{block}ff_net_2", 32, 128, 8, 8.0, 3),
+        **_pair("lora_unet_output_blocks_0_1_proj_in", 32, 32, 16, 1.0, 5),
+        **_pair(f"lora_te1_{text}mlp_fc1", 64, 32, 4, 4.0, 7),
+        **_pair(f"lora_te1_{text}self_attn_out_proj", 32, 32, 4, 4.0, 11),
+        **_pair(f"lora_te2_{text}self_attn_out_proj", 32, 32, 4, 4.0, 9),
+    }
+
+
+def _flux_peft(pipeline: Any) -> State:
+    state = adapter(
+        pipeline.transformer, 4, ["to_q", "add_k_proj", "proj_mlp", "norm1.linear", "linear_1"], 1
+    )
+    return {f"transformer.{key}": value for key, value in state.items()}
+
+
+def _flux_kohya(_: Any) -> State:
+    """Query, key and value in one, which the model has apart."""
+    return {
+        **_pair("lora_unet_double_blocks_0_img_attn_qkv", 96, 32, 4, 2.0, 1),
+        **_pair("lora_unet_double_blocks_0_txt_mlp_0", 128, 32, 8, 8.0, 3),
+        **_pair("lora_unet_single_blocks_0_linear2", 32, 32 + 128, 4, 1.0, 5),
+    }
+
+
+CASES = {
+    "sdxl, diffusers": (_sdxl, _run_sdxl, _sdxl_peft),
+    "sdxl, kohya": (_sdxl, _run_sdxl, _sdxl_kohya),
+    "flux, diffusers": (_flux, _run_flux, _flux_peft),
+    "flux, kohya": (_flux, _run_flux, _flux_kohya),
+}
+
+
+@pytest.mark.parametrize(("make", "run", "state"), CASES.values(), ids=CASES.keys())
+@torch.inference_mode()
+def test_a_file_does_what_it_does_in_diffusers(make: Any, run: Any, state: Any, tmp_path: Path) -> None:
+    pipeline = make()
+    file = tmp_path / "style.safetensors"
+    save_file({key: value.contiguous() for key, value in state(pipeline).items()}, file)
+    adapters = Adapters(pipeline, make_settings(lora=[f"style={file}"]))
+    base = run(pipeline)
+    loras = adapters.load((("style", 0.7),))
+    with in_rows([loras]):
+        ours = run(pipeline)
+    assert all(torch.equal(one, other) for one, other in zip(run(pipeline), base, strict=True))
+
+    pipeline.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="style")
+    pipeline.set_adapters(["style"], [0.7])
+    for one, stock, plain in zip(ours, run(pipeline), base, strict=True):
+        torch.testing.assert_close(one, stock, rtol=1e-4, atol=1e-4)
+        touched = not torch.equal(stock, plain)
+        assert touched == (not torch.equal(one, plain))
+    assert not torch.allclose(ours[0], base[0], atol=1e-2)
+
+
+def test_what_cannot_have_loras_says_so(tmp_path: Path) -> None:
+    pipeline = _sdxl()
+    folder = make_settings(lora_dir=[str(tmp_path)], compile="on")
+    with pytest.raises(ConfigurationError, match="with --compile"):
+        Adapters(pipeline, folder)
+    assert Adapters(pipeline, make_settings(compile="on")).offer()["max_loras"] == 0
+    with pytest.raises(ConfigurationError, match="by object"):
+        Adapters(object(), make_settings(lora_dir=[str(tmp_path)]))
+
+
+def test_a_lora_of_another_family_is_refused(tmp_path: Path) -> None:
+    sdxl, flux = _sdxl(), _flux()
+    file = tmp_path / "flux.safetensors"
+    save_file(_flux_peft(flux), file)
+    with pytest.raises(ModelError, match="'flux' holds no LoRA for this model"):
+        Adapters(sdxl, make_settings(lora=[str(file)]))

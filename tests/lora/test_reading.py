@@ -1,0 +1,86 @@
+"""LoRA files are read in threads: images that run, and requests that leave, do not wait for them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from hypergen.errors import InvalidRequestError, RequestError
+from hypergen.events import Event, ImageFinished
+from hypergen.models import loading
+from tests.support.lora_files import save_lora
+from tests.support.sync_engine import InlineEngine, make_request, make_settings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("loras")
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    style = save_lora(folder / "style.safetensors", pipeline)
+    (folder / "broken.safetensors").write_bytes(style.read_bytes()[:-10])
+    return folder
+
+
+@pytest.fixture
+def family(sd_folder: Path, folder: Path) -> Any:
+    return loading.load(sd_folder, make_settings(lora_dir=[str(folder)], lora_cache_mb=0))
+
+
+@pytest.fixture
+def reading(family: Any) -> threading.Event:
+    """Nothing is read from files until it is set: the threads that would are kept waiting."""
+    go_on = threading.Event()
+    for _ in range(family.adapters._readers._max_workers):
+        family.adapters._readers.submit(go_on.wait, 60)
+    return go_on
+
+
+def test_images_are_drawn_while_a_lora_is_read(family: Any, reading: threading.Event) -> None:
+    styled, plain = make_request(loras=(("style", 1.0),)), make_request()
+    engine = InlineEngine(family)
+
+    def read_on(request_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, ImageFinished) and request_id == plain.id:
+            assert not engine.images.get(styled.id)
+            reading.set()
+
+    engine.run(styled, plain, on_event=read_on)
+    again = InlineEngine(family)
+    again.run(styled)
+    assert engine.data(styled) == again.data(styled) != engine.data(plain)
+
+
+def test_a_request_that_leaves_while_its_lora_is_read_does_not_come_back(
+    family: Any, reading: threading.Event
+) -> None:
+    styled, plain = make_request(loras=(("style", 1.0),)), make_request()
+    engine = InlineEngine(family)
+    engine.submit(styled)
+    assert not engine.engine.resting
+    engine.submit(plain)
+    engine.cancel(styled)
+    reading.set()
+    family.adapters._readers.shutdown()
+    engine.run()
+    assert {request_id for request_id, _ in engine.events} == {plain.id}
+
+
+def test_a_file_that_cannot_be_read_fails_its_request_alone(family: Any) -> None:
+    broken, plain = make_request(loras=(("broken", 1.0),)), make_request()
+    engine = InlineEngine(family)
+    engine.run(broken, plain)
+    assert isinstance(engine.errors[broken.id], InvalidRequestError)
+    assert "is damaged" in engine.errors[broken.id].message
+    assert engine.images[plain.id]
+
+
+def test_what_was_read_in_a_thread_is_not_read_again(family: Any, folder: Path) -> None:
+    asked = (("style", 1.0),)
+    prepared = family.adapters.prepare(asked)
+    [(lora, _)] = prepared.result()
+    assert family.adapters.load(asked)[0][0] is lora
+    assert family.adapters.prepare(()) is None

@@ -1,0 +1,46 @@
+"""The layouts of all families are whole models to the store, and all of their files are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hypergen.model_families import FAMILIES
+from hypergen.model_store.diffusers_layout import (
+    PIPELINE_FILE,
+    check_folder,
+    require_pipeline,
+    select_in_folder,
+)
+from tests.support.model_folders import files_of
+from tests.support.small_models import save_flux, save_sd, save_sd3, save_sdxl
+
+
+def _save_inpainting(folder: Path) -> Path:
+    """The layout is that of Stable Diffusion; the name and the UNet's channels differ."""
+    file = save_sd(folder) / PIPELINE_FILE
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
+    return folder
+
+
+_SAVE: dict[str, Callable[[Path], Path]] = {
+    "FluxPipeline": save_flux,
+    "StableDiffusion3Pipeline": partial(save_sd3, t5=False),
+    "StableDiffusionInpaintPipeline": _save_inpainting,
+    "StableDiffusionPipeline": save_sd,
+    "StableDiffusionXLPipeline": save_sdxl,
+}
+
+
+@pytest.mark.parametrize("pipeline_class", FAMILIES)
+def test_every_file_of_a_family_is_stored(tmp_path: Path, pipeline_class: str) -> None:
+    folder = _SAVE[pipeline_class](tmp_path / "model")
+    assert json.loads((folder / PIPELINE_FILE).read_text())["_class_name"] == pipeline_class
+    check_folder(folder)
+    require_pipeline("model", FAMILIES, folder / PIPELINE_FILE)
+    assert select_in_folder(folder, half=False).files.keys() == files_of(folder)

@@ -1,0 +1,196 @@
+"""Models of the hub, from a small server that speaks its endpoints."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from hypergen.model_store import store
+from tests.support.model_folders import COMMIT, WEIGHTS, files_of, message
+
+
+@dataclass
+class Hub:
+    """What the stand-in serves, and what was asked of it."""
+
+    files: dict[str, bytes]
+    gated: bool = False
+    commit: str = COMMIT
+    asked: list[str] = field(default_factory=list)
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        self.asked.append(path)
+        parts = path.partition("?")[0].strip("/").split("/")
+        if "owner/model" not in path:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if parts[:1] == ["api"]:
+            if parts[4:5] == ["revision"] and parts[5] not in ("main", "v1", self.commit):
+                return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+            if parts[4:5] == ["tree"]:
+                tree = [
+                    {"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in self.files.items()
+                ]
+                return 200, {}, json.dumps(tree).encode()
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
+            return (
+                200,
+                {},
+                json.dumps({"id": "owner/model", "sha": self.commit, "siblings": siblings}).encode(),
+            )
+        if self.gated:
+            return 401, {"X-Error-Code": "GatedRepo"}, b""
+        content = self.files.get("/".join(parts[4:]))
+        if content is None:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        return 200, {"ETag": f'"{etag(content)}"', "X-Repo-Commit": self.commit}, content
+
+    def fetched(self) -> set[str]:
+        return {path.partition(f"/resolve/{self.commit}/")[2] for path in self.asked if "/resolve/" in path}
+
+
+def etag(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    for name in ("unet/diffusion_pytorch_model.bin", "model.ckpt", "run.py"):
+        (folder / name).write_bytes(b"x")
+    hub = Hub({name: (folder / name).read_bytes() for name in files_of(folder)})
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            status, headers, body = hub.answer(self.path)
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815  the name that http.server looks for
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    use_endpoint(f"http://127.0.0.1:{server.server_port}", tmp_path, monkeypatch)
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def use_endpoint(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_ENDPOINT and HF_HUB_CACHE, which huggingface_hub reads once, at its import."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_only_the_needed_files_come_from_the_hub(hub: Hub, folder: Path):
+    said: list[str] = []
+    stored = store.ensure("owner/model", progress=said.append)
+    needed = files_of(folder) - {"unet/diffusion_pytorch_model.bin", "model.ckpt", "run.py"}
+    assert hub.fetched() == needed
+    assert files_of(stored.path) == needed | {"model.yaml"}
+    assert stored.tag == f"owner--model:{COMMIT[:12]}"
+    assert stored.source == "owner/model"
+    assert [line.split()[0] for line in said] == ["Asking", "Downloading", "Importing"]
+    assert (stored.path / "unet" / WEIGHTS).stat().st_nlink > 1
+
+
+def test_a_stored_hub_model_needs_no_hub_until_it_is_imported_again(hub: Hub):
+    first = store.ensure("owner/model")
+    hub.asked.clear()
+    assert store.ensure("owner/model") == first
+    assert store.ensure("owner/model", dtype="float16") == first
+    assert store.ensure("owner/model", revision=COMMIT) == first
+    assert hub.asked == []
+    hub.commit = COMMIT[::-1]
+    assert store.ensure("owner/model", revision="v1").tag == f"owner--model:{COMMIT[::-1][:12]}"
+    assert store.ensure("owner/model") == first
+    assert store.import_model("owner/model") == store.find(f"owner--model:{COMMIT[::-1][:12]}")
+
+
+def test_the_hub_gives_fp16_variants_for_half_precision(hub: Hub):
+    hub.files["unet/diffusion_pytorch_model.fp16.safetensors"] = hub.files[f"unet/{WEIGHTS}"]
+    half = store.ensure("owner/model", dtype="bfloat16")
+    assert half.tag == f"owner--model:{COMMIT[:12]}-fp16"
+    assert f"unet/{WEIGHTS}" not in hub.fetched()
+    assert store.ensure("owner/model").tag == f"owner--model:{COMMIT[:12]}"
+
+
+def test_failures_of_the_hub_are_one_line(hub: Hub):
+    assert "owner/other is not on the hub" in message(store.ensure, "owner/other")
+    assert "has no revision 'v9'" in message(store.ensure, "owner/model", revision="v9")
+    hub.gated = True
+    gated = message(store.ensure, "owner/model")
+    assert "owner/model is gated" in gated
+    assert "HF_TOKEN" in gated
+    del hub.files[f"unet/{WEIGHTS}"]
+    hub.gated = False
+    assert "owner/model: unet has only pickle weights" in message(store.ensure, "owner/model")
+    del hub.files["model_index.json"]
+    assert "has no model_index.json" in message(store.ensure, "owner/model")
+    assert store.list_models() == []
+
+
+@pytest.mark.timeout(20)
+def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        use_endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path, monkeypatch)
+        text = message(store.ensure, "owner/model")
+    assert "owner/model" in text
+    assert "not reachable" in text
+
+
+def test_offline_mode_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in message(store.ensure, "owner/model")
+    assert hub.asked == []
+
+
+def test_a_checkpoint_takes_from_the_hub_only_what_it_lacks(hub: Hub, folder: Path, tmp_path: Path):
+    file = tmp_path / "unet.safetensors"
+    save_file({"conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)}, file)
+    stored = store.ensure(str(file), single_file_config="owner/model")
+    left_out = {f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.bin", "model.ckpt", "run.py"}
+    assert hub.fetched() == files_of(folder) - left_out
+    assert files_of(stored.path) == files_of(folder) - left_out | {"model.yaml", "checkpoint.safetensors"}
+    assert (stored.path / "checkpoint.safetensors").read_bytes() == file.read_bytes()
+    hub.asked.clear()
+    assert store.ensure(str(file), single_file_config="owner/model") == stored
+    assert hub.asked == []
+
+
+def test_a_refiner_is_looked_at_before_its_weights_are_fetched(hub: Hub):
+    assert "and no refiner" in message(store.ensure_refiner, "owner/model")
+    assert hub.fetched() == {"model_index.json"}
+    index = json.loads(hub.files["model_index.json"])
+    index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
+    hub.files["model_index.json"], hub.commit = json.dumps(index).encode(), COMMIT[::-1]
+    refiner = store.ensure_refiner("owner/model")
+    assert refiner is not None
+    assert refiner.source == "owner/model"

@@ -1,0 +1,101 @@
+"""Several models from flags, the environment and files: what is asked for, and what is an error at start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hypergen.errors import ConfigurationError, HyperGenError
+from hypergen.load_settings import load_settings
+from hypergen.resolve_models import find_models, resolved_entries
+from hypergen.served_model_config import as_json
+
+EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
+LORA = EMBEDDED / "loras" / "Logo.safetensors"
+
+
+def _write(folder: Path, text: str, name: str = "model.yaml") -> Path:
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+def test_a_served_model_file_says_everything_about_a_model(tmp_path: Path, sd_folder: Path) -> None:
+    shutil.copy(LORA, tmp_path / "logo.safetensors")
+    file = _write(
+        tmp_path,
+        f"source: {sd_folder}\nname: owner/small\naliases: [SD1.5, small]\n"
+        "defaults: {num_inference_steps: 3, width: 64}\n"
+        "loras: {Logo: logo.safetensors, Later: '', Never: null}\n",
+    )
+    (model,) = find_models(load_settings(flags={"models": (str(file),)}))
+    assert model.id == "owner/small"
+    assert all(model.is_called(name) for name in ("owner/small", "sd1.5", "SMALL"))
+    assert not model.is_called("large")
+    assert model.defaults == {"num_inference_steps": 3, "width": 64}
+    assert model.settings.lora == (f"Logo={tmp_path / 'logo.safetensors'}",)
+
+
+def test_models_survive_the_way_to_a_child(tmp_path: Path, sd_folder: Path) -> None:
+    file = _write(tmp_path, f"source: {sd_folder}\naliases: [other]\ndefaults: {{guidance_scale: 2}}\n")
+    settings = load_settings(flags={"models": (str(file), "hypergen-tiny")})
+    found = find_models(settings)
+    text = as_json(resolved_entries(settings, found))
+    assert find_models(load_settings(environment={"HYPERGEN_MODELS": text})) == found
+    assert [model.id for model in found] == [str(sd_folder), "hypergen-tiny"]
+    short = load_settings(environment={"HYPERGEN_MODELS": f"{sd_folder},hypergen-tiny"})
+    assert [entry.source for entry in short.models] == [str(sd_folder), "hypergen-tiny"]
+
+
+def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> None:
+    one = _write(tmp_path, f"source: {sd_folder}\n")
+    file = _write(tmp_path, f"models: [{one}, {{source: hypergen-tiny, name: tiny}}]\n", "server.yaml")
+    assert [model.id for model in find_models(load_settings(file))] == [str(sd_folder), "tiny"]
+    # What is said later in the order of sources is what counts.
+    by_environment = load_settings(file, environment={"HYPERGEN_MODEL": "hypergen-tiny"})
+    by_flag = load_settings(file, flags={"models": ("hypergen-tiny",)})
+    for settings in (by_environment, by_flag):
+        assert [model.id for model in find_models(settings)] == ["hypergen-tiny"]
+
+
+@pytest.mark.parametrize(
+    ("models", "flags", "words"),
+    [
+        (["hypergen-tiny", "hypergen-tiny"], {}, "Two models are called 'hypergen-tiny'"),
+        (
+            [{"source": "hypergen-tiny", "aliases": ["X"]}, {"source": "hypergen-tiny", "name": "x"}],
+            {},
+            "'x'",
+        ),
+        (["hypergen-tiny", {"name": "b"}], {"refiner": "/there"}, "'refiner' belongs to one model"),
+        (["hypergen-tiny", {"name": "b"}], {"served_model_name": "c"}, "'name' belongs to one"),
+        (["/nowhere.yaml"], {}, "/nowhere.yaml cannot be read: No such file"),
+        ([{"sorce": "x"}], {}, "Unknown setting 'models.0.sorce'"),
+        ([{"defaults": {"width": 65}}], {}, "models.0.defaults.width"),
+        ([{"loras": {"Logo": "/nowhere.safetensors"}}], {}, "/nowhere.safetensors"),
+        ([{"refiner": "/nowhere"}], {}, "No such folder: /nowhere"),
+    ],
+)
+def test_what_is_wrong_is_one_clear_line(models: list[object], flags: dict[str, object], words: str) -> None:
+    with pytest.raises(HyperGenError) as raised:
+        find_models(load_settings(flags={**flags, "models": models}))
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_shipped_file_is_found_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(flags={"models": ("embedded.yaml",)}).models[0].source == "hypergen-tiny"
+    _write(tmp_path, "source: other\n", "embedded.yaml")  # one's own comes first
+    assert load_settings(flags={"models": ("embedded.yaml",)}).models[0].source == "other"
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load_settings(flags={"models": ("elsewhere/embedded.yaml",)})
+
+
+def test_two_choices_in_one_place_are_an_error() -> None:
+    both = {"HYPERGEN_MODEL": "a", "HYPERGEN_MODELS": json.dumps([{"source": "b"}])}
+    with pytest.raises(ConfigurationError, match="model and models"):
+        load_settings(environment=both)

@@ -1,0 +1,165 @@
+"""Prompt weighting: what the marks mean, what they do to pictures, and what they leave alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from hypergen.errors import ModelError
+from hypergen.models import loading
+from hypergen.models.text_encoders.prompt_weighting import read_weights, token_weights
+from tests.support.compare_with_diffusers import (
+    CHUNK,
+    assert_same,
+    common_arguments,
+    draw_one_after_another,
+    stock_pipeline,
+)
+from tests.support.small_models import save_flux, save_sd3, save_sdxl
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+
+_REQUEST = make_request(prompt="a cat", negative_prompt="(blurred:1.2)", num_inference_steps=3)
+
+
+def _parts(prompt: str) -> list[tuple[str, float]]:
+    read = read_weights(prompt)
+    weights = [round(read.weight_at(index), 4) for index in range(len(read.text))]
+    together = groupby(zip(read.text, weights, strict=True), key=lambda pair: pair[1])
+    return [("".join(letter for letter, _ in pairs), weight) for weight, pairs in together]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a cat", [("a cat", 1)]),
+        ("", []),
+        ("a (cat:1.3) sat", [("a ", 1), ("cat", 1.3), (" sat", 1)]),
+        ("(cat)[dog]", [("cat", 1.1), ("dog", 0.9091)]),
+        ("((cat)) (a (b:1.5) c:2)", [("cat", 1.21), (" ", 1), ("a ", 2), ("b", 3), (" c", 2)]),
+        ("(cat: .5 )(dog:0)", [("cat", 0.5), ("dog", 0)]),
+        ("(cat:9999) " + "(" * 30 + "dog" + ")" * 30, [("cat", 10), (" ", 1), ("dog", 10)]),
+        # Escaped, without a partner, or not a number: text.
+        (r"\(cat\) \[dog\] a\\b a\b", [(r"(cat) [dog] a\b a\b", 1)]),
+        (":( :) (cat", [(":", 1), (" :", 1.1), (" (cat", 1)]),
+        ("cat) dog]", [("cat) dog]", 1)]),
+        ("([cat) dog", [("[cat", 1.1), (" dog", 1)]),
+        ("(a:b) (a:-1) 3:4", [("a:b", 1.1), (" ", 1), ("a:-1", 1.1), (" 3:4", 1)]),
+        ("[cat:1.3]", [("cat:1.3", 0.9091)]),
+    ],
+)
+def test_marks_are_read_as_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
+    assert _parts(prompt) == parts
+
+
+def test_a_prompt_of_brackets_alone_is_read_quickly() -> None:
+    started = time.process_time()
+    for prompt in (
+        "(" * 16000 + ")" * 16000,
+        "[" * 16000 + ")" * 16000,
+        "([" * 16000,
+        ":" * 32000,
+        "(: " * 10000,
+    ):
+        read_weights(prompt)
+    assert time.process_time() - started < 2
+
+
+@pytest.fixture(scope="module")
+def stock(sd_folder: Path) -> Any:
+    return stock_pipeline(StableDiffusionPipeline, sd_folder, safety_checker=None)
+
+
+@pytest.fixture(scope="module")
+def family(sd_folder: Path) -> Any:
+    return loading.load(sd_folder, make_settings(prompt_weighting=True))
+
+
+def test_a_weighted_word_is_moved_away_from_the_empty_prompt(stock: Any, family: Any) -> None:
+    """The stock pipeline with embeddings that were put together by hand."""
+    request = replace(_REQUEST, prompt="a (cat:1.5) sat [down]", negative_prompt=None)
+    plain, empty = (stock.encode_prompt(text, "cpu", 1, True)[0] for text in ("a cat sat down", ""))
+    # The tokenizer knows only letters, and where words end.
+    letters = stock.tokenizer("a cat sat down", add_special_tokens=False).input_ids
+    assert len(letters) == 11
+    weights = torch.tensor([1.0, *[1.0], *[1.5] * 3, *[1.0] * 3, *[1 / 1.1] * 4, *[1.0] * 65])[None, :, None]
+    assert weights.shape[1] == 77
+    with torch.no_grad():
+        embeds = empty + weights * (plain - empty)
+        picture = stock(
+            prompt_embeds=embeds, negative_prompt_embeds=empty, **common_arguments(request)
+        ).images[0]
+    assert_same(draw_alone(family, request), np.asarray(picture))
+    assert (
+        draw_alone(family, request) != draw_alone(family, replace(request, prompt="a cat sat down"))
+    ).any()
+
+
+def test_weights_of_one_and_escapes_change_no_byte(sd_folder: Path, family: Any) -> None:
+    plain = loading.load(sd_folder, make_settings())
+    for marked, bare in (
+        ("a (cat:1.0) sat", "a cat sat"),
+        ("(un:1)happy", "unhappy"),
+        (r"a \(cat\)", "a (cat)"),
+        (f"{CHUNK} (a cat:1.00)", f"{CHUNK} a cat"),
+    ):
+        drawn = draw_alone(family, replace(_REQUEST, prompt=marked, negative_prompt=None))
+        assert (drawn == draw_alone(plain, replace(_REQUEST, prompt=bare, negative_prompt=None))).all()
+
+
+def test_marks_are_text_without_the_setting(sd_folder: Path) -> None:
+    plain = loading.load(sd_folder, make_settings())
+    with torch.inference_mode():
+        marked, bare = (plain.start(replace(_REQUEST, prompt=p), 0) for p in ("a (cat:1.0)", "a cat"))
+    assert marked.prompt_tokens == bare.prompt_tokens + len("(:1.0)")
+    assert not torch.equal(marked.positive.embeds, bare.positive.embeds)
+
+
+def test_weighted_prompts_of_any_length_share_passes_and_keep_their_bytes(family: Any) -> None:
+    requests = [
+        _REQUEST,
+        replace(_REQUEST, id="weighted", prompt="a (cat:1.4)"),
+        replace(_REQUEST, id="long", prompt=f"(a cat:1.4) {CHUNK} [a dog]"),
+        replace(_REQUEST, id="long too", prompt=f"{CHUNK} (a dog:0.2)", seed=3),
+    ]
+    lone, crowd = draw_one_after_another(family, requests), InlineEngine(family)
+    crowd.know(*requests)
+    crowd.run(*requests)
+    for request in requests:
+        assert crowd.data(request) == lone.data(request)
+        assert crowd.images[request.id][0].shared_forwards > 0
+
+
+def test_a_word_of_a_later_chunk_is_weighted_there(family: Any) -> None:
+    tokenizer = family.tokenizer
+    read = read_weights(f"{CHUNK} a (dog:2) sat")
+    weights = token_weights(tokenizer, read, [[0] * 77, [0] * 77])
+    assert (weights[0] == 1).all()
+    assert weights[1, :9].tolist() == [1, 1, 2, 2, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("save", [save_sdxl, save_sd3])
+def test_models_with_several_encoders_weigh_in_those_of_clip(save: Any, tmp_path: Path) -> None:
+    family: Any = loading.load(save(tmp_path / "model"), make_settings(prompt_weighting=True))
+    with torch.inference_mode():
+        starts = {
+            prompt: family.start(replace(_REQUEST, prompt=prompt, negative_prompt=None), 0).positive
+            for prompt in ("a cat", "a (cat:1.0)", "a (cat:1.5)")
+        }
+    plain, one, more = starts.values()
+    assert all(torch.equal(a, b) for a, b in zip(plain.tensors, one.tensors, strict=True))
+    changed = (plain.embeds != more.embeds).any(dim=-1)[0]
+    assert changed.nonzero().flatten().tolist() == [2, 3, 4]  # the start, "a", then the letters of "cat"
+    assert all(torch.equal(a, b) for a, b in zip(plain.others, more.others, strict=True))
+
+
+def test_models_that_clip_does_not_read_for_refuse_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="Prompt weighting goes with"):
+        loading.load(save_flux(tmp_path / "flux"), make_settings(prompt_weighting=True))

@@ -1,0 +1,58 @@
+"""Sizes: what is drawn for what was asked."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from hypergen.models.resolution import nearest_native_size, round_up, size_to_draw
+
+
+def test_rounding_up_gives_the_next_multiple() -> None:
+    assert [round_up(side, 8) for side in (64, 65, 71, 72)] == [64, 72, 72, 72]
+
+
+_SIDES = (64, 72, 200, 256, 512, 768, 1024, 1664, 2048, 2432)
+
+
+@pytest.mark.parametrize(("width", "height"), [*itertools.product(_SIDES, _SIDES)])
+def test_the_nearest_native_size_keeps_area_and_shape(width: int, height: int) -> None:
+    native_area = 256 * 256
+    if width * height <= native_area:
+        return
+    drawn_width, drawn_height = nearest_native_size(width, height, native_area, 8)
+    assert drawn_width % 8 == drawn_height % 8 == 0
+    assert min(drawn_width, drawn_height) >= 64
+    assert 0.85 <= drawn_width * drawn_height / native_area <= 1.1
+    if min(drawn_width, drawn_height) > 64:
+        assert drawn_width / drawn_height == pytest.approx(width / height, rel=0.15)
+    assert nearest_native_size(height, width, native_area, 8) == (drawn_height, drawn_width)
+
+
+def test_the_native_size_of_the_native_shape_is_itself() -> None:
+    assert nearest_native_size(1024, 1024, 256 * 256, 8) == (256, 256)
+    assert nearest_native_size(1024, 512, 256 * 128, 8) == (256, 128)
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [
+        ((64, 64), (128, 128)),
+        ((70, 85), (144, 176)),
+        ((64, 128), (128, 256)),
+        ((64, 256), (128, 512)),
+        ((64, 264), (64, 264)),
+        ((96, 96), (96, 96)),
+        ((250, 100), (256, 104)),
+        ((1024, 1024), (256, 256)),
+    ],
+)
+def test_small_and_large_sizes_are_drawn_at_sizes_that_the_model_knows(
+    asked: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    assert size_to_draw(*asked, 8, 256 * 256, 96) == drawn
+
+
+def test_a_model_that_says_nothing_draws_every_size() -> None:
+    assert size_to_draw(64, 1024, 8, None, None) == (64, 1024)

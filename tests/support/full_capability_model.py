@@ -1,0 +1,21 @@
+"""A model that has everything, as far as a request can tell."""
+
+from __future__ import annotations
+
+from hypergen.config import ServerSettings
+from hypergen.model_info import ModelDefaults, ModelDescription
+
+ABLE = ModelDescription(
+    id="m",
+    family="sdxl",
+    defaults=ModelDefaults(num_inference_steps=50, guidance_scale=7.5, width=1024, height=1024),
+    samplers={"euler": 1},
+    min_steps=1,
+    device="cpu",
+    dtype="float32",
+    options=frozenset({"prompt_2", "negative_prompt", "enable_refiner", "image", "mask", "control", "loras"}),
+    loras=("Pixel_Art", "Logo", "Paint_Splash"),
+    max_loras=4,
+    control_models=("canny", "depth"),
+)
+SETTINGS = ServerSettings.model_validate({})

@@ -1,0 +1,84 @@
+"""Small pipelines of two kinds that HyperGen has no family for, with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    CogVideoXDDIMScheduler,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from tests.support.random_models import SMALL_VAE
+
+_TEXT_DIM = 32
+
+
+def _text() -> tuple[Any, Any]:
+    """T5's tokenizer over single letters, and an encoder of two layers."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
+    tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=_TEXT_DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+def save_pixart(folder: Path) -> Path:
+    """PixArt-Sigma: tells of its steps in diffusers' older way."""
+    torch.manual_seed(0)
+    tokenizer, text_encoder = _text()
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        caption_channels=_TEXT_DIM,
+        num_layers=2,
+        sample_size=16,
+        norm_num_groups=1,
+        use_additional_conditions=False,
+    )
+    pipeline: Any = PixArtSigmaPipeline(
+        tokenizer,
+        text_encoder,
+        AutoencoderKL(**SMALL_VAE).eval(),
+        transformer.eval(),
+        DPMSolverMultistepScheduler(),  # pyright: ignore[reportArgumentType]  its enum is of names
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_cogview(folder: Path) -> Path:
+    """CogView3-Plus: tells of its steps at their end."""
+    torch.manual_seed(0)
+    tokenizer, text_encoder = _text()
+    transformer = CogView3PlusTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        text_embed_dim=_TEXT_DIM,
+        time_embed_dim=32,
+        condition_dim=16,
+        pos_embed_max_size=16,
+        sample_size=16,
+    )
+    pipeline: Any = CogView3PlusPipeline(
+        tokenizer,
+        text_encoder,
+        AutoencoderKL(**SMALL_VAE).eval(),
+        transformer.eval(),
+        CogVideoXDDIMScheduler(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder

@@ -1,0 +1,120 @@
+"""The real server as a test starts it: `hypergen serve` in a process with a store and a port of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A running server: its address, its processes and what it printed."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
+    api_key: str | None
+    clients: list[openai.OpenAI] = field(default_factory=list[openai.OpenAI])
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        """The official client, without retries unless the test asks for them."""
+        options = {"max_retries": 0, "timeout": 120, **options}
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key or "unused", **options)
+        self.clients.append(client)
+        return client
+
+    def health(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/health", timeout=10).json()
+
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def wait_until_running(self) -> None:
+        """Until the engine works on a request."""
+        until = time.monotonic() + 60
+        while not self.health()["running"]:
+            assert time.monotonic() < until, "no request came to the engine"
+            time.sleep(0.01)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of the server, the engines too."""
+        main = psutil.Process(self.process.pid)
+        return [main, *main.children(recursive=True)]
+
+    def engine(self) -> psutil.Process:
+        return next(p for p in self.processes() if "hypergen.engine.worker_main" in p.cmdline())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def start_server(
+    folder: Path,
+    *arguments: str,
+    program: Sequence[str] = (sys.executable, "-m", "hypergen.cli.main", "serve"),
+    environment: Mapping[str, str] | None = None,
+    api_key: str | None = None,
+    wait: bool = True,
+) -> Iterator[LiveServer]:
+    """`hypergen serve ARGUMENTS` until the block is left.
+
+    Args:
+        folder: an empty folder for the model store and the log.
+        wait: until the model is loaded.
+    """
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*program, *arguments, "--port", str(port)]
+    given = {**os.environ, "BENTOML_HOME": str(folder / "bentoml"), **(environment or {})}
+    if api_key:
+        given["HYPERGEN_API_KEY"] = api_key
+    log_file = folder / "server.log"
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=given, cwd=folder)
+    server = LiveServer(f"http://127.0.0.1:{port}", process, log_file, api_key)
+    try:
+        _wait_for(server, loaded=wait)
+        yield server
+    finally:
+        for client in server.clients:
+            client.close()
+        processes = server.processes() if process.poll() is None else []
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            for survivor in processes:
+                survivor.kill()
+            raise
+
+
+def _wait_for(server: LiveServer, loaded: bool) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        if server.process.poll() is not None:
+            raise AssertionError(f"The server ended with {server.process.returncode}:\n{server.log()}")
+        try:
+            status = server.health()["status"]
+        except (httpx.HTTPError, ValueError):
+            status = None
+        if status == "healthy" or (status and not loaded):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"The server was not ready in time:\n{server.log()}")

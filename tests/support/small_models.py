@@ -1,0 +1,245 @@
+"""Small models with random weights: real modules, real files, nothing downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tests.support.random_models import RANDOM_MODELS, SMALL_VAE, bytewise_tokenizer, letterwise_tokenizer
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+def save_sd(folder: Path, prediction_type: Prediction = "epsilon", sample_size: int = 16) -> Path:
+    """A Stable Diffusion pipeline of about 1.5 million weights, with the scheduler of SD 1.x or 2.x."""
+    pipeline = replace(RANDOM_MODELS["tiny"], latent_side=sample_size).pipeline()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline.register_modules(scheduler=scheduler)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+_XL_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_XL_UNETS: dict[str, dict[str, Any]] = {
+    "base": {"transformer_layers_per_block": (1, 2)},
+    # Fewer blocks, and not the same ones on the way up.
+    "ssd": {
+        "transformer_layers_per_block": [1, [1]],
+        "reverse_transformer_layers_per_block": [[2, 1], 1],
+        "mid_block_type": None,
+    },
+}
+
+
+def save_sdxl(
+    folder: Path, layout: Literal["base", "ssd"] = "base", *, turbo: bool = False, zeros: bool = True
+) -> Path:
+    """A Stable Diffusion XL of about a million weights; native size 128x128.
+
+    Args:
+        zeros: `force_zeros_for_empty_prompt`.
+    """
+    torch.manual_seed(0)
+    tokenizer = bytewise_tokenizer()
+    scheduler: Any = (
+        EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **_XL_SCHEDULE)
+        if turbo
+        else EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **_XL_SCHEDULE)
+    )
+    pipeline: Any = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**SMALL_VAE, scaling_factor=0.13025).eval(),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer, 32)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 48, projection_dim=40)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=_other_padding(),
+        unet=_xl_unet(32 + 48, 40 + 6 * 8, **_XL_UNETS[layout]),
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=zeros,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_refiner(folder: Path, base: Path) -> Path:
+    """The refiner of `save_sdxl`'s model in `base`, with its autoencoder and one encoder of its own."""
+    torch.manual_seed(1)
+    tokenizer = _other_padding()
+    base_pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline: Any = StableDiffusionXLImg2ImgPipeline(
+        vae=base_pipeline.vae,
+        text_encoder=None,  # pyright: ignore[reportArgumentType]  optional, whatever its annotation says
+        tokenizer=None,  # pyright: ignore[reportArgumentType]  the same
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 56, projection_dim=40)).eval(),
+        tokenizer_2=tokenizer,
+        unet=_xl_unet(56, 40 + 5 * 8, **_XL_UNETS["base"]),
+        scheduler=base_pipeline.scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _xl_unet(cross_attention_dim: int, embedding_dim: int, **layers: Any) -> Any:
+    """
+    Args:
+        embedding_dim: of the pooled prompt and what is told of sizes, side by side.
+    """
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=4,
+        use_linear_projection=True,
+        cross_attention_dim=cross_attention_dim,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=embedding_dim,
+        **layers,
+    ).eval()
+
+
+def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
+    """A FLUX.1 of a hundred thousand weights: dev reads the guidance, and shifts its steps with the size."""
+    torch.manual_seed(0)
+    dev = variant == "dev"
+    tokenizer = bytewise_tokenizer()
+    pipeline: Any = FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 6, 6),
+            guidance_embeds=dev,
+        ).eval(),
+        vae=_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer, 24)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5_encoder(32),
+        tokenizer_2=letterwise_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_sd3(
+    folder: Path, *, t5: bool = True, version: Literal["3", "3.5"] = "3.5", channels: int = 4
+) -> Path:
+    """A Stable Diffusion 3 of a hundred thousand weights; native size 128x128.
+
+    Args:
+        version: 3.5 normalises queries and keys, and its medium variant attends twice in some blocks.
+        channels: of the latents; diffusers' pipeline for masks knows no other number than 16.
+    """
+    torch.manual_seed(0)
+    tokenizer = bytewise_tokenizer()
+    newer: dict[str, Any] = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+    pipeline: Any = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=64,
+            pooled_projection_dim=24 + 32,
+            pos_embed_max_size=24,
+            **(newer if version == "3.5" else {}),
+        ).eval(),
+        vae=_flow_vae(latent_channels=channels, scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer, 24, projection_dim=24)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 32, projection_dim=32)).eval(),
+        tokenizer_2=_other_padding(),
+        text_encoder_3=_t5_encoder(64) if t5 else None,  # pyright: ignore[reportArgumentType]  optional
+        tokenizer_3=letterwise_tokenizer() if t5 else None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _flow_vae(**changes: Any) -> Any:
+    return AutoencoderKL(**SMALL_VAE, use_quant_conv=False, use_post_quant_conv=False, **changes).eval()
+
+
+def _t5_encoder(hidden_size: int) -> Any:
+    config = T5Config(
+        vocab_size=128,
+        d_model=hidden_size,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _other_padding() -> Any:
+    """The second encoder's tokenizer fills with "!" where the first one fills with the end."""
+    tokenizer = bytewise_tokenizer()
+    tokenizer.pad_token = "!"
+    return tokenizer
+
+
+def _clip_config(tokenizer: Any, hidden_size: int, **changes: Any) -> Any:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **changes,
+    )

@@ -1,0 +1,151 @@
+"""An engine in the test's own thread: what happens between steps is decided by events, not by clocks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from hypergen.config import EngineSettings
+from hypergen.denoising.denoising_state import Trajectory
+from hypergen.engine.engine import Engine
+from hypergen.engine.postprocess import to_pixels
+from hypergen.errors import RequestError
+from hypergen.events import Event, ImageFinished, Progress
+from hypergen.models.family import Family
+from hypergen.request import GenerationRequest
+from hypergen.served_model import ServedModel
+
+_numbers = itertools.count()
+
+
+def make_request(**changes: Any) -> GenerationRequest:
+    """A small quick request with an id of its own."""
+    values: dict[str, Any] = {
+        "id": f"request-{next(_numbers)}",
+        "prompt": "a cat",
+        "negative_prompt": None,
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 4,
+        "guidance_scale": 5.0,
+        "seed": 7,
+        "seed_given": True,
+    }
+    return GenerationRequest(**{**values, **changes})
+
+
+def make_settings(**changes: Any) -> EngineSettings:
+    return EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **changes})
+
+
+def served(folder: Path, **changes: Any) -> ServedModel:
+    """The model in a folder as a pool wants it."""
+    return ServedModel(id="small", path=folder, settings=make_settings(**changes))
+
+
+PASS_S = 0.03
+_passes: WeakKeyDictionary[nn.Module, list[None]] = WeakKeyDictionary()
+
+
+def passes_of(family: Family) -> Callable[[], float]:
+    """A clock that moves with the passes of a denoiser.
+
+    All of them take as long then, larger ones draw more in it, and who shares one does not depend on how busy
+    the machine is.
+    """
+    denoiser = family.denoiser
+    if denoiser not in _passes:
+        made = _passes[denoiser] = []
+        denoiser.register_forward_pre_hook(lambda *_: made.append(None))
+    made = _passes[denoiser]
+    return lambda: PASS_S * len(made)
+
+
+class InlineEngine:
+    """Draws requests until all of them have ended; `on_event` may submit and cancel more on the way."""
+
+    def __init__(self, family: Family, **settings: Any) -> None:
+        clock = passes_of(family)
+        self.engine = Engine(family, "small", make_settings(**settings), self._report, clock=clock)
+        self.images: dict[str, dict[int, ImageFinished]] = {}
+        self.errors: dict[str, RequestError] = {}
+        self.progress: list[tuple[str, int]] = []
+        self.events: list[tuple[str, Event | RequestError]] = []
+        self.trace: dict[str, bytes] = {}  # the last latents of each request's first image, bit by bit
+        self._open: dict[str, int] = {}
+        self._on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
+
+    @torch.inference_mode()
+    def know(self, *requests: GenerationRequest) -> None:
+        """Prove every size of a pass for the shapes of these requests, as if they had been served before."""
+        for request in requests:
+            for _ in self.engine.shapes.learn(self.engine.family.start(request, 0)):
+                pass
+        self.engine.shapes.finish()
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._open[request.id] = request.n
+        self.engine.submit(request)
+
+    def cancel(self, request: GenerationRequest) -> None:
+        self.engine.cancel(request.id)
+        self._ended(request.id)
+
+    def run(
+        self,
+        *requests: GenerationRequest,
+        on_event: Callable[[str, Event | RequestError], None] | None = None,
+    ) -> None:
+        if on_event:
+            self._on_event = on_event
+        for request in requests:
+            self.submit(request)
+        self.engine.run()
+
+    def data(self, request: GenerationRequest, index: int = 0) -> bytes:
+        return self.images[request.id][index].data
+
+    def steps(self, request: GenerationRequest) -> int:
+        """Steps that the request has taken so far."""
+        return max((step for request_id, step in self.progress if request_id == request.id), default=0)
+
+    def trajectory(self, request: GenerationRequest) -> Trajectory:
+        """A running image of the request, to be tampered with."""
+        return next(t for t in self.engine._active if t.request.id == request.id)
+
+    def _report(self, request_id: str, event: Event | RequestError) -> None:
+        self.events.append((request_id, event))
+        if isinstance(event, Progress):
+            self.progress.append((request_id, event.step))
+            if event.step == event.steps:
+                trajectory = next(t for t in self.engine._denoised if t.request.id == request_id)
+                self.trace[request_id] = trajectory.latents.cpu().numpy().tobytes()
+        self._on_event(request_id, event)
+        if isinstance(event, RequestError):
+            self.errors[request_id] = event
+            self._ended(request_id)
+        elif isinstance(event, ImageFinished):
+            images = self.images.setdefault(request_id, {})
+            images[event.index] = event
+            if len(images) == self._open.get(request_id):
+                self._ended(request_id)
+
+    def _ended(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+        if not self._open:
+            self.engine.stop()
+
+
+@torch.inference_mode()
+def draw_alone(family: Family, request: GenerationRequest, index: int = 0) -> Any:
+    """Pixels of one image, by the family alone: no engine, no neighbours."""
+    trajectory = family.start(request, index)
+    while trajectory.remaining_steps:
+        trajectory.advance(family.denoise([trajectory])[0])
+    return to_pixels(family.decode(trajectory)).numpy()
