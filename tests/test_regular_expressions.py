@@ -73,7 +73,7 @@ def test_the_patterns_are_found() -> None:
     found = dict(patterns())
     assert len(found) > 15
     assert any(place.startswith("config.py") for place in found)
-    assert any(place.startswith("api/forms.py") for place in found)
+    assert any(place.startswith("api/multipart_form.py") for place in found)
 
 
 @pytest.mark.parametrize(

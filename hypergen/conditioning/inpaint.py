@@ -1,6 +1,6 @@
 """Inpainting: what a mask leaves black is put back in latent space after every step.
 
-Kept pixels are put over the finished picture once more (`images/codec.py`), since the decoder changes them.
+Kept pixels are put over the finished picture once more (`images/encoding.py`): the decoder changes them.
 """
 
 from __future__ import annotations
