@@ -119,7 +119,7 @@ def test_a_stream_that_nobody_reads_ends_with_its_time_and_holds_up_nobody(
 
 
 def test_answers_that_nobody_reads_are_taken_back(tmp_path: Path, sd_folder: Path) -> None:
-    """Twenty clients ask for the 42 MB of a job each; the server holds 100 MB of them at most."""
+    """Forty clients ask for the 42 MB of a job each; the server holds 100 MB of them at most."""
     arguments = (str(sd_folder), "--device", "cpu", "--max-pictures-mb", "100")
     with ExitStack() as stack:
         server = stack.enter_context(start_server(tmp_path, *arguments))
@@ -130,12 +130,12 @@ def test_answers_that_nobody_reads_are_taken_back(tmp_path: Path, sd_folder: Pat
             time.sleep(0.1)
         worker = next(p for p in server.processes() if any("_bentoml_impl" in part for part in p.cmdline()))
         before = worker.memory_info().rss
-        for _ in range(20):
+        for _ in range(40):
             mute = stack.enter_context(connect(server, receive_buffer=4096))
             mute.sendall(f"GET /v1/images/jobs/{job['id']} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
             assert mute.recv(12) == b"HTTP/1.1 200"
-        # Each answer is made of 32 MB of files beside the 100 MB; without the limit it is 840 MB.
-        assert worker.memory_info().rss - before < 350e6
+        # Each answer is made of 32 MB of files beside the 100 MB; without the limit it is 1.7 GB.
+        assert worker.memory_info().rss - before < 600e6
         # Whoever reads gets all of it.
         assert len(client.get(f"/v1/images/jobs/{job['id']}").content) > 40_000_000
 
