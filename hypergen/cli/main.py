@@ -1,10 +1,14 @@
-"""The command line: hypergen serve | generate | models | import | loras."""
+"""The command line: hypergen serve | generate | models | import | loras | bench."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from hypergen import __version__
 from hypergen.config import Settings
-from hypergen.errors import HyperGenError, ModelError
+from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
 
 Command = Callable[..., None]
@@ -231,6 +235,105 @@ def import_(source: str | None, **flags: Any) -> None:
 
     stored = store.import_model(source, **flags, progress=_say)
     click.echo(stored.tag)
+
+
+def _comma_separated(item: click.ParamType) -> Callable[..., tuple[Any, ...]]:
+    return lambda context, parameter, value: tuple(
+        item.convert(part.strip(), parameter, context) for part in (value.split(",") if value else ())
+    )
+
+
+@main.command()
+@click.argument("url")
+@click.option(
+    "--rate",
+    type=float,
+    default=2.0,
+    help="mean requests per second; inf sends all at once",
+    show_default=True,
+)
+@click.option(
+    "--requests", type=click.IntRange(1), default=100, help="requests of the run", show_default=True
+)
+@click.option(
+    "--sizes",
+    callback=_comma_separated(click.STRING),
+    help="sizes of the mix, such as 512x512,1024x1024  [default: the server's]",
+)
+@click.option(
+    "--steps",
+    callback=_comma_separated(click.IntRange(1)),
+    help="denoising steps of the mix, such as 20,30  [default: the server's]",
+)
+@click.option("--prompt", help="prompt of every request  [default: a red circle on a blue background]")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="file with a prompt per line",
+)
+@click.option("--model", help="the field `model`  [default: not sent]")
+@click.option("--seed", type=int, default=0, help="of the arrivals and the mix", show_default=True)
+@click.option("--seed-requests", is_flag=True, help="send a seed with each request")
+@click.option(
+    "--api-key",
+    envvar=["HYPERGEN_API_KEY", "OPENAI_API_KEY"],
+    help="bearer key  [default: HYPERGEN_API_KEY or OPENAI_API_KEY]",
+)
+@click.option("--timeout", type=float, default=600.0, help="seconds per request", show_default=True)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="file for every request's result",
+)
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG file; needs matplotlib")
+def bench(
+    url: str,
+    api_key: str | None,
+    timeout: float,
+    prompt: str | None,
+    prompts: Path | None,
+    json_file: Path | None,
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """Measure latency and throughput of the server at URL, ours or another with OpenAI's images API.
+
+    URL is an address such as http://127.0.0.1:8000, or a client's base URL such as https://api.example.com/v1.
+    Requests arrive at random (Poisson) and are sent whatever is unfinished. Only the fields that are asked
+    for are sent, because not every server knows `num_inference_steps` and `seed`.
+    """
+    from rich.console import Console
+
+    from hypergen.cli import bench
+
+    for name, value in (("rate", options["rate"]), ("timeout", timeout)):
+        if not value > 0:
+            raise ConfigurationError(f"--{name} must be above 0, not {value}.")
+    if prompt and prompts:
+        raise ConfigurationError("--prompt and --prompts exclude each other.")
+    if plot and not find_spec("matplotlib"):
+        raise ConfigurationError("--plot needs matplotlib: pip install 'hypergen[bench]'.")
+    texts = [prompt or "a red circle on a blue background"]
+    if prompts:
+        texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not texts:
+            raise ConfigurationError(f"{prompts} holds no prompt.")
+    planned = bench.plan_requests(prompts=texts, **options)
+    results, interrupted = bench.run_bench(bench.endpoint_of(url), api_key, planned, timeout)
+    bench.print_results(results, Console(markup=False, highlight=False))
+    if interrupted:
+        _say(f"Interrupted: {len(results)} of {len(planned)} requests finished.")
+    if json_file:
+        # JSON has no infinity.
+        options["rate"] = options["rate"] if isfinite(options["rate"]) else "inf"
+        report = {"url": url, **options, "timeout_s": timeout, "summary": bench.summarize(results)}
+        report["results"] = [asdict(result) for result in results]
+        json_file.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    if plot:
+        bench.plot_results(results, plot)
+    if interrupted or all(result.error for result in results):
+        sys.exit(130 if interrupted else 1)
 
 
 def _with_loras(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:
