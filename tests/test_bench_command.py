@@ -144,8 +144,14 @@ def test_what_cannot_be_measured_is_refused(arguments: list[str]) -> None:
     assert run("http://x", "--steps", "20,many").exit_code == 2
 
 
+def test_a_plot_without_matplotlib_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigurationError, match=r"needs matplotlib: pip install 'hypergen\[bench\]'"):
+        run("http://x", "--plot", "a.png")
+
+
 def test_a_server_is_measured(server: LiveServer, tmp_path: Path) -> None:
-    file, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    file, plot = tmp_path / "new" / "bench.json", tmp_path / "new" / "bench.png"
     mix = ("--sizes", "64x64,64x72", "--steps", "2,3", "--seed-requests")
     result = run(
         server.url, "--rate", "20", "--requests", "12", *mix, "--json", str(file), "--plot", str(plot)

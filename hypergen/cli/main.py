@@ -319,6 +319,8 @@ def bench(
         texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not texts:
             raise ConfigurationError(f"{prompts} holds no prompt.")
+    for file in filter(None, (json_file, plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     planned = bench.plan_requests(prompts=texts, **options)
     results, interrupted = bench.run_bench(bench.endpoint_of(url), api_key, planned, timeout)
     bench.print_results(results, Console(markup=False, highlight=False))
