@@ -16,9 +16,10 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from hypergen.conditioning.controlnet_preprocessors import canny
-from hypergen.conditioning.image_tensors import fit, to_unit
+from hypergen.conditioning.image_tensors import to_unit
 from hypergen.denoising.offload import device_of
 from hypergen.errors import InvalidRequestError, ModelError
+from hypergen.images.geometry import resize_to_generation_size
 from hypergen.model_store.hub import with_revision
 from hypergen.request import Control
 
@@ -98,7 +99,7 @@ def follow(
         raise InvalidRequestError(
             f"Unknown control model '{control.model}'; this server has {has}.", param="control_model"
         )
-    pixels = fit(control.image, *size)
+    pixels = resize_to_generation_size(control.image, size)
     if control.preprocessor == "canny":
         pixels = canny(pixels)
     network: Any = models[control.model]

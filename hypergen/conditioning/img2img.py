@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from hypergen.conditioning.image_tensors import fit, to_image
+from hypergen.conditioning.image_tensors import to_image
 from hypergen.conditioning.latent_space import Beginning, LatentSpace, with_noise
+from hypergen.images.geometry import resize_to_generation_size
 from hypergen.request import GenerationRequest, Picture
 
 
@@ -43,6 +44,6 @@ def begin(
     Draws in the order of diffusers' pipelines: the sample, then the noise.
     """
     index = skip_steps(scheduler, first_step(request, scheduler))
-    image_latents = space.encode(to_image(fit(picture, *size)), generator)
+    image_latents = space.encode(to_image(resize_to_generation_size(picture, size)), generator)
     noise = space.noise(*size, generator)
     return Beginning(with_noise(scheduler, image_latents, noise, scheduler.timesteps[index]), index)

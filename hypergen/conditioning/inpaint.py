@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hypergen.conditioning.image_tensors import fit, to_image, to_mask
+from hypergen.conditioning.image_tensors import to_image, to_mask
 from hypergen.conditioning.img2img import first_step, skip_steps
 from hypergen.conditioning.latent_space import Beginning, LatentSpace, at_the_start, with_noise
 from hypergen.denoising.denoising_state import Trajectory
+from hypergen.images.geometry import resize_to_generation_size
 from hypergen.request import GenerationRequest
 
 
@@ -62,10 +63,10 @@ def begin(
     index = skip_steps(scheduler, first_step(request, scheduler) if request.image is not None else 0)
     image = torch.zeros(1, 3, height, width)
     if request.image is not None:
-        image = to_image(fit(request.image, *size))
+        image = to_image(resize_to_generation_size(request.image, size))
     mask = torch.ones(1, 1, height, width)
     if request.mask is not None:
-        mask = to_mask(fit(request.mask, *size))
+        mask = to_mask(resize_to_generation_size(request.mask, size))
 
     # Drawn in this order, and only then, by diffusers: the picture's sample, the noise, the sample of what
     # is kept.

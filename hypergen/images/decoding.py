@@ -15,6 +15,7 @@ from io import BytesIO
 from PIL import Image, ImageChops
 
 from hypergen.errors import InvalidRequestError
+from hypergen.images.geometry import resize_input_image
 from hypergen.images.image_files import TooManyPartsError, pixels_and_orientation
 from hypergen.request import Picture
 
@@ -147,7 +148,7 @@ def to_picture(image: Image.Image, width: int, height: int) -> Picture:
         opaque = Image.new("RGB", image.size, "white")
         opaque.paste(image, mask=image.getchannel("A"))
         image = opaque
-    return Picture(width, height, _fit(image, width, height).tobytes())
+    return Picture(width, height, resize_input_image(image, (width, height)).tobytes())
 
 
 def to_mask(image: Image.Image, width: int, height: int) -> Picture:
@@ -158,26 +159,7 @@ def to_mask(image: Image.Image, width: int, height: int) -> Picture:
     """
     raise_if_cancelled()
     draw = ImageChops.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
-    return Picture(width, height, _fit(draw, width, height).tobytes())
-
-
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of the picture in the asked shape, so that nothing is distorted, scaled to the asked size.
-
-    A picture that is less than 8 pixels larger is only cut, so that its pixels stay as they are: its size was
-    rounded down to what can be drawn.
-    """
-    if 0 <= image.width - width < 8 and 0 <= image.height - height < 8:
-        cut_width, cut_height = width, height
-    else:
-        scale = max(width / image.width, height / image.height)
-        cut_width = min(image.width, max(1, round(width / scale)))
-        cut_height = min(image.height, max(1, round(height / scale)))
-    left, top = (image.width - cut_width) // 2, (image.height - cut_height) // 2
-    box = (left, top, left + cut_width, top + cut_height)
-    if (cut_width, cut_height) == (width, height):
-        return image.crop(box)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return Picture(width, height, resize_input_image(draw, (width, height)).tobytes())
 
 
 def _too_large(param: str, size: str) -> InvalidRequestError:

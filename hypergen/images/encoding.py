@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from hypergen.images.geometry import resize_to_request_size
 from hypergen.images.png import write_png
 from hypergen.request import GenerationRequest, Picture
 
@@ -75,25 +76,13 @@ def encode(pixels: np.ndarray, request: GenerationRequest, index: int, model_id:
         pixels: uint8, shape (drawn height, drawn width, 3); cropped or resized to the size that was asked
             for. What the request's mask keeps is then put over it, softly where the mask is soft.
     """
-    image = fit(Image.fromarray(pixels), request.width, request.height)
+    image = resize_to_request_size(Image.fromarray(pixels), (request.width, request.height))
     if request.image is not None and request.mask is not None:
         image = Image.composite(image, _to_image(request.image), _to_image(request.mask))
     file = BytesIO()
     metadata = json.dumps(_determinants(request, index, model_id)) if request.metadata else None
     FORMATS[request.output_format].save(image, file, request.output_compression, metadata)
     return file.getvalue()
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Crop the middle of what was drawn a little larger (a size rounded up to the model's multiple), else
-    resize.
-    """
-    if image.size == (width, height):
-        return image
-    if width <= image.width < 2 * width and height <= image.height < 2 * height:
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))
-    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _to_image(picture: Picture) -> Image.Image:

@@ -20,7 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from PIL import Image
 from torch import Tensor
 
-from hypergen.images import encoding
+from hypergen.images.geometry import resize_to_request_size
 from hypergen.models.resolution import size_to_draw
 
 from .captions import plain_caption
@@ -70,7 +70,9 @@ def draw_as_served(pipeline: StableDiffusionPipeline, prompts: list[str], height
         width, height, 8, card["max_native_area"], card["min_native_side"]
     )
     images = draw(pipeline, prompts, drawn_height, drawn_width)
-    return torch.stack([to_tensor(encoding.fit(to_picture(image), width, height)) for image in images])
+    return torch.stack(
+        [to_tensor(resize_to_request_size(to_picture(image), (width, height))) for image in images]
+    )
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypergen.images.encoding import FORMATS, encode, fit
+from hypergen.images.encoding import FORMATS, encode
 from hypergen.request import Control, GenerationRequest, Picture
 
 
@@ -136,29 +136,3 @@ def test_without_metadata_a_file_holds_nothing_but_the_picture(name: str) -> Non
 def test_metadata_of_any_length_makes_a_file(name: str, length: int) -> None:
     data = encode(noise(), request(output_format=name, prompt="a" * length), 0, "m")
     Image.open(BytesIO(data)).load()
-
-
-def test_what_was_drawn_larger_is_cropped_in_the_middle() -> None:
-    pixels = noise(80, 72)
-    fitted = fit(Image.fromarray(pixels), 64, 64)
-    assert np.array_equal(np.asarray(fitted), pixels[4:68, 8:72])
-
-
-def test_what_was_drawn_smaller_is_resized() -> None:
-    white = np.full((64, 32, 3), 255, np.uint8)
-    fitted = fit(Image.fromarray(white), 128, 256)
-    assert fitted.size == (128, 256)
-    assert np.asarray(fitted).min() == 255
-
-
-def test_what_was_drawn_twice_as_large_is_resized() -> None:
-    halves = np.repeat([[0], [255]], 64, axis=0).astype(np.uint8)[..., None].repeat(128, 1).repeat(3, 2)
-    fitted = np.asarray(fit(Image.fromarray(halves), 64, 64))
-    assert fitted.shape == (64, 64, 3)
-    assert (fitted[0] == 0).all()
-    assert (fitted[-1] == 255).all()
-
-
-def test_what_has_the_right_size_is_left_alone() -> None:
-    image = Image.fromarray(noise())
-    assert fit(image, 64, 64) is image

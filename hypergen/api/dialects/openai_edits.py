@@ -17,6 +17,7 @@ from hypergen.api.validation import SMALLEST_SIDE, check_option, validate
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.images.decoding import decode, from_base64, look, to_mask, to_picture
+from hypergen.images.geometry import request_size_of
 from hypergen.model_info import ModelDescription
 
 # A variation has no prompt of its own.
@@ -54,7 +55,8 @@ def to_edit(
         look(source, param)
     image = decode(sources[0], param)
     if asked.size in (None, "auto"):
-        body = {**body, "size": _drawable_size(image, settings.max_side)}
+        width, height = request_size_of(image.size, SMALLEST_SIDE, settings.max_side)
+        body = {**body, "size": f"{width}x{height}"}
     drawing = openai_images.to_request(body, description, settings, request_id)
     size = (drawing.generation.width, drawing.generation.height)
     mask = _read_mask(body["mask"], image) if "mask" in body else None
@@ -117,11 +119,3 @@ def _read_mask(value: object, image: Image) -> Image:
         sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
         raise InvalidRequestError(f"'mask' is {sizes[0]} and the input image {sizes[1]}.", param="mask")
     return mask
-
-
-def _drawable_size(image: Image, max_side: int) -> str:
-    """The picture's own size in multiples of 8, made smaller or larger where it is beyond the limits."""
-    scale = min(1.0, max_side / max(image.size))
-    scale = max(scale, SMALLEST_SIDE / min(image.size))
-    width, height = (min(max_side, max(SMALLEST_SIDE, int(side * scale) // 8 * 8)) for side in image.size)
-    return f"{width}x{height}"
