@@ -21,10 +21,11 @@ def request_size_of(size: Size, min_side: int, max_side: int) -> Size:
     """An input image's own size, rounded down to one that can be requested; scaled where it is beyond the
     limits.
     """
+    largest = max_side // SIZE_MULTIPLE * SIZE_MULTIPLE
     scale = min(1.0, max_side / max(size))
     scale = max(scale, min_side / min(size))
     width, height = (
-        min(max_side, max(min_side, int(side * scale) // SIZE_MULTIPLE * SIZE_MULTIPLE)) for side in size
+        min(largest, max(min_side, int(side * scale) // SIZE_MULTIPLE * SIZE_MULTIPLE)) for side in size
     )
     return width, height
 

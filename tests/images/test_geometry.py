@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from hypergen.images.geometry import resize_to_generation_size, resize_to_request_size
+from hypergen.images.geometry import request_size_of, resize_to_generation_size, resize_to_request_size
 from tests.images.test_encoding import noise
 from tests.support.diffusers_edits import left_half, picture, to_pillow
 
@@ -57,3 +58,12 @@ def test_what_was_drawn_twice_as_large_is_resized() -> None:
 def test_what_has_the_right_size_is_left_alone() -> None:
     image = Image.fromarray(noise())
     assert resize_to_request_size(image, (64, 64)) is image
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [((300, 10), (96, 64)), ((101, 79), (96, 72)), ((2, 2), (64, 64))]
+)
+def test_an_input_image_has_a_size_that_can_be_requested(
+    own: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert request_size_of(own, min_side=64, max_side=100) == expected

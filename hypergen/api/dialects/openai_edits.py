@@ -54,10 +54,10 @@ def to_edit(
     for source in sources[1:]:
         look(source, param)
     image = decode(sources[0], param)
-    if asked.size in (None, "auto"):
-        width, height = request_size_of(image.size, SMALLEST_SIDE, settings.max_side)
-        body = {**body, "size": f"{width}x{height}"}
-    drawing = openai_images.to_request(body, description, settings, request_id)
+    own_size = request_size_of(image.size, SMALLEST_SIDE, settings.max_side)
+    drawing = openai_images.resolve(
+        asked, description, settings, request_id, own_size if asked.size in (None, "auto") else None
+    )
     size = (drawing.generation.width, drawing.generation.height)
     mask = _read_mask(body["mask"], image) if "mask" in body else None
     usual = _STRENGTH if mask is None else 1.0

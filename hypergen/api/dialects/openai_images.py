@@ -35,6 +35,7 @@ from hypergen.api.validation import (
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.events import ImageFinished
+from hypergen.images.geometry import Size
 from hypergen.model_info import ModelDescription
 from hypergen.request import GenerationRequest, OutputFormat
 
@@ -140,7 +141,24 @@ def to_request(
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    asked = validate(ImagesBody, body)
+    return resolve(validate(ImagesBody, body), description, settings, request_id)
+
+
+def resolve(
+    asked: ImagesBody,
+    description: ModelDescription,
+    settings: ServerSettings,
+    request_id: str,
+    size: Size | None = None,
+) -> ImagesRequest:
+    """Resolve the defaults of a body whose types and ranges are right, and check the rest.
+
+    Args:
+        size: in place of the body's.
+
+    Raises:
+        InvalidRequestError: `param` names the field.
+    """
     check_prompt(asked.prompt)
     if asked.background == "transparent":
         raise InvalidRequestError(
@@ -153,7 +171,7 @@ def to_request(
         )
 
     defaults = description.defaults
-    width, height = _size(asked.size, description, settings.max_side)
+    width, height = size or _size(asked.size, description, settings.max_side)
     own_steps = min(defaults.num_inference_steps, settings.max_steps)
     num_inference_steps = asked.num_inference_steps or own_steps
     check_steps(num_inference_steps, settings.max_steps, "num_inference_steps")
