@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,7 @@ class SchedulerFactory:
         self.published = published
         self._device = device
         self._without_steps: dict[str | None, Scheduler] = {}  # making one takes KDPM2 half a second
-        self._prototypes: OrderedDict[tuple[str | None, int, int], Scheduler] = OrderedDict()
+        self._prototype = functools.lru_cache(self._KEPT_PROTOTYPES)(self._make_prototype)
 
     @property
     def min_steps(self) -> int:
@@ -102,13 +102,7 @@ class SchedulerFactory:
             sampler: None is the model's own.
             image_tokens: patches of the image, for models whose timesteps depend on its size.
         """
-        key = (sampler, num_inference_steps, image_tokens)
-        if key not in self._prototypes:
-            self._prototypes[key] = self._prototype(*key)
-            if len(self._prototypes) > self._KEPT_PROTOTYPES:
-                self._prototypes.popitem(last=False)
-        self._prototypes.move_to_end(key)
-        scheduler = copy.copy(self._prototypes[key])
+        scheduler = copy.copy(self._prototype(sampler, num_inference_steps, image_tokens))
         # Tables are shared, they are never written; the lists are the multistep history and belong to one
         # image.
         for name, value in vars(scheduler).items():
@@ -120,7 +114,7 @@ class SchedulerFactory:
             scheduler.set_begin_index(0)
         return scheduler
 
-    def _prototype(self, sampler: str | None, num_inference_steps: int, image_tokens: int) -> Scheduler:
+    def _make_prototype(self, sampler: str | None, num_inference_steps: int, image_tokens: int) -> Scheduler:
         if sampler not in self._without_steps:
             entry = Sampler(type(self.published)) if sampler is None else self.samplers[sampler]
             self._without_steps[sampler] = self._configured(entry)

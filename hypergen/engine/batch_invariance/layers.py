@@ -8,9 +8,8 @@ otherwise the weights are reordered at every pass. Where it is missing, a single
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ class InvariantConvolution:
         self._layer = layer
         self._forward = layer.forward
         self._repaired: set[torch.Size] = set()
-        self._weights: OrderedDict[torch.Size, Tensor] = OrderedDict()
+        self._weight_for = lru_cache(self._KEPT_SHAPES)(self._reordered_weight)
         self._packs = _can_pack(layer)
 
     def repairs(self, x: Tensor) -> bool:
@@ -116,23 +115,17 @@ class InvariantConvolution:
                 return self._forward(x)
             return self._forward(x.expand(2, -1, -1, -1).contiguous())[:1]
         output: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self._weight_for(x), self._layer.bias, *_geometry(self._layer), "none", [], ""
+            x, self._weight_for(x.shape[1:]), self._layer.bias, *_geometry(self._layer), "none", [], ""
         )
         # Back from channels last, in which the layers after it would take kernels that threads divide by
         # rows.
         return output.contiguous()
 
-    def _weight_for(self, x: Tensor) -> Tensor:
-        """The weights in the order that oneDNN wants them in at this shape."""
-        shape = x.shape[1:]
-        if shape not in self._weights:
-            self._weights[shape] = torch.ops.mkldnn._reorder_convolution_weight(
-                self._layer.weight, *_geometry(self._layer), [4, *shape]
-            )
-            if len(self._weights) > self._KEPT_SHAPES:
-                self._weights.popitem(last=False)
-        self._weights.move_to_end(shape)
-        return self._weights[shape]
+    def _reordered_weight(self, shape: torch.Size) -> Tensor:
+        """The weights in the order that oneDNN wants them in at this shape of a row."""
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            self._layer.weight, *_geometry(self._layer), [4, *shape]
+        )
 
 
 def _can_pack(layer: nn.Conv2d) -> bool:
