@@ -249,13 +249,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
 class Settings(BaseModel, frozen=True, extra="forbid"):
     """Everything that one server is told at its start."""
 
-    model: str | None = Field(
-        None,
-        description="hub id, folder, .safetensors checkpoint or model-store tag; absent: the embedded model",
-    )
     models: Annotated[tuple[ModelEntry, ...], BeforeValidator(read_entries)] = Field(
         (),
-        description="instead of `model`, one or several: each a source, a served-model file, or its fields",
+        description="models to serve: each a hub id, folder, .safetensors checkpoint, model-store tag, "
+        "served-model file, or its fields; absent: the embedded model",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     single_file_config: str | None = Field(

@@ -71,14 +71,6 @@ def load_settings(
             given[field_of[name]] = value
     # A flag that may be given several times and was not is an empty tuple.
     flags = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
-    for layer, where in ((tree, f"The configuration file {file}"), (given, "The environment")):
-        if layer.get("model") and layer.get("models"):
-            raise ConfigurationError(f"{where} says model and models; give one of them.")
-    for earlier, later in ((tree, given), (tree, flags), (given, flags)):
-        for one, other in (("model", "models"), ("models", "model")):
-            if one in later:
-                earlier.pop(other, None)
-
     for name, value in {**given, **flags}.items():
         section = section_of[name]
         if section is None:

@@ -89,7 +89,7 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     Raises:
         ConfigurationError: a setting cannot say which of several models it is for.
     """
-    entries = settings.models or (ModelEntry(source=settings.model),)
+    entries = settings.models or (ModelEntry(),)
     of_entry = {
         "name": settings.served_model_name,
         "revision": settings.revision,

@@ -77,7 +77,7 @@ def is_model_file(given: str) -> bool:
 
 
 def read_entries(value: Any) -> Any:
-    """Entries from what a file (a list), the environment (one text) and flags give, for pydantic to check.
+    """Entries from what a file (a list or one text), the environment (one text) and flags give, for pydantic.
 
     An entry is a mapping, a served-model file, or a model's source. In the environment they stand with commas
     between them, or as JSON.

@@ -21,7 +21,7 @@ def test_defaults_are_those_of_the_documents() -> None:
     assert settings.queue.max_queue_size == 100
     assert settings.queue.queue_timeout_s == 600
     assert settings.engine.determinism == "strict"
-    assert settings.model is None
+    assert settings.models == ()
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -86,6 +86,7 @@ def test_every_setting_has_a_description_and_survives_the_way_to_a_child(name: s
     ("text", "words"),
     [
         ("qeue: {}", "Unknown setting 'qeue'"),
+        ("model: hypergen-tiny", "Unknown setting 'model'"),
         ("queue: {max_que: 1}", "Unknown setting 'queue.max_que'"),
         ("queue: {max_queue_size: 0}", "queue.max_queue_size"),
         ("queue: {queue_timeout_s: .nan}", "queue.queue_timeout_s"),

@@ -30,7 +30,7 @@ def draw(server: LiveServer, body: dict[str, Any]) -> httpx.Response:
 
 
 def test_importing_the_service_imports_no_torch(tmp_path: Path, sd_folder: Path) -> None:
-    environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "HYPERGEN_MODEL": str(sd_folder)}
+    environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "HYPERGEN_MODELS": str(sd_folder)}
     code = 'import service, sys; assert "torch" not in sys.modules'
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
@@ -109,7 +109,7 @@ def test_what_is_adjusted_in_bentoml_is_still_there() -> None:
 
 def test_bentoml_serve_serves_the_same_thing(tmp_path: Path, server: LiveServer, sd_folder: Path) -> None:
     config = tmp_path / "small.yaml"
-    config.write_text(f"model: {sd_folder}\nengine: {{device: cpu, dtype: float32}}\n")
+    config.write_text(f"models: {sd_folder}\nengine: {{device: cpu, dtype: float32}}\n")
     port = free_port()
     environment = {**os.environ, "BENTOML_HOME": str(tmp_path / "home"), "HYPERGEN_CONFIG": str(config)}
     command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]

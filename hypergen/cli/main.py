@@ -32,9 +32,7 @@ def setting_options(*names: str) -> Callable[[Command], Command]:
 
     def add(command: Command) -> Command:
         chosen = [
-            (name, field)
-            for _, name, field in fields()
-            if (not names or name in names) and name not in ("model", "models")
+            (name, field) for _, name, field in fields() if (not names or name in names) and name != "models"
         ]
         for name, field in reversed(chosen):
             several = get_origin(field.annotation) in (dict, tuple)
@@ -126,7 +124,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
         flags["api_key_file"] = settings.server.api_key_file.resolve()
     flags["models"] = as_json(resolved_entries(settings, found))
     flags |= resolved_flags(settings.engine)
-    environment = {**environment_of(flags), "HYPERGEN_MODEL": ""}
+    environment = environment_of(flags)
     file = config or os.environ.get("HYPERGEN_CONFIG")
     if file:
         environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())

@@ -64,7 +64,7 @@ def measure(folder: Path) -> list[Delays]:
     RANDOM_MODELS["tiny"].pipeline().save_pretrained(model)
     port, file = free_port(), folder / "wake-ups"
     environment = {
-        "HYPERGEN_MODEL": str(model),
+        "HYPERGEN_MODELS": str(model),
         "HYPERGEN_PORT": str(port),
         # The larger it is, the more pictures are ready at the same time.
         "HYPERGEN_MAX_BATCH_SIZE": str(_CLIENTS),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -55,9 +54,10 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
     file = _write(tmp_path, f"models: [{one}, {{source: hypergen-tiny, name: tiny}}]\n", "server.yaml")
     assert [model.id for model in find_models(load_settings(file))] == [str(sd_folder), "tiny"]
     # What is said later in the order of sources is what counts.
-    by_environment = load_settings(file, environment={"HYPERGEN_MODEL": "hypergen-tiny"})
+    by_environment = load_settings(file, environment={"HYPERGEN_MODELS": "hypergen-tiny"})
     by_flag = load_settings(file, flags={"models": ("hypergen-tiny",)})
-    for settings in (by_environment, by_flag):
+    by_name_alone = load_settings(_write(tmp_path, "models: hypergen-tiny\n", "single.yaml"))
+    for settings in (by_environment, by_flag, by_name_alone):
         assert [model.id for model in find_models(settings)] == ["hypergen-tiny"]
 
 
@@ -93,9 +93,3 @@ def test_a_shipped_file_is_found_by_its_name_alone(tmp_path: Path, monkeypatch: 
     assert load_settings(flags={"models": ("embedded.yaml",)}).models[0].source == "other"
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load_settings(flags={"models": ("elsewhere/embedded.yaml",)})
-
-
-def test_two_choices_in_one_place_are_an_error() -> None:
-    both = {"HYPERGEN_MODEL": "a", "HYPERGEN_MODELS": json.dumps([{"source": "b"}])}
-    with pytest.raises(ConfigurationError, match="model and models"):
-        load_settings(environment=both)
