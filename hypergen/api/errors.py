@@ -74,10 +74,14 @@ def envelope(status: int, message: str, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
 
 
+def error_body(error: RequestError) -> dict[str, Any]:
+    """The error body of an error."""
+    return envelope(status_of(error), error.message, error.param, error.code)
+
+
 def to_response(error: RequestError) -> Response:
     """An error as the client gets it."""
-    status = status_of(error)
-    body = envelope(status, error.message, error.param, error.code)
+    body = error_body(error)
     headers: dict[str, str] = {}
     if isinstance(error, AuthenticationError):
         # LiteLLM finds the reason in `error.message` by OpenAI's words; the HyperGen documents fix `detail`.
@@ -90,7 +94,7 @@ def to_response(error: RequestError) -> Response:
         headers["x-should-retry"] = "false"
     if isinstance(error, _CLOSING):
         headers["Connection"] = "close"
-    return json_response(body, status, headers)
+    return json_response(body, status_of(error), headers)
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hypergen.api.dialects.endpoints import Operation
-from hypergen.api.errors import envelope, status_of
+from hypergen.api.errors import error_body, status_of
 from hypergen.api.validation import Asked
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import (
@@ -156,9 +156,7 @@ class Jobs:
         if left is not None:
             told["expected_s"] = round(left, 1)
         if job.error is not None:
-            status = status_of(job.error)
-            error = envelope(status, job.error.message, job.error.param, job.error.code)["error"]
-            told["error"] = {**error, "status": status}
+            told["error"] = {**error_body(job.error)["error"], "status": status_of(job.error)}
         return told
 
     def result(self, job: Job, base: str | None) -> list[bytes]:

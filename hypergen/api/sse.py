@@ -15,7 +15,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from hypergen.api.errors import envelope, status_of, to_json
+from hypergen.api.errors import error_body, to_json
 from hypergen.api.outgoing_answers import Outgoing
 from hypergen.api.responses import in_slices, write
 from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
@@ -140,5 +140,4 @@ def _wait_s(deadline: float) -> float:
 
 
 def _error(error: RequestError) -> bytes:
-    told = envelope(status_of(error), error.message, error.param, error.code)["error"]
-    return frame("error", {"type": "error", "error": told})
+    return frame("error", {"type": "error", "error": error_body(error)["error"]})

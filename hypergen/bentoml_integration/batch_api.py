@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, PrivateAttr, RootModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api.dialects.endpoints import GENERATIONS
-from hypergen.api.errors import CLIENT_GONE, ClientGoneError, envelope, status_of
+from hypergen.api.errors import CLIENT_GONE, ClientGoneError, error_body, status_of
 from hypergen.api.image_requests import check, draw, loaded
 from hypergen.api.request_body import MAX_ITEMS, JsonBounds
 from hypergen.api.responses import write
@@ -168,7 +168,4 @@ def _with_base64(images: list[ImageFinished]) -> list[NativeImage]:
 
 
 def _failed(error: RequestError) -> NativeResult:
-    status = status_of(error)
-    return NativeResult(
-        status=status, error=envelope(status, error.message, error.param, error.code)["error"]
-    )
+    return NativeResult(status=status_of(error), error=error_body(error)["error"])
