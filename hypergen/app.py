@@ -7,7 +7,6 @@ import gc
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -56,11 +55,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     )
     plain = app.openapi
 
-    def described() -> dict[str, Any]:
-        # What is true of several models is true of any.
-        return openapi.complete(plain(), settings.server, pool.describe() if len(models) == 1 else None)
-
-    app.openapi = described
+    app.openapi = lambda: openapi.complete(plain())
     app.include_router(create_router(settings, pool, storage, jobs, models))
 
     @app.exception_handler(RequestError)

@@ -1,7 +1,7 @@
 """What /openapi.json says of the routes: bodies, answers, errors and examples.
 
-Bodies come from the dialects' own fields, so that ranges stand in one place; `narrowing` fits them to this
-server.
+Bodies come from the dialects' own fields, so that ranges stand in one place. They are those of the documents:
+what this server and its model allow of them stands in /health.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from hypergen.api.auth import FILES_PREFIX, OPEN_PATHS
 from hypergen.api.dialects import hyperbolic, openai_edits, openai_images
 from hypergen.api.errors import envelope
 from hypergen.api.multipart_form import MAX_PICTURES
-from hypergen.api.narrowing import narrow
 from hypergen.api.native_paths import native_paths
 from hypergen.api.schemas import PICTURE, SCHEMAS
-from hypergen.config import ServerSettings
 from hypergen.images.encoding import FORMATS
-from hypergen.model_info import ModelDescription
 
 _EXAMPLE_PROMPT = "a red circle on a blue background"
 _ERRORS = {
@@ -142,14 +139,8 @@ def picture_file() -> dict[str, Any]:
     return {"operationId": "getImageFile", "tags": ["Images"], "responses": responses}
 
 
-def complete(
-    schema: dict[str, Any], settings: ServerSettings, description: ModelDescription | None
-) -> dict[str, Any]:
-    """FastAPI's description with what all routes share: the key, the errors, the named schemas.
-
-    Args:
-        description: of the served model; absent: it is not loaded yet.
-    """
+def complete(schema: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI's description with what all routes share: the key, the errors, the named schemas."""
     schema = deepcopy(schema)  # FastAPI keeps its own for the next time
     components = schema.setdefault("components", {})
     components["securitySchemes"] = {
@@ -167,11 +158,6 @@ def complete(
             if path not in OPEN_PATHS:
                 # Also those that stand there already: FastAPI drops what is null from their examples.
                 operation["responses"].update(_errors(tuple(sorted(statuses))))
-            for kind, media in operation.get("requestBody", {}).get("content", {}).items():
-                for body in media["schema"].get("oneOf", [media["schema"]]):
-                    if "prompt" in body.get("properties", {}):
-                        narrow(body, kind.startswith("multipart"), settings, description)
-    narrow(components["schemas"]["ImageGenerationRequest"], False, settings, description)
     return schema
 
 
@@ -211,12 +197,9 @@ def _job_media() -> dict[str, Any]:
     media["multipart/form-data"]["schema"]["required"] = ["image"]  # without a prompt it is a variation
     drawing, edit = _schema(openai_images.ImagesBody), media["application/json"]["schema"]
     edit["required"] = ["images"]
-    none = {"type": "null"}
-    drawing["properties"] |= {"model_name": none, "images": none}
-    edit["properties"] |= {"model_name": none}
     for body in (drawing, edit, media["multipart/form-data"]["schema"]):
         body["properties"]["stream"] = {"type": "boolean", "enum": [False], "description": "no stream here"}
-    either = {"oneOf": [drawing, _schema(hyperbolic.GenerationBody), edit]}
+    either = {"anyOf": [drawing, _schema(hyperbolic.GenerationBody), edit]}
     media["application/json"] = _media(either, {"prompt": _EXAMPLE_PROMPT, "n": 10})
     return media
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 import yaml
 
-from hypergen.api import openapi
-from hypergen.api.dialects.endpoints import OPERATIONS
-from hypergen.config import ServerSettings
-from hypergen.model_info import ModelDescription
 from tests.api.test_hyperbolic import BODY, PATH
-from tests.support.full_capability_model import ABLE
 from tests.support.http_client import GENERATIONS, QUICK, draw
 from tests.support.response_schemas import validate
 
@@ -151,37 +144,3 @@ def test_examples_of_errors_are_errors(description: dict[str, Any]) -> None:
             for status, response in operation["responses"].items():
                 if int(status) >= 400 and "ErrorResponse" in str(response):
                     validate(response["content"]["application/json"]["example"], error)
-
-
-def fields_of(settings: ServerSettings, model: ModelDescription | None, path: str = GENERATIONS) -> Any:
-    """The fields of a body, as a server with these settings and this model describes them."""
-    paths = {operation.path: {"post": operation.described} for operation in OPERATIONS}
-    told = openapi.complete({"paths": paths}, settings, model)
-    return told["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
-
-
-@pytest.mark.parametrize("most", [64, 128, 200, 1000, 2048])
-def test_sizes_are_described_as_they_are_checked(most: int) -> None:
-    settings = ServerSettings.model_validate({"max_side": most})
-    pattern = re.compile(fields_of(settings, ABLE)["size"]["pattern"])
-    assert pattern.fullmatch("auto")
-    for side in range(0, most + 20):
-        described = pattern.fullmatch(f"{side}x64") is not None
-        assert described == (side % 8 == 0 and 64 <= side <= most), side
-
-
-def test_a_server_describes_its_own_limits_and_what_its_model_has() -> None:
-    small = ServerSettings.model_validate({"max_side": 512, "max_steps": 20})
-    fields = fields_of(small, ABLE)
-    assert fields["num_inference_steps"]["maximum"] == fields["num_inference_steps"]["default"] == 20
-    assert fields["sampler"]["enum"] == [*ABLE.samplers, None]
-    assert fields["lora_path"]["enum"] == [*ABLE.loras, None]
-    assert fields["loras"]["maxProperties"] == ABLE.max_loras
-    assert fields["control_model"]["enum"] == ["canny", "depth", None]
-    bare = fields_of(small, replace(ABLE, options=frozenset(), loras=(), control_models=()))
-    for name in ("lora_path", "control_image", "control_model"):
-        assert bare[name]["type"] == "null"
-        assert bare[name]["description"]
-    assert "enum" not in fields_of(small, None)["sampler"]
-    assert fields["seed"]["type"] == ["integer", "null"]
-    assert fields["prompt"]["type"] == "string"
