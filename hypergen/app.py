@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from hypergen import __version__
 from hypergen.api import openapi
+from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import CLIENT_GONE, ClientGoneError, envelope, json_response, to_response
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import create_router
@@ -55,7 +56,8 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     )
     plain = app.openapi
 
-    app.openapi = lambda: openapi.complete(plain())
+    schemas = [schema for endpoint in ENDPOINTS for schema in endpoint.schemas]
+    app.openapi = lambda: openapi.complete(plain(), schemas)
     app.include_router(create_router(settings, pool, storage, jobs, models))
 
     @app.exception_handler(RequestError)

@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from hypergen.api.auth import FILES_PREFIX
-from hypergen.api.dialects.endpoints import Operation
+from hypergen.api.dialects.endpoint import Endpoint
+from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.errors import ClientGoneError
 from hypergen.api.hosts import is_own_host
 from hypergen.api.multipart_form import is_form, read_form
@@ -37,29 +38,28 @@ from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-_PICTURES = frozenset({"image", "images", "mask", "control_image", "controlnet_image"})
 # A decoded picture of 40 megapixels takes 160 MB, so only two are decoded at a time.
 _DECODERS = ThreadPoolExecutor(2, "decode")
 _Result = TypeVar("_Result")
 
 
-async def read_body(request: Request, operation: Operation, settings: Settings) -> dict[str, Any]:
-    """The fields of a request, from JSON or from a form where the operation takes one.
+async def read_body(request: Request, endpoint: Endpoint, settings: Settings) -> dict[str, Any]:
+    """The fields of a request, from JSON or from a form where the endpoint takes one.
 
     Raises:
         ClientGoneError: the client hung up before the end of its body.
     """
     max_text_bytes = int(settings.server.max_text_body_mb * 1e6)
     try:
-        if operation.form is not None and is_form(request):
-            return await read_form(request, operation.form, max_text_bytes)
-        return await read_json_object(request, operation.form is not None, max_text_bytes)
+        if endpoint.form is not None and is_form(request):
+            return await read_form(request, endpoint.form, max_text_bytes)
+        return await read_json_object(request, endpoint.form is not None, max_text_bytes, IMAGE_FIELDS)
     except ClientDisconnect:
         raise ClientGoneError from None
 
 
 async def check(
-    operation: Operation,
+    endpoint: Endpoint,
     body: dict[str, Any],
     description: ModelDescription,
     settings: Settings,
@@ -75,13 +75,13 @@ async def check(
         RequestError: the body is not right, or the deadline passed.
     """
     arguments = (body, description, settings.server, request_id)
-    if _PICTURES.isdisjoint(body):
-        return operation.to_request(*arguments)
+    if endpoint.image_fields.isdisjoint(body):
+        return endpoint.to_request(*arguments)
     cancelled = threading.Event()
     context = contextvars.copy_context()
     context.run(decoding_cancelled.set, cancelled)
     decoding = asyncio.get_running_loop().run_in_executor(
-        _DECODERS, lambda: context.run(operation.to_request, *arguments)
+        _DECODERS, lambda: context.run(endpoint.to_request, *arguments)
     )
     try:
         return await unless_client_leaves(decoding, until_client_left(), deadline)
@@ -91,7 +91,7 @@ async def check(
 
 async def answer(
     request: Request,
-    operation: Operation,
+    endpoint: Endpoint,
     settings: Settings,
     generator: ImageGenerator,
     storage: ImageStorage,
@@ -99,19 +99,19 @@ async def answer(
     """One image request, from its body to its answer."""
     started = time.monotonic()
     loaded(generator)
-    body = await read_body(request, operation, settings)
-    description = loaded(generator, body.get(operation.model_field))
+    body = await read_body(request, endpoint, settings)
+    description = loaded(generator, body.get(endpoint.model_field))
     deadline: float = request.state.deadline
     until_client_left = partial(disconnected, request)
     asked = await check(
-        operation, body, description, settings, request.state.request_id, until_client_left, deadline
+        endpoint, body, description, settings, request.state.request_id, until_client_left, deadline
     )
     body.clear()  # input images in base64 would be held as long as the request waits
     request.state.body.release()
     base = url_base(request, settings, asked)  # before anything is generated that could not be answered
     outgoing: Outgoing = request.state.outgoing
-    if operation.to_frame is not None and asked.stream:
-        to_frame = partial(operation.to_frame, asked.without_input_images(), int(time.time()))
+    if endpoint.to_frame is not None and asked.stream:
+        to_frame = partial(endpoint.to_frame, asked.without_input_images(), int(time.time()))
         return await stream(generator, asked, to_frame, until_client_left(), deadline, outgoing)
     try:
         images = await draw(generator, asked.generation, until_client_left(), deadline)
@@ -121,7 +121,7 @@ async def answer(
     if asked.price is not None:
         asked.price.count()
     urls = None if base is None else await asyncio.to_thread(store, storage, asked.generation, images, base)
-    pieces = await write(operation.to_response, asked, images, urls, int(time.time()))
+    pieces = await write(endpoint.to_response, asked, images, urls, int(time.time()))
     response = in_pieces(pieces, outgoing)
     response.headers["openai-processing-ms"] = str(max(1, round((time.monotonic() - started) * 1000)))
     shared = ",".join(str(image.shared_forwards) for image in images)

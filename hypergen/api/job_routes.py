@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from hypergen.api import openapi
-from hypergen.api.dialects import endpoints
-from hypergen.api.dialects.endpoints import Operation
+from hypergen.api.dialects.endpoints import EDITS, ENDPOINTS, VARIATIONS
 from hypergen.api.errors import json_response, to_json
 from hypergen.api.image_requests import check, disconnected, in_pieces, loaded, read_body, url_base
 from hypergen.api.jobs import Jobs
@@ -26,25 +24,28 @@ PATH = "/v1/images/jobs"
 def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenerator, jobs: Jobs) -> None:
     """POST takes a job on, GET tells how it is and in the end its result, DELETE cancels it."""
 
-    @router.post(
-        PATH, openapi_extra=openapi.job("Begin a job", "createImageJob", begins=True), status_code=202
-    )
+    described = [endpoint.openapi["requestBody"]["content"] for endpoint in ENDPOINTS]
+    bodies = [content["application/json"]["schema"] for content in described]
+    # A form reads the same for edits and variations; those want fewer fields.
+    form = VARIATIONS.openapi["requestBody"]["content"]["multipart/form-data"]
+
+    @router.post(PATH, openapi_extra=openapi.create_job(bodies, form), status_code=202)
     async def create_job(request: Request) -> Response:
         loaded(generator)
-        # A form reads the same for edits and variations.
-        body = await read_body(request, endpoints.EDITS, settings)
-        operation = _operation_of(body, is_form(request))
-        description = loaded(generator, body.get(operation.model_field))
+        body = await read_body(request, EDITS, settings)
+        sent_as_form = is_form(request)
+        endpoint = next(endpoint for endpoint in ENDPOINTS if endpoint.claims(body, sent_as_form))
+        description = loaded(generator, body.get(endpoint.model_field))
         deadline: float = request.state.deadline
         until_client_left = partial(disconnected, request)
         asked = await check(
-            operation, body, description, settings, request.state.request_id, until_client_left, deadline
+            endpoint, body, description, settings, request.state.request_id, until_client_left, deadline
         )
         body.clear()
         request.state.body.release()
         asked.refuse_stream()
         url_base(request, settings, asked)  # refuses what its result could not hold
-        job = await jobs.begin(operation, asked, deadline)
+        job = await jobs.begin(endpoint, asked, deadline)
         return json_response(jobs.describe(job), 202, {"Location": f"{PATH}/{job.id}", **asked.headers})
 
     @router.get(PATH + "/{job_id}", openapi_extra=openapi.job("How a job is, and its result", "getImageJob"))
@@ -59,12 +60,3 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
     @router.delete(PATH + "/{job_id}", openapi_extra=openapi.job("Cancel a job", "cancelImageJob"))
     async def cancel_job(job_id: str) -> Response:
         return json_response(jobs.describe(await jobs.cancel(job_id)))
-
-
-def _operation_of(body: dict[str, Any], form: bool) -> Operation:
-    """Whose body this is: the fields tell."""
-    if "model_name" in body and not form:
-        return endpoints.HYPERBOLIC
-    if "images" in body or form:
-        return endpoints.EDITS if "prompt" in body else endpoints.VARIATIONS
-    return endpoints.GENERATIONS

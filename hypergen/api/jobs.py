@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from hypergen.api.dialects.endpoints import Operation
+from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import error_body, status_of
 from hypergen.api.validation import Asked
 from hypergen.engine_protocol import ImageGenerator
@@ -42,7 +42,7 @@ class Job:
     """One request, its state, and in the end the names of its pictures."""
 
     id: str
-    operation: Operation
+    endpoint: Endpoint
     asked: Asked
     created: int
     state: JobState = "queued"
@@ -86,7 +86,7 @@ class Jobs:
         self._most = most
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
-    async def begin(self, operation: Operation, asked: Asked, deadline: float) -> Job:
+    async def begin(self, endpoint: Endpoint, asked: Asked, deadline: float) -> Job:
         """Take a checked request on.
 
         Args:
@@ -101,7 +101,7 @@ class Jobs:
             raise QueueFullError(
                 f"There are {self._most} unfinished jobs. Try again later.", retry_after_s=60
             )
-        job = Job(f"job_{uuid.uuid4().hex}", operation, asked, int(time.time()))
+        job = Job(f"job_{uuid.uuid4().hex}", endpoint, asked, int(time.time()))
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, deadline))
         await asyncio.wait([job.task], timeout=_REFUSAL_S)
@@ -176,7 +176,7 @@ class Jobs:
                 raise NotFoundError("The images of this job are gone; their time is over.")
             images.append(replace(image, data=data))
         urls = None if base is None else [base + name for _, name in job.pictures]
-        return job.operation.to_response(job.asked, images, urls, job.created)
+        return job.endpoint.to_response(job.asked, images, urls, job.created)
 
     async def _run(self, job: Job, deadline: float) -> None:
         try:

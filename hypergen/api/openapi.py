@@ -6,20 +6,24 @@ what this server and its model allow of them stands in /health.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from hypergen.api.auth import FILES_PREFIX, OPEN_PATHS
-from hypergen.api.dialects import hyperbolic, openai_edits, openai_images
 from hypergen.api.errors import envelope
-from hypergen.api.multipart_form import MAX_PICTURES
-from hypergen.api.native_paths import native_paths
-from hypergen.api.schemas import PICTURE, SCHEMAS
+from hypergen.api.request_body import MAX_ITEMS
+from hypergen.api.schemas import SCHEMAS, BatchResult, ErrorResponse, ImageJob
 from hypergen.images.encoding import FORMATS
 
-_EXAMPLE_PROMPT = "a red circle on a blue background"
+EXAMPLE_PROMPT = "a red circle on a blue background"
+# A red square of 8 x 8 pixels, as base64 of a PNG.
+EXAMPLE_IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
+)
 _ERRORS = {
     400: ("Bad Request", "A field is missing, malformed or out of range; `param` names it.", "n"),
     401: ("Unauthorized", "No key, a wrong key, or another scheme than Bearer.", None),
@@ -42,112 +46,93 @@ _ERRORS = {
     504: ("Gateway Timeout", "The request took longer than the server allows.", None),
     507: ("Insufficient Storage", "No room for a `url`; `b64_json` needs none.", None),
 }
-_EXAMPLE_STREAM = (
-    "event: image_generation.completed\n"
-    'data: {"type":"image_generation.completed","b64_json":"iVBORw0KGgo..."}\n\n'
-)
-DRAWING_ERRORS = (400, 401, 408, 413, 415, 429, 500, 503, 504, 507)
+GENERATION_ERRORS = (400, 401, 408, 413, 415, 429, 500, 503, 504, 507)
+Described = dict[str, Any]
 
 
-def generations() -> dict[str, Any]:
-    body = _schema(openai_images.ImagesBody)
-    example = {"prompt": _EXAMPLE_PROMPT, "size": "1024x1024", "seed": 7, "num_inference_steps": 30}
-    return {
-        "operationId": "createImage",
-        "summary": "Draw pictures from a prompt",
-        "tags": ["Images"],
-        "requestBody": _body({"application/json": _media(body, example)}),
-        "responses": _responses("ImagesResponse", streams=True),
-    }
+def request_body(content: Described) -> Described:
+    return {"required": True, "content": content}
 
 
-def edits() -> dict[str, Any]:
-    return {
-        "operationId": "createImageEdit",
-        "summary": "Draw pictures from a picture and a prompt, all over or where a mask says",
-        "tags": ["Images"],
-        "requestBody": _body(_edit_media(_schema(openai_edits.EditBody))),
-        "responses": _responses("ImagesResponse", streams=True),
-    }
+def media(schema: Described, example: object) -> Described:
+    return {"schema": schema, "example": example}
 
 
-def variations() -> dict[str, Any]:
-    body = _schema(openai_edits.EditBody)
-    body["required"] = []
-    media = {kind: content for kind, content in _edit_media(body).items() if kind.startswith("multipart")}
-    return {
-        "operationId": "createImageVariation",
-        "summary": "Draw variations of a picture",
-        "tags": ["Images"],
-        "requestBody": _body(media),
-        "responses": _responses("ImagesResponse", streams=True),
-    }
+def reference(model: type[BaseModel]) -> Described:
+    """A named schema; `complete` must be given the model."""
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def hyperbolic_generation() -> dict[str, Any]:
-    """The operation of Hyperbolic's OpenAPI file v1, with its words, and what HyperGen answers beside."""
-    example = {
-        "model_name": "SDXL1.0-base",
-        "prompt": "A photorealistic cyberpunk cat wearing sunglasses",
-        "steps": 30,
-        "cfg_scale": 7.5,
-        "height": 1024,
-        "width": 1024,
-    }
-    content = {
-        "schema": _reference("ImageGenerationRequest"),
-        "examples": {"SDXLBasic": {"summary": "Basic SDXL generation", "value": example}},
-    }
-    return {
-        "operationId": "generateImage",
-        "summary": "Hyperbolic Generate An Image",
-        "description": "Generate one or more images from a text prompt using the specified diffusion model. "
-        "Returns base64-encoded images in the `images` array.",
-        "tags": ["Image Generation"],
-        "requestBody": _body({"application/json": content}),
-        "responses": _responses("ImageGenerationResponse", "Successful image generation"),
-    }
-
-
-def job(summary: str, operation_id: str, begins: bool = False) -> dict[str, Any]:
-    """One route of jobs.
+def responses(model: type[BaseModel], description: str, stream: Described | None = None) -> Described:
+    """The answers of a route that generates images.
 
     Args:
-        begins: it takes a body, and answers 202.
+        stream: the media of its server-sent events; absent: it has none.
     """
-    described: dict[str, Any] = {"operationId": operation_id, "summary": summary, "tags": ["Jobs"]}
-    answer = {"description": summary, "content": {"application/json": {"schema": _reference("ImageJob")}}}
-    if begins:
-        described["requestBody"] = _body(_job_media())
-    errors = DRAWING_ERRORS if begins else (401, 404)
-    described["responses"] = {("202" if begins else "200"): answer, **_errors(errors)}
-    return described
+    content: Described = {"application/json": {"schema": reference(model)}}
+    if stream is not None:
+        content["text/event-stream"] = stream
+    return {"200": {"description": description, "content": content}, **_errors(GENERATION_ERRORS)}
 
 
-def told(operation_id: str, name: str, *statuses: int) -> dict[str, Any]:
-    """A route that tells something: its answer's schema, with each of the statuses."""
-    content = {"application/json": {"schema": _reference(name)}}
-    responses = {str(status): {"description": name, "content": content} for status in statuses}
-    return {"operationId": operation_id, "tags": ["Server"], "responses": responses}
+def create_job(bodies: Iterable[Described], form: Described) -> Described:
+    """The route that begins a job.
+
+    Args:
+        bodies: the JSON schemas that it takes; the fields say which of them it is.
+        form: the media of its form.
+    """
+    example = {"prompt": EXAMPLE_PROMPT, "n": 10}
+    content = {"application/json": media({"anyOf": list(bodies)}, example), "multipart/form-data": form}
+    described = job("Begin a job", "createImageJob", 202, GENERATION_ERRORS)
+    return {
+        **described,
+        "description": "Takes the body of every route that generates images, but does not stream.",
+        "requestBody": request_body(content),
+    }
 
 
-def picture_file() -> dict[str, Any]:
+def job(summary: str, operation_id: str, status: int = 200, errors: Sequence[int] = (401, 404)) -> Described:
+    """One route of jobs."""
+    answer = {"description": summary, "content": {"application/json": {"schema": reference(ImageJob)}}}
+    return {
+        "operationId": operation_id,
+        "summary": summary,
+        "tags": ["Jobs"],
+        "responses": {str(status): answer, **_errors(errors)},
+    }
+
+
+def server_route(operation_id: str, model: type[BaseModel], *statuses: int) -> Described:
+    """A route about the server: its answer's schema, with each of the statuses."""
+    content = {"application/json": {"schema": reference(model)}}
+    answers = {str(status): {"description": model.__name__, "content": content} for status in statuses}
+    return {"operationId": operation_id, "tags": ["Server"], "responses": answers}
+
+
+def image_file() -> Described:
     """The file behind a `url`."""
     file = {"schema": {"type": "string", "format": "binary"}}
     content = dict.fromkeys((kind.media_type for kind in FORMATS.values()), file)
-    responses = {"200": {"description": "The file", "content": content}}
-    return {"operationId": "getImageFile", "tags": ["Images"], "responses": responses}
+    answers = {"200": {"description": "The file", "content": content}}
+    return {"operationId": "getImageFile", "tags": ["Images"], "responses": answers}
 
 
-def complete(schema: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's description with what all routes share: the key, the errors, the named schemas."""
+def complete(schema: Described, models: Sequence[type[BaseModel]]) -> Described:
+    """FastAPI's description with what all routes share: the key, the errors, the named schemas.
+
+    Args:
+        models: those that the dialects refer to.
+    """
     schema = deepcopy(schema)  # FastAPI keeps its own for the next time
-    components = schema.setdefault("components", {})
-    components["securitySchemes"] = {
-        "BearerAuth": {"type": "http", "scheme": "bearer", "bearerFormat": "API Key"}
+    named = models_json_schema(
+        [(model, "validation") for model in (*SCHEMAS, *models)], ref_template="#/components/schemas/{model}"
+    )[1]
+    schema["components"] = {
+        "securitySchemes": {"BearerAuth": {"type": "http", "scheme": "bearer", "bearerFormat": "API Key"}},
+        "schemas": named["$defs"],
     }
-    components["schemas"] = {**SCHEMAS, "ImageGenerationRequest": _schema(hyperbolic.GenerationBody)}
-    schema["paths"] |= native_paths()
+    schema["paths"] |= _bentoml_paths()
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # bad parameters are 400 here
@@ -157,76 +142,56 @@ def complete(schema: dict[str, Any]) -> dict[str, Any]:
             statuses |= ({404} if "{" in path else set()) | ({403} if is_open else {401, 403})
             if path not in OPEN_PATHS:
                 # Also those that stand there already: FastAPI drops what is null from their examples.
-                operation["responses"].update(_errors(tuple(sorted(statuses))))
+                operation["responses"].update(_errors(sorted(statuses)))
     return schema
 
 
-def _schema(body: type[BaseModel]) -> dict[str, Any]:
-    return body.model_json_schema()
-
-
-def _edit_media(body: dict[str, Any]) -> dict[str, Any]:
-    """An edit's body as a form and as JSON."""
-    fields, required = body["properties"], body.get("required", [])
-    file = {"type": "string", "format": "binary"}
-    files = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_PICTURES}
-    form = {
-        **body,
-        "properties": {"image": files, "mask": file, **fields},
-        "required": ["image", *required],
-    }
-    url = {"type": "string", "format": "data-url", "description": "data: URL with base64"}
-    picture = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
-    pictures = {"type": "array", "items": picture, "minItems": 1, "maxItems": MAX_PICTURES}
-    in_json = {
-        **body,
-        "properties": {"images": pictures, "mask": picture, **fields},
-        "required": ["images", *required],
-    }
-    example = {"prompt": _EXAMPLE_PROMPT, "images": [{"image_url": f"data:image/png;base64,{PICTURE}"}]}
-    encoding = {name: {"contentType": "image/png, image/jpeg, image/webp"} for name in ("image", "mask")}
-    return {
-        "multipart/form-data": {"schema": form, "encoding": encoding},
-        "application/json": _media(in_json, example),
-    }
-
-
-def _job_media() -> dict[str, Any]:
-    """The bodies of all routes; which fields are there tells whose it is, and none of them streams."""
-    media = _edit_media(_schema(openai_edits.EditBody))
-    media["multipart/form-data"]["schema"]["required"] = ["image"]  # without a prompt it is a variation
-    drawing, edit = _schema(openai_images.ImagesBody), media["application/json"]["schema"]
-    edit["required"] = ["images"]
-    for body in (drawing, edit, media["multipart/form-data"]["schema"]):
-        body["properties"]["stream"] = {"type": "boolean", "enum": [False], "description": "no stream here"}
-    either = {"anyOf": [drawing, _schema(hyperbolic.GenerationBody), edit]}
-    media["application/json"] = _media(either, {"prompt": _EXAMPLE_PROMPT, "n": 10})
-    return media
-
-
-def _body(media: dict[str, Any]) -> dict[str, Any]:
-    return {"required": True, "content": media}
-
-
-def _media(schema: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
-    return {"schema": schema, "example": example}
-
-
-def _reference(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _responses(name: str, description: str = "The pictures", streams: bool = False) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": _reference(name)}}
-    if streams:
-        content["text/event-stream"] = {"schema": _reference("ImagesStream"), "example": _EXAMPLE_STREAM}
-    return {"200": {"description": description, "content": content}, **_errors(DRAWING_ERRORS)}
-
-
-def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:
-    described: dict[str, Any] = {}
+def _errors(statuses: Iterable[int]) -> Described:
+    described: Described = {}
     for status in statuses:
         title, meaning, param = _ERRORS[status]
-        content = {"schema": _reference("ErrorResponse"), "example": envelope(status, meaning, param)}
+        content = media(reference(ErrorResponse), envelope(status, meaning, param))
         described[str(status)] = {"description": title, "content": {"application/json": content}}
     return described
+
+
+def _bentoml_paths() -> Described:
+    """The routes that BentoML serves beside ours: its batchable API, its probes and its metrics."""
+    counters = "BentoML's, and hypergen_price_total"
+    return {
+        "/generate": {"post": _generate()},
+        "/metrics": {"get": _text("metrics", "Counters for Prometheus", counters)},
+        "/livez": {"get": _probe("livez", "Whether the process should be kept")},
+        "/healthz": {"get": _probe("healthz", "The same as /livez")},
+        "/readyz": {"get": _probe("readyz", "Whether requests can be drawn")},
+    }
+
+
+def _generate() -> Described:
+    item = {"type": "object", "description": "the fields of a generation, checked one by one"}
+    items = {"type": "array", "items": item, "maxItems": MAX_ITEMS}
+    body = {"type": "object", "properties": {"items": items}, "required": ["items"]}
+    answer = media(
+        {"type": "array", "items": reference(BatchResult)},
+        [{"status": 200, "images": [{"b64_json": EXAMPLE_IMAGE, "seed": 7}], "error": None}],
+    )
+    errors: Described = {str(status): {} for status in (400, 413, 415, 500)}
+    example = {"items": [{"prompt": EXAMPLE_PROMPT, "seed": 7}]}
+    return {
+        "operationId": "generate",
+        "summary": "BentoML's batchable API: many items, each of which may fail alone",
+        "tags": ["BentoML"],
+        "requestBody": request_body({"application/json": media(body, example)}),
+        "responses": {"200": {"description": "One result for each", "content": {"application/json": answer}}}
+        | errors,
+    }
+
+
+def _text(operation_id: str, summary: str, description: str, *statuses: int) -> Described:
+    content = {"text/plain": {"schema": {"type": "string"}}}
+    answers = {str(status): {"description": description, "content": content} for status in (200, *statuses)}
+    return {"operationId": operation_id, "summary": summary, "tags": ["BentoML"], "responses": answers}
+
+
+def _probe(operation_id: str, summary: str) -> Described:
+    return _text(operation_id, summary, "the status alone says it", 503)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterable
 from typing import Any, cast
 
 from starlette.requests import Request
@@ -25,7 +26,6 @@ _SLOWEST_BYTES_PER_S = 10_000
 # As in the settings.
 MAX_TEXT_BYTES = 1_000_000
 _MAX_TOKENS = 100_000
-_IMAGE_NAMES = (b'"image"', b'"images"', b'"mask"', b'"control_image"', b'"controlnet_image"')
 MAX_ITEMS = 64  # of one native call; each is checked on the event loop
 
 
@@ -107,10 +107,13 @@ class JsonBounds:
 
     Args:
         max_text_bytes: the most bytes before one names a field of an input image.
+        image_fields: the names of those fields.
     """
 
-    def __init__(self, max_text_bytes: int) -> None:
+    def __init__(self, max_text_bytes: int, image_fields: Iterable[str] = ()) -> None:
         self._max_text_bytes = max_text_bytes
+        self._names = [f'"{name}"'.encode() for name in image_fields]
+        self._longest = max(map(len, self._names), default=1)
         self._received = 0
         self._tokens = 0
         self._has_image = False
@@ -133,8 +136,8 @@ class JsonBounds:
         if self._has_image:
             return
         seen = self._end + chunk
-        self._has_image = any(name in seen for name in _IMAGE_NAMES)
-        self._end = seen[-max(map(len, _IMAGE_NAMES)) :]
+        self._has_image = any(name in seen for name in self._names)
+        self._end = seen[-self._longest :]
         if self._received > self._max_text_bytes and not self._has_image:
             raise text_too_large(self._max_text_bytes)
 
@@ -144,13 +147,17 @@ def text_too_large(max_text_bytes: int) -> PayloadTooLargeError:
 
 
 async def read_json_object(
-    request: Request, or_form: bool = False, max_text_bytes: int = MAX_TEXT_BYTES
+    request: Request,
+    or_form: bool = False,
+    max_text_bytes: int = MAX_TEXT_BYTES,
+    image_fields: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The body as a JSON object; fields that are null are left out, they count as not given.
 
     Args:
         or_form: the caller would have read a form too; the error says so.
         max_text_bytes: of a body without input images.
+        image_fields: that hold input images.
 
     Raises:
         UnsupportedMediaTypeError: the body is declared as something else, or compressed.
@@ -167,7 +174,7 @@ async def read_json_object(
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaTypeError("Compressed request bodies are not read.")
     # Not `request.body()`, which would keep megabytes of base64 for as long as the request waits.
-    body, bounds = bytearray(), JsonBounds(max_text_bytes)
+    body, bounds = bytearray(), JsonBounds(max_text_bytes, image_fields)
     async for chunk in request.stream():
         bounds.feed(chunk)
         body += chunk

@@ -17,11 +17,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from hypergen.api import openapi
 from hypergen.api.auth import FILES_PREFIX
-from hypergen.api.dialects.endpoints import OPERATIONS, Operation
+from hypergen.api.dialects.endpoint import Endpoint
+from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import json_response
 from hypergen.api.image_requests import answer
 from hypergen.api.job_routes import add_job_routes
 from hypergen.api.jobs import Jobs
+from hypergen.api.schemas import Health, Model, ModelList
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import NotFoundError
@@ -74,19 +76,19 @@ def create_router(
     """All routes of the API."""
     router = APIRouter(redirect_slashes=False)
 
-    def add(operation: Operation) -> None:
-        @router.post(operation.path, openapi_extra=operation.described)
+    def add(endpoint: Endpoint) -> None:
+        @router.post(endpoint.path, openapi_extra=endpoint.openapi)
         async def create_images(request: Request) -> Response:
-            return await answer(request, operation, settings, generator, storage)
+            return await answer(request, endpoint, settings, generator, storage)
 
-    for operation in OPERATIONS:
-        add(operation)
+    for endpoint in ENDPOINTS:
+        add(endpoint)
     add_job_routes(router, settings, generator, jobs)
 
     @router.get(
         "/v1/models",
         summary="The models of this server",
-        openapi_extra=openapi.told("listModels", "ModelList", 200),
+        openapi_extra=openapi.server_route("listModels", ModelList, 200),
     )
     async def list_models() -> Response:
         return json_response({"object": "list", "data": [_model(model.id) for model in models]})
@@ -94,7 +96,7 @@ def create_router(
     @router.get(
         "/v1/models/{model:path}",
         summary="One model",
-        openapi_extra=openapi.told("retrieveModel", "Model", 200),
+        openapi_extra=openapi.server_route("retrieveModel", Model, 200),
     )
     async def get_model(model: str) -> Response:
         # Ids may start with a slash, which a proxy or client may have dropped or doubled.
@@ -108,7 +110,7 @@ def create_router(
 
     @router.head(FILES_PREFIX + "{name}", include_in_schema=False)
     @router.get(
-        FILES_PREFIX + "{name}", summary="A picture, without a key", openapi_extra=openapi.picture_file()
+        FILES_PREFIX + "{name}", summary="A picture, without a key", openapi_extra=openapi.image_file()
     )
     async def get_file(name: str) -> Response:
         stored = storage.get(name)
@@ -119,7 +121,7 @@ def create_router(
     @router.get(
         "/health",
         summary="How the server is, without a key",
-        openapi_extra=openapi.told("health", "Health", 200, 503),
+        openapi_extra=openapi.server_route("health", Health, 200, 503),
     )
     async def health() -> Response:
         status = generator.status()

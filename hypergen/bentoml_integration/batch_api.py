@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PrivateAttr, RootModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hypergen.api.dialects.endpoints import GENERATIONS
+from hypergen.api.dialects.endpoints import GENERATIONS, IMAGE_FIELDS
 from hypergen.api.errors import CLIENT_GONE, ClientGoneError, error_body, status_of
 from hypergen.api.image_requests import check, draw, loaded
 from hypergen.api.request_body import MAX_ITEMS, JsonBounds
@@ -87,7 +87,7 @@ class ClientWatch:
             ClientGoneError: the client hung up before its end.
             RequestError: it is beyond the bounds of JSON bodies.
         """
-        bounds, chunks = JsonBounds(self._max_text_bytes), list[bytes]()
+        bounds, chunks = JsonBounds(self._max_text_bytes, IMAGE_FIELDS), list[bytes]()
         more = True
         while more:
             message = await receive()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hypergen.api.auth import FILES_PREFIX
-from hypergen.api.dialects.endpoints import OPERATIONS
+from hypergen.api.dialects.endpoints import ENDPOINTS
 
 OTHER = "other"
 _FIXED = frozenset(
@@ -23,7 +23,7 @@ _FIXED = frozenset(
         "/openapi.json",
         "/v1/models",
         "/v1/images/jobs",
-        *(operation.path for operation in OPERATIONS),
+        *(endpoint.path for endpoint in ENDPOINTS),
     }
 )
 _WITH_NAMES = {

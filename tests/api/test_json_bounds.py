@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from hypergen.api.dialects import hyperbolic, openai_images
+from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.request_body import JsonBounds, parse_json_object, read_json_object
 from hypergen.api.validation import validate
 from hypergen.config import ServerSettings
@@ -37,7 +38,7 @@ def read(data: bytes, chunk: int = 65_536) -> dict[str, Any]:
 
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
-    return asyncio.run(read_json_object(Request(scope, receive), max_text_bytes=MOST_TEXT))
+    return asyncio.run(read_json_object(Request(scope, receive), False, MOST_TEXT, IMAGE_FIELDS))
 
 
 def of_size(start: bytes, size: int) -> bytes:
@@ -52,7 +53,7 @@ def test_a_body_without_input_images_may_have_1_000_000_bytes() -> None:
 
 
 def test_a_body_without_input_images_is_refused_before_the_rest_of_it_comes() -> None:
-    bounds = JsonBounds(MOST_TEXT)
+    bounds = JsonBounds(MOST_TEXT, IMAGE_FIELDS)
     bounds.feed(of_size(b'{"prompt":"', MOST_TEXT))
     with pytest.raises(PayloadTooLargeError):
         bounds.feed(b" ")
@@ -62,7 +63,7 @@ def test_a_body_without_input_images_is_refused_before_the_rest_of_it_comes() ->
 @pytest.mark.parametrize("chunk", [1, 7, 20, 3_000_000])
 def test_a_body_with_an_input_image_may_be_larger_however_it_comes(field: str, chunk: int) -> None:
     start = b'{"prompt": "a", "%s": "' % field.encode()
-    bounds = JsonBounds(100)
+    bounds = JsonBounds(100, IMAGE_FIELDS)
     data = of_size(start, 3000)
     for at in range(0, len(data), chunk):
         bounds.feed(data[at : at + chunk])
@@ -71,12 +72,12 @@ def test_a_body_with_an_input_image_may_be_larger_however_it_comes(field: str, c
 @pytest.mark.parametrize("name", [b"image", b"prompt image", b"images_", b"'image'"])
 def test_other_names_make_no_input_image(name: bytes) -> None:
     with pytest.raises(PayloadTooLargeError):
-        JsonBounds(100).feed(of_size(b'{"%s_": "' % name, 3000))
+        JsonBounds(100, IMAGE_FIELDS).feed(of_size(b'{"%s_": "' % name, 3000))
 
 
 @pytest.mark.parametrize("token", [b"[", b"{", b",", b":"])
 def test_a_body_may_have_100_000_tokens(token: bytes) -> None:
-    bounds = JsonBounds(MOST_TEXT)
+    bounds = JsonBounds(MOST_TEXT, IMAGE_FIELDS)
     bounds.feed(token * 60_000)
     bounds.feed(token * 40_000)
     with pytest.raises(InvalidRequestError, match="100,000 JSON tokens") as raised:
@@ -154,4 +155,4 @@ def test_64_loras_are_looked_at() -> None:
     loras = {str(number): 1 for number in range(64)}
     assert validate(openai_images.ImagesBody, {"prompt": "a", "loras": loras}).loras == loras
     body = {"prompt": "a", "model_name": "m", "lora": {**loras, "64": "x"}}
-    assert refusal(lambda: validate(hyperbolic.GenerationBody, body))
+    assert refusal(lambda: validate(hyperbolic.ImageGenerationRequest, body))

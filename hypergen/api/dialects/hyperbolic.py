@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictInt, StrictStr
 
+from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import to_json
 from hypergen.api.loras import resolve_loras
+from hypergen.api.openapi import reference, request_body, responses
 from hypergen.api.validation import (
     MAX_SEED,
     SMALLEST_SIDE,
@@ -53,9 +55,10 @@ _ENGINE_FIELDS = {
     "guidance_scale": "cfg_scale",
 }
 _USUAL_STEPS = 50  # of a model that asks for nothing special
+_Base64 = Annotated[StrictStr, Field(json_schema_extra={"format": "byte"})]
 
 
-class GenerationBody(ModelFields):
+class ImageGenerationRequest(ModelFields):
     """The body of a request. Unknown fields are ignored, and null counts as not given."""
 
     model_name: StrictStr = Field(
@@ -97,7 +100,7 @@ class GenerationBody(ModelFields):
         None, description="one of the samplers in /health; absent: the model's own"
     )
     backend: Literal["auto", "tvm", "torch"] = Field("auto", description="accepted: all three are torch here")
-    image: StrictStr | None = Field(
+    image: _Base64 | None = Field(
         None, description="picture to start from, base64 of PNG, JPEG or WebP", examples=["iVBORw0KGgo..."]
     )
     strength: Number = Field(
@@ -109,7 +112,17 @@ class GenerationBody(ModelFields):
         examples=[{"Pixel_Art": 1.0}],
     )
     controlnet_name: StrictStr | None = Field(None, description="name of a control model of this server")
-    controlnet_image: StrictStr | None = Field(None, description="picture it follows, base64")
+    controlnet_image: _Base64 | None = Field(None, description="picture it follows, base64")
+
+
+class GeneratedImage(BaseModel):
+    image: str = Field(description="Base64-encoded image bytes.")
+    seed: int
+
+
+class ImageGenerationResponse(BaseModel):
+    images: list[GeneratedImage]
+    inference_time: float = Field(description="Seconds spent in inference.")
 
 
 def to_request(
@@ -120,7 +133,7 @@ def to_request(
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    asked = validate(GenerationBody, body)
+    asked = validate(ImageGenerationRequest, body)
     check_prompt(asked.prompt)
     defaults = description.defaults
     own_width, own_height = default_size(description, settings.max_side)
@@ -215,3 +228,36 @@ def _check_loras(loras: dict[str, float], description: ModelDescription) -> None
             known = ", ".join(description.loras) or "none"
             message = f"'lora' names an unknown LoRA, '{name[:100]}'; {description.id} has {known}."
             raise InvalidRequestError(message, param="lora")
+
+
+_EXAMPLE = {
+    "model_name": "SDXL1.0-base",
+    "prompt": "A photorealistic cyberpunk cat wearing sunglasses",
+    "steps": 30,
+    "cfg_scale": 7.5,
+    "height": 1024,
+    "width": 1024,
+}
+_CONTENT = {
+    "schema": reference(ImageGenerationRequest),
+    "examples": {"SDXLBasic": {"summary": "Basic SDXL generation", "value": _EXAMPLE}},
+}
+HYPERBOLIC = Endpoint(
+    path="/v1/image/generation",
+    model_field="model_name",
+    image_fields=frozenset({"image", "controlnet_image"}),
+    claims=lambda body, is_form: not is_form and "model_name" in body,
+    to_request=to_request,
+    to_response=to_response,
+    # In the words of Hyperbolic's OpenAPI file v1.
+    openapi={
+        "operationId": "generateImage",
+        "summary": "Hyperbolic Generate An Image",
+        "description": "Generate one or more images from a text prompt using the specified diffusion model. "
+        "Returns base64-encoded images in the `images` array.",
+        "tags": ["Image Generation"],
+        "requestBody": request_body({"application/json": _CONTENT}),
+        "responses": responses(ImageGenerationResponse, "Successful image generation"),
+    },
+    schemas=(ImageGenerationRequest, ImageGenerationResponse),
+)

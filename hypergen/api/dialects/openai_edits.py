@@ -1,18 +1,30 @@
 """OpenAI's edits and variations: POST /v1/images/edits as a form or JSON, and /v1/images/variations.
 
-Both are generations from a picture; what they share with those is in `openai`.
+Both are generations from a picture; what they share with those is in `openai_images`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 from PIL.Image import Image
 from pydantic import Field
 
 from hypergen.api.dialects import openai_images
+from hypergen.api.dialects.endpoint import Endpoint
+from hypergen.api.dialects.openai_answers import (
+    ImagesRequest,
+    ImagesResponse,
+    ImagesStream,
+    image_tokens,
+    stream_media,
+    to_frame,
+    to_response,
+)
 from hypergen.api.multipart_form import MAX_PICTURES
+from hypergen.api.openapi import EXAMPLE_IMAGE, EXAMPLE_PROMPT, media, request_body, responses
 from hypergen.api.validation import SMALLEST_SIDE, check_option, validate
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
@@ -35,7 +47,7 @@ class EditBody(openai_images.ImagesBody):
 
 def to_edit(
     body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
-) -> openai_images.ImagesRequest:
+) -> ImagesRequest:
     """Check an edit and read its pictures; takes as long as decoding them, so it belongs into a thread.
 
     Args:
@@ -67,12 +79,12 @@ def to_edit(
         mask=None if mask is None else to_mask(mask, *size),
         strength=usual if asked.strength is None else asked.strength,
     )
-    return replace(drawing, generation=generation, image_tokens=openai_images.image_tokens(*size))
+    return replace(drawing, generation=generation, image_tokens=image_tokens(*size))
 
 
 def to_variation(
     body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
-) -> openai_images.ImagesRequest:
+) -> ImagesRequest:
     """Check a variation, which is an edit with a neutral prompt; a mask is looked at, and not used."""
     if "mask" in body:
         look(_file(body["mask"], "mask"), "mask")
@@ -119,3 +131,73 @@ def _read_mask(value: object, image: Image) -> Image:
         sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
         raise InvalidRequestError(f"'mask' is {sizes[0]} and the input image {sizes[1]}.", param="mask")
     return mask
+
+
+def _content(required: list[str]) -> dict[str, Any]:
+    """The body as a form and as JSON.
+
+    Args:
+        required: fields beside the images.
+    """
+    body = EditBody.model_json_schema()
+    fields = body["properties"]
+    file = {"type": "string", "format": "binary"}
+    files = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_PICTURES}
+    form = {
+        **body,
+        "properties": {"image": files, "mask": file, **fields},
+        "required": ["image", *required],
+    }
+    url = {"type": "string", "format": "data-url", "description": "data: URL with base64"}
+    image = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
+    images = {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_PICTURES}
+    in_json = {
+        **body,
+        "properties": {"images": images, "mask": image, **fields},
+        "required": ["images", *required],
+    }
+    example = {"prompt": EXAMPLE_PROMPT, "images": [{"image_url": f"data:image/png;base64,{EXAMPLE_IMAGE}"}]}
+    encoding = {name: {"contentType": "image/png, image/jpeg, image/webp"} for name in ("image", "mask")}
+    return {
+        "multipart/form-data": {"schema": form, "encoding": encoding},
+        "application/json": media(in_json, example),
+    }
+
+
+_IMAGE_FIELDS = frozenset({"image", "images", "mask", "control_image"})
+EDITS = Endpoint(
+    path="/v1/images/edits",
+    model_field="model",
+    image_fields=_IMAGE_FIELDS,
+    claims=lambda body, is_form: (is_form or "images" in body) and "prompt" in body,
+    form=EditBody,
+    to_request=to_edit,
+    to_response=to_response,
+    to_frame=partial(to_frame, "image_edit"),
+    openapi={
+        "operationId": "createImageEdit",
+        "summary": "Draw pictures from a picture and a prompt, all over or where a mask says",
+        "tags": ["Images"],
+        "requestBody": request_body(_content(["prompt"])),
+        "responses": responses(ImagesResponse, "The pictures", stream_media()),
+    },
+    schemas=(ImagesResponse, ImagesStream),
+)
+VARIATIONS = Endpoint(
+    path="/v1/images/variations",
+    model_field="model",
+    image_fields=_IMAGE_FIELDS,
+    claims=lambda body, is_form: is_form or "images" in body,
+    form=EditBody,
+    to_request=to_variation,
+    to_response=to_response,
+    to_frame=partial(to_frame, "image_edit"),
+    openapi={
+        "operationId": "createImageVariation",
+        "summary": "Draw variations of a picture",
+        "tags": ["Images"],
+        "requestBody": request_body(_content([])),
+        "responses": responses(ImagesResponse, "The pictures", stream_media()),
+    },
+    schemas=(ImagesResponse, ImagesStream),
+)

@@ -5,19 +5,26 @@ Source: OpenAI's OpenAPI description 2.3.0 and the HyperGen documents; docs/api.
 
 from __future__ import annotations
 
-import base64
 import re
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from hypergen.api.errors import to_json
+from hypergen.api.dialects.endpoint import Endpoint
+from hypergen.api.dialects.openai_answers import (
+    ImagesRequest,
+    ImagesResponse,
+    ImagesStream,
+    stream_media,
+    to_frame,
+    to_response,
+)
 from hypergen.api.loras import resolve_loras
+from hypergen.api.openapi import EXAMPLE_PROMPT, media, request_body, responses
 from hypergen.api.validation import (
     MAX_SEED,
     SMALLEST_SIDE,
-    Asked,
     LoraWeight,
     ModelFields,
     Number,
@@ -34,14 +41,11 @@ from hypergen.api.validation import (
 )
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.events import ImageFinished
 from hypergen.images.geometry import Size
 from hypergen.model_info import ModelDescription
 from hypergen.request import GenerationRequest, OutputFormat
 
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", re.ASCII)
-# Side of one image token, as `usage` counts them, in pixels.
-_TOKEN_SIDE = 16
 
 
 class ImagesBody(ModelFields):
@@ -125,14 +129,6 @@ class ImagesBody(ModelFields):
     )
 
 
-@dataclass(frozen=True)
-class ImagesRequest(Asked):
-    """A checked request for OpenAI's answer."""
-
-    quality: str = "medium"
-    image_tokens: int = 0  # of the pictures that were sent
-
-
 def to_request(
     body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
@@ -210,37 +206,6 @@ def resolve(
     )
 
 
-def to_response(
-    asked: ImagesRequest, images: list[ImageFinished], urls: list[str] | None, created: int
-) -> list[bytes]:
-    """The answer: with `url`s, with base64, or with both when the client did not say.
-
-    JSON in pieces, of which a picture is one: base64 needs no escaping, and the JSON module, looking for what
-    does, would hold the interpreter's lock for 10 ms per 1024x1024 PNG, and with it the event loop. Still
-    takes milliseconds per megabyte, so it belongs into a thread.
-    """
-    request = asked.generation
-    answer = {
-        "created": created,
-        "size": f"{request.width}x{request.height}",
-        "quality": asked.quality,
-        "background": "opaque",
-        "output_format": request.output_format,
-        "usage": usage(request, images[0].prompt_tokens, asked.image_tokens, request.n),
-    }
-    pieces = [to_json(answer)[:-1] + b',"data":[']
-    for position, image in enumerate(images):
-        item: dict[str, Any] = {"revised_prompt": request.prompt, "seed": image.seed}
-        if urls is not None:
-            item["url"] = urls[position]
-        separator = b"," if position else b""
-        if asked.response_format == "url":
-            pieces.append(separator + to_json(item))
-        else:
-            pieces += [separator + b'{"b64_json":"', base64.b64encode(image.data), b'",' + to_json(item)[1:]]
-    return [*pieces, b"]}"]
-
-
 def _size(size: str | None, description: ModelDescription, max_side: int) -> tuple[int, int]:
     if size is None or size == "auto":
         return default_size(description, max_side)
@@ -273,19 +238,21 @@ def _loras(asked: ImagesBody, description: ModelDescription) -> tuple[tuple[str,
     return () if lora is None else resolve_loras({lora: asked.lora_scale}, description, "lora_path")
 
 
-def image_tokens(width: int, height: int) -> int:
-    """Squares of 16 x 16 pixels, those at the edges too."""
-    return -(-width // _TOKEN_SIDE) * -(-height // _TOKEN_SIDE)
-
-
-def usage(request: GenerationRequest, text_tokens: int, sent_tokens: int, images: int) -> dict[str, Any]:
-    """What so many pictures of a request count as; `text_tokens` by the model's tokenizer."""
-    input_tokens = text_tokens + sent_tokens
-    output_tokens = image_tokens(request.width, request.height) * images
-    return {
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "total_tokens": input_tokens + output_tokens,
-        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": sent_tokens},
-        "output_tokens_details": {"text_tokens": 0, "image_tokens": output_tokens},
-    }
+_EXAMPLE = {"prompt": EXAMPLE_PROMPT, "size": "1024x1024", "seed": 7, "num_inference_steps": 30}
+GENERATIONS = Endpoint(
+    path="/v1/images/generations",
+    model_field="model",
+    image_fields=frozenset({"control_image"}),
+    claims=lambda body, is_form: not is_form,
+    to_request=to_request,
+    to_response=to_response,
+    to_frame=partial(to_frame, "image_generation"),
+    openapi={
+        "operationId": "createImage",
+        "summary": "Draw pictures from a prompt",
+        "tags": ["Images"],
+        "requestBody": request_body({"application/json": media(ImagesBody.model_json_schema(), _EXAMPLE)}),
+        "responses": responses(ImagesResponse, "The pictures", stream_media()),
+    },
+    schemas=(ImagesResponse, ImagesStream),
+)
