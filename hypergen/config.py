@@ -82,11 +82,6 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     decode_stream: bool = Field(
         False, description="decode pictures on a CUDA stream of their own, beside the next step"
     )
-    text_thread: bool = Field(
-        False,
-        description="read prompts in a thread of their own, on CUDA on a stream of their own, beside the "
-        "steps of other images",
-    )
     vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
     vae_tiling: VaeTiling = Field(
         "off",

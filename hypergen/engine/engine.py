@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -23,7 +23,6 @@ from hypergen.engine.optimizations import accelerate
 from hypergen.engine.passes import Passes
 from hypergen.engine.postprocess import Finisher, Report
 from hypergen.engine.previews import Previewer
-from hypergen.engine.prompt_encoding import PromptReader, quiet
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.request_queue import Arrival, Inbox
 from hypergen.engine.scheduler import group_key, next_batch
@@ -31,7 +30,6 @@ from hypergen.engine.warmup import draw_once
 from hypergen.errors import RequestError
 from hypergen.events import EngineStatus, Progress, Started
 from hypergen.models.family import Family
-from hypergen.models.text_encoders.prompt_cache import EncodedPrompt
 from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -79,8 +77,7 @@ class Engine:
         self.startup_s: dict[str, float] = {}
         self._clock = clock
         self._report = report
-        self._reader = PromptReader(family) if settings.text_thread else None
-        self._inbox = Inbox(family.prepare if self._reader is None else self._reader.prepare, clock)
+        self._inbox = Inbox(family.prepare, clock)
         self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
         self._running: dict[str, _Running] = {}
         self._active: list[Trajectory] = []
@@ -139,8 +136,6 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the files that are being written; no turn may follow."""
-        if self._reader is not None:
-            self._reader.shutdown()
         self._finisher.shutdown()
 
     @property
@@ -240,9 +235,9 @@ class Engine:
     def _join(self, arrival: Arrival) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         request = arrival.request
-        read = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
+        loras = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
         # Held, so that all images of the request find them, however little the caches keep.
-        _held = read, None if self._reader and read and read[1] else self._read_prompts(request)
+        _held = loras, self.family.read_prompts(request)
         trajectories = [self.family.start(request, index) for index in range(request.n)]
         yield from self.shapes.learn(trajectories[0])
         for trajectory in trajectories:
@@ -252,11 +247,6 @@ class Engine:
         self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
         (self._denoised if trajectories[0].unchanged else self._active).extend(trajectories)
         self.shapes.forget_old({group_key(s).shared for t in self._active for s in t.stages()})
-
-    def _read_prompts(self, request: GenerationRequest) -> Sequence[EncodedPrompt]:
-        """Encode prompts here, between two passes; not beside a thread that reads others."""
-        with quiet:
-            return self.family.read_prompts(request)
 
     def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """One forward pass; when it fails, one for each image, so that only the guilty request fails."""

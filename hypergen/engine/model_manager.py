@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 
 from hypergen.engine.postprocess import Report
-from hypergen.engine.prompt_encoding import quiet
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.request_queue import Arrival, Inbox
 from hypergen.errors import GenerationError, ModelError
@@ -257,12 +256,11 @@ class Roster:
             return True
         if not self._make_room(seat):
             return False
-        with quiet:
-            self._moved_at = math.inf  # a large model takes minutes, which are no stall
-            try:
-                seat.loaded = self._load(seat.model, self._read_what_is_there)
-            finally:
-                self._moved_at = time.monotonic()
+        self._moved_at = math.inf  # a large model takes minutes, which are no stall
+        try:
+            seat.loaded = self._load(seat.model, self._read_what_is_there)
+        finally:
+            self._moved_at = time.monotonic()
         seat.used_at = self._moved_at
         seat.expected_bytes = seat.loaded.size_bytes
         self._refuse_if_too_large(seat.model, seat.expected_bytes)

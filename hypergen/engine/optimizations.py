@@ -38,11 +38,6 @@ def accelerate(family: Family, settings: EngineSettings) -> None:
     for setting, wanted in needs_cuda.items():
         if wanted and device != "cuda":
             raise ModelError(f"The setting {setting} needs a CUDA device; this model is on {device}.")
-    if settings.text_thread and device not in ("cpu", "cuda"):
-        raise ModelError(f"The setting text_thread needs a CPU or a CUDA device; this model is on {device}.")
-    if settings.text_thread and settings.attention is not None:
-        # torch chooses kernels for the whole process: texts would be read with those of the pass beside them.
-        raise ModelError("The settings attention and text_thread do not go together.")
     if settings.channels_last:
         for network in (family.denoiser, family.decoder, *family.control_models.values()):
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it

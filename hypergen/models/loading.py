@@ -33,7 +33,6 @@ _STEP_BY_STEP = (
     "channels_last",
     "attention",
     "decode_stream",
-    "text_thread",
     "vectorised_steps",
 )
 _WITH_LORAS = ("sd", "sdxl", "flux")

@@ -47,7 +47,6 @@ def place(pipeline: Any, settings: EngineSettings, device: torch.device, turns: 
     excluded = {
         "compile": settings.compile != "off",
         "decode_stream": settings.decode_stream,
-        "text_thread": settings.text_thread,  # a text encoder would send the denoiser away in its pass
     }
     if other := next((name for name, wanted in excluded.items() if wanted), None):
         raise ModelError(f"The settings offload and {other} do not go together.")

@@ -28,14 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention=flash": {"attention": "flash"},
     "attention=cudnn": {"attention": "cudnn"},
     "decode_stream": {"decode_stream": True},
-    "text_thread": {"text_thread": True},
     "vectorised_steps off": {"vectorised_steps": False},
     "compile": {"compile": "on"},
     "compile=graphs": {"compile": "graphs"},
-    "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True, "text_thread": True},
-    # For transformers over many tokens, whose launches their work hides; a chosen attention would not go
-    # together with the thread.
-    "all for transformers": {"compile": "on", "decode_stream": True, "text_thread": True},
+    "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True},
+    # For transformers over many tokens, whose launches their work hides.
+    "all for transformers": {"compile": "on", "decode_stream": True},
 }
 _LONE_PICTURES = 4  # the first of them warms up
 

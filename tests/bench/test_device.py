@@ -119,14 +119,6 @@ def test_each_kind_of_model_is_measured_to_the_end(tmp_path: Path, name: str, tr
     assert (tmp_path / f"{name}-{trace_side}x{trace_side}-mixed.png").stat().st_size > 5_000
 
 
-def test_texts_in_a_thread_of_their_own_hold_up_no_pass(tmp_path: Path) -> None:
-    written = _measure(tmp_path, "tiny-flux", "text_thread", trace_side=64)
-    assert written["served_by"] == OURS + "text_thread"
-    held = {stage["stage"]: stage["holding_up"] for stage in written["stages"]}
-    assert held[TEXT] == 0
-    assert BEGINNING in held
-
-
 def test_what_does_not_fit_into_the_time_is_named(tmp_path: Path) -> None:
     written = _measure(tmp_path, "tiny-flux", "as by default", minutes=1e-9)
     assert written["speeds"] == []

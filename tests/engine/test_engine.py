@@ -215,11 +215,10 @@ def test_images_that_no_thread_can_encode_do_not_end_the_engine(inline: MakeEngi
     assert not engine.engine._running
 
 
-@pytest.mark.parametrize("text_thread", [False, True])
-def test_a_request_whose_files_cannot_be_read_fails_alone(sd_folder: Path, text_thread: bool) -> None:
+def test_a_request_whose_files_cannot_be_read_fails_alone(sd_folder: Path) -> None:
     family: Any = loading.load(sd_folder, make_settings())
     family.adapters._readers.shutdown()  # as where no thread can be started
-    engine = InlineEngine(family, text_thread=text_thread)
+    engine = InlineEngine(family)
     bad, good = make_request(loras=(("style", 1.0),)), make_request()
     engine.run(bad, good)
     assert isinstance(engine.errors[bad.id], GenerationError)

@@ -14,8 +14,7 @@ from PIL import Image
 
 from hypergen.engine.engine import Engine
 from hypergen.engine.model_loader import Loader
-from hypergen.engine.model_manager import Loaded, Roster
-from hypergen.engine.prompt_encoding import quiet
+from hypergen.engine.model_manager import Roster
 from hypergen.errors import GenerationError, ModelError, RequestError
 from hypergen.events import EngineStatus, Event, ImageFinished, Progress, Started
 from hypergen.models import loading
@@ -44,13 +43,8 @@ class _Drawn:
         if not known_bytes:
             expected = [(model, 0) for model in models]
         self.loader = Loader(self._report, alone=len(models) == 1)
-        self.roster = Roster(expected, limit, self._load, self._report)
+        self.roster = Roster(expected, limit, self.loader, self._report)
         self.descriptions = self.roster.load_all()
-
-    def _load(self, model: ServedModel, between_steps: Callable[[], None]) -> Loaded:
-        # Loading changes torch's default dtype for all threads, those that read prompts too.
-        assert quiet.locked()
-        return self.loader(model, between_steps)
 
     def run(self, *requests: GenerationRequest) -> None:
         self._open = {request.id for request in requests}

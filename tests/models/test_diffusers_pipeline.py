@@ -184,7 +184,6 @@ def test_the_fewest_steps_that_a_pipeline_can_do_are_published(
         {"channels_last": True},
         {"attention": "math"},
         {"decode_stream": True},
-        {"text_thread": True},
         {"vectorised_steps": False},
         {"lora_dir": ("loras",)},
     ],
