@@ -77,7 +77,7 @@ class Engine:
         self.startup_s: dict[str, float] = {}
         self._clock = clock
         self._report = report
-        self._inbox = Inbox(family.prepare, clock)
+        self._inbox = Inbox(family.load_loras, clock)
         self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
         self._running: dict[str, _Running] = {}
         self._active: list[Trajectory] = []
@@ -111,7 +111,7 @@ class Engine:
     def status(self) -> EngineStatus:
         return EngineStatus(
             state="ready",
-            device=self.family.describe(self.model_id).device,
+            device=self.family.device.type,
             determinism=self.shapes.verdicts(),
             forwards=self._passes.count,
             image_steps=self._passes.image_steps,
@@ -235,10 +235,9 @@ class Engine:
     def _join(self, arrival: Arrival) -> Generator[None]:
         """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
         request = arrival.request
-        loras = None if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
-        # Held, so that all images of the request find them, however little the caches keep.
-        _held = loras, self.family.read_prompts(request)
-        trajectories = [self.family.start(request, index) for index in range(request.n)]
+        loras = () if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
+        prompts = self.family.encode_prompts(request, loras)
+        trajectories = [self.family.prepare(request, index, prompts, loras) for index in range(request.n)]
         yield from self.shapes.learn(trajectories[0])
         for trajectory in trajectories:
             trajectory.arrived_at = arrival.sent_at

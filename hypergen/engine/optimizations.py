@@ -33,7 +33,7 @@ def accelerate(family: Family, settings: EngineSettings) -> None:
     Raises:
         ModelError: a setting needs another device than the model is on, or does not go with another.
     """
-    device = family.describe("").device
+    device = family.device.type
     needs_cuda = {"compile=graphs": settings.compile == "graphs", "decode_stream": settings.decode_stream}
     for setting, wanted in needs_cuda.items():
         if wanted and device != "cuda":
@@ -75,7 +75,8 @@ def _fewest_rows(family: Family) -> int:
     """The rows of one image as the model draws by default: where that is a single one, as with FLUX, filling
     it up would double what an image costs.
     """
-    return family.start(warm_up_request(family.describe("")), 0).rows
+    request = warm_up_request(family.describe(""))
+    return family.prepare(request, 0, family.encode_prompts(request)).rows
 
 
 def _in_buckets(forward: Forward, fewest: int, copy: bool) -> Forward:

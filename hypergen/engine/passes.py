@@ -10,6 +10,7 @@ from hypergen.denoising.denoising_state import Trajectory
 from hypergen.engine.batch_invariance.probe import synchronize
 from hypergen.engine.batch_invariance.shape_profiles import Shapes
 from hypergen.engine.scheduler import group_key
+from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 
 
@@ -33,7 +34,7 @@ class Passes:
     def predict(self, batch: list[Trajectory]) -> list[Tensor]:
         """One pass over images of one group: a prediction of shape (1, C, h, w) each."""
         started = self._clock()
-        predictions = self._family.denoise(batch)
+        predictions = denoise(self._family.forward, batch)
         synchronize(predictions[0])
         self.seconds = self._clock() - started
         rows = sum(trajectory.rows for trajectory in batch)

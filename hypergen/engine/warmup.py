@@ -7,16 +7,18 @@ from collections import deque
 from hypergen.denoising.denoising_state import Trajectory
 from hypergen.engine.batch_invariance.shape_profiles import Shapes
 from hypergen.model_info import ModelDescription
+from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 
 
 def draw_once(family: Family, description: ModelDescription, shapes: Shapes) -> Trajectory:
     """Probe the default size and draw a picture of it, up to its last step."""
-    trajectory = family.start(warm_up_request(description), 0)
+    request = warm_up_request(description)
+    trajectory = family.prepare(request, 0, family.encode_prompts(request))
     deque(shapes.learn(trajectory), maxlen=0)
     while trajectory.remaining_steps:
-        trajectory.advance(family.denoise([trajectory])[0])
+        trajectory.advance(denoise(family.forward, [trajectory])[0])
     return trajectory
 
 

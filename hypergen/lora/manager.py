@@ -49,6 +49,7 @@ class Lora:
     def __init__(self, owner: Adapters, layers: dict[str, LayerWeights]) -> None:
         self.owner = owner
         self.layers = layers
+        self.hooked = False
         self.number = next(self._numbers)  # never given twice, as a key for what was made with it
         self.reads_prompts = any(name.startswith("text_encoder") for name in layers)
         self.nbytes = sum(weights.nbytes for weights in layers.values())
@@ -60,8 +61,8 @@ def _version_of(name: str, path: Path) -> _Version:
 
 
 class Adapters:
-    """Loads LoRAs by name and applies them to passes of the pipeline's modules: of the denoiser on the
-    engine's thread, of the text encoders on one thread at a time.
+    """Loads LoRAs by name, from any thread, and applies them to passes of the pipeline's modules, on the
+    engine's thread.
 
     Args:
         pipeline: of diffusers; its modules get hooks that do nothing in passes without a LoRA.
@@ -79,10 +80,10 @@ class Adapters:
         self._kept: OrderedDict[_Version, Lora] = OrderedDict()
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
         self._lock = threading.Lock()  # of these two
-        self._hooking = threading.Lock()  # a second hook would add a LoRA twice
-        self._passes = threading.local()
+        # Of the pass that is under way; None: no row has a LoRA.
+        self.rows: Rows | None = None
         self._readers = ThreadPoolExecutor(2, "lora")  # so that a large file does not hold all others up
-        self._hooked: set[str] = set()
+        self._hooked: set[str] = set()  # layers
         self._reason = next(
             (f"with --{name}" for name in _EXCLUDING if getattr(settings, name) != "off"), None
         )
@@ -105,11 +106,6 @@ class Adapters:
         return open_registry(settings, Path(folder) if folder else None)
 
     @property
-    def rows(self) -> Rows | None:
-        """Of the pass that is under way in this thread; None: no row has a LoRA."""
-        return getattr(self._passes, "rows", None)
-
-    @property
     def options(self) -> frozenset[Option]:
         return frozenset({"loras"}) if self._possible else frozenset()
 
@@ -122,16 +118,16 @@ class Adapters:
             "max_loras": self._settings.max_loras if self._possible else 0,
         }
 
-    def prepare(self, asked: Asked) -> Future[Loras] | None:
-        """Begin to read the LoRAs of a request in a thread; `load` need not read those that this keeps. None:
-        there are none. What is in memory is there at once. May be called from any thread.
+    def load_in_background(self, asked: Asked) -> Future[Loras] | None:
+        """Start to load the LoRAs of a request in a thread; those in memory are there at once. None: it has
+        none.
         """
         if not asked:
             return None
         if not self._in_memory(asked):
-            return self._readers.submit(self._read, asked)
+            return self._readers.submit(self.load, asked)
         ready: Future[Loras] = Future()
-        ready.set_result(self._read(asked))
+        ready.set_result(self.load(asked))
         return ready
 
     def _in_memory(self, asked: Asked) -> bool:
@@ -142,19 +138,13 @@ class Adapters:
         with self._lock:
             return all(version in self._in_use for version in versions)
 
+    @torch.inference_mode()
     def load(self, asked: Asked) -> Loras:
         """The LoRAs of a request, from memory or their files; weight 0 is the base model.
 
         Raises:
             InvalidRequestError: a name is not offered, or its file is no LoRA for this model.
         """
-        loras = self._read(asked)
-        for lora, _ in loras:
-            self._hook(lora)
-        return loras
-
-    @torch.inference_mode()
-    def _read(self, asked: Asked) -> Loras:
         return tuple((self._read_one(name), weight) for name, weight in asked if weight != 0)
 
     def _read_one(self, name: str) -> Lora:
@@ -188,13 +178,13 @@ class Adapters:
         )
 
     def _hook(self, lora: Lora) -> None:
-        """Hooks and not other forwards, because the engine replaces forwards of layers (invariance.py)."""
-        with self._hooking:
-            for name in lora.layers.keys() - self._hooked:
-                component, _, inside = name.partition(".")
-                layer = getattr(self._pipeline, component).get_submodule(inside)
-                layer.register_forward_hook(partial(self._add, name))
-                self._hooked.add(name)
+        """Hooks and not other forwards, because the engine replaces forwards of layers (layers.py)."""
+        for name in lora.layers.keys() - self._hooked:
+            component, _, inside = name.partition(".")
+            layer = getattr(self._pipeline, component).get_submodule(inside)
+            layer.register_forward_hook(partial(self._add, name))
+            self._hooked.add(name)
+        lora.hooked = True
 
     def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if (rows := self.rows) is not None:
@@ -209,11 +199,15 @@ class Adapters:
 
     @contextmanager
     def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:
-        self._passes.rows = Rows(loras, self._pieces)
+        # Here and not where a LoRA is loaded: a hook must not come while another thread runs the layer.
+        for lora, _ in itertools.chain(*loras):
+            if not lora.hooked:
+                self._hook(lora)
+        self.rows = Rows(loras, self._pieces)
         try:
             yield
         finally:
-            self._passes.rows = None
+            self.rows = None
 
 
 @contextmanager

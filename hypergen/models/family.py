@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.lora.batched_lora import Loras
 from hypergen.model_info import ModelDescription
-from hypergen.models.text_encoders.prompt_cache import EncodedPrompt
 from hypergen.request import GenerationRequest
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """The encoded prompts of one request, which all of its images share.
+
+    Attributes:
+        positive, negative: padded to the same length, with the pooled embeds of models that have them; no
+            negative one without guidance.
+        tokens: of the prompt.
+        refiner: what SDXL's refiner made of the same prompts.
+    """
+
+    positive: Conditioning
+    negative: Conditioning | None
+    tokens: int
+    refiner: PromptEmbeds | None = None
 
 
 class Family(Protocol):
@@ -24,6 +43,9 @@ class Family(Protocol):
     def denoiser(self) -> nn.Module:
         """The network that runs once per step: a UNet or a transformer."""
         ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def decoder(self) -> nn.Module:
@@ -40,28 +62,22 @@ class Family(Protocol):
         """
         ...
 
-    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
-        """Begin to read in a thread what `start` will need of files, which is there as long as the result is
-        kept; None: nothing. May be called from any thread.
-        """
-        ...
-
-    def read_prompts(self, request: GenerationRequest) -> Sequence[EncodedPrompt]:
-        """Encode all that a request has to read; `start` need not encode what is still held.
-
-        May be called beside the other methods, by one thread at a time.
+    def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
+        """Start to load the LoRAs of a request in the background; None: it has none.
 
         Raises:
-            InvalidRequestError: a LoRA of the request cannot be used.
+            RuntimeError: no thread can be started.
         """
         ...
 
-    def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        """Draw the noise of image `index`, and encode the prompts that are neither held nor in the cache."""
+    def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
+        """Encode all prompts of a request, once for all of its images."""
         ...
 
-    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        """One forward pass over all of them, then guidance: one prediction of shape (1, C, h, w) each."""
+    def prepare(
+        self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
+    ) -> Trajectory:
+        """Prepare the latents and the scheduler of image `index`."""
         ...
 
     def decode(self, trajectory: Trajectory) -> Tensor:

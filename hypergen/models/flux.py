@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,7 +18,7 @@ from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, t
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import Adapters
 from hypergen.model_info import ModelDefaults, ModelDescription, Option
-from hypergen.models.cfg import denoise
+from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import PooledClipEncoder
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
@@ -79,6 +79,10 @@ class Flux:
         return self.transformer
 
     @property
+    def device(self) -> torch.device:
+        return device_of(self.transformer)
+
+    @property
     def decoder(self) -> nn.Module:
         return self.vae
 
@@ -90,7 +94,7 @@ class Flux:
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=device_of(self.transformer).type,
+            device=self.device.type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
             options=frozenset[Option](
                 {"prompt_2", "negative_prompt", "true_cfg_scale", *self.adapters.options}
@@ -102,16 +106,20 @@ class Flux:
         multiple = self.vae_scale_factor * _PATCH
         return round_up(width, multiple), round_up(height, multiple)
 
-    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
-        return self.adapters.prepare(request.loras)
+    def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
+        return self.adapters.load_in_background(request.loras)
 
-    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
-        return [p for both in self._read(request, self.adapters.load(request.loras)) for p in both]
-
-    def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        loras = self.adapters.load(request.loras)
-        encoded = self._read(request, loras)
+    def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
+        texts = [(request.prompt, request.prompt_2)]
+        if (request.negative_prompt or request.negative_prompt_2) and self._scale(request) > 1:
+            texts.append((request.negative_prompt or "", request.negative_prompt_2))
+        encoded = [(self.t5.get(text_2 or text, loras), self.clip.get(text, loras)) for text, text_2 in texts]
         positive, *negatives = [self._conditioning(request, *prompts) for prompts in encoded]
+        return PromptEmbeds(positive, negatives[0] if negatives else None, encoded[0][0].tokens)
+
+    def prepare(
+        self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
+    ) -> Trajectory:
         width, height = self.drawn_size(request.width, request.height)
         rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
         scheduler = self.schedulers.make(
@@ -123,19 +131,16 @@ class Flux:
         return Trajectory(
             request=request,
             index=index,
-            latents=noise.to(device_of(self.transformer)),
-            positive=positive,
-            negative=negatives[0] if negatives else None,
+            latents=noise.to(self.device),
+            positive=prompts.positive,
+            negative=prompts.negative,
             guidance_scale=self._scale(request),
-            prompt_tokens=encoded[0][0].tokens,
+            prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
             loras=loras,
         )
-
-    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        return denoise(self.forward, trajectories)
 
     def decode(self, trajectory: Trajectory) -> Tensor:
         config = self.vae.config
@@ -162,13 +167,6 @@ class Flux:
     def _scale(self, request: GenerationRequest) -> float:
         """Of the guidance away from a negative prompt."""
         return self.true_cfg_scale if request.true_cfg_scale is None else request.true_cfg_scale
-
-    def _read(self, request: GenerationRequest, loras: Loras) -> list[tuple[EncodedPrompt, EncodedPrompt]]:
-        """What T5 and CLIP say of the prompt and of the negative one, where it counts."""
-        texts = [(request.prompt, request.prompt_2)]
-        if (request.negative_prompt or request.negative_prompt_2) and self._scale(request) > 1:
-            texts.append((request.negative_prompt or "", request.negative_prompt_2))
-        return [(self.t5.get(text_2 or text, loras), self.clip.get(text, loras)) for text, text_2 in texts]
 
     def _conditioning(
         self, request: GenerationRequest, words: EncodedPrompt, pooled: EncodedPrompt

@@ -15,10 +15,11 @@ from hypergen.denoising.offload import device_of, turns_of
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.errors import ModelError
 from hypergen.model_store.diffusers_layout import check_folder
+from hypergen.models.family import PromptEmbeds
 from hypergen.models.loading import load_pipeline
 from hypergen.models.memory import place
 from hypergen.models.text_encoders.clip import ClipEncoder
-from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache, fill_to
+from hypergen.models.text_encoders.prompt_cache import PromptCache, fill_to
 from hypergen.request import GenerationRequest
 
 # The share of the noise schedule that the base model draws; the refiner was trained on the rest.
@@ -56,15 +57,28 @@ class Refiner:
         with torch.inference_mode():
             self._prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 3)
 
-    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
-        """The prompt and, with guidance, the negative one."""
-        texts = [request.prompt]
-        if request.guidance_scale > 1:
-            texts.append(request.negative_prompt or "")
-        return [self._prompts.get(text) for text in texts]
+    def encode_prompts(self, request: GenerationRequest) -> PromptEmbeds:
+        positive = self._prompts.get(request.prompt)
+        wanted = positive.embeds
+        if request.guidance_scale <= 1:
+            return PromptEmbeds(_conditioning(wanted, positive.pooled), None, positive.tokens)
+        negative = self._prompts.get(request.negative_prompt or "")
+        length = max(wanted.shape[1], negative.embeds.shape[1])
+        empty = self._prompts.get("").embeds
+        unwanted = _conditioning(fill_to(negative.embeds, length, empty), negative.pooled)
+        if self._force_zeros and not request.negative_prompt:
+            embeds, pooled = (torch.zeros_like(tensor) for tensor in unwanted.tensors)
+            unwanted = Conditioning(embeds, (pooled,))
+        wanted = fill_to(wanted, length, empty)
+        return PromptEmbeds(_conditioning(wanted, positive.pooled), unwanted, positive.tokens)
 
     def stage(
-        self, trajectory: Trajectory, width: int, height: int, schedulers: SchedulerFactory
+        self,
+        trajectory: Trajectory,
+        prompts: PromptEmbeds,
+        width: int,
+        height: int,
+        schedulers: SchedulerFactory,
     ) -> Stage | None:
         """The last steps of an image of this size in pixels; None when there are too few steps to share."""
         request, scheduler = trajectory.request, trajectory.scheduler
@@ -79,35 +93,23 @@ class Refiner:
         if hasattr(scheduler, "set_begin_index"):  # multistep samplers forget what the other expert said
             scheduler = schedulers.make(request.sampler, request.num_inference_steps)
             scheduler.set_begin_index(at_step)
-        positive, negative = self._conditionings(request, width, height)
+        positive = self._with_size(prompts.positive, width, height, _AESTHETIC_SCORE)
+        negative = prompts.negative
+        if negative is not None:
+            negative = self._with_size(negative, width, height, _NEGATIVE_AESTHETIC_SCORE)
         return Stage(at_step, positive, negative, scheduler, kind=("refiner",))
 
-    def _conditionings(
-        self, request: GenerationRequest, width: int, height: int
-    ) -> tuple[Conditioning, Conditioning | None]:
-        positive, *negatives = self.read_prompts(request)
-        if not negatives:
-            return self._conditioning(positive.embeds, positive.pooled, width, height, _AESTHETIC_SCORE), None
-        (negative,), empty = negatives, self._prompts.get("").embeds
-        length = max(positive.embeds.shape[1], negative.embeds.shape[1])
-        unwanted, unwanted_pooled = fill_to(negative.embeds, length, empty), negative.pooled
-        assert unwanted_pooled is not None
-        if self._force_zeros and not request.negative_prompt:
-            unwanted, unwanted_pooled = torch.zeros_like(unwanted), torch.zeros_like(unwanted_pooled)
-        wanted = fill_to(positive.embeds, length, empty)
-        return (
-            self._conditioning(wanted, positive.pooled, width, height, _AESTHETIC_SCORE),
-            self._conditioning(unwanted, unwanted_pooled, width, height, _NEGATIVE_AESTHETIC_SCORE),
-        )
-
-    def _conditioning(
-        self, embeds: Tensor, pooled: Tensor | None, width: int, height: int, score: float
-    ) -> Conditioning:
-        assert pooled is not None
+    def _with_size(self, prompt: Conditioning, width: int, height: int, score: float) -> Conditioning:
         # Original size and crop, then the score or, for refiners without one, the target size.
         last = [score] if self._requires_aesthetics_score else [height, width]
+        embeds = prompt.embeds
         time_ids = torch.tensor([[height, width, 0, 0, *last]], dtype=embeds.dtype, device=embeds.device)
-        return Conditioning(embeds, (pooled, time_ids))
+        return prompt.with_others((time_ids,))
+
+
+def _conditioning(embeds: Tensor, pooled: Tensor | None) -> Conditioning:
+    assert pooled is not None
+    return Conditioning(embeds, (pooled,))
 
 
 class Experts(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,10 +20,10 @@ from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_gene
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import Adapters
 from hypergen.model_info import ModelDefaults, ModelDescription, Option
-from hypergen.models.cfg import denoise
+from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import size_to_draw
 from hypergen.models.text_encoders.clip import ClipEncoder
-from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache, fill_to
+from hypergen.models.text_encoders.prompt_cache import PromptCache, fill_to
 from hypergen.request import GenerationRequest
 
 
@@ -70,6 +70,10 @@ class StableDiffusion:
         return self.unet
 
     @property
+    def device(self) -> torch.device:
+        return device_of(self.unet)
+
+    @property
     def decoder(self) -> nn.Module:
         return self.vae
 
@@ -85,7 +89,7 @@ class StableDiffusion:
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=device_of(self.unet).type,
+            device=self.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
             options=frozenset[Option]({*options, *self.adapters.options}),
             control_models=tuple(self.control_models),
@@ -96,21 +100,23 @@ class StableDiffusion:
         known = self.card.get("max_native_area"), self.card.get("min_native_side")
         return size_to_draw(width, height, self.vae_scale_factor, *known)
 
-    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
-        return self.adapters.prepare(request.loras)
+    def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
+        return self.adapters.load_in_background(request.loras)
 
-    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
-        return self._encode(request, self.adapters.load(request.loras))
-
-    def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        loras = self.adapters.load(request.loras)
-        encoded, *others = self._encode(request, loras)
+    def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
+        encoded = self.prompts.get(request.prompt, loras)
         positive, negative = encoded.embeds, None
-        if others:
-            negative, empty = (other.embeds for other in others)
+        if request.guidance_scale > 1:
+            negative = self.prompts.get(request.negative_prompt or "", loras).embeds
+            empty = self.prompts.get("", loras).embeds
             length = max(positive.shape[1], negative.shape[1])
             positive, negative = fill_to(positive, length, empty), fill_to(negative, length, empty)
+        unwanted = None if negative is None else Conditioning(negative)
+        return PromptEmbeds(Conditioning(positive), unwanted, encoded.tokens)
 
+    def prepare(
+        self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
+    ) -> Trajectory:
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
         size = self.drawn_size(request.width, request.height)
@@ -126,25 +132,15 @@ class StableDiffusion:
             unchanged=begun.unchanged,
             kind=guide.kind,
             per_step=guide.per_step,
-            positive=Conditioning(positive, others),
-            negative=None if negative is None else Conditioning(negative, others),
+            positive=prompts.positive.with_others(others),
+            negative=None if prompts.negative is None else prompts.negative.with_others(others),
             guidance_scale=request.guidance_scale,
-            prompt_tokens=encoded.tokens,
+            prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
             loras=loras,
         )
-
-    def _encode(self, request: GenerationRequest, loras: Loras) -> list[EncodedPrompt]:
-        """The prompt; with guidance the negative one too, and what the shorter of the two is filled with."""
-        texts = [request.prompt]
-        if request.guidance_scale > 1:
-            texts += [request.negative_prompt or "", ""]
-        return [self.prompts.get(text, loras) for text in texts]
-
-    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        return denoise(self.forward, trajectories)
 
     def decode(self, trajectory: Trajectory) -> Tensor:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import Conditioning, Trajectory
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
+from hypergen.lora.batched_lora import Loras
 from hypergen.model_info import ModelDefaults, ModelDescription
-from hypergen.models.cfg import denoise
+from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import ClipEncoder, longest, side_by_side
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
@@ -79,6 +80,10 @@ class StableDiffusion3:
         return self.transformer
 
     @property
+    def device(self) -> torch.device:
+        return device_of(self.transformer)
+
+    @property
     def decoder(self) -> nn.Module:
         return self.vae
 
@@ -91,7 +96,7 @@ class StableDiffusion3:
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=device_of(self.transformer).type,
+            device=self.device.type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
             options=frozenset({"prompt_2", "negative_prompt", "image", "mask"}),
         )
@@ -100,14 +105,23 @@ class StableDiffusion3:
         multiple = self.vae_scale_factor * self.patch_size
         return round_up(width, multiple), round_up(height, multiple)
 
-    def prepare(self, request: GenerationRequest) -> None:
+    def load_loras(self, request: GenerationRequest) -> None:
         return None
 
-    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
-        return [prompt for encoded in self._read(request) for prompt in encoded]
+    def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
+        texts = [(request.prompt, request.prompt_2)]
+        if request.guidance_scale > 1:
+            texts.append((request.negative_prompt or "", request.negative_prompt_2))
+        first, second = self.clips
+        encoded = [(first.get(text), second.get(text_2 or text), self.t5.get(text)) for text, text_2 in texts]
+        length = longest([prompt for *clips, _ in encoded for prompt in clips])
+        positive, *negatives = [self._conditioning(*prompts, length) for prompts in encoded]
+        clip, _, t5 = encoded[0]
+        return PromptEmbeds(positive, negatives[0] if negatives else None, max(clip.tokens, t5.tokens))
 
-    def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        positive, negative, tokens = self._conditionings(request)
+    def prepare(
+        self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
+    ) -> Trajectory:
         size = self.drawn_size(request.width, request.height)
         patches = (side // (self.vae_scale_factor * self.patch_size) for side in size)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps, math.prod(patches))
@@ -120,17 +134,14 @@ class StableDiffusion3:
             step_index=begun.step_index,
             after_step=begun.after_step,
             unchanged=begun.unchanged,
-            positive=positive,
-            negative=negative,
+            positive=prompts.positive,
+            negative=prompts.negative,
             guidance_scale=request.guidance_scale,
-            prompt_tokens=tokens,
+            prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
         )
-
-    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        return denoise(self.forward, trajectories)
 
     def decode(self, trajectory: Trajectory) -> Tensor:
         config = self.vae.config
@@ -146,22 +157,6 @@ class StableDiffusion3:
             pooled_projections=pooled_prompt_embeds,
             return_dict=False,
         )[0]
-
-    def _conditionings(self, request: GenerationRequest) -> tuple[Conditioning, Conditioning | None, int]:
-        """Positive, negative when there is guidance, and the tokens of the prompt."""
-        encoded = self._read(request)
-        length = longest([prompt for *clips, _ in encoded for prompt in clips])
-        positive, *negatives = [self._conditioning(*prompts, length) for prompts in encoded]
-        first, _, words = encoded[0]
-        return positive, negatives[0] if negatives else None, max(first.tokens, words.tokens)
-
-    def _read(self, request: GenerationRequest) -> list[tuple[EncodedPrompt, EncodedPrompt, EncodedPrompt]]:
-        """What both CLIP encoders and T5 say of the prompt and, with guidance, of the negative one."""
-        texts = [(request.prompt, request.prompt_2)]
-        if request.guidance_scale > 1:
-            texts.append((request.negative_prompt or "", request.negative_prompt_2))
-        first, second = self.clips
-        return [(first.get(text), second.get(text_2 or text), self.t5.get(text)) for text, text_2 in texts]
 
     def _conditioning(
         self, first: EncodedPrompt, second: EncodedPrompt, words: EncodedPrompt, length: int

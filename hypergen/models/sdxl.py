@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_gene
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import Adapters
 from hypergen.model_info import ModelDefaults, ModelDescription, Option
-from hypergen.models.cfg import denoise
+from hypergen.models.family import PromptEmbeds
 from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import ClipEncoder, longest, side_by_side
@@ -74,6 +74,10 @@ class StableDiffusionXL:
         return self.experts
 
     @property
+    def device(self) -> torch.device:
+        return device_of(self.unet)
+
+    @property
     def decoder(self) -> nn.Module:
         return self.vae
 
@@ -92,7 +96,7 @@ class StableDiffusionXL:
             defaults=ModelDefaults(**{**defaults, **own_defaults, **self.card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
-            device=device_of(self.unet).type,
+            device=self.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
             options=frozenset(options),
             control_models=tuple(self.control_models),
@@ -102,25 +106,36 @@ class StableDiffusionXL:
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
-    def prepare(self, request: GenerationRequest) -> Future[Any] | None:
-        return self.adapters.prepare(request.loras)
+    def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
+        return self.adapters.load_in_background(request.loras)
 
-    def read_prompts(self, request: GenerationRequest) -> list[EncodedPrompt]:
-        encoded = [
-            prompt for both in self._read(request, self.adapters.load(request.loras)) for prompt in both
-        ]
-        if request.enable_refiner and self.refiner is not None:
-            encoded += self.refiner.read_prompts(request)
-        return encoded
+    def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
+        refiner = self.refiner.encode_prompts(request) if self.refiner and request.enable_refiner else None
+        positive = self._encode(request.prompt, request.prompt_2, loras)
+        tokens = positive[0].tokens
+        if request.guidance_scale <= 1:
+            return PromptEmbeds(self._conditioning(positive, longest(positive)), None, tokens, refiner)
+        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
+        length = longest([*positive, *negative])
+        unwanted = self._conditioning(negative, length)
+        if self.force_zeros_for_empty_prompt and not (request.negative_prompt or request.negative_prompt_2):
+            embeds, pooled = (torch.zeros_like(tensor) for tensor in unwanted.tensors)
+            unwanted = Conditioning(embeds, (pooled,))
+        return PromptEmbeds(self._conditioning(positive, length), unwanted, tokens, refiner)
 
-    def start(self, request: GenerationRequest, index: int) -> Trajectory:
-        loras = self.adapters.load(request.loras)
+    def prepare(
+        self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
+    ) -> Trajectory:
         width, height = size = self.drawn_size(request.width, request.height)
-        positive, negative, tokens = self._conditionings(request, loras, width, height)
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
         begun = begin(request, scheduler, self.space, size, generator)
         guide = controlnet.follow(request.control, self.control_models, size, scheduler, begun.step_index)
+        # Original size, crop and target size, as height and width: an image that was not cut out of another.
+        time_ids = torch.tensor(
+            [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.device
+        )
+        others = (time_ids, *guide.others)
         trajectory = Trajectory(
             request=request,
             index=index,
@@ -130,21 +145,20 @@ class StableDiffusionXL:
             unchanged=begun.unchanged,
             kind=guide.kind,
             per_step=guide.per_step,
-            positive=positive.with_others(guide.others),
-            negative=None if negative is None else negative.with_others(guide.others),
+            positive=prompts.positive.with_others(others),
+            negative=None if prompts.negative is None else prompts.negative.with_others(others),
             guidance_scale=request.guidance_scale,
-            prompt_tokens=tokens,
+            prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
             draws_noise=takes_generator(scheduler),
             loras=loras,
         )
-        if request.enable_refiner and self.refiner is not None:
-            trajectory.next_stage = self.refiner.stage(trajectory, width, height, self.schedulers)
+        if self.refiner is not None and prompts.refiner is not None:
+            trajectory.next_stage = self.refiner.stage(
+                trajectory, prompts.refiner, width, height, self.schedulers
+            )
         return trajectory
-
-    def denoise(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        return denoise(self.forward, trajectories)
 
     def decode(self, trajectory: Trajectory) -> Tensor:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
@@ -168,44 +182,14 @@ class StableDiffusionXL:
             **residuals,
         )[0]
 
-    def _conditionings(
-        self, request: GenerationRequest, loras: Loras, width: int, height: int
-    ) -> tuple[Conditioning, Conditioning | None, int]:
-        """Positive, negative when there is guidance, and the tokens of the prompt."""
-        # Original size, crop and target size, as height and width: a picture that was not cut out of another.
-        time_ids = torch.tensor(
-            [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=device_of(self.unet)
-        )
-        positive, *negatives = self._read(request, loras)
-        tokens = positive[0].tokens
-        if not negatives:
-            return self._conditioning(positive, longest(positive), time_ids), None, tokens
-        (negative,) = negatives
-        length = longest([*positive, *negative])
-        unwanted = self._conditioning(negative, length, time_ids)
-        asked = request.negative_prompt or request.negative_prompt_2
-        if self.force_zeros_for_empty_prompt and not asked:
-            embeds, pooled = (torch.zeros_like(tensor) for tensor in unwanted.tensors[:2])
-            unwanted = Conditioning(embeds, (pooled, time_ids))
-        return self._conditioning(positive, length, time_ids), unwanted, tokens
-
-    def _read(self, request: GenerationRequest, loras: Loras) -> list[tuple[EncodedPrompt, EncodedPrompt]]:
-        """What both encoders say of the prompt and, with guidance, of the negative one."""
-        texts = [(request.prompt, request.prompt_2)]
-        if request.guidance_scale > 1:
-            texts.append((request.negative_prompt or "", request.negative_prompt_2))
-        return [self._encode(text, text_2, loras) for text, text_2 in texts]
-
     def _encode(self, text: str, text_2: str | None, loras: Loras) -> tuple[EncodedPrompt, EncodedPrompt]:
         first, second = self.encoders
         return first.get(text, loras), second.get(text_2 or text, loras)
 
-    def _conditioning(
-        self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int, time_ids: Tensor
-    ) -> Conditioning:
+    def _conditioning(self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int) -> Conditioning:
         pooled = encoded[1].pooled
         assert pooled is not None
-        return Conditioning(side_by_side(self.encoders, encoded, length), (pooled, time_ids))
+        return Conditioning(side_by_side(self.encoders, encoded, length), (pooled,))
 
 
 def _is_turbo(published: Any) -> bool:

@@ -81,8 +81,8 @@ def _noting(live: Live) -> Iterator[list[Span]]:
     """Spans of what the engine asks of its family, complete when the block is left."""
     family: Any = live.engine.family
     spans: list[Span] = []
-    read_prompts, start = family.read_prompts, family.start
-    denoise, decode = family.denoise, family.decode
+    encode_prompts, prepare = family.encode_prompts, family.prepare
+    forward, decode = family.forward, family.decode
     on_cuda = next(family.denoiser.parameters()).is_cuda
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     zero, zero_at = _moment() if on_cuda else (None, 0.0)
@@ -95,22 +95,22 @@ def _noting(live: Live) -> Iterator[list[Span]]:
         thread = threading.current_thread().name
         spans.append(Span(name, started, time.monotonic(), waited_for=thread == "engine"))
 
-    def noted_reading(*given: Any) -> Any:
+    def noted_encoding(*given: Any) -> Any:
         with stage(TEXT):
-            encoded = read_prompts(*given)
+            encoded = encode_prompts(*given)
             if on_cuda:
                 torch.cuda.current_stream().synchronize()
             return encoded
 
-    def noted_start(*given: Any) -> Any:
+    def noted_preparation(*given: Any) -> Any:
         with stage(BEGINNING):
-            return start(*given)
+            return prepare(*given)
 
-    def noted_denoise(*given: Any) -> list[Tensor]:
+    def noted_forward(*rows: Tensor, **named: Any) -> Tensor:
         with stage(PASS):
-            predictions = denoise(*given)
-            synchronize(predictions[0])
-            return predictions
+            prediction = forward(*rows, **named)
+            synchronize(prediction)
+            return prediction
 
     def noted_decode(*given: Any) -> Tensor:
         with stage(DECODING):
@@ -123,12 +123,13 @@ def _noting(live: Live) -> Iterator[list[Span]]:
             events.append((began, ended))
             return image
 
-    family.read_prompts, family.start = noted_reading, noted_start
-    family.denoise, family.decode = noted_denoise, noted_decode
+    family.encode_prompts, family.prepare = noted_encoding, noted_preparation
+    family.forward, family.decode = noted_forward, noted_decode
     try:
         yield spans
     finally:
-        del family.read_prompts, family.start, family.denoise, family.decode
+        del family.encode_prompts, family.prepare, family.decode
+        family.forward = forward  # the engine's own, compiled or not
     if zero is not None:
         torch.cuda.synchronize()
         for began, ended in events:

@@ -63,7 +63,8 @@ def operations_of(family: Family, side: int) -> tuple[int, int, int]:
     """Rows of one step of a guided picture, floating point operations of one row of the denoiser, and of the
     decoder; the family may be on the meta device, where nothing is computed.
     """
-    trajectory = family.start(request_for(Job(0, 0, 2, GUIDANCE_SCALE), side), 0)
+    request = request_for(Job(0, 0, 2, GUIDANCE_SCALE), side)
+    trajectory = family.prepare(request, 0, family.encode_prompts(request))
     row = random_rows(trajectory, 1, torch.Generator("cpu").manual_seed(0))
     forward_flops = _flops(lambda: family.forward(*row, kind=trajectory.kind))
     return trajectory.rows, forward_flops, _flops(lambda: family.decode(trajectory))

@@ -28,7 +28,7 @@ from tests.support.diffusers_edits import (
     sizes_of_passes,
     to_pillow,
 )
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
 
 
 def random_control_model(parts: dict[str, Any], seed: int) -> Any:
@@ -126,7 +126,7 @@ def test_it_goes_together_with_a_picture_and_a_mask(
 def test_rows_of_one_control_model_share_a_pass_whatever_their_scales_and_windows(controlled: Any) -> None:
     requests = [_request(guidance_scale=4.0), _request(scale=0.3, start=0.5), _request(end=0.5, seed=9)]
     other, plain = _request("depth"), make_request(guidance_scale=1.0)
-    keys = [group_key(controlled.start(request, 0)) for request in (*requests, other, plain)]
+    keys = [group_key(prepare_image(controlled, request)) for request in (*requests, other, plain)]
     assert len(set(keys[:3])) == 1
     assert len(set(keys)) == 3
 
@@ -223,7 +223,7 @@ def test_a_folder_that_is_no_control_model_is_one_line_without_its_path(
 
 
 def test_canny_draws_edges_before_the_control_model_reads_them(controlled: Any) -> None:
-    image = controlled.start(_request(preprocessor="canny"), 0).positive.others[0]
+    image = prepare_image(controlled, _request(preprocessor="canny")).positive.others[0]
     assert set(image.flatten().tolist()) == {0.0, 1.0}
     assert (image[:, 0] == image[:, 2]).all()
     # The rectangle of the picture ends at a third of the width.

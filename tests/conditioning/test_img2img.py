@@ -12,7 +12,7 @@ from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.scheduler import group_key
 from hypergen.request import GenerationRequest
 from tests.support.diffusers_edits import assert_same, draw, picture, pixels_of, to_pillow
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, prepare_image
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) ->
 
 def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) -> None:
     changed, drawn = _request(sampler="heun", guidance_scale=4.0), make_request(num_inference_steps=8)
-    assert group_key(family.start(changed, 0)) == group_key(family.start(drawn, 0))
+    assert group_key(prepare_image(family, changed)) == group_key(prepare_image(family, drawn))
     alone = [InlineEngine(family), InlineEngine(family)]
     for engine, request in zip(alone, (changed, drawn), strict=True):
         engine.run(request)
@@ -55,9 +55,9 @@ def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) ->
 
 def test_only_the_steps_that_strength_leaves_are_taken(family: Any) -> None:
     for strength, steps in ((1.0, 5), (0.7, 3), (0.2, 1)):
-        assert family.start(_request(strength=strength), 0).remaining_steps == steps
+        assert prepare_image(family, _request(strength=strength)).remaining_steps == steps
     # The second order samplers evaluate twice, except in the last step.
-    assert family.start(_request(strength=0.7, sampler="heun"), 0).remaining_steps == 5
+    assert prepare_image(family, _request(strength=0.7, sampler="heun")).remaining_steps == 5
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.19])

@@ -16,7 +16,7 @@ from hypergen.errors import InvalidRequestError
 from hypergen.models import loading
 from hypergen.request import GenerationRequest, Picture
 from tests.support.diffusers_edits import assert_same, draw, left_half, picture, pixels_of, to_pillow
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) ->
 
 def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) -> None:
     request, other = _request(guidance_scale=4.0, sampler="euler_a"), make_request(num_inference_steps=8)
-    assert group_key(family.start(request, 0)) == group_key(family.start(other, 0))
+    assert group_key(prepare_image(family, request)) == group_key(prepare_image(family, other))
     alone, crowd = InlineEngine(family), InlineEngine(family)
     alone.run(request)
     crowd.know(other)

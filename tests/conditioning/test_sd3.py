@@ -27,7 +27,7 @@ from tests.support.compare_with_diffusers import (
 )
 from tests.support.diffusers_edits import assert_same, left_half, picture, pixels_of, to_pillow
 from tests.support.small_models import save_sd3
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
 
 _CHANGED = make_request(
     image=picture(), strength=0.7, num_inference_steps=5, negative_prompt="blurred", seed=11
@@ -93,7 +93,7 @@ def test_what_a_mask_keeps_is_put_back_as_in_the_stock_pipeline(parts: dict[str,
         assert request.image is not None
         assert request.mask is not None
         latents = _draw(pipeline, request, mask_image=to_pillow(request.mask), output_type="latent")
-        trajectory = family.start(request, 0)
+        trajectory = prepare_image(family, request)
         with torch.inference_mode():
             stock = to_pixels(family.decode(replace(trajectory, latents=latents[None]))).numpy()
         assert_same(draw_alone(family, request), stock)

@@ -16,7 +16,7 @@ from hypergen.engine.scheduler import group_key
 from hypergen.errors import GenerationError, RequestError
 from hypergen.events import Event, ImageFinished, Progress, Started
 from hypergen.models import loading
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 MakeEngine = Callable[..., InlineEngine]
 
@@ -233,7 +233,7 @@ def test_a_device_lost_while_a_file_is_encoded_ends_the_engine(inline: MakeEngin
             raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
     engine = inline().engine
-    image = engine.family.start(make_request(), 0)
+    image = prepare_image(engine.family, make_request())
     decoded = Decoded(torch.zeros(64, 64, 3, dtype=torch.uint8), torch.tensor(True), cast(Any, LostDevice()))
     engine._finisher.encode_later(image, decoded)
     engine._finisher.shutdown()
@@ -346,7 +346,9 @@ def test_a_request_of_a_new_size_does_not_wait_for_large_passes_to_be_proved(inl
     assert not engine.engine.idle
     while not engine.engine.idle:
         engine.engine.turn()
-    assert len(engine.engine.shapes.costs[group_key(engine.engine.family.start(request, 0))].seconds) >= 4
+    assert (
+        len(engine.engine.shapes.costs[group_key(prepare_image(engine.engine.family, request))].seconds) >= 4
+    )
 
 
 def test_larger_passes_are_proved_as_soon_as_more_images_wait(inline: MakeEngine) -> None:

@@ -17,7 +17,7 @@ from hypergen.engine.previews import LatentColours, predict_clean, preview_steps
 from hypergen.events import ImageFinished, Preview
 from hypergen.models import loading
 from tests.support.diffusers_edits import picture
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
 
@@ -98,7 +98,7 @@ def test_the_clean_latents_of_the_true_noise_are_the_clean_latents(
     sd_folder: Path, sampler: str | None
 ) -> None:
     family = loading.load(sd_folder, make_settings())
-    trajectory = family.start(make_request(sampler=sampler, num_inference_steps=10), 0)
+    trajectory = prepare_image(family, make_request(sampler=sampler, num_inference_steps=10))
     generator = torch.Generator().manual_seed(1)
     clean, noise = (torch.randn(trajectory.latents.shape, generator=generator) for _ in range(2))
     scheduler = trajectory.scheduler

@@ -18,7 +18,7 @@ from hypergen.models import loading
 from hypergen.models.cfg import random_rows
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 MakeEngine = Callable[..., InlineEngine]
 
@@ -106,7 +106,7 @@ def _draw_among_neighbours(
 
 
 def _like(family: Family, width: int, height: int) -> Trajectory:
-    return family.start(make_request(width=width, height=height), 0)
+    return prepare_image(family, make_request(width=width, height=height))
 
 
 def _run(probe: Probe) -> Probe:

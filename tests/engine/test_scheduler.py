@@ -7,14 +7,14 @@ from typing import Any
 from hypergen.denoising.denoising_state import Trajectory
 from hypergen.engine.scheduler import CostCurve, group_key, next_batch
 from hypergen.models.family import Family
-from tests.support.sync_engine import make_request
+from tests.support.sync_engine import make_request, prepare_image
 
 _LINEAR = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}  # more rows gain nothing
 _FLAT = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}  # more rows are free
 
 
 def _start(family: Family, waited_s: float = 0, **changes: Any) -> Trajectory:
-    trajectory = family.start(make_request(**changes), 0)
+    trajectory = prepare_image(family, make_request(**changes))
     trajectory.arrived_at = -waited_s
     return trajectory
 

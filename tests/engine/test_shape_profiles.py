@@ -16,7 +16,7 @@ from hypergen.engine.batch_invariance.shape_profiles import Shapes
 from hypergen.engine.scheduler import group_key
 from hypergen.models import loading
 from tests.support.small_models import save_refiner, save_sdxl
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def _shapes(family: Any, seconds: float) -> Shapes:
 @pytest.mark.parametrize(("seconds", "worth"), [(0.01, True), (1.0, False)])
 def test_an_idle_engine_probes_only_passes_that_are_short(family: Any, seconds: float, worth: bool) -> None:
     shapes = _shapes(family, seconds)
-    one, another = (family.start(make_request(), index) for index in range(2))
+    one, another = (prepare_image(family, make_request(), index) for index in range(2))
     list(shapes.learn(one))
     assert (shapes.unfinished(()) is not None) == worth
     assert shapes.unfinished([one]) is None  # one guided image: two rows, which are proved
@@ -44,7 +44,7 @@ def test_an_idle_engine_probes_only_passes_that_are_short(family: Any, seconds: 
 @torch.inference_mode()
 def test_a_probe_can_be_finished_however_long_it_takes(family: Any) -> None:
     shapes = _shapes(family, 1.0)
-    one = family.start(make_request(), 0)
+    one = prepare_image(family, make_request())
     list(shapes.learn(one))
     assert shapes.costs[group_key(one)].row_counts == {1, 2}
     shapes.finish()
@@ -55,7 +55,7 @@ def test_a_probe_can_be_finished_however_long_it_takes(family: Any) -> None:
 @torch.inference_mode()
 def test_a_probe_makes_one_forward_pass_at_a_time(family: Any) -> None:
     shapes = _shapes(family, 0.01)
-    list(shapes.learn(family.start(make_request(), 0)))
+    list(shapes.learn(prepare_image(family, make_request())))
     passes: list[int] = []
     family.unet.register_forward_hook(lambda _module, inputs, _output: passes.append(len(inputs[0])))
     while key := shapes.unfinished(()):
@@ -70,7 +70,7 @@ def test_a_probe_makes_one_forward_pass_at_a_time(family: Any) -> None:
 def test_at_most_eight_unfinished_probes_keep_tensors_and_the_others_go_on_when_needed(family: Any) -> None:
     shapes = _shapes(family, 1.0)  # no pass is short enough for an idle engine
     requests = [make_request(width=width) for width in range(64, 64 + 8 * 10, 8)]
-    images = [family.start(request, 0) for request in requests]
+    images = [prepare_image(family, request) for request in requests]
     first = group_key(images[0])
     kept = [weakref.ref(image) for image in images]
     while images:
@@ -78,7 +78,7 @@ def test_at_most_eight_unfinished_probes_keep_tensors_and_the_others_go_on_when_
     gc.collect()
     assert [reference() is not None for reference in kept] == [False] * 2 + [True] * 8
 
-    again = family.start(requests[0], 0)
+    again = prepare_image(family, requests[0])
     list(shapes.learn(again))
     assert shapes.costs[first].row_counts == {1, 2}
     while shapes.unfinished([again] * 8):

@@ -18,7 +18,7 @@ from hypergen.models import loading
 from hypergen.models.cfg import random_rows
 from hypergen.request import GenerationRequest
 from tests.support.lora_files import EVERYTHING, TEXT, save_lora
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 # Rank of the LoRA -> what it trains.
 _LORAS = {
@@ -117,7 +117,7 @@ def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
     """Passes of any rows: what the trials of the layers promise."""
     adapters: Adapters = family.adapters
     InlineEngine(family).know(make_request())  # repairs the layers
-    rows = random_rows(family.start(make_request(), 0), 9, torch.Generator().manual_seed(0))
+    rows = random_rows(prepare_image(family, make_request()), 9, torch.Generator().manual_seed(0))
     loras = [adapters.load(_CHOICES[row % len(_CHOICES)]) for row in range(9)]
 
     def run(chosen: list[int]) -> torch.Tensor:

@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_read_fails_its_request_alone(family: Any) -> None
 
 def test_what_was_read_in_a_thread_is_not_read_again(family: Any, folder: Path) -> None:
     asked = (("style", 1.0),)
-    prepared = family.adapters.prepare(asked)
+    prepared = family.adapters.load_in_background(asked)
     [(lora, _)] = prepared.result()
     assert family.adapters.load(asked)[0][0] is lora
-    assert family.adapters.prepare(()) is None
+    assert family.adapters.load_in_background(()) is None

@@ -28,7 +28,7 @@ from tests.support.compare_with_diffusers import (
 )
 from tests.support.lora_files import ATTENTION, adapter, stock_picture
 from tests.support.small_models import save_flux
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
 
 _REQUEST = make_request(num_inference_steps=5, guidance_scale=3.5, width=96, height=64, seed=11)
 _LENGTH = {"dev": 512, "schnell": 256}
@@ -131,7 +131,7 @@ def test_words_beyond_the_length_of_t5_are_cut_off_with_a_word_in_the_log(
 ) -> None:
     family = loading.load(schnell, make_settings())
     prompt = "cats " * 100
-    trajectory = family.start(replace(_REQUEST, prompt=prompt), 0)
+    trajectory = prepare_image(family, replace(_REQUEST, prompt=prompt))
     assert trajectory.prompt_tokens == 255
     assert "cut off after 255" in caplog.text
 

@@ -24,7 +24,7 @@ from tests.support.compare_with_diffusers import (
     stock_pipeline,
 )
 from tests.support.small_models import save_flux, save_sd3, save_sdxl
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
 
 _REQUEST = make_request(prompt="a cat", negative_prompt="(blurred:1.2)", num_inference_steps=3)
 
@@ -117,7 +117,7 @@ def test_weights_of_one_and_escapes_change_no_byte(sd_folder: Path, family: Any)
 def test_marks_are_text_without_the_setting(sd_folder: Path) -> None:
     plain = loading.load(sd_folder, make_settings())
     with torch.inference_mode():
-        marked, bare = (plain.start(replace(_REQUEST, prompt=p), 0) for p in ("a (cat:1.0)", "a cat"))
+        marked, bare = (prepare_image(plain, replace(_REQUEST, prompt=p)) for p in ("a (cat:1.0)", "a cat"))
     assert marked.prompt_tokens == bare.prompt_tokens + len("(:1.0)")
     assert not torch.equal(marked.positive.embeds, bare.positive.embeds)
 
@@ -150,7 +150,7 @@ def test_models_with_several_encoders_weigh_in_those_of_clip(save: Any, tmp_path
     family: Any = loading.load(save(tmp_path / "model"), make_settings(prompt_weighting=True))
     with torch.inference_mode():
         starts = {
-            prompt: family.start(replace(_REQUEST, prompt=prompt, negative_prompt=None), 0).positive
+            prompt: prepare_image(family, replace(_REQUEST, prompt=prompt, negative_prompt=None)).positive
             for prompt in ("a cat", "a (cat:1.0)", "a (cat:1.5)")
         }
     plain, one, more = starts.values()

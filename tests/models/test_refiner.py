@@ -24,7 +24,7 @@ from tests.support.compare_with_diffusers import (
 )
 from tests.support.diffusers_edits import picture
 from tests.support.small_models import save_refiner, save_sdxl
-from tests.support.sync_engine import draw_alone, make_request, make_settings
+from tests.support.sync_engine import draw_alone, make_request, make_settings, prepare_image
 
 _REFINED = make_request(
     num_inference_steps=8, negative_prompt="blurred", width=96, height=64, seed=11, enable_refiner=True
@@ -82,9 +82,9 @@ def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: P
 def test_every_sampler_changes_hands(family: Family, sampler: str) -> None:
     refined = replace(_REFINED, sampler=sampler, num_inference_steps=6)
     plain = replace(refined, enable_refiner=False)
-    trajectory = family.start(refined, 0)
+    trajectory = prepare_image(family, refined)
     assert trajectory.next_stage is not None
-    assert trajectory.remaining_steps == family.start(plain, 0).remaining_steps
+    assert trajectory.remaining_steps == prepare_image(family, plain).remaining_steps
     assert (draw_alone(family, refined) != draw_alone(family, plain)).any()
 
 

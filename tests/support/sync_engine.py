@@ -17,6 +17,7 @@ from hypergen.engine.engine import Engine
 from hypergen.engine.postprocess import to_pixels
 from hypergen.errors import RequestError
 from hypergen.events import Event, ImageFinished, Progress
+from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
@@ -85,7 +86,7 @@ class InlineEngine:
     def know(self, *requests: GenerationRequest) -> None:
         """Prove every size of a pass for the shapes of these requests, as if they had been served before."""
         for request in requests:
-            for _ in self.engine.shapes.learn(self.engine.family.start(request, 0)):
+            for _ in self.engine.shapes.learn(prepare_image(self.engine.family, request)):
                 pass
         self.engine.shapes.finish()
 
@@ -142,10 +143,17 @@ class InlineEngine:
             self.engine.stop()
 
 
+def prepare_image(family: Family, request: GenerationRequest, index: int = 0) -> Trajectory:
+    """One image before its first step."""
+    loading = family.load_loras(request)
+    loras = () if loading is None else loading.result()
+    return family.prepare(request, index, family.encode_prompts(request, loras), loras)
+
+
 @torch.inference_mode()
 def draw_alone(family: Family, request: GenerationRequest, index: int = 0) -> Any:
     """Pixels of one image, by the family alone: no engine, no neighbours."""
-    trajectory = family.start(request, index)
+    trajectory = prepare_image(family, request, index)
     while trajectory.remaining_steps:
-        trajectory.advance(family.denoise([trajectory])[0])
+        trajectory.advance(denoise(family.forward, [trajectory])[0])
     return to_pixels(family.decode(trajectory)).numpy()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -58,11 +56,11 @@ def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[
 
 
 class PromptCache:
-    """Embeddings of the latest texts, by text and the LoRAs that it was read with, up to a number of bytes;
-    the empty text without any is never dropped, and no text as long as somebody holds what was made of it.
+    """Embeddings of the latest texts, by text and the LoRAs it was encoded with, up to a number of bytes; the
+    empty text without LoRAs is never dropped.
 
     The encoder sees one chunk per call, so that its batch size, and with it the bits of its output, never
-    vary. `get` may be called from several threads; two that miss the same text both encode it.
+    vary.
     """
 
     def __init__(self, encode: Callable[[str], EncodedPrompt], max_bytes: int) -> None:
@@ -70,8 +68,6 @@ class PromptCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
-        self._held: WeakValueDictionary[Hashable, EncodedPrompt] = WeakValueDictionary()
-        self._lock = threading.Lock()
         self._empty = encode("")
 
     def get(self, text: str, loras: Loras = ()) -> EncodedPrompt:
@@ -79,23 +75,16 @@ class PromptCache:
         if not (text or readers):
             return self._empty
         key = text, prompt_key(readers)
-        with self._lock:
-            encoded = self._held.get(key)
-        if encoded is None:
-            with in_rows([readers]):
-                encoded = self._encode(text)
-        self._keep(key, encoded)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        with in_rows([readers]):
+            encoded = self._entries[key] = self._encode(text)
+        self._bytes += encoded.nbytes
+        while self._bytes > self._max_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self._bytes -= dropped.nbytes
         return encoded
-
-    def _keep(self, key: Hashable, encoded: EncodedPrompt) -> None:
-        with self._lock:
-            if (before := self._entries.pop(key, None)) is not None:
-                self._bytes -= before.nbytes
-            self._held[key] = self._entries[key] = encoded
-            self._bytes += encoded.nbytes
-            while self._bytes > self._max_bytes and self._entries:
-                _, dropped = self._entries.popitem(last=False)
-                self._bytes -= dropped.nbytes
 
 
 def fill_to(embeds: Tensor, length: int, empty: Tensor) -> Tensor:
