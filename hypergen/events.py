@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal
 
 # exact: rows of one forward pass do not depend on their neighbours, proved by a probe; close: they do, in the
@@ -11,6 +12,18 @@ Verdict = Literal["exact", "close"]
 
 
 State = Literal["loading", "ready", "recovering", "failed", "draining"]
+
+
+class RequestState(StrEnum):
+    """Where a request is on its way through an engine."""
+
+    WAITING = "waiting"
+    PREPARING = "preparing"
+    RUNNING = "running"
+    DECODING = "decoding"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)

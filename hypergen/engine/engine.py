@@ -1,15 +1,17 @@
-"""The engine: admits requests, advances images step by step, finishes them. One thread owns it and the
-device.
+"""The engine: prepares requests, advances their images step by step, finishes them. One thread owns it and
+the device.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import queue
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator
-from concurrent.futures import Executor
+from collections.abc import Callable, Collection, Generator, Iterable
+from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,47 +19,56 @@ from torch import Tensor
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import Trajectory
+from hypergen.engine.batch_invariance.probe import synchronize
 from hypergen.engine.batch_invariance.shape_profiles import Shapes
 from hypergen.engine.batched_euler import advance_all
 from hypergen.engine.optimizations import accelerate
-from hypergen.engine.passes import Passes
 from hypergen.engine.postprocess import Finisher, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.request_errors import as_request_error
-from hypergen.engine.request_queue import Arrival, Inbox
 from hypergen.engine.scheduler import group_key, next_batch
 from hypergen.engine.warmup import draw_once
 from hypergen.errors import RequestError
-from hypergen.events import EngineStatus, Progress, Started
+from hypergen.events import EngineStatus, Progress, RequestState, Started
+from hypergen.lora.batched_lora import Loras
+from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+_LORA_POLL_S = 0.001
+_SHORTEST_TIME_SLICE_S = 0.02
 
-@dataclass
-class _Running:
-    """A request from its admission to its last picture."""
+
+@dataclass(eq=False)
+class _RequestProgress:
+    """A request from its arrival to its last decoded image.
+
+    Attributes:
+        queued_at: by the engine's clock.
+        loras: None: it has none.
+    """
 
     request: GenerationRequest
-    images_left: int
+    queued_at: float
+    loras: Future[Loras] | None
+    state: RequestState = RequestState.WAITING
+    images_left: int = 0
     steps_done: int = 0
-    steps_due: int = 0
-    started: bool = False
+    total_steps: int = 0
 
 
 class Engine:
-    """Draws what is submitted and reports events by request id.
+    """Generates the images of the requests that are added, and reports events by request id.
 
-    `submit`, `cancel` and `stop` may be called from any thread; `run` is the thread that owns the model.
-    Reports come from that thread and, for finished pictures, from the threads that encode files.
+    All methods but `status` belong to the thread that owns the model. Reports come from that thread and, for
+    finished images, from the threads that encode files.
 
     Args:
-        clock: seconds by which passes are measured and waiting counts; a benchmark gives CPU time.
-        encoders: where finished pictures become files; absent: threads of its own.
+        clock: seconds by which forward passes are measured and waiting counts; a benchmark gives CPU time.
+        encoders: where finished images become files; absent: threads of its own.
     """
-
-    _SHORTEST_MOMENT_S = 0.02
 
     def __init__(
         self,
@@ -74,184 +85,182 @@ class Engine:
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = clock()
-        self.startup_s: dict[str, float] = {}
         self._clock = clock
         self._report = report
-        self._inbox = Inbox(family.load_loras, clock)
-        self._joining: deque[tuple[GenerationRequest, Generator[None]]] = deque()
-        self._running: dict[str, _Running] = {}
-        self._active: list[Trajectory] = []
-        self._denoised: deque[Trajectory] = deque()
-        self._stopping = False
+        self._requests: dict[str, _RequestProgress] = {}
+        self._waiting: deque[_RequestProgress] = deque()  # for their LoRAs
+        self._preparing: deque[tuple[_RequestProgress, Generator[None]]] = deque()
+        self._running: list[Trajectory] = []
+        self._decode_queue: deque[Trajectory] = deque()
+        self._forward_s = 0.0  # of the latest forward pass
+        self._forwards = 0
+        self._image_steps = 0
+        # Of encoding threads: the id of a request whose file could not be encoded, or what lost the device.
+        self._encoding_failures: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
         self._finisher = Finisher(
             family,
             model_id,
             report,
-            self.cancel,
-            self._inbox.fail,
+            self._encoding_failures.put,
             clock=clock,
             own_stream=settings.decode_stream,
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._finisher.encoders)
         self.shapes = Shapes(family, settings, clock)
-        self._passes = Passes(family, self.shapes, clock)
 
-    def submit(self, request: GenerationRequest) -> None:
-        self._inbox.submit(request)
+    def add_request(self, request: GenerationRequest) -> None:
+        """Take a request and start to load its LoRAs."""
+        progress = _RequestProgress(request, self._clock(), None)
+        self._requests[request.id] = progress
+        try:
+            progress.loras = self.family.load_loras(request)
+        except Exception as error:  # the edge where one request's trouble must not become everyone's
+            self._fail(request.id, as_request_error(error, request))
+            return
+        self._waiting.append(progress)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out before its next step; nothing more is reported of it."""
-        self._inbox.cancel(request_id)
+        self._drop(request_id, RequestState.CANCELLED)
 
-    def stop(self) -> None:
-        """Let `run` return after the current step."""
-        self._inbox.stop()
+    @property
+    def has_requests(self) -> bool:
+        """Whether a request is here that is not decoded yet."""
+        return bool(self._requests)
 
     def status(self) -> EngineStatus:
         return EngineStatus(
             state="ready",
             device=self.family.device.type,
             determinism=self.shapes.verdicts(),
-            forwards=self._passes.count,
-            image_steps=self._passes.image_steps,
-            startup_s=self.startup_s,
+            forwards=self._forwards,
+            image_steps=self._image_steps,
         )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Probe the default size and draw a picture of it in two steps, so that "ready" was tried.
+        """Probe the default size and generate an image of it in two steps, so that "ready" was tried.
 
         Raises:
-            GenerationError: the model does not draw.
+            GenerationError: the model generates none.
         """
         trajectory = draw_once(self.family, self.family.describe(self.model_id), self.shapes)
         self._finisher.encode(trajectory, self._finisher.decode(trajectory))
 
-    def run(self) -> None:
-        """Serve until `stop`."""
-        while not self._stopping:
-            self.turn()
-        self.close()
-
     def close(self) -> None:
-        """Wait for the files that are being written; no turn may follow."""
+        """Wait for the files that are being written; no step may follow."""
         self._finisher.shutdown()
 
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return self.resting and not self.shapes.unfinished(())
-
-    @property
-    def resting(self) -> bool:
-        """Whether no request is here; a probe of larger passes may still be under way."""
-        return not self._busy and self._inbox.empty()
-
-    @property
-    def _busy(self) -> bool:
-        return bool(self._joining or self._active or self._denoised)
-
     @torch.inference_mode()
-    def turn(self, wait: bool = True) -> bool:
-        """Take requests in and out, advance one batch by one step, finish images; False: nothing was to do.
+    def step(self) -> float:
+        """Prepare requests, advance one batch by one denoising step, decode images.
 
-        Args:
-            wait: for the inbox, while nothing else is to do.
+        Returns:
+            Seconds that the thread may sleep before the next step: 0 with work at hand, inf without any.
         """
-        self._read_inbox(wait)
         self.last_step_at = self._clock()
-        moved = self._busy
-        self._in_a_moment(lambda: self._joining, self._admit)
-        self.step()
-        self._in_a_moment(lambda: self._denoised, self._finish)
-        # A request whose prompts are being read would wait for the end of an idle pass.
-        may_probe = not self._joining and bool(self._active or self._inbox.empty())
-        if may_probe and (shape := self.shapes.unfinished(self._active)):
-            self._stamp()
-            self.shapes.probe_on(shape)
-            moved = True
-        return moved
+        had_requests = self.has_requests
+        self._drop_what_failed_to_encode()
+        self._prepare_those_with_loras()
+        self._serve_for_time_slice(lambda: self._preparing, self._prepare_next)
+        if batch := self._schedule():
+            self._advance(batch, self._predict(batch))
+        self._serve_for_time_slice(lambda: self._decode_queue, self._decode_next)
+        if self._probe_larger_batches() or len(self._requests) > len(self._waiting):
+            return 0.0
+        if self._waiting:
+            return _LORA_POLL_S
+        return 0.0 if had_requests else math.inf
 
-    def _stamp(self) -> None:
+    def _heartbeat(self) -> None:
         """Say that the engine moves; a new size of a compiled model may then take minutes and is no stall."""
         self.last_step_at = math.inf if self.settings.compile != "off" else self._clock()
 
-    def _in_a_moment(self, line: Callable[[], Collection[object]], serve_next: Callable[[], None]) -> None:
+    def _serve_for_time_slice(
+        self, line: Callable[[], Collection[object]], serve: Callable[[], None]
+    ) -> None:
         """Serve a line between two steps for about as long as a forward pass takes, so that running images do
         not stall, however much there is to encode, probe or decode.
         """
-        until = self._clock() + max(self._passes.seconds, self._SHORTEST_MOMENT_S)
+        until = self._clock() + max(self._forward_s, _SHORTEST_TIME_SLICE_S)
         while line():
-            self._stamp()
-            serve_next()
+            self._heartbeat()
+            serve()
             if self._clock() > until:
                 return
 
-    def step(self) -> None:
-        """Advance one batch of images by one denoising step."""
-        now = self._clock()
-        batch = next_batch(
-            self._active, self.shapes.costs, self.settings.max_batch_size, self.settings.aging, now
-        )
-        if not batch:
-            return
-        self.last_step_at = now
-        for request_id in {trajectory.request.id for trajectory in batch}:
-            if not self._running[request_id].started:
-                self._running[request_id].started = True
-                self._report(request_id, Started())
-        # Another image of a request may have failed in this very batch.
-        pairs = [pair for pair in self._denoise(batch) if pair[0].request.id in self._running]
-        for trajectory, prediction in pairs:
-            running = self._running[trajectory.request.id]
-            self._previewer.look_at(trajectory, prediction, running.steps_due // running.request.n)
-        for trajectory, error in advance_all(pairs, self.settings.vectorised_steps):
-            self._advanced(trajectory, error)
-        for request_id in {trajectory.request.id for trajectory in batch} & self._running.keys():
-            running = self._running[request_id]
-            self._report(request_id, Progress(running.steps_done, running.steps_due))
+    def _drop_what_failed_to_encode(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                failure = self._encoding_failures.get_nowait()
+                if isinstance(failure, Exception):
+                    raise failure
+                self._drop(failure, RequestState.FAILED)  # reported by the thread
 
-    def _read_inbox(self, wait: bool) -> None:
-        for message in self._inbox.read(idle=wait and self.idle, busy=self._busy or not wait):
-            if message is None:
-                self._stopping = True
-            elif isinstance(message, Arrival):
-                self._joining.append((message.request, self._join(message)))
-            else:
-                self._drop(message)
+    def _prepare_those_with_loras(self) -> None:
+        ready = [progress for progress in self._waiting if progress.loras is None or progress.loras.done()]
+        for progress in ready:
+            self._waiting.remove(progress)
+            progress.state = RequestState.PREPARING
+            self._preparing.append((progress, self._prepare(progress)))
 
-    def _admit(self) -> None:
-        """Bring one request a move nearer to joining; in turns, so that none waits for others' probes."""
-        request, joining = self._joining.popleft()
+    def _prepare_next(self) -> None:
+        """Prepare one request up to the next forward pass of a probe; in turns, so that none waits for the
+        probes of others.
+        """
+        progress, preparation = self._preparing.popleft()
         try:
-            next(joining)
-            self._joining.append((request, joining))
+            next(preparation)
+            self._preparing.append((progress, preparation))
         except StopIteration:
             pass
         except Exception as error:  # the edge where one request's trouble must not become everyone's
-            self._fail(request.id, as_request_error(error, request))
+            self._fail(progress.request.id, as_request_error(error, progress.request))
 
-    def _join(self, arrival: Arrival) -> Generator[None]:
-        """Turn a request into its trajectories and let them join; stops between the passes of a probe."""
-        request = arrival.request
-        loras = () if arrival.prepared is None else arrival.prepared.result()  # raises what was wrong
+    def _prepare(self, progress: _RequestProgress) -> Generator[None]:
+        """Make a request's images ready for their first step; stops between the forward passes of a probe."""
+        request = progress.request
+        loras = () if progress.loras is None else progress.loras.result()  # raises what was wrong
         prompts = self.family.encode_prompts(request, loras)
         trajectories = [self.family.prepare(request, index, prompts, loras) for index in range(request.n)]
         yield from self.shapes.learn(trajectories[0])
         for trajectory in trajectories:
-            trajectory.arrived_at = arrival.sent_at
+            trajectory.arrived_at = progress.queued_at
             trajectory.lone = any(self.shapes.must_run_alone(stage) for stage in trajectory.stages())
-        steps_due = sum(trajectory.remaining_steps for trajectory in trajectories)
-        self._running[request.id] = _Running(request, request.n, steps_due=steps_due)
-        (self._denoised if trajectories[0].unchanged else self._active).extend(trajectories)
-        self.shapes.forget_old({group_key(s).shared for t in self._active for s in t.stages()})
+        progress.images_left = request.n
+        progress.total_steps = sum(trajectory.remaining_steps for trajectory in trajectories)
+        if trajectories[0].unchanged:
+            progress.state = RequestState.DECODING
+            self._decode_queue.extend(trajectories)
+        else:
+            self._running.extend(trajectories)
+        self.shapes.forget_old({group_key(s).shared for t in self._running for s in t.stages()})
 
-    def _denoise(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
+    def _schedule(self) -> list[Trajectory]:
+        """The images of the next denoising step."""
+        now = self._clock()
+        batch = next_batch(
+            self._running, self.shapes.costs, self.settings.max_batch_size, self.settings.aging, now
+        )
+        if batch:
+            self.last_step_at = now
+        for progress in self._requests_of(batch):
+            if progress.state is RequestState.PREPARING:
+                progress.state = RequestState.RUNNING
+                self._report(progress.request.id, Started())
+        return batch
+
+    def _requests_of(self, images: Iterable[Trajectory]) -> list[_RequestProgress]:
+        """Those that are still here."""
+        ids = {image.request.id for image in images}
+        return [self._requests[request_id] for request_id in ids if request_id in self._requests]
+
+    def _predict(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """One forward pass; when it fails, one for each image, so that only the guilty request fails."""
         try:
-            return list(zip(batch, self._passes.predict(batch), strict=True))
-        except Exception as error:  # the same edge
+            return list(zip(batch, self._run_forward(batch), strict=True))
+        except Exception as error:  # the edge where one request's trouble must not become everyone's
             if len(batch) == 1:
                 self._fail(batch[0].request.id, as_request_error(error, batch[0].request))
                 return []
@@ -262,44 +271,96 @@ class Engine:
             torch.cuda.empty_cache()
             self.shapes.limit_rows(group_key(batch[0]).shared, sum(t.rows for t in batch))
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
-        alone = (trajectory for trajectory in batch if trajectory.request.id in self._running)
-        return [pair for trajectory in alone for pair in self._denoise([trajectory])]
+        alone = (trajectory for trajectory in batch if trajectory.request.id in self._requests)
+        return [pair for trajectory in alone for pair in self._predict([trajectory])]
+
+    def _run_forward(self, batch: list[Trajectory]) -> list[Tensor]:
+        """One forward pass over images of one group, measured for the cost curve of its shape.
+
+        Returns:
+            A prediction of shape (1, C, h, w) for each.
+        """
+        started = self._clock()
+        predictions = denoise(self.family.forward, batch)
+        synchronize(predictions[0])
+        self._forward_s = self._clock() - started
+        rows = sum(trajectory.rows for trajectory in batch)
+        self.shapes.costs[group_key(batch[0]).shared].record(rows, self._forward_s)
+        self._forwards += 1
+        self._image_steps += len(batch)
+        shared = len({trajectory.request.id for trajectory in batch}) > 1
+        for trajectory in batch:
+            trajectory.shared_forwards += shared
+        return predictions
+
+    def _advance(self, batch: list[Trajectory], predicted: list[tuple[Trajectory, Tensor]]) -> None:
+        """Take the scheduler step of all images of a batch that are still here."""
+        # Another image of a request may have failed in this very batch.
+        pairs = [pair for pair in predicted if pair[0].request.id in self._requests]
+        for trajectory, prediction in pairs:
+            steps = self._requests[trajectory.request.id].total_steps // trajectory.request.n
+            self._previewer.look_at(trajectory, prediction, steps)
+        for trajectory, error in advance_all(pairs, self.settings.vectorised_steps):
+            self._advanced(trajectory, error)
+        for progress in self._requests_of(batch):
+            self._report(progress.request.id, Progress(progress.steps_done, progress.total_steps))
 
     def _advanced(self, trajectory: Trajectory, error: Exception | None) -> None:
-        running = self._running.get(trajectory.request.id)
-        if running is None:  # another image of the request failed in this very step
+        progress = self._requests.get(trajectory.request.id)
+        if progress is None:  # another image of the request failed in this very step
             return
         if error is not None:
             self._fail(trajectory.request.id, as_request_error(error, trajectory.request))
             return
-        running.steps_done += 1
+        progress.steps_done += 1
+        if progress.steps_done == progress.total_steps:
+            progress.state = RequestState.DECODING
         if not trajectory.remaining_steps:
-            self._active.remove(trajectory)
-            self._denoised.append(trajectory)
+            self._running.remove(trajectory)
+            self._decode_queue.append(trajectory)
 
-    def _finish(self) -> None:
+    def _decode_next(self) -> None:
         """Decode one image here and hand its pixels to the encoding threads."""
-        trajectory = self._denoised.popleft()
+        trajectory = self._decode_queue.popleft()
         request = trajectory.request
         try:
             self._finisher.encode_later(trajectory, self._finisher.decode(trajectory))
-        except Exception as error:  # the same edge
+        except Exception as error:  # the edge where one request's trouble must not become everyone's
             self._fail(request.id, as_request_error(error, request))
             return
-        running = self._running[request.id]
-        running.images_left -= 1
-        if running.images_left == 0:
-            del self._running[request.id]
+        progress = self._requests[request.id]
+        progress.images_left -= 1
+        if progress.images_left == 0:
+            progress.state = RequestState.FINISHED
+            del self._requests[request.id]
+
+    def _probe_larger_batches(self) -> bool:
+        """One forward pass of an unfinished probe, where it is worth it; False: none was."""
+        # A request whose prompts are being encoded would wait for the end of a pass that nobody needs yet.
+        if self._preparing or (self._waiting and not self._running):
+            return False
+        shape = self.shapes.unfinished(self._running)
+        if shape is None:
+            return False
+        self._heartbeat()
+        self.shapes.probe_on(shape)
+        return True
 
     def _fail(self, request_id: str, error: RequestError) -> None:
-        self._drop(request_id)
+        self._drop(request_id, RequestState.FAILED)
         self._report(request_id, error)
 
-    def _drop(self, request_id: str) -> None:
-        for request, joining in self._joining:
-            if request.id == request_id:
-                joining.close()
-        self._joining = deque(entry for entry in self._joining if entry[0].id != request_id)
-        self._active = [t for t in self._active if t.request.id != request_id]
-        self._denoised = deque(t for t in self._denoised if t.request.id != request_id)
-        self._running.pop(request_id, None)
+    def _drop(self, request_id: str, state: RequestState) -> None:
+        progress = self._requests.pop(request_id, None)
+        if progress is None:
+            return
+        if progress.loras is not None:
+            progress.loras.cancel()
+        for other, preparation in self._preparing:
+            if other is progress:
+                preparation.close()
+        progress.state = state
+        self._waiting = deque(other for other in self._waiting if other is not progress)
+        self._preparing = deque(entry for entry in self._preparing if entry[0] is not progress)
+        self._running = [t for t in self._running if t.request.id != request_id]
+        self._decode_queue = deque(t for t in self._decode_queue if t.request.id != request_id)

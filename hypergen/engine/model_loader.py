@@ -43,9 +43,9 @@ class Loader:
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()
         if isinstance(loaded, WholePipeline):
-            drawer = WholeEngine(loaded, model.id, model.settings, self._report, between_steps)
+            engine = WholeEngine(loaded, model.id, model.settings, self._report, between_steps)
         else:
-            drawer = Engine(loaded, model.id, model.settings, self._report)
-        drawer.warm_up()
+            engine = Engine(loaded, model.id, model.settings, self._report)
+        engine.warm_up()
         self.seconds["warm-up"] += time.monotonic() - started
-        return Loaded(drawer, loaded.describe(model.id), size_bytes)
+        return Loaded(engine, loaded.describe(model.id), size_bytes)

@@ -17,13 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Never, Protocol
 
 import torch
 
 from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error
-from hypergen.engine.request_queue import Arrival, Inbox
+from hypergen.engine.request_queue import RequestQueue
 from hypergen.errors import GenerationError, ModelError
 from hypergen.events import EngineStatus, Verdict
 from hypergen.model_info import ModelDescription
@@ -33,18 +33,16 @@ from hypergen.served_model import ServedModel
 logger = logging.getLogger(__name__)
 
 
-class Drawer(Protocol):
-    """What draws with one model: an `Engine` or a `WholeEngine`."""
+class ModelEngine(Protocol):
+    """What generates with one model: an `Engine` or a `WholeEngine`."""
 
     last_step_at: float
 
     @property
-    def idle(self) -> bool: ...
-    @property
-    def resting(self) -> bool: ...
-    def submit(self, request: GenerationRequest) -> None: ...
+    def has_requests(self) -> bool: ...
+    def add_request(self, request: GenerationRequest) -> None: ...
     def cancel(self, request_id: str) -> None: ...
-    def turn(self, wait: bool = True) -> bool: ...
+    def step(self) -> float: ...
     def status(self) -> EngineStatus: ...
     def close(self) -> None: ...
 
@@ -57,7 +55,7 @@ class Loaded:
         size_bytes: of its weights.
     """
 
-    drawer: Drawer
+    engine: ModelEngine
     description: ModelDescription
     size_bytes: int
 
@@ -84,7 +82,7 @@ class _Seat:
 class Roster:
     """Draws what is submitted, each request with its model.
 
-    `submit`, `cancel` and `stop` may be called from any thread; `run` is the thread that owns the models.
+    `submit` and `cancel` may be called from any thread; `run` is the thread that owns the models.
 
     Args:
         models: each with the expected size of its weights in bytes.
@@ -108,12 +106,10 @@ class Roster:
         self._limit = math.inf if limit_bytes is None else limit_bytes
         self._load = load
         self._report = report
-        self._inbox = Inbox()  # what a request needs is read by its model's own
+        self._queue = RequestQueue()
         self._arrivals = itertools.count()
-        self._turning: Drawer | None = None
+        self._stepping: ModelEngine | None = None
         self._moved_at = time.monotonic()
-        self._moved = False
-        self._stopping = False
         # Whoever looks at a model from another thread keeps it alive, so none may while one leaves.
         self._leaving = threading.Lock()
         for seat in self._seats.values():
@@ -123,19 +119,15 @@ class Roster:
     def last_step_at(self) -> float:
         """When the engine last moved; infinite while it does what may take minutes."""
         with self._leaving:
-            turning = self._turning
-            return self._moved_at if turning is None else turning.last_step_at
+            stepping = self._stepping
+            return self._moved_at if stepping is None else stepping.last_step_at
 
     def submit(self, request: GenerationRequest) -> None:
-        self._inbox.submit(request)
+        self._queue.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out before its next step; nothing more is reported of it."""
-        self._inbox.cancel(request_id)
-
-    def stop(self) -> None:
-        """Let `run` return after the current steps; a full pipeline first ends its request."""
-        self._inbox.stop()
+        self._queue.cancel(request_id)
 
     def status(self) -> EngineStatus:
         with self._leaving:
@@ -143,7 +135,7 @@ class Roster:
 
     def _status(self) -> EngineStatus:
         seats = list(self._seats.values())
-        there = [(seat, loaded.drawer.status()) for seat in seats if (loaded := seat.loaded) is not None]
+        there = [(seat, loaded.engine.status()) for seat in seats if (loaded := seat.loaded) is not None]
         determinism: dict[str, Verdict] = {}
         for seat in seats:
             now = next((status.determinism for of, status in there if of is seat), seat.determinism)
@@ -173,48 +165,42 @@ class Roster:
             descriptions.append(seat.loaded.description)
         return tuple(reversed(descriptions))
 
-    def run(self) -> None:
-        """Serve until `stop`."""
-        while not self._stopping:
-            self.turn()
-        for seat in self._seats.values():
-            if seat.loaded is not None:
-                seat.loaded.drawer.close()
+    def run(self) -> Never:
+        """Serve for ever."""
+        sleep_s = 0.0
+        while True:
+            sleep_s = self.step(sleep_s)
 
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do but to read the inbox."""
-        seats = self._seats.values()
-        return all(not seat.waiting and (seat.loaded is None or seat.loaded.drawer.idle) for seat in seats)
+    def step(self, sleep_s: float = 0.0) -> float:
+        """Take requests in and out; then every model takes a step.
 
-    def turn(self) -> None:
-        """Take requests in and out; then every model with work takes a step."""
-        # Where no model moved, all that is here is read from files or being encoded.
-        self._read_inbox(idle=self.idle, busy=self._moved)
+        Args:
+            sleep_s: for how long to wait for a message.
+
+        Returns:
+            The `sleep_s` of the next call.
+        """
+        self._read_queue(sleep_s)
         self._moved_at = time.monotonic()
-        self._moved = False
         self._deal()
+        sleep_s = math.inf
         for seat in self._seats.values():
-            if seat.loaded is None or seat.loaded.drawer.idle:
+            if seat.loaded is None:
                 continue
-            if not seat.loaded.drawer.resting:
+            engine = seat.loaded.engine
+            if engine.has_requests:
                 seat.used_at = time.monotonic()
-            self._turning = seat.loaded.drawer
+            self._stepping = engine
             try:
-                self._moved |= self._turning.turn(wait=False)
+                sleep_s = min(sleep_s, engine.step())
             finally:
-                self._moved_at, self._turning = time.monotonic(), None
+                self._moved_at, self._stepping = time.monotonic(), None
+        return sleep_s
 
-    def _read_what_is_there(self) -> None:
-        self._read_inbox(idle=False, busy=True)
-
-    def _read_inbox(self, *, idle: bool, busy: bool) -> None:
-        for message in self._inbox.read(idle=idle, busy=busy):
-            if message is None:
-                self._stopping = True
-            elif isinstance(message, Arrival):
-                request = message.request
-                self._seat_of(request).waiting.append((next(self._arrivals), request))
+    def _read_queue(self, sleep_s: float = 0.0) -> None:
+        for message in self._queue.read(sleep_s):
+            if isinstance(message, GenerationRequest):
+                self._seat_of(message).waiting.append((next(self._arrivals), message))
             else:
                 self._drop(message)
 
@@ -225,7 +211,7 @@ class Roster:
         for seat in self._seats.values():
             seat.waiting = deque(entry for entry in seat.waiting if entry[1].id != request_id)
             if seat.loaded is not None:
-                seat.loaded.drawer.cancel(request_id)
+                seat.loaded.engine.cancel(request_id)
 
     def _deal(self) -> None:
         """Hand the requests that wait to their models, in the order in which they came."""
@@ -244,7 +230,7 @@ class Roster:
                 continue
             assert seat.loaded is not None
             while seat.waiting:
-                seat.loaded.drawer.submit(seat.waiting.popleft()[1])
+                seat.loaded.engine.add_request(seat.waiting.popleft()[1])
 
     def _bring_in(self, seat: _Seat) -> bool:
         """Have a model in memory; False while those in its place still draw.
@@ -258,7 +244,7 @@ class Roster:
             return False
         self._moved_at = math.inf  # a large model takes minutes, which are no stall
         try:
-            seat.loaded = self._load(seat.model, self._read_what_is_there)
+            seat.loaded = self._load(seat.model, self._read_queue)
         finally:
             self._moved_at = time.monotonic()
         seat.used_at = self._moved_at
@@ -271,7 +257,7 @@ class Roster:
         """Move others out until a model's weights fit beside the rest; False while the rest still draws."""
         there = [other for other in self._seats.values() if other.loaded is not None and other is not seat]
         while sum(other.expected_bytes for other in there) + seat.expected_bytes > self._limit:
-            leaving = [other for other in there if other.loaded and other.loaded.drawer.resting]
+            leaving = [other for other in there if other.loaded and not other.loaded.engine.has_requests]
             if not leaving:
                 return False
             oldest = min(leaving, key=lambda other: other.used_at)
@@ -283,9 +269,9 @@ class Roster:
         """Give a model's memory back. Its pictures stay the same: they depend on no state that is lost."""
         assert seat.loaded is not None
         logger.info("%s is moved out of memory.", seat.model.id)
-        seat.loaded.drawer.close()
+        seat.loaded.engine.close()
         with self._leaving:
-            status = seat.loaded.drawer.status()
+            status = seat.loaded.engine.status()
             seat.forwards += status.forwards
             seat.image_steps += status.image_steps
             seat.determinism = status.determinism

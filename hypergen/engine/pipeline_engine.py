@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import torch
 from hypergen.config import EngineSettings
 from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error
-from hypergen.engine.request_queue import Arrival, Inbox
 from hypergen.engine.warmup import warm_up_request
 from hypergen.events import EngineStatus, ImageFinished, Progress, Started
 from hypergen.images import encoding
@@ -26,18 +26,16 @@ _MOST_MIN_STEPS = 4  # PNDM begins with so many steps of Runge and Kutta; no sch
 
 
 class _CancelledError(Exception):
-    """The request that is being drawn is wanted no more."""
+    """The request that is running was cancelled."""
 
 
 class WholeEngine:
-    """Draws what is submitted and reports events by request id; the counterpart of `Engine`.
-
-    `submit`, `cancel` and `stop` may be called from any thread; `run` is the thread that owns the model, and
-    reports come from it.
+    """Generates the images of the requests that are added, and reports events by request id; the counterpart
+    of `Engine`. All methods but `status` belong to the thread that owns the model; reports come from it.
 
     Args:
-        between_steps: called after every step, because a turn takes as long as a request: it hands on what is
-            cancelled meanwhile.
+        between_steps: called after every denoising step, because `step` takes as long as a request: it
+            cancels what clients no longer want.
     """
 
     def __init__(
@@ -52,13 +50,10 @@ class WholeEngine:
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = time.monotonic()
-        self.startup_s: dict[str, float] = {}
         self._report = report
         self._between_steps = between_steps
-        self._inbox = Inbox()
         self._waiting: deque[GenerationRequest] = deque()
-        self._drawing: GenerationRequest | None = None
-        self._stopping = False
+        self._running: GenerationRequest | None = None
         self._steps = 0
         logger.warning(
             "%s is drawn whole, one image at a time: no shared steps, samplers, LoRAs, pictures or control "
@@ -66,16 +61,18 @@ class WholeEngine:
             model.name,
         )
 
-    def submit(self, request: GenerationRequest) -> None:
-        self._inbox.submit(request)
+    def add_request(self, request: GenerationRequest) -> None:
+        self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Take a request out at its next step; nothing more is reported of it."""
-        self._inbox.cancel(request_id)
+        """Take a request out, or end it at its next step; nothing more is reported of it."""
+        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+        if self._running is not None and self._running.id == request_id:
+            self._running = None
 
-    def stop(self) -> None:
-        """Let `run` return after the current request."""
-        self._inbox.stop()
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._waiting)
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -83,7 +80,6 @@ class WholeEngine:
             device=self.model.device.type,
             forwards=self._steps,
             image_steps=self._steps,
-            startup_s=self.startup_s,
         )
 
     @torch.inference_mode()
@@ -105,40 +101,20 @@ class WholeEngine:
             self.model.min_steps += 1
         encoding.encode(pixels, request, 0, self.model_id)
 
-    @property
-    def idle(self) -> bool:
-        """Whether no request is here."""
-        return not self._waiting and self._inbox.empty()
-
-    @property
-    def resting(self) -> bool:
-        """The same: nothing else is ever to be done."""
-        return self.idle
-
-    def run(self) -> None:
-        """Serve until `stop`."""
-        while not self._stopping:
-            self.turn()
-
     @torch.inference_mode()
-    def turn(self, wait: bool = True) -> bool:
-        """Take requests in and out and draw one of them, all its images; False: nothing was to do.
-
-        Args:
-            wait: for the inbox, when idle.
-        """
-        self._read_inbox(wait=wait and self.idle)
+    def step(self) -> float:
+        """Generate all images of one request; see `Engine.step`."""
         self._stamp(0)
         if not self._waiting:
-            return False
+            return math.inf
         self._serve(self._waiting.popleft())
-        return True
+        return 0.0
 
     def close(self) -> None:
         """Nothing is left open; the counterpart of `Engine.close`."""
 
     def _serve(self, request: GenerationRequest) -> None:
-        self._drawing = request
+        self._running = request
         self._report(request.id, Started())
         try:
             tokens = self.model.count_tokens(request.prompt)
@@ -149,7 +125,7 @@ class WholeEngine:
         except Exception as error:  # the edge where one request's trouble must not become everyone's
             self._report(request.id, as_request_error(error, request))
         finally:
-            self._drawing = None
+            self._running = None
 
     def _draw(self, request: GenerationRequest, index: int, prompt_tokens: int) -> None:
         steps = request.num_inference_steps
@@ -160,8 +136,7 @@ class WholeEngine:
             # Pipelines with two calls a step would count beyond what was asked for.
             self._report(request.id, Progress(index * steps + min(step, steps), request.n * steps))
             self._between_steps()
-            self._read_inbox(wait=False)
-            if self._drawing is not request:
+            if self._running is not request:
                 raise _CancelledError
 
         started = time.monotonic()
@@ -183,14 +158,3 @@ class WholeEngine:
 
     def _stamp(self, _step: int) -> None:
         self.last_step_at = time.monotonic()
-
-    def _read_inbox(self, wait: bool) -> None:
-        for message in self._inbox.read(idle=wait, busy=not wait):
-            if message is None:
-                self._stopping = True
-            elif isinstance(message, Arrival):
-                self._waiting.append(message.request)
-            else:
-                self._waiting = deque(r for r in self._waiting if r.id != message)
-                if self._drawing is not None and self._drawing.id == message:
-                    self._drawing = None

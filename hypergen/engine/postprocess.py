@@ -42,8 +42,8 @@ class Finisher:
     """Decodes on the engine's thread, one image per call, and encodes in threads of its own.
 
     Args:
-        cancel: takes the other images of a request out, from any thread.
-        fail: told that the device is lost, from any thread.
+        fail: told from any thread the id of a request whose other images are to stop, or that the device is
+            lost.
         own_stream: decode beside the next step instead of before it; needs CUDA.
         encoders: where pixels become files; absent: two threads.
     """
@@ -55,8 +55,7 @@ class Finisher:
         family: Family,
         model_id: str,
         report: Report,
-        cancel: Callable[[str], None],
-        fail: Callable[[Exception], None],
+        fail: Callable[[str | Exception], None],
         *,
         clock: Callable[[], float],
         own_stream: bool,
@@ -65,7 +64,6 @@ class Finisher:
         self._family = family
         self._model_id = model_id
         self._report = report
-        self._cancel = cancel
         self._fail = fail
         self._clock = clock
         self._stream = torch.cuda.Stream() if own_stream else None
@@ -127,7 +125,7 @@ class Finisher:
         try:
             data = self.encode(trajectory, decoded)
         except Exception as error:  # the edge where one picture's trouble must not become everyone's
-            self._cancel(request.id)
+            self._fail(request.id)
             self._report(request.id, as_request_error(error, request))
             return
         self._report(

@@ -14,6 +14,7 @@ import torch
 
 from hypergen.config import EngineSettings
 from hypergen.engine.engine import Engine
+from hypergen.engine.request_queue import RequestQueue
 from hypergen.errors import RequestError
 from hypergen.events import Event, ImageFinished
 from hypergen.models.family import Family
@@ -40,6 +41,8 @@ class Live:
         self._finished_at: dict[int, float] = {}
         self._news = threading.Condition()
         self._ready = False
+        self._closing = False
+        self._queue = RequestQueue()
         self._error: Exception | None = None
         self.engine = Engine(family, "benchmark", settings, self._report)
         # Warms up in the same thread, to which CUDA graphs belong.
@@ -59,7 +62,7 @@ class Live:
         while arrivals:
             for moment, job in arrivals.take():
                 arrived[job.number] = started + moment
-                self.engine.submit(request_for(job, self.side))
+                self._queue.submit(request_for(job, self.side))
             time.sleep(0.0005)
         self._wait_until(lambda: len(self._finished_at) == len(jobs))
         after = self.engine.status()
@@ -67,7 +70,8 @@ class Live:
         return [Served(job, arrived[job.number], self._finished_at[job.number]) for job in jobs]
 
     def close(self) -> None:
-        self.engine.stop()
+        self._closing = True
+        self._queue.cancel("")  # wakes the thread
         self._thread.join()
 
     def _run(self) -> None:
@@ -78,9 +82,18 @@ class Live:
             with self._news:
                 self._ready = True
                 self._news.notify_all()
-            self.engine.run()
+            self._serve_queue()
         except Exception as error:  # the edge of this thread: whoever waits shall hear of it
             self._tell(error)
+
+    def _serve_queue(self) -> None:
+        sleep_s = 0.0
+        while not self._closing:
+            for message in self._queue.read(sleep_s):
+                if not isinstance(message, str):
+                    self.engine.add_request(message)
+            sleep_s = self.engine.step()
+        self.engine.close()
 
     def _wait_until(self, happened: Callable[[], bool]) -> None:
         with self._news:

@@ -167,11 +167,11 @@ class StepByStep:
         while len(self.files) < len(jobs):
             for moment, job in arrivals.take():
                 arrived_at[job.number] = moment
-                self.engine.submit(request_for(job, self.side))
+                self.engine.add_request(request_for(job, self.side))
             if len(self.files) == len(arrived_at):
                 arrivals.skip_to_next()
                 continue
-            self.engine.turn()
+            self.engine.step()
         after = self.engine.status()
         self.images_per_pass = (after.image_steps - before.image_steps) / (after.forwards - before.forwards)
         return [Served(job, arrived_at[job.number], self._finished_at[job.number]) for job in jobs]

@@ -80,8 +80,8 @@ def test_a_cancelled_request_leaves_before_its_next_step(inline: MakeEngine) -> 
     assert engine.steps(cancelled) == 4
     assert cancelled.id not in engine.images
     assert engine.steps(other) == 10
-    assert not engine.engine._running
-    assert not engine.engine._active
+    assert not engine.engine._requests
+    assert not engine.engine._requests
 
 
 def test_a_request_cancelled_before_it_joined_is_never_drawn(inline: MakeEngine) -> None:
@@ -185,7 +185,7 @@ def test_one_image_that_fails_ends_its_request_and_no_other(
 
     def spoil(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(4, 8):
-            image = next(t for t in engine.engine._active if t.request is bad and t.index == index)
+            image = next(t for t in engine.engine._running if t.request is bad and t.index == index)
             if spoilt == "sigmas":
                 # Enough for the forward call, not for the step.
                 image.scheduler.sigmas = image.scheduler.sigmas[: image.step_index + 1]
@@ -212,7 +212,7 @@ def test_images_that_no_thread_can_encode_do_not_end_the_engine(inline: MakeEngi
 
     engine.run(bad, waiting, on_event=close_the_encoders)
     assert isinstance(engine.errors[bad.id], GenerationError)
-    assert not engine.engine._running
+    assert not engine.engine._requests
 
 
 def test_a_request_whose_files_cannot_be_read_fails_alone(sd_folder: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_device_lost_while_a_file_is_encoded_ends_the_engine(inline: MakeEngin
     engine._finisher.encode_later(image, decoded)
     engine._finisher.shutdown()
     with pytest.raises(torch.AcceleratorError):
-        engine.turn(wait=False)
+        engine.step()
 
 
 def test_a_file_that_cannot_be_written_ends_the_drawing_of_its_request(inline: MakeEngine) -> None:
@@ -343,12 +343,11 @@ def test_a_request_of_a_new_size_does_not_wait_for_large_passes_to_be_proved(inl
     request = make_request(num_inference_steps=3)
     engine.run(request)
     assert engine.data(request)
-    assert not engine.engine.idle
-    while not engine.engine.idle:
-        engine.engine.turn()
-    assert (
-        len(engine.engine.shapes.costs[group_key(prepare_image(engine.engine.family, request))].seconds) >= 4
-    )
+    assert engine.step() == 0
+    while engine.step() == 0:
+        pass
+    image = prepare_image(engine.engine.family, request)
+    assert len(engine.engine.shapes.costs[group_key(image)].seconds) >= 4
 
 
 def test_larger_passes_are_proved_as_soon_as_more_images_wait(inline: MakeEngine) -> None:

@@ -51,7 +51,7 @@ class _Drawn:
         for request in requests:
             self.roster.submit(request)
         while self._open:
-            self.roster.turn()
+            self.roster.step()
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:
         self.events.append((request_id, event))
@@ -137,7 +137,7 @@ def test_a_model_does_not_leave_under_a_running_image_and_nobody_waits_for_ever(
     drawn.run(first)
     drawn.run()  # nothing new
     while len(drawn.images) < 5:
-        drawn.roster.turn()
+        drawn.roster.step()
     ended = [request_id for request_id, event in drawn.events if isinstance(event, ImageFinished)]
     # What ran went on, then came the other model, though its model had more requests by then.
     assert ended == [first.id, other.id, *(request.id for request in late)]
@@ -148,14 +148,14 @@ def test_a_cancelled_request_no_longer_asks_for_its_model(models: list[ServedMod
     first = make_request(model="one", num_inference_steps=4)
     unwanted = make_request(model="two")
     drawn.roster.submit(first)
-    drawn.roster.turn()
+    drawn.roster.step()
     drawn.roster.submit(unwanted)
-    drawn.roster.turn()
+    drawn.roster.step()
     drawn.roster.cancel(unwanted.id)
     while first.id not in drawn.images:
-        drawn.roster.turn()
-    while not drawn.roster.idle:
-        drawn.roster.turn()
+        drawn.roster.step()
+    while drawn.roster.step() == 0:
+        pass
     assert drawn.roster.status().models == ("one",)
     assert unwanted.id not in {request_id for request_id, _ in drawn.events}
 
@@ -203,7 +203,7 @@ def test_a_full_pipeline_stops_at_the_step_after_its_request_is_cancelled(
     drawn.roster.submit(gone)
     drawn._open = {last.id}
     while drawn._open:
-        drawn.roster.turn()
+        drawn.roster.step()
     assert [event for request_id, event in drawn.events if request_id == gone.id] == [
         Started(),
         *(Progress(step, 6) for step in range(1, at_step + 1)),
@@ -232,7 +232,7 @@ def test_a_request_cancelled_while_a_full_pipeline_runs_is_never_started(
         drawn.roster.submit(request)
     drawn._open = {running.id, *(request.id for request in last)}
     while drawn._open:
-        drawn.roster.turn()
+        drawn.roster.step()
     assert set(drawn.images) == {running.id, *(request.id for request in last)}
     assert {request_id for request_id, _ in drawn.events} == set(drawn.images)
 
@@ -244,7 +244,7 @@ def test_a_model_whose_status_is_being_read_is_freed_when_it_is_evicted(
     drawn = _Drawn(models[:2], 1.5)
     loaded = drawn.roster._seats["one"].loaded
     assert loaded is not None
-    model = weakref.ref(loaded.drawer)
+    model = weakref.ref(loaded.engine)
     del loaded
     status, reading, frozen = Engine.status, threading.Event(), threading.Event()
 

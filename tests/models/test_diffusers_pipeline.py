@@ -19,7 +19,7 @@ from hypergen.api.validation import read_sampler
 from hypergen.engine.model_loader import Loader
 from hypergen.engine.pipeline_engine import WholeEngine
 from hypergen.errors import InvalidRequestError, ModelError, RequestError
-from hypergen.events import Event, ImageFinished, Progress, Started
+from hypergen.events import Event, ImageFinished, Progress
 from hypergen.model_families import FAMILIES, servable
 from hypergen.models import loading
 from hypergen.models.diffusers_pipeline import WholePipeline
@@ -42,7 +42,7 @@ def model(folder: Path) -> WholePipeline:
 
 
 class _Drawing:
-    """A `WholeEngine` in the test's own thread that stops when so many requests have ended."""
+    """A `WholeEngine` in the test's own thread."""
 
     def __init__(self, model: WholePipeline) -> None:
         self.engine = WholeEngine(model, "whole", make_settings(), self._report)
@@ -51,8 +51,9 @@ class _Drawing:
 
     def run(self, *requests: GenerationRequest) -> None:
         for request in requests:
-            self.engine.submit(request)
-        self.engine.run()
+            self.engine.add_request(request)
+        while self.engine.step() == 0:
+            pass
 
     def pictures(self, request: GenerationRequest) -> list[np.ndarray]:
         finished = [event for event in self.of(request) if isinstance(event, ImageFinished)]
@@ -69,7 +70,6 @@ class _Drawing:
 def test_a_picture_is_that_of_the_stock_pipeline(folder: Path, model: WholePipeline) -> None:
     request = make_request(n=2, width=96, height=64, num_inference_steps=3, negative_prompt="blurred")
     drawing = _Drawing(model)
-    drawing.on_event = lambda _id, event: drawing.engine.stop() if isinstance(event, Started) else None
     drawing.run(request)
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -98,8 +98,6 @@ def test_a_cancelled_request_ends_at_its_next_step_and_the_others_are_drawn(mode
         if request_id == gone.id and event == Progress(2, 4):
             drawing.engine.cancel(gone.id)
             drawing.engine.cancel(waiting.id)
-        if request_id == last.id and isinstance(event, Started):
-            drawing.engine.stop()
 
     drawing.on_event = on_event
     drawing.run(gone, waiting, last)
@@ -111,7 +109,6 @@ def test_a_cancelled_request_ends_at_its_next_step_and_the_others_are_drawn(mode
 def test_a_size_between_the_multiples_is_cut_from_the_middle(model: WholePipeline) -> None:
     request = make_request(width=72, height=104, num_inference_steps=1)
     drawing = _Drawing(model)
-    drawing.on_event = lambda _id, event: drawing.engine.stop() if isinstance(event, Started) else None
     drawing.run(request)
     assert drawing.pictures(request)[0].shape == (104, 72, 3)
 
@@ -120,7 +117,6 @@ def test_a_failure_is_told_to_its_request_alone(model: WholePipeline) -> None:
     format_of_no_codec: Any = "nope"
     bad, good = make_request(output_format=format_of_no_codec), make_request(num_inference_steps=2)
     drawing = _Drawing(model)
-    drawing.on_event = lambda request_id, _event: drawing.engine.stop() if request_id == good.id else None
     drawing.run(bad, good)
     assert isinstance(drawing.of(bad)[-1], RequestError)
     assert len(drawing.pictures(good)) == 1

@@ -15,6 +15,7 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import Trajectory
 from hypergen.engine.engine import Engine
 from hypergen.engine.postprocess import to_pixels
+from hypergen.engine.request_queue import RequestQueue
 from hypergen.errors import RequestError
 from hypergen.events import Event, ImageFinished, Progress
 from hypergen.models.cfg import denoise
@@ -74,6 +75,7 @@ class InlineEngine:
     def __init__(self, family: Family, **settings: Any) -> None:
         clock = passes_of(family)
         self.engine = Engine(family, "small", make_settings(**settings), self._report, clock=clock)
+        self._queue = RequestQueue()
         self.images: dict[str, dict[int, ImageFinished]] = {}
         self.errors: dict[str, RequestError] = {}
         self.progress: list[tuple[str, int]] = []
@@ -92,11 +94,11 @@ class InlineEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         self._open[request.id] = request.n
-        self.engine.submit(request)
+        self._queue.submit(request)
 
     def cancel(self, request: GenerationRequest) -> None:
-        self.engine.cancel(request.id)
-        self._ended(request.id)
+        self._queue.cancel(request.id)
+        self._open.pop(request.id, None)
 
     def run(
         self,
@@ -107,7 +109,20 @@ class InlineEngine:
             self._on_event = on_event
         for request in requests:
             self.submit(request)
-        self.engine.run()
+        sleep_s = 0.0
+        while self._open:
+            # Threads that encode files end requests without a message.
+            sleep_s = self.step(min(sleep_s, 0.01))
+        self.step()
+        self.engine.close()
+
+    def step(self, sleep_s: float = 0.0) -> float:
+        for message in self._queue.read(sleep_s):
+            if isinstance(message, str):
+                self.engine.cancel(message)
+            else:
+                self.engine.add_request(message)
+        return self.engine.step()
 
     def data(self, request: GenerationRequest, index: int = 0) -> bytes:
         return self.images[request.id][index].data
@@ -118,29 +133,24 @@ class InlineEngine:
 
     def trajectory(self, request: GenerationRequest) -> Trajectory:
         """A running image of the request, to be tampered with."""
-        return next(t for t in self.engine._active if t.request.id == request.id)
+        return next(t for t in self.engine._running if t.request.id == request.id)
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:
         self.events.append((request_id, event))
         if isinstance(event, Progress):
             self.progress.append((request_id, event.step))
             if event.step == event.steps:
-                trajectory = next(t for t in self.engine._denoised if t.request.id == request_id)
+                trajectory = next(t for t in self.engine._decode_queue if t.request.id == request_id)
                 self.trace[request_id] = trajectory.latents.cpu().numpy().tobytes()
         self._on_event(request_id, event)
         if isinstance(event, RequestError):
             self.errors[request_id] = event
-            self._ended(request_id)
+            self._open.pop(request_id, None)
         elif isinstance(event, ImageFinished):
             images = self.images.setdefault(request_id, {})
             images[event.index] = event
             if len(images) == self._open.get(request_id):
-                self._ended(request_id)
-
-    def _ended(self, request_id: str) -> None:
-        self._open.pop(request_id, None)
-        if not self._open:
-            self.engine.stop()
+                self._open.pop(request_id, None)
 
 
 def prepare_image(family: Family, request: GenerationRequest, index: int = 0) -> Trajectory:
