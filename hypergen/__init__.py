@@ -1,3 +1,3 @@
 """HyperGen serves open diffusion models behind the image APIs that applications already speak."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
