@@ -38,12 +38,12 @@ async def draw(client: AsyncOpenAI, seed: int) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(result.data[0].b64_json)))
 
 
-async def draw_all() -> list[Image.Image]:
+async def generate_all() -> list[Image.Image]:
     async with AsyncOpenAI(base_url=f"{options.url}/v1", api_key=options.key) as client:
         return await asyncio.gather(*(draw(client, seed) for seed in options.seeds))
 
 
-pictures = asyncio.run(draw_all())
+pictures = asyncio.run(generate_all())
 width, height = pictures[0].size
 caption, gap = 16, 8
 rows = -(-len(pictures) // options.columns)

@@ -15,7 +15,7 @@ State = Literal["loading", "ready", "recovering", "failed", "draining"]
 
 
 class RequestState(StrEnum):
-    """Where a request is on its way through an engine."""
+    """Where a request is on its way."""
 
     WAITING = "waiting"
     PREPARING = "preparing"
@@ -87,24 +87,24 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorStatus:
+class ServerStatus:
     """What `/health` tells: the state of the whole, its requests, and each engine."""
 
     state: State
     reason: str | None
     running: int
     waiting: int
-    at_the_door: int
+    overflow: int
     engines: tuple[EngineStatus, ...]
 
     @property
     def queue_size(self) -> int:
         """Requests accepted and unfinished, the door included."""
-        return self.running + self.waiting + self.at_the_door
+        return self.running + self.waiting + self.overflow
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class QueuePosition:
     """What a waiting request has before it."""
 
     position: int  # requests that came earlier and wait too

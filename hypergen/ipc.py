@@ -14,7 +14,7 @@ from typing import Any
 
 from hypergen.errors import PackedError
 from hypergen.events import EngineStatus, Event
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
 
@@ -47,7 +47,7 @@ class Shutdown:
 class Loaded:
     """Engine to pool: ready to draw."""
 
-    descriptions: tuple[ModelDescription, ...]
+    descriptions: tuple[ModelInfo, ...]
     status: EngineStatus
 
 

@@ -22,7 +22,7 @@ class ModelDefaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelDescription:
+class ModelInfo:
     """What the HTTP half knows about a loaded model; dialects check requests against it and nothing else."""
 
     id: str

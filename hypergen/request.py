@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -91,3 +91,7 @@ class GenerationRequest:
         """Memory of the pictures that it came with."""
         pictures = (self.image, self.mask, self.control and self.control.image)
         return sum(len(picture.pixels) for picture in pictures if picture is not None)
+
+    def without_input_images(self) -> Self:
+        """The same without what takes memory."""
+        return replace(self, image=None, mask=None, control=None)

@@ -24,16 +24,16 @@ from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import Outgoing
 from hypergen.api.request_body import read_json_object
 from hypergen.api.responses import in_slices, write
-from hypergen.api.sse import Arrivals, EventStream
+from hypergen.api.sse import EventStream
 from hypergen.api.validation import Asked
 from hypergen.config import Settings
-from hypergen.engine_protocol import ImageGenerator, draw_all
+from hypergen.engine_protocol import ImageGenerator, generate_all
 from hypergen.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
-from hypergen.events import ImageFinished, Preview
+from hypergen.events import Event, ImageFinished, Preview
 from hypergen.images.decoding import decoding_cancelled
 from hypergen.images.encoding import FORMATS
 from hypergen.images.storage import ImageStorage
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ async def read_body(request: Request, endpoint: Endpoint, settings: Settings) ->
 async def check(
     endpoint: Endpoint,
     body: dict[str, Any],
-    description: ModelDescription,
+    description: ModelInfo,
     settings: Settings,
     request_id: str,
     until_client_left: Callable[[], Awaitable[object]],
@@ -112,7 +112,7 @@ async def answer(
     outgoing: Outgoing = request.state.outgoing
     if endpoint.to_frame is not None and asked.stream:
         to_frame = partial(endpoint.to_frame, asked.without_input_images(), int(time.time()))
-        return await stream(generator, asked, to_frame, until_client_left(), deadline, outgoing)
+        return await stream(generator, asked, to_frame, until_client_left, deadline, outgoing)
     try:
         images = await draw(generator, asked.generation, until_client_left(), deadline)
     except InvalidRequestError as error:
@@ -140,7 +140,7 @@ def in_pieces(pieces: list[bytes], outgoing: Outgoing) -> StreamingResponse:
     return response
 
 
-def loaded(generator: ImageGenerator, name: object = None) -> ModelDescription:
+def loaded(generator: ImageGenerator, name: object = None) -> ModelInfo:
     """What requests are checked against: the served model of this name, else the first.
 
     Args:
@@ -149,7 +149,7 @@ def loaded(generator: ImageGenerator, name: object = None) -> ModelDescription:
     Raises:
         UnavailableError: the models are not loaded yet, or could not be.
     """
-    description = generator.describe(name if isinstance(name, str) else None)
+    description = generator.model_info(name if isinstance(name, str) else None)
     if description is None:
         state = generator.status().state
         words = {"failed": "The model could not be loaded; /health says why."}
@@ -172,7 +172,7 @@ async def draw(
         ClientGoneError: nobody waits for the answer any more.
         DeadlineExceededError: the request took longer than the server allows.
     """
-    drawing = asyncio.ensure_future(draw_all(generator, request))
+    drawing = asyncio.ensure_future(generate_all(generator, request))
     return await unless_client_leaves(drawing, until_client_left, deadline)
 
 
@@ -180,26 +180,32 @@ async def stream(
     generator: ImageGenerator,
     asked: Asked,
     to_frame: Callable[[Preview | ImageFinished], list[bytes]],
-    until_client_left: Awaitable[object],
+    until_client_left: Callable[[], Awaitable[object]],
     deadline: float,
     outgoing: Outgoing,
 ) -> Response:
-    """Begin to draw, then answer with events as they come.
+    """Submit a request, then answer with its events as they come.
 
     Raises:
         ClientGoneError: nobody waits for the answer any more.
-        RequestError: the request was not begun.
+        RequestError: it was refused, or failed before its first event.
     """
-    arrivals = Arrivals(generator.generate(asked.generation), outgoing)
+
+    def hold(event: Event) -> None:
+        """A client that reads slowly holds memory, which is counted, and never the engine."""
+        if isinstance(event, Preview | ImageFinished):
+            outgoing.hold(len(event.data))
+
+    handle = await generator.submit(asked.generation, on_event=hold)
     try:
-        first = asyncio.ensure_future(arrivals.next())
-        event = await unless_client_leaves(first, until_client_left, deadline)
+        first = asyncio.ensure_future(anext(handle))
+        event = await unless_client_leaves(first, until_client_left(), deadline)
     except BaseException as error:
-        await arrivals.close()
+        handle.cancel()
         if isinstance(error, InvalidRequestError):
             raise asked.in_its_words(error) from None
         raise
-    return EventStream(event, arrivals, to_frame, deadline)
+    return EventStream(event, handle, to_frame, outgoing, deadline)
 
 
 async def unless_client_leaves(

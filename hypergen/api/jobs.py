@@ -18,7 +18,7 @@ from typing import Any, Literal
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import error_body, status_of
 from hypergen.api.validation import Asked
-from hypergen.engine_protocol import ImageGenerator
+from hypergen.engine_protocol import ImageGenerator, RequestHandle
 from hypergen.errors import (
     DeadlineExceededError,
     GenerationError,
@@ -33,8 +33,6 @@ from hypergen.images.storage import ImageStorage
 logger = logging.getLogger(__name__)
 
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-# The door's own verdict comes at once; a job that it refuses is not even begun.
-_REFUSAL_S = 0.02
 
 
 @dataclass(eq=False)
@@ -45,6 +43,7 @@ class Job:
     endpoint: Endpoint
     asked: Asked
     created: int
+    handle: RequestHandle | None  # None when it has ended: it would hold memory
     state: JobState = "queued"
     step: int = 0
     steps: int | None = None
@@ -101,13 +100,10 @@ class Jobs:
             raise QueueFullError(
                 f"There are {self._most} unfinished jobs. Try again later.", retry_after_s=60
             )
-        job = Job(f"job_{uuid.uuid4().hex}", endpoint, asked, int(time.time()))
+        handle = await self._generator.submit(asked.generation)
+        job = Job(f"job_{uuid.uuid4().hex}", endpoint, asked, int(time.time()), handle)
         self._jobs[job.id] = job
-        job.task = asyncio.create_task(self._run(job, deadline))
-        await asyncio.wait([job.task], timeout=_REFUSAL_S)
-        if job.error is not None and status_of(job.error) in (429, 503):
-            self._jobs.pop(job.id, None)  # another that came meanwhile may have taken its room
-            raise job.error
+        job.task = asyncio.create_task(self._run(job, handle, deadline))
         return job
 
     def get(self, job_id: str) -> Job:
@@ -121,20 +117,20 @@ class Jobs:
     async def cancel(self, job_id: str) -> Job:
         """End a job at the next step; one that has ended stays as it is."""
         job = self.get(job_id)
+        await self._stop(job)
+        return job
+
+    async def close(self) -> None:
+        """End all jobs, also those whose time is over."""
+        await asyncio.gather(*(self._stop(job) for job in self._jobs.values()), return_exceptions=True)
+
+    async def _stop(self, job: Job) -> None:
         if job.task is not None and not job.task.done():
             job.task.cancel()
             with suppress(asyncio.CancelledError):
                 await job.task
         if not job.ended:  # cancelled before its first step in the event loop
             self._end(job, "cancelled")
-        return job
-
-    async def close(self) -> None:
-        """End all jobs, also those whose time is over."""
-        tasks = [job.task for job in self._jobs.values() if job.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     def describe(self, job: Job) -> dict[str, Any]:
         """The job as its client sees it, without the result."""
@@ -145,10 +141,10 @@ class Jobs:
             "created": job.created,
         }
         if job.state == "queued":
-            outlook = self._generator.outlook(job.asked.generation.id)
-            if outlook is not None:
-                told["position"] = outlook.position
-            left = outlook.expected_s if outlook else None
+            waiting = job.handle.queue_position() if job.handle else None
+            if waiting is not None:
+                told["position"] = waiting.position
+            left = waiting.expected_s if waiting else None
         else:
             left = job.seconds_left() if job.state == "running" else None
         if job.steps is not None:
@@ -178,10 +174,10 @@ class Jobs:
         urls = None if base is None else [base + name for _, name in job.pictures]
         return job.endpoint.to_response(job.asked, images, urls, job.created)
 
-    async def _run(self, job: Job, deadline: float) -> None:
+    async def _run(self, job: Job, handle: RequestHandle, deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
-                await self._draw(job)
+                await self._collect(job, handle)
             self._end(job, "succeeded")
         except asyncio.CancelledError:
             self._end(job, "cancelled")
@@ -193,31 +189,27 @@ class Jobs:
             logger.exception("%s failed.", job.id)
             self._end(job, "failed", GenerationError("The server failed on this job; its log says why."))
 
-    async def _draw(self, job: Job) -> None:
-        request = job.asked.generation
-        kind = FORMATS[request.output_format]
-        events = self._generator.generate(request)
-        try:
-            async for event in events:
-                if isinstance(event, Started):
-                    job.state, job.started_at = "running", time.monotonic()
-                elif isinstance(event, Progress):
-                    job.step, job.steps = event.step, event.steps
-                elif isinstance(event, ImageFinished):
-                    name = await asyncio.to_thread(
-                        self._storage.put, event.data, kind.extension, kind.media_type
-                    )
-                    job.pictures.append((replace(event, data=b""), name))
-        finally:
-            await events.aclose()
-        if len(job.pictures) != request.n:
-            raise GenerationError("The engine ended the job before all pictures were drawn.")
+    async def _collect(self, job: Job, handle: RequestHandle) -> None:
+        kind = FORMATS[job.asked.generation.output_format]
+        async for event in handle:
+            if isinstance(event, Started):
+                job.state, job.started_at = "running", time.monotonic()
+            elif isinstance(event, Progress):
+                job.step, job.steps = event.step, event.steps
+            elif isinstance(event, ImageFinished):
+                name = await asyncio.to_thread(self._storage.put, event.data, kind.extension, kind.media_type)
+                job.pictures.append((replace(event, data=b""), name))
+        if len(job.pictures) != job.asked.generation.n:
+            raise GenerationError("The engine ended the job before all images were generated.")
         if job.asked.price is not None:
             job.asked.price.count()
         job.pictures.sort(key=lambda picture: picture[0].index)
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()
+        if job.handle is not None:
+            job.handle.cancel()
+            job.handle = None
         job.asked = job.asked.without_input_images()
         if job.id in self._jobs:  # so that those that have ended stand in that order
             self._jobs.move_to_end(job.id)

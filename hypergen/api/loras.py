@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hypergen.errors import InvalidRequestError
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.model_store.lora_files import NOT_OFFERED, name_of
 
 
 def resolve_loras(
-    weights: Mapping[str, float], description: ModelDescription, param: str
+    weights: Mapping[str, float], description: ModelInfo, param: str
 ) -> tuple[tuple[str, float], ...]:
     """Names and weights as a `GenerationRequest` has them: sorted, so that the same LoRAs are summed in the
     same order however they were written; weight 0 is the base model and left out.

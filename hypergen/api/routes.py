@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
 
@@ -20,6 +19,7 @@ from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import json_response
+from hypergen.api.health import health_body
 from hypergen.api.image_requests import answer
 from hypergen.api.job_routes import add_job_routes
 from hypergen.api.jobs import Jobs
@@ -27,9 +27,7 @@ from hypergen.api.schemas import Health, Model, ModelList
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import NotFoundError
-from hypergen.events import GeneratorStatus
 from hypergen.images.storage import ImageStorage
-from hypergen.model_info import ModelDescription
 from hypergen.served_model import ServedModel
 
 _FILE_HEADERS = {
@@ -125,25 +123,7 @@ def create_router(
     )
     async def health() -> Response:
         status = generator.status()
-        description = generator.describe()
-        words = {"ready": "healthy", "failed": "failed"}
-        body: dict[str, Any] = {
-            "status": words.get(status.state, status.state),
-            "model": models[0].id,
-            "models": [_served(model, generator.describe(model.id), status) for model in models],
-            "queue_size": status.queue_size,
-            # "auto" until the engine has chosen.
-            "device": next((e.device for e in status.engines if e.device), settings.engine.device or "auto"),
-            "running": status.running,
-            "waiting": status.waiting,
-            "at_the_door": status.at_the_door,
-            "reason": status.reason,
-            "samplers": list(description.samplers) if description else [],
-            "options": sorted(description.options) if description else [],
-            "loras": list(description.loras) if description else [],
-            "control_models": list(description.control_models) if description else [],
-            "engines": [_engine(asdict(engine)) for engine in status.engines],
-        }
+        body = health_body(generator, status, models, settings.engine.device or "auto")
         return json_response(body, 200 if status.state == "ready" else 503)
 
     @router.api_route(
@@ -169,25 +149,3 @@ def create_router(
 
 def _model(model_id: str) -> dict[str, Any]:
     return {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "hypergen"}
-
-
-def _served(
-    model: ServedModel, description: ModelDescription | None, status: GeneratorStatus
-) -> dict[str, Any]:
-    """What /health says of one of the models."""
-    return {
-        "id": model.id,
-        "aliases": list(model.aliases),
-        "family": description.family if description else None,
-        "in_memory": any(model.id in engine.models for engine in status.engines),
-        "samplers": list(description.samplers) if description else [],
-        "options": sorted(description.options) if description else [],
-        "loras": list(description.loras) if description else [],
-        "control_models": list(description.control_models) if description else [],
-    }
-
-
-def _engine(status: dict[str, Any]) -> dict[str, Any]:
-    forwards = status["forwards"]
-    status["images_per_forward"] = round(status["image_steps"] / forwards, 3) if forwards else None
-    return status

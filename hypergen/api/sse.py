@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from hypergen.api.errors import error_body, to_json
 from hypergen.api.outgoing_answers import Outgoing
 from hypergen.api.responses import in_slices, write
+from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
 from hypergen.events import Event, ImageFinished, Preview
 
@@ -27,73 +28,30 @@ _PING = b": still drawing\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class Arrivals:
-    """The events of one request, taken from its generator as they come, however slowly the client reads: a
-    client holds memory, which is counted, and never the engine.
-    """
-
-    def __init__(self, events: AsyncGenerator[Event, None], outgoing: Outgoing) -> None:
-        self._events = events
-        self._outgoing = outgoing
-        self._queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        self._task = asyncio.create_task(self._take())
-
-    async def next(self) -> Event | None:
-        """The next event; None after the last.
-
-        Raises:
-            RequestError: the request failed.
-        """
-        event = await self._queue.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    def sent(self, event: Preview | ImageFinished) -> None:
-        self._outgoing.taken(len(event.data))
-
-    async def close(self) -> None:
-        """Cancel what is not finished."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def _take(self) -> None:
-        try:
-            async for event in self._events:
-                if isinstance(event, Preview | ImageFinished):
-                    self._outgoing.hold(len(event.data))
-                self._queue.put_nowait(event)
-            self._queue.put_nowait(None)
-        except Exception as error:  # raised where the events are read
-            self._queue.put_nowait(error)
-        finally:
-            await self._events.aclose()
-
-
 class EventStream(StreamingResponse):
     """The answer to a request that has begun. When the client leaves, the request is cancelled.
 
     Args:
         to_frame: an event as it is sent, in pieces; runs in a thread.
+        outgoing: what holds the memory of the events that were not sent yet.
         deadline: by the event loop's clock.
     """
 
     def __init__(
         self,
-        first: Event | None,
-        arrivals: Arrivals,
+        first: Event,
+        handle: RequestHandle,
         to_frame: Callable[[Preview | ImageFinished], list[bytes]],
+        outgoing: Outgoing,
         deadline: float,
     ) -> None:
-        frames = _frames(first, arrivals, to_frame, deadline)
+        frames = _frames(first, handle, to_frame, outgoing, deadline)
         super().__init__(frames, media_type="text/event-stream", headers=_HEADERS)
-        self._arrivals = arrivals
+        self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with self._handle:
             await super().__call__(scope, receive, send)
-        finally:
-            await self._arrivals.close()
 
 
 def frame(name: str, body: dict[str, Any]) -> bytes:
@@ -103,8 +61,9 @@ def frame(name: str, body: dict[str, Any]) -> bytes:
 
 async def _frames(
     event: Event | None,
-    arrivals: Arrivals,
+    handle: RequestHandle,
     to_frame: Callable[[Preview | ImageFinished], list[bytes]],
+    outgoing: Outgoing,
     deadline: float,
 ) -> AsyncGenerator[bytes, None]:
     sent: set[tuple[int, int]] = set()  # previews come again when an engine crashed and another began anew
@@ -115,13 +74,13 @@ async def _frames(
                 if not again:
                     async for piece in in_slices(await write(to_frame, event)):
                         yield piece
-                arrivals.sent(event)
+                outgoing.taken(len(event.data))
             if isinstance(event, Preview):
                 sent.add((event.index, event.number))
             while True:
                 try:
                     async with asyncio.timeout(_wait_s(deadline)):
-                        event = await arrivals.next()
+                        event = await anext(handle, None)
                     break
                 except TimeoutError:
                     yield _PING

@@ -13,7 +13,7 @@ from hypergen.api.sampler_aliases import public_name
 from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.images.decoding import decode, from_base64, to_picture
 from hypergen.metrics import Price
-from hypergen.model_info import ModelDescription, Option
+from hypergen.model_info import ModelInfo, Option
 from hypergen.request import Control, GenerationRequest, Preprocessor
 
 MAX_SEED = 2**63 - 1
@@ -54,7 +54,7 @@ class Asked:
 
     def without_input_images(self) -> Self:
         """For answering: the input images are not needed any more, and may be large."""
-        return replace(self, generation=replace(self.generation, image=None, mask=None, control=None))
+        return replace(self, generation=self.generation.without_input_images())
 
     def in_its_words(self, error: RequestError) -> RequestError:
         """What the engine found wrong, under the name that the client knows the field by; the message has it
@@ -154,9 +154,7 @@ def choose_seed(seed: int | None, n: int) -> int:
     return seed
 
 
-def read_sampler(
-    given: str | None, steps: int, description: ModelDescription, steps_param: str
-) -> str | None:
+def read_sampler(given: str | None, steps: int, description: ModelInfo, steps_param: str) -> str | None:
     """Our name for the sampler that was asked for; None: the model's own."""
     sampler = None if given is None else public_name(given)
     if given is not None and sampler not in description.samplers:
@@ -173,7 +171,7 @@ def read_sampler(
     return sampler
 
 
-def default_size(description: ModelDescription, max_side: int) -> tuple[int, int]:
+def default_size(description: ModelInfo, max_side: int) -> tuple[int, int]:
     """The model's own width and height, or less of the same shape where the server allows only that."""
     width, height = description.defaults.width, description.defaults.height
     scale = min(1.0, max_side / max(width, height))
@@ -198,7 +196,7 @@ def check_work(n: int, steps: int, width: int, height: int, most: float, size_pa
         )
 
 
-def check_option(option: Option, param: str, description: ModelDescription) -> None:
+def check_option(option: Option, param: str, description: ModelInfo) -> None:
     """Whether the served model's family has what the field `param` asks for."""
     if option not in description.options:
         raise InvalidRequestError(
@@ -208,9 +206,7 @@ def check_option(option: Option, param: str, description: ModelDescription) -> N
         )
 
 
-def model_fields(
-    asked: ModelFields, negative_prompt: str | None, description: ModelDescription
-) -> dict[str, Any]:
+def model_fields(asked: ModelFields, negative_prompt: str | None, description: ModelInfo) -> dict[str, Any]:
     """The fields of `GenerationRequest` for what some families have; without effect on the others, as the
     Hyperbolic documents have it, so that they do not even stand in the request. What no document has is
     refused instead.
@@ -239,7 +235,7 @@ def read_control(
     model: str | None,
     names: tuple[str, str],
     size: tuple[int, int],
-    description: ModelDescription,
+    description: ModelInfo,
 ) -> Control | None:
     """The control picture of a request and the model that follows it.
 

@@ -17,7 +17,7 @@ from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.events import ImageFinished
 from hypergen.images.encoding import FORMATS
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.served_model import ServedModel
 
 _ENDINGS = {".jpeg": "jpeg", **{f".{kind.extension}": name for name, kind in FORMATS.items()}}
@@ -60,7 +60,7 @@ async def _draw(settings: Settings, model: ServedModel, body: dict[str, Any]) ->
             description = await _loaded(pool)
             asked = openai_images.to_request(body, description, settings.server, uuid.uuid4().hex).generation
             images: list[ImageFinished] = []
-            async for event in pool.generate(asked):
+            async for event in await pool.submit(asked):
                 if isinstance(event, events.Progress):
                     progress.update(task, description="drawing", completed=event.step, total=event.steps)
                 elif isinstance(event, ImageFinished):
@@ -70,8 +70,8 @@ async def _draw(settings: Settings, model: ServedModel, body: dict[str, Any]) ->
             await pool.stop()
 
 
-async def _loaded(pool: EnginePool) -> ModelDescription:
-    while (description := pool.describe()) is None:
+async def _loaded(pool: EnginePool) -> ModelInfo:
+    while (description := pool.model_info()) is None:
         status = pool.status()
         if status.state == "failed":
             raise ModelError(f"The model could not be loaded: {status.reason}")

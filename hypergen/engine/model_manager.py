@@ -26,7 +26,7 @@ from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.request_queue import RequestQueue
 from hypergen.errors import GenerationError, ModelError
 from hypergen.events import EngineStatus, Verdict
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
 
@@ -56,7 +56,7 @@ class Loaded:
     """
 
     engine: ModelEngine
-    description: ModelDescription
+    description: ModelInfo
     size_bytes: int
 
 
@@ -152,13 +152,13 @@ class Roster:
             startup_s=self.startup_s,
         )
 
-    def load_all(self) -> tuple[ModelDescription, ...]:
+    def load_all(self) -> tuple[ModelInfo, ...]:
         """Bring every model in once, the first one last, so that all were tried and the first are there.
 
         Raises:
             ModelError: one cannot be loaded, or is larger than the limit.
         """
-        descriptions: list[ModelDescription] = []
+        descriptions: list[ModelInfo] = []
         for seat in reversed(self._seats.values()):
             self._bring_in(seat)
             assert seat.loaded is not None

@@ -6,13 +6,13 @@ from collections import deque
 
 from hypergen.denoising.denoising_state import Trajectory
 from hypergen.engine.batch_invariance.shape_profiles import Shapes
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 
 
-def draw_once(family: Family, description: ModelDescription, shapes: Shapes) -> Trajectory:
+def draw_once(family: Family, description: ModelInfo, shapes: Shapes) -> Trajectory:
     """Probe the default size and draw a picture of it, up to its last step."""
     request = warm_up_request(description)
     trajectory = family.prepare(request, 0, family.encode_prompts(request))
@@ -22,7 +22,7 @@ def draw_once(family: Family, description: ModelDescription, shapes: Shapes) -> 
     return trajectory
 
 
-def warm_up_request(description: ModelDescription) -> GenerationRequest:
+def warm_up_request(description: ModelInfo) -> GenerationRequest:
     """Two steps at the model's own size and guidance."""
     defaults = description.defaults
     return GenerationRequest(

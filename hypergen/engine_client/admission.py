@@ -7,21 +7,23 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hypergen.config import QueueSettings
 from hypergen.errors import QueueFullError, RequestError
-from hypergen.events import Outlook
+from hypergen.events import QueuePosition
 
 
 @dataclass(eq=False)
-class Place:
-    """One accepted request. It waits until `started` is called, then it runs until `leave`."""
+class AdmissionTicket:
+    """One request that was not refused. It may have to wait in the overflow queue until `turn` comes, then it
+    waits in the queue until `started` is called, then it runs until `leave`.
+    """
 
     admission: Admission
     work: float
-    name: str = ""
     picture_bytes: int = 0
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
     running: bool = False
     share_done: float = 0.0  # of its work, 0..1
     left: bool = False
@@ -38,7 +40,7 @@ class Place:
             self.admission.rate.skip()
         else:
             self.running = True
-            self.admission.place_started()
+            self.admission.ticket_started()
 
     def progress(self, share_done: float) -> None:
         """So much of its work is done, 0..1."""
@@ -52,10 +54,10 @@ class Place:
         self.admission.rate.skip()
 
     def leave(self) -> None:
-        """Give the place back, whoever still reads the answer; the second call does nothing."""
+        """Leave the queue, whoever still reads the answer; the second call does nothing."""
         if not self.left:
             self.left = True
-            self.admission.place_left(self)
+            self.admission.ticket_left(self)
 
 
 class WorkRate:
@@ -109,65 +111,79 @@ class Admission:
 
     def __init__(self, settings: QueueSettings) -> None:
         self._settings = settings
-        self._overflow: deque[asyncio.Future[None]] = deque()
-        self._places: list[Place] = []  # as they came
+        self._overflow: deque[AdmissionTicket] = deque()
+        self._tickets: list[AdmissionTicket] = []  # as they came
         self._closed: Callable[[], RequestError] | None = None
         self.rate = WorkRate()
         self.waiting = 0
         self.running = 0
 
     @property
-    def at_the_door(self) -> int:
+    def overflow(self) -> int:
         return len(self._overflow)
 
-    async def enter(self, work: float, name: str = "", picture_bytes: int = 0) -> Place:
-        """A place for one request, held until its `leave`; `outlook` finds it by its name.
+    def enter(self, work: float, picture_bytes: int = 0) -> AdmissionTicket:
+        """A ticket for one request, held until its `leave`.
 
         Raises:
-            QueueFullError: the overflow queue or the memory for input images is full, or the wait in the
-                overflow queue ended; `retry_after_s` says when to come back.
+            QueueFullError: the overflow queue or the memory for input images is full; `retry_after_s` says
+                when to come back.
             RequestError: the one given to `close`.
         """
         if self._closed:
             raise self._closed()
         self._refuse_if_full(picture_bytes)
-        place = Place(self, work, name, picture_bytes)
-        self._places.append(place)
+        ticket = AdmissionTicket(self, work, picture_bytes)
+        if self._has_room():
+            self.waiting += 1
+            ticket.turn.set()
+        else:
+            self._overflow.append(ticket)
+        self._tickets.append(ticket)
+        return ticket
+
+    async def wait(self, ticket: AdmissionTicket) -> None:
+        """Wait until the ticket is out of the overflow queue.
+
+        Raises:
+            QueueFullError: that took too long.
+            RequestError: the one given to `close`.
+        """
         try:
-            await self._enter()
-            if self._closed:  # in the moment in which the turn came
-                self._leave_queue()
-                raise self._closed()
-        except BaseException:
-            self._places.remove(place)
-            raise
-        return place
+            async with asyncio.timeout(self._settings.queue_timeout_s):
+                await ticket.turn.wait()
+        except TimeoutError:
+            if ticket in self._overflow:  # else its turn came in this very moment
+                raise self._refusal("The queue stayed full.") from None
+        if self._closed:
+            raise self._closed()
 
     def close(self, error: Callable[[], RequestError]) -> None:
         """Refuse everything from now on, also what waits in the overflow queue."""
         self._closed = error
-        while self._overflow:
-            self._overflow.popleft().set_exception(error())
+        for ticket in self._overflow:
+            ticket.turn.set()
 
-    def outlook(self, name: str) -> Outlook | None:
-        """How things stand for the request of this name, if it waits."""
-        index = next((i for i, place in enumerate(self._places) if place.name == name), None)
-        if index is None or self._places[index].running:
+    def queue_position(self, ticket: AdmissionTicket) -> QueuePosition | None:
+        """None if the ticket does not wait."""
+        if ticket.running or ticket.left:
             return None
-        position = sum(not place.running for place in self._places[:index])
-        return Outlook(
-            position, self.rate.seconds_for(sum(place.work_left for place in self._places[: index + 1]))
-        )
+        ahead = self._tickets[: self._tickets.index(ticket)]
+        work = sum(other.work_left for other in [*ahead, ticket])
+        return QueuePosition(sum(not other.running for other in ahead), self.rate.seconds_for(work))
 
-    def place_started(self) -> None:
+    def ticket_started(self) -> None:
         if not self.running:
             self.rate.busy(True)
         self.running += 1
         self._leave_queue()
 
-    def place_left(self, place: Place) -> None:
-        self._places.remove(place)
-        if not place.running:
+    def ticket_left(self, ticket: AdmissionTicket) -> None:
+        self._tickets.remove(ticket)
+        if ticket in self._overflow:
+            self._overflow.remove(ticket)
+            return
+        if not ticket.running:
             self._leave_queue()
             return
         self.running -= 1
@@ -179,13 +195,13 @@ class Admission:
     def retry_after_s(self) -> int:
         """Whole seconds until the work ahead is done at the measured rate, within what clients accept."""
         least, most = self._RETRY_AFTER_S
-        seconds = self.rate.seconds_for(sum(place.work_left for place in self._places))
+        seconds = self.rate.seconds_for(sum(ticket.work_left for ticket in self._tickets))
         return (
             self._UNMEASURED_RETRY_AFTER_S if seconds is None else min(max(math.ceil(seconds), least), most)
         )
 
     def _refuse_if_full(self, picture_bytes: int) -> None:
-        held = sum(place.picture_bytes for place in self._places)
+        held = sum(ticket.picture_bytes for ticket in self._tickets)
         # One request alone always fits.
         if held and picture_bytes and held + picture_bytes > self._settings.max_pictures_mb * 1e6:
             raise self._refusal("The input images of unfinished requests fill the memory for them.")
@@ -198,29 +214,10 @@ class Admission:
     def _has_room(self) -> bool:
         return self.waiting < self._settings.max_queue_size and not self._overflow
 
-    async def _enter(self) -> None:
-        if self._has_room():
-            self.waiting += 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._overflow.append(turn)
-        try:
-            # Shielded, so that a turn which comes in the very moment of the time-out is seen below, not lost.
-            async with asyncio.timeout(self._settings.queue_timeout_s):
-                await asyncio.shield(turn)
-        except BaseException as error:
-            if not turn.done():
-                self._overflow.remove(turn)
-            elif turn.exception() is None:  # the place was given, and nobody is left to take it
-                self._leave_queue()
-            if isinstance(error, TimeoutError):
-                raise self._refusal("The queue stayed full.") from None
-            raise
-
     def _leave_queue(self) -> None:
         """Give a free place to the first in the overflow queue; `waiting` then stays as it is."""
         if self._overflow:
-            self._overflow.popleft().set_result(None)
+            self._overflow.popleft().turn.set()
         else:
             self.waiting -= 1
 

@@ -18,7 +18,7 @@ from hypergen import ipc
 from hypergen.engine_client.environment import engine_environment
 from hypergen.engine_client.prestart import EngineProcess, adopt
 from hypergen.events import EngineStatus
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Supervisor:
         on_message: Callable[[ipc.Happened | ipc.Failed], None],
         on_lost: Callable[[Supervisor], None],
     ) -> None:
-        self.descriptions: tuple[ModelDescription, ...] = ()
+        self.descriptions: tuple[ModelInfo, ...] = ()
         self.status = EngineStatus(state="loading")
         self._start = start
         self._environment = environment

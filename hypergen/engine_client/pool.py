@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +13,21 @@ from functools import partial
 from hypergen import ipc
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import visible_accelerators
-from hypergen.engine_client.admission import Admission, Place
+from hypergen.engine_client.admission import Admission, AdmissionTicket
 from hypergen.engine_client.engine_process import Supervisor
+from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import GenerationError, RequestError, UnavailableError, unpack
-from hypergen.events import Event, GeneratorStatus, ImageFinished, Outlook, Progress, Started, State
-from hypergen.model_info import ModelDescription
+from hypergen.events import (
+    Event,
+    ImageFinished,
+    Progress,
+    QueuePosition,
+    RequestState,
+    ServerStatus,
+    Started,
+    State,
+)
+from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
 
@@ -32,39 +42,75 @@ _UNAVAILABLE: dict[State, str] = {
 }
 
 
+_ENDED = (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
+
+
 @dataclass(eq=False)
-class _Call:
-    """One request on its way through an engine."""
+class _Handle(RequestHandle):
+    """One request on its way through the queue and an engine."""
 
     request: GenerationRequest
-    place: Place
-    events: asyncio.Queue[Event | RequestError] = field(default_factory=asyncio.Queue)
-    started: bool = False
+    ticket: AdmissionTicket
+    on_event: Callable[[Event], None] | None
+    on_cancel: Callable[[_Handle], None]
+    state: RequestState = RequestState.WAITING
     finished: set[int] = field(default_factory=set)  # images that came, whether the client read them or not
-    losses: int = 0  # engines that died while they had it
+    engine_deaths: int = 0  # engines that died while they had it
     crashes: int = 0  # those of them that it may have killed
+    in_overflow: asyncio.Task[None] | None = None
+    _events: asyncio.Queue[Event | RequestError | None] = field(default_factory=asyncio.Queue)
+
+    async def __anext__(self) -> Event:
+        event = await self._events.get()
+        if event is None:
+            self._events.put_nowait(None)  # for whoever asks again
+            raise StopAsyncIteration
+        if isinstance(event, RequestError):
+            raise event
+        return event
+
+    def queue_position(self) -> QueuePosition | None:
+        return self.ticket.admission.queue_position(self.ticket)
+
+    def cancel(self) -> None:
+        self.on_cancel(self)
+
+    def put(self, event: Event) -> None:
+        if self.on_event:
+            self.on_event(event)
+        self._events.put_nowait(event)
+
+    def end(self, state: RequestState, error: RequestError | None) -> None:
+        self.state = state
+        if error is not None:
+            self._events.put_nowait(error)
+        self._events.put_nowait(None)
+        self.request = self.request.without_input_images()  # a slow reader would hold them
+        self.ticket.leave()
+        if self.in_overflow is not None:
+            self.in_overflow.cancel()
 
 
 @dataclass(eq=False)
-class _EngineCalls:
-    """The calls of one engine.
+class EngineRequests:
+    """The requests of one engine.
 
     After a crash, what was running is under suspicion and runs alone, one by one, while everything else is
     held back: so a request that kills engines is found, and nobody else dies of it twice.
     """
 
     supervisor: Supervisor
-    submitted: dict[str, _Call] = field(default_factory=dict)
-    suspects: deque[_Call] = field(default_factory=deque)
-    held: deque[_Call] = field(default_factory=deque)
+    submitted: dict[str, _Handle] = field(default_factory=dict)
+    suspects: deque[_Handle] = field(default_factory=deque)
+    held: deque[_Handle] = field(default_factory=deque)
 
     @property
     def work(self) -> float:
-        calls = [*self.submitted.values(), *self.suspects, *self.held]
-        return sum(call.request.work for call in calls)
+        handles = [*self.submitted.values(), *self.suspects, *self.held]
+        return sum(handle.request.work for handle in handles)
 
-    def add(self, call: _Call) -> None:
-        (self.suspects if call.crashes else self.held).append(call)
+    def add(self, handle: _Handle) -> None:
+        (self.suspects if handle.crashes else self.held).append(handle)
         self.submit_next()
 
     def submit_next(self) -> None:
@@ -74,39 +120,39 @@ class _EngineCalls:
             if not self.submitted:
                 self._submit(self.suspects.popleft())
             return
-        if any(call.crashes for call in self.submitted.values()):
+        if any(handle.crashes for handle in self.submitted.values()):
             return
         while self.held:
             self._submit(self.held.popleft())
 
-    def _submit(self, call: _Call) -> None:
-        self.submitted[call.request.id] = call
-        self.supervisor.send(ipc.Submit(call.request))
+    def _submit(self, handle: _Handle) -> None:
+        self.submitted[handle.request.id] = handle
+        self.supervisor.send(ipc.Submit(handle.request))
 
-    def remove(self, call: _Call, cancel: bool) -> None:
-        if self.submitted.pop(call.request.id, None) and cancel:
-            self.supervisor.send(ipc.Cancel(call.request.id))
+    def remove(self, handle: _Handle, cancel: bool) -> None:
+        if self.submitted.pop(handle.request.id, None) and cancel:
+            self.supervisor.send(ipc.Cancel(handle.request.id))
         for line in (self.suspects, self.held):
             with suppress(ValueError):
-                line.remove(call)
+                line.remove(handle)
         self.submit_next()
 
-    def give_up_calls(self) -> list[_Call]:
-        """The engine is gone: all calls, with suspicion on those that may have killed it."""
-        for call in self.submitted.values():
-            call.losses += 1
+    def take_all(self) -> list[_Handle]:
+        """The engine is gone: all its requests, with suspicion on those that may have killed it."""
+        for handle in self.submitted.values():
+            handle.engine_deaths += 1
             # One that had not started is innocent the first time; then starting may be what kills.
-            call.crashes += call.started or call.losses > 1
-            call.started = False
-            call.place.restart()
-        calls = [*self.submitted.values(), *self.suspects, *self.held]
+            handle.crashes += handle.state is not RequestState.WAITING or handle.engine_deaths > 1
+            handle.state = RequestState.WAITING
+            handle.ticket.restart()
+        handles = [*self.submitted.values(), *self.suspects, *self.held]
         for line in (self.submitted, self.suspects, self.held):
             line.clear()
-        return calls
+        return handles
 
 
 class EnginePool:
-    """The `ImageGenerator` of a server. `start`, `stop` and `generate` belong to one event loop.
+    """The `ImageGenerator` of a server. `start`, `stop` and `submit` belong to one event loop.
 
     Args:
         accelerators: one engine process is started for each, with these variables added to its environment;
@@ -117,7 +163,7 @@ class EnginePool:
         self._settings = settings
         self._accelerators = accelerators
         self._admission = Admission(settings.queue)
-        self._engines: list[_EngineCalls] = []
+        self._engines: list[EngineRequests] = []
         self._models: tuple[ServedModel, ...] = ()
         self._draining = False
         self._watch: asyncio.Task[None] | None = None
@@ -139,7 +185,7 @@ class EnginePool:
                 on_message=self._on_message,
                 on_lost=self._on_lost,
             )
-            self._engines.append(_EngineCalls(supervisor))
+            self._engines.append(EngineRequests(supervisor))
             supervisor.launch()
         self._watch = asyncio.create_task(self._watch_for_stalls())
 
@@ -148,7 +194,7 @@ class EnginePool:
         self._draining = True
         if self._watch:
             self._watch.cancel()
-        self._end_all_calls()
+        self._end_all()
         stops = (engine.supervisor.stop() for engine in self._engines)
         for error in await asyncio.gather(*stops, return_exceptions=True):
             if error is not None:  # the others have stopped all the same
@@ -158,15 +204,15 @@ class EnginePool:
         """Refuse new requests; those accepted go on for so many seconds, then they end with 503."""
         if not self._draining:
             self._draining = True
-            asyncio.get_running_loop().call_later(timeout_s, self._end_all_calls)
+            asyncio.get_running_loop().call_later(timeout_s, self._end_all)
 
-    def _end_all_calls(self) -> None:
+    def _end_all(self) -> None:
         self._admission.close(partial(_unavailable, "draining"))
         for engine in self._engines:
-            for call in [*engine.submitted.values(), *engine.suspects, *engine.held]:
-                self._end(call, _unavailable("draining"))
+            for handle in [*engine.submitted.values(), *engine.suspects, *engine.held]:
+                self._end(handle, _unavailable("draining"))
 
-    def describe(self, name: str | None = None) -> ModelDescription | None:
+    def model_info(self, name: str | None = None) -> ModelInfo | None:
         every = (engine.supervisor.descriptions for engine in self._engines)
         known = {description.id: description for descriptions in every for description in descriptions}
         if not known:
@@ -174,66 +220,65 @@ class EnginePool:
         named = (model.id for model in self._models if name is not None and model.is_called(name))
         return known[next(named, self._models[0].id)]
 
-    def status(self) -> GeneratorStatus:
+    def status(self) -> ServerStatus:
         statuses = tuple(engine.supervisor.status for engine in self._engines)
         states: set[State] = {status.state for status in statuses} or {"loading"}
         if self._draining:
             states.add("draining")
         order: tuple[State, ...] = ("draining", "ready", "recovering", "loading", "failed")
-        return GeneratorStatus(
+        return ServerStatus(
             state=min(states, key=order.index),
             reason=next((status.reason for status in statuses if status.state == "failed"), None),
             running=self._admission.running,
             waiting=self._admission.waiting,
-            at_the_door=self._admission.at_the_door,
+            overflow=self._admission.overflow,
             engines=statuses,
         )
-
-    def outlook(self, request_id: str) -> Outlook | None:
-        return self._admission.outlook(request_id)
 
     def engine_pids(self) -> list[int]:
         """The process ids of the engines, for whoever watches from outside."""
         return [engine.supervisor.pid for engine in self._engines if engine.supervisor.pid is not None]
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """See `ImageGenerator.generate`.
+    async def submit(
+        self, request: GenerationRequest, on_event: Callable[[Event], None] | None = None
+    ) -> RequestHandle:
+        """See `ImageGenerator.submit`. The events may raise:
 
-        Raises:
-            UnavailableError: no engine is ready, or the one that had the request did not come back.
-            QueueFullError: there is no room, not even at the door.
-            GenerationError: drawing failed.
+        QueueFullError: the wait in the overflow queue ended.
+        UnavailableError: the engine that had the request did not come back, or the server shuts down.
+        GenerationError: the engine failed on the request.
         """
-        self._refuse_unless_ready()
-        place = await self._admission.enter(request.work, request.id, request.picture_bytes)
-        # Accepted: what happens to the engines from here on is no reason to refuse it.
-        call = _Call(request, place)
-        unread = request.n
-        try:
-            self._assign(call)
-            while unread:
-                event = await call.events.get()
-                if isinstance(event, RequestError):
-                    raise event
-                unread -= isinstance(event, ImageFinished)
-                yield event
-        finally:
-            self._end(call)
-
-    def _end(self, call: _Call, error: RequestError | None = None) -> None:
-        """Take a call out of its engine and the queue, when the engine is done with it or nobody wants it;
-        its consumer may still read what came.
-        """
-        for engine in self._engines:
-            engine.remove(call, cancel=len(call.finished) < call.request.n)
-        call.place.leave()
-        if error is not None:
-            call.events.put_nowait(error)
-
-    def _refuse_unless_ready(self) -> None:
         state = self.status().state
         if state != "ready":
             raise _unavailable(state)
+        ticket = self._admission.enter(request.work, request.picture_bytes)
+        # Admitted: what happens to the engines from here on is no reason to refuse it.
+        handle = _Handle(request, ticket, on_event, on_cancel=self._end)
+        if ticket.turn.is_set():
+            self._assign(handle)
+        else:
+            handle.in_overflow = asyncio.create_task(self._wait_in_overflow(handle))
+        return handle
+
+    async def _wait_in_overflow(self, handle: _Handle) -> None:
+        try:
+            await self._admission.wait(handle.ticket)
+        except RequestError as error:
+            self._end(handle, error)
+        else:
+            self._assign(handle)
+
+    def _end(self, handle: _Handle, error: RequestError | None = None) -> None:
+        """Take a request out of its engine and the queue, when the engine is done with it or nobody wants it;
+        its consumer may still read what came. Does nothing if it has ended.
+        """
+        if handle.state in _ENDED:
+            return
+        complete = len(handle.finished) == handle.request.n
+        for engine in self._engines:
+            engine.remove(handle, cancel=not complete)
+        done = RequestState.FINISHED if complete else RequestState.CANCELLED
+        handle.end(RequestState.FAILED if error else done, error)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
@@ -245,51 +290,53 @@ class EnginePool:
 
     def _on_lost(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
-        for call in engine.give_up_calls():
-            if call.crashes > 1:
+        for handle in engine.take_all():
+            if handle.crashes > 1:
                 message = "The engine crashed twice while processing this request; not retrying."
-                self._end(call, GenerationError(message, code="poison"))
-            elif call.crashes and supervisor.status.state != "failed":
-                engine.add(call)
+                self._end(handle, GenerationError(message, code="poison"))
+            elif handle.crashes and supervisor.status.state != "failed":
+                engine.add(handle)
             else:
-                self._assign(call)
+                self._assign(handle)
 
-    def _assign(self, call: _Call) -> None:
+    def _assign(self, handle: _Handle) -> None:
         """To the engine with the least work, a ready one if there is any."""
         engines = [engine for engine in self._engines if engine.supervisor.status.state != "failed"]
         if engines:
             min(engines, key=lambda engine: (engine.supervisor.status.state != "ready", engine.work)).add(
-                call
+                handle
             )
         else:
-            self._end(call, _unavailable("failed"))
+            self._end(handle, _unavailable("failed"))
 
-    def _engine_of(self, supervisor: Supervisor) -> _EngineCalls:
+    def _engine_of(self, supervisor: Supervisor) -> EngineRequests:
         return next(engine for engine in self._engines if engine.supervisor is supervisor)
 
     def _on_message(self, message: ipc.Happened | ipc.Failed) -> None:
-        calls = (engine.submitted.get(message.request_id) for engine in self._engines)
-        call = next((call for call in calls if call), None)
-        if call is None:  # cancelled while the message was on its way
+        handles = (engine.submitted.get(message.request_id) for engine in self._engines)
+        handle = next((handle for handle in handles if handle), None)
+        if handle is None:  # cancelled while the message was on its way
             return
         if isinstance(message, ipc.Failed):
-            self._end(call, unpack(message.error))
+            self._end(handle, unpack(message.error))
             return
         match message.event:
             case Started():
-                call.started = True
-                call.place.started()
+                handle.state = RequestState.RUNNING
+                handle.ticket.started()
             case Progress(step, steps):
-                call.place.progress(step / steps)
+                handle.ticket.progress(step / steps)
+                if step == steps:
+                    handle.state = RequestState.DECODING
             case ImageFinished(index=index):
-                if index in call.finished:  # again, after a crash
+                if index in handle.finished:  # again, after a crash
                     return
-                call.finished.add(index)
+                handle.finished.add(index)
             case _:
                 pass
-        call.events.put_nowait(message.event)
-        if len(call.finished) == call.request.n:
-            self._end(call)
+        handle.put(message.event)
+        if len(handle.finished) == handle.request.n:
+            self._end(handle)
 
     async def _watch_for_stalls(self) -> None:
         while True:

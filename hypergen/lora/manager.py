@@ -110,7 +110,7 @@ class Adapters:
         return frozenset({"loras"}) if self._possible else frozenset()
 
     def offer(self) -> dict[str, Any]:
-        """The fields of a `ModelDescription` that tell of LoRAs."""
+        """The fields of a `ModelInfo` that tell of LoRAs."""
         return {
             "loras": tuple(sorted(self.registry.files)),
             "lora_folders": tuple(str(folder) for folder in self.registry.folders),

@@ -11,7 +11,7 @@ import torch
 
 from hypergen.denoising.offload import device_of
 from hypergen.errors import ModelError
-from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.models.resolution import round_up
 from hypergen.request import GenerationRequest
 
@@ -61,14 +61,14 @@ class WholePipeline:
         denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
         return self.pipeline.device if denoiser is None else device_of(denoiser)
 
-    def describe(self, model_id: str) -> ModelDescription:
+    def describe(self, model_id: str) -> ModelInfo:
         defaults = {
             "num_inference_steps": self._default("num_inference_steps", 50),
             "guidance_scale": max(1.0, float(self._default(self._scale, 1.0))),
             "width": self._default("width", self._native_side()),
             "height": self._default("height", self._native_side()),
         }
-        return ModelDescription(
+        return ModelInfo(
             id=model_id,
             family=self.name,
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),

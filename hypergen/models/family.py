@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hypergen.denoising.denoising_state import Conditioning, Trajectory
 from hypergen.lora.batched_lora import Loras
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 
 
@@ -52,7 +52,7 @@ class Family(Protocol):
         """The network that turns latents into pixels."""
         ...
 
-    def describe(self, model_id: str) -> ModelDescription:
+    def describe(self, model_id: str) -> ModelInfo:
         """What requests are checked against."""
         ...
 

@@ -17,7 +17,7 @@ from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import Adapters
-from hypergen.model_info import ModelDefaults, ModelDescription, Option
+from hypergen.model_info import ModelDefaults, ModelInfo, Option
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import PooledClipEncoder
@@ -86,9 +86,9 @@ class Flux:
     def decoder(self) -> nn.Module:
         return self.vae
 
-    def describe(self, model_id: str) -> ModelDescription:
+    def describe(self, model_id: str) -> ModelInfo:
         defaults = _DEV_DEFAULTS if self.takes_guidance else _SCHNELL_DEFAULTS
-        return ModelDescription(
+        return ModelInfo(
             id=model_id,
             family=self.name,
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),

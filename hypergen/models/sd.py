@@ -19,7 +19,7 @@ from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import Adapters
-from hypergen.model_info import ModelDefaults, ModelDescription, Option
+from hypergen.model_info import ModelDefaults, ModelInfo, Option
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import size_to_draw
 from hypergen.models.text_encoders.clip import ClipEncoder
@@ -77,13 +77,13 @@ class StableDiffusion:
     def decoder(self) -> nn.Module:
         return self.vae
 
-    def describe(self, model_id: str) -> ModelDescription:
+    def describe(self, model_id: str) -> ModelInfo:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
         options: set[Option] = {"negative_prompt", "image", "mask"}
         if self.control_models:
             options.add("control")
-        return ModelDescription(
+        return ModelInfo(
             id=model_id,
             family=self.name,
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),

@@ -18,7 +18,7 @@ from hypergen.denoising.denoising_state import Conditioning, Trajectory
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
-from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import ClipEncoder, longest, side_by_side
@@ -87,10 +87,10 @@ class StableDiffusion3:
     def decoder(self) -> nn.Module:
         return self.vae
 
-    def describe(self, model_id: str) -> ModelDescription:
+    def describe(self, model_id: str) -> ModelInfo:
         side = self.transformer.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
-        return ModelDescription(
+        return ModelInfo(
             id=model_id,
             family=self.name,
             defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),

@@ -11,7 +11,7 @@ from hypergen.api.dialects.hyperbolic import price
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.metrics import Price
-from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.request import GenerationRequest
 from tests.api.test_hyperbolic import BODY, PICTURE
 from tests.support.full_capability_model import ABLE, SETTINGS
@@ -36,9 +36,7 @@ def test_absent_values_are_the_documents_unless_the_model_was_made_for_others() 
     assert (usual.width, usual.height, usual.n, usual.seed_given) == (1024, 1024, 1, False)
     turbo = ModelDefaults(num_inference_steps=4, guidance_scale=1.0, width=512, height=512)
     fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
-    quick = hyperbolic.to_request(
-        bare, ModelDescription(**{**fields, "defaults": turbo}), SETTINGS, "id"
-    ).generation
+    quick = hyperbolic.to_request(bare, ModelInfo(**{**fields, "defaults": turbo}), SETTINGS, "id").generation
     assert (quick.num_inference_steps, quick.guidance_scale, quick.width) == (4, 1.0, 512)
 
 
@@ -126,7 +124,7 @@ def test_what_only_some_models_have_reaches_those() -> None:
 
 def test_a_true_cfg_scale_is_for_the_models_that_have_one() -> None:
     fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
-    flux = ModelDescription(**{**fields, "family": "flux", "options": ABLE.options | {"true_cfg_scale"}})
+    flux = ModelInfo(**{**fields, "family": "flux", "options": ABLE.options | {"true_cfg_scale"}})
     for dialect, body in ((hyperbolic, BODY), (openai_images, {"prompt": "a cat"})):
         for scale in (1, 2.5, 20):
             request = dialect.to_request({**body, "true_cfg_scale": scale}, flux, SETTINGS, "id").generation

@@ -12,10 +12,10 @@ from hypergen.api.dialects import hyperbolic, openai_images
 from hypergen.api.validation import default_size
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.model_info import ModelDefaults, ModelInfo
 from tests.support.http_client import GENERATIONS, QUICK, assert_error, draw, draw_image
 
-DESCRIPTION = ModelDescription(
+DESCRIPTION = ModelInfo(
     id="m",
     family="sd",
     defaults=ModelDefaults(num_inference_steps=50, guidance_scale=7.5, width=512, height=512),

@@ -11,7 +11,7 @@ import pytest
 
 from hypergen.config import QueueSettings
 from hypergen.engine_client import admission as admissions
-from hypergen.engine_client.admission import Admission, Place
+from hypergen.engine_client.admission import Admission, AdmissionTicket
 from hypergen.errors import QueueFullError, UnavailableError
 
 
@@ -21,11 +21,12 @@ def _admission(size: int = 1, timeout_s: float = 60) -> Admission:
 
 @asynccontextmanager
 async def place_in(
-    admission: Admission, work: float, name: str = "", picture_bytes: int = 0
-) -> AsyncGenerator[Place, None]:
+    admission: Admission, work: float, picture_bytes: int = 0
+) -> AsyncGenerator[AdmissionTicket, None]:
     """A place until the block is left; all of its work is done then, if it started."""
-    place = await admission.enter(work, name, picture_bytes)
+    place = admission.enter(work, picture_bytes)
     try:
+        await admission.wait(place)
         yield place
         if place.running:
             place.progress(1.0)
@@ -37,7 +38,7 @@ class Visitor:
     """A request in a task: it enters, says so, and leaves when told."""
 
     def __init__(self, admission: Admission, entered: list[int], number: int) -> None:
-        self.place: Place | None = None
+        self.place: AdmissionTicket | None = None
         self._leave = asyncio.Event()
         self._admission, self._entered, self._number = admission, entered, number
         self.task = asyncio.create_task(self._visit())
@@ -58,7 +59,7 @@ async def _settle() -> None:
 
 
 def _counts(admission: Admission) -> tuple[int, int, int]:
-    return admission.running, admission.waiting, admission.at_the_door
+    return admission.running, admission.waiting, admission.overflow
 
 
 async def test_more_than_fit_wait_at_the_door_and_enter_in_order() -> None:
@@ -93,7 +94,7 @@ async def test_pictures_beyond_the_memory_for_them_are_refused_at_once() -> None
     async with place_in(admission, 1.0, picture_bytes=2_000_000):  # alone it always fits
         async with place_in(admission, 1.0):  # and those without pictures are not concerned
             with pytest.raises(QueueFullError, match="input images") as refusal:
-                await admission.enter(1.0, picture_bytes=1)
+                admission.enter(1.0, picture_bytes=1)
         assert 1 <= (refusal.value.retry_after_s or 0) <= 60
     async with (
         place_in(admission, 1.0, picture_bytes=500_000),
@@ -139,12 +140,15 @@ async def test_a_turn_given_to_one_who_gives_up_in_that_moment_goes_to_the_next(
     admission, entered = _admission(1), []
     visitors = [Visitor(admission, entered, number) for number in range(3)]
     await _settle()
-    await visitors[0].leave()  # the turn of number 1 has come, but it does not know yet
+    place = visitors[0].place
+    assert place
+    place.leave()  # the turn of number 1 has come, but it does not know yet
     visitors[1].task.cancel()
     await _settle()
     assert entered == [0, 2]
     assert _counts(admission) == (0, 1, 0)
-    await visitors[2].leave()
+    for number in (0, 2):
+        await visitors[number].leave()
     assert _counts(admission) == (0, 0, 0)
 
 
@@ -162,41 +166,30 @@ async def test_the_time_to_come_back_follows_the_work_ahead() -> None:
 
 async def test_a_waiting_request_learns_who_is_before_it_and_how_long_it_takes() -> None:
     admission = _admission(1)
-    async with place_in(admission, 2.0, "done") as place:
+    async with place_in(admission, 2.0) as place:
         place.started()
         await asyncio.sleep(0.1)
-    entered: list[str] = []
-
-    async def visit(name: str) -> None:
-        async with place_in(admission, 1.0, name) as place:
-            if name == "running":
-                place.started()
-            entered.append(name)
-            await asyncio.sleep(60)
-
-    names = ("running", "first", "at the door")
-    tasks = [asyncio.create_task(visit(name)) for name in names]
-    await _settle()
-    assert entered == ["running", "first"]
-    assert admission.outlook("running") is admission.outlook("unknown") is None
-    first, door = admission.outlook("first"), admission.outlook("at the door")
-    assert first is not None
-    assert door is not None
-    assert (first.position, door.position) == (0, 1)
-    assert first.expected_s == pytest.approx(0.1, rel=0.5)  # as much work as was done, and as quickly
-    assert door.expected_s == pytest.approx(1.5 * (first.expected_s or 0), rel=0.2)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert admission.outlook("at the door") is None
+    running = admission.enter(1.0)
+    running.started()
+    first, in_overflow = admission.enter(1.0), admission.enter(1.0)
+    assert _counts(admission) == (1, 1, 1)
+    assert admission.queue_position(running) is None
+    next_one, after_it = admission.queue_position(first), admission.queue_position(in_overflow)
+    assert next_one is not None
+    assert after_it is not None
+    assert (next_one.position, after_it.position) == (0, 1)
+    assert next_one.expected_s == pytest.approx(0.1, rel=0.5)  # as much work as was done, and as quickly
+    assert after_it.expected_s == pytest.approx(1.5 * (next_one.expected_s or 0), rel=0.2)
+    for ticket in (running, first, in_overflow):
+        ticket.leave()
+    assert admission.queue_position(in_overflow) is None
 
 
 async def test_without_a_measurement_no_time_is_told() -> None:
     admission = _admission(1)
-    async with place_in(admission, 1.0, "a"):
-        outlook = admission.outlook("a")
-    assert outlook is not None
-    assert (outlook.position, outlook.expected_s) == (0, None)
+    position = admission.queue_position(admission.enter(1.0))
+    assert position is not None
+    assert (position.position, position.expected_s) == (0, None)
 
 
 async def test_counts_never_drift() -> None:
@@ -217,12 +210,12 @@ async def test_counts_never_drift() -> None:
         if chance.random() < 0.3:
             chance.choice(tasks).cancel()
         assert admission.waiting <= 3
-        assert admission.at_the_door <= 12
+        assert admission.overflow <= 12
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} <= {type(None), QueueFullError, asyncio.CancelledError}
     assert _counts(admission) == (0, 0, 0)
     assert admission.retry_after_s() <= 1
-    assert not admission._places
+    assert not admission._tickets
 
 
 async def test_what_waits_in_the_overflow_queue_is_refused_when_admission_closes() -> None:
@@ -236,7 +229,7 @@ async def test_what_waits_in_the_overflow_queue_is_refused_when_admission_closes
         with pytest.raises(UnavailableError):
             await visitor.task
     with pytest.raises(UnavailableError):
-        await admission.enter(1.0)
+        admission.enter(1.0)
     assert entered == [0]
     assert _counts(admission) == (0, 0, 0)
 
@@ -245,10 +238,12 @@ async def test_a_turn_that_comes_in_the_moment_of_the_close_is_refused() -> None
     admission, entered = _admission(1), []
     first, second = (Visitor(admission, entered, number) for number in range(2))
     await _settle()
-    await first.leave()  # the turn of the second has come, but it does not know yet
+    assert first.place
+    first.place.leave()  # the turn of the second has come, but it does not know yet
     admission.close(lambda: UnavailableError("closed", code="draining"))
     with pytest.raises(UnavailableError):
         await second.task
+    await first.leave()
     assert _counts(admission) == (0, 0, 0)
 
 
@@ -271,7 +266,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
 
 async def _run(admission: Admission, clock: _Clock, seconds: float, share: float, steps: int = 10) -> None:
     """A request for 10 units of work that leaves after so many seconds with this share of it done."""
-    place = await admission.enter(10.0)
+    place = admission.enter(10.0)
     place.started()
     for step in range(1, steps + 1):
         clock.now += seconds / steps
@@ -286,7 +281,7 @@ async def test_requests_that_left_do_not_slow_the_measured_rate(clock: _Clock) -
     await _run(admission, clock, seconds=10, share=1.0)
     assert admission.rate.seconds_for(10.0) == pytest.approx(10)
     for _ in range(30):
-        slow = await admission.enter(600.0)
+        slow = admission.enter(600.0)
         slow.started()
         for second in range(60):
             clock.now += 1
@@ -298,7 +293,7 @@ async def test_requests_that_left_do_not_slow_the_measured_rate(clock: _Clock) -
 async def test_the_work_ahead_is_what_is_left_of_it(clock: _Clock) -> None:
     admission = _admission(10)
     await _run(admission, clock, seconds=10, share=1.0)
-    running = await admission.enter(20.0)
+    running = admission.enter(20.0)
     running.started()
     assert admission.retry_after_s() == 20
     clock.now += 15
@@ -309,7 +304,7 @@ async def test_the_work_ahead_is_what_is_left_of_it(clock: _Clock) -> None:
 async def test_the_time_of_a_stalled_engine_and_its_reload_is_not_counted(clock: _Clock) -> None:
     admission = _admission(10)
     await _run(admission, clock, seconds=10, share=1.0)
-    place = await admission.enter(10.0)
+    place = admission.enter(10.0)
     place.started()
     clock.now += 300  # it stalls, and is killed
     place.restart()

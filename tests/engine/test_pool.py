@@ -19,7 +19,7 @@ import pytest
 
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
-from hypergen.engine_protocol import draw_all
+from hypergen.engine_protocol import RequestHandle, generate_all
 from hypergen.errors import GenerationError, RequestError, UnavailableError
 from hypergen.events import ImageFinished, Progress, Started, State
 from hypergen.request import GenerationRequest, Picture
@@ -50,13 +50,13 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def _wait_for_step(pool: EnginePool, request: Any, step: int) -> AsyncGenerator[Any, None]:
+async def _wait_for_step(pool: EnginePool, request: Any, step: int) -> RequestHandle:
     """Start a request and give it back, still running, once it has taken so many steps."""
-    events = pool.generate(request)
-    async for event in events:
+    handle = await pool.submit(request)
+    async for event in handle:
         if isinstance(event, Progress) and event.step >= step:
             break
-    return events
+    return handle
 
 
 def _endless() -> GenerationRequest:
@@ -64,7 +64,7 @@ def _endless() -> GenerationRequest:
     return make_request(num_inference_steps=900, width=256, height=256)
 
 
-async def _rest(events: AsyncGenerator[Any, None]) -> list[ImageFinished]:
+async def _rest(events: RequestHandle) -> list[ImageFinished]:
     return [event async for event in events if isinstance(event, ImageFinished)]
 
 
@@ -76,25 +76,46 @@ def _kill(pool: EnginePool) -> None:
 async def test_whoever_hangs_up_leaves_the_queue_and_the_engine(sd_folder: Path) -> None:
     async with _pool(sd_folder, queue=1, max_batch_size=1) as pool:
         running = await _wait_for_step(pool, _endless(), 3)
-        waiting = asyncio.create_task(draw_all(pool, _endless()))
-        at_the_door = asyncio.create_task(draw_all(pool, _endless()))
-        await _until(lambda: pool.status().at_the_door == 1)
+        waiting = asyncio.create_task(generate_all(pool, _endless()))
+        overflow = asyncio.create_task(generate_all(pool, _endless()))
+        await _until(lambda: pool.status().overflow == 1)
         assert pool.status().queue_size == 3
 
-        at_the_door.cancel()
-        await _until(lambda: pool.status().at_the_door == 0)
+        overflow.cancel()
+        await _until(lambda: pool.status().overflow == 0)
         waiting.cancel()
-        await running.aclose()
-        await asyncio.gather(waiting, at_the_door, return_exceptions=True)
+        running.cancel()
+        await asyncio.gather(waiting, overflow, return_exceptions=True)
         assert pool.status().queue_size == 0
 
         # The engine is free at once, and takes no step for those who left.
-        (image,) = await draw_all(pool, make_request())
+        (image,) = await generate_all(pool, make_request())
         assert image.shared_forwards == 0
         await asyncio.sleep(1.5)
         steps = pool.status().engines[0].image_steps
         await asyncio.sleep(1.5)
         assert pool.status().engines[0].image_steps == steps
+
+
+async def test_submit_does_not_wait_for_the_overflow_queue(sd_folder: Path) -> None:
+    async with _pool(sd_folder, queue=1, max_batch_size=1) as pool:
+        running = await _wait_for_step(pool, _endless(), 1)
+        waiting, in_overflow = await pool.submit(_endless()), await pool.submit(make_request())
+        assert [handle.state for handle in (running, waiting, in_overflow)] == [
+            "running",
+            "waiting",
+            "waiting",
+        ]
+        position = in_overflow.queue_position()
+        assert position
+        assert (position.position, pool.status().overflow) == (1, 1)
+        running.cancel()
+        waiting.cancel()
+        # It is admitted and generated although nobody reads its events.
+        await _until(lambda: in_overflow.state == "finished")
+        assert in_overflow.queue_position() is None
+        assert len(await _rest(in_overflow)) == len(await _rest(running)) + 1 == 1
+        assert running.state == waiting.state == "cancelled"
 
 
 async def test_signals_meant_for_the_server_do_not_end_an_engine(sd_folder: Path) -> None:
@@ -110,7 +131,7 @@ async def test_what_a_dying_engine_had_is_drawn_again_with_the_same_bytes(sd_fol
     async with _pool(sd_folder, aging=0) as pool:
         first = make_request(n=2, num_inference_steps=20, width=256, height=256, sampler="euler_a")
         others = [make_request(num_inference_steps=60, seed=seed) for seed in range(3)]
-        undisturbed = [await draw_all(pool, request) for request in (first, *others)]
+        undisturbed = [await generate_all(pool, request) for request in (first, *others)]
 
         again = [
             make_request(n=2, num_inference_steps=20, width=256, height=256, sampler="euler_a"),
@@ -120,7 +141,7 @@ async def test_what_a_dying_engine_had_is_drawn_again_with_the_same_bytes(sd_fol
         _kill(pool)
         await _until(lambda: pool.status().state == "recovering")
         with pytest.raises(UnavailableError):
-            await draw_all(pool, make_request())
+            await generate_all(pool, make_request())
         async with asyncio.timeout(_PATIENCE_S):
             images = await asyncio.gather(*(_rest(events) for events in running))
         for got, wanted in zip(images, undisturbed, strict=True):
@@ -132,7 +153,7 @@ async def test_what_a_dying_engine_had_is_drawn_again_with_the_same_bytes(sd_fol
 
 async def test_a_picture_that_was_delivered_is_not_delivered_again(sd_folder: Path) -> None:
     async with _pool(sd_folder, max_batch_size=1, aging=0) as pool:
-        events = pool.generate(make_request(n=2, num_inference_steps=60))
+        events = await pool.submit(make_request(n=2, num_inference_steps=60))
         delivered: list[int] = []
         async for event in events:
             if isinstance(event, ImageFinished):
@@ -157,7 +178,7 @@ async def test_a_request_that_kills_engines_is_found_and_the_others_live(sd_fold
         assert error.value.code == "poison"
         async with asyncio.timeout(_PATIENCE_S):
             assert len(await innocent_images) == 1
-            assert len(await draw_all(pool, make_request())) == 1
+            assert len(await generate_all(pool, make_request())) == 1
 
 
 async def test_requests_end_when_an_engine_cannot_come_back(sd_folder: Path, tmp_path: Path) -> None:
@@ -172,12 +193,12 @@ async def test_requests_end_when_an_engine_cannot_come_back(sd_folder: Path, tmp
         await _until(lambda: pool.status().state == "failed")
         assert pool.status().reason
         with pytest.raises(UnavailableError):
-            await draw_all(pool, make_request())
+            await generate_all(pool, make_request())
 
 
 async def test_a_client_that_reads_nothing_holds_neither_queue_nor_engine(sd_folder: Path) -> None:
     async with _pool(sd_folder, queue=1) as pool:
-        mute = pool.generate(make_request(num_inference_steps=4))
+        mute = await pool.submit(make_request(num_inference_steps=4))
         assert await anext(mute)
         await _until(lambda: pool.status().queue_size == 0)  # the engine has finished
 
@@ -186,7 +207,7 @@ async def test_a_client_that_reads_nothing_holds_neither_queue_nor_engine(sd_fol
         await _until(lambda: pool.status().state == "recovering")
         await _until(lambda: pool.status().state == "ready")
         async with asyncio.timeout(_PATIENCE_S):
-            assert len(await draw_all(pool, make_request())) == 1
+            assert len(await generate_all(pool, make_request())) == 1
         assert len(await _rest(mute)) == 1
         assert pool.status().engines[0].restarts == 1
 
@@ -197,12 +218,12 @@ async def test_input_images_that_are_given_back_to_a_client_that_reads_nothing_h
     """With strength 0 nothing is denoised, so the request never starts."""
     image = Picture(64, 64, bytes(64 * 64 * 3))
     async with _pool(sd_folder, queue=1) as pool:
-        mutes = [pool.generate(make_request(image=image, strength=0.0, n=2)) for _ in range(3)]
+        mutes = [await pool.submit(make_request(image=image, strength=0.0, n=2)) for _ in range(3)]
         for mute in mutes:
             async with asyncio.timeout(_PATIENCE_S):
                 assert isinstance(await anext(mute), ImageFinished)
         await _until(lambda: pool.status().queue_size == 0)
-        assert len(await draw_all(pool, make_request())) == 1
+        assert len(await generate_all(pool, make_request())) == 1
         for mute in mutes:
             assert len(await _rest(mute)) == 1
 
@@ -212,7 +233,7 @@ async def test_what_waits_for_a_recovering_engine_goes_to_the_one_that_is_ready_
 ) -> None:
     async with _pool(sd_folder, engines=2, max_batch_size=1) as pool:
         requests = [make_request(num_inference_steps=60, seed=seed) for seed in range(8)]
-        drawing = [asyncio.create_task(draw_all(pool, request)) for request in requests]
+        drawing = [asyncio.create_task(generate_all(pool, request)) for request in requests]
         await _until(lambda: pool.status().running >= 2)
         assert pool.status().waiting >= 2
         old = pool.engine_pids()
@@ -232,7 +253,7 @@ async def test_what_waits_for_a_recovering_engine_goes_to_the_one_that_is_ready_
 
 async def test_a_drain_also_ends_what_waits_in_the_overflow_queue(sd_folder: Path) -> None:
     async with _pool(sd_folder, queue=1, max_batch_size=1) as pool:
-        drawing = [asyncio.create_task(draw_all(pool, _endless())) for _ in range(5)]
+        drawing = [asyncio.create_task(generate_all(pool, _endless())) for _ in range(5)]
         await _until(lambda: pool.status().queue_size == 5)
         await _until(lambda: pool.status().running == 1)
         pool.drain(0.2)
@@ -249,15 +270,15 @@ async def test_a_model_that_cannot_be_loaded_is_told_once_and_not_tried_again(
     shutil.rmtree(folder / "unet")
     async with _pool(folder, state="failed") as pool:
         assert "model" in (pool.status().reason or "")
-        assert pool.describe() is None
+        assert pool.model_info() is None
         with pytest.raises(UnavailableError):
-            await draw_all(pool, make_request())
+            await generate_all(pool, make_request())
 
 
 async def test_stopping_while_the_model_loads_leaves_nothing_behind(sd_folder: Path) -> None:
     async with _pool(sd_folder, state="loading") as pool:
         with pytest.raises(UnavailableError):
-            await draw_all(pool, make_request())
+            await generate_all(pool, make_request())
 
 
 async def test_an_engine_that_stands_still_is_started_again(sd_folder: Path) -> None:
@@ -272,7 +293,7 @@ async def test_an_engine_that_stands_still_is_started_again(sd_folder: Path) -> 
 async def test_two_engines_share_the_work_and_draw_the_same_bytes(sd_folder: Path) -> None:
     async with _pool(sd_folder, engines=2, max_batch_size=1) as pool:
         requests = [make_request(num_inference_steps=10, seed=seed // 2) for seed in range(8)]
-        images = await asyncio.gather(*(draw_all(pool, request) for request in requests))
+        images = await asyncio.gather(*(generate_all(pool, request) for request in requests))
         for one, other in zip(images[::2], images[1::2], strict=True):
             assert one[0].data == other[0].data
         await asyncio.sleep(1.5)
@@ -282,9 +303,9 @@ async def test_two_engines_share_the_work_and_draw_the_same_bytes(sd_folder: Pat
         os.kill(pool.engine_pids()[0], signal.SIGKILL)
         await _until(lambda: "recovering" in [engine.state for engine in pool.status().engines])
         async with asyncio.timeout(_PATIENCE_S):
-            assert (await draw_all(pool, make_request(num_inference_steps=10, seed=0)))[0].data == images[0][
+            assert (await generate_all(pool, make_request(num_inference_steps=10, seed=0)))[0].data == images[
                 0
-            ].data
+            ][0].data
 
 
 async def test_stopping_the_pool_ends_what_runs(sd_folder: Path) -> None:
@@ -356,6 +377,6 @@ async def test_an_engine_that_cannot_load_does_not_fail_a_server_whose_other_one
         await _until(is_ready)
         assert states == {"loading", "ready"}
         await _until(lambda: "failed" in {engine.state for engine in pool.status().engines})
-        assert len(await draw_all(pool, make_request())) == 1
+        assert len(await generate_all(pool, make_request())) == 1
     finally:
         await pool.stop()

@@ -16,7 +16,7 @@ import pytest
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_client.prestart import VARIABLE, Spare, adopt
-from hypergen.engine_protocol import draw_all
+from hypergen.engine_protocol import generate_all
 from tests.support.sync_engine import make_request, make_settings, served
 
 
@@ -38,13 +38,13 @@ async def test_the_pool_adopts_a_spare_and_replaces_it_when_it_dies(
         assert pool.engine_pids() == [spare_pid]
         assert not os.path.exists(spare.environment[VARIABLE].partition(":")[2])  # noqa: ASYNC240
         await _until_ready(pool)
-        (before,) = await draw_all(pool, make_request())
+        (before,) = await generate_all(pool, make_request())
         os.kill(spare_pid, signal.SIGKILL)
         async with asyncio.timeout(60):
             while pool.engine_pids() == [spare_pid]:  # noqa: ASYNC110  it happens in another process
                 await asyncio.sleep(0.02)
         await _until_ready(pool)
-        (after,) = await draw_all(pool, make_request())
+        (after,) = await generate_all(pool, make_request())
         assert after.data == before.data
     finally:
         await pool.stop()

@@ -14,7 +14,7 @@ from hypergen.api.dialects import openai_images
 from hypergen.config import EngineSettings, Settings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.load_settings import environment_of, load_settings
-from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.model_store.lora_files import name_of, open_registry, summarise
 
 
@@ -104,10 +104,10 @@ def test_lists_come_from_the_environment_and_from_yaml(tmp_path: Path) -> None:
     assert load_settings(file, flags={"lora": ()}).engine.lora == flags["lora"]
 
 
-def _description(place: Path, **changes: Any) -> ModelDescription:
+def _description(place: Path, **changes: Any) -> ModelInfo:
     registry = open_registry(_settings(lora_dir=[place]), None)
     offer: dict[str, Any] = {"loras": tuple(registry.files), "lora_folders": (str(place),), "max_loras": 2}
-    return ModelDescription(
+    return ModelInfo(
         id="small",
         family="sd",
         defaults=ModelDefaults(4, 5.0, 64, 64),
@@ -119,7 +119,7 @@ def _description(place: Path, **changes: Any) -> ModelDescription:
     )
 
 
-def _loras(description: ModelDescription, **fields: Any) -> tuple[tuple[str, float], ...]:
+def _loras(description: ModelInfo, **fields: Any) -> tuple[tuple[str, float], ...]:
     asked = openai_images.to_request(
         {"prompt": "a", **fields}, description, Settings.model_validate({}).server, "1"
     )

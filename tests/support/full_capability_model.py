@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hypergen.config import ServerSettings
-from hypergen.model_info import ModelDefaults, ModelDescription
+from hypergen.model_info import ModelDefaults, ModelInfo
 
-ABLE = ModelDescription(
+ABLE = ModelInfo(
     id="m",
     family="sdxl",
     defaults=ModelDefaults(num_inference_steps=50, guidance_scale=7.5, width=1024, height=1024),

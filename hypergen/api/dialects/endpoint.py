@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from hypergen.api.validation import Asked
 from hypergen.config import ServerSettings
 from hypergen.events import ImageFinished, Preview
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Endpoint:
     image_fields: frozenset[str]
     claims: Callable[[dict[str, Any], bool], bool]
     form: type[BaseModel] | None = None
-    to_request: Callable[[dict[str, Any], ModelDescription, ServerSettings, str], Asked]
+    to_request: Callable[[dict[str, Any], ModelInfo, ServerSettings, str], Asked]
     to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
     to_frame: Callable[[Any, int, Preview | ImageFinished], list[bytes]] | None = None
     openapi: dict[str, Any]

@@ -39,7 +39,7 @@ from hypergen.errors import InvalidRequestError
 from hypergen.events import ImageFinished
 from hypergen.images.decoding import decode, from_base64, to_picture
 from hypergen.metrics import Price
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 
 _MAX_SIDE = 2048
@@ -126,7 +126,7 @@ class ImageGenerationResponse(BaseModel):
 
 
 def to_request(
-    body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
+    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
 ) -> Asked:
     """Check a body and resolve its defaults.
 
@@ -219,7 +219,7 @@ def _check_size(width: int, height: int, max_side: int) -> None:
             )
 
 
-def _check_loras(loras: dict[str, float], description: ModelDescription) -> None:
+def _check_loras(loras: dict[str, float], description: ModelInfo) -> None:
     """Names only, where OpenAI's dialect also takes paths."""
     if loras:
         check_option("loras", "lora", description)

@@ -30,7 +30,7 @@ from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.images.decoding import decode, from_base64, look, to_mask, to_picture
 from hypergen.images.geometry import request_size_of
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 
 # A variation has no prompt of its own.
 NEUTRAL_PROMPT = "a picture"
@@ -46,7 +46,7 @@ class EditBody(openai_images.ImagesBody):
 
 
 def to_edit(
-    body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
+    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
     """Check an edit and read its pictures; takes as long as decoding them, so it belongs into a thread.
 
@@ -83,7 +83,7 @@ def to_edit(
 
 
 def to_variation(
-    body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
+    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
     """Check a variation, which is an edit with a neutral prompt; a mask is looked at, and not used."""
     if "mask" in body:

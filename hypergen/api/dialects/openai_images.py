@@ -42,7 +42,7 @@ from hypergen.api.validation import (
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.images.geometry import Size
-from hypergen.model_info import ModelDescription
+from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest, OutputFormat
 
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", re.ASCII)
@@ -130,7 +130,7 @@ class ImagesBody(ModelFields):
 
 
 def to_request(
-    body: dict[str, Any], description: ModelDescription, settings: ServerSettings, request_id: str
+    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
     """Check a body and resolve its defaults.
 
@@ -142,7 +142,7 @@ def to_request(
 
 def resolve(
     asked: ImagesBody,
-    description: ModelDescription,
+    description: ModelInfo,
     settings: ServerSettings,
     request_id: str,
     size: Size | None = None,
@@ -206,7 +206,7 @@ def resolve(
     )
 
 
-def _size(size: str | None, description: ModelDescription, max_side: int) -> tuple[int, int]:
+def _size(size: str | None, description: ModelInfo, max_side: int) -> tuple[int, int]:
     if size is None or size == "auto":
         return default_size(description, max_side)
     match = _SIZE.fullmatch(size)
@@ -229,7 +229,7 @@ def _size(size: str | None, description: ModelDescription, max_side: int) -> tup
     return width, height
 
 
-def _loras(asked: ImagesBody, description: ModelDescription) -> tuple[tuple[str, float], ...]:
+def _loras(asked: ImagesBody, description: ModelInfo) -> tuple[tuple[str, float], ...]:
     if asked.loras is not None:
         if asked.lora_path is not None:
             raise InvalidRequestError("Give 'lora_path' or 'loras', not both.", param="loras")
