@@ -47,7 +47,7 @@ class Shutdown:
 class Loaded:
     """Engine to pool: ready to draw."""
 
-    descriptions: tuple[ModelInfo, ...]
+    model_infos: tuple[ModelInfo, ...]
     status: EngineStatus
 
 
@@ -57,7 +57,7 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Happened:
+class EventMessage:
     request_id: str
     event: Event
 
@@ -69,7 +69,7 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Alive:
+class Heartbeat:
     """Engine to pool, every second: how long ago the last step began, and the status."""
 
     step_age_s: float

@@ -87,7 +87,7 @@ class GenerationRequest:
         return self.n * rows * steps * self.width * self.height / 1e6
 
     @property
-    def picture_bytes(self) -> int:
+    def input_image_bytes(self) -> int:
         """Memory of the pictures that it came with."""
         pictures = (self.image, self.mask, self.control and self.control.image)
         return sum(len(picture.pixels) for picture in pictures if picture is not None)

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from hypergen.config import ServerSettings, Settings
-from hypergen.engine_client.prestart import Spare
+from hypergen.engine_client.prestart import PrestartedEngine
 from hypergen.errors import ConfigurationError, ModelError
 
 _SILENCE_S = 120  # a worker that cannot even be imported is started again and again by BentoML
@@ -82,8 +82,8 @@ def run_service(
         command.append("--reload")
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}
     started = time.monotonic()
-    spare = Spare(model_path)
-    launcher |= spare.environment
+    prestarted = PrestartedEngine(model_path)
+    launcher |= prestarted.environment
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
     child = subprocess.Popen(command, env={**os.environ, **environment, **launcher}, start_new_session=True)
     _pass_signals_on(child)
@@ -99,7 +99,7 @@ def run_service(
         child.wait()
         raise
     finally:
-        spare.close()
+        prestarted.close()
 
 
 def _stages(status: dict[str, Any], seconds: float) -> str:

@@ -185,7 +185,7 @@ def _reporter(outbox: queue.SimpleQueue[Any]) -> Any:
         if isinstance(event, RequestError):
             outbox.put(ipc.Failed(request_id, pack(event)))
         else:
-            outbox.put(ipc.Happened(request_id, event))
+            outbox.put(ipc.EventMessage(request_id, event))
 
     return report
 
@@ -207,7 +207,7 @@ def _write(connection: socket.socket, outbox: queue.SimpleQueue[Any]) -> None:
         except OSError:
             os._exit(0)
         except Exception:  # nothing of the message was sent yet
-            if not isinstance(message, ipc.Happened):
+            if not isinstance(message, ipc.EventMessage):
                 raise
             logger.exception("An event of %s could not be sent.", message.request_id)
             failure = GenerationError("The image could not be sent; the server's log says why.")
@@ -237,7 +237,7 @@ def _beat(roster: Roster, status: EngineStatus, outbox: queue.SimpleQueue[Any]) 
             if type(error) not in logged:
                 logger.exception("The status cannot be told; the last one is told again.")
             logged.add(type(error))
-        outbox.put(ipc.Alive(time.monotonic() - roster.last_step_at, status))
+        outbox.put(ipc.Heartbeat(time.monotonic() - roster.last_step_at, status))
         time.sleep(1)
 
 

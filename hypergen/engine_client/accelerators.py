@@ -1,4 +1,4 @@
-"""Accelerators of this machine, found without torch: there is one engine process for each."""
+"""Accelerators of this machine, found without torch; one engine process is started for each."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def visible_accelerators(device: str | None) -> list[dict[str, str]]:
-    """One environment per GPU, found without torch; a single empty one where none is there, wanted, or of use
-    to the torch that is installed.
+    """One environment per GPU; a single empty one if there is no GPU, `device` is not cuda, or the installed
+    torch has no GPU support.
     """
-    if device not in (None, "cuda") or not (device or _torch_knows_cuda()):
+    if device not in (None, "cuda") or not (device or _torch_has_cuda()):
         return [{}]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
@@ -27,8 +27,8 @@ def visible_accelerators(device: str | None) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
 
 
-def _torch_knows_cuda() -> bool:
-    """Whether torch was built for CUDA or ROCm, seen by its libraries, because importing it takes seconds."""
+def _torch_has_cuda() -> bool:
+    """Whether torch was built for CUDA or ROCm, judged by its libraries: importing it takes seconds."""
     spec = importlib.util.find_spec("torch")
     folders = (spec.submodule_search_locations or []) if spec else []
     libraries = [library.name for folder in folders for library in (Path(folder) / "lib").glob("*torch_*")]

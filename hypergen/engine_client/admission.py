@@ -1,4 +1,4 @@
-"""Admission: a place in the queue, a wait in the overflow queue, or a refusal that says when to come back."""
+"""Admission: a place in the request queue, a wait in the overflow queue, or a refusal with a retry time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hypergen.events import QueuePosition
 
 @dataclass(eq=False)
 class AdmissionTicket:
-    """One request that was not refused. It may have to wait in the overflow queue until `turn` comes, then it
-    waits in the queue until `started` is called, then it runs until `leave`.
+    """One admitted request. It may wait in the overflow queue until `turn` is set, then it waits in the
+    request queue until `started`, then it runs until `leave`.
     """
 
     admission: Admission
     work: float
-    picture_bytes: int = 0
+    input_image_bytes: int = 0
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     running: bool = False
-    share_done: float = 0.0  # of its work, 0..1
+    share_done: float = 0.0  # of `work`, 0..1
     left: bool = False
 
     @property
@@ -33,38 +33,38 @@ class AdmissionTicket:
         return self.work * (1 - self.share_done)
 
     def started(self) -> None:
-        """The request has taken its first step: its place in the queue is free."""
+        """The first image runs: the place in the request queue is free."""
         if self.left:
             return
-        if self.running:  # once more, in an engine that had to be loaded first
-            self.admission.rate.skip()
+        if self.running:  # again after a crash; the engine had to load first
+            self.admission.throughput.skip()
         else:
             self.running = True
             self.admission.ticket_started()
 
     def progress(self, share_done: float) -> None:
-        """So much of its work is done, 0..1."""
+        """Record the share of `work` that is done, 0..1."""
         if not self.left:
-            self.admission.rate.record(self.work * max(0.0, share_done - self.share_done))
+            self.admission.throughput.record(self.work * max(0.0, share_done - self.share_done))
             self.share_done = share_done
 
     def restart(self) -> None:
-        """What was done is lost; the time since the last progress counts for nothing."""
+        """Drop the progress after a crash; the time since the last progress does not count."""
         self.share_done = 0.0
-        self.admission.rate.skip()
+        self.admission.throughput.skip()
 
     def leave(self) -> None:
-        """Leave the queue, whoever still reads the answer; the second call does nothing."""
+        """Free the place, even if events are still to be read; the second call does nothing."""
         if not self.left:
             self.left = True
             self.admission.ticket_left(self)
 
 
-class WorkRate:
-    """How much work is done per busy second, the distant past fading.
+class Throughput:
+    """Work per busy second, as an exponentially decaying average.
 
-    Work is counted in `GenerationRequest.work`, as it is done: also that of requests which end early. Busy is
-    when anything runs. Times are monotonic seconds.
+    Work is counted in `GenerationRequest.work`, as it is done, so that requests which end early count too.
+    Busy means that at least one request runs. Times are monotonic seconds.
     """
 
     _HALF_LIFE_S = 60.0
@@ -79,30 +79,29 @@ class WorkRate:
         self._counted_until = time.monotonic() if is_busy else None
 
     def record(self, work: float) -> None:
-        """So much was done since the last call."""
+        """Add the work done since the last call."""
         now = time.monotonic()
         elapsed = 0.0 if self._counted_until is None else now - self._counted_until
-        fading = 0.5 ** (elapsed / self._HALF_LIFE_S)
-        self._work = self._work * fading + work
-        self._busy_s = self._busy_s * fading + elapsed
+        decay = 0.5 ** (elapsed / self._HALF_LIFE_S)
+        self._work = self._work * decay + work
+        self._busy_s = self._busy_s * decay + elapsed
         if self._counted_until is not None:
             self._counted_until = now
 
     def skip(self) -> None:
-        """Do not count the time since the last call: an engine that stalled or crashed did nothing in it."""
+        """Do not count the time since the last call, in which an engine stalled or crashed."""
         if self._counted_until is not None:
             self._counted_until = time.monotonic()
 
     def seconds_for(self, work: float) -> float | None:
-        """How long this much work takes; None as long as nothing was measured."""
+        """Estimated duration of this much work; None before the first measurement."""
         return work * self._busy_s / self._work if self._work and self._busy_s else None
 
 
 class Admission:
-    """At most `max_queue_size` requests wait for the engine; more wait in the overflow queue, first come
-    first served, for at most `queue_timeout_s` and at most four times as many; the rest is refused. So are
-    requests whose input images do not fit into memory beside those of others: they would hold them there too.
-    Lives on the event loop.
+    """At most `max_queue_size` requests wait in the request queue. Up to four times as many wait in the
+    overflow queue, in order of arrival, for at most `queue_timeout_s`. The rest is refused. So is a request
+    whose input images exceed the memory left by those of unfinished requests. Belongs to the event loop.
     """
 
     _OVERFLOW_FACTOR = 4
@@ -112,9 +111,9 @@ class Admission:
     def __init__(self, settings: QueueSettings) -> None:
         self._settings = settings
         self._overflow: deque[AdmissionTicket] = deque()
-        self._tickets: list[AdmissionTicket] = []  # as they came
+        self._tickets: list[AdmissionTicket] = []  # in order of arrival
         self._closed: Callable[[], RequestError] | None = None
-        self.rate = WorkRate()
+        self.throughput = Throughput()
         self.waiting = 0
         self.running = 0
 
@@ -122,18 +121,17 @@ class Admission:
     def overflow(self) -> int:
         return len(self._overflow)
 
-    def enter(self, work: float, picture_bytes: int = 0) -> AdmissionTicket:
+    def enter(self, work: float, input_image_bytes: int = 0) -> AdmissionTicket:
         """A ticket for one request, held until its `leave`.
 
         Raises:
-            QueueFullError: the overflow queue or the memory for input images is full; `retry_after_s` says
-                when to come back.
+            QueueFullError: the overflow queue or the memory for input images is full.
             RequestError: the one given to `close`.
         """
         if self._closed:
             raise self._closed()
-        self._refuse_if_full(picture_bytes)
-        ticket = AdmissionTicket(self, work, picture_bytes)
+        self._refuse_if_full(input_image_bytes)
+        ticket = AdmissionTicket(self, work, input_image_bytes)
         if self._has_room():
             self.waiting += 1
             ticket.turn.set()
@@ -146,20 +144,20 @@ class Admission:
         """Wait until the ticket is out of the overflow queue.
 
         Raises:
-            QueueFullError: that took too long.
+            QueueFullError: the wait exceeded `queue_timeout_s`.
             RequestError: the one given to `close`.
         """
         try:
             async with asyncio.timeout(self._settings.queue_timeout_s):
                 await ticket.turn.wait()
         except TimeoutError:
-            if ticket in self._overflow:  # else its turn came in this very moment
+            if ticket in self._overflow:  # else it left the queue at this moment
                 raise self._refusal("The queue stayed full.") from None
         if self._closed:
             raise self._closed()
 
     def close(self, error: Callable[[], RequestError]) -> None:
-        """Refuse everything from now on, also what waits in the overflow queue."""
+        """Refuse every request from now on, including those in the overflow queue."""
         self._closed = error
         for ticket in self._overflow:
             ticket.turn.set()
@@ -170,11 +168,11 @@ class Admission:
             return None
         ahead = self._tickets[: self._tickets.index(ticket)]
         work = sum(other.work_left for other in [*ahead, ticket])
-        return QueuePosition(sum(not other.running for other in ahead), self.rate.seconds_for(work))
+        return QueuePosition(sum(not other.running for other in ahead), self.throughput.seconds_for(work))
 
     def ticket_started(self) -> None:
         if not self.running:
-            self.rate.busy(True)
+            self.throughput.busy(True)
         self.running += 1
         self._leave_queue()
 
@@ -188,22 +186,22 @@ class Admission:
             return
         self.running -= 1
         if self.running:
-            self.rate.record(0.0)
+            self.throughput.record(0.0)
         else:
-            self.rate.busy(False)
+            self.throughput.busy(False)
 
     def retry_after_s(self) -> int:
-        """Whole seconds until the work ahead is done at the measured rate, within what clients accept."""
+        """Estimated whole seconds until the unfinished work is done, within what clients accept."""
         least, most = self._RETRY_AFTER_S
-        seconds = self.rate.seconds_for(sum(ticket.work_left for ticket in self._tickets))
+        seconds = self.throughput.seconds_for(sum(ticket.work_left for ticket in self._tickets))
         return (
             self._UNMEASURED_RETRY_AFTER_S if seconds is None else min(max(math.ceil(seconds), least), most)
         )
 
-    def _refuse_if_full(self, picture_bytes: int) -> None:
-        held = sum(ticket.picture_bytes for ticket in self._tickets)
-        # One request alone always fits.
-        if held and picture_bytes and held + picture_bytes > self._settings.max_pictures_mb * 1e6:
+    def _refuse_if_full(self, input_image_bytes: int) -> None:
+        held = sum(ticket.input_image_bytes for ticket in self._tickets)
+        # A single request is always admitted.
+        if held and input_image_bytes and held + input_image_bytes > self._settings.max_pictures_mb * 1e6:
             raise self._refusal("The input images of unfinished requests fill the memory for them.")
         overflow = (
             self._OVERFLOW_FACTOR * self._settings.max_queue_size if self._settings.queue_timeout_s else 0
@@ -215,7 +213,7 @@ class Admission:
         return self.waiting < self._settings.max_queue_size and not self._overflow
 
     def _leave_queue(self) -> None:
-        """Give a free place to the first in the overflow queue; `waiting` then stays as it is."""
+        """Give a free place to the first in the overflow queue; `waiting` then does not change."""
         if self._overflow:
             self._overflow.popleft().turn.set()
         else:

@@ -1,4 +1,4 @@
-"""One engine process seen from the HTTP half: started, watched, and started again when it dies."""
+"""One engine process, seen from the HTTP process: start, watchdog and restart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from hypergen import ipc
 from hypergen.engine_client.environment import engine_environment
-from hypergen.engine_client.prestart import EngineProcess, adopt
+from hypergen.engine_client.prestart import EngineProcess, attach
 from hypergen.events import EngineStatus
 from hypergen.model_info import ModelInfo
 
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Keeps one engine process alive. Belongs to the event loop; a reader and a writer thread serve it.
+    """Runs one engine process and restarts it. Belongs to the event loop, with a reader and a writer thread.
 
     Args:
-        start: what the process is told to load.
+        start: the models that the process loads.
         environment: added to the process's environment, for example which accelerator it may see.
-        on_ready: called each time a process has loaded its models.
-        on_message: called with what the process tells of a request.
-        on_lost: called when the process is gone and everything it had was lost.
+        on_ready: called each time that a process has loaded its models.
+        on_message: called with each event or error of a request.
+        on_lost: called when the process has exited; its requests are lost.
     """
 
     _RELOADS = 3
@@ -43,10 +43,10 @@ class Supervisor:
         environment: Mapping[str, str],
         *,
         on_ready: Callable[[Supervisor], None],
-        on_message: Callable[[ipc.Happened | ipc.Failed], None],
+        on_message: Callable[[ipc.EventMessage | ipc.Failed], None],
         on_lost: Callable[[Supervisor], None],
     ) -> None:
-        self.descriptions: tuple[ModelInfo, ...] = ()
+        self.model_infos: tuple[ModelInfo, ...] = ()
         self.status = EngineStatus(state="loading")
         self._start = start
         self._environment = environment
@@ -68,9 +68,9 @@ class Supervisor:
         return self._process.pid if self._process else None
 
     def launch(self) -> None:
-        """Start a process; it says when it has loaded."""
-        # A spare knows nothing of an accelerator that it should see.
-        process, connection = (None if self._environment else adopt()) or _start(self._environment)
+        """Start a process; `on_ready` is called when it has loaded."""
+        # A prestarted engine was started without these variables.
+        process, connection = (None if self._environment else attach()) or _start(self._environment)
         outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._process, self._outbox = process, outbox
         self._loading, self._load_error = True, None
@@ -83,19 +83,19 @@ class Supervisor:
         self._outbox.put(message)
 
     def kill_if_stalled(self, timeout_s: float) -> None:
-        """End a process that has taken no step for this long while it had work; it is then started again."""
+        """Kill a process that made no progress for this long; it is then restarted."""
         if (
             self.status.state == "ready"
             and time.monotonic() - self._step_seen_at > timeout_s
             and self._process
         ):
             logger.error(
-                "Engine %d has not moved for %.0f s and is started again.", self._process.pid, timeout_s
+                "Engine %d made no progress for %.0f s; restarting it.", self._process.pid, timeout_s
             )
             self._process.kill()
 
     async def stop(self) -> None:
-        """Ask the process to leave, and see that it has."""
+        """Ask the process to exit, and kill it if it does not."""
         self._stopping = True
         process = self._process
         if process is None:
@@ -118,13 +118,13 @@ class Supervisor:
             while (message := ipc.receive(connection)) is not None:
                 if not _call_soon(loop, self._received, process, message):
                     return
-        except Exception:  # the edge of this thread: without it nobody would hear of the process again
-            logger.exception("What engine %d says cannot be read; it is ended.", process.pid)
+        except Exception:  # the edge of this thread: otherwise the process would never be restarted
+            logger.exception("A message from engine %d cannot be read; killing it.", process.pid)
             process.kill()
         connection.close()
         outbox.put(None)
         process.wait()
-        _call_soon(loop, self._gone, process)
+        _call_soon(loop, self._on_exit, process)
 
     @staticmethod
     def _write(
@@ -136,10 +136,10 @@ class Supervisor:
         while (message := outbox.get()) is not None:
             try:
                 ipc.send(connection, message)
-            except OSError:  # the reader notices too, and tells
+            except OSError:  # the reader thread notices too
                 return
-            except Exception:  # the edge of this thread: whoever waits for an answer would wait for ever
-                logger.exception("A message to engine %d cannot be sent; it is ended.", process.pid)
+            except Exception:  # the edge of this thread: otherwise the request would wait for ever
+                logger.exception("A message to engine %d cannot be sent; killing it.", process.pid)
                 process.kill()
                 return
 
@@ -147,33 +147,31 @@ class Supervisor:
         if process is not self._process:
             return
         match message:
-            case ipc.Happened() | ipc.Failed():
+            case ipc.EventMessage() | ipc.Failed():
                 self._on_message(message)
-            case ipc.Alive(step_age_s, status):
+            case ipc.Heartbeat(step_age_s, status):
                 self._step_seen_at = time.monotonic() - step_age_s
                 self._set_status(status)
-            case ipc.Loaded(descriptions, status):
+            case ipc.Loaded(model_infos, status):
                 self._failed_loads, self._loading = 0, False
                 self._step_seen_at = time.monotonic()
-                self.descriptions = descriptions
+                self.model_infos = model_infos
                 self._set_status(status)
                 self._on_ready(self)
             case ipc.LoadFailed(reason):
                 self._load_error = reason
 
-    def _gone(self, process: EngineProcess) -> None:
-        """The process has ended. A first load that fails is final; an engine that worked once gets new
-        chances.
-        """
+    def _on_exit(self, process: EngineProcess) -> None:
+        """Restart an engine that exited, unless its first load failed or `_RELOADS` loads failed in a row."""
         if process is not self._process or self._stopping:
             return
-        reason = self._load_error or _end_of(process)
-        logger.error("Engine %d is gone: %s", process.pid, reason)
+        reason = self._load_error or _exit_reason(process)
+        logger.error("Engine process %d exited: %s", process.pid, reason)
         if self._loading:
             self._failed_loads += 1
         else:
             self._restarts += 1
-        if not self.descriptions or self._failed_loads >= self._RELOADS:
+        if not self.model_infos or self._failed_loads >= self._RELOADS:
             self._set_status(EngineStatus(state="failed", reason=reason))
             self._on_lost(self)
             return
@@ -189,8 +187,8 @@ class Supervisor:
             return
         try:
             self.launch()
-        except OSError as error:  # no memory or no process left for a new one
-            logger.exception("The engine cannot be started again.")
+        except OSError as error:  # out of memory or processes
+            logger.exception("The engine cannot be restarted.")
             self._set_status(EngineStatus(state="failed", reason=f"the engine cannot be started: {error}"))
             self._on_lost(self)
 
@@ -211,7 +209,7 @@ def _start(environment: Mapping[str, str]) -> tuple[EngineProcess, socket.socket
     return process, ours
 
 
-def _end_of(process: EngineProcess) -> str:
+def _exit_reason(process: EngineProcess) -> str:
     code = "" if process.returncode is None else f" with code {process.returncode}"
     return f"the engine process ended{code}"
 
@@ -219,6 +217,6 @@ def _end_of(process: EngineProcess) -> str:
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
     try:
         loop.call_soon_threadsafe(callback, *args)
-    except RuntimeError:  # the loop is closed: the server is leaving
+    except RuntimeError:  # the loop is closed: the server is shutting down
         return False
     return True

@@ -1,4 +1,4 @@
-"""The environment that engine processes are started with."""
+"""The environment variables of engine processes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _ADDED = {
-    # An engine must not talk to anything but its parent.
+    # An engine must not use the network.
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
-    # Threads that spin while they wait made a pass 100 times slower beside another busy process.
+    # Threads that spin while they wait made a forward pass 100 times slower beside another busy process.
     "OMP_WAIT_POLICY": "passive",
 }
 
 
 def engine_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment as an engine gets it, with some variables more."""
-    # An engine has no use for the key, so it does not get it.
+    """This process's environment for an engine, with `more` added."""
+    # An engine does not need the key, so it does not get it.
     environment = {name: value for name, value in os.environ.items() if name != "HYPERGEN_API_KEY"}
     python_path = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return environment | {"PYTHONPATH": os.pathsep.join(python_path)} | _ADDED | dict(more or {})

@@ -1,4 +1,4 @@
-"""The pool: engine processes, one per accelerator, least work first; what a dead one had is drawn again."""
+"""The pool of engine processes, one per accelerator: least work first, and retries after a crash."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_S = 5
 _UNAVAILABLE: dict[State, str] = {
     "loading": "The model is still loading.",
-    "recovering": "The engine is being started again.",
+    "recovering": "The engine is restarting.",
     "draining": "The server is shutting down.",
     "failed": "The engine could not be started; the server's log and /health say why.",
 }
@@ -54,16 +54,16 @@ class _Handle(RequestHandle):
     on_event: Callable[[Event], None] | None
     on_cancel: Callable[[_Handle], None]
     state: RequestState = RequestState.WAITING
-    finished: set[int] = field(default_factory=set)  # images that came, whether the client read them or not
-    engine_deaths: int = 0  # engines that died while they had it
-    crashes: int = 0  # those of them that it may have killed
+    finished: set[int] = field(default_factory=set)  # indices of the images received, read or not
+    engine_deaths: int = 0  # engines that exited while they had the request
+    crashes: int = 0  # those of them that it may have crashed
     in_overflow: asyncio.Task[None] | None = None
     _events: asyncio.Queue[Event | RequestError | None] = field(default_factory=asyncio.Queue)
 
     async def __anext__(self) -> Event:
         event = await self._events.get()
         if event is None:
-            self._events.put_nowait(None)  # for whoever asks again
+            self._events.put_nowait(None)  # for the next call
             raise StopAsyncIteration
         if isinstance(event, RequestError):
             raise event
@@ -85,7 +85,7 @@ class _Handle(RequestHandle):
         if error is not None:
             self._events.put_nowait(error)
         self._events.put_nowait(None)
-        self.request = self.request.without_input_images()  # a slow reader would hold them
+        self.request = self.request.without_input_images()  # a slow consumer would keep them in memory
         self.ticket.leave()
         if self.in_overflow is not None:
             self.in_overflow.cancel()
@@ -95,8 +95,8 @@ class _Handle(RequestHandle):
 class EngineRequests:
     """The requests of one engine.
 
-    After a crash, what was running is under suspicion and runs alone, one by one, while everything else is
-    held back: so a request that kills engines is found, and nobody else dies of it twice.
+    After a crash, the requests that were running are suspects: they run alone, one by one, and the others are
+    held back. So a request that crashes engines is found, and no other request is lost twice.
     """
 
     supervisor: Supervisor
@@ -138,10 +138,10 @@ class EngineRequests:
         self.submit_next()
 
     def take_all(self) -> list[_Handle]:
-        """The engine is gone: all its requests, with suspicion on those that may have killed it."""
+        """Remove all requests of an engine that exited; count a crash for those that may have caused it."""
         for handle in self.submitted.values():
             handle.engine_deaths += 1
-            # One that had not started is innocent the first time; then starting may be what kills.
+            # A request that had not started is no suspect the first time; then its start may be the cause.
             handle.crashes += handle.state is not RequestState.WAITING or handle.engine_deaths > 1
             handle.state = RequestState.WAITING
             handle.ticket.restart()
@@ -169,8 +169,8 @@ class EnginePool:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self, models: Sequence[ServedModel]) -> None:
-        """Start the engines, each with all models; does not wait for them to load. The first model draws what
-        names none.
+        """Start the engines, each with all models; does not wait for them to load. The first model is the
+        default.
         """
         self._models = tuple(models)
         start = ipc.Start(self._models)
@@ -190,18 +190,18 @@ class EnginePool:
         self._watch = asyncio.create_task(self._watch_for_stalls())
 
     async def stop(self) -> None:
-        """End the engines. Requests that still run end with 503."""
+        """Stop the engines. Unfinished requests end with 503."""
         self._draining = True
         if self._watch:
             self._watch.cancel()
         self._end_all()
         stops = (engine.supervisor.stop() for engine in self._engines)
         for error in await asyncio.gather(*stops, return_exceptions=True):
-            if error is not None:  # the others have stopped all the same
+            if error is not None:  # the others have stopped
                 logger.error("An engine could not be stopped.", exc_info=error)
 
     def drain(self, timeout_s: float) -> None:
-        """Refuse new requests; those accepted go on for so many seconds, then they end with 503."""
+        """Refuse new requests; admitted ones may run for `timeout_s` more, then they end with 503."""
         if not self._draining:
             self._draining = True
             asyncio.get_running_loop().call_later(timeout_s, self._end_all)
@@ -213,12 +213,11 @@ class EnginePool:
                 self._end(handle, _unavailable("draining"))
 
     def model_info(self, name: str | None = None) -> ModelInfo | None:
-        every = (engine.supervisor.descriptions for engine in self._engines)
-        known = {description.id: description for descriptions in every for description in descriptions}
-        if not known:
+        infos = {info.id: info for engine in self._engines for info in engine.supervisor.model_infos}
+        if not infos:
             return None
         named = (model.id for model in self._models if name is not None and model.is_called(name))
-        return known[next(named, self._models[0].id)]
+        return infos[next(named, self._models[0].id)]
 
     def status(self) -> ServerStatus:
         statuses = tuple(engine.supervisor.status for engine in self._engines)
@@ -236,7 +235,7 @@ class EnginePool:
         )
 
     def engine_pids(self) -> list[int]:
-        """The process ids of the engines, for whoever watches from outside."""
+        """The process ids of the engines, for monitoring."""
         return [engine.supervisor.pid for engine in self._engines if engine.supervisor.pid is not None]
 
     async def submit(
@@ -244,15 +243,15 @@ class EnginePool:
     ) -> RequestHandle:
         """See `ImageGenerator.submit`. The events may raise:
 
-        QueueFullError: the wait in the overflow queue ended.
-        UnavailableError: the engine that had the request did not come back, or the server shuts down.
+        QueueFullError: the wait in the overflow queue timed out.
+        UnavailableError: no engine could be restarted, or the server shuts down.
         GenerationError: the engine failed on the request.
         """
         state = self.status().state
         if state != "ready":
             raise _unavailable(state)
-        ticket = self._admission.enter(request.work, request.picture_bytes)
-        # Admitted: what happens to the engines from here on is no reason to refuse it.
+        ticket = self._admission.enter(request.work, request.input_image_bytes)
+        # From here on the request is admitted, whatever happens to the engines.
         handle = _Handle(request, ticket, on_event, on_cancel=self._end)
         if ticket.turn.is_set():
             self._assign(handle)
@@ -269,8 +268,8 @@ class EnginePool:
             self._assign(handle)
 
     def _end(self, handle: _Handle, error: RequestError | None = None) -> None:
-        """Take a request out of its engine and the queue, when the engine is done with it or nobody wants it;
-        its consumer may still read what came. Does nothing if it has ended.
+        """Remove a request that finished, failed or was cancelled from its engine and the queue. Earlier
+        events can still be read. Does nothing if it has ended.
         """
         if handle.state in _ENDED:
             return
@@ -283,7 +282,7 @@ class EnginePool:
     def _on_ready(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
         for other in self._engines:
-            if other.supervisor.status.state != "ready":  # what waits for it need not wait longer
+            if other.supervisor.status.state != "ready":  # its held requests need not wait for it
                 engine.held.extend(other.held)
                 other.held.clear()
         engine.submit_next()
@@ -300,7 +299,7 @@ class EnginePool:
                 self._assign(handle)
 
     def _assign(self, handle: _Handle) -> None:
-        """To the engine with the least work, a ready one if there is any."""
+        """Add a request to the engine with the least work, a ready one if there is any."""
         engines = [engine for engine in self._engines if engine.supervisor.status.state != "failed"]
         if engines:
             min(engines, key=lambda engine: (engine.supervisor.status.state != "ready", engine.work)).add(
@@ -312,10 +311,10 @@ class EnginePool:
     def _engine_of(self, supervisor: Supervisor) -> EngineRequests:
         return next(engine for engine in self._engines if engine.supervisor is supervisor)
 
-    def _on_message(self, message: ipc.Happened | ipc.Failed) -> None:
+    def _on_message(self, message: ipc.EventMessage | ipc.Failed) -> None:
         handles = (engine.submitted.get(message.request_id) for engine in self._engines)
         handle = next((handle for handle in handles if handle), None)
-        if handle is None:  # cancelled while the message was on its way
+        if handle is None:  # cancelled meanwhile
             return
         if isinstance(message, ipc.Failed):
             self._end(handle, unpack(message.error))

@@ -1,7 +1,7 @@
-"""A spare engine process: `hypergen serve` starts it before BentoML, so that both import side by side.
+"""A prestarted engine process: `hypergen serve` starts it before BentoML, so that both import in parallel.
 
-The worker's pool adopts it as its first engine, over a socket in a folder that only this user may enter. A
-spare that nobody adopts leaves with its launcher.
+The worker's pool attaches to it as its first engine, over a socket in a folder that only this user may enter.
+A prestarted engine without a pool exits with its launcher.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import psutil
 from hypergen.engine_client.environment import engine_environment
 
 # Names the socket and the process to the worker: "PID:PATH".
-VARIABLE = "_HYPERGEN_SPARE_ENGINE"
+VARIABLE = "_HYPERGEN_PRESTARTED_ENGINE"
 
 
 class EngineProcess(Protocol):
-    """What the supervisor needs of a process, started or adopted."""
+    """What the supervisor needs of a process that it started or attached to."""
 
     @property
     def pid(self) -> int: ...
@@ -34,19 +34,19 @@ class EngineProcess(Protocol):
     def returncode(self) -> int | None: ...
     def kill(self) -> None: ...
     def wait(self, timeout: float | None = None) -> object:
-        """Until the process has ended.
+        """Wait until the process has exited.
 
         Raises:
-            subprocess.TimeoutExpired: it has not, after so many seconds.
+            subprocess.TimeoutExpired: it has not after `timeout` seconds.
         """
         ...
 
 
-class Spare:
-    """The launcher's side: a process that imports, and waits for a pool.
+class PrestartedEngine:
+    """The launcher's side: a process that imports torch and the model's family, and waits for a pool.
 
     Args:
-        model_path: the model to be served; its family is imported too.
+        model_path: the model to serve; it determines the family.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -60,23 +60,23 @@ class Spare:
                 [sys.executable, "-P", "-m", "hypergen.engine.worker_main", *arguments],
                 pass_fds=[listener.fileno()],
                 env=engine_environment(),
-                stdin=subprocess.PIPE,  # closed when the launcher is gone
+                stdin=subprocess.PIPE,  # closed when the launcher exits
                 start_new_session=True,
             )
-        # Whoever started a process has to wait for it, or its entry stays and it seems to live.
+        # Without this wait the process would stay a zombie after its exit and look alive to psutil.
         threading.Thread(target=self._process.wait, daemon=True).start()
         self.environment = {VARIABLE: f"{self._process.pid}:{path}"}
 
     def close(self) -> None:
-        """The service has ended, and with it an adopted engine."""
+        """Kill the engine after the service has ended."""
         self._process.kill()
         assert self._process.stdin is not None
         self._process.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class _Adopted:
-    """A process that somebody else started, as `EngineProcess`; its exit code is not ours to know."""
+class _AttachedProcess:
+    """An `EngineProcess` that another process started, so its exit code is unknown."""
 
     returncode = None
 
@@ -95,17 +95,17 @@ class _Adopted:
             raise subprocess.TimeoutExpired("the engine", timeout or 0) from None
 
 
-def adopt() -> tuple[_Adopted, socket.socket] | None:
-    """The spare of this process's launcher with a connection to it, if there is one; at most once."""
+def attach() -> tuple[_AttachedProcess, socket.socket] | None:
+    """The launcher's prestarted engine and a connection to it, if there is one; at most once."""
     pid, _, path = os.environ.pop(VARIABLE, "").partition(":")
     if not path:
         return None
     connection = socket.socket(socket.AF_UNIX)
     try:
-        process = _Adopted(int(pid))
+        process = _AttachedProcess(int(pid))
         connection.connect(path)
-    except (OSError, ValueError, psutil.Error):  # a worker before this one had it
+    except (OSError, ValueError, psutil.Error):  # an earlier worker attached to it
         connection.close()
         return None
-    shutil.rmtree(Path(path).parent, ignore_errors=True)  # a launcher that is killed could not
+    shutil.rmtree(Path(path).parent, ignore_errors=True)  # a launcher that is killed cannot
     return process, connection

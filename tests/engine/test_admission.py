@@ -21,10 +21,10 @@ def _admission(size: int = 1, timeout_s: float = 60) -> Admission:
 
 @asynccontextmanager
 async def place_in(
-    admission: Admission, work: float, picture_bytes: int = 0
+    admission: Admission, work: float, input_image_bytes: int = 0
 ) -> AsyncGenerator[AdmissionTicket, None]:
     """A place until the block is left; all of its work is done then, if it started."""
-    place = admission.enter(work, picture_bytes)
+    place = admission.enter(work, input_image_bytes)
     try:
         await admission.wait(place)
         yield place
@@ -91,14 +91,14 @@ async def test_a_wait_at_the_door_ends_with_a_refusal_that_says_when_to_come_bac
 
 async def test_pictures_beyond_the_memory_for_them_are_refused_at_once() -> None:
     admission = Admission(QueueSettings.model_validate({"max_pictures_mb": 1}))
-    async with place_in(admission, 1.0, picture_bytes=2_000_000):  # alone it always fits
+    async with place_in(admission, 1.0, input_image_bytes=2_000_000):  # alone it always fits
         async with place_in(admission, 1.0):  # and those without pictures are not concerned
             with pytest.raises(QueueFullError, match="input images") as refusal:
-                admission.enter(1.0, picture_bytes=1)
+                admission.enter(1.0, input_image_bytes=1)
         assert 1 <= (refusal.value.retry_after_s or 0) <= 60
     async with (
-        place_in(admission, 1.0, picture_bytes=500_000),
-        place_in(admission, 1.0, picture_bytes=500_000),
+        place_in(admission, 1.0, input_image_bytes=500_000),
+        place_in(admission, 1.0, input_image_bytes=500_000),
     ):
         assert _counts(admission) == (0, 2, 0)
     assert _counts(admission) == (0, 0, 0)
@@ -279,7 +279,7 @@ async def test_requests_that_left_do_not_slow_the_measured_rate(clock: _Clock) -
     undone."""
     admission = _admission(10)
     await _run(admission, clock, seconds=10, share=1.0)
-    assert admission.rate.seconds_for(10.0) == pytest.approx(10)
+    assert admission.throughput.seconds_for(10.0) == pytest.approx(10)
     for _ in range(30):
         slow = admission.enter(600.0)
         slow.started()
@@ -287,7 +287,7 @@ async def test_requests_that_left_do_not_slow_the_measured_rate(clock: _Clock) -
             clock.now += 1
             slow.progress((second + 1) / 600)
         slow.leave()
-    assert admission.rate.seconds_for(10.0) == pytest.approx(10)
+    assert admission.throughput.seconds_for(10.0) == pytest.approx(10)
 
 
 async def test_the_work_ahead_is_what_is_left_of_it(clock: _Clock) -> None:
@@ -314,4 +314,4 @@ async def test_the_time_of_a_stalled_engine_and_its_reload_is_not_counted(clock:
         clock.now += 1
         place.progress((step + 1) / 10)
     place.leave()
-    assert admission.rate.seconds_for(10.0) == pytest.approx(10)
+    assert admission.throughput.seconds_for(10.0) == pytest.approx(10)

@@ -110,13 +110,13 @@ def test_an_event_that_cannot_be_sent_fails_its_request_and_no_other() -> None:
     ours, theirs = socket.socketpair()
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     unpicklable: Any = threading.Lock()
-    outbox.put(ipc.Happened("bad", Preview(index=0, number=0, data=unpicklable)))
-    outbox.put(ipc.Happened("good", Started()))
+    outbox.put(ipc.EventMessage("bad", Preview(index=0, number=0, data=unpicklable)))
+    outbox.put(ipc.EventMessage("good", Started()))
     writer = threading.Thread(target=worker_main._write, args=(theirs, outbox), daemon=True)
     with ours:
         ours.settimeout(30)
         writer.start()
-        assert ipc.receive(ours) == ipc.Happened("good", Started())
+        assert ipc.receive(ours) == ipc.EventMessage("good", Started())
         failed = ipc.receive(ours)
     assert isinstance(failed, ipc.Failed)
     assert failed.request_id == "bad"
