@@ -236,15 +236,17 @@ async def test_what_waits_for_a_recovering_engine_goes_to_the_one_that_is_ready_
         drawing = [asyncio.create_task(generate_all(pool, request)) for request in requests]
         await _until(lambda: pool.status().running >= 2)
         assert pool.status().waiting >= 2
-        old = pool.engine_pids()
-        _kill(pool)
-        await _until(lambda: not set(old) & set(pool.engine_pids()))
-        slow = pool.engine_pids()[0]
-        os.kill(slow, signal.SIGSTOP)
+        first, second = pool.engine_pids()
+        os.kill(second, signal.SIGKILL)
+        await _until(lambda: second not in pool.engine_pids())
+        slow = pool.engine_pids()[1]
+        os.kill(slow, signal.SIGSTOP)  # it does not come back for now
         try:
-            # What had started is tried again alone by its own engine; the second does all that waited.
+            os.kill(first, signal.SIGKILL)
+            await _until(lambda: first not in pool.engine_pids())
+            # What had started is tried again alone by its own engine; the first does all that waited.
             await _until(lambda: pool.status().waiting == 0)
-            assert [engine.state for engine in pool.status().engines] == ["recovering", "ready"]
+            assert [engine.state for engine in pool.status().engines] == ["ready", "recovering"]
         finally:
             os.kill(slow, signal.SIGCONT)
         async with asyncio.timeout(_PATIENCE_S):
