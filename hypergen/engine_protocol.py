@@ -12,8 +12,8 @@ from hypergen.request import GenerationRequest
 
 
 class RequestHandle(Protocol):
-    """One submitted request. Its events come up to the last `ImageFinished`, or until it is cancelled, and
-    are kept for one consumer, however slowly it reads. The end of a `with` block cancels the request.
+    """One submitted request. Its events end with the last `ImageFinished`, or when it is cancelled. They are
+    queued for one consumer. The end of a `with` block cancels the request.
 
     Raises:
         RequestError: instead of the next event, when the request cannot be finished.
@@ -33,43 +33,43 @@ class RequestHandle(Protocol):
         self.cancel()
 
     def queue_position(self) -> QueuePosition | None:
-        """None if it does not wait, or not any more."""
+        """None if the request does not wait."""
         ...
 
     def cancel(self) -> None:
-        """Free its place in the queue and the engine at once; nothing happens if it has ended."""
+        """Remove the request from the queue and the engine at once; does nothing if it has ended."""
         ...
 
 
 class ImageGenerator(Protocol):
-    """What generates images, as the HTTP half sees it: the pool of engine processes."""
+    """The interface of the pool of engine processes to the HTTP process."""
 
     def model_info(self, name: str | None = None) -> ModelInfo | None:
-        """The served model of this name, else the first; None until they are loaded."""
+        """The served model of this name, else the first; None until the models are loaded."""
         ...
 
     def status(self) -> ServerStatus:
-        """The state right now; never waits."""
+        """The current state; never waits."""
         ...
 
     async def submit(
         self, request: GenerationRequest, on_event: Callable[[Event], None] | None = None
     ) -> RequestHandle:
-        """Admit a request. This does not wait for the overflow queue: if the wait there ends with a refusal,
-        the events raise `QueueFullError`.
+        """Admit a request. This does not wait for the overflow queue: if the wait there times out, the events
+        raise `QueueFullError`.
 
         Args:
-            on_event: called as each event arrives, whenever it is read.
+            on_event: called as each event arrives, before it is read.
 
         Raises:
-            QueueFullError: there is no room, not even in the overflow queue.
+            QueueFullError: the request queue and the overflow queue are full.
             UnavailableError: no engine is ready.
         """
         ...
 
 
 async def generate_all(generator: ImageGenerator, request: GenerationRequest) -> list[ImageFinished]:
-    """Generate every image of a request and give them back in order."""
+    """Generate all images of a request; returns them in order."""
     with await generator.submit(request) as handle:
         images = [event async for event in handle if isinstance(event, ImageFinished)]
     if len(images) != request.n:

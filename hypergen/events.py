@@ -1,4 +1,4 @@
-"""What an engine reports of its requests and of itself: plain frozen values that can be pickled."""
+"""Events of a request and the status of an engine: plain frozen values that can be pickled."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-# exact: rows of one forward pass do not depend on their neighbours, proved by a probe; close: they do, in the
-# last bits.
+# exact: by a probe the rows of a forward pass are batch-invariant; close: they differ in the last bits.
 Verdict = Literal["exact", "close"]
 
 
@@ -15,7 +14,7 @@ State = Literal["loading", "ready", "recovering", "failed", "draining"]
 
 
 class RequestState(StrEnum):
-    """Where a request is on its way."""
+    """The stage of a request."""
 
     WAITING = "waiting"
     PREPARING = "preparing"
@@ -28,12 +27,12 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first image of the request joined the batch: the request no longer waits."""
+    """The first image of the request joined a batch: the request no longer waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Denoising steps done and due, over all images of the request."""
+    """Denoising steps done and in total, over all images of the request."""
 
     step: int
     steps: int
@@ -41,27 +40,27 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFinished:
-    """One finished picture as the bytes of its file."""
+    """One finished image as the bytes of its file."""
 
     index: int
     seed: int
     data: bytes
     prompt_tokens: int
-    # Forward passes in which rows of other requests ran beside this image's.
+    # Forward passes that this image shared with rows of other requests.
     shared_forwards: int
-    engine_s: float = 0.0  # seconds from when the engine took the request to decoded pixels
-    encode_s: float = 0.0  # seconds that a thread took to write the file
+    engine_s: float = 0.0  # seconds from the engine's receipt of the request to decoded pixels
+    encode_s: float = 0.0  # seconds to encode the file, in a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What a running image would be if it ended now, as the bytes of a file.
+    """The predicted result of a running image, as the bytes of a file.
 
-    After the death of an engine an image starts again and its previews come again, with the same numbers.
+    After an engine crash an image restarts, and its previews come again with the same numbers.
     """
 
     index: int
-    number: int  # 0, 1, 2 ... of this image
+    number: int  # 0, 1, 2 ... within this image
     data: bytes
 
 
@@ -70,7 +69,7 @@ Event = Started | Progress | Preview | ImageFinished
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """What one engine last said of itself."""
+    """The last reported status of one engine."""
 
     state: State
     device: str | None = None
@@ -78,17 +77,17 @@ class EngineStatus:
     determinism: dict[str, Verdict] = field(
         default_factory=dict[str, Verdict]
     )  # "512x512" -> verdict of the probe
-    forwards: int = 0  # forward passes since the start
-    image_steps: int = 0  # images in those passes, summed
+    forwards: int = 0  # forward passes since the start of the process
+    image_steps: int = 0  # images in those passes, in total
     restarts: int = 0
-    models: tuple[str, ...] = ()  # ids of those in memory
-    # Stage of the start -> seconds it took: imports, weights, warm-up.
+    models: tuple[str, ...] = ()  # ids of the models in memory
+    # Seconds of each stage of the start: imports, weights, warm-up.
     startup_s: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatus:
-    """What `/health` tells: the state of the whole, its requests, and each engine."""
+    """The content of `/health`: the state of the server, its requests, and each engine."""
 
     state: State
     reason: str | None
@@ -99,13 +98,13 @@ class ServerStatus:
 
     @property
     def queue_size(self) -> int:
-        """Requests accepted and unfinished, the door included."""
+        """Unfinished requests, including the overflow queue."""
         return self.running + self.waiting + self.overflow
 
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """What a waiting request has before it."""
+    """Queue position and estimated completion time of a waiting request."""
 
-    position: int  # requests that came earlier and wait too
-    expected_s: float | None  # until its pictures are done, at the measured pace; None: nothing measured yet
+    position: int  # number of waiting requests that came earlier
+    expected_s: float | None  # until its images are done, at the measured throughput; None before that

@@ -1,7 +1,7 @@
-"""What the pool and an engine process say to each other, over a private pair of sockets.
+"""Messages between the pool and an engine process, over a private pair of sockets.
 
-A message is a pickle with its length before it. Both ends are our own processes and the sockets have no name,
-so nothing else can write to them. Finished files cross, never pixels or tensors.
+A message is a pickle, preceded by its length. Both ends are our own processes and the sockets have no name,
+so nothing else can write to them. Images cross as files, never as pixels or tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LENGTH = struct.Struct(">Q")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Pool to engine, first of all: what to load."""
+    """Pool to engine, the first message: the models to load."""
 
     models: tuple[ServedModel, ...]
 
@@ -40,12 +40,12 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Pool to engine: leave now."""
+    """Pool to engine: exit now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Engine to pool: ready to draw."""
+    """Engine to pool: the models are loaded."""
 
     model_infos: tuple[ModelInfo, ...]
     status: EngineStatus
@@ -70,7 +70,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Engine to pool, every second: how long ago the last step began, and the status."""
+    """Engine to pool, every second: seconds since the last step began, and the status."""
 
     step_age_s: float
     status: EngineStatus
@@ -82,7 +82,7 @@ def send(connection: socket.socket, message: Any) -> None:
 
 
 def receive(connection: socket.socket) -> Any:
-    """The next message; None when the other side is gone."""
+    """The next message; None if the other side closed the connection."""
     head = _receive_exactly(connection, _LENGTH.size)
     if head is None:
         return None

@@ -1,11 +1,11 @@
-"""What the HTTP process knows of a served model."""
+"""What the HTTP process knows about a served model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-# What not every family can do, by the field of `GenerationRequest` that asks for it.
+# Capabilities that not every family has, named after the field of `GenerationRequest` that uses them.
 Option = Literal[
     "prompt_2", "negative_prompt", "true_cfg_scale", "enable_refiner", "image", "mask", "control", "loras"
 ]
@@ -13,7 +13,7 @@ Option = Literal[
 
 @dataclass(frozen=True, slots=True)
 class ModelDefaults:
-    """What a request gets that does not say."""
+    """Values for the fields that a request leaves out."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -23,18 +23,18 @@ class ModelDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What the HTTP half knows about a loaded model; dialects check requests against it and nothing else."""
+    """The properties of a loaded model; dialects validate requests against nothing else."""
 
     id: str
     family: str
     defaults: ModelDefaults
-    samplers: dict[str, int]  # public name -> fewest steps it can do
-    min_steps: int  # of the scheduler that the model was published with
+    samplers: dict[str, int]  # public name -> minimum number of steps
+    min_steps: int  # of the model's own scheduler
     device: str
     dtype: str
     options: frozenset[Option] = frozenset()
-    loras: tuple[str, ...] = ()  # names that requests may use
-    lora_folders: tuple[str, ...] = ()  # whose files they may give by path
-    default_lora: str | None = None  # for requests that name none
+    loras: tuple[str, ...] = ()  # names for requests
+    lora_folders: tuple[str, ...] = ()  # folders whose files requests may name by path
+    default_lora: str | None = None  # for requests without one
     max_loras: int = 0  # in one request
     control_models: tuple[str, ...] = ()

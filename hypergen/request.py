@@ -1,4 +1,4 @@
-"""What a client asked for: plain frozen values that can be pickled, without tensors and HTTP."""
+"""A generation request: plain frozen values that can be pickled, without tensors and HTTP."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Preprocessor = Literal["none", "canny"]
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that a client sent: decoded, upright, and of the size that is asked for.
+class InputImage:
+    """An image that a client sent: decoded, upright, and resized to the requested size.
 
-    `pixels` are rows of bytes from the top left: three for each pixel (RGB), one in a mask.
+    `pixels` are rows of bytes from the top left: three per pixel (RGB), one in a mask.
     """
 
     width: int
@@ -24,15 +24,15 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
-    """A picture that a control model follows.
+class ControlInput:
+    """The input of a ControlNet.
 
-    `preprocessor` says what is done to it first. `start` and `end` are the shares of the steps between which
-    it is followed.
+    `preprocessor` is applied to `image` first. The ControlNet is active between the shares `start` and `end`
+    of the steps.
     """
 
     model: str
-    image: Picture
+    image: InputImage
     preprocessor: Preprocessor = "none"
     scale: float = 1.0
     start: float = 0.0
@@ -41,12 +41,12 @@ class Control:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One request for `n` pictures: defaults resolved, ranges checked, seed drawn.
+    """One request for `n` images: defaults resolved, ranges checked, seed chosen.
 
-    Image j starts from `seed + j`. `seed_given` tells whether the client asked for this seed, and so for
-    these bytes. With an `image`, `strength` (0..1) says how much of it may change; with a `mask`, only what
-    is 255 in it is drawn and the rest is kept. `loras` are names that the server knows, with their weights;
-    the order is the one in which they are summed.
+    Image j uses `seed + j`. `seed_given` is true if the client sent the seed, and so expects the same bytes.
+    With an `image`, `strength` (0..1) is the share of the steps that run; with a `mask`, only pixels that are
+    255 in it are generated and the rest is kept. `loras` are names in the server's registry with their
+    weights, in the order in which they are summed.
     """
 
     id: str
@@ -59,28 +59,28 @@ class GenerationRequest:
     seed: int
     seed_given: bool
     n: int = 1
-    sampler: str | None = None  # None: the scheduler that the model was published with
+    sampler: str | None = None  # None: the model's own scheduler
     model: str | None = None  # id of a served model; None: the first
     prompt_2: str | None = None  # for the second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
-    # How far away from the negative prompt, where guidance_scale means something else; None: the model's own.
+    # Classifier-free guidance for models whose guidance_scale is an input; None: the model's default.
     true_cfg_scale: float | None = None
     enable_refiner: bool = False
-    image: Picture | None = None
+    image: InputImage | None = None
     strength: float = 1.0
-    mask: Picture | None = None
-    control: Control | None = None
+    mask: InputImage | None = None
+    control: ControlInput | None = None
     loras: tuple[tuple[str, float], ...] = ()
     output_format: OutputFormat = "png"
     output_compression: int = 100
-    partial_images: int = 0  # previews of each image while it is drawn
+    partial_images: int = 0  # previews per image
     metadata: bool = True
 
     @property
     def work(self) -> float:
-        """Rough cost for queue estimates: megapixels x steps x images, twice when guided.
+        """Rough cost for queue estimates: megapixels x steps x images, twice with guidance.
 
-        Of a picture that is changed only the steps that its strength leaves count.
+        With an input image only the share `strength` of the steps counts.
         """
         rows = 2 if self.guidance_scale > 1 else 1
         steps = self.num_inference_steps * (self.strength if self.image is not None else 1)
@@ -88,10 +88,10 @@ class GenerationRequest:
 
     @property
     def input_image_bytes(self) -> int:
-        """Memory of the pictures that it came with."""
-        pictures = (self.image, self.mask, self.control and self.control.image)
-        return sum(len(picture.pixels) for picture in pictures if picture is not None)
+        """Memory of the input images."""
+        images = (self.image, self.mask, self.control and self.control.image)
+        return sum(len(image.pixels) for image in images if image is not None)
 
     def without_input_images(self) -> Self:
-        """The same without what takes memory."""
+        """The same request without its input images."""
         return replace(self, image=None, mask=None, control=None)

@@ -14,7 +14,7 @@ from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.images.decoding import decode, from_base64, to_picture
 from hypergen.metrics import Price
 from hypergen.model_info import ModelInfo, Option
-from hypergen.request import Control, GenerationRequest, Preprocessor
+from hypergen.request import ControlInput, GenerationRequest, Preprocessor
 
 MAX_SEED = 2**63 - 1
 SMALLEST_SIDE = 64
@@ -236,7 +236,7 @@ def read_control(
     names: tuple[str, str],
     size: tuple[int, int],
     description: ModelInfo,
-) -> Control | None:
+) -> ControlInput | None:
     """The control picture of a request and the model that follows it.
 
     Args:
@@ -265,7 +265,7 @@ def read_control(
         message = "'control_guidance_start' must be less than 'control_guidance_end'."
         raise InvalidRequestError(message, param="control_guidance_start")
     data = image if isinstance(image, bytes) else from_base64(image, image_param)
-    return Control(
+    return ControlInput(
         model=model,
         image=to_picture(decode(data, image_param), *size),
         preprocessor=asked.control_preprocessor,

@@ -21,7 +21,7 @@ from hypergen.denoising.offload import device_of
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.images.geometry import resize_to_generation_size
 from hypergen.model_store.hub import with_revision
-from hypergen.request import Control
+from hypergen.request import ControlInput
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype)
 
 
 def follow(
-    control: Control | None,
+    control: ControlInput | None,
     models: Mapping[str, nn.Module],
     size: tuple[int, int],
     scheduler: Any,

@@ -9,7 +9,7 @@ import torch
 from hypergen.conditioning.image_tensors import to_image
 from hypergen.conditioning.latent_space import Beginning, LatentSpace, with_noise
 from hypergen.images.geometry import resize_to_generation_size
-from hypergen.request import GenerationRequest, Picture
+from hypergen.request import GenerationRequest, InputImage
 
 
 def first_step(request: GenerationRequest, scheduler: Any) -> int:
@@ -33,7 +33,7 @@ def skip_steps(scheduler: Any, steps: int) -> int:
 
 def begin(
     request: GenerationRequest,
-    picture: Picture,
+    picture: InputImage,
     scheduler: Any,
     space: LatentSpace,
     size: tuple[int, int],

@@ -17,7 +17,7 @@ from PIL import Image, ImageChops
 from hypergen.errors import InvalidRequestError
 from hypergen.images.geometry import resize_input_image
 from hypergen.images.image_files import TooManyPartsError, pixels_and_orientation
-from hypergen.request import Picture
+from hypergen.request import InputImage
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # By the header, before anything is decoded: a bomb of a few kB would else fill the memory.
@@ -141,17 +141,17 @@ def decode(data: bytes, param: str) -> Image.Image:
         raise _unreadable(param) from None
 
 
-def to_picture(image: Image.Image, width: int, height: int) -> Picture:
+def to_picture(image: Image.Image, width: int, height: int) -> InputImage:
     """A decoded picture at the asked size; what is transparent becomes white."""
     raise_if_cancelled()
     if image.mode == "RGBA":
         opaque = Image.new("RGB", image.size, "white")
         opaque.paste(image, mask=image.getchannel("A"))
         image = opaque
-    return Picture(width, height, resize_input_image(image, (width, height)).tobytes())
+    return InputImage(width, height, resize_input_image(image, (width, height)).tobytes())
 
 
-def to_mask(image: Image.Image, width: int, height: int) -> Picture:
+def to_mask(image: Image.Image, width: int, height: int) -> InputImage:
     """A decoded mask at the asked size: one byte a pixel, 255 where to draw, 0 where to keep.
 
     What is transparent is drawn and what is opaque is kept; in a mask without transparency, what is white is
@@ -159,7 +159,7 @@ def to_mask(image: Image.Image, width: int, height: int) -> Picture:
     """
     raise_if_cancelled()
     draw = ImageChops.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
-    return Picture(width, height, resize_input_image(draw, (width, height)).tobytes())
+    return InputImage(width, height, resize_input_image(draw, (width, height)).tobytes())
 
 
 def _too_large(param: str, size: str) -> InvalidRequestError:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from hypergen.images.geometry import resize_to_request_size
 from hypergen.images.png import write_png
-from hypergen.request import GenerationRequest, Picture
+from hypergen.request import GenerationRequest, InputImage
 
 # The name of the picture's settings in PNG text; elsewhere they are the EXIF image description.
 METADATA_KEY = "hypergen"
@@ -85,7 +85,7 @@ def encode(pixels: np.ndarray, request: GenerationRequest, index: int, model_id:
     return file.getvalue()
 
 
-def _to_image(picture: Picture) -> Image.Image:
+def _to_image(picture: InputImage) -> Image.Image:
     size = (picture.width, picture.height)
     return Image.frombytes("L" if len(picture.pixels) == size[0] * size[1] else "RGB", size, picture.pixels)
 
@@ -127,5 +127,5 @@ def _conditions(request: GenerationRequest) -> dict[str, Any]:
     return conditions
 
 
-def _digest(picture: Picture) -> str:
+def _digest(picture: InputImage) -> str:
     return hashlib.sha256(picture.pixels).hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from hypergen.request import Picture
+from hypergen.request import InputImage
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -47,7 +47,7 @@ def resize_input_image(image: Image.Image, size: Size) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
-def resize_to_generation_size(image: Picture, size: Size) -> np.ndarray:
+def resize_to_generation_size(image: InputImage, size: Size) -> np.ndarray:
     """The inverse of `resize_to_request_size`: what this puts in a place, that takes from the same place.
 
     Where the generation size is a little larger, the edges are repeated outwards; else it is resized.

@@ -11,18 +11,18 @@ from PIL import Image
 
 from hypergen.errors import InvalidRequestError
 from hypergen.images.decoding import decode, from_base64, to_mask, to_picture
-from hypergen.request import Picture
+from hypergen.request import InputImage
 from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient, png_header
 
 ORIENTATION = 0x0112
 
 
-def pixels(picture: Picture, channels: int = 3) -> np.ndarray:
+def pixels(picture: InputImage, channels: int = 3) -> np.ndarray:
     shape = (picture.height, picture.width, channels)
     return np.frombuffer(picture.pixels, np.uint8).reshape(shape).astype(int)
 
 
-def difference(picture: Picture, image: Image.Image) -> float:
+def difference(picture: InputImage, image: Image.Image) -> float:
     return float(np.abs(pixels(picture) - np.asarray(image.convert("RGB"), int)).mean())
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 from hypergen.engine.scheduler import group_key
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.models import loading
-from hypergen.request import Control, GenerationRequest
+from hypergen.request import ControlInput, GenerationRequest
 from tests.support.diffusers_edits import (
     assert_same,
     draw,
@@ -67,7 +67,7 @@ def controlled(sd_folder: Path, sources: dict[str, str]) -> Any:
 def _request(model: str = "edges", **changes: Any) -> GenerationRequest:
     names = ("scale", "start", "end", "preprocessor")
     options = {name: changes.pop(name) for name in names if name in changes}
-    control = Control(model=model, image=picture(seed=4), **options)
+    control = ControlInput(model=model, image=picture(seed=4), **options)
     given: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0, **changes}
     return make_request(control=control, **given)
 

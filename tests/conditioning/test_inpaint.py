@@ -14,7 +14,7 @@ from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.scheduler import group_key
 from hypergen.errors import InvalidRequestError
 from hypergen.models import loading
-from hypergen.request import GenerationRequest, Picture
+from hypergen.request import GenerationRequest, InputImage
 from tests.support.diffusers_edits import assert_same, draw, left_half, picture, pixels_of, to_pillow
 from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
 
@@ -105,8 +105,8 @@ def test_a_model_that_reads_the_mask_draws_as_the_stock_pipeline(inpainting_fold
     family: Any = loading.load(inpainting_folder, make_settings())
     stock: Any = StableDiffusionInpaintPipeline.from_pretrained(inpainting_folder, safety_checker=None)
     # Without a mask all of the picture is drawn over, and without a picture a grey one is.
-    everything = Picture(64, 64, b"\xff" * 64 * 64)
-    grey = Picture(64, 64, b"\x80" * 3 * 64 * 64)
+    everything = InputImage(64, 64, b"\xff" * 64 * 64)
+    grey = InputImage(64, 64, b"\x80" * 3 * 64 * 64)
     requests = [
         (_request(sampler="ddpm"), {}),
         (_request(guidance_scale=5.0, strength=1.0, sampler="euler_a"), {}),

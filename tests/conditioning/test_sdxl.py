@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from hypergen.models import loading
-from hypergen.request import Control
+from hypergen.request import ControlInput
 from tests.conditioning.test_controlnet import random_control_model
 from tests.support.diffusers_edits import assert_same, draw, left_half, picture, pixels_of, to_pillow
 from tests.support.lora_files import save_lora, stock_picture
@@ -55,7 +55,7 @@ def test_pictures_masks_and_control_models_are_those_of_the_stock_pipelines(
     family: Any, parts: dict[str, Any]
 ) -> None:
     sent, mask = picture(), left_half()
-    control = Control(model="edges", image=picture(seed=4), scale=0.8, start=0.0, end=0.6)
+    control = ControlInput(model="edges", image=picture(seed=4), scale=0.8, start=0.0, end=0.6)
     text = make_request(**_STEPS)
     from_picture = make_request(**_STEPS, image=sent, strength=0.6)
     inside = make_request(**_STEPS, image=sent, mask=mask, strength=0.9)

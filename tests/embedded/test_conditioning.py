@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from hypergen.images import encoding
 from hypergen.models import loading
-from hypergen.request import GenerationRequest, Picture
+from hypergen.request import GenerationRequest, InputImage
 from tests.support.diffusers_edits import left_half, pixels_of
 from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
 
@@ -25,13 +25,13 @@ def family() -> Any:
     return loading.load(EMBEDDED, make_settings())
 
 
-def _red_circle(width: int, height: int, box: tuple[int, int, int, int]) -> Picture:
+def _red_circle(width: int, height: int, box: tuple[int, int, int, int]) -> InputImage:
     image = Image.new("RGB", (width, height), (245, 245, 245))
     ImageDraw.Draw(image).ellipse(box, fill=RED)
-    return Picture(width, height, image.tobytes())
+    return InputImage(width, height, image.tobytes())
 
 
-def _request(picture: Picture, **changes: Any) -> GenerationRequest:
+def _request(picture: InputImage, **changes: Any) -> GenerationRequest:
     given: dict[str, Any] = {
         "width": picture.width,
         "height": picture.height,
@@ -47,7 +47,7 @@ def _near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     return np.abs(pixels.astype(int) - colour).max(axis=2) < 60
 
 
-def _array(picture: Picture) -> np.ndarray:
+def _array(picture: InputImage) -> np.ndarray:
     return np.frombuffer(picture.pixels, np.uint8).reshape(picture.height, picture.width, 3)
 
 

@@ -22,7 +22,7 @@ from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_protocol import RequestHandle, generate_all
 from hypergen.errors import GenerationError, RequestError, UnavailableError
 from hypergen.events import ImageFinished, Progress, Started, State
-from hypergen.request import GenerationRequest, Picture
+from hypergen.request import GenerationRequest, InputImage
 from tests.support.sync_engine import make_request, make_settings, served
 
 _PATIENCE_S = 120  # for a busy machine; nothing here takes a tenth of it
@@ -216,7 +216,7 @@ async def test_input_images_that_are_given_back_to_a_client_that_reads_nothing_h
     sd_folder: Path,
 ) -> None:
     """With strength 0 nothing is denoised, so the request never starts."""
-    image = Picture(64, 64, bytes(64 * 64 * 3))
+    image = InputImage(64, 64, bytes(64 * 64 * 3))
     async with _pool(sd_folder, queue=1) as pool:
         mutes = [await pool.submit(make_request(image=image, strength=0.0, n=2)) for _ in range(3)]
         for mute in mutes:

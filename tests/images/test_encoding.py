@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hypergen.images.encoding import FORMATS, encode
-from hypergen.request import Control, GenerationRequest, Picture
+from hypergen.request import ControlInput, GenerationRequest, InputImage
 
 
 def request(width: int = 64, height: int = 64, **changes: Any) -> GenerationRequest:
@@ -82,7 +82,7 @@ def test_metadata_is_of_the_image_and_not_of_its_request() -> None:
     assert json.loads(Image.open(BytesIO(of_many)).info["hypergen"])["seed"] == 7
 
 
-_SENT = Picture(64, 64, bytes(3 * 64 * 64))
+_SENT = InputImage(64, 64, bytes(3 * 64 * 64))
 # Another value for everything in a request that determines a picture.
 _OTHERS: dict[str, Any] = {
     "prompt": "a blue circle",
@@ -97,10 +97,10 @@ _OTHERS: dict[str, Any] = {
     "prompt_2": "in oil",
     "negative_prompt_2": "blurred",
     "enable_refiner": True,
-    "image": Picture(64, 64, b"\1" * (3 * 64 * 64)),
+    "image": InputImage(64, 64, b"\1" * (3 * 64 * 64)),
     "strength": 0.5,
-    "mask": Picture(64, 64, bytes(64 * 64)),
-    "control": Control(model="canny", image=_SENT),
+    "mask": InputImage(64, 64, bytes(64 * 64)),
+    "control": ControlInput(model="canny", image=_SENT),
     "loras": (("style", 0.5),),
 }
 # How it is answered, or told elsewhere.

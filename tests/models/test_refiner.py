@@ -14,7 +14,7 @@ from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.errors import ModelError
 from hypergen.models import loading
 from hypergen.models.family import Family
-from hypergen.request import Control, GenerationRequest
+from hypergen.request import ControlInput, GenerationRequest
 from tests.conditioning.test_controlnet import random_control_model
 from tests.support.compare_with_diffusers import (
     assert_drawn_as_by_stock,
@@ -97,7 +97,7 @@ def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: P
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
     random_control_model(pipeline.components, 1).save_pretrained(tmp_path)
     family = loading.load(base, make_settings(refiner=str(refiner), controlnet={"edges": str(tmp_path)}))
-    control = Control(model="edges", image=picture(seed=4))
+    control = ControlInput(model="edges", image=picture(seed=4))
     plain = draw_alone(family, _REFINED)
     assert (draw_alone(family, replace(_REFINED, control=control)) != plain).any()
     assert (draw_alone(family, replace(_REFINED, control=replace(control, scale=0.0))) == plain).all()

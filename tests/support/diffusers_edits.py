@@ -12,26 +12,26 @@ import torch
 from PIL import Image
 
 from hypergen.denoising.schedulers import SAMPLERS
-from hypergen.request import GenerationRequest, Picture
+from hypergen.request import GenerationRequest, InputImage
 
 
-def picture(width: int = 64, height: int = 64, seed: int = 0) -> Picture:
+def picture(width: int = 64, height: int = 64, seed: int = 0) -> InputImage:
     """Smooth colours with a hard edge, and nothing in it that is symmetric."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (5 + channel) + seed) + np.cos(y / (7 - channel)) for channel in range(3)]
     pixels = (np.stack(waves, axis=2) * 60 + 128).astype(np.uint8)
     pixels[height // 4 : height // 2, : width // 3] = (250, 10, 60)
-    return Picture(width, height, pixels.tobytes())
+    return InputImage(width, height, pixels.tobytes())
 
 
-def left_half(width: int = 64, height: int = 64, drawn: int = 255) -> Picture:
+def left_half(width: int = 64, height: int = 64, drawn: int = 255) -> InputImage:
     """A mask of which the left half is drawn."""
     mask = np.zeros((height, width), np.uint8)
     mask[:, : width // 2] = drawn
-    return Picture(width, height, mask.tobytes())
+    return InputImage(width, height, mask.tobytes())
 
 
-def to_pillow(sent: Picture) -> Image.Image:
+def to_pillow(sent: InputImage) -> Image.Image:
     mode = "RGB" if len(sent.pixels) == 3 * sent.width * sent.height else "L"
     return Image.frombytes(mode, (sent.width, sent.height), sent.pixels)
 
