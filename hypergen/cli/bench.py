@@ -1,7 +1,7 @@
 """`hypergen bench URL`: an open-loop load generator for any server with OpenAI's images API.
 
 Open loop: a request is sent at its planned time, whatever is unfinished. Latency counts from that time and
-not from the send, so that a client that falls behind hides no wait ("coordinated omission", Gil Tene, 2013).
+not from the send, so that a client that falls behind hides no delay ("coordinated omission", Gil Tene, 2013).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True)
 class PlannedRequest:
-    """A body and when it is sent, in seconds since the start of the run."""
+    """A request body and the time of its arrival, in seconds since the start of the run."""
 
     arrival_s: float
     body: dict[str, Any]
@@ -37,7 +37,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished request; all times but the latency are seconds since the start of the run."""
+    """A finished request; all times except the latency are seconds since the start of the run."""
 
     arrival_s: float
     sent_s: float
@@ -60,15 +60,15 @@ def plan_requests(
     model: str | None = None,
     seed_requests: bool = False,
 ) -> list[PlannedRequest]:
-    """Poisson arrivals at a mean rate, and for each a prompt, a size and a number of steps by chance.
+    """Poisson arrivals at a mean rate, each with a random prompt, size and number of steps.
 
-    A field without a choice is not sent, so that other servers see only fields that they know.
+    A field without values is not sent, so that other servers get only fields that they support.
 
     Args:
         rate: requests per second; infinity sends all at once.
     """
     generator = random.Random(seed)
-    # First all arrivals, so that they are the same for every mix.
+    # All arrivals first, so that they are the same for every mix.
     gaps = [generator.expovariate(rate) for _ in range(requests - 1)]
     planned: list[PlannedRequest] = []
     for index, arrival_s in enumerate(accumulate(gaps, initial=0.0)):
@@ -105,7 +105,7 @@ async def send_requests(
 ) -> None:
     """Send each request at its time; results are reported as they finish."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    # A limit would close the loop. With keep-alive a request could meet a connection that is being closed.
+    # A connection limit would close the loop. With keep-alive a request may use a connection being closed.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
         httpx.AsyncClient(headers=headers, limits=limits, timeout=None) as client,
@@ -134,7 +134,7 @@ async def send_requests(
 
 
 def _read_response(response: httpx.Response) -> tuple[int, str | None, str | None]:
-    """The number of images, and the kind of error with its message if there is none."""
+    """The number of images, and otherwise the error class and its message."""
     try:
         content = response.json()
     except ValueError:
@@ -150,7 +150,7 @@ def _read_response(response: httpx.Response) -> tuple[int, str | None, str | Non
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
-    """Latencies are those of the requests that succeeded; None where there are none."""
+    """Counts, rates and latencies; latencies are of successful requests, None if there are none."""
     latencies = [result.latency_s for result in results if not result.error]
     # From the first arrival to the last response.
     duration_s = max((result.finished_s for result in results), default=0.0)
@@ -164,7 +164,7 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
         "mean_s": sum(latencies) / len(latencies) if latencies else None,
         **{f"p{percent}_s": value for percent, value in zip(PERCENTILES, values, strict=True)},
         "max_s": max(latencies, default=None),
-        # How far the client itself fell behind: the measurement is only as good as this is small.
+        # How late the client itself sent: a large value makes the measurement invalid.
         "max_send_delay_s": max((result.sent_s - result.arrival_s for result in results), default=0.0),
         "errors": dict(Counter(result.error for result in results if result.error)),
     }
@@ -173,7 +173,7 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
 def run_bench(
     endpoint: str, api_key: str | None, planned: Sequence[PlannedRequest], timeout_s: float
 ) -> tuple[list[Result], bool]:
-    """Send what is planned and show the progress; returns the results, and whether Ctrl-C ended the run."""
+    """Send the requests and show the progress; returns the results, and whether Ctrl-C ended the run."""
     results: list[Result] = []
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -191,13 +191,13 @@ def run_bench(
 
 
 def _label(result: Result) -> str:
-    """The part of the mix that the request belongs to."""
+    """The size and steps of the request."""
     steps = result.body.get("num_inference_steps")
     return result.body.get("size", "default size") + (f", {steps} steps" if steps else "")
 
 
 def print_results(results: Sequence[Result], console: Console) -> None:
-    """Latency by size and steps, the throughput, and the errors by kind, each with its first message."""
+    """Latency by size and steps, the throughput, and the errors by class, each with its first message."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(_label(result), []).append(result)
@@ -224,7 +224,7 @@ def print_results(results: Sequence[Result], console: Console) -> None:
 
 
 def plot_results(results: Sequence[Result], file: Path) -> None:
-    """Latency over the time of arrival, and its distribution, as a PNG."""
+    """Write a PNG of the latency over the time of arrival, and of its distribution."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

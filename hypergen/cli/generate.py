@@ -1,4 +1,4 @@
-"""Drawing from the command line: one engine for one request, with a progress bar, no server."""
+"""`hypergen generate`: one engine for one request, with a progress bar, without a server."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ from hypergen.images.encoding import FORMATS
 from hypergen.model_info import ModelInfo
 from hypergen.served_model import ServedModel
 
-_ENDINGS = {".jpeg": "jpeg", **{f".{kind.extension}": name for name, kind in FORMATS.items()}}
+_FORMATS = {".jpeg": "jpeg", **{f".{file_format.extension}": name for name, file_format in FORMATS.items()}}
 
 
-def draw_files(
+def generate_files(
     settings: Settings, model: ServedModel, options: dict[str, Any], output: Path
 ) -> list[tuple[Path, int]]:
-    """Draw one request into files; returns them with their seeds.
+    """Generate the images of one request; returns their files and seeds.
 
     Args:
         options: fields of an OpenAI request; None means not given.
 
     Raises:
-        ConfigurationError: the output's ending is no format that can be written.
-        InvalidRequestError: an option does not fit.
+        ConfigurationError: the extension of `output` is no known format.
+        InvalidRequestError: an option is invalid.
         ModelError: the model cannot be loaded.
     """
-    if output.suffix.lower() not in _ENDINGS:
-        raise ConfigurationError(f"The ending of {output.name} must be one of {', '.join(sorted(_ENDINGS))}.")
+    if output.suffix.lower() not in _FORMATS:
+        raise ConfigurationError(
+            f"The extension of {output.name} must be one of {', '.join(sorted(_FORMATS))}."
+        )
     body = {name: value for name, value in options.items() if value is not None}
-    body["output_format"] = _ENDINGS[output.suffix.lower()]
-    images = asyncio.run(_draw(settings, model, body))
+    body["output_format"] = _FORMATS[output.suffix.lower()]
+    images = asyncio.run(_generate(settings, model, body))
     output.parent.mkdir(parents=True, exist_ok=True)
     files: list[tuple[Path, int]] = []
     for image in images:
@@ -50,19 +52,19 @@ def draw_files(
     return files
 
 
-async def _draw(settings: Settings, model: ServedModel, body: dict[str, Any]) -> list[ImageFinished]:
+async def _generate(settings: Settings, model: ServedModel, body: dict[str, Any]) -> list[ImageFinished]:
     pool = EnginePool(settings, accelerators=[{}])
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading", total=None)
         try:
             await pool.start([model])
-            description = await _loaded(pool)
-            asked = openai_images.to_request(body, description, settings.server, uuid.uuid4().hex).generation
+            model_info = await _wait_until_loaded(pool)
+            request = openai_images.to_request(body, model_info, settings.server, uuid.uuid4().hex).generation
             images: list[ImageFinished] = []
-            async for event in await pool.submit(asked):
+            async for event in await pool.submit(request):
                 if isinstance(event, events.Progress):
-                    progress.update(task, description="drawing", completed=event.step, total=event.steps)
+                    progress.update(task, description="generating", completed=event.step, total=event.steps)
                 elif isinstance(event, ImageFinished):
                     images.append(event)
             return sorted(images, key=lambda image: image.index)
@@ -70,10 +72,10 @@ async def _draw(settings: Settings, model: ServedModel, body: dict[str, Any]) ->
             await pool.stop()
 
 
-async def _loaded(pool: EnginePool) -> ModelInfo:
-    while (description := pool.model_info()) is None:
+async def _wait_until_loaded(pool: EnginePool) -> ModelInfo:
+    while (model_info := pool.model_info()) is None:
         status = pool.status()
         if status.state == "failed":
             raise ModelError(f"The model could not be loaded: {status.reason}")
         await asyncio.sleep(0.02)
-    return description
+    return model_info

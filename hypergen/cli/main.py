@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-# Before anything imports bentoml or a hub client: nothing is reported to anybody.
+# Disable telemetry before bentoml or a hub client is imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -28,20 +28,20 @@ Command = Callable[..., None]
 
 
 def setting_options(*names: str) -> Callable[[Command], Command]:
-    """Flags for settings: name, type, help, unit and default follow from the fields; no names means all."""
+    """Flags generated from the fields of the settings, by default from all."""
 
     def add(command: Command) -> Command:
         chosen = [
             (name, field) for _, name, field in fields() if (not names or name in names) and name != "models"
         ]
         for name, field in reversed(chosen):
-            several = get_origin(field.annotation) in (dict, tuple)
+            repeatable = get_origin(field.annotation) in (dict, tuple)
             command = click.option(
                 *_declaration(name, field),
                 type=_type(field),
-                multiple=several,
+                multiple=repeatable,
                 default=None,
-                callback=_given if several else None,
+                callback=_none_if_absent if repeatable else None,
                 help=_help(field),
             )(command)
         return command
@@ -49,8 +49,8 @@ def setting_options(*names: str) -> Callable[[Command], Command]:
     return add
 
 
-def _given(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> Any:
-    """None for a flag that may be repeated and was not given at all."""
+def _none_if_absent(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> Any:
+    """None for a repeatable flag that was not given."""
     return value or None
 
 
@@ -62,13 +62,13 @@ def _declaration(name: str, field: FieldInfo) -> list[str]:
 def _type(field: FieldInfo) -> Any:
     if get_origin(field.annotation) is tuple:
         return click.Path(path_type=Path) if Path in get_args(field.annotation) else str
-    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
-    kind = kinds[0]
+    types = [arg for arg in get_args(field.annotation) if arg is not type(None)] or [field.annotation]
+    first = types[0]
     if get_origin(field.annotation) is Literal:
-        return click.Choice(kinds)
-    if get_origin(kind) is Literal:
-        return click.Choice(get_args(kind))
-    return {int: int, float: float, bool: bool, Path: click.Path(path_type=Path)}.get(kind, str)
+        return click.Choice(types)
+    if get_origin(first) is Literal:
+        return click.Choice(get_args(first))
+    return {int: int, float: float, bool: bool, Path: click.Path(path_type=Path)}.get(first, str)
 
 
 def _help(field: FieldInfo) -> str:
@@ -79,8 +79,15 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{shown}"
 
 
-# Settings that concern a picture drawn without a server.
-_DRAWING = ("device", "dtype", "image_metadata", "lora_dir", "prompt_weighting", "single_file_config")
+# Settings that apply without a server.
+_LOCAL_SETTINGS = (
+    "device",
+    "dtype",
+    "image_metadata",
+    "lora_dir",
+    "prompt_weighting",
+    "single_file_config",
+)
 CONFIG = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -103,8 +110,8 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     """Serve one or several MODELs over HTTP.
 
     MODEL is a hub id (owner/name), a folder in diffusers' layout, a checkpoint in one .safetensors file, a
-    tag of the model store, or a served-model file such as those in configs/; without any the model that comes
-    with HyperGen is served. Requests choose among several by name; the first draws what names none.
+    tag of the model store, or a served-model file such as those in configs/; by default it is the model that
+    comes with HyperGen. Requests choose among several by name; the default is the first.
     """
     from hypergen.cli.serve import check_port, run_service
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
@@ -113,13 +120,13 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     settings = load_settings(config, os.environ, {**flags, "models": models})
     keys = api_keys(settings.server)
     check_port(settings.server)
-    found = find_models(settings, _say)
+    found = find_models(settings, _print)
     if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
-        _say(
+        _print(
             f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
         )
-    # The service reads the settings again, from its environment: nothing secret stands on a command line. It
-    # runs in its own folder, so models and paths are resolved here.
+    # The service loads the settings from its environment, so that no secret is on its command line. It runs
+    # in its own folder, so models and paths are resolved here.
     if settings.server.api_key_file:
         flags["api_key_file"] = settings.server.api_key_file.resolve()
     flags["models"] = as_json(resolved_entries(settings, found))
@@ -128,7 +135,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     file = config or os.environ.get("HYPERGEN_CONFIG")
     if file:
         environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
-    sys.exit(run_service(settings, environment, found[0].path, reload, _say))
+    sys.exit(run_service(settings, environment, found[0].path, reload, _print))
 
 
 @main.command()
@@ -138,7 +145,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="file to write; its ending chooses png, jpeg or webp; several images get a number each",
+    help="file to write; its extension selects png, jpeg or webp; several images are numbered",
 )
 @click.option(
     "-m",
@@ -146,36 +153,36 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     help="hub id, folder, model-store tag or served-model file  [default: the embedded model]",
 )
 @click.option("-n", type=int, help="number of images, 1 to 10  [default: 1]")
-@click.option("--negative-prompt", help="what not to draw")
+@click.option("--negative-prompt", help="what the image should not show")
 @click.option("--size", help="WIDTHxHEIGHT in pixels, multiples of 8  [default: the model's]")
 @click.option(
     "--steps", "num_inference_steps", type=int, help="denoising steps, 1 to 150  [default: the model's]"
 )
 @click.option("--guidance-scale", type=float, help="1 to 20, 1 is no guidance  [default: the model's]")
-@click.option("--seed", type=int, help="the same seed gives the same bytes  [default: drawn]")
+@click.option("--seed", type=int, help="the same seed gives the same bytes  [default: random]")
 @click.option("--sampler", help="name of a sampler  [default: the model's]")
 @click.option(
     "--lora",
     "loras",
     multiple=True,
     metavar="NAME[:WEIGHT]",
-    help="a LoRA by name or file, and its strength from 0 to 2, else 1; may be given several times",
+    help="a LoRA by name or file, and its weight from 0 to 2, by default 1; may be given several times",
 )
 @CONFIG
-@setting_options(*_DRAWING)
+@setting_options(*_LOCAL_SETTINGS)
 def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, ...], **options: Any) -> None:
-    """Draw PROMPT into a file, without a server."""
-    from hypergen.cli.generate import draw_files
+    """Generate images for PROMPT without a server."""
+    from hypergen.cli.generate import generate_files
     from hypergen.resolve_models import find_models
 
     model: str | None = options.pop("model")
-    flags = {name: options.pop(name) for name in _DRAWING}
+    flags = {name: options.pop(name) for name in _LOCAL_SETTINGS}
     settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
     if loras:
         settings, options["loras"] = _with_loras(settings, loras)
-    found = find_models(settings, _say)[0]
-    for file, seed in draw_files(settings, found, {"prompt": prompt, **options}, output):
-        _say(f"{file} (seed {seed})")
+    found = find_models(settings, _print)[0]
+    for file, seed in generate_files(settings, found, {"prompt": prompt, **options}, output):
+        _print(f"{file} (seed {seed})")
 
 
 @main.command()
@@ -195,9 +202,9 @@ def models() -> None:
 @CONFIG
 @setting_options("lora", "lora_dir")
 def loras(model: str | None, config: Path | None, **flags: Any) -> None:
-    """List the LoRAs that a server with these settings offers for MODEL; without it the embedded model.
+    """List the LoRAs that a server with these settings offers for MODEL, by default the embedded model.
 
-    A hub model's own are listed once it is in the store; nothing is downloaded.
+    The LoRAs of a hub model are listed if it is in the store; nothing is downloaded.
     """
     from hypergen.model_store import store
     from hypergen.model_store.lora_files import open_registry, summarise
@@ -228,10 +235,10 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
 @click.argument("source", required=False)
 @setting_options("revision", "dtype", "single_file_config")
 def import_(source: str | None, **flags: Any) -> None:
-    """Put SOURCE into the model store: a hub id, a folder or a file; without it the embedded model."""
+    """Import SOURCE into the model store: a hub id, a folder or a file; by default the embedded model."""
     from hypergen.model_store import store
 
-    stored = store.import_model(source, **flags, progress=_say)
+    stored = store.import_model(source, **flags, progress=_print)
     click.echo(stored.tag)
 
 
@@ -298,8 +305,8 @@ def bench(
     """Measure latency and throughput of the server at URL, ours or another with OpenAI's images API.
 
     URL is an address such as http://127.0.0.1:8000, or a client's base URL such as https://api.example.com/v1.
-    Requests arrive at random (Poisson) and are sent whatever is unfinished. Only the fields that are asked
-    for are sent, because not every server knows `num_inference_steps` and `seed`.
+    Requests arrive at random (Poisson), independent of unfinished ones. Only fields given as options are
+    sent, because not every server supports `num_inference_steps` and `seed`.
     """
     from rich.console import Console
 
@@ -309,7 +316,7 @@ def bench(
         if not value > 0:
             raise ConfigurationError(f"--{name} must be above 0, not {value}.")
     if prompt and prompts:
-        raise ConfigurationError("--prompt and --prompts exclude each other.")
+        raise ConfigurationError("--prompt and --prompts cannot be combined.")
     if plot and not find_spec("matplotlib"):
         raise ConfigurationError("--plot needs matplotlib: pip install 'hypergen[bench]'.")
     texts = [prompt or "a red circle on a blue background"]
@@ -323,7 +330,7 @@ def bench(
     results, interrupted = bench.run_bench(bench.endpoint_of(url), api_key, planned, timeout)
     bench.print_results(results, Console(markup=False, highlight=False))
     if interrupted:
-        _say(f"Interrupted: {len(results)} of {len(planned)} requests finished.")
+        _print(f"Interrupted: {len(results)} of {len(planned)} requests finished.")
     if json_file:
         # JSON has no infinity.
         options["rate"] = options["rate"] if isfinite(options["rate"]) else "inf"
@@ -337,20 +344,20 @@ def bench(
 
 
 def _with_loras(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:
-    """The settings with LoRA files that were named by path, and names with their weights for the request."""
+    """The settings with the LoRA files given by path, and the LoRAs of the request: name -> weight."""
     weights: dict[str, float] = {}
     files = list(settings.engine.lora)
     for text in given:
         name, colon, weight = text.rpartition(":")
         try:
-            name, strength = (name, float(weight)) if colon else (text, 1.0)
+            name, scale = (name, float(weight)) if colon else (text, 1.0)
         except ValueError:
-            name, strength = text, 1.0
+            name, scale = text, 1.0
         path = Path(name).expanduser()
         if path.suffix == ".safetensors" and path.is_file():
             name = path.stem
             files.append(f"{name}={path}")
-        weights[name] = strength
+        weights[name] = scale
     engine = settings.engine.model_copy(update={"lora": tuple(files)})
     return settings.model_copy(update={"engine": engine}), weights
 
@@ -361,16 +368,16 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     click.echo(message, err=True)
 
 
 def run() -> None:
-    """The entry point: our own errors are one line and exit code 1."""
+    """The entry point; a HyperGenError becomes one line and exit code 1."""
     try:
         main()
     except HyperGenError as error:
-        _say(f"Error: {error}")
+        _print(f"Error: {error}")
         sys.exit(1)
 
 

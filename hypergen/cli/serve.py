@@ -1,6 +1,4 @@
-"""Serving from the command line: checks first, then `bentoml serve` as a child that is watched until it is
-ready.
-"""
+"""`hypergen serve`: checks, then `bentoml serve` as a child process, and a wait until it is ready."""
 
 from __future__ import annotations
 
@@ -26,27 +24,27 @@ from hypergen.config import ServerSettings, Settings
 from hypergen.engine_client.prestart import PrestartedEngine
 from hypergen.errors import ConfigurationError, ModelError
 
-_SILENCE_S = 120  # a worker that cannot even be imported is started again and again by BentoML
+_SILENCE_S = 120  # BentoML restarts a worker that cannot be imported for ever
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def service_folder() -> Path:
-    """Where service.py lies: beside the package in a clone, inside it in an installed wheel."""
+    """The folder of service.py: next to the package in a clone, inside it in an installed wheel."""
     packaged = _PACKAGE / "bento"
     return packaged if packaged.exists() else _PACKAGE.parent
 
 
 def check_port(server: ServerSettings) -> None:
-    """Find out now, not after the model was loaded, whether the address can be listened on.
+    """Check before the model is loaded that the server can listen on its address.
 
     Raises:
         ConfigurationError: the port is in use, or the host is no address of this machine.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, socket_type, protocol, _, address = socket.getaddrinfo(
             server.host, server.port, type=socket.SOCK_STREAM
         )[0]
-        with socket.socket(family, kind, protocol) as probe:
+        with socket.socket(family, socket_type, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
@@ -62,21 +60,21 @@ def run_service(
     environment: Mapping[str, str],
     model_path: Path,
     reload: bool,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> int:
     """Run the service until it ends or a signal ends it; returns its exit code.
 
     Args:
-        environment: settings for the service, added to this process's own environment.
-        model_path: the folder of the model that it will serve.
+        environment: settings for the service, added to this process's environment.
+        model_path: the folder of the first model.
 
     Raises:
-        ModelError: the first load failed; the service is gone again.
+        ModelError: the first load failed; the service has ended.
     """
     server = settings.server
     command = [sys.executable, "-m", "bentoml", "serve", "service:HyperGen", "--host", server.host]
     command += ["--port", str(server.port), "--working-dir", str(service_folder())]
-    # BentoML's own limit comes a little later than ours, for what hangs.
+    # Later than our own limit, for requests that hang.
     command += ["--timeout-graceful-shutdown", str(math.ceil(settings.queue.drain_timeout_s) + 10)]
     if reload:
         command.append("--reload")
@@ -84,15 +82,15 @@ def run_service(
     started = time.monotonic()
     prestarted = PrestartedEngine(model_path)
     launcher |= prestarted.environment
-    # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    # In its own session, so that Ctrl-C reaches only this process, which forwards it once.
     child = subprocess.Popen(command, env={**os.environ, **environment, **launcher}, start_new_session=True)
-    _pass_signals_on(child)
+    _forward_signals(child)
     try:
         status = _wait_until_loaded(child, _local_url(server))
         if status:
             seconds, url = time.monotonic() - started, _url(server, server.host)
-            took = _stages(status, seconds)
-            say(f"Ready after {seconds:.1f} s ({took}): {status['model']} on {status['device']}, {url}")
+            stages = _stages(status, seconds)
+            report(f"Ready after {seconds:.1f} s ({stages}): {status['model']} on {status['device']}, {url}")
         return _exit_code(child.wait())
     except ModelError:
         child.terminate()
@@ -103,19 +101,19 @@ def run_service(
 
 
 def _stages(status: dict[str, Any], seconds: float) -> str:
-    """Where the time went: the service, and what the slowest engine did after it."""
+    """Seconds of each stage: the service, then the stages of the slowest engine."""
     engine: dict[str, float] = max((e["startup_s"] for e in status["engines"]), key=lambda s: sum(s.values()))
     stages = {"service": seconds - sum(engine.values()), **engine}
-    return ", ".join(f"{name} {taken:.1f}" for name, taken in stages.items())
+    return ", ".join(f"{name} {stage_s:.1f}" for name, stage_s in stages.items())
 
 
 def _wait_until_loaded(child: subprocess.Popen[bytes], url: str) -> dict[str, Any]:
-    """The `/health` of a loaded model; an empty one when the service ended before.
+    """The `/health` body once the model is loaded; empty if the service ended before.
 
     Raises:
-        ModelError: the model could not be loaded, or the service does not answer at all.
+        ModelError: the model could not be loaded, or the service does not respond.
     """
-    # No proxy of the environment may come between: this is our own child.
+    # Without the proxy of the environment: the child is local.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     silent_since = time.monotonic()
     while child.poll() is None:
@@ -127,13 +125,13 @@ def _wait_until_loaded(child: subprocess.Popen[bytes], url: str) -> dict[str, An
         if status.get("status") == "healthy":
             return status
         if time.monotonic() - silent_since > _SILENCE_S:
-            raise ModelError("The service did not start; its log above says why.")
+            raise ModelError("The service did not start; see its log above.")
         time.sleep(0.1)
     return {}
 
 
 def _health(opener: urllib.request.OpenerDirector, url: str) -> dict[str, Any]:
-    """What `/health` says; an empty answer while nobody listens."""
+    """The body of `/health`; empty while nothing listens."""
     try:
         try:
             body = opener.open(f"{url}/health", timeout=2).read()
@@ -152,23 +150,23 @@ def _url(server: ServerSettings, host: str) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
-def _pass_signals_on(child: subprocess.Popen[bytes]) -> None:
-    """The first signal lets the service drain, the second ends it now."""
-    asked = 0
+def _forward_signals(child: subprocess.Popen[bytes]) -> None:
+    """On the first signal drain the service, on the second kill it."""
+    signals = 0
 
-    def pass_on(_signum: int, _frame: object) -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
+    def forward(_signum: int, _frame: object) -> None:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
             child.terminate()
             return
-        # One by one: BentoML gives its workers sessions of their own, so no process group holds them all.
+        # One by one: BentoML's workers have their own sessions, so there is no common process group.
         with suppress(psutil.Error):
             for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
                 process.kill()
 
-    signal.signal(signal.SIGINT, pass_on)
-    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, forward)
+    signal.signal(signal.SIGTERM, forward)
 
 
 def _exit_code(code: int) -> int:
