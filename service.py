@@ -16,7 +16,7 @@ from bentoml.models import BentoModel
 from hypergen import log_setup
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.app import create_app
-from hypergen.bentoml_integration.batch_api import ClientWatch, NativeItems, NativeResult, draw_item
+from hypergen.bentoml_integration.batch_api import ClientWatch, NativeItems, NativeResult, generate_item
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService
 from hypergen.engine_client.pool import EnginePool
 from hypergen.load_settings import api_keys, load_settings
@@ -63,8 +63,8 @@ class HyperGen:
         batchable=True, max_batch_size=max(2, settings.engine.max_batch_size), max_latency_ms=86_400_000
     )
     async def generate(self, items: NativeItems) -> list[NativeResult]:
-        """Draw every item; its fields are those of POST /v1/images/generations."""
-        return await asyncio.gather(*(draw_item(pool, settings, item) for item in items))
+        """Generate every item; its fields are those of POST /v1/images/generations."""
+        return await asyncio.gather(*(generate_item(pool, settings, item) for item in items))
 
     def __is_ready__(self) -> bool:
         return pool.status().state == "ready"

@@ -1,1 +1,1 @@
-"""Everything that feeds or patches BentoML."""
+"""The integration into BentoML: its batchable API, dispatcher and metrics."""

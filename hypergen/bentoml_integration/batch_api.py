@@ -1,7 +1,7 @@
-"""The items of BentoML's own batchable API: the fields of an OpenAI request in, one result each out.
+"""BentoML's batchable API: each item has the fields of an OpenAI request and gets one result.
 
-BentoML hands a batch over without telling which request, and so which client, an item came from. An item
-therefore takes note itself, while it is read in the context of its request.
+BentoML passes on a batch without the requests of its items, and so without their clients. Therefore an item
+stores its request's state when it is parsed, in the context of the request.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Call:
-    """What the items of one native request share: when their client has left, and their deadline."""
+    """State shared by the items of one native request: whether the client disconnected, and the deadline."""
 
-    left: asyncio.Event
+    disconnected: asyncio.Event
     deadline: float
 
 
@@ -42,10 +42,9 @@ _CALL: ContextVar[_Call] = ContextVar("call")
 
 
 class ClientWatch:
-    """ASGI middleware that tells the items of a native request when their client hangs up, and by when they
-    must be answered.
+    """ASGI middleware that gives the items of a native request its disconnect event and deadline.
 
-    Lets only JSON in, within its bounds: BentoML reads other bodies too, and fails on some of them.
+    It accepts only JSON within the bounds: BentoML also parses other bodies, and fails on some of them.
     """
 
     def __init__(self, app: ASGIApp, path: str, max_text_bytes: int) -> None:
@@ -60,20 +59,20 @@ class ClientWatch:
         if not _is_json(scope):
             raise UnsupportedMediaTypeError("Send the items as JSON, with 'Content-Type: application/json'.")
         body = await self._read_body(receive)
-        left = asyncio.Event()
+        disconnected = asyncio.Event()
 
         async def receive_body() -> Message:
             if body:
                 return {"type": "http.request", "body": body.pop(), "more_body": False}
-            await left.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            left.set()
+            disconnected.set()
 
-        _CALL.set(_Call(left, scope["state"]["deadline"]))
+        _CALL.set(_Call(disconnected, scope["state"]["deadline"]))
         watching = asyncio.create_task(watch())
         try:
             await self._app(scope, receive_body, send)
@@ -81,11 +80,11 @@ class ClientWatch:
             watching.cancel()
 
     async def _read_body(self, receive: Receive) -> list[bytes]:
-        """The whole body, in one piece.
+        """The whole body as one chunk.
 
         Raises:
-            ClientGoneError: the client hung up before its end.
-            RequestError: it is beyond the bounds of JSON bodies.
+            ClientGoneError: the client disconnected.
+            RequestError: the body exceeds the bounds of JSON bodies.
         """
         bounds, chunks = JsonBounds(self._max_text_bytes, IMAGE_FIELDS), list[bytes]()
         more = True
@@ -100,23 +99,23 @@ class ClientWatch:
 
 
 def _is_json(scope: Scope) -> bool:
-    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
-    return scope["method"] != "POST" or [kind.partition(b";")[0].strip().lower() for kind in kinds] == [
+    types = [value for name, value in scope["headers"] if name == b"content-type"]
+    return scope["method"] != "POST" or [value.partition(b";")[0].strip().lower() for value in types] == [
         b"application/json"
     ]
 
 
 class NativeItem(RootModel[dict[str, Any]]):
-    """The fields of an OpenAI request, checked by the dialect and not here, so that each item fails alone."""
+    """The fields of an OpenAI request, validated by the dialect, so that each item fails alone."""
 
     _call: _Call = PrivateAttr(default_factory=_CALL.get)
 
-    async def until_client_left(self) -> None:
-        await self._call.left.wait()
+    async def wait_for_disconnect(self) -> None:
+        await self._call.disconnected.wait()
 
     @property
     def deadline(self) -> float:
-        """By the event loop's clock."""
+        """In seconds of the event loop's clock."""
         return self._call.deadline
 
 
@@ -124,43 +123,43 @@ NativeItems = Annotated[list[NativeItem], Field(max_length=MAX_ITEMS)]
 
 
 class NativeImage(BaseModel):
-    """One picture."""
+    """One image."""
 
     b64_json: str = Field(description="the file, base64")
-    seed: int = Field(description="the seed that draws this picture alone")
+    seed: int = Field(description="the seed that generates this image alone")
 
 
 class NativeResult(BaseModel):
-    """What became of one item: pictures, or the status and error that the OpenAI route would answer."""
+    """The result of one item: images, or the status and error of the OpenAI route."""
 
     status: int = 200
     images: list[NativeImage] = []
     error: dict[str, Any] | None = None
 
 
-async def draw_item(generator: ImageGenerator, settings: Settings, item: NativeItem) -> NativeResult:
-    """Draw one item of a batch; it fails alone, because an exception would fail its batch-mates too."""
+async def generate_item(generator: ImageGenerator, settings: Settings, item: NativeItem) -> NativeResult:
+    """Generate one item of a batch. It fails alone: an exception would fail the whole batch."""
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
-        description = loaded(generator, body.get(GENERATIONS.model_field))
+        model_info = loaded(generator, body.get(GENERATIONS.model_field))
         item_id = f"item_{uuid.uuid4().hex}"
-        asked = await check(
-            GENERATIONS, body, description, settings, item_id, item.until_client_left, item.deadline
+        request = await check(
+            GENERATIONS, body, model_info, settings, item_id, item.wait_for_disconnect, item.deadline
         )
-        asked.refuse_stream()
-        images = await draw(generator, asked.generation, item.until_client_left(), item.deadline)
+        request.refuse_stream()
+        images = await draw(generator, request.generation, item.wait_for_disconnect(), item.deadline)
     except ClientGoneError:
         return NativeResult(status=CLIENT_GONE)
-    except Exception as error:  # the edge of the HTTP half, for one item
+    except Exception as error:  # the edge of the HTTP process, for one item
         if not isinstance(error, RequestError):
             logger.exception("An item of the native API failed.")
-            error = GenerationError("The server failed on this item; its log says why.")
+            error = GenerationError("The server failed on this item; see its log.")
         return _failed(error)
     return NativeResult(images=await write(_with_base64, images))
 
 
 def _with_base64(images: list[ImageFinished]) -> list[NativeImage]:
-    """The pictures as they are answered; takes milliseconds per megabyte."""
+    """The images as in the response; takes milliseconds per megabyte."""
     return [
         NativeImage(b64_json=base64.b64encode(image.data).decode("ascii"), seed=image.seed)
         for image in images

@@ -1,11 +1,10 @@
-"""BentoML's adaptive batching, fitted to calls that take seconds and to an engine that batches by itself.
+"""BentoML's adaptive batching, adapted to calls that take seconds and to an engine with step-level batching.
 
-The stock dispatcher learns from millisecond calls how long to hold a request back, sheds the oldest when the
-sum looks too long, and lets one batch run at a time. With pictures that refuses requests although there is
-room, delays lone ones by up to twice their drawing time, and keeps the engine half empty. Here a batch leaves
-at once and many run at a time: what waits meanwhile still arrives together, and the engine batches by
-denoising step. Calls share no batch: BentoML answers a whole batch at once, so a small call would wait for a
-large one that came in the same moment.
+The stock dispatcher estimates from millisecond calls how long to delay a request, sheds the oldest if the
+total is too long, and runs one batch at a time. With images this refuses requests although the queue has
+room, delays single ones by up to twice their generation time, and keeps the engine half empty. Here a batch
+is dispatched at once and many run in parallel, because the engine batches by denoising step. Calls share no
+batch: BentoML responds to a whole batch at once, so a small call would wait for a large one.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _BATCHES_IN_FLIGHT = 1024
 
 
 class _AppFactory(ServiceAppFactory):
-    """The app of a service, whose requests are counted by endpoint and not by path."""
+    """The app of a service, with metrics by endpoint and not by path."""
 
     @property
     def middlewares(self) -> list[Middleware]:
@@ -38,21 +37,20 @@ class _AppFactory(ServiceAppFactory):
 
 
 class ContinuousBatchingService(Service[Any]):
-    """A BentoML service whose batches neither wait nor shed nor queue behind each other, over connections
-    with limits.
+    """A BentoML service whose batches are dispatched at once, with connection limits.
 
-    Given to `bentoml.service(service_class=...)`. What it adjusts is internal to BentoML 1.4 and uvicorn; a
-    test asserts that it is still there.
+    For `bentoml.service(service_class=...)`. It patches internals of BentoML 1.4 and uvicorn; a test asserts
+    that they exist.
     """
 
     def to_asgi(self, is_main: bool = True) -> Any:
-        # BentoML makes uvicorn's configuration after this call, and does not say which protocol.
+        # BentoML creates uvicorn's configuration after this call, without a protocol.
         HTTP_PROTOCOLS["auto"] = "hypergen.api.http_protocol:GuardedProtocol"
         self.inject_config()
         factory = _AppFactory(self, is_main=is_main)
         for dispatcher in factory.dispatchers.values():
             optimizer: Any = dispatcher.optimizer
-            # Predicted latency = wait + a * n + b: with zeros it asks for no wait and predicts no overload.
+            # Predicted latency = wait + a * n + b: with zeros there is no wait and no predicted overload.
             optimizer.o_a = optimizer.o_b = optimizer.wait = 0.0
             optimizer.log_outbound = lambda *_args, **_kwargs: None
             optimizer.trigger_refresh = lambda: None
@@ -64,5 +62,5 @@ class ContinuousBatchingService(Service[Any]):
 def _one_call(
     dispatcher: CorkDispatcher[Any, Any], num_batches: int | None = None
 ) -> Iterator[Job[Any, Any]]:
-    """The batch to run next: all items of the call that came first, and of no other."""
+    """The next batch: all items of the first call, and of no other."""
     yield dispatcher._queue.popleft()

@@ -1,6 +1,6 @@
-"""Endpoints as metrics name them: a fixed set, so that no client makes more series by asking for other paths.
+"""Endpoint names for metrics: a fixed set, so that no client adds series by requesting other paths.
 
-BentoML counts requests by their raw path, without looking whether there is such a path or a key.
+BentoML counts requests by their raw path, even if the path or the key is unknown.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _TRUE_PATH = "hypergen.path"
 
 
 def endpoint_name(path: str) -> str:
-    """What requests for this path are counted under."""
+    """The metric label for requests to this path."""
     named = (name for prefix, name in _WITH_NAMES.items() if path.startswith(prefix))
     return path if path in _FIXED else next(named, OTHER)
 
 
 class NamedEndpoints:
-    """ASGI middleware around what counts requests: shows it the endpoint's name as the path."""
+    """ASGI middleware around the metrics middleware: replaces the path by the endpoint's name."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -53,7 +53,7 @@ class NamedEndpoints:
 
 
 class TruePaths:
-    """ASGI middleware inside of it: gives the path back to everything else."""
+    """ASGI middleware inside the metrics middleware: restores the path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
