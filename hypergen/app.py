@@ -1,4 +1,4 @@
-"""The one place where the HTTP half meets the pool of engines."""
+"""The FastAPI app, which joins the API and the engine pool."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _DROP_OLD_EVERY_S = 10.0
 
 
 def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedModel]) -> FastAPI:
-    """The API over a pool that will serve these models. Starts nothing: the parent process, a build and the
-    worker all call it.
+    """The API over a pool that will serve these models. It starts nothing, because the parent process, a
+    build and the worker all call it.
     """
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
     jobs = Jobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
@@ -41,10 +41,10 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         await asyncio.to_thread(remove_folders_of_killed_servers)
-        # What is there now stays; each search for garbage among it would hold the loop up for tens of ms.
+        # These objects stay for ever; each garbage collection of them would block the loop for tens of ms.
         gc.collect()
         gc.freeze()
-        # Closes the rest too when one of them raises.
+        # Closes the rest even if one of them raises.
         async with AsyncExitStack() as closing:
             closing.callback(storage.close)
             closing.push_async_callback(jobs.close)
@@ -86,5 +86,5 @@ async def _drop_old_images(storage: ImageStorage) -> None:
         await asyncio.sleep(_DROP_OLD_EVERY_S)
         try:
             await asyncio.to_thread(storage.drop_old)
-        except Exception:  # an edge: nobody waits for this task
+        except Exception:  # the edge of this task: nothing awaits it
             logger.exception("Expired images could not be removed.")

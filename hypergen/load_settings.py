@@ -1,4 +1,4 @@
-"""Where settings come from: a file, the environment and flags, the later ones winning."""
+"""Settings from a file, the environment and flags; later ones override earlier ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypergen.errors import ConfigurationError
 from hypergen.served_model_config import as_text
 
 PREFIX = "HYPERGEN_"
-# Kubernetes announces a service called "hypergen" to every pod with names like these; they are not ours.
+# Variables that Kubernetes sets in every pod for a service called "hypergen".
 _KUBERNETES_NAME = re.compile(r"HYPERGEN_(SERVICE_|PORT_)")
 
 
@@ -26,9 +26,9 @@ def option_name(field: str) -> str:
     return field.removesuffix("_s")
 
 
-def fields(kind: type[BaseModel] = Settings) -> Iterator[tuple[str | None, str, FieldInfo]]:
-    """Every setting as (section, field, description of the field); the section of the top level is None."""
-    for name, field in kind.model_fields.items():
+def fields(model: type[BaseModel] = Settings) -> Iterator[tuple[str | None, str, FieldInfo]]:
+    """Every setting as (section, name, field); the section of the top level is None."""
+    for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             for _, inner, inner_field in fields(field.annotation):
                 yield name, inner, inner_field
@@ -41,14 +41,14 @@ def load_settings(
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read settings; flags win over the environment, that over the file, and the file over the defaults.
+    """Read settings; flags override the environment, which overrides the file, which overrides the defaults.
 
     Args:
-        file: a YAML file with the sections of `Settings`; absent: the environment's `HYPERGEN_CONFIG`.
-        flags: field name to value; None means not given.
+        file: a YAML file with the sections of `Settings`; by default `HYPERGEN_CONFIG` of the environment.
+        flags: field name -> value; None means not given.
 
     Raises:
-        ConfigurationError: a key is unknown or a value does not fit. The message is one line.
+        ConfigurationError: a key is unknown or a value is invalid. The message is one line.
     """
     environment = environment or {}
     if file is None and environment.get(PREFIX + "CONFIG"):
@@ -69,7 +69,7 @@ def load_settings(
             )
         if value != "":
             given[field_of[name]] = value
-    # A flag that may be given several times and was not is an empty tuple.
+    # An empty tuple is a repeatable flag that was not given.
     flags = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
     for name, value in {**given, **flags}.items():
         section = section_of[name]
@@ -85,9 +85,9 @@ def load_settings(
 
 
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
-    """Flags as the environment of a child process; the child reads them back with `load_settings`."""
+    """Flags as environment variables, for `load_settings` in a child process."""
     return {
-        # Paths hold commas, and hosts with ports, which are refused, hold what separates paths.
+        # Paths may contain commas; a host with a port, which is refused, contains the separator of paths.
         PREFIX + option_name(name).upper(): as_text(value, "," if name == "allowed_host" else os.pathsep)
         for name, value in flags.items()
         if value not in (None, ())
@@ -107,7 +107,7 @@ def _read_file(file: Path) -> dict[str, Any]:
 
 
 def _names_and_values(value: Any, what: str) -> dict[str, Any]:
-    """A mapping of YAML; an empty file or section is an empty one."""
+    """A YAML mapping; an empty file or section becomes an empty one."""
     if value is not None and not isinstance(value, dict):
         raise ConfigurationError(f"{what} must hold names and values.")
     return cast(dict[str, Any], value or {})
@@ -123,10 +123,10 @@ def _explain(error: ValidationError) -> str:
 
 
 def api_keys(server: ServerSettings) -> tuple[str, ...]:
-    """The keys that open the server; none means no authentication.
+    """The API keys of the server; none means no authentication.
 
     Raises:
-        ConfigurationError: the key file cannot be read or holds no key.
+        ConfigurationError: the key file cannot be read or has no key.
     """
     keys = [server.api_key] if server.api_key else []
     if server.api_key_file:

@@ -1,4 +1,4 @@
-"""Logs: one line each on standard error, with the part of the server that speaks."""
+"""Log lines on standard error, labelled with the process that writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 def configure(part: str) -> None:
-    """Let this process's HyperGen loggers speak from INFO on; what libraries say is left as they have it.
+    """Log HyperGen's messages from INFO on; libraries keep their own levels.
 
     Args:
         part: "http" or "engine".
@@ -17,5 +17,5 @@ def configure(part: str) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # It warns of every malformed form, whose sender is told.
+    # It warns of every malformed form, which the client gets as an error.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)

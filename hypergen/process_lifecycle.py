@@ -1,4 +1,4 @@
-"""How the HTTP process ends: a drain on SIGTERM, and not without the processes that started it."""
+"""The end of the HTTP process: it drains on SIGTERM, and exits with the processes that started it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypergen.engine_client.pool import EnginePool
 
 
 def drain_on_sigterm(pool: EnginePool, timeout_s: float) -> None:
-    """Let SIGTERM start our drain before uvicorn's, which would end what is left with a plain-text error."""
+    """Start our drain on SIGTERM before uvicorn's, which would end open requests with a plain-text error."""
     loop = asyncio.get_running_loop()
     uvicorn_handler = signal.getsignal(signal.SIGTERM)
 
@@ -27,15 +27,15 @@ def drain_on_sigterm(pool: EnginePool, timeout_s: float) -> None:
 
 
 async def leave_with_parent(launcher: int | None) -> None:
-    """End this process when those that started it are gone: killing them leaves no orphan on the port.
+    """End this process when those that started it have exited, so that no orphan keeps the port.
 
     Args:
-        launcher: process id of the `hypergen serve` above BentoML's main process, if there is one.
+        launcher: process id of `hypergen serve`, the parent of BentoML's main process, if it was used.
     """
     parent = os.getppid()
     while os.getppid() == parent:
-        with suppress(psutil.Error, ProcessLookupError):  # the parent is gone: the next look says so
-            # Asked of the parent, because a process that nobody waited for still has its id.
+        with suppress(psutil.Error, ProcessLookupError):  # the parent exited: the loop ends
+            # Checked by the parent's ppid, because a zombie launcher still has its process id.
             if launcher is not None and psutil.Process(parent).ppid() != launcher:
                 os.kill(parent, signal.SIGTERM)
                 return

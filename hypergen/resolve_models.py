@@ -1,4 +1,4 @@
-"""Which models a server serves: from its settings to entries of the model store."""
+"""Resolve the models in the settings to entries of the model store."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
 
-def find_models(settings: Settings, say: Callable[[str], None] | None = None) -> tuple[ServedModel, ...]:
-    """Every model of the settings, imported into the store where it is not there; the first is the default.
+def find_models(settings: Settings, progress: Callable[[str], None] | None = None) -> tuple[ServedModel, ...]:
+    """All models of the settings, imported into the store if necessary; the first is the default.
 
     Raises:
-        ConfigurationError: two have one name, or a setting cannot say which of several models it is for.
-        ModelError: one cannot be found, read or served.
+        ConfigurationError: two models have the same name, or a setting for one model is ambiguous.
+        ModelError: a model cannot be found, read or served.
     """
     entries = entries_of(settings)
     own = [settings_of(entry, settings.engine) for entry in entries]
@@ -35,12 +35,12 @@ def find_models(settings: Settings, say: Callable[[str], None] | None = None) ->
             dtype=engine.dtype,
             single_file_config=entry.single_file_config,
             pipelines=servable(),
-            progress=say,
+            progress=progress,
         )
-        refiner = store.ensure_refiner(entry.refiner or engine.refiner, dtype=engine.dtype, progress=say)
-        if refiner:  # engines know folders, not the store
+        refiner = store.ensure_refiner(entry.refiner or engine.refiner, dtype=engine.dtype, progress=progress)
+        if refiner:  # engines use folders, not the store
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
-        open_registry(engine, stored.path)  # tells now, not in the engine, what is not there
+        open_registry(engine, stored.path)  # reports missing files now, not in the engine
         models.append(
             ServedModel(
                 id=entry.name or entry.source or stored.source,
@@ -56,7 +56,7 @@ def find_models(settings: Settings, say: Callable[[str], None] | None = None) ->
 
 
 def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:
-    """The same models for a process with another working folder: tags and whole paths."""
+    """The same models for a process with another working folder: tags and absolute paths."""
     return tuple(
         ModelEntry(
             source=model.tags[0],
@@ -75,7 +75,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
 
 
 def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
-    """Settings of one model that stand outside its entry, for the same process."""
+    """Settings of a single model from outside its entry, for the same process."""
     return {
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
@@ -84,10 +84,10 @@ def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
 
 
 def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
-    """What the settings say of each model; those of the command line's own flags are put in.
+    """The entry of each model, with the flags for a single model merged in.
 
     Raises:
-        ConfigurationError: a setting cannot say which of several models it is for.
+        ConfigurationError: a setting for one model is ambiguous, because several are served.
     """
     entries = settings.models or (ModelEntry(),)
     of_entry = {
@@ -109,7 +109,7 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
-    """The server's settings with what belongs to this model alone, its refiner apart."""
+    """The server's settings with the LoRAs and ControlNets of this model, without its refiner."""
     loras = tuple(f"{name}={file}" for name, file in entry.loras.items() if file)
     return engine.model_copy(
         update={
@@ -131,11 +131,11 @@ def _refuse_equal_names(models: list[ServedModel]) -> None:
 
 
 def find_control_models(sources: Mapping[str, str]) -> dict[str, str]:
-    """The same sources with folders as whole paths; a hub id, which may end in
-    @REVISION, stays as it is, and the engine gets its files.
+    """The same sources with absolute folders; a hub id, which may end in @REVISION, is unchanged, because the
+    engine resolves it.
 
     Raises:
-        ModelError: a folder does not exist, or is no whole model with safetensors weights.
+        ModelError: a folder does not exist, or is not a complete ControlNet with safetensors weights.
     """
     found: dict[str, str] = {}
     for name, source in sources.items():

@@ -1,4 +1,4 @@
-"""A model that a server was told to serve, found and ready to be loaded; both halves know it by this."""
+"""A served model, resolved and ready to load; the HTTP process and the engines share this description."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hypergen.config import EngineSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """Where it lies and what is special about it.
+    """The folder, names and settings of a served model.
 
     Attributes:
         id: as in /v1/models.
-        aliases: other names that requests may use.
-        tags: of its entry in the model store, and of its refiner's if it has one.
-        path: the entry's folder, in diffusers layout.
-        settings: the server's, with the LoRAs, control models and refiner of this model.
-        defaults: what requests get that do not say, by the fields of `ModelDefaults`.
+        aliases: other names for requests.
+        tags: in the model store, of the model and of its refiner if it has one.
+        path: the model's folder, in diffusers layout.
+        settings: the server's, with the LoRAs, ControlNets and refiner of this model.
+        defaults: values of omitted request fields, by the fields of `ModelDefaults`.
     """
 
     id: str
@@ -31,5 +31,5 @@ class ServedModel:
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def is_called(self, name: str) -> bool:
-        """Whether a request that names a model means this one; case does not matter."""
+        """Whether `name` is the id or an alias, ignoring case."""
         return name.casefold() in {known.casefold() for known in (self.id, *self.aliases)}

@@ -1,4 +1,4 @@
-"""What the operator says of each model to serve, as in the served-model files in configs/."""
+"""The configuration of each served model, as in the served-model files in configs/."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SHIPPED = (_PACKAGE / "bento" / "configs", _PACKAGE.parent / "configs")
 
 
 def _read_pairs(value: Any) -> Any:
-    """From what flags (a list of NAME=SOURCE) and the environment (one text, with commas) give."""
+    """Parse the value of flags (a list of NAME=SOURCE) or the environment (one text, with commas)."""
     if isinstance(value, str):
         value = value.split(",")
     if isinstance(value, (list, tuple)):
         pairs = [str(entry).partition("=") for entry in cast(Sequence[Any], value)]
         value = {name.strip(): source.strip() for name, _, source in pairs}
         if len(value) < len(pairs):
-            raise ValueError("a name stands there twice")
+            raise ValueError("a name is given twice")
     if isinstance(value, Mapping):
         value = cast(Mapping[Any, Any], value)
         for name, source in value.items():
@@ -38,7 +38,7 @@ NamedSources = Annotated[dict[str, str], BeforeValidator(_read_pairs)]
 
 
 class ModelDefaultsEntry(BaseModel, frozen=True, extra="forbid"):
-    """What requests get that do not say, in place of what the family would give; absent: what it gives."""
+    """Values of omitted request fields; None means the family's default."""
 
     num_inference_steps: int | None = Field(None, ge=1, le=150)
     guidance_scale: float | None = Field(None, ge=1, le=20, allow_inf_nan=False)
@@ -47,17 +47,17 @@ class ModelDefaultsEntry(BaseModel, frozen=True, extra="forbid"):
 
 
 class ModelEntry(BaseModel, frozen=True, extra="forbid"):
-    """One model to serve. Everything named here belongs to this model alone.
+    """One model to serve. These settings apply to this model alone.
 
     Attributes:
         source: hub id, folder or tag of the model store; None is the embedded model.
         revision: branch, tag or commit of a hub model.
         single_file_config: see the setting of this name.
-        name: its id in /v1/models; None is what was given as source.
-        aliases: other names that requests may use for it.
-        loras: name -> file. A name without a file is not offered: it waits for the operator to fill it in.
-        controlnet: name -> folder or hub id of a control model.
-        refiner: of an SDXL model: hub id, folder, checkpoint file or tag of the store.
+        name: its id in /v1/models; None means `source`.
+        aliases: other names for requests.
+        loras: name -> file. A name without a file is a placeholder and is not offered.
+        controlnet: name -> folder or hub id of a ControlNet.
+        refiner: for an SDXL model: hub id, folder, checkpoint file or tag of the store.
     """
 
     source: str | None = None
@@ -72,15 +72,15 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
 
 
 def is_model_file(given: str) -> bool:
-    """Whether this names a served-model file and no model."""
+    """Whether this is the path of a served-model file and not a model."""
     return given.endswith(_ENDINGS)
 
 
 def read_entries(value: Any) -> Any:
-    """Entries from what a file (a list or one text), the environment (one text) and flags give, for pydantic.
+    """Parse entries from a file (a list or one text), the environment (one text) or flags, for pydantic.
 
-    An entry is a mapping, a served-model file, or a model's source. In the environment they stand with commas
-    between them, or as JSON.
+    An entry is a mapping, a served-model file, or a model's source. In the environment they are separated by
+    commas, or are JSON.
 
     Raises:
         ValueError: a served-model file cannot be read. The message is one line.
@@ -105,14 +105,14 @@ def _read_entry(entry: Any) -> Any:
 
 
 def _find_file(given: str) -> Path:
-    """The file itself, else the one of this name that comes with HyperGen."""
+    """The file itself, else the shipped one of this name."""
     file = Path(given).expanduser()
     shipped = next((folder / given for folder in _SHIPPED if (folder / given).is_file()), None)
     return file if file.exists() or file.name != given or shipped is None else shipped
 
 
 def _read_file(file: Path) -> Any:
-    """A served-model file; paths in it are meant from its folder."""
+    """Read a served-model file; paths in it are relative to its folder."""
     try:
         tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,12 +142,12 @@ def _from_folders(folder: Path, sources: dict[str, Any], *, always: bool) -> Ite
 
 
 def _from_folder(folder: Path, source: str) -> str:
-    """A source that begins with a dot as a whole path; others may be hub ids."""
+    """A source that begins with a dot as an absolute path; others may be hub ids."""
     return str(folder / source) if source.startswith("./") or source.startswith("../") else source
 
 
 def as_text(value: object, separator: str = os.pathsep) -> str:
-    """A setting as the environment holds it.
+    """A setting as the value of an environment variable.
 
     Args:
         separator: between the items of a list.
