@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hypergen.conditioning.controlnet_preprocessors import canny
 from hypergen.conditioning.image_tensors import to_unit
+from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.images.geometry import resize_to_generation_size
@@ -32,16 +33,16 @@ _SHARED_CONFIG = ("cross_attention_dim", "block_out_channels", "layers_per_block
 
 @dataclass(frozen=True)
 class Guide:
-    """What a control model adds to a `Trajectory`: fields of the same names, and more of `Conditioning`.
+    """What a control model adds to a `Trajectory`: fields of the same names there or in its `ModelInputs`.
 
     Attributes:
-        others: the control picture, 0..1, shape (1, 3, H, W).
-        per_step: its scale in each step, shape (steps, 1, 1, 1); 0 outside of its window.
+        controlnet_cond: the control image, 0..1, shape (1, 3, H, W).
+        controlnet_scales: of each step, shape (steps, 1, 1, 1); 0 outside of its window.
     """
 
     kind: tuple[Hashable, ...] = ()
-    others: tuple[Tensor, ...] = ()
-    per_step: tuple[Tensor, ...] = ()
+    controlnet_cond: Tensor | None = None
+    controlnet_scales: Tensor | None = None
 
 
 def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def follow(
         for i in range(steps)
     ]
     column = torch.tensor(scales, device=network.device).reshape(-1, 1, 1, 1)
-    return Guide(((_KIND, control.model),), (image,), (column,))
+    return Guide(((_KIND, control.model),), image, column)
 
 
 def model_of(kind: tuple[Hashable, ...], models: Mapping[str, nn.Module]) -> nn.Module | None:
@@ -123,23 +124,20 @@ def residuals(
     model: nn.Module,
     latents: Tensor,
     timesteps: Tensor,
-    prompt_embeds: Tensor,
-    image: Tensor,
-    scale: Tensor,
+    inputs: ModelInputs,
     **others: Any,
 ) -> dict[str, Any]:
     """What a control model gives to each row of a pass, as arguments of the UNet.
 
     Args:
-        scale: of each row, shape (B, 1, 1, 1), in float32.
         others: what else both networks take, such as `added_cond_kwargs`.
     """
     down, mid = model(
         latents,
         timesteps,
-        encoder_hidden_states=prompt_embeds,
-        controlnet_cond=image,
-        conditioning_scale=scale,
+        encoder_hidden_states=inputs.encoder_hidden_states,
+        controlnet_cond=inputs.controlnet_cond,
+        conditioning_scale=inputs.controlnet_scale,
         return_dict=False,
         **others,
     )

@@ -78,8 +78,8 @@ def begin(
     else:
         latents = with_noise(scheduler, image_latents, noise, scheduler.timesteps[index])
     if reads_mask or image_latents is None:
-        kept = space.encode(image * (mask < 0.5), generator)
-        return Beginning(latents, index, others=(torch.cat([latent_mask, kept], dim=1),))
+        masked_image_latents = space.encode(image * (mask < 0.5), generator)
+        return Beginning(latents, index, mask=latent_mask, masked_image_latents=masked_image_latents)
     # diffusers encodes what is kept here too, and does not use it; samplers that draw noise go on from there.
     space.noise(*size, generator)
     return Beginning(latents, index, after_step=KeptRegion(latent_mask, image_latents, noise))

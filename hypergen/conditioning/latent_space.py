@@ -20,14 +20,15 @@ class Beginning:
     """Where an image begins; fields of the same names are for its `Trajectory`.
 
     Attributes:
-        others: what the denoiser reads beside the latents in every step, for `Conditioning.others`.
+        mask, masked_image_latents: of an inpainting model, for the `ModelInputs` of the same names.
     """
 
     latents: Tensor
     step_index: int = 0
     after_step: Callable[[Trajectory], Tensor] | None = None
     unchanged: bool = False
-    others: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
+    masked_image_latents: Tensor | None = None
 
 
 def at_the_start(scheduler: Any, noise: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,25 +14,44 @@ from hypergen.request import GenerationRequest
 
 
 @dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What tells one row of a forward pass what to draw.
+class ModelInputs:
+    """What the denoiser reads beside latents and timesteps, for one row or for the rows of a batch.
+
+    The first dimension of each tensor is the rows; None is what a family or request does not have.
 
     Attributes:
-        embeds: of the prompt's tokens, shape (1, L, D).
-        others: whatever else the family's denoiser takes for a row, each with 1 as its first dimension, in
-            the order of its `forward`.
+        encoder_hidden_states: prompt embeddings, shape (B, L, D).
+        pooled_prompt_embeds: shape (B, D).
+        time_ids: SDXL's sizes, crop and, for its refiner, aesthetic score, shape (B, 5 or 6).
+        guidance: FLUX.1 dev's distilled guidance scale, shape (B,).
+        mask: of an inpainting model, 1 where it generates, shape (B, 1, h, w).
+        masked_image_latents: of an inpainting model, the encoded input image without what the mask covers,
+            shape (B, C, h, w).
+        controlnet_cond: the control image, 0..1, shape (B, 3, H, W).
+        controlnet_scale: of the step, shape (B, 1, 1, 1), see `Trajectory.inputs_at`.
     """
 
-    embeds: Tensor
-    others: tuple[Tensor, ...] = ()
+    encoder_hidden_states: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+    time_ids: Tensor | None = None
+    guidance: Tensor | None = None
+    mask: Tensor | None = None
+    masked_image_latents: Tensor | None = None
+    controlnet_cond: Tensor | None = None
+    controlnet_scale: Tensor | None = None
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.embeds, *self.others)
+    @classmethod
+    def stack(cls, rows: Sequence[ModelInputs]) -> ModelInputs:
+        """Rows as one batch; they must have the same fields."""
+        columns = {name: [getattr(row, name) for row in rows] for name in vars(rows[0])}
+        # A tensor that only some rows have is an error of `cat`, and not left out.
+        present = {name: tensors for name, tensors in columns.items() if any(t is not None for t in tensors)}
+        return cls(**{name: torch.cat(tensors) for name, tensors in present.items()})
 
-    def with_others(self, more: tuple[Tensor, ...]) -> Conditioning:
-        """The same with more of `others` at the end."""
-        return Conditioning(self.embeds, (*self.others, *more))
+    def map(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
+        """The same inputs with each tensor changed, in the order of the fields."""
+        present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return ModelInputs(**{name: change(tensor) for name, tensor in present.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +64,8 @@ class Stage:
     """
 
     at_step: int
-    positive: Conditioning
-    negative: Conditioning | None
+    positive: ModelInputs
+    negative: ModelInputs | None
     scheduler: Any
     kind: tuple[Hashable, ...]
 
@@ -64,8 +83,7 @@ class Trajectory:
             device.
         scheduler: the image's own, with the history that multistep samplers keep.
         loras: of the family's `Adapters`, with their weights, in the order in which they are summed.
-        per_step: what the denoiser takes for a row, after its `Conditioning`, that differs from step to step;
-            each has one item for every timestep.
+        controlnet_scales: of each step, shape (steps, 1, 1, 1); 0 outside of the control image's window.
         after_step: gives the latents to go on with after a step, where something is put back.
         unchanged: nothing is drawn, the picture that was sent is the result.
         kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
@@ -77,8 +95,8 @@ class Trajectory:
     request: GenerationRequest
     index: int
     latents: Tensor
-    positive: Conditioning
-    negative: Conditioning | None
+    positive: ModelInputs
+    negative: ModelInputs | None
     guidance_scale: float
     prompt_tokens: int
     generator: torch.Generator
@@ -86,7 +104,7 @@ class Trajectory:
     draws_noise: bool
     loras: tuple[tuple[Any, float], ...] = ()
     kind: tuple[Hashable, ...] = ()
-    per_step: tuple[Tensor, ...] = ()
+    controlnet_scales: Tensor | None = None
     after_step: Callable[[Trajectory], Tensor] | None = None
     unchanged: bool = False
     lone: bool = False
@@ -121,10 +139,11 @@ class Trajectory:
     def timestep(self) -> Tensor:
         return self.timesteps[self.step_index]
 
-    @property
-    def step_tensors(self) -> tuple[Tensor, ...]:
-        """Of `per_step` what belongs to the next step, each with 1 as its first dimension."""
-        return tuple(tensor[self.step_index : self.step_index + 1] for tensor in self.per_step)
+    def inputs_at(self, step: int, inputs: ModelInputs) -> ModelInputs:
+        """`positive` or `negative` as the denoiser reads it in a step."""
+        if self.controlnet_scales is None:
+            return inputs
+        return replace(inputs, controlnet_scale=self.controlnet_scales[step : step + 1])
 
     def model_input(self) -> Tensor:
         """The latents as the denoiser wants them at this timestep."""
@@ -147,11 +166,11 @@ class Trajectory:
         if self.next_stage is not None and self.step_index == self.next_stage.at_step:
             stage, self.next_stage = self.next_stage, None
             self.positive, self.negative = stage.positive, stage.negative
-            self.scheduler, self.kind, self.per_step = stage.scheduler, stage.kind, ()
+            self.scheduler, self.kind, self.controlnet_scales = stage.scheduler, stage.kind, None
 
     def stages(self) -> Iterator[Trajectory]:
         """This image as it is, and as it will be in the stage to come."""
         yield self
         if (stage := self.next_stage) is not None:
             changed = {"positive": stage.positive, "negative": stage.negative, "kind": stage.kind}
-            yield replace(self, scheduler=stage.scheduler, next_stage=None, per_step=(), **changed)
+            yield replace(self, scheduler=stage.scheduler, next_stage=None, controlnet_scales=None, **changed)

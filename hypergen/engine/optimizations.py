@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergen.config import Attention, EngineSettings
+from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import ModelError
+from hypergen.models.cfg import map_rows
 from hypergen.models.family import Family
 
 Forward = Callable[..., Tensor]
@@ -87,18 +89,21 @@ def _in_buckets(forward: Forward, fewest: int, copy: bool) -> Forward:
         copy: the result stands in memory that the next pass overwrites.
     """
 
-    def filled(*rows: Tensor, **named: Any) -> Tensor:
-        count = rows[0].shape[0]
+    def filled(latents: Tensor, timesteps: Tensor, inputs: ModelInputs, **named: Any) -> Tensor:
+        count = latents.shape[0]
         missing = bucket(count, fewest) - count
-        filling = (torch.cat([row, row[-1:].expand(missing, *row.shape[1:])]) for row in rows)
-        output = forward(*filling, **named)
+
+        def fill(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
+
+        output = forward(*map_rows((latents, timesteps, inputs), fill), **named)
         return output[:count].clone() if copy else output[:count]
 
     return filled
 
 
 def _with_attention(forward: Forward, kernel: Attention, device: str) -> Forward:
-    def attending(*rows: Tensor, **named: Any) -> Tensor:
+    def attending(*rows: Any, **named: Any) -> Tensor:
         try:
             with sdpa_kernel(_KERNELS[kernel]):
                 return forward(*rows, **named)

@@ -33,7 +33,7 @@ class GroupKey(NamedTuple):
 def group_key(trajectory: Trajectory) -> GroupKey:
     shape = tuple(trajectory.latents.shape[1:])
     lone = id(trajectory) if trajectory.lone else None
-    return GroupKey(shape, trajectory.positive.embeds.shape[1], trajectory.kind, lone)
+    return GroupKey(shape, trajectory.positive.encoder_hidden_states.shape[1], trajectory.kind, lone)
 
 
 @dataclass

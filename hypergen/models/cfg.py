@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.lora.manager import in_rows
 
-Rows = tuple[Tensor, ...]
+# Latents, timesteps and what else `Family.forward` reads, of the rows of one batch.
+Rows = tuple[Tensor, Tensor, ModelInputs]
 
 
 def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) -> list[Tensor]:
@@ -21,18 +22,16 @@ def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) 
         forward: see `Family.forward`; called once.
     """
     guided = [trajectory for trajectory in trajectories if trajectory.guided]
-    inputs = {trajectory: trajectory.model_input() for trajectory in trajectories}
+    latents = {trajectory: trajectory.model_input() for trajectory in trajectories}
     # Negative rows first, as diffusers orders them.
-    conditionings = [t.negative for t in guided if t.negative is not None] + [
-        t.positive for t in trajectories
-    ]
+    inputs = [t.inputs_at(t.step_index, t.negative) for t in guided if t.negative is not None]
+    inputs += [t.inputs_at(t.step_index, t.positive) for t in trajectories]
     rows = [*guided, *trajectories]
-    columns = [(*c.tensors, *t.step_tensors) for c, t in zip(conditionings, rows, strict=True)]
     with in_rows([t.loras for t in rows]):
         noise_pred = forward(
-            torch.cat([inputs[t] for t in rows]),
+            torch.cat([latents[t] for t in rows]),
             torch.stack([t.timestep.to(torch.float32) for t in rows]),
-            *(torch.cat(column) for column in zip(*columns, strict=True)),
+            ModelInputs.stack(inputs),
             kind=trajectories[0].kind,
         ).split(1)
     predictions = dict(zip(trajectories, noise_pred[len(guided) :], strict=True))
@@ -46,7 +45,6 @@ def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) 
 def random_rows(trajectory: Trajectory, rows: int, generator: torch.Generator) -> Rows:
     """Arguments for `Family.forward` as many images like this one would give them, each different."""
     latents = trajectory.latents
-    others = (*trajectory.positive.tensors, *(tensor[:1] for tensor in trajectory.per_step))
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn((rows, *like.shape[1:]), generator=generator).to(like)
@@ -54,5 +52,11 @@ def random_rows(trajectory: Trajectory, rows: int, generator: torch.Generator) -
     return (
         noise(latents),
         torch.randint(0, 1000, (rows,), generator=generator).to(latents.device, torch.float32),
-        *(tensor + noise(tensor) for tensor in others),
+        trajectory.inputs_at(0, trajectory.positive).map(lambda tensor: tensor + noise(tensor)),
     )
+
+
+def map_rows(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+    """The same arguments for `Family.forward` with each tensor changed."""
+    latents, timesteps, inputs = rows
+    return change(latents), change(timesteps), inputs.map(change)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.lora.batched_lora import Loras
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
@@ -27,8 +27,8 @@ class PromptEmbeds:
         refiner: what SDXL's refiner made of the same prompts.
     """
 
-    positive: Conditioning
-    negative: Conditioning | None
+    positive: ModelInputs
+    negative: ModelInputs | None
     tokens: int
     refiner: PromptEmbeds | None = None
 
@@ -84,11 +84,14 @@ class Family(Protocol):
         """What the decoder makes of one denoised image: -1..1, shape (1, 3, drawn height, drawn width)."""
         ...
 
-    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
-        """The denoiser alone, over stacked rows: latents as the sampler scaled them, timesteps, then the
-        tensors of their `Conditioning` and of their step.
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+    ) -> Tensor:
+        """The denoiser alone, over the rows of a batch.
 
         Args:
+            latents: as the sampler scaled them.
+            inputs: as `ModelInputs.stack` stacks them.
             kind: what the rows have in common, see `Trajectory.kind`.
         """
         ...

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
@@ -114,7 +114,7 @@ class Flux:
         if (request.negative_prompt or request.negative_prompt_2) and self._scale(request) > 1:
             texts.append((request.negative_prompt or "", request.negative_prompt_2))
         encoded = [(self.t5.get(text_2 or text, loras), self.clip.get(text, loras)) for text, text_2 in texts]
-        positive, *negatives = [self._conditioning(request, *prompts) for prompts in encoded]
+        positive, *negatives = [self._build_inputs(request, *prompts) for prompts in encoded]
         return PromptEmbeds(positive, negatives[0] if negatives else None, encoded[0][0].tokens)
 
     def prepare(
@@ -147,16 +147,18 @@ class Flux:
         latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
-        latents, timesteps, prompt_embeds, pooled_prompt_embeds, *guidance = rows
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+    ) -> Tensor:
+        prompt_embeds = inputs.encoder_hidden_states
         height, width = (side // _PATCH for side in latents.shape[-2:])
         packed = functional.pixel_unshuffle(latents, _PATCH).flatten(2).transpose(1, 2)
         output = self.transformer(
             hidden_states=packed,
             # In the latents' precision before it is divided, as diffusers does.
             timestep=timesteps.to(latents.dtype) / 1000,
-            guidance=guidance[0] if guidance else None,
-            pooled_projections=pooled_prompt_embeds,
+            guidance=inputs.guidance,
+            pooled_projections=inputs.pooled_prompt_embeds,
             encoder_hidden_states=prompt_embeds,
             txt_ids=prompt_embeds.new_zeros(prompt_embeds.shape[1], 3),
             img_ids=_positions(height, width, latents.device).to(latents.dtype),
@@ -168,13 +170,13 @@ class Flux:
         """Of the guidance away from a negative prompt."""
         return self.true_cfg_scale if request.true_cfg_scale is None else request.true_cfg_scale
 
-    def _conditioning(
+    def _build_inputs(
         self, request: GenerationRequest, words: EncodedPrompt, pooled: EncodedPrompt
-    ) -> Conditioning:
+    ) -> ModelInputs:
         if not self.takes_guidance:
-            return Conditioning(words.embeds, (pooled.embeds,))
+            return ModelInputs(words.embeds, pooled.embeds)
         guidance = torch.tensor([request.guidance_scale], device=words.embeds.device)
-        return Conditioning(words.embeds, (pooled.embeds, guidance))
+        return ModelInputs(words.embeds, pooled.embeds, guidance=guidance)
 
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:

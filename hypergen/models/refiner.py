@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import Conditioning, Stage, Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Stage, Trajectory
 from hypergen.denoising.offload import device_of, turns_of
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.errors import ModelError
@@ -61,16 +62,15 @@ class Refiner:
         positive = self._prompts.get(request.prompt)
         wanted = positive.embeds
         if request.guidance_scale <= 1:
-            return PromptEmbeds(_conditioning(wanted, positive.pooled), None, positive.tokens)
+            return PromptEmbeds(ModelInputs(wanted, positive.pooled), None, positive.tokens)
         negative = self._prompts.get(request.negative_prompt or "")
         length = max(wanted.shape[1], negative.embeds.shape[1])
         empty = self._prompts.get("").embeds
-        unwanted = _conditioning(fill_to(negative.embeds, length, empty), negative.pooled)
+        unwanted = ModelInputs(fill_to(negative.embeds, length, empty), negative.pooled)
         if self._force_zeros and not request.negative_prompt:
-            embeds, pooled = (torch.zeros_like(tensor) for tensor in unwanted.tensors)
-            unwanted = Conditioning(embeds, (pooled,))
+            unwanted = unwanted.map(torch.zeros_like)
         wanted = fill_to(wanted, length, empty)
-        return PromptEmbeds(_conditioning(wanted, positive.pooled), unwanted, positive.tokens)
+        return PromptEmbeds(ModelInputs(wanted, positive.pooled), unwanted, positive.tokens)
 
     def stage(
         self,
@@ -99,17 +99,12 @@ class Refiner:
             negative = self._with_size(negative, width, height, _NEGATIVE_AESTHETIC_SCORE)
         return Stage(at_step, positive, negative, scheduler, kind=("refiner",))
 
-    def _with_size(self, prompt: Conditioning, width: int, height: int, score: float) -> Conditioning:
+    def _with_size(self, inputs: ModelInputs, width: int, height: int, score: float) -> ModelInputs:
         # Original size and crop, then the score or, for refiners without one, the target size.
         last = [score] if self._requires_aesthetics_score else [height, width]
-        embeds = prompt.embeds
+        embeds = inputs.encoder_hidden_states
         time_ids = torch.tensor([[height, width, 0, 0, *last]], dtype=embeds.dtype, device=embeds.device)
-        return prompt.with_others((time_ids,))
-
-
-def _conditioning(embeds: Tensor, pooled: Tensor | None) -> Conditioning:
-    assert pooled is not None
-    return Conditioning(embeds, (pooled,))
+        return replace(inputs, time_ids=time_ids)
 
 
 class Experts(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hypergen.conditioning import controlnet
 from hypergen.conditioning.initial_latents import begin
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
@@ -111,8 +112,8 @@ class StableDiffusion:
             empty = self.prompts.get("", loras).embeds
             length = max(positive.shape[1], negative.shape[1])
             positive, negative = fill_to(positive, length, empty), fill_to(negative, length, empty)
-        unwanted = None if negative is None else Conditioning(negative)
-        return PromptEmbeds(Conditioning(positive), unwanted, encoded.tokens)
+        unwanted = None if negative is None else ModelInputs(negative)
+        return PromptEmbeds(ModelInputs(positive), unwanted, encoded.tokens)
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
@@ -122,7 +123,11 @@ class StableDiffusion:
         size = self.drawn_size(request.width, request.height)
         begun = begin(request, scheduler, self.space, size, generator, reads_mask=self.reads_mask)
         guide = controlnet.follow(request.control, self.control_models, size, scheduler, begun.step_index)
-        others = (*begun.others, *guide.others)
+        read = {
+            "mask": begun.mask,
+            "masked_image_latents": begun.masked_image_latents,
+            "controlnet_cond": guide.controlnet_cond,
+        }
         return Trajectory(
             request=request,
             index=index,
@@ -131,9 +136,9 @@ class StableDiffusion:
             after_step=begun.after_step,
             unchanged=begun.unchanged,
             kind=guide.kind,
-            per_step=guide.per_step,
-            positive=prompts.positive.with_others(others),
-            negative=None if prompts.negative is None else prompts.negative.with_others(others),
+            controlnet_scales=guide.controlnet_scales,
+            positive=replace(prompts.positive, **read),
+            negative=None if prompts.negative is None else replace(prompts.negative, **read),
             guidance_scale=request.guidance_scale,
             prompt_tokens=prompts.tokens,
             generator=generator,
@@ -146,14 +151,18 @@ class StableDiffusion:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
-        latents, timesteps, prompt_embeds, *others = rows
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+    ) -> Tensor:
         residuals: dict[str, Any] = {}
         if (model := controlnet.model_of(kind, self.control_models)) is not None:
-            *others, image, scale = others
-            residuals = controlnet.residuals(model, latents, timesteps, prompt_embeds, image, scale)
-        if others:  # an inpainting model's mask and what is kept
-            latents = torch.cat([latents, *others], dim=1)
+            residuals = controlnet.residuals(model, latents, timesteps, inputs)
+        if inputs.mask is not None and inputs.masked_image_latents is not None:
+            latents = torch.cat([latents, inputs.mask, inputs.masked_image_latents], dim=1)
         return self.unet(
-            latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False, **residuals
+            latents,
+            timesteps,
+            encoder_hidden_states=inputs.encoder_hidden_states,
+            return_dict=False,
+            **residuals,
         )[0]

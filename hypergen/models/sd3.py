@@ -14,7 +14,7 @@ from torch.nn import functional
 from hypergen.conditioning.initial_latents import begin
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
@@ -115,7 +115,7 @@ class StableDiffusion3:
         first, second = self.clips
         encoded = [(first.get(text), second.get(text_2 or text), self.t5.get(text)) for text, text_2 in texts]
         length = longest([prompt for *clips, _ in encoded for prompt in clips])
-        positive, *negatives = [self._conditioning(*prompts, length) for prompts in encoded]
+        positive, *negatives = [self._build_inputs(*prompts, length) for prompts in encoded]
         clip, _, t5 = encoded[0]
         return PromptEmbeds(positive, negatives[0] if negatives else None, max(clip.tokens, t5.tokens))
 
@@ -148,23 +148,24 @@ class StableDiffusion3:
         latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
-        latents, timesteps, prompt_embeds, pooled_prompt_embeds = rows
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+    ) -> Tensor:
         return self.transformer(
             hidden_states=latents,
             timestep=timesteps,
-            encoder_hidden_states=prompt_embeds,
-            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=inputs.encoder_hidden_states,
+            pooled_projections=inputs.pooled_prompt_embeds,
             return_dict=False,
         )[0]
 
-    def _conditioning(
+    def _build_inputs(
         self, first: EncodedPrompt, second: EncodedPrompt, words: EncodedPrompt, length: int
-    ) -> Conditioning:
+    ) -> ModelInputs:
         clip = side_by_side(self.clips, (first, second), length)
         clip = functional.pad(clip, (0, words.embeds.shape[-1] - clip.shape[-1]))
         pooled = [prompt.pooled for prompt in (first, second) if prompt.pooled is not None]
-        return Conditioning(torch.cat([clip, words.embeds], dim=1), (torch.cat(pooled, dim=-1),))
+        return ModelInputs(torch.cat([clip, words.embeds], dim=1), torch.cat(pooled, dim=-1))
 
     def _no_words(self, text: str) -> EncodedPrompt:
         transformer = self.transformer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypergen.conditioning import controlnet
 from hypergen.conditioning.initial_latents import begin
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
@@ -114,14 +115,13 @@ class StableDiffusionXL:
         positive = self._encode(request.prompt, request.prompt_2, loras)
         tokens = positive[0].tokens
         if request.guidance_scale <= 1:
-            return PromptEmbeds(self._conditioning(positive, longest(positive)), None, tokens, refiner)
+            return PromptEmbeds(self._build_inputs(positive, longest(positive)), None, tokens, refiner)
         negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
         length = longest([*positive, *negative])
-        unwanted = self._conditioning(negative, length)
+        unwanted = self._build_inputs(negative, length)
         if self.force_zeros_for_empty_prompt and not (request.negative_prompt or request.negative_prompt_2):
-            embeds, pooled = (torch.zeros_like(tensor) for tensor in unwanted.tensors)
-            unwanted = Conditioning(embeds, (pooled,))
-        return PromptEmbeds(self._conditioning(positive, length), unwanted, tokens, refiner)
+            unwanted = unwanted.map(torch.zeros_like)
+        return PromptEmbeds(self._build_inputs(positive, length), unwanted, tokens, refiner)
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
@@ -135,7 +135,7 @@ class StableDiffusionXL:
         time_ids = torch.tensor(
             [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.device
         )
-        others = (time_ids, *guide.others)
+        read = {"time_ids": time_ids, "controlnet_cond": guide.controlnet_cond}
         trajectory = Trajectory(
             request=request,
             index=index,
@@ -144,9 +144,9 @@ class StableDiffusionXL:
             after_step=begun.after_step,
             unchanged=begun.unchanged,
             kind=guide.kind,
-            per_step=guide.per_step,
-            positive=prompts.positive.with_others(others),
-            negative=None if prompts.negative is None else prompts.negative.with_others(others),
+            controlnet_scales=guide.controlnet_scales,
+            positive=replace(prompts.positive, **read),
+            negative=None if prompts.negative is None else replace(prompts.negative, **read),
             guidance_scale=request.guidance_scale,
             prompt_tokens=prompts.tokens,
             generator=generator,
@@ -164,19 +164,17 @@ class StableDiffusionXL:
         latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, *rows: Tensor, kind: tuple[Hashable, ...] = ()) -> Tensor:
-        latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids, *others = rows
-        added = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids}
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+    ) -> Tensor:
+        added = {"text_embeds": inputs.pooled_prompt_embeds, "time_ids": inputs.time_ids}
         residuals: dict[str, Any] = {}
         if (model := controlnet.model_of(kind, self.control_models)) is not None:
-            image, scale = others
-            residuals = controlnet.residuals(
-                model, latents, timesteps, prompt_embeds, image, scale, added_cond_kwargs=added
-            )
+            residuals = controlnet.residuals(model, latents, timesteps, inputs, added_cond_kwargs=added)
         return self.experts(
             latents,
             timesteps,
-            encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states=inputs.encoder_hidden_states,
             added_cond_kwargs=added,
             return_dict=False,
             **residuals,
@@ -186,10 +184,8 @@ class StableDiffusionXL:
         first, second = self.encoders
         return first.get(text, loras), second.get(text_2 or text, loras)
 
-    def _conditioning(self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int) -> Conditioning:
-        pooled = encoded[1].pooled
-        assert pooled is not None
-        return Conditioning(side_by_side(self.encoders, encoded, length), (pooled,))
+    def _build_inputs(self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int) -> ModelInputs:
+        return ModelInputs(side_by_side(self.encoders, encoded, length), encoded[1].pooled)
 
 
 def _is_turbo(published: Any) -> bool:

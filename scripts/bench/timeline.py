@@ -106,7 +106,7 @@ def _noting(live: Live) -> Iterator[list[Span]]:
         with stage(BEGINNING):
             return prepare(*given)
 
-    def noted_forward(*rows: Tensor, **named: Any) -> Tensor:
+    def noted_forward(*rows: Any, **named: Any) -> Tensor:
         with stage(PASS):
             prediction = forward(*rows, **named)
             synchronize(prediction)

@@ -223,7 +223,8 @@ def test_a_folder_that_is_no_control_model_is_one_line_without_its_path(
 
 
 def test_canny_draws_edges_before_the_control_model_reads_them(controlled: Any) -> None:
-    image = prepare_image(controlled, _request(preprocessor="canny")).positive.others[0]
+    image = prepare_image(controlled, _request(preprocessor="canny")).positive.controlnet_cond
+    assert image is not None
     assert set(image.flatten().tolist()) == {0.0, 1.0}
     assert (image[:, 0] == image[:, 2]).all()
     # The rectangle of the picture ends at a third of the width.

@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hypergen.denoising.denoising_state import Conditioning, Trajectory
+from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.denoising.schedulers import FlowSchedulerFactory, SchedulerFactory, takes_generator
 from hypergen.engine.batched_euler import advance_all
 from tests.support.sync_engine import make_request
@@ -46,7 +46,7 @@ def _trajectories(prediction: Prediction, dtype: torch.dtype, device: str = "cpu
                 request=make_request(seed=seed),
                 index=0,
                 latents=noise * getattr(scheduler, "init_noise_sigma", 1.0),
-                positive=Conditioning(torch.zeros(1, 77, 8)),
+                positive=ModelInputs(torch.zeros(1, 77, 8)),
                 negative=None,
                 guidance_scale=1.0,
                 prompt_tokens=0,

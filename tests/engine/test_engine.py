@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from hypergen.denoising.denoising_state import Conditioning
+from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.engine.batch_invariance.shape_profiles import Shapes
 from hypergen.engine.postprocess import Decoded
 from hypergen.engine.scheduler import group_key
@@ -162,7 +162,7 @@ def test_a_request_that_makes_a_pass_fail_fails_alone(inline: MakeEngine, spoilt
             if spoilt == "scheduler":
                 trajectory.scheduler.model_outputs = None
             else:
-                trajectory.positive = Conditioning(trajectory.positive.embeds[..., :5])
+                trajectory.positive = ModelInputs(trajectory.positive.encoder_hidden_states[..., :5])
 
     engine.run(bad, *good, on_event=spoil)
     assert "log says why" in engine.errors[bad.id].message
@@ -190,7 +190,7 @@ def test_one_image_that_fails_ends_its_request_and_no_other(
                 # Enough for the forward call, not for the step.
                 image.scheduler.sigmas = image.scheduler.sigmas[: image.step_index + 1]
             else:
-                image.positive = Conditioning(image.positive.embeds[..., :5])
+                image.positive = ModelInputs(image.positive.encoder_hidden_states[..., :5])
 
     engine.run(bad, good, on_event=spoil)
     assert isinstance(engine.errors[bad.id], GenerationError)

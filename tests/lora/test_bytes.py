@@ -15,7 +15,7 @@ from hypergen.events import Event, Progress
 from hypergen.lora.batched_lora import Pieces
 from hypergen.lora.manager import Adapters, in_rows
 from hypergen.models import loading
-from hypergen.models.cfg import random_rows
+from hypergen.models.cfg import map_rows, random_rows
 from hypergen.request import GenerationRequest
 from tests.support.lora_files import EVERYTHING, TEXT, save_lora
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
@@ -122,7 +122,7 @@ def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
 
     def run(chosen: list[int]) -> torch.Tensor:
         with in_rows([loras[row] for row in chosen]):
-            return family.forward(*(tensor[chosen] for tensor in rows))
+            return family.forward(*map_rows(rows, lambda tensor: tensor[chosen]))
 
     alone = [run([row])[0] for row in range(9)]
     for count in (2, 3, 4, 6, 8):

@@ -119,7 +119,7 @@ def test_marks_are_text_without_the_setting(sd_folder: Path) -> None:
     with torch.inference_mode():
         marked, bare = (prepare_image(plain, replace(_REQUEST, prompt=p)) for p in ("a (cat:1.0)", "a cat"))
     assert marked.prompt_tokens == bare.prompt_tokens + len("(:1.0)")
-    assert not torch.equal(marked.positive.embeds, bare.positive.embeds)
+    assert not torch.equal(marked.positive.encoder_hidden_states, bare.positive.encoder_hidden_states)
 
 
 def test_weighted_prompts_of_any_length_share_passes_and_keep_their_bytes(family: Any) -> None:
@@ -154,10 +154,12 @@ def test_models_with_several_encoders_weigh_in_those_of_clip(save: Any, tmp_path
             for prompt in ("a cat", "a (cat:1.0)", "a (cat:1.5)")
         }
     plain, one, more = starts.values()
-    assert all(torch.equal(a, b) for a, b in zip(plain.tensors, one.tensors, strict=True))
-    changed = (plain.embeds != more.embeds).any(dim=-1)[0]
+    others = {name for name, tensor in vars(plain).items() if tensor is not None} - {"encoder_hidden_states"}
+    assert torch.equal(plain.encoder_hidden_states, one.encoder_hidden_states)
+    assert all(torch.equal(getattr(plain, name), getattr(one, name)) for name in others)
+    changed = (plain.encoder_hidden_states != more.encoder_hidden_states).any(dim=-1)[0]
     assert changed.nonzero().flatten().tolist() == [2, 3, 4]  # the start, "a", then the letters of "cat"
-    assert all(torch.equal(a, b) for a, b in zip(plain.others, more.others, strict=True))
+    assert all(torch.equal(getattr(plain, name), getattr(more, name)) for name in others)
 
 
 def test_models_that_clip_does_not_read_for_refuse_the_setting(tmp_path: Path) -> None:

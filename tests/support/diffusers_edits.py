@@ -69,7 +69,7 @@ def sizes_of_passes(family: Any) -> tuple[list[int], Callable[[], None]]:
     rows_seen: list[int] = []
     forward = family.forward
 
-    def recording(*rows: torch.Tensor, **named: Any) -> torch.Tensor:
+    def recording(*rows: Any, **named: Any) -> torch.Tensor:
         rows_seen.append(len(rows[0]))
         return forward(*rows, **named)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from hypergen.denoising.denoising_state import Trajectory
 from hypergen.engine.batch_invariance.layers import make_convolutions_invariant, make_linears_invariant
 from hypergen.events import Verdict
-from hypergen.models.cfg import random_rows
+from hypergen.models.cfg import Rows, map_rows, random_rows
 from hypergen.models.family import Family
 
 _ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -97,7 +98,7 @@ class DeterminismRule:
         most = max(2, self._max_rows)
         arguments, kind = random_rows(trajectory, most, generator), trajectory.kind
         if self._repairs:
-            one_row = [rows[:1] for rows in arguments]
+            one_row = map_rows(arguments, lambda tensor: tensor[:1])
             found.repaired = make_convolutions_invariant(
                 self._networks, lambda: self._family.forward(*one_row, kind=kind), self._max_rows
             )
@@ -108,11 +109,12 @@ class DeterminismRule:
         for count in sorted({count for count in _ROW_COUNTS if count < most} | {most}):
             if count > max(1, 2 * len(known)):
                 continue  # in two orders, the known rows would not stand at every position
-            rows = [argument[:count] for argument in arguments]
+            rows = map_rows(arguments, itemgetter(slice(count)))
             try:
                 output, seconds = self._timed_forward(rows, kind)
                 yield
-                reversed_output, seconds_again = self._timed_forward([row.flip(0) for row in rows], kind)
+                reversed_rows = map_rows(rows, lambda tensor: tensor.flip(0))
+                reversed_output, seconds_again = self._timed_forward(reversed_rows, kind)
             except torch.OutOfMemoryError:
                 if count <= 2:  # not even one guided image
                     raise
@@ -134,7 +136,7 @@ class DeterminismRule:
                 return
             yield
 
-    def _timed_forward(self, rows: list[Tensor], kind: tuple[Hashable, ...]) -> tuple[Tensor, float]:
+    def _timed_forward(self, rows: Rows, kind: tuple[Hashable, ...]) -> tuple[Tensor, float]:
         started = self._clock()
         output = self._family.forward(*rows, kind=kind)
         synchronize(output)
