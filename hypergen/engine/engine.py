@@ -281,7 +281,7 @@ class Engine:
             A prediction of shape (1, C, h, w) for each.
         """
         started = self._clock()
-        predictions = denoise(self.family.forward, batch)
+        predictions = denoise(self.family, batch)
         synchronize(predictions[0])
         self._forward_s = self._clock() - started
         rows = sum(trajectory.rows for trajectory in batch)

@@ -18,7 +18,7 @@ def draw_once(family: Family, description: ModelInfo, shapes: Shapes) -> Traject
     trajectory = family.prepare(request, 0, family.encode_prompts(request))
     deque(shapes.learn(trajectory), maxlen=0)
     while trajectory.remaining_steps:
-        trajectory.advance(denoise(family.forward, [trajectory])[0])
+        trajectory.advance(denoise(family, [trajectory])[0])
     return trajectory
 
 

@@ -9,19 +9,16 @@ bits that it gets alone. Larger windows than 1 x 1, and DoRA, run row by row.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hypergen.lora.weights import LayerWeights
-
-if TYPE_CHECKING:
-    from hypergen.lora.manager import Lora
+from hypergen.lora.weights import LayerWeights, Lora
 
 # LoRAs of one row with their weights, in the order in which they are summed.
-Loras = tuple[tuple["Lora", float], ...]
+Loras = tuple[tuple[Lora, float], ...]
 
 # Few sizes, so that few must be tried; the largest first.
 _SIZES = (16, 8, 4, 2)

@@ -27,7 +27,7 @@ from torch.nn import functional
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.lora.batched_lora import Loras, Pieces, Rows
-from hypergen.lora.weights import LayerWeights, UnfitLoraError, read_weights
+from hypergen.lora.weights import LayerWeights, Lora, UnfitLoraError, read_weights
 from hypergen.model_info import Option
 from hypergen.model_store.lora_files import LoraRegistry, open_registry
 
@@ -39,20 +39,6 @@ Asked = tuple[tuple[str, float], ...]
 _Version = tuple[str, int, int]
 # Settings under which there are no layers left to hook, or their weights are elsewhere when a LoRA is loaded.
 _EXCLUDING = ("compile", "offload")
-
-
-class Lora:
-    """A loaded LoRA; the trajectories that use it keep it alive, whatever else is loaded meanwhile."""
-
-    _numbers = itertools.count()
-
-    def __init__(self, owner: Adapters, layers: dict[str, LayerWeights]) -> None:
-        self.owner = owner
-        self.layers = layers
-        self.hooked = False
-        self.number = next(self._numbers)  # never given twice, as a key for what was made with it
-        self.reads_prompts = any(name.startswith("text_encoder") for name in layers)
-        self.nbytes = sum(weights.nbytes for weights in layers.values())
 
 
 def _version_of(name: str, path: Path) -> _Version:
@@ -155,7 +141,7 @@ class Adapters:
                 lora = self._in_use.get(version)
             if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
-                lora = Lora(self, {layer: self._in_slot(one) for layer, one in weights.items()})
+                lora = Lora({layer: self._in_slot(one) for layer, one in weights.items()})
                 logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
@@ -211,13 +197,16 @@ class Adapters:
 
 
 @contextmanager
-def in_rows(loras: Sequence[Loras]) -> Iterator[None]:
-    """Apply to each row of the pass inside its own LoRAs; rows of one pass belong to one pipeline."""
-    first = next((own[0][0] for own in loras if own), None)
-    if first is None:
+def in_rows(adapters: Adapters | None, loras: Sequence[Loras]) -> Iterator[None]:
+    """Apply to each row of the batch inside its own LoRAs.
+
+    Args:
+        adapters: that loaded them; None: the family has no LoRAs.
+    """
+    if adapters is None or not any(loras):
         yield
         return
-    with first.owner._applied(loras):
+    with adapters._applied(loras):
         yield
 
 

@@ -5,6 +5,7 @@ Nothing here touches the pipeline: a file that does not fit is refused before an
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -63,6 +64,19 @@ class LayerWeights:
     @property
     def nbytes(self) -> int:
         return self.down.nbytes + self.up.nbytes
+
+
+class Lora:
+    """A loaded LoRA; the trajectories that use it keep it alive, whatever else is loaded meanwhile."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, layers: dict[str, LayerWeights]) -> None:
+        self.layers = layers
+        self.hooked = False
+        self.number = next(self._numbers)  # never given twice, as a key for what was made with it
+        self.reads_prompts = any(name.startswith("text_encoder") for name in layers)
+        self.nbytes = sum(weights.nbytes for weights in layers.values())
 
 
 def read_weights(path: Path, pipeline: Any, max_bytes: float) -> dict[str, LayerWeights]:

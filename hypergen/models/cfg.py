@@ -9,17 +9,18 @@ from torch import Tensor
 
 from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.lora.manager import in_rows
+from hypergen.models.family import Family
 
 # Latents, timesteps and what else `Family.forward` reads, of the rows of one batch.
 Rows = tuple[Tensor, Tensor, ModelInputs]
 
 
-def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) -> list[Tensor]:
+def denoise(family: Family, trajectories: Sequence[Trajectory]) -> list[Tensor]:
     """Predictions of shape (1, C, h, w), one for each trajectory, with classifier-free guidance applied.
 
     Args:
         trajectories: of one group, so of one `kind`.
-        forward: see `Family.forward`; called once.
+        family: its `forward` is called once.
     """
     guided = [trajectory for trajectory in trajectories if trajectory.guided]
     latents = {trajectory: trajectory.model_input() for trajectory in trajectories}
@@ -27,8 +28,8 @@ def denoise(forward: Callable[..., Tensor], trajectories: Sequence[Trajectory]) 
     inputs = [t.inputs_at(t.step_index, t.negative) for t in guided if t.negative is not None]
     inputs += [t.inputs_at(t.step_index, t.positive) for t in trajectories]
     rows = [*guided, *trajectories]
-    with in_rows([t.loras for t in rows]):
-        noise_pred = forward(
+    with in_rows(family.adapters, [t.loras for t in rows]):
+        noise_pred = family.forward(
             torch.cat([latents[t] for t in rows]),
             torch.stack([t.timestep.to(torch.float32) for t in rows]),
             ModelInputs.stack(inputs),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hypergen.denoising.denoising_state import ModelInputs, Trajectory
 from hypergen.lora.batched_lora import Loras
+from hypergen.lora.manager import Adapters
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 
@@ -38,6 +39,11 @@ class Family(Protocol):
 
     # Networks that run beside the denoiser in passes of some kinds, by the name that requests use.
     control_models: Mapping[str, nn.Module]
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The LoRA manager; None: the family has no LoRAs."""
+        ...
 
     @property
     def denoiser(self) -> nn.Module:

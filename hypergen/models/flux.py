@@ -68,10 +68,10 @@ class Flux:
         dtype, room = self.transformer.dtype, settings.prompt_cache_mb * 1_000_000 // 2
         with torch.inference_mode():
             self.clip = PromptCache(
-                PooledClipEncoder(pipeline.tokenizer, pipeline.text_encoder, dtype=dtype), room
+                PooledClipEncoder(pipeline.tokenizer, pipeline.text_encoder, dtype=dtype), room, self.adapters
             )
             self.t5 = PromptCache(
-                T5Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, length, dtype), room
+                T5Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, length, dtype), room, self.adapters
             )
 
     @property

@@ -59,7 +59,7 @@ class StableDiffusion:
                 self.unet.dtype,
                 penultimate=False,
             )
-            self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000)
+            self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.adapters)
 
     @property
     def reads_mask(self) -> bool:

@@ -50,6 +50,7 @@ class StableDiffusion3:
         self.transformer: Any = pipeline.transformer
         self.vae: Any = pipeline.vae
         self.card = card
+        self.adapters = None
         self.control_models: Mapping[str, nn.Module] = {}
         self.schedulers = FlowSchedulerFactory(
             pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=False

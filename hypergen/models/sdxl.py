@@ -62,7 +62,7 @@ class StableDiffusionXL:
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
             encode = ClipEncoder(tokenizer, text_encoder, settings, self.unet.dtype, penultimate=True)
-            return PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 2)
+            return PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 2, self.adapters)
 
         with torch.inference_mode():
             self.encoders = (

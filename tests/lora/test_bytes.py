@@ -121,7 +121,7 @@ def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
     loras = [adapters.load(_CHOICES[row % len(_CHOICES)]) for row in range(9)]
 
     def run(chosen: list[int]) -> torch.Tensor:
-        with in_rows([loras[row] for row in chosen]):
+        with in_rows(adapters, [loras[row] for row in chosen]):
             return family.forward(*map_rows(rows, lambda tensor: tensor[chosen]))
 
     alone = [run([row])[0] for row in range(9)]

@@ -172,7 +172,7 @@ def test_a_file_does_what_it_does_in_diffusers(make: Any, run: Any, state: Any, 
     adapters = Adapters(pipeline, make_settings(lora=[f"style={file}"]))
     base = run(pipeline)
     loras = adapters.load((("style", 0.7),))
-    with in_rows([loras]):
+    with in_rows(adapters, [loras]):
         ours = run(pipeline)
     assert all(torch.equal(one, other) for one, other in zip(run(pipeline), base, strict=True))
 

@@ -165,5 +165,5 @@ def draw_alone(family: Family, request: GenerationRequest, index: int = 0) -> An
     """Pixels of one image, by the family alone: no engine, no neighbours."""
     trajectory = prepare_image(family, request, index)
     while trajectory.remaining_steps:
-        trajectory.advance(denoise(family.forward, [trajectory])[0])
+        trajectory.advance(denoise(family, [trajectory])[0])
     return to_pixels(family.decode(trajectory)).numpy()

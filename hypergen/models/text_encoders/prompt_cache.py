@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import in_rows, prompt_key, prompt_readers
+from hypergen.lora.manager import Adapters, in_rows, prompt_key, prompt_readers
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,16 @@ class PromptCache:
 
     The encoder sees one chunk per call, so that its batch size, and with it the bits of its output, never
     vary.
+
+    Args:
+        adapters: that loads the LoRAs of prompts; None: they have none.
     """
 
-    def __init__(self, encode: Callable[[str], EncodedPrompt], max_bytes: int) -> None:
+    def __init__(
+        self, encode: Callable[[str], EncodedPrompt], max_bytes: int, adapters: Adapters | None = None
+    ) -> None:
         self._encode = encode
+        self._adapters = adapters
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
@@ -78,7 +84,7 @@ class PromptCache:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
-        with in_rows([readers]):
+        with in_rows(self._adapters, [readers]):
             encoded = self._entries[key] = self._encode(text)
         self._bytes += encoded.nbytes
         while self._bytes > self._max_bytes:
