@@ -37,7 +37,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     refiner: str | None = Field(
         None,
-        description="the SDXL refiner that draws the last steps of requests that enable it: hub id, folder, "
+        description="the SDXL refiner that runs the last steps of requests that enable it: hub id, folder, "
         ".safetensors checkpoint or model-store tag",
     )
     model_memory_gb: float | None = Field(
@@ -51,7 +51,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     determinism: Determinism = Field(
         "strict",
         description="strict: the same seed gives the same bytes, whatever shares the batch; "
-        "fast: without that promise, and without the layers and lone passes that it takes",
+        "fast: without that promise, without replaced layers and without batches of one image",
     )
     aging: float = Field(
         0.2,
@@ -68,11 +68,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         4,
         ge=1,
         le=64,
-        description="prompts are read in chunks of 75 tokens, up to this many; the rest is cut off",
+        description="prompts are encoded in chunks of 75 tokens, up to this many; the rest is truncated",
     )
     compile: Compile = Field(
         "off",
-        description="compile the denoiser for passes of 2, 4, 8 ... rows; graphs: and replay them as CUDA "
+        description="compile the denoiser for batches of 2, 4, 8 ... rows; graphs: and replay them as CUDA "
         "graphs. Takes minutes at the start; TORCHINDUCTOR_CACHE_DIR keeps the result",
     )
     channels_last: bool = Field(False, description="keep images in memory channel by channel last")
@@ -80,12 +80,14 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         None, description="kernel of scaled dot product attention; absent: torch chooses"
     )
     decode_stream: bool = Field(
-        False, description="decode pictures on a CUDA stream of their own, beside the next step"
+        False, description="decode images on a CUDA stream of their own, beside the next step"
     )
-    vectorised_steps: bool = Field(True, description="images with Euler's sampler take its step together")
+    vectorised_steps: bool = Field(
+        True, description="step all images of a batch that use Euler's sampler together"
+    )
     vae_tiling: VaeTiling = Field(
         "off",
-        description="encode and decode pictures in tiles of 512 pixels, which takes less memory and changes "
+        description="encode and decode images in tiles of 512 pixels, which takes less memory and changes "
         "pixels; auto: only those that the device's memory would not hold at once (CUDA)",
     )
     offload: Offload = Field(
@@ -115,7 +117,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         le=256,
         description="LoRAs up to this rank are filled up to it and computed together; larger ones run beside "
-        "them. Another value changes the last bits of pictures with LoRAs",
+        "them. Another value changes the last bits of images with LoRAs",
     )
     max_lora_mb: float = Field(2048, gt=0, allow_inf_nan=False, description="largest LoRA file, in MB")
     lora_cache_mb: float = Field(
@@ -147,10 +149,13 @@ class QueueSettings(BaseModel, frozen=True, extra="forbid"):
     """How many requests wait, where, and for how long."""
 
     max_queue_size: int = Field(
-        100, ge=1, description="requests that wait for the engine; more wait at the door"
+        100, ge=1, description="requests in the queue; more wait in the overflow queue"
     )
     queue_timeout_s: float = Field(
-        600, ge=0, allow_inf_nan=False, description="seconds at the door before 429; 0 refuses at once"
+        600,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds in the overflow queue before 429; 0 refuses at once",
     )
     max_pictures_mb: float = Field(
         1024,
@@ -195,8 +200,8 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
         description="address that clients know this server by, for `url` results; absent: as asked",
     )
-    max_side: int = Field(2048, ge=64, le=8192, description="longest width or height of a picture, in pixels")
-    max_steps: int = Field(150, ge=1, le=150, description="most denoising steps of a picture")
+    max_side: int = Field(2048, ge=64, le=8192, description="longest width or height of an image, in pixels")
+    max_steps: int = Field(150, ge=1, le=150, description="most denoising steps of an image")
     max_megapixel_steps: float = Field(
         6300, gt=0, allow_inf_nan=False, description="work of one request: images x steps x megapixels"
     )
@@ -208,10 +213,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="price of one 1024x1024 picture with 25 steps, for the header x-hypergen-price of "
+        description="price of one 1024x1024 image with 25 steps, for the header x-hypergen-price of "
         "Hyperbolic answers and for hypergen_price_total in /metrics; absent: neither",
     )
-    image_metadata: bool = Field(True, description="write prompt, seed and settings into the picture's file")
+    image_metadata: bool = Field(True, description="write prompt, seed and settings into the image's file")
     url_lifetime_s: float = Field(
         3600, ge=60, allow_inf_nan=False, description="seconds that a `url` result can be fetched"
     )
@@ -242,7 +247,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
-    """Everything that one server is told at its start."""
+    """All settings of one server."""
 
     models: Annotated[tuple[ModelEntry, ...], BeforeValidator(read_entries)] = Field(
         (),

@@ -3,7 +3,7 @@
     HyperGenError
     ├── ConfigurationError          a setting is wrong; the server does not start
     ├── ModelError                  a model is missing, damaged or of a kind that is not served
-    └── RequestError                told to the client, with the parameter that caused it
+    └── RequestError                sent to the client, with the parameter that caused it
         ├── InvalidRequestError
         ├── AuthenticationError
         ├── ForbiddenError
@@ -38,7 +38,7 @@ class ModelError(HyperGenError):
 
 
 class RequestError(HyperGenError):
-    """A request that ends without pictures.
+    """A request that ends without images.
 
     Args:
         message: for the client; no paths, no traces.
@@ -83,7 +83,7 @@ class ForbiddenError(RequestError):
 
 
 class NotFoundError(RequestError):
-    """No such route, model or stored picture."""
+    """No such route, model or stored image."""
 
     code = "not_found"
 
@@ -107,7 +107,7 @@ class UnsupportedMediaTypeError(RequestError):
 
 
 class QueueFullError(RequestError):
-    """Neither the queue nor the door has room, or the wait at the door ended."""
+    """Neither the queue nor the overflow queue has room, or the wait in the overflow queue timed out."""
 
     code = "rate_limit_exceeded"
 
@@ -125,19 +125,19 @@ class DeadlineExceededError(RequestError):
 
 
 class StorageFullError(RequestError):
-    """A picture could not be kept for its `url`; `b64_json` needs no storage."""
+    """An image could not be stored for its `url`; `b64_json` needs no storage."""
 
     code = "storage_full"
 
 
 class GenerationError(RequestError):
-    """Drawing failed for a reason that lies in the server."""
+    """Generation failed for a reason in the server."""
 
     code = "internal_error"
 
 
 class OutOfMemoryError(GenerationError):
-    """The picture does not fit into the accelerator's memory even alone."""
+    """The image does not fit into the accelerator's memory even alone."""
 
     code = "out_of_memory"
 
