@@ -25,6 +25,19 @@ def is_own_host(host: str, server: ServerSettings) -> bool:
     return name is not None and (_is_named(name, server) or _address(name) is not None)
 
 
+def is_named_host(host: str, server: ServerSettings, local_address: str | None) -> bool:
+    """Whether the operator named this host, so that it may stand in answers: as `is_own_host`, but of the IP
+    addresses only loopback and the one that the connection came to, which the server was bound to.
+    """
+    name = _name_in(host)
+    if name is None:
+        return False
+    address = _address(name)
+    return _is_named(name, server) or (
+        address is not None and (address.is_loopback or str(address) == local_address)
+    )
+
+
 def refuse_strangers(
     method: str, path: str, headers: Iterable[tuple[bytes, bytes]], server: ServerSettings
 ) -> None:

@@ -19,7 +19,7 @@ from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.errors import ClientGoneError
-from hypergen.api.hosts import is_own_host
+from hypergen.api.hosts import is_named_host
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import Outgoing
 from hypergen.api.request_body import read_json_object
@@ -269,7 +269,8 @@ def url_base(request: Request, settings: Settings, asked: Asked) -> str | None:
     if settings.server.public_url:
         return settings.server.public_url.rstrip("/") + FILES_PREFIX
     host = request.headers.get("host", "")
-    if is_own_host(host, settings.server):
+    local_address, _ = request.scope.get("server") or (None, None)
+    if is_named_host(host, settings.server, local_address):
         return f"{request.scope['scheme']}://{host}{FILES_PREFIX}"
     _warn_of_host()
     if asked.response_format == "url":

@@ -16,7 +16,6 @@ OWN = [
     "localhost:8000",
     "LOCALHOST",
     "[::1]:8000",
-    "192.168.1.5:8000",
     "a.localhost",
     "localhost.",
 ]
@@ -29,6 +28,23 @@ def test_without_a_key_local_names_and_addresses_are_served(client: httpx.Client
     assert client.get("/v1/models", headers={"Host": host}).status_code == 200
     url = client.post(GENERATIONS, json=QUICK, headers={"Host": host}).json()["data"][0]["url"]
     assert url.startswith(f"http://{host}/v1/images/files/")
+
+
+OTHER_ADDRESSES = ["192.168.1.5:8000", "203.0.113.66", "[2001:db8::1]:8000"]
+
+
+@pytest.mark.parametrize("host", OTHER_ADDRESSES)
+def test_addresses_that_the_operator_did_not_name_are_served_and_stand_in_no_answer(
+    client: httpx.Client, keyed_server: LiveServer, host: str
+) -> None:
+    headers = {"Host": host}
+    with client_of(keyed_server) as keyed:
+        for each in (client, keyed):
+            (item,) = each.post(GENERATIONS, json=QUICK, headers=headers).json()["data"]
+            assert item["b64_json"]
+            assert "url" not in item
+            response = each.post(GENERATIONS, json={**QUICK, "response_format": "url"}, headers=headers)
+            assert_error(response, 400, param="response_format", code="invalid_host")
 
 
 @pytest.mark.parametrize("host", [*STRANGE, *NO_HOSTS])
