@@ -160,7 +160,7 @@ def read_sampler(given: str | None, steps: int, description: ModelInfo, steps_pa
     if given is not None and sampler not in description.samplers:
         known = ", ".join(description.samplers) or "none to choose, for a model of this kind"
         raise InvalidRequestError(
-            f"'sampler' names an unknown one, '{given[:40]}'; this server has {known}.", param="sampler"
+            f"'sampler' '{given[:40]}' is unknown; this server has {known}.", param="sampler"
         )
     min_steps = description.min_steps if sampler is None else description.samplers[sampler]
     if steps < min_steps:

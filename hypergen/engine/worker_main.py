@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -138,6 +139,8 @@ def _wait_for_adoption(listener: socket.socket) -> socket.socket:
     """
     ready, _, _ = select.select([listener, sys.stdin], [], [], _ATTACHED_WITHIN_S)
     if listener not in ready:
+        # A launcher that was killed could not remove the folder of the socket.
+        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGKILL)  # imports may be under way in another thread
     connection, _ = listener.accept()
     listener.close()

@@ -59,11 +59,14 @@ def test_a_prestarted_engine_exits_with_its_launcher(sd_folder: Path) -> None:
         [sys.executable, "-c", code, str(sd_folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as launcher:
         assert launcher.stdout is not None
-        launcher.stdout.readline()
+        printed = launcher.stdout.readline().decode()
+        folder = Path(printed.split("'")[3].partition(":")[2]).parent
+        assert folder.is_dir()
         (prestarted,) = psutil.Process(launcher.pid).children()
         assert prestarted.is_running()
         launcher.kill()
     prestarted.wait(10)
+    assert not folder.exists()
 
 
 def test_an_exited_prestarted_engine_is_not_attached_to(
