@@ -82,7 +82,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     decode_stream: bool = Field(
         False, description="decode images on a CUDA stream of their own, beside the next step"
     )
-    vectorised_steps: bool = Field(
+    batched_euler: bool = Field(
         True, description="step all images of a batch that use Euler's sampler together"
     )
     vae_tiling: VaeTiling = Field(
@@ -157,7 +157,7 @@ class QueueSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="seconds in the overflow queue before 429; 0 refuses at once",
     )
-    max_pictures_mb: float = Field(
+    max_input_image_mb: float = Field(
         1024,
         gt=0,
         allow_inf_nan=False,

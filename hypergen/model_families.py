@@ -31,7 +31,7 @@ def family_class(pipeline_class: str) -> Any:
 def servable() -> frozenset[str]:
     """The families' pipeline classes and all others that the installed diffusers names.
 
-    Whether one of the others draws from a prompt alone shows when it is loaded, see `WholePipeline`. Read
+    Whether one of the others draws from a prompt alone shows when it is loaded, see `DiffusersPipeline`. Read
     from the file, since importing diffusers imports torch.
     """
     spec = importlib.util.find_spec("diffusers")

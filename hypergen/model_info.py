@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Capabilities that not every family has, named after the field of `GenerationRequest` that uses them.
-Option = Literal[
+Capability = Literal[
     "prompt_2", "negative_prompt", "true_cfg_scale", "enable_refiner", "image", "mask", "control", "loras"
 ]
 
@@ -32,7 +32,7 @@ class ModelInfo:
     min_steps: int  # of the model's own scheduler
     device: str
     dtype: str
-    options: frozenset[Option] = frozenset()
+    capabilities: frozenset[Capability] = frozenset()
     loras: tuple[str, ...] = ()  # names for requests
     lora_folders: tuple[str, ...] = ()  # folders whose files requests may name by path
     default_lora: str | None = None  # for requests without one

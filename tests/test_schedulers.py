@@ -44,7 +44,7 @@ _NAMES: list[str | None] = [None, *SAMPLERS]
 
 
 class Image:
-    """The least that a trajectory is: noise, a scheduler, and a denoiser that squeezes."""
+    """The least that a state is: noise, a scheduler, and a denoiser that squeezes."""
 
     def __init__(self, factory: SchedulerFactory, sampler: str | None, steps: int, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)

@@ -64,7 +64,7 @@ def test_lone_native_calls_are_within_50_ms_of_the_mounted_route(server: LiveSer
     mounted: list[float] = []
     body = {**ITEM, "response_format": "b64_json"}
     with bentoml.SyncHTTPClient(server.url) as client, httpx.Client() as http:
-        for _ in range(30):  # in turns, so that whatever else the machine does hits both
+        for _ in range(30):  # in offloader, so that whatever else the machine does hits both
             started = time.perf_counter()
             client.generate(items=[body])  # pyright: ignore[reportAttributeAccessIssue]  made from the schema
             between = time.perf_counter()

@@ -49,7 +49,7 @@ def _capabilities(info: ModelInfo | None) -> dict[str, Any]:
     """What requests to a model may use; empty until it is loaded."""
     return {
         "samplers": list(info.samplers) if info else [],
-        "options": sorted(info.options) if info else [],
+        "options": sorted(info.capabilities) if info else [],
         "loras": list(info.loras) if info else [],
         "control_models": list(info.control_models) if info else [],
     }

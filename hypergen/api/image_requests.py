@@ -23,9 +23,9 @@ from hypergen.api.hosts import is_named_host
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import Outgoing
 from hypergen.api.request_body import read_json_object
-from hypergen.api.responses import in_slices, write
+from hypergen.api.responses import iter_chunks, write
 from hypergen.api.sse import EventStream
-from hypergen.api.validation import Asked
+from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator, generate_all
 from hypergen.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
@@ -58,7 +58,7 @@ async def read_body(request: Request, endpoint: Endpoint, settings: Settings) ->
         raise ClientGoneError from None
 
 
-async def check(
+async def parse_request(
     endpoint: Endpoint,
     body: dict[str, Any],
     description: ModelInfo,
@@ -66,7 +66,7 @@ async def check(
     request_id: str,
     until_client_left: Callable[[], Awaitable[object]],
     deadline: float,
-) -> Asked:
+) -> ValidatedRequest:
     """Check a body and resolve its defaults; input images in it are decoded in a thread, until the client
     leaves or the time is over.
 
@@ -98,31 +98,31 @@ async def answer(
 ) -> Response:
     """One image request, from its body to its answer."""
     started = time.monotonic()
-    loaded(generator)
+    require_model(generator)
     body = await read_body(request, endpoint, settings)
-    description = loaded(generator, body.get(endpoint.model_field))
+    description = require_model(generator, body.get(endpoint.model_field))
     deadline: float = request.state.deadline
     until_client_left = partial(disconnected, request)
-    asked = await check(
+    asked = await parse_request(
         endpoint, body, description, settings, request.state.request_id, until_client_left, deadline
     )
     body.clear()  # input images in base64 would be held as long as the request waits
     request.state.body.release()
     base = url_base(request, settings, asked)  # before anything is generated that could not be answered
     outgoing: Outgoing = request.state.outgoing
-    if endpoint.to_frame is not None and asked.stream:
-        to_frame = partial(endpoint.to_frame, asked.without_input_images(), int(time.time()))
-        return await stream(generator, asked, to_frame, until_client_left, deadline, outgoing)
+    if endpoint.to_sse_event is not None and asked.stream:
+        to_sse_event = partial(endpoint.to_sse_event, asked.without_input_images(), int(time.time()))
+        return await stream(generator, asked, to_sse_event, until_client_left, deadline, outgoing)
     try:
         images = await draw(generator, asked.generation, until_client_left(), deadline)
     except InvalidRequestError as error:
-        raise asked.in_its_words(error) from None
+        raise asked.with_client_field_names(error) from None
     asked = asked.without_input_images()
     if asked.price is not None:
         asked.price.count()
     urls = None if base is None else await asyncio.to_thread(store, storage, asked.generation, images, base)
     pieces = await write(endpoint.to_response, asked, images, urls, int(time.time()))
-    response = in_pieces(pieces, outgoing)
+    response = chunked_json_response(pieces, outgoing)
     response.headers["openai-processing-ms"] = str(max(1, round((time.monotonic() - started) * 1000)))
     shared = ",".join(str(image.shared_forwards) for image in images)
     response.headers["x-hypergen-shared-forwards"] = shared
@@ -131,16 +131,16 @@ async def answer(
     return response
 
 
-def in_pieces(pieces: list[bytes], outgoing: Outgoing) -> StreamingResponse:
+def chunked_json_response(pieces: list[bytes], outgoing: Outgoing) -> StreamingResponse:
     """A JSON answer that is sent in slices."""
     size = sum(len(piece) for piece in pieces)
     outgoing.hold(size)
-    response = StreamingResponse(in_slices(pieces), media_type="application/json")
+    response = StreamingResponse(iter_chunks(pieces), media_type="application/json")
     response.headers["content-length"] = str(size)
     return response
 
 
-def loaded(generator: ImageGenerator, name: object = None) -> ModelInfo:
+def require_model(generator: ImageGenerator, name: object = None) -> ModelInfo:
     """What requests are checked against: the served model of this name, else the first.
 
     Args:
@@ -178,8 +178,8 @@ async def draw(
 
 async def stream(
     generator: ImageGenerator,
-    asked: Asked,
-    to_frame: Callable[[Preview | ImageFinished], list[bytes]],
+    asked: ValidatedRequest,
+    to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
     until_client_left: Callable[[], Awaitable[object]],
     deadline: float,
     outgoing: Outgoing,
@@ -203,9 +203,9 @@ async def stream(
     except BaseException as error:
         handle.cancel()
         if isinstance(error, InvalidRequestError):
-            raise asked.in_its_words(error) from None
+            raise asked.with_client_field_names(error) from None
         raise
-    return EventStream(event, handle, to_frame, outgoing, deadline)
+    return EventStream(event, handle, to_sse_event, outgoing, deadline)
 
 
 async def unless_client_leaves(
@@ -255,7 +255,7 @@ def store(
     return [base + storage.put(image.data, kind.extension, kind.media_type) for image in images]
 
 
-def url_base(request: Request, settings: Settings, asked: Asked) -> str | None:
+def url_base(request: Request, settings: Settings, asked: ValidatedRequest) -> str | None:
     """What comes before a stored image's name in `url` results: the public URL, else scheme, host and port
     that the request came to. None for answers without addresses: where none are asked for, and where the
     operator has not named that host, because whoever sends a strange one could have its address given to

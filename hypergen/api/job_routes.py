@@ -11,7 +11,14 @@ from starlette.responses import Response
 from hypergen.api import openapi
 from hypergen.api.dialects.endpoints import EDITS, ENDPOINTS, VARIATIONS
 from hypergen.api.errors import json_response, to_json
-from hypergen.api.image_requests import check, disconnected, in_pieces, loaded, read_body, url_base
+from hypergen.api.image_requests import (
+    chunked_json_response,
+    disconnected,
+    parse_request,
+    read_body,
+    require_model,
+    url_base,
+)
 from hypergen.api.jobs import Jobs
 from hypergen.api.multipart_form import is_form
 from hypergen.api.responses import write
@@ -31,32 +38,34 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
 
     @router.post(PATH, openapi_extra=openapi.create_job(bodies, form), status_code=202)
     async def create_job(request: Request) -> Response:
-        loaded(generator)
+        require_model(generator)
         body = await read_body(request, EDITS, settings)
         sent_as_form = is_form(request)
         endpoint = next(endpoint for endpoint in ENDPOINTS if endpoint.claims(body, sent_as_form))
-        description = loaded(generator, body.get(endpoint.model_field))
+        description = require_model(generator, body.get(endpoint.model_field))
         deadline: float = request.state.deadline
         until_client_left = partial(disconnected, request)
-        asked = await check(
+        asked = await parse_request(
             endpoint, body, description, settings, request.state.request_id, until_client_left, deadline
         )
         body.clear()
         request.state.body.release()
         asked.refuse_stream()
         url_base(request, settings, asked)  # refuses what its result could not hold
-        job = await jobs.begin(endpoint, asked, deadline)
-        return json_response(jobs.describe(job), 202, {"Location": f"{PATH}/{job.id}", **asked.headers})
+        job = await jobs.submit(endpoint, asked, deadline)
+        return json_response(jobs.status(job), 202, {"Location": f"{PATH}/{job.id}", **asked.headers})
 
     @router.get(PATH + "/{job_id}", openapi_extra=openapi.job("How a job is, and its result", "getImageJob"))
     async def get_job(request: Request, job_id: str) -> Response:
         job = jobs.get(job_id)
-        told = jobs.describe(job)
+        told = jobs.status(job)
         if job.state != "succeeded":
             return json_response(told)
         result = await write(jobs.result, job, url_base(request, settings, job.asked))
-        return in_pieces([to_json(told)[:-1] + b',"result":', *result, b"}"], request.state.outgoing)
+        return chunked_json_response(
+            [to_json(told)[:-1] + b',"result":', *result, b"}"], request.state.outgoing
+        )
 
     @router.delete(PATH + "/{job_id}", openapi_extra=openapi.job("Cancel a job", "cancelImageJob"))
     async def cancel_job(job_id: str) -> Response:
-        return json_response(jobs.describe(await jobs.cancel(job_id)))
+        return json_response(jobs.status(await jobs.cancel(job_id)))

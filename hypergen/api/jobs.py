@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import error_body, status_of
-from hypergen.api.validation import Asked
+from hypergen.api.validation import ValidatedRequest
 from hypergen.engine_protocol import ImageGenerator, RequestHandle
 from hypergen.errors import (
     DeadlineExceededError,
@@ -41,7 +41,7 @@ class Job:
 
     id: str
     endpoint: Endpoint
-    asked: Asked
+    asked: ValidatedRequest
     created: int
     handle: RequestHandle | None  # None when it has ended: it would hold memory
     state: JobState = "queued"
@@ -50,7 +50,7 @@ class Job:
     started_at: float = 0.0  # monotonic seconds
     ended_at: float | None = None
     error: RequestError | None = None
-    pictures: list[tuple[ImageFinished, str]] = field(default_factory=list[tuple[ImageFinished, str]])
+    images: list[tuple[ImageFinished, str]] = field(default_factory=list[tuple[ImageFinished, str]])
     task: asyncio.Task[None] | None = None
 
     @property
@@ -85,7 +85,7 @@ class Jobs:
         self._most = most
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
-    async def begin(self, endpoint: Endpoint, asked: Asked, deadline: float) -> Job:
+    async def submit(self, endpoint: Endpoint, asked: ValidatedRequest, deadline: float) -> Job:
         """Take a checked request on.
 
         Args:
@@ -132,7 +132,7 @@ class Jobs:
         if not job.ended:  # cancelled before its first step in the event loop
             self._end(job, "cancelled")
 
-    def describe(self, job: Job) -> dict[str, Any]:
+    def status(self, job: Job) -> dict[str, Any]:
         """The job as its client sees it, without the result."""
         told: dict[str, Any] = {
             "id": job.id,
@@ -166,12 +166,12 @@ class Jobs:
             NotFoundError: the pictures' time is over, or newer ones took their room.
         """
         images: list[ImageFinished] = []
-        for image, name in job.pictures:
+        for image, name in job.images:
             data = self._storage.read(name)
             if data is None:
                 raise NotFoundError("The images of this job are gone; their time is over.")
             images.append(replace(image, data=data))
-        urls = None if base is None else [base + name for _, name in job.pictures]
+        urls = None if base is None else [base + name for _, name in job.images]
         return job.endpoint.to_response(job.asked, images, urls, job.created)
 
     async def _run(self, job: Job, handle: RequestHandle, deadline: float) -> None:
@@ -184,7 +184,7 @@ class Jobs:
         except TimeoutError:
             self._end(job, "failed", DeadlineExceededError("The job was not finished within its time."))
         except RequestError as error:
-            self._end(job, "failed", job.asked.in_its_words(error))
+            self._end(job, "failed", job.asked.with_client_field_names(error))
         except Exception:  # the outer edge: nobody else waits for this task
             logger.exception("%s failed.", job.id)
             self._end(job, "failed", GenerationError("The server failed on this job; its log says why."))
@@ -198,12 +198,12 @@ class Jobs:
                 job.step, job.steps = event.step, event.steps
             elif isinstance(event, ImageFinished):
                 name = await asyncio.to_thread(self._storage.put, event.data, kind.extension, kind.media_type)
-                job.pictures.append((replace(event, data=b""), name))
-        if len(job.pictures) != job.asked.generation.n:
+                job.images.append((replace(event, data=b""), name))
+        if len(job.images) != job.asked.generation.n:
             raise GenerationError("The engine ended the job before all images were generated.")
         if job.asked.price is not None:
             job.asked.price.count()
-        job.pictures.sort(key=lambda picture: picture[0].index)
+        job.images.sort(key=lambda picture: picture[0].index)
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()

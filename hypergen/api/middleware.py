@@ -23,7 +23,7 @@ from hypergen.api.hosts import refuse_strangers
 from hypergen.api.http_protocol import ABORT
 from hypergen.api.outgoing_answers import Outgoing, OutgoingMemory
 from hypergen.api.request_body import BodyLimit, BodyMemory
-from hypergen.api.responses import SLICE_BYTES, in_slices
+from hypergen.api.responses import SLICE_BYTES, iter_chunks
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, RequestError
 
@@ -50,7 +50,7 @@ class OuterMiddleware:
         self._server = settings.server
         self._max_body_bytes = int(settings.server.max_body_mb * 1e6)
         self._timeout_s = settings.queue.request_timeout_s
-        memory_bytes = settings.queue.max_pictures_mb * 1e6
+        memory_bytes = settings.queue.max_input_image_mb * 1e6
         self._bodies = BodyMemory(memory_bytes)
         self._outgoing = OutgoingMemory(memory_bytes)
 
@@ -143,7 +143,7 @@ class _Answer:
         size = len(body)
         if size > SLICE_BYTES:
             self._outgoing.hold(size)
-            async for piece in in_slices([body]):
+            async for piece in iter_chunks([body]):
                 size -= len(piece)
                 if size:
                     await self._send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from hypergen.api.request_body import MAX_TEXT_BYTES, JsonBounds, parse_json_object, text_too_large, to_number
 from hypergen.errors import InvalidRequestError, UnsupportedMediaTypeError
 
-MAX_PICTURES = 16
+MAX_INPUT_IMAGES = 16
 _MAX_FILES = 32
 _MAX_FIELDS = 200
 # The base64 of a picture may stand in a field; the limit of the whole body is what counts.

@@ -21,7 +21,7 @@ async def write(function: Callable[[*_Arguments], _Written], *arguments: *_Argum
     return await asyncio.get_running_loop().run_in_executor(_WRITER, function, *arguments)
 
 
-async def in_slices(pieces: Iterable[bytes]) -> AsyncGenerator[bytes, None]:
+async def iter_chunks(pieces: Iterable[bytes]) -> AsyncGenerator[bytes, None]:
     """The same bytes, slice by slice, so that handing megabytes to a socket does not hold up the loop."""
     for piece in pieces:
         for start in range(0, len(piece), SLICE_BYTES):

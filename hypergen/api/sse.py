@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from hypergen.api.errors import error_body, to_json
 from hypergen.api.outgoing_answers import Outgoing
-from hypergen.api.responses import in_slices, write
+from hypergen.api.responses import iter_chunks, write
 from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
 from hypergen.events import Event, ImageFinished, Preview
@@ -32,7 +32,7 @@ class EventStream(StreamingResponse):
     """The answer to a request that has begun. When the client leaves, the request is cancelled.
 
     Args:
-        to_frame: an event as it is sent, in pieces; runs in a thread.
+        to_sse_event: an event as it is sent, in pieces; runs in a thread.
         outgoing: what holds the memory of the events that were not sent yet.
         deadline: by the event loop's clock.
     """
@@ -41,11 +41,11 @@ class EventStream(StreamingResponse):
         self,
         first: Event,
         handle: RequestHandle,
-        to_frame: Callable[[Preview | ImageFinished], list[bytes]],
+        to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
         outgoing: Outgoing,
         deadline: float,
     ) -> None:
-        frames = _frames(first, handle, to_frame, outgoing, deadline)
+        frames = _frames(first, handle, to_sse_event, outgoing, deadline)
         super().__init__(frames, media_type="text/event-stream", headers=_HEADERS)
         self._handle = handle
 
@@ -54,7 +54,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def frame(name: str, body: dict[str, Any]) -> bytes:
+def sse_event(name: str, body: dict[str, Any]) -> bytes:
     """One event with a small body."""
     return b"event: " + name.encode() + b"\ndata: " + to_json(body) + b"\n\n"
 
@@ -62,7 +62,7 @@ def frame(name: str, body: dict[str, Any]) -> bytes:
 async def _frames(
     event: Event | None,
     handle: RequestHandle,
-    to_frame: Callable[[Preview | ImageFinished], list[bytes]],
+    to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
     outgoing: Outgoing,
     deadline: float,
 ) -> AsyncGenerator[bytes, None]:
@@ -72,7 +72,7 @@ async def _frames(
             if isinstance(event, Preview | ImageFinished):
                 again = isinstance(event, Preview) and (event.index, event.number) in sent
                 if not again:
-                    async for piece in in_slices(await write(to_frame, event)):
+                    async for piece in iter_chunks(await write(to_sse_event, event)):
                         yield piece
                 outgoing.taken(len(event.data))
             if isinstance(event, Preview):
@@ -99,4 +99,4 @@ def _wait_s(deadline: float) -> float:
 
 
 def _error(error: RequestError) -> bytes:
-    return frame("error", {"type": "error", "error": error_body(error)["error"]})
+    return sse_event("error", {"type": "error", "error": error_body(error)["error"]})

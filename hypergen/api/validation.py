@@ -13,7 +13,7 @@ from hypergen.api.sampler_aliases import public_name
 from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.images.decoding import decode, from_base64, to_picture
 from hypergen.metrics import Price
-from hypergen.model_info import ModelInfo, Option
+from hypergen.model_info import Capability, ModelInfo
 from hypergen.request import ControlInput, GenerationRequest, Preprocessor
 
 MAX_SEED = 2**63 - 1
@@ -26,7 +26,7 @@ SentFile = StrictStr | StrictBytes
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LoraWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)]
 
-_FAMILIES: dict[Option, str] = {
+_FAMILIES: dict[Capability, str] = {
     "image": "Stable Diffusion, SDXL and SD 3 do",
     "mask": "Stable Diffusion, SDXL and SD 3 do",
     "control": "Stable Diffusion and SDXL with a control model do",
@@ -36,7 +36,7 @@ _FAMILIES: dict[Option, str] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class ValidatedRequest:
     """A checked request: what to draw, and how to answer."""
 
     generation: GenerationRequest
@@ -56,7 +56,7 @@ class Asked:
         """For answering: the input images are not needed any more, and may be large."""
         return replace(self, generation=self.generation.without_input_images())
 
-    def in_its_words(self, error: RequestError) -> RequestError:
+    def with_client_field_names(self, error: RequestError) -> RequestError:
         """What the engine found wrong, under the name that the client knows the field by; the message has it
         too.
         """
@@ -102,7 +102,7 @@ class ModelFields(BaseModel, extra="ignore"):
 
 
 # What means nothing without a control picture -> its value when nobody gave it.
-CONTROL_OPTIONS = {
+CONTROL_FIELDS = {
     name: field.default for name, field in ModelFields.model_fields.items() if name.startswith("control")
 }
 
@@ -196,9 +196,9 @@ def check_work(n: int, steps: int, width: int, height: int, most: float, size_pa
         )
 
 
-def check_option(option: Option, param: str, description: ModelInfo) -> None:
+def check_capability(option: Capability, param: str, description: ModelInfo) -> None:
     """Whether the served model's family has what the field `param` asks for."""
-    if option not in description.options:
+    if option not in description.capabilities:
         raise InvalidRequestError(
             f"This server's model ({description.family}) does not take '{param}'; {_FAMILIES[option]}.",
             param=param,
@@ -215,8 +215,8 @@ def model_fields(asked: ModelFields, negative_prompt: str | None, description: M
         InvalidRequestError: the family has no `true_cfg_scale`.
     """
     if asked.true_cfg_scale is not None:
-        check_option("true_cfg_scale", "true_cfg_scale", description)
-    given: dict[Option, dict[str, Any]] = {
+        check_capability("true_cfg_scale", "true_cfg_scale", description)
+    given: dict[Capability, dict[str, Any]] = {
         "negative_prompt": {"negative_prompt": negative_prompt or None},
         "prompt_2": {
             "prompt_2": asked.prompt_2 or None,
@@ -225,7 +225,7 @@ def model_fields(asked: ModelFields, negative_prompt: str | None, description: M
         "true_cfg_scale": {"true_cfg_scale": asked.true_cfg_scale},
         "enable_refiner": {"enable_refiner": asked.enable_refiner},
     }
-    known = [fields for option, fields in given.items() if option in description.options]
+    known = [fields for option, fields in given.items() if option in description.capabilities]
     return {"negative_prompt": None} | {name: value for fields in known for name, value in fields.items()}
 
 
@@ -247,11 +247,11 @@ def read_control(
         InvalidRequestError: one of the two is missing, the model is unknown, or the family has none.
     """
     image_param, model_param = names
-    options = [name for name in CONTROL_OPTIONS if getattr(asked, name) != CONTROL_OPTIONS[name]]
+    options = [name for name in CONTROL_FIELDS if getattr(asked, name) != CONTROL_FIELDS[name]]
     if image is None and model is None and not options:
         return None
     given = image_param if image is not None else model_param if model is not None else options[0]
-    check_option("control", given, description)
+    check_capability("control", given, description)
     if image is None:
         message = f"'{given}' needs a picture to follow in '{image_param}'."
         raise InvalidRequestError(message, param=image_param, code="missing_required_parameter")

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api.dialects.endpoints import GENERATIONS, IMAGE_FIELDS
 from hypergen.api.errors import CLIENT_GONE, ClientGoneError, error_body, status_of
-from hypergen.api.image_requests import check, draw, loaded
+from hypergen.api.image_requests import draw, parse_request, require_model
 from hypergen.api.request_body import MAX_ITEMS, JsonBounds
 from hypergen.api.responses import write
 from hypergen.config import Settings
@@ -141,9 +141,9 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Nat
     """Generate one item of a batch. It fails alone: an exception would fail the whole batch."""
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
-        model_info = loaded(generator, body.get(GENERATIONS.model_field))
+        model_info = require_model(generator, body.get(GENERATIONS.model_field))
         item_id = f"item_{uuid.uuid4().hex}"
-        request = await check(
+        request = await parse_request(
             GENERATIONS, body, model_info, settings, item_id, item.wait_for_disconnect, item.deadline
         )
         request.refuse_stream()

@@ -32,15 +32,15 @@ _SHARED_CONFIG = ("cross_attention_dim", "block_out_channels", "layers_per_block
 
 
 @dataclass(frozen=True)
-class Guide:
-    """What a control model adds to a `Trajectory`: fields of the same names there or in its `ModelInputs`.
+class ControlNetInputs:
+    """What a ControlNet adds to a `DenoisingState`: fields of the same names there or in `ModelInputs`.
 
     Attributes:
         controlnet_cond: the control image, 0..1, shape (1, 3, H, W).
         controlnet_scales: of each step, shape (steps, 1, 1, 1); 0 outside of its window.
     """
 
-    kind: tuple[Hashable, ...] = ()
+    batch_key_extra: tuple[Hashable, ...] = ()
     controlnet_cond: Tensor | None = None
     controlnet_scales: Tensor | None = None
 
@@ -77,14 +77,14 @@ def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype)
     return models
 
 
-def follow(
+def prepare_controlnet(
     control: ControlInput | None,
     models: Mapping[str, nn.Module],
     size: tuple[int, int],
     scheduler: Any,
     step_index: int,
-) -> Guide:
-    """What a trajectory needs to follow a control picture; nothing where there is none.
+) -> ControlNetInputs:
+    """What a state needs to follow a control picture; nothing where there is none.
 
     Args:
         size: width and height in pixels that are drawn.
@@ -94,7 +94,7 @@ def follow(
         InvalidRequestError: there is no such control model.
     """
     if control is None:
-        return Guide()
+        return ControlNetInputs()
     if control.model not in models:
         has = ", ".join(models) or "none"
         raise InvalidRequestError(
@@ -111,12 +111,14 @@ def follow(
         for i in range(steps)
     ]
     column = torch.tensor(scales, device=network.device).reshape(-1, 1, 1, 1)
-    return Guide(((_KIND, control.model),), image, column)
+    return ControlNetInputs(((_KIND, control.model),), image, column)
 
 
-def model_of(kind: tuple[Hashable, ...], models: Mapping[str, nn.Module]) -> nn.Module | None:
+def controlnet_from_key(
+    batch_key_extra: tuple[Hashable, ...], models: Mapping[str, nn.Module]
+) -> nn.Module | None:
     """The control model that the rows of a pass have in common, if any."""
-    names = [entry[1] for entry in kind if isinstance(entry, tuple) and entry[0] == _KIND]
+    names = [entry[1] for entry in batch_key_extra if isinstance(entry, tuple) and entry[0] == _KIND]
     return models[str(names[0])] if names else None
 
 

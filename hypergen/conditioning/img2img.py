@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from hypergen.conditioning.image_tensors import to_image
-from hypergen.conditioning.latent_space import Beginning, LatentSpace, with_noise
+from hypergen.conditioning.latent_space import InitialLatents, LatentSpace, add_noise
 from hypergen.images.geometry import resize_to_generation_size
 from hypergen.request import GenerationRequest, InputImage
 
 
-def first_step(request: GenerationRequest, scheduler: Any) -> int:
+def get_start_step(request: GenerationRequest, scheduler: Any) -> int:
     """The first of the request's steps that is taken; all of them are left out for too small a strength.
 
     Of a step that strength leaves in part, diffusers' pipelines for flow matching take the whole, the others
@@ -23,7 +23,7 @@ def first_step(request: GenerationRequest, scheduler: Any) -> int:
     return int(steps - left) if hasattr(scheduler, "scale_noise") else steps - int(left)
 
 
-def skip_steps(scheduler: Any, steps: int) -> int:
+def set_start_step(scheduler: Any, steps: int) -> int:
     """Let a scheduler begin after so many steps; returns its index there, twice as far for second order."""
     index = steps * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
@@ -31,19 +31,19 @@ def skip_steps(scheduler: Any, steps: int) -> int:
     return index
 
 
-def begin(
+def prepare_latents(
     request: GenerationRequest,
     picture: InputImage,
     scheduler: Any,
     space: LatentSpace,
     size: tuple[int, int],
     generator: torch.Generator,
-) -> Beginning:
+) -> InitialLatents:
     """Encode the picture and add the noise of the first step that `request.strength` leaves.
 
     Draws in the order of diffusers' pipelines: the sample, then the noise.
     """
-    index = skip_steps(scheduler, first_step(request, scheduler))
+    index = set_start_step(scheduler, get_start_step(request, scheduler))
     image_latents = space.encode(to_image(resize_to_generation_size(picture, size)), generator)
     noise = space.noise(*size, generator)
-    return Beginning(with_noise(scheduler, image_latents, noise, scheduler.timesteps[index]), index)
+    return InitialLatents(add_noise(scheduler, image_latents, noise, scheduler.timesteps[index]), index)

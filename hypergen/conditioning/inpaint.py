@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from hypergen.conditioning.image_tensors import to_image, to_mask
-from hypergen.conditioning.img2img import first_step, skip_steps
-from hypergen.conditioning.latent_space import Beginning, LatentSpace, at_the_start, with_noise
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.conditioning.img2img import get_start_step, set_start_step
+from hypergen.conditioning.latent_space import InitialLatents, LatentSpace, add_noise, scale_initial_noise
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.images.geometry import resize_to_generation_size
 from hypergen.request import GenerationRequest
 
 
 @dataclass(frozen=True)
-class KeptRegion:
+class MaskBlend:
     """Puts the known part of an image back, at the noise of the step that comes next.
 
     Attributes:
@@ -34,33 +34,33 @@ class KeptRegion:
     image_latents: Tensor
     noise: Tensor
 
-    def __call__(self, trajectory: Trajectory) -> Tensor:
+    def __call__(self, state: DenoisingState) -> Tensor:
         kept = self.image_latents
-        if trajectory.remaining_steps:
-            kept = with_noise(trajectory.scheduler, kept, self.noise, trajectory.timestep)
-        return (1 - self.mask) * kept + self.mask * trajectory.latents
+        if state.remaining_steps:
+            kept = add_noise(state.scheduler, kept, self.noise, state.timestep)
+        return (1 - self.mask) * kept + self.mask * state.latents
 
 
-def begin(
+def prepare_latents(
     request: GenerationRequest,
     scheduler: Any,
     space: LatentSpace,
     size: tuple[int, int],
     generator: torch.Generator,
     *,
-    reads_mask: bool,
-) -> Beginning:
+    is_inpaint_model: bool,
+) -> InitialLatents:
     """Begin an image of which a part is kept, as diffusers' StableDiffusionInpaintPipeline does.
 
     Without a mask everything is drawn; without a picture, at full strength, as if over grey.
 
     Args:
-        reads_mask: the denoiser was trained for inpainting: it reads the mask and what is kept as 1 + C more
-            channels, and nothing has to be put back.
+        is_inpaint_model: the denoiser was trained for inpainting: it takes the mask and the kept region as
+            1 + C more channels, and nothing has to be put back.
     """
     width, height = size
     strength = request.strength if request.image is not None else 1.0
-    index = skip_steps(scheduler, first_step(request, scheduler) if request.image is not None else 0)
+    index = set_start_step(scheduler, get_start_step(request, scheduler) if request.image is not None else 0)
     image = torch.zeros(1, 3, height, width)
     if request.image is not None:
         image = to_image(resize_to_generation_size(request.image, size))
@@ -70,16 +70,16 @@ def begin(
 
     # Drawn in this order, and only then, by diffusers: the picture's sample, the noise, the sample of what
     # is kept.
-    image_latents = space.encode(image, generator) if strength < 1 or not reads_mask else None
+    image_latents = space.encode(image, generator) if strength < 1 or not is_inpaint_model else None
     noise = space.noise(*size, generator)
     latent_mask = functional.interpolate(mask, size=noise.shape[-2:]).to(noise)
     if image_latents is None or strength == 1:
-        latents = at_the_start(scheduler, noise)
+        latents = scale_initial_noise(scheduler, noise)
     else:
-        latents = with_noise(scheduler, image_latents, noise, scheduler.timesteps[index])
-    if reads_mask or image_latents is None:
+        latents = add_noise(scheduler, image_latents, noise, scheduler.timesteps[index])
+    if is_inpaint_model or image_latents is None:
         masked_image_latents = space.encode(image * (mask < 0.5), generator)
-        return Beginning(latents, index, mask=latent_mask, masked_image_latents=masked_image_latents)
+        return InitialLatents(latents, index, mask=latent_mask, masked_image_latents=masked_image_latents)
     # diffusers encodes what is kept here too, and does not use it; samplers that draw noise go on from there.
     space.noise(*size, generator)
-    return Beginning(latents, index, after_step=KeptRegion(latent_mask, image_latents, noise))
+    return InitialLatents(latents, index, after_step=MaskBlend(latent_mask, image_latents, noise))

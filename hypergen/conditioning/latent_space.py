@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.denoising.offload import device_of
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where an image begins; fields of the same names are for its `Trajectory`.
+class InitialLatents:
+    """Where an image begins; fields of the same names are for its `DenoisingState`.
 
     Attributes:
         mask, masked_image_latents: of an inpainting model, for the `ModelInputs` of the same names.
@@ -25,18 +25,18 @@ class Beginning:
 
     latents: Tensor
     step_index: int = 0
-    after_step: Callable[[Trajectory], Tensor] | None = None
-    unchanged: bool = False
+    after_step: Callable[[DenoisingState], Tensor] | None = None
+    skip_denoising: bool = False
     mask: Tensor | None = None
     masked_image_latents: Tensor | None = None
 
 
-def at_the_start(scheduler: Any, noise: Tensor) -> Tensor:
+def scale_initial_noise(scheduler: Any, noise: Tensor) -> Tensor:
     """Noise as strong as the scheduler wants it before its first step; flow matching takes it as it is."""
     return noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
-def with_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """Latents with as much noise as they have before the step that the scheduler takes next."""
     if hasattr(scheduler, "scale_noise"):  # flow matching mixes, the others add
         return scheduler.scale_noise(latents, timestep.reshape(1), noise)

@@ -28,7 +28,7 @@ class ModelInputs:
         masked_image_latents: of an inpainting model, the encoded input image without what the mask covers,
             shape (B, C, h, w).
         controlnet_cond: the control image, 0..1, shape (B, 3, H, W).
-        controlnet_scale: of the step, shape (B, 1, 1, 1), see `Trajectory.inputs_at`.
+        controlnet_scale: of the step, shape (B, 1, 1, 1), see `DenoisingState.inputs_at`.
     """
 
     encoder_hidden_states: Tensor
@@ -55,7 +55,7 @@ class ModelInputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class DenoiserSwitch:
     """What an image is drawn with from one of its steps on, in place of what it started with.
 
     Attributes:
@@ -67,11 +67,11 @@ class Stage:
     positive: ModelInputs
     negative: ModelInputs | None
     scheduler: Any
-    kind: tuple[Hashable, ...]
+    batch_key_extra: tuple[Hashable, ...]
 
 
 @dataclass(kw_only=True, eq=False)
-class Trajectory:
+class DenoisingState:
     """The state of one image between two denoising steps; a request for n images makes n of them.
 
     Attributes:
@@ -82,14 +82,15 @@ class Trajectory:
         generator: the image's own source of noise, on the CPU, so that the seed means the same on every
             device.
         scheduler: the image's own, with the history that multistep samplers keep.
-        loras: of the family's `Adapters`, with their weights, in the order in which they are summed.
+        loras: of the family's `LoraManager`, with their weights, in the order in which they are summed.
         controlnet_scales: of each step, shape (steps, 1, 1, 1); 0 outside of the control image's window.
         after_step: gives the latents to go on with after a step, where something is put back.
-        unchanged: nothing is drawn, the picture that was sent is the result.
-        kind: what else rows must have in common to share a pass, such as a control model; see `GroupKey`.
+        skip_denoising: nothing is drawn, the picture that was sent is the result.
+        batch_key_extra: what else rows must have in common to share a batch, such as a ControlNet; see
+            `BatchKey`.
         lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
             alone.
-        next_stage: what it goes on with later, if anything.
+        next_denoiser: what it goes on with later, if anything.
     """
 
     request: GenerationRequest
@@ -101,17 +102,17 @@ class Trajectory:
     prompt_tokens: int
     generator: torch.Generator
     scheduler: Any
-    draws_noise: bool
+    is_stochastic: bool
     loras: tuple[tuple[Any, float], ...] = ()
-    kind: tuple[Hashable, ...] = ()
+    batch_key_extra: tuple[Hashable, ...] = ()
     controlnet_scales: Tensor | None = None
-    after_step: Callable[[Trajectory], Tensor] | None = None
-    unchanged: bool = False
-    lone: bool = False
-    next_stage: Stage | None = None
+    after_step: Callable[[DenoisingState], Tensor] | None = None
+    skip_denoising: bool = False
+    must_run_alone: bool = False
+    next_denoiser: DenoiserSwitch | None = None
     step_index: int = 0
     shared_forwards: int = 0
-    arrived_at: float = field(default_factory=time.monotonic)
+    queued_at: float = field(default_factory=time.monotonic)
 
     @property
     def seed(self) -> int:
@@ -153,24 +154,34 @@ class Trajectory:
 
     def advance(self, noise_pred: Tensor) -> None:
         """Take one step along the prediction, shape (1, C, h, w), guidance already applied."""
-        noise = {"generator": self.generator} if self.draws_noise else {}
+        noise = {"generator": self.generator} if self.is_stochastic else {}
         stepped = self.scheduler.step(noise_pred, self.timestep, self.latents, **noise, return_dict=False)
-        self.stepped(stepped[0])
+        self.apply_step(stepped[0])
 
-    def stepped(self, latents: Tensor) -> None:
+    def apply_step(self, latents: Tensor) -> None:
         """Take over the latents after a step; with the next one another stage may begin."""
         self.latents = latents
         self.step_index += 1
         if self.after_step is not None:
             self.latents = self.after_step(self)
-        if self.next_stage is not None and self.step_index == self.next_stage.at_step:
-            stage, self.next_stage = self.next_stage, None
+        if self.next_denoiser is not None and self.step_index == self.next_denoiser.at_step:
+            stage, self.next_denoiser = self.next_denoiser, None
             self.positive, self.negative = stage.positive, stage.negative
-            self.scheduler, self.kind, self.controlnet_scales = stage.scheduler, stage.kind, None
+            self.scheduler, self.batch_key_extra, self.controlnet_scales = (
+                stage.scheduler,
+                stage.batch_key_extra,
+                None,
+            )
 
-    def stages(self) -> Iterator[Trajectory]:
+    def with_each_denoiser(self) -> Iterator[DenoisingState]:
         """This image as it is, and as it will be in the stage to come."""
         yield self
-        if (stage := self.next_stage) is not None:
-            changed = {"positive": stage.positive, "negative": stage.negative, "kind": stage.kind}
-            yield replace(self, scheduler=stage.scheduler, next_stage=None, controlnet_scales=None, **changed)
+        if (stage := self.next_denoiser) is not None:
+            changed = {
+                "positive": stage.positive,
+                "negative": stage.negative,
+                "batch_key_extra": stage.batch_key_extra,
+            }
+            yield replace(
+                self, scheduler=stage.scheduler, next_denoiser=None, controlnet_scales=None, **changed
+            )

@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 
 logger = logging.getLogger(__name__)
 
@@ -18,39 +18,39 @@ _Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def advance_all(
-    pairs: Sequence[tuple[Trajectory, Tensor]], vectorised: bool
-) -> Iterator[tuple[Trajectory, Exception | None]]:
-    """Advance each trajectory along its prediction; yields it with what went wrong, if anything did.
+    pairs: Sequence[tuple[DenoisingState, Tensor]], batched: bool
+) -> Iterator[tuple[DenoisingState, Exception | None]]:
+    """Advance each state along its prediction; yields it with what went wrong, if anything did.
 
     Args:
         pairs: predictions of shape (1, C, h, w) of one model, guidance already applied.
-        vectorised: images with Euler's sampler take one set of operations instead of one each, which saves a
+        batched: images with Euler's sampler take one set of operations instead of one each, which saves a
             GPU some ten launches for each image. The bits do not depend on how many there are; on a CPU they
             are those of diffusers, and rounded for a GPU as its kernels are known to round.
     """
-    together: dict[Trajectory, Tensor] = {}
-    if vectorised:
+    together: dict[DenoisingState, Tensor] = {}
+    if batched:
         try:
             together = _step_together(pairs)
         except Exception as error:  # no image has moved yet
             logger.warning("A shared Euler step failed (%s); each image takes its own.", error)
-    for trajectory, noise_pred in pairs:
+    for state, noise_pred in pairs:
         try:
-            if trajectory in together:
-                trajectory.stepped(together[trajectory])
-                trajectory.scheduler._step_index = trajectory.step_index
+            if state in together:
+                state.apply_step(together[state])
+                state.scheduler._step_index = state.step_index
             else:
-                trajectory.advance(noise_pred)
+                state.advance(noise_pred)
         except Exception as error:  # the edge where one image's trouble must not become everyone's
-            yield trajectory, error
+            yield state, error
         else:
-            yield trajectory, None
+            yield state, None
 
 
-def _euler_of(trajectory: Trajectory) -> _Step | None:
+def _euler_of(state: DenoisingState) -> _Step | None:
     """Euler's step for what the model predicts, without noise and with nothing put back after it."""
-    scheduler = trajectory.scheduler
-    if trajectory.after_step is not None:
+    scheduler = state.scheduler
+    if state.after_step is not None:
         return None
     if type(scheduler) is EulerDiscreteScheduler:  # only `s_churn` would add noise
         return {"epsilon": _epsilon_step, "v_prediction": _velocity_step}.get(
@@ -61,23 +61,23 @@ def _euler_of(trajectory: Trajectory) -> _Step | None:
     return None
 
 
-def _step_together(pairs: Sequence[tuple[Trajectory, Tensor]]) -> dict[Trajectory, Tensor]:
+def _step_together(pairs: Sequence[tuple[DenoisingState, Tensor]]) -> dict[DenoisingState, Tensor]:
     """The latents after the step of each image with Euler's sampler; changes none of them."""
-    steps = [_euler_of(trajectory) for trajectory, _ in pairs]
+    steps = [_euler_of(state) for state, _ in pairs]
     step = next(filter(None, steps), None)
     if step is None:
         return {}
     alike = [pair for pair, its_step in zip(pairs, steps, strict=True) if its_step is not None]
-    trajectories = [trajectory for trajectory, _ in alike]
+    states = [state for state, _ in alike]
     model_output = torch.cat([noise_pred for _, noise_pred in alike])
-    sample = torch.cat([trajectory.latents for trajectory in trajectories]).to(torch.float32)
+    sample = torch.cat([state.latents for state in states]).to(torch.float32)
 
     def sigmas(offset: int) -> Tensor:
-        chosen = [t.scheduler.sigmas[t.step_index + offset] for t in trajectories]
+        chosen = [t.scheduler.sigmas[t.step_index + offset] for t in states]
         return torch.stack(chosen).to(sample).reshape(-1, 1, 1, 1)
 
     latents = step(model_output, sample, sigmas(0), sigmas(1)).to(model_output.dtype)
-    return dict(zip(trajectories, latents.split(1), strict=True))
+    return dict(zip(states, latents.split(1), strict=True))
 
 
 def _epsilon_step(model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:

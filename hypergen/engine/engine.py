@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.probe import synchronize
-from hypergen.engine.batch_invariance.shape_profiles import Shapes
+from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.engine.batched_euler import advance_all
-from hypergen.engine.optimizations import accelerate
-from hypergen.engine.postprocess import Finisher, Report
+from hypergen.engine.optimizations import apply_optimizations
+from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.request_errors import as_request_error
-from hypergen.engine.scheduler import group_key, next_batch
-from hypergen.engine.warmup import draw_once
+from hypergen.engine.scheduler import batch_key, next_batch
+from hypergen.engine.warmup import generate_once
 from hypergen.errors import RequestError
 from hypergen.events import EngineStatus, Progress, RequestState, Started
 from hypergen.lora.batched_lora import Loras
@@ -80,7 +80,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         encoders: Executor | None = None,
     ) -> None:
-        accelerate(family, settings)
+        apply_optimizations(family, settings)
         self.family = family
         self.model_id = model_id
         self.settings = settings
@@ -90,14 +90,14 @@ class Engine:
         self._requests: dict[str, _RequestProgress] = {}
         self._waiting: deque[_RequestProgress] = deque()  # for their LoRAs
         self._preparing: deque[tuple[_RequestProgress, Generator[None]]] = deque()
-        self._running: list[Trajectory] = []
-        self._decode_queue: deque[Trajectory] = deque()
+        self._running: list[DenoisingState] = []
+        self._decode_queue: deque[DenoisingState] = deque()
         self._forward_s = 0.0  # of the latest forward pass
         self._forwards = 0
         self._image_steps = 0
         # Of encoding threads: the id of a request whose file could not be encoded, or what lost the device.
         self._encoding_failures: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
-        self._finisher = Finisher(
+        self._postprocessor = PostProcessor(
             family,
             model_id,
             report,
@@ -106,8 +106,8 @@ class Engine:
             own_stream=settings.decode_stream,
             encoders=encoders,
         )
-        self._previewer = Previewer(family, report, self._finisher.encoders)
-        self.shapes = Shapes(family, settings, clock)
+        self._previewer = Previewer(family, report, self._postprocessor.encoders)
+        self.shapes = ShapeProfiles(family, settings, clock)
 
     def add_request(self, request: GenerationRequest) -> None:
         """Take a request and start to load its LoRAs."""
@@ -145,12 +145,12 @@ class Engine:
         Raises:
             GenerationError: the model generates none.
         """
-        trajectory = draw_once(self.family, self.family.describe(self.model_id), self.shapes)
-        self._finisher.encode(trajectory, self._finisher.decode(trajectory))
+        state = generate_once(self.family, self.family.model_info(self.model_id), self.shapes)
+        self._postprocessor.encode(state, self._postprocessor.decode(state))
 
     def close(self) -> None:
         """Wait for the files that are being written; no step may follow."""
-        self._finisher.shutdown()
+        self._postprocessor.shutdown()
 
     @torch.inference_mode()
     def step(self) -> float:
@@ -223,21 +223,23 @@ class Engine:
         request = progress.request
         loras = () if progress.loras is None else progress.loras.result()  # raises what was wrong
         prompts = self.family.encode_prompts(request, loras)
-        trajectories = [self.family.prepare(request, index, prompts, loras) for index in range(request.n)]
-        yield from self.shapes.learn(trajectories[0])
-        for trajectory in trajectories:
-            trajectory.arrived_at = progress.queued_at
-            trajectory.lone = any(self.shapes.must_run_alone(stage) for stage in trajectory.stages())
+        states = [self.family.prepare(request, index, prompts, loras) for index in range(request.n)]
+        yield from self.shapes.probe_minimum(states[0])
+        for state in states:
+            state.queued_at = progress.queued_at
+            state.must_run_alone = any(
+                self.shapes.must_run_alone(stage) for stage in state.with_each_denoiser()
+            )
         progress.images_left = request.n
-        progress.total_steps = sum(trajectory.remaining_steps for trajectory in trajectories)
-        if trajectories[0].unchanged:
+        progress.total_steps = sum(state.remaining_steps for state in states)
+        if states[0].skip_denoising:
             progress.state = RequestState.DECODING
-            self._decode_queue.extend(trajectories)
+            self._decode_queue.extend(states)
         else:
-            self._running.extend(trajectories)
-        self.shapes.forget_old({group_key(s).shared for t in self._running for s in t.stages()})
+            self._running.extend(states)
+        self.shapes.forget_old({batch_key(s).shared for t in self._running for s in t.with_each_denoiser()})
 
-    def _schedule(self) -> list[Trajectory]:
+    def _schedule(self) -> list[DenoisingState]:
         """The images of the next denoising step."""
         now = self._clock()
         batch = next_batch(
@@ -251,12 +253,12 @@ class Engine:
                 self._report(progress.request.id, Started())
         return batch
 
-    def _requests_of(self, images: Iterable[Trajectory]) -> list[_RequestProgress]:
+    def _requests_of(self, images: Iterable[DenoisingState]) -> list[_RequestProgress]:
         """Those that are still here."""
         ids = {image.request.id for image in images}
         return [self._requests[request_id] for request_id in ids if request_id in self._requests]
 
-    def _predict(self, batch: list[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
+    def _predict(self, batch: list[DenoisingState]) -> list[tuple[DenoisingState, Tensor]]:
         """One forward pass; when it fails, one for each image, so that only the guilty request fails."""
         try:
             return list(zip(batch, self._run_forward(batch), strict=True))
@@ -269,12 +271,12 @@ class Engine:
         # Outside the handler: inside, the error's frames would keep the memory of the failed pass.
         if out_of_memory:
             torch.cuda.empty_cache()
-            self.shapes.limit_rows(group_key(batch[0]).shared, sum(t.rows for t in batch))
+            self.shapes.limit_rows(batch_key(batch[0]).shared, sum(t.rows for t in batch))
         # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
-        alone = (trajectory for trajectory in batch if trajectory.request.id in self._requests)
-        return [pair for trajectory in alone for pair in self._predict([trajectory])]
+        alone = (state for state in batch if state.request.id in self._requests)
+        return [pair for state in alone for pair in self._predict([state])]
 
-    def _run_forward(self, batch: list[Trajectory]) -> list[Tensor]:
+    def _run_forward(self, batch: list[DenoisingState]) -> list[Tensor]:
         """One forward pass over images of one group, measured for the cost curve of its shape.
 
         Returns:
@@ -284,47 +286,47 @@ class Engine:
         predictions = denoise(self.family, batch)
         synchronize(predictions[0])
         self._forward_s = self._clock() - started
-        rows = sum(trajectory.rows for trajectory in batch)
-        self.shapes.costs[group_key(batch[0]).shared].record(rows, self._forward_s)
+        rows = sum(state.rows for state in batch)
+        self.shapes.costs[batch_key(batch[0]).shared].record(rows, self._forward_s)
         self._forwards += 1
         self._image_steps += len(batch)
-        shared = len({trajectory.request.id for trajectory in batch}) > 1
-        for trajectory in batch:
-            trajectory.shared_forwards += shared
+        shared = len({state.request.id for state in batch}) > 1
+        for state in batch:
+            state.shared_forwards += shared
         return predictions
 
-    def _advance(self, batch: list[Trajectory], predicted: list[tuple[Trajectory, Tensor]]) -> None:
+    def _advance(self, batch: list[DenoisingState], predicted: list[tuple[DenoisingState, Tensor]]) -> None:
         """Take the scheduler step of all images of a batch that are still here."""
         # Another image of a request may have failed in this very batch.
         pairs = [pair for pair in predicted if pair[0].request.id in self._requests]
-        for trajectory, prediction in pairs:
-            steps = self._requests[trajectory.request.id].total_steps // trajectory.request.n
-            self._previewer.look_at(trajectory, prediction, steps)
-        for trajectory, error in advance_all(pairs, self.settings.vectorised_steps):
-            self._advanced(trajectory, error)
+        for state, prediction in pairs:
+            steps = self._requests[state.request.id].total_steps // state.request.n
+            self._previewer.maybe_preview(state, prediction, steps)
+        for state, error in advance_all(pairs, self.settings.batched_euler):
+            self._advanced(state, error)
         for progress in self._requests_of(batch):
             self._report(progress.request.id, Progress(progress.steps_done, progress.total_steps))
 
-    def _advanced(self, trajectory: Trajectory, error: Exception | None) -> None:
-        progress = self._requests.get(trajectory.request.id)
+    def _advanced(self, state: DenoisingState, error: Exception | None) -> None:
+        progress = self._requests.get(state.request.id)
         if progress is None:  # another image of the request failed in this very step
             return
         if error is not None:
-            self._fail(trajectory.request.id, as_request_error(error, trajectory.request))
+            self._fail(state.request.id, as_request_error(error, state.request))
             return
         progress.steps_done += 1
         if progress.steps_done == progress.total_steps:
             progress.state = RequestState.DECODING
-        if not trajectory.remaining_steps:
-            self._running.remove(trajectory)
-            self._decode_queue.append(trajectory)
+        if not state.remaining_steps:
+            self._running.remove(state)
+            self._decode_queue.append(state)
 
     def _decode_next(self) -> None:
         """Decode one image here and hand its pixels to the encoding threads."""
-        trajectory = self._decode_queue.popleft()
-        request = trajectory.request
+        state = self._decode_queue.popleft()
+        request = state.request
         try:
-            self._finisher.encode_later(trajectory, self._finisher.decode(trajectory))
+            self._postprocessor.submit_encode(state, self._postprocessor.decode(state))
         except Exception as error:  # the edge where one request's trouble must not become everyone's
             self._fail(request.id, as_request_error(error, request))
             return
@@ -339,11 +341,11 @@ class Engine:
         # A request whose prompts are being encoded would wait for the end of a pass that nobody needs yet.
         if self._preparing or (self._waiting and not self._running):
             return False
-        shape = self.shapes.unfinished(self._running)
+        shape = self.shapes.next_pending_probe(self._running)
         if shape is None:
             return False
         self._heartbeat()
-        self.shapes.probe_on(shape)
+        self.shapes.probe_next(shape)
         return True
 
     def _fail(self, request_id: str, error: RequestError) -> None:

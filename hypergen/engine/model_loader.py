@@ -1,4 +1,4 @@
-"""Bringing a model of the roster into memory, ready to draw."""
+"""Bringing a model of the manager into memory, ready to draw."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from hypergen.engine.engine import Engine
-from hypergen.engine.model_manager import Loaded
-from hypergen.engine.pipeline_engine import WholeEngine
+from hypergen.engine.model_manager import LoadedModel
+from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
 from hypergen.models import loading
-from hypergen.models.diffusers_pipeline import WholePipeline
+from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.served_model import ServedModel
 
 
@@ -30,8 +30,8 @@ class Loader:
         self._report = report
         self._alone = alone
 
-    def __call__(self, model: ServedModel, between_steps: Callable[[], None]) -> Loaded:
-        """See `Roster`.
+    def __call__(self, model: ServedModel, between_steps: Callable[[], None]) -> LoadedModel:
+        """See `ModelManager`.
 
         Raises:
             ModelError: the model cannot be loaded.
@@ -42,10 +42,10 @@ class Loader:
         size_bytes = loading.weight_bytes(loaded)
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()
-        if isinstance(loaded, WholePipeline):
-            engine = WholeEngine(loaded, model.id, model.settings, self._report, between_steps)
+        if isinstance(loaded, DiffusersPipeline):
+            engine = PipelineEngine(loaded, model.id, model.settings, self._report, between_steps)
         else:
             engine = Engine(loaded, model.id, model.settings, self._report)
         engine.warm_up()
         self.seconds["warm-up"] += time.monotonic() - started
-        return Loaded(engine, loaded.describe(model.id), size_bytes)
+        return LoadedModel(engine, loaded.model_info(model.id), size_bytes)

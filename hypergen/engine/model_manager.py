@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelEngine(Protocol):
-    """What generates with one model: an `Engine` or a `WholeEngine`."""
+    """What generates with one model: an `Engine` or a `PipelineEngine`."""
 
     last_step_at: float
 
@@ -48,7 +48,7 @@ class ModelEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model in memory.
 
     Attributes:
@@ -65,13 +65,13 @@ _Numbered = tuple[int, GenerationRequest]
 
 
 @dataclass(eq=False)
-class _Seat:
-    """One model of the roster, in memory or not."""
+class _ModelSlot:
+    """One model of the manager, in memory or not."""
 
     model: ServedModel
     expected_bytes: int
-    loaded: Loaded | None = None
-    used_at: float = 0.0
+    loaded: LoadedModel | None = None
+    last_used_at: float = 0.0
     # With the order of arrival among all models.
     waiting: deque[_Numbered] = field(default_factory=deque[_Numbered])
     forwards: int = 0  # of times in memory that are over
@@ -79,7 +79,7 @@ class _Seat:
     determinism: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
 
 
-class Roster:
+class ModelManager:
     """Draws what is submitted, each request with its model.
 
     `submit` and `cancel` may be called from any thread; `run` is the thread that owns the models.
@@ -98,29 +98,29 @@ class Roster:
         self,
         models: Sequence[tuple[ServedModel, int]],
         limit_bytes: float | None,
-        load: Callable[[ServedModel, Callable[[], None]], Loaded],
+        load: Callable[[ServedModel, Callable[[], None]], LoadedModel],
         report: Report,
     ) -> None:
         self.startup_s: dict[str, float] = {}
-        self._seats = {model.id: _Seat(model, size) for model, size in models}
+        self._slots = {model.id: _ModelSlot(model, size) for model, size in models}
         self._limit = math.inf if limit_bytes is None else limit_bytes
         self._load = load
         self._report = report
         self._queue = RequestQueue()
         self._arrivals = itertools.count()
         self._stepping: ModelEngine | None = None
-        self._moved_at = time.monotonic()
+        self._last_progress_at = time.monotonic()
         # Whoever looks at a model from another thread keeps it alive, so none may while one leaves.
-        self._leaving = threading.Lock()
-        for seat in self._seats.values():
-            self._refuse_if_too_large(seat.model, seat.expected_bytes)
+        self._evicting = threading.Lock()
+        for slot in self._slots.values():
+            self._refuse_if_too_large(slot.model, slot.expected_bytes)
 
     @property
     def last_step_at(self) -> float:
         """When the engine last moved; infinite while it does what may take minutes."""
-        with self._leaving:
+        with self._evicting:
             stepping = self._stepping
-            return self._moved_at if stepping is None else stepping.last_step_at
+            return self._last_progress_at if stepping is None else stepping.last_step_at
 
     def submit(self, request: GenerationRequest) -> None:
         self._queue.submit(request)
@@ -130,25 +130,25 @@ class Roster:
         self._queue.cancel(request_id)
 
     def status(self) -> EngineStatus:
-        with self._leaving:
+        with self._evicting:
             return self._status()
 
     def _status(self) -> EngineStatus:
-        seats = list(self._seats.values())
-        there = [(seat, loaded.engine.status()) for seat in seats if (loaded := seat.loaded) is not None]
+        slots = list(self._slots.values())
+        there = [(slot, loaded.engine.status()) for slot in slots if (loaded := slot.loaded) is not None]
         determinism: dict[str, Verdict] = {}
-        for seat in seats:
-            now = next((status.determinism for of, status in there if of is seat), seat.determinism)
+        for slot in slots:
+            now = next((status.determinism for of, status in there if of is slot), slot.determinism)
             # One model's sizes stand alone, as they always did; those of several say whose they are.
-            prefix = f"{seat.model.id} " if len(seats) > 1 else ""
+            prefix = f"{slot.model.id} " if len(slots) > 1 else ""
             determinism |= {prefix + size: verdict for size, verdict in now.items()}
         return EngineStatus(
             state="ready",
             device=next((status.device for _, status in there), None),
             determinism=determinism,
-            forwards=sum(seat.forwards for seat in seats) + sum(status.forwards for _, status in there),
-            image_steps=sum(seat.image_steps for seat in seats) + sum(s.image_steps for _, s in there),
-            models=tuple(seat.model.id for seat, _ in there),
+            forwards=sum(slot.forwards for slot in slots) + sum(status.forwards for _, status in there),
+            image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in there),
+            models=tuple(slot.model.id for slot, _ in there),
             startup_s=self.startup_s,
         )
 
@@ -159,10 +159,10 @@ class Roster:
             ModelError: one cannot be loaded, or is larger than the limit.
         """
         descriptions: list[ModelInfo] = []
-        for seat in reversed(self._seats.values()):
-            self._bring_in(seat)
-            assert seat.loaded is not None
-            descriptions.append(seat.loaded.description)
+        for slot in reversed(self._slots.values()):
+            self._ensure_loaded(slot)
+            assert slot.loaded is not None
+            descriptions.append(slot.loaded.description)
         return tuple(reversed(descriptions))
 
     def run(self) -> Never:
@@ -181,101 +181,101 @@ class Roster:
             The `sleep_s` of the next call.
         """
         self._read_queue(sleep_s)
-        self._moved_at = time.monotonic()
-        self._deal()
+        self._last_progress_at = time.monotonic()
+        self._dispatch_waiting()
         sleep_s = math.inf
-        for seat in self._seats.values():
-            if seat.loaded is None:
+        for slot in self._slots.values():
+            if slot.loaded is None:
                 continue
-            engine = seat.loaded.engine
+            engine = slot.loaded.engine
             if engine.has_requests:
-                seat.used_at = time.monotonic()
+                slot.last_used_at = time.monotonic()
             self._stepping = engine
             try:
                 sleep_s = min(sleep_s, engine.step())
             finally:
-                self._moved_at, self._stepping = time.monotonic(), None
+                self._last_progress_at, self._stepping = time.monotonic(), None
         return sleep_s
 
     def _read_queue(self, sleep_s: float = 0.0) -> None:
         for message in self._queue.read(sleep_s):
             if isinstance(message, GenerationRequest):
-                self._seat_of(message).waiting.append((next(self._arrivals), message))
+                self._slot_of(message).waiting.append((next(self._arrivals), message))
             else:
                 self._drop(message)
 
-    def _seat_of(self, request: GenerationRequest) -> _Seat:
-        return self._seats[request.model or next(iter(self._seats))]
+    def _slot_of(self, request: GenerationRequest) -> _ModelSlot:
+        return self._slots[request.model or next(iter(self._slots))]
 
     def _drop(self, request_id: str) -> None:
-        for seat in self._seats.values():
-            seat.waiting = deque(entry for entry in seat.waiting if entry[1].id != request_id)
-            if seat.loaded is not None:
-                seat.loaded.engine.cancel(request_id)
+        for slot in self._slots.values():
+            slot.waiting = deque(entry for entry in slot.waiting if entry[1].id != request_id)
+            if slot.loaded is not None:
+                slot.loaded.engine.cancel(request_id)
 
-    def _deal(self) -> None:
+    def _dispatch_waiting(self) -> None:
         """Hand the requests that wait to their models, in the order in which they came."""
-        while asked := [seat for seat in self._seats.values() if seat.waiting]:
-            seat = min(asked, key=lambda seat: seat.waiting[0][0])
+        while asked := [slot for slot in self._slots.values() if slot.waiting]:
+            slot = min(asked, key=lambda slot: slot.waiting[0][0])
             try:
-                if not self._bring_in(seat):
+                if not self._ensure_loaded(slot):
                     return
             except Exception as error:  # the edge where one model's trouble must not become everyone's
-                logger.exception("The model %s could not be loaded again.", seat.model.id)
+                logger.exception("The model %s could not be loaded again.", slot.model.id)
                 if isinstance(error, ModelError):
                     error = GenerationError("The model could not be loaded again; the server's log says why.")
-                for _, request in seat.waiting:
+                for _, request in slot.waiting:
                     self._report(request.id, as_request_error(error, request))
-                seat.waiting.clear()
+                slot.waiting.clear()
                 continue
-            assert seat.loaded is not None
-            while seat.waiting:
-                seat.loaded.engine.add_request(seat.waiting.popleft()[1])
+            assert slot.loaded is not None
+            while slot.waiting:
+                slot.loaded.engine.add_request(slot.waiting.popleft()[1])
 
-    def _bring_in(self, seat: _Seat) -> bool:
+    def _ensure_loaded(self, slot: _ModelSlot) -> bool:
         """Have a model in memory; False while those in its place still draw.
 
         Raises:
             ModelError: it cannot be loaded.
         """
-        if seat.loaded is not None:
+        if slot.loaded is not None:
             return True
-        if not self._make_room(seat):
+        if not self._evict_until_fits(slot):
             return False
-        self._moved_at = math.inf  # a large model takes minutes, which are no stall
+        self._last_progress_at = math.inf  # a large model takes minutes, which are no stall
         try:
-            seat.loaded = self._load(seat.model, self._read_queue)
+            slot.loaded = self._load(slot.model, self._read_queue)
         finally:
-            self._moved_at = time.monotonic()
-        seat.used_at = self._moved_at
-        seat.expected_bytes = seat.loaded.size_bytes
-        self._refuse_if_too_large(seat.model, seat.expected_bytes)
-        self._make_room(seat)  # with its control models and refiner it may be larger than was expected
+            self._last_progress_at = time.monotonic()
+        slot.last_used_at = self._last_progress_at
+        slot.expected_bytes = slot.loaded.size_bytes
+        self._refuse_if_too_large(slot.model, slot.expected_bytes)
+        self._evict_until_fits(slot)  # with its control models and refiner it may be larger than was expected
         return True
 
-    def _make_room(self, seat: _Seat) -> bool:
+    def _evict_until_fits(self, slot: _ModelSlot) -> bool:
         """Move others out until a model's weights fit beside the rest; False while the rest still draws."""
-        there = [other for other in self._seats.values() if other.loaded is not None and other is not seat]
-        while sum(other.expected_bytes for other in there) + seat.expected_bytes > self._limit:
+        there = [other for other in self._slots.values() if other.loaded is not None and other is not slot]
+        while sum(other.expected_bytes for other in there) + slot.expected_bytes > self._limit:
             leaving = [other for other in there if other.loaded and not other.loaded.engine.has_requests]
             if not leaving:
                 return False
-            oldest = min(leaving, key=lambda other: other.used_at)
-            self._move_out(oldest)
+            oldest = min(leaving, key=lambda other: other.last_used_at)
+            self._evict(oldest)
             there.remove(oldest)
         return True
 
-    def _move_out(self, seat: _Seat) -> None:
+    def _evict(self, slot: _ModelSlot) -> None:
         """Give a model's memory back. Its pictures stay the same: they depend on no state that is lost."""
-        assert seat.loaded is not None
-        logger.info("%s is moved out of memory.", seat.model.id)
-        seat.loaded.engine.close()
-        with self._leaving:
-            status = seat.loaded.engine.status()
-            seat.forwards += status.forwards
-            seat.image_steps += status.image_steps
-            seat.determinism = status.determinism
-            seat.loaded = None
+        assert slot.loaded is not None
+        logger.info("%s is moved out of memory.", slot.model.id)
+        slot.loaded.engine.close()
+        with self._evicting:
+            status = slot.loaded.engine.status()
+            slot.forwards += status.forwards
+            slot.image_steps += status.image_steps
+            slot.determinism = status.determinism
+            slot.loaded = None
             # What was there at the start is kept out of collections, which would now keep the model.
             gc.unfreeze()
             gc.collect()

@@ -29,7 +29,7 @@ _KERNELS = {
 _COMPILED_SHAPES = 512
 
 
-def accelerate(family: Family, settings: EngineSettings) -> None:
+def apply_optimizations(family: Family, settings: EngineSettings) -> None:
     """Change a loaded family as the settings say.
 
     Raises:
@@ -77,7 +77,7 @@ def _fewest_rows(family: Family) -> int:
     """The rows of one image as the model draws by default: where that is a single one, as with FLUX, filling
     it up would double what an image costs.
     """
-    request = warm_up_request(family.describe(""))
+    request = warm_up_request(family.model_info(""))
     return family.prepare(request, 0, family.encode_prompts(request)).rows
 
 

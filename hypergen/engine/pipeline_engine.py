@@ -17,7 +17,7 @@ from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.warmup import warm_up_request
 from hypergen.events import EngineStatus, ImageFinished, Progress, Started
 from hypergen.images import encoding
-from hypergen.models.diffusers_pipeline import WholePipeline
+from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class _CancelledError(Exception):
     """The request that is running was cancelled."""
 
 
-class WholeEngine:
+class PipelineEngine:
     """Generates the images of the requests that are added, and reports events by request id; the counterpart
     of `Engine`. All methods but `status` belong to the thread that owns the model; reports come from it.
 
@@ -40,7 +40,7 @@ class WholeEngine:
 
     def __init__(
         self,
-        model: WholePipeline,
+        model: DiffusersPipeline,
         model_id: str,
         settings: EngineSettings,
         report: Report,
@@ -88,11 +88,11 @@ class WholeEngine:
 
         So "ready" was tried.
         """
-        request = warm_up_request(self.model.describe(self.model_id))
+        request = warm_up_request(self.model.model_info(self.model_id))
         while True:
             try:
                 fewest = replace(request, num_inference_steps=self.model.min_steps)
-                pixels = self.model.draw(fewest, 0, self._stamp)
+                pixels = self.model.generate(fewest, 0, self._heartbeat)
                 break
             # What schedulers raise for too few steps; no other error depends on their number.
             except (ArithmeticError, LookupError, ValueError):
@@ -104,7 +104,7 @@ class WholeEngine:
     @torch.inference_mode()
     def step(self) -> float:
         """Generate all images of one request; see `Engine.step`."""
-        self._stamp(0)
+        self._heartbeat(0)
         if not self._waiting:
             return math.inf
         self._serve(self._waiting.popleft())
@@ -119,7 +119,7 @@ class WholeEngine:
         try:
             tokens = self.model.count_tokens(request.prompt)
             for index in range(request.n):
-                self._draw(request, index, tokens)
+                self._generate(request, index, tokens)
         except _CancelledError:
             pass
         except Exception as error:  # the edge where one request's trouble must not become everyone's
@@ -127,11 +127,11 @@ class WholeEngine:
         finally:
             self._running = None
 
-    def _draw(self, request: GenerationRequest, index: int, prompt_tokens: int) -> None:
+    def _generate(self, request: GenerationRequest, index: int, prompt_tokens: int) -> None:
         steps = request.num_inference_steps
 
         def on_step(step: int) -> None:
-            self._stamp(step)
+            self._heartbeat(step)
             self._steps += 1
             # Pipelines with two calls a step would count beyond what was asked for.
             self._report(request.id, Progress(index * steps + min(step, steps), request.n * steps))
@@ -140,7 +140,7 @@ class WholeEngine:
                 raise _CancelledError
 
         started = time.monotonic()
-        pixels = self.model.draw(request, index, on_step)
+        pixels = self.model.generate(request, index, on_step)
         drawn = time.monotonic()
         data = encoding.encode(pixels, request, index, self.model_id)
         self._report(
@@ -156,5 +156,5 @@ class WholeEngine:
             ),
         )
 
-    def _stamp(self, _step: int) -> None:
+    def _heartbeat(self, _step: int) -> None:
         self.last_step_at = time.monotonic()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.request_errors import as_request_error
 from hypergen.errors import GenerationError, RequestError
 from hypergen.events import Event, ImageFinished
@@ -24,7 +24,7 @@ Report = Callable[[str, Event | RequestError], None]
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedImage:
     """Pixels on their way from the device.
 
     Attributes:
@@ -38,7 +38,7 @@ class Decoded:
     done: torch.cuda.Event | None
 
 
-class Finisher:
+class PostProcessor:
     """Decodes on the engine's thread, one image per call, and encodes in threads of its own.
 
     Args:
@@ -69,37 +69,37 @@ class Finisher:
         self._stream = torch.cuda.Stream() if own_stream else None
         self.encoders = encoders or ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
 
-    def decode(self, trajectory: Trajectory) -> Decoded:
+    def decode(self, state: DenoisingState) -> DecodedImage:
         """Start to turn latents into pixels; an image of which nothing is drawn is the picture that was sent.
 
         Raises:
             GenerationError: the latents are no numbers.
         """
-        picture = trajectory.request.image
-        if trajectory.unchanged and picture is not None:
+        picture = state.request.image
+        if state.skip_denoising and picture is not None:
             pixels = torch.frombuffer(bytearray(picture.pixels), dtype=torch.uint8)
-            return Decoded(pixels.reshape(picture.height, picture.width, 3), torch.tensor(True), None)
-        if not torch.isfinite(trajectory.latents).all():
-            sampler = trajectory.request.sampler or "of the model"
+            return DecodedImage(pixels.reshape(picture.height, picture.width, 3), torch.tensor(True), None)
+        if not torch.isfinite(state.latents).all():
+            sampler = state.request.sampler or "of the model"
             raise GenerationError(
                 f"The sampler {sampler} left the numbers it can draw with; try other settings."
             )
         if self._stream is None:
-            return Decoded(*self._pixels(trajectory), None)
+            return DecodedImage(*self._pixels(state), None)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            trajectory.latents.record_stream(self._stream)
-            pixels, finite = self._pixels(trajectory)
+            state.latents.record_stream(self._stream)
+            pixels, finite = self._pixels(state)
             done = torch.cuda.Event()
             done.record(self._stream)
-            return Decoded(pixels, finite, done)
+            return DecodedImage(pixels, finite, done)
 
-    def encode_later(self, trajectory: Trajectory, decoded: Decoded) -> None:
+    def submit_encode(self, state: DenoisingState, decoded: DecodedImage) -> None:
         """Hand pixels to the threads that write files; they report the picture."""
-        engine_s = self._clock() - trajectory.arrived_at
-        self.encoders.submit(self._encode, trajectory, decoded, engine_s).add_done_callback(self._encoded)
+        engine_s = self._clock() - state.queued_at
+        self.encoders.submit(self._encode, state, decoded, engine_s).add_done_callback(self._encoded)
 
-    def encode(self, trajectory: Trajectory, decoded: Decoded) -> bytes:
+    def encode(self, state: DenoisingState, decoded: DecodedImage) -> bytes:
         """The file of an image, as soon as its pixels are there.
 
         Raises:
@@ -109,21 +109,21 @@ class Finisher:
             decoded.done.synchronize()
         if not decoded.finite:
             raise GenerationError("The decoder of this model left the numbers it can draw with.")
-        return encoding.encode(decoded.pixels.numpy(), trajectory.request, trajectory.index, self._model_id)
+        return encoding.encode(decoded.pixels.numpy(), state.request, state.index, self._model_id)
 
     def shutdown(self) -> None:
         self.encoders.shutdown()
 
-    def _pixels(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-        image = self._family.decode(trajectory)
+    def _pixels(self, state: DenoisingState) -> tuple[Tensor, Tensor]:
+        image = self._family.decode(state)
         finite = torch.isfinite(image).all()
         return to_pixels(image).to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
 
-    def _encode(self, trajectory: Trajectory, decoded: Decoded, engine_s: float) -> None:
-        request = trajectory.request
+    def _encode(self, state: DenoisingState, decoded: DecodedImage, engine_s: float) -> None:
+        request = state.request
         started = time.monotonic()
         try:
-            data = self.encode(trajectory, decoded)
+            data = self.encode(state, decoded)
         except Exception as error:  # the edge where one picture's trouble must not become everyone's
             self._fail(request.id)
             self._report(request.id, as_request_error(error, request))
@@ -131,11 +131,11 @@ class Finisher:
         self._report(
             request.id,
             ImageFinished(
-                index=trajectory.index,
-                seed=trajectory.seed,
+                index=state.index,
+                seed=state.seed,
                 data=data,
-                prompt_tokens=trajectory.prompt_tokens,
-                shared_forwards=trajectory.shared_forwards,
+                prompt_tokens=state.prompt_tokens,
+                shared_forwards=state.shared_forwards,
                 engine_s=engine_s,
                 encode_s=time.monotonic() - started,
             ),

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.denoising.offload import device_of
 from hypergen.engine.postprocess import Report, to_pixels
 from hypergen.events import Preview
@@ -52,49 +52,49 @@ class Previewer:
         self._report = report
         self._encoders = encoders
         self._decodes = sum(p.numel() for p in family.decoder.parameters()) <= _SMALL_AUTOENCODER
-        self._colours: LatentColours | None = None
+        self._colours: LatentToRgb | None = None
 
-    def look_at(self, trajectory: Trajectory, prediction: Tensor, steps: int) -> None:
+    def maybe_preview(self, state: DenoisingState, prediction: Tensor, steps: int) -> None:
         """Show an image that is about to take a step along a prediction, if this step is one to show.
 
         Args:
             steps: that the image takes in all; one that begins from a picture does not take the first ones.
         """
         try:
-            due = sorted(preview_steps(steps, trajectory.request.partial_images))
-            taken = steps - trajectory.remaining_steps + 1
+            due = sorted(preview_steps(steps, state.request.partial_images))
+            taken = steps - state.remaining_steps + 1
             if taken not in due:
                 return
-            clean = predict_clean(trajectory, prediction).to(trajectory.latents.dtype)
-            pixels = to_pixels(self._draw(trajectory, clean)).cpu()
-            self._encoders.submit(self._encode, trajectory, due.index(taken), pixels)
+            clean = pred_original_sample(state, prediction).to(state.latents.dtype)
+            pixels = to_pixels(self._draw(state, clean)).cpu()
+            self._encoders.submit(self._encode, state, due.index(taken), pixels)
         except Exception:  # an image without previews is better than none
-            logger.exception("A preview of %s could not be drawn.", trajectory.request.id)
+            logger.exception("A preview of %s could not be drawn.", state.request.id)
 
-    def _draw(self, trajectory: Trajectory, clean: Tensor) -> Tensor:
+    def _draw(self, state: DenoisingState, clean: Tensor) -> Tensor:
         """Pixels in -1..1 of the drawn size, or of the latents' size."""
         if self._decodes:
-            return self._family.decode(replace(trajectory, latents=clean))
+            return self._family.decode(replace(state, latents=clean))
         if self._colours is None:
-            self._colours = LatentColours(partial(_encode, self._family.decoder))
+            self._colours = LatentToRgb(partial(_encode, self._family.decoder))
         return self._colours(clean)
 
-    def _encode(self, trajectory: Trajectory, number: int, pixels: Tensor) -> None:
-        request = trajectory.request
+    def _encode(self, state: DenoisingState, number: int, pixels: Tensor) -> None:
+        request = state.request
         try:
             image = Image.fromarray(pixels.numpy())
-            drawn = self._family.drawn_size(request.width, request.height)
+            drawn = self._family.generation_size(request.width, request.height)
             if image.size != drawn:
                 image = image.resize(drawn, Image.Resampling.BICUBIC)
             # Without the settings: they do not make this picture.
-            data = encoding.encode(np.asarray(image), replace(request, metadata=False), trajectory.index, "")
+            data = encoding.encode(np.asarray(image), replace(request, metadata=False), state.index, "")
         except Exception:  # the picture itself will tell why
             logger.exception("A preview of %s could not be written.", request.id)
             return
-        self._report(request.id, Preview(index=trajectory.index, number=number, data=data))
+        self._report(request.id, Preview(index=state.index, number=number, data=data))
 
 
-class LatentColours:
+class LatentToRgb:
     """From latents to the colours that they stand for.
 
     Args:
@@ -128,7 +128,7 @@ def preview_steps(steps: int, previews: int) -> frozenset[int]:
     return frozenset(step for step in wanted if 0 < step < steps)
 
 
-def predict_clean(trajectory: Trajectory, prediction: Tensor) -> Tensor:
+def pred_original_sample(state: DenoisingState, prediction: Tensor) -> Tensor:
     """The latents without noise that a prediction at the present step points to, shape (1, C, h, w).
 
     Every sampler of a variance-preserving model shows the denoiser
@@ -138,8 +138,8 @@ def predict_clean(trajectory: Trajectory, prediction: Tensor) -> Tensor:
     Args:
         prediction: noise, velocity or flow, as the model was trained, guidance applied.
     """
-    scheduler = trajectory.scheduler
-    noisy, timestep = trajectory.model_input().float(), trajectory.timestep.float().cpu()
+    scheduler = state.scheduler
+    noisy, timestep = state.model_input().float(), state.timestep.float().cpu()
     prediction = prediction.float()
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:

@@ -6,10 +6,10 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 
 
-class GroupKey(NamedTuple):
+class BatchKey(NamedTuple):
     """What the rows of one forward pass have in common.
 
     Steps, guidance, seed, sampler and negative prompt are not in it: they differ freely from row to row.
@@ -19,21 +19,21 @@ class GroupKey(NamedTuple):
     # Prompts of unequal length cannot share a pass, and padding one because of a neighbour would change its
     # image.
     prompt_length: int
-    # What else the family says that they must share, see Trajectory.kind.
-    kind: tuple[Hashable, ...] = ()
-    # The id of an image that must run alone, see Trajectory.lone.
-    lone: int | None = None
+    # What else the family says that they must share, see DenoisingState.batch_key_extra.
+    batch_key_extra: tuple[Hashable, ...] = ()
+    # The id of an image that must run alone, see DenoisingState.must_run_alone.
+    alone: int | None = None
 
     @property
-    def shared(self) -> GroupKey:
+    def shared(self) -> BatchKey:
         """The key of the same shape for images that may share their passes."""
-        return self._replace(lone=None)
+        return self._replace(alone=None)
 
 
-def group_key(trajectory: Trajectory) -> GroupKey:
-    shape = tuple(trajectory.latents.shape[1:])
-    lone = id(trajectory) if trajectory.lone else None
-    return GroupKey(shape, trajectory.positive.encoder_hidden_states.shape[1], trajectory.kind, lone)
+def batch_key(state: DenoisingState) -> BatchKey:
+    shape = tuple(state.latents.shape[1:])
+    alone = id(state) if state.must_run_alone else None
+    return BatchKey(shape, state.positive.encoder_hidden_states.shape[1], state.batch_key_extra, alone)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class CostCurve:
             rate = 0.5 if seconds < known else 0.1
             self.seconds[rows] = known + rate * (min(seconds, 3 * known) - known)
 
-    def knee(self) -> int:
+    def efficient_rows(self) -> int:
         """The fewest rows that reach nearly the best throughput; all that fit as long as nothing is known."""
         known = {rows: rows / seconds for rows, seconds in self.seconds.items() if rows <= self.max_rows}
         if not known:
@@ -78,7 +78,7 @@ class CostCurve:
             knee *= 2
         return min(max(knee, 2), self.max_rows)  # a guided image takes two rows
 
-    def serves(self, rows: int) -> bool:
+    def allows(self, rows: int) -> bool:
         """Whether a pass of so many rows may be made; one image alone always may."""
         return self.row_counts is None or rows in self.row_counts or rows <= 2
 
@@ -86,17 +86,17 @@ class CostCurve:
         """At the knee; 0 as long as nothing is known."""
         if not self.seconds:
             return 0.0
-        rows = min(self.seconds, key=lambda rows: abs(rows - self.knee()))
+        rows = min(self.seconds, key=lambda rows: abs(rows - self.efficient_rows()))
         return self.seconds[rows] / rows
 
 
 def next_batch(
-    active: Iterable[Trajectory],
-    costs: Mapping[GroupKey, CostCurve],
+    active: Iterable[DenoisingState],
+    costs: Mapping[BatchKey, CostCurve],
     max_batch_size: int,
     aging: float,
     now: float,
-) -> list[Trajectory]:
+) -> list[DenoisingState]:
     """Choose the images that take the next step.
 
     Shortest remaining work goes first, so that short requests do not wait for long ones; waiting counts
@@ -106,24 +106,24 @@ def next_batch(
 
     seconds_per_row = {key: curve.seconds_per_row() for key, curve in costs.items()}
 
-    def urgency(trajectory: Trajectory) -> float:
-        remaining_rows = trajectory.remaining_steps * trajectory.rows
-        remaining_s = remaining_rows * seconds_per_row[group_key(trajectory).shared]
-        return remaining_s - aging * (now - trajectory.arrived_at)
+    def urgency(state: DenoisingState) -> float:
+        remaining_rows = state.remaining_steps * state.rows
+        remaining_s = remaining_rows * seconds_per_row[batch_key(state).shared]
+        return remaining_s - aging * (now - state.queued_at)
 
     ordered = sorted(active, key=urgency)
     if not ordered:
         return []
-    key = group_key(ordered[0])
-    room = costs[key.shared].knee()
-    batch: list[Trajectory] = []
-    for trajectory in ordered:
+    key = batch_key(ordered[0])
+    room = costs[key.shared].efficient_rows()
+    batch: list[DenoisingState] = []
+    for state in ordered:
         if len(batch) == max_batch_size or room <= 0:
             break
-        fits = trajectory.rows <= room or not batch
-        if fits and group_key(trajectory) == key:
-            batch.append(trajectory)
-            room -= trajectory.rows
-    while not costs[key.shared].serves(sum(trajectory.rows for trajectory in batch)):
+        fits = state.rows <= room or not batch
+        if fits and batch_key(state) == key:
+            batch.append(state)
+            room -= state.rows
+    while not costs[key.shared].allows(sum(state.rows for state in batch)):
         batch.pop()
     return batch

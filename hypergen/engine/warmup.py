@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 
-from hypergen.denoising.denoising_state import Trajectory
-from hypergen.engine.batch_invariance.shape_profiles import Shapes
+from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.model_info import ModelInfo
 from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 
 
-def draw_once(family: Family, description: ModelInfo, shapes: Shapes) -> Trajectory:
+def generate_once(family: Family, description: ModelInfo, shapes: ShapeProfiles) -> DenoisingState:
     """Probe the default size and draw a picture of it, up to its last step."""
     request = warm_up_request(description)
-    trajectory = family.prepare(request, 0, family.encode_prompts(request))
-    deque(shapes.learn(trajectory), maxlen=0)
-    while trajectory.remaining_steps:
-        trajectory.advance(denoise(family, [trajectory])[0])
-    return trajectory
+    state = family.prepare(request, 0, family.encode_prompts(request))
+    deque(shapes.probe_minimum(state), maxlen=0)
+    while state.remaining_steps:
+        state.advance(denoise(family, [state])[0])
+    return state
 
 
 def warm_up_request(description: ModelInfo) -> GenerationRequest:

@@ -1,7 +1,8 @@
 """The main of an engine process: loads its models, then draws until its parent says so or is gone.
 
 Started by the pool as `python -m hypergen.engine.worker_main FD`, with one end of a socket pair as descriptor
-FD, or by `hypergen serve` as `... --spare FD MODEL`, to import what MODEL needs until a pool connects to FD.
+FD, or by `hypergen serve` as `... --prestarted FD MODEL`, to import what MODEL needs until a pool connects to
+FD.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hypergen.events import EngineStatus, Event
 
 if TYPE_CHECKING:
     from hypergen.engine.model_loader import Loader
-    from hypergen.engine.model_manager import Roster
+    from hypergen.engine.model_manager import ModelManager
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ def main() -> None:
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_serve, args=(_write, connection, outbox), daemon=True).start()
 
-    rosters: list[Roster] = []
+    managers: list[ModelManager] = []
     # Reads from the start, so that a parent that leaves while the models load is noticed.
-    threading.Thread(target=_serve, args=(_read, connection, rosters), daemon=True).start()
+    threading.Thread(target=_serve, args=(_read, connection, managers), daemon=True).start()
     try:
         started = time.monotonic()
         imports.result()
@@ -67,10 +68,10 @@ def main() -> None:
 
         torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
         torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
-        roster, loader = _make_roster(start, outbox)
-        descriptions = roster.load_all()
+        manager, loader = _make_model_manager(start, outbox)
+        descriptions = manager.load_all()
         stages = {"imports": imported_s, **loader.seconds}
-        roster.startup_s = {name: round(seconds, 3) for name, seconds in stages.items()}
+        manager.startup_s = {name: round(seconds, 3) for name, seconds in stages.items()}
         gc.freeze()
         gc.enable()
     except Exception as error:  # the last edge: whatever it is, the parent must hear of it
@@ -82,18 +83,18 @@ def main() -> None:
             )
         ipc.send(connection, ipc.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
-    rosters.append(roster)
-    status = roster.status()
+    managers.append(manager)
+    status = manager.status()
     outbox.put(ipc.Loaded(descriptions, status))
-    threading.Thread(target=_beat, args=(roster, status, outbox), daemon=True).start()
+    threading.Thread(target=_send_heartbeats, args=(manager, status, outbox), daemon=True).start()
     try:
-        roster.run()
+        manager.run()
     except Exception:  # the device is lost; a new process gets a new one
         logger.exception("The engine cannot go on.")
         os._exit(13)
 
 
-def _make_roster(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tuple[Roster, Loader]:
+def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tuple[ModelManager, Loader]:
     """The models of this process, not loaded yet.
 
     Raises:
@@ -102,7 +103,7 @@ def _make_roster(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tuple[Rost
     import torch
 
     from hypergen.engine.model_loader import Loader
-    from hypergen.engine.model_manager import Roster
+    from hypergen.engine.model_manager import ModelManager
     from hypergen.models import loading
 
     settings = start.models[0].settings
@@ -110,30 +111,30 @@ def _make_roster(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tuple[Rost
     alone = len(start.models) == 1
     loader = Loader(report, alone=alone)
     if alone:  # nothing could be moved out for it
-        return Roster([(start.models[0], 0)], None, loader, report), loader
+        return ModelManager([(start.models[0], 0)], None, loader, report), loader
     limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
     if limit_bytes is None and loading.choose_device(settings).type == "cuda":
         limit_bytes = _SHARE_OF_GPU * torch.cuda.get_device_properties(0).total_memory
     expected = [(model, loading.expected_bytes(model.path, model.settings)) for model in start.models]
-    return Roster(expected, limit_bytes, loader, report), loader
+    return ModelManager(expected, limit_bytes, loader, report), loader
 
 
 def _connect(arguments: list[str]) -> tuple[socket.socket, Future[None]]:
     """The connection to the pool, and the imports that a spare began while it waited for it."""
     imports: Future[None] = Future()
     imports.set_result(None)
-    descriptor = int(arguments[0] if arguments[0] != "--spare" else arguments[1])
+    descriptor = int(arguments[0] if arguments[0] != "--prestarted" else arguments[1])
     # A process that this one starts would inherit it, and the pool would not see that this one has died.
     os.set_inheritable(descriptor, False)
-    if arguments[0] != "--spare":
+    if arguments[0] != "--prestarted":
         return socket.socket(fileno=descriptor), imports
     _, _, model_path = arguments
     listener = socket.socket(fileno=descriptor)
     imports = ThreadPoolExecutor(1).submit(import_all, Path(model_path))
-    return _wait_for_adoption(listener), imports
+    return _wait_for_attach(listener), imports
 
 
-def _wait_for_adoption(listener: socket.socket) -> socket.socket:
+def _wait_for_attach(listener: socket.socket) -> socket.socket:
     """The spare's side: the connection to the pool; without one, the process ends after two minutes, or with
     its launcher.
     """
@@ -217,30 +218,30 @@ def _write(connection: socket.socket, outbox: queue.SimpleQueue[Any]) -> None:
             outbox.put(ipc.Failed(message.request_id, pack(failure)))
 
 
-def _read(connection: socket.socket, rosters: list[Roster]) -> None:
-    """Requests go to the one roster in the list; the pool sends none before that."""
+def _read(connection: socket.socket, managers: list[ModelManager]) -> None:
+    """Requests go to the one manager in the list; the pool sends none before that."""
     while True:
         message = ipc.receive(connection)
         match message:
             case ipc.Submit(request):
-                rosters[0].submit(request)
+                managers[0].submit(request)
             case ipc.Cancel(request_id):
-                rosters[0].cancel(request_id)
+                managers[0].cancel(request_id)
             case _:  # Shutdown, or None: the parent is gone; the main thread may be deep in a kernel
                 os._exit(0)
 
 
-def _beat(roster: Roster, status: EngineStatus, outbox: queue.SimpleQueue[Any]) -> None:
+def _send_heartbeats(manager: ModelManager, status: EngineStatus, outbox: queue.SimpleQueue[Any]) -> None:
     """Say every second that the engine lives; without a status, with the last one that there was."""
     logged: set[type[Exception]] = set()
     while True:
         try:
-            status = roster.status()
+            status = manager.status()
         except Exception as error:  # silence would be taken for a stall, and a busy engine killed
             if type(error) not in logged:
                 logger.exception("The status cannot be told; the last one is told again.")
             logged.add(type(error))
-        outbox.put(ipc.Heartbeat(time.monotonic() - roster.last_step_at, status))
+        outbox.put(ipc.Heartbeat(time.monotonic() - manager.last_step_at, status))
         time.sleep(1)
 
 

@@ -201,7 +201,7 @@ class Admission:
     def _refuse_if_full(self, input_image_bytes: int) -> None:
         held = sum(ticket.input_image_bytes for ticket in self._tickets)
         # A single request is always admitted.
-        if held and input_image_bytes and held + input_image_bytes > self._settings.max_pictures_mb * 1e6:
+        if held and input_image_bytes and held + input_image_bytes > self._settings.max_input_image_mb * 1e6:
             raise self._refusal("The input images of unfinished requests fill the memory for them.")
         overflow = (
             self._OVERFLOW_FACTOR * self._settings.max_queue_size if self._settings.queue_timeout_s else 0

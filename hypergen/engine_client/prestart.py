@@ -55,7 +55,7 @@ class PrestartedEngine:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen(1)
-            arguments = ["--spare", str(listener.fileno()), str(model_path)]
+            arguments = ["--prestarted", str(listener.fileno()), str(model_path)]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "hypergen.engine.worker_main", *arguments],
                 pass_fds=[listener.fileno()],

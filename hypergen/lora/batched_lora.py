@@ -1,4 +1,4 @@
-"""Rows: what LoRAs add to the rows of one forward pass, each row its own LoRAs with its own weights.
+"""Batched LoRA: what LoRAs add to the rows of one forward pass, each row its own LoRAs with its own weights.
 
 Base weights are never changed. A row's bits do not depend on its neighbours, and a row without a LoRA keeps
 the base model's: only rows that have one are taken out, multiplied, and added to. Products of matrices run
@@ -30,7 +30,7 @@ class _Entry(NamedTuple):
     weight: float
 
 
-class Rows:
+class LoraBatch:
     """The LoRAs of a pass, as the hooks of its layers read them.
 
     Args:
@@ -38,9 +38,9 @@ class Rows:
         pieces: how many rows may share a product.
     """
 
-    def __init__(self, loras: Sequence[Loras], pieces: Pieces) -> None:
+    def __init__(self, loras: Sequence[Loras], pieces: BatchSizeProbe) -> None:
         self._rows = len(loras)
-        self._pieces = pieces
+        self._batch_sizes = pieces
         # First the first LoRA of every row, then the second of those that have two ...: each row's own order.
         self._rounds = [
             [_Entry(row, *own[place]) for row, own in enumerate(loras) if place < len(own)]
@@ -74,7 +74,7 @@ class Rows:
         position = 0
         while position < len(entries):
             left = len(entries) - position
-            size = self._pieces.largest(shape, left, lambda size: _same_bits(layer, first, x, size))
+            size = self._batch_sizes.largest(shape, left, lambda size: _same_bits(layer, first, x, size))
             piece = entries[position : position + size]
             rows, scales = self._on_device(piece, x)
             added = _product(layer, x.index_select(0, rows), [e.lora.layers[name] for e in piece], scales)
@@ -107,7 +107,7 @@ class Rows:
         result += added.to(result.dtype)
 
 
-class Pieces:
+class BatchSizeProbe:
     """How many rows may share one product, by the shape of layer and input, as tried once.
 
     Args:

@@ -1,7 +1,7 @@
-"""Adapters: the LoRAs of one loaded pipeline, from a request's names to the rows of a forward pass.
+"""LoraManager: the LoRAs of one loaded pipeline, from a request's names to the rows of a forward pass.
 
-A family keeps one `Adapters`, asks it for a request's LoRAs and hands them to its trajectories; whoever runs
-the pipeline's modules over rows does it inside `in_rows`.
+A family keeps one `LoraManager`, asks it for a request's LoRAs and hands them to its states; whoever runs
+the pipeline's modules over rows does it inside `lora_context`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.nn import functional
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
-from hypergen.lora.batched_lora import Loras, Pieces, Rows
-from hypergen.lora.weights import LayerWeights, Lora, UnfitLoraError, read_weights
-from hypergen.model_info import Option
+from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
+from hypergen.lora.weights import IncompatibleLoraError, LayerWeights, Lora, read_weights
+from hypergen.model_info import Capability
 from hypergen.model_store.lora_files import LoraRegistry, open_registry
 
 logger = logging.getLogger(__name__)
 
 # Names with weights, as a request has them.
-Asked = tuple[tuple[str, float], ...]
+LoraWeights = tuple[tuple[str, float], ...]
 # Name, size and time of a file: another one is read anew.
 _Version = tuple[str, int, int]
 # Settings under which there are no layers left to hook, or their weights are elsewhere when a LoRA is loaded.
@@ -46,7 +46,7 @@ def _version_of(name: str, path: Path) -> _Version:
     return name, status.st_size, status.st_mtime_ns
 
 
-class Adapters:
+class LoraManager:
     """Loads LoRAs by name, from any thread, and applies them to passes of the pipeline's modules, on the
     engine's thread.
 
@@ -61,14 +61,16 @@ class Adapters:
     def __init__(self, pipeline: Any, settings: EngineSettings) -> None:
         self._pipeline = pipeline
         self._settings = settings
-        self._pieces = Pieces(strict=settings.determinism == "strict")
+        self._batch_sizes = BatchSizeProbe(strict=settings.determinism == "strict")
         # What is kept in memory, and beside it what is only still in use.
-        self._kept: OrderedDict[_Version, Lora] = OrderedDict()
+        self._cache: OrderedDict[_Version, Lora] = OrderedDict()
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
         self._lock = threading.Lock()  # of these two
         # Of the pass that is under way; None: no row has a LoRA.
-        self.rows: Rows | None = None
-        self._readers = ThreadPoolExecutor(2, "lora")  # so that a large file does not hold all others up
+        self.batch: LoraBatch | None = None
+        self._loading_threads = ThreadPoolExecutor(
+            2, "lora"
+        )  # so that a large file does not hold all others up
         self._hooked: set[str] = set()  # layers
         self._reason = next(
             (f"with --{name}" for name in _EXCLUDING if getattr(settings, name) != "off"), None
@@ -92,10 +94,10 @@ class Adapters:
         return open_registry(settings, Path(folder) if folder else None)
 
     @property
-    def options(self) -> frozenset[Option]:
+    def capabilities(self) -> frozenset[Capability]:
         return frozenset({"loras"}) if self._possible else frozenset()
 
-    def offer(self) -> dict[str, Any]:
+    def info_fields(self) -> dict[str, Any]:
         """The fields of a `ModelInfo` that tell of LoRAs."""
         return {
             "loras": tuple(sorted(self.registry.files)),
@@ -104,34 +106,34 @@ class Adapters:
             "max_loras": self._settings.max_loras if self._possible else 0,
         }
 
-    def load_in_background(self, asked: Asked) -> Future[Loras] | None:
+    def load_in_background(self, names_and_weights: LoraWeights) -> Future[Loras] | None:
         """Start to load the LoRAs of a request in a thread; those in memory are there at once. None: it has
         none.
         """
-        if not asked:
+        if not names_and_weights:
             return None
-        if not self._in_memory(asked):
-            return self._readers.submit(self.load, asked)
+        if not self._in_memory(names_and_weights):
+            return self._loading_threads.submit(self.load, names_and_weights)
         ready: Future[Loras] = Future()
-        ready.set_result(self.load(asked))
+        ready.set_result(self.load(names_and_weights))
         return ready
 
-    def _in_memory(self, asked: Asked) -> bool:
+    def _in_memory(self, names_and_weights: LoraWeights) -> bool:
         try:
-            versions = [_version_of(name, self.registry.path_of(name)) for name, _ in asked]
+            versions = [_version_of(name, self.registry.path_of(name)) for name, _ in names_and_weights]
         except (OSError, InvalidRequestError):  # told by whoever reads it
             return False
         with self._lock:
             return all(version in self._in_use for version in versions)
 
     @torch.inference_mode()
-    def load(self, asked: Asked) -> Loras:
+    def load(self, names_and_weights: LoraWeights) -> Loras:
         """The LoRAs of a request, from memory or their files; weight 0 is the base model.
 
         Raises:
             InvalidRequestError: a name is not offered, or its file is no LoRA for this model.
         """
-        return tuple((self._read_one(name), weight) for name, weight in asked if weight != 0)
+        return tuple((self._read_one(name), weight) for name, weight in names_and_weights if weight != 0)
 
     def _read_one(self, name: str) -> Lora:
         path = self.registry.path_of(name)
@@ -141,16 +143,16 @@ class Adapters:
                 lora = self._in_use.get(version)
             if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
-                lora = Lora({layer: self._in_slot(one) for layer, one in weights.items()})
+                lora = Lora({layer: self._pad_rank(one) for layer, one in weights.items()})
                 logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
-        except UnfitLoraError as error:
+        except IncompatibleLoraError as error:
             raise InvalidRequestError(f"The LoRA '{name}' {error}.", param="loras") from None
         self._keep(version, lora)
         return lora
 
-    def _in_slot(self, weights: LayerWeights) -> LayerWeights:
+    def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
         """Zeros up to the rank at which products are computed together: neighbours of another rank then
         change no shape, and so no bits.
         """
@@ -173,15 +175,15 @@ class Adapters:
         lora.hooked = True
 
     def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if (rows := self.rows) is not None:
+        if (rows := self.batch) is not None:
             rows.add(layer, name, inputs[0], output)
 
     def _keep(self, version: _Version, lora: Lora) -> None:
         with self._lock:
-            self._in_use[version] = self._kept[version] = lora
-            self._kept.move_to_end(version)
-            while sum(one.nbytes for one in self._kept.values()) > self._settings.lora_cache_mb * 1e6:
-                self._kept.popitem(last=False)
+            self._in_use[version] = self._cache[version] = lora
+            self._cache.move_to_end(version)
+            while sum(one.nbytes for one in self._cache.values()) > self._settings.lora_cache_mb * 1e6:
+                self._cache.popitem(last=False)
 
     @contextmanager
     def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:
@@ -189,32 +191,32 @@ class Adapters:
         for lora, _ in itertools.chain(*loras):
             if not lora.hooked:
                 self._hook(lora)
-        self.rows = Rows(loras, self._pieces)
+        self.batch = LoraBatch(loras, self._batch_sizes)
         try:
             yield
         finally:
-            self.rows = None
+            self.batch = None
 
 
 @contextmanager
-def in_rows(adapters: Adapters | None, loras: Sequence[Loras]) -> Iterator[None]:
+def lora_context(lora_manager: LoraManager | None, loras: Sequence[Loras]) -> Iterator[None]:
     """Apply to each row of the batch inside its own LoRAs.
 
     Args:
-        adapters: that loaded them; None: the family has no LoRAs.
+        lora_manager: that loaded them; None: the family has no LoRAs.
     """
-    if adapters is None or not any(loras):
+    if lora_manager is None or not any(loras):
         yield
         return
-    with adapters._applied(loras):
+    with lora_manager._applied(loras):
         yield
 
 
-def prompt_readers(loras: Loras) -> Loras:
+def text_encoder_loras(loras: Loras) -> Loras:
     """Those of a request's LoRAs that change how its prompt is read."""
-    return tuple((lora, weight) for lora, weight in loras if lora.reads_prompts)
+    return tuple((lora, weight) for lora, weight in loras if lora.changes_text_encoder)
 
 
-def prompt_key(loras: Loras) -> Hashable:
+def prompt_cache_key(loras: Loras) -> Hashable:
     """What tells apart texts that were read with other LoRAs."""
     return tuple((lora.number, weight) for lora, weight in loras)

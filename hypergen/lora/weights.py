@@ -38,7 +38,7 @@ _PARTS = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vecto
 _FACTORS = (("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora.down", "lora.up"))
 
 
-class UnfitLoraError(Exception):
+class IncompatibleLoraError(Exception):
     """A file that is no LoRA for this model. The message is for the client."""
 
 
@@ -67,7 +67,7 @@ class LayerWeights:
 
 
 class Lora:
-    """A loaded LoRA; the trajectories that use it keep it alive, whatever else is loaded meanwhile."""
+    """A loaded LoRA; the states that use it keep it alive, whatever else is loaded meanwhile."""
 
     _numbers = itertools.count()
 
@@ -75,7 +75,7 @@ class Lora:
         self.layers = layers
         self.hooked = False
         self.number = next(self._numbers)  # never given twice, as a key for what was made with it
-        self.reads_prompts = any(name.startswith("text_encoder") for name in layers)
+        self.changes_text_encoder = any(name.startswith("text_encoder") for name in layers)
         self.nbytes = sum(weights.nbytes for weights in layers.values())
 
 
@@ -83,7 +83,7 @@ def read_weights(path: Path, pipeline: Any, max_bytes: float) -> dict[str, Layer
     """The weights of a file by layer: "unet.mid_block.attentions.0.proj_in", "text_encoder.encoder...".
 
     Raises:
-        UnfitLoraError: the file is damaged, no LoRA, or one for another model.
+        IncompatibleLoraError: the file is damaged, no LoRA, or one for another model.
     """
     data = _read_file(path, max_bytes)
     try:
@@ -93,13 +93,13 @@ def read_weights(path: Path, pipeline: Any, max_bytes: float) -> dict[str, Layer
         _fold_alphas(state_dict)
         state_dict = _convert(state_dict, pipeline)
         weights = dict(_layers(state_dict, settings, pipeline))
-    except UnfitLoraError:
+    except IncompatibleLoraError:
         raise
     except Exception as error:  # a stranger's file may break the libraries that read it in any way
         logger.warning("A LoRA file cannot be read.", exc_info=error)
-        raise UnfitLoraError("is damaged, or of a layout that is not known") from None
+        raise IncompatibleLoraError("is damaged, or of a layout that is not known") from None
     if not weights:
-        raise UnfitLoraError("holds no LoRA for this model")
+        raise IncompatibleLoraError("holds no LoRA for this model")
     return weights
 
 
@@ -108,20 +108,20 @@ def _read_file(path: Path, max_bytes: float) -> bytes:
     try:
         descriptor = os.open(path.resolve(strict=True), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (OSError, RuntimeError):
-        raise UnfitLoraError("cannot be read") from None
+        raise IncompatibleLoraError("cannot be read") from None
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UnfitLoraError("cannot be read")
+            raise IncompatibleLoraError("cannot be read")
         if status.st_size > max_bytes:
-            raise UnfitLoraError(f"is larger than {max_bytes / 1e6:.0f} MB")
+            raise IncompatibleLoraError(f"is larger than {max_bytes / 1e6:.0f} MB")
         return file.read()
 
 
 def _fold_alphas(state_dict: StateDict) -> None:
     """Multiply alpha / rank into the up factors; alphas that converters look for stay, as 1 x rank."""
     if any("dora_scale" in key for key in state_dict):
-        raise UnfitLoraError("is a DoRA in Kohya's layout; DoRA is read in the layout of PEFT")
+        raise IncompatibleLoraError("is a DoRA in Kohya's layout; DoRA is read in the layout of PEFT")
     for key in [key for key in state_dict if key.endswith(".alpha")]:
         name = key.removesuffix(".alpha")
         for down, up in _FACTORS:
@@ -155,7 +155,7 @@ def _layers(
         left -= {prefix + key for key in part}
         module = getattr(pipeline, component, None)
         if module is None:
-            raise UnfitLoraError("holds no LoRA for this model")
+            raise IncompatibleLoraError("holds no LoRA for this model")
         if component.startswith("text_encoder"):
             part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
             if not hasattr(module, "text_model"):
@@ -166,7 +166,7 @@ def _layers(
         for name, weights in _fit(part, own, module):
             yield prefix + name, weights
     if left:
-        raise UnfitLoraError("holds no LoRA for this model")
+        raise IncompatibleLoraError("holds no LoRA for this model")
 
 
 def _fit(
@@ -178,12 +178,12 @@ def _fit(
     for key, tensor in state_dict.items():
         match = _PARTS.fullmatch(key)
         if match is None:
-            raise UnfitLoraError("trains more than plain LoRA layers")
+            raise IncompatibleLoraError("trains more than plain LoRA layers")
         parts[match["layer"]][match["part"]] = tensor
     for name, part in parts.items():
         layer = layers.get(name)
         if layer is None:
-            raise UnfitLoraError("is for another model: it names layers that this one does not have")
+            raise IncompatibleLoraError("is for another model: it names layers that this one does not have")
         yield name, _fit_layer(layer, part, _scale(settings, name, part["lora_A"].shape[0]))
 
 
@@ -194,12 +194,12 @@ def _fit_layer(layer: nn.Module, part: StateDict, scale: float) -> LayerWeights:
     elif isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
         inside, window = layer.in_channels, layer.kernel_size
     else:
-        raise UnfitLoraError("trains layers of a kind that LoRAs are not served for")
+        raise IncompatibleLoraError("trains layers of a kind that LoRAs are not served for")
     rank, out = down.shape[0], layer.weight.shape[0]
     if down.numel() != rank * inside * window[0] * window[1] or up.numel() != out * rank or not rank:
-        raise UnfitLoraError("is for another model: the shapes of its layers do not fit")
+        raise IncompatibleLoraError("is for another model: the shapes of its layers do not fit")
     if down.dim() == 4 and down.shape[2:] != window:
-        raise UnfitLoraError("is for another model: the shapes of its layers do not fit")
+        raise IncompatibleLoraError("is for another model: the shapes of its layers do not fit")
     like = layer.weight
     weights = LayerWeights(
         # One by one is a product of matrices, in a convolution too.
@@ -209,7 +209,7 @@ def _fit_layer(layer: nn.Module, part: StateDict, scale: float) -> LayerWeights:
     )
     tensors = [weights.down, weights.up, *([] if magnitude is None else [weights.magnitude])]
     if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor is not None):
-        raise UnfitLoraError("holds numbers that are not finite")
+        raise IncompatibleLoraError("holds numbers that are not finite")
     return weights
 
 

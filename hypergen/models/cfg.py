@@ -7,45 +7,45 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hypergen.denoising.denoising_state import ModelInputs, Trajectory
-from hypergen.lora.manager import in_rows
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
+from hypergen.lora.manager import lora_context
 from hypergen.models.family import Family
 
 # Latents, timesteps and what else `Family.forward` reads, of the rows of one batch.
 Rows = tuple[Tensor, Tensor, ModelInputs]
 
 
-def denoise(family: Family, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-    """Predictions of shape (1, C, h, w), one for each trajectory, with classifier-free guidance applied.
+def denoise(family: Family, states: Sequence[DenoisingState]) -> list[Tensor]:
+    """Predictions of shape (1, C, h, w), one for each state, with classifier-free guidance applied.
 
     Args:
-        trajectories: of one group, so of one `kind`.
+        states: of one group, so of one `batch_key_extra`.
         family: its `forward` is called once.
     """
-    guided = [trajectory for trajectory in trajectories if trajectory.guided]
-    latents = {trajectory: trajectory.model_input() for trajectory in trajectories}
+    guided = [state for state in states if state.guided]
+    latents = {state: state.model_input() for state in states}
     # Negative rows first, as diffusers orders them.
     inputs = [t.inputs_at(t.step_index, t.negative) for t in guided if t.negative is not None]
-    inputs += [t.inputs_at(t.step_index, t.positive) for t in trajectories]
-    rows = [*guided, *trajectories]
-    with in_rows(family.adapters, [t.loras for t in rows]):
+    inputs += [t.inputs_at(t.step_index, t.positive) for t in states]
+    rows = [*guided, *states]
+    with lora_context(family.lora_manager, [t.loras for t in rows]):
         noise_pred = family.forward(
             torch.cat([latents[t] for t in rows]),
             torch.stack([t.timestep.to(torch.float32) for t in rows]),
             ModelInputs.stack(inputs),
-            kind=trajectories[0].kind,
+            batch_key_extra=states[0].batch_key_extra,
         ).split(1)
-    predictions = dict(zip(trajectories, noise_pred[len(guided) :], strict=True))
-    for trajectory, unwanted in zip(guided, noise_pred, strict=False):
+    predictions = dict(zip(states, noise_pred[len(guided) :], strict=True))
+    for state, unwanted in zip(guided, noise_pred, strict=False):
         # Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, with guidance_scale = w + 1.
-        towards = predictions[trajectory] - unwanted
-        predictions[trajectory] = unwanted + trajectory.guidance_scale * towards
+        towards = predictions[state] - unwanted
+        predictions[state] = unwanted + state.guidance_scale * towards
     return list(predictions.values())
 
 
-def random_rows(trajectory: Trajectory, rows: int, generator: torch.Generator) -> Rows:
+def random_rows(state: DenoisingState, rows: int, generator: torch.Generator) -> Rows:
     """Arguments for `Family.forward` as many images like this one would give them, each different."""
-    latents = trajectory.latents
+    latents = state.latents
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn((rows, *like.shape[1:]), generator=generator).to(like)
@@ -53,7 +53,7 @@ def random_rows(trajectory: Trajectory, rows: int, generator: torch.Generator) -
     return (
         noise(latents),
         torch.randint(0, 1000, (rows,), generator=generator).to(latents.device, torch.float32),
-        trajectory.inputs_at(0, trajectory.positive).map(lambda tensor: tensor + noise(tensor)),
+        state.inputs_at(0, state.positive).map(lambda tensor: tensor + noise(tensor)),
     )
 
 

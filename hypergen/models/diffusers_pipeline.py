@@ -15,17 +15,17 @@ from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.models.resolution import round_up
 from hypergen.request import GenerationRequest
 
-# What every such pipeline can be asked for; most want sides that are a multiple of 16 or 32.
+# What every such pipeline can be arguments for; most want sides that are a multiple of 16 or 32.
 _MULTIPLE = 32
 _NATIVE_SIDE = 1024
 _NEEDED = ("prompt", "num_inference_steps", "generator")
 
 
-class WholePipeline:
+class DiffusersPipeline:
     """A pipeline as diffusers made it.
 
     Args:
-        card: what the diffusers files cannot say about a model, see `StableDiffusion`.
+        model_card: what the diffusers files cannot say about a model, see `StableDiffusion`.
 
     Attributes:
         min_steps: the fewest that it can do, as far as was tried.
@@ -34,9 +34,9 @@ class WholePipeline:
         ModelError: this pipeline does not draw from a prompt alone.
     """
 
-    def __init__(self, pipeline: Any, card: dict[str, Any]) -> None:
+    def __init__(self, pipeline: Any, model_card: dict[str, Any]) -> None:
         self.pipeline = pipeline
-        self.card = card
+        self.model_card = model_card
         self.min_steps = 1
         self.parameters = inspect.signature(pipeline.__call__).parameters
         self.name = type(pipeline).__name__
@@ -61,7 +61,7 @@ class WholePipeline:
         denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
         return self.pipeline.device if denoiser is None else device_of(denoiser)
 
-    def describe(self, model_id: str) -> ModelInfo:
+    def model_info(self, model_id: str) -> ModelInfo:
         defaults = {
             "num_inference_steps": self._default("num_inference_steps", 50),
             "guidance_scale": max(1.0, float(self._default(self._scale, 1.0))),
@@ -71,21 +71,21 @@ class WholePipeline:
         return ModelInfo(
             id=model_id,
             family=self.name,
-            defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
+            defaults=ModelDefaults(**{**defaults, **self.model_card.get("defaults", {})}),
             samplers={},
             min_steps=self.min_steps,
             device=self.device.type,
             dtype=str(self.pipeline.dtype).removeprefix("torch."),
-            options=frozenset(["negative_prompt"] if "negative_prompt" in self.parameters else []),
+            capabilities=frozenset(["negative_prompt"] if "negative_prompt" in self.parameters else []),
         )
 
-    def draw(self, request: GenerationRequest, index: int, on_step: Callable[[int], None]) -> np.ndarray:
+    def generate(self, request: GenerationRequest, index: int, on_step: Callable[[int], None]) -> np.ndarray:
         """Image `index` of a request: uint8, shape (drawn height, drawn width, 3).
 
         Args:
             on_step: told the number of steps that are done; what it raises ends the drawing.
         """
-        asked: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "prompt": request.prompt,
             "num_inference_steps": request.num_inference_steps,
             "generator": torch.Generator("cpu").manual_seed(request.seed + index),
@@ -95,13 +95,13 @@ class WholePipeline:
             # Some would draw another size that they know better, and resize.
             "use_resolution_binning": False,
             "clean_caption": False,  # or lower-case the prompt and cut addresses out of it
-            **self._watched(on_step),
+            **self._callbacks(on_step),
         }
         if self._scale:
-            asked[self._scale] = request.guidance_scale
+            arguments[self._scale] = request.guidance_scale
         if request.negative_prompt:
-            asked["negative_prompt"] = request.negative_prompt
-        known = {name: value for name, value in asked.items() if name in self.parameters}
+            arguments["negative_prompt"] = request.negative_prompt
+        known = {name: value for name, value in arguments.items() if name in self.parameters}
         return np.asarray(self.pipeline(**known).images[0].convert("RGB"))
 
     def count_tokens(self, text: str) -> int:
@@ -124,7 +124,7 @@ class WholePipeline:
             return _NATIVE_SIDE
         return latent_side * getattr(self.pipeline, "vae_scale_factor", 8)
 
-    def _watched(self, on_step: Callable[[int], None]) -> dict[str, Any]:
+    def _callbacks(self, on_step: Callable[[int], None]) -> dict[str, Any]:
         """The callback under the name that the pipeline has for it."""
 
         def after_step(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hypergen.denoising.denoising_state import ModelInputs, Trajectory
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import Adapters
+from hypergen.lora.manager import LoraManager
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 
@@ -41,7 +41,7 @@ class Family(Protocol):
     control_models: Mapping[str, nn.Module]
 
     @property
-    def adapters(self) -> Adapters | None:
+    def lora_manager(self) -> LoraManager | None:
         """The LoRA manager; None: the family has no LoRAs."""
         ...
 
@@ -55,14 +55,14 @@ class Family(Protocol):
 
     @property
     def decoder(self) -> nn.Module:
-        """The network that turns latents into pixels."""
+        """The network that offloader latents into pixels."""
         ...
 
-    def describe(self, model_id: str) -> ModelInfo:
+    def model_info(self, model_id: str) -> ModelInfo:
         """What requests are checked against."""
         ...
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+    def generation_size(self, width: int, height: int) -> tuple[int, int]:
         """The size in pixels at which a picture of the asked size is drawn, before it is cropped or resized
         to it.
         """
@@ -82,22 +82,26 @@ class Family(Protocol):
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
-    ) -> Trajectory:
+    ) -> DenoisingState:
         """Prepare the latents and the scheduler of image `index`."""
         ...
 
-    def decode(self, trajectory: Trajectory) -> Tensor:
+    def decode(self, state: DenoisingState) -> Tensor:
         """What the decoder makes of one denoised image: -1..1, shape (1, 3, drawn height, drawn width)."""
         ...
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        inputs: ModelInputs,
+        batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
         """The denoiser alone, over the rows of a batch.
 
         Args:
             latents: as the sampler scaled them.
             inputs: as `ModelInputs.stack` stacks them.
-            kind: what the rows have in common, see `Trajectory.kind`.
+            batch_key_extra: what the rows have in common, see `DenoisingState.batch_key_extra`.
         """
         ...

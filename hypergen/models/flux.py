@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import ModelInputs, Trajectory
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import Adapters
-from hypergen.model_info import ModelDefaults, ModelInfo, Option
+from hypergen.lora.manager import LoraManager
+from hypergen.model_info import Capability, ModelDefaults, ModelInfo
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import PooledClipEncoder
@@ -38,12 +38,13 @@ class Flux:
     """The pipeline's modules, called step by step.
 
     FLUX.1 dev was distilled with guidance as an input, and `guidance_scale` is that. A negative prompt needs
-    the other kind, with two rows for each image, whose scale is `true_cfg_scale`, of the request or the card.
+    classifier-free guidance, two rows for each image, whose scale is `true_cfg_scale`, of the request or the
+    model card.
 
     Latents are kept as (1, C, h, w) and packed into patches for the transformer alone.
 
     Args:
-        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`,
+        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`,
             and `true_cfg_scale`, 4 if it is absent.
     """
 
@@ -51,13 +52,13 @@ class Flux:
     pipeline_class = FluxPipeline
     half_dtype = torch.bfloat16
 
-    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+    def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         self.transformer: Any = pipeline.transformer
         self.vae: Any = pipeline.vae
-        self.card = card
-        self.adapters = Adapters(pipeline, settings)
+        self.model_card = model_card
+        self.lora_manager = LoraManager(pipeline, settings)
         self.control_models: Mapping[str, nn.Module] = {}
-        self.true_cfg_scale: float = card.get("true_cfg_scale", 4.0)
+        self.true_cfg_scale: float = model_card.get("true_cfg_scale", 4.0)
         # FLUX spaces its sigmas itself, down to 1 / steps.
         self.schedulers = FlowSchedulerFactory(
             pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=True
@@ -68,10 +69,14 @@ class Flux:
         dtype, room = self.transformer.dtype, settings.prompt_cache_mb * 1_000_000 // 2
         with torch.inference_mode():
             self.clip = PromptCache(
-                PooledClipEncoder(pipeline.tokenizer, pipeline.text_encoder, dtype=dtype), room, self.adapters
+                PooledClipEncoder(pipeline.tokenizer, pipeline.text_encoder, dtype=dtype),
+                room,
+                self.lora_manager,
             )
             self.t5 = PromptCache(
-                T5Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, length, dtype), room, self.adapters
+                T5Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, length, dtype),
+                room,
+                self.lora_manager,
             )
 
     @property
@@ -86,28 +91,28 @@ class Flux:
     def decoder(self) -> nn.Module:
         return self.vae
 
-    def describe(self, model_id: str) -> ModelInfo:
+    def model_info(self, model_id: str) -> ModelInfo:
         defaults = _DEV_DEFAULTS if self.takes_guidance else _SCHNELL_DEFAULTS
         return ModelInfo(
             id=model_id,
             family=self.name,
-            defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
+            defaults=ModelDefaults(**{**defaults, **self.model_card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
             device=self.device.type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            options=frozenset[Option](
-                {"prompt_2", "negative_prompt", "true_cfg_scale", *self.adapters.options}
+            capabilities=frozenset[Capability](
+                {"prompt_2", "negative_prompt", "true_cfg_scale", *self.lora_manager.capabilities}
             ),
-            **self.adapters.offer(),
+            **self.lora_manager.info_fields(),
         )
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+    def generation_size(self, width: int, height: int) -> tuple[int, int]:
         multiple = self.vae_scale_factor * _PATCH
         return round_up(width, multiple), round_up(height, multiple)
 
     def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
-        return self.adapters.load_in_background(request.loras)
+        return self.lora_manager.load_in_background(request.loras)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
         texts = [(request.prompt, request.prompt_2)]
@@ -119,8 +124,8 @@ class Flux:
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
-    ) -> Trajectory:
-        width, height = self.drawn_size(request.width, request.height)
+    ) -> DenoisingState:
+        width, height = self.generation_size(request.width, request.height)
         rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
         scheduler = self.schedulers.make(
             request.sampler, request.num_inference_steps, rows * columns // _PATCH**2
@@ -128,7 +133,7 @@ class Flux:
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         shape = (1, self.transformer.config.in_channels // _PATCH**2, rows, columns)
         noise = torch.randn(shape, generator=generator, dtype=self.transformer.dtype)
-        return Trajectory(
+        return DenoisingState(
             request=request,
             index=index,
             latents=noise.to(self.device),
@@ -138,17 +143,21 @@ class Flux:
             prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
-            draws_noise=takes_generator(scheduler),
+            is_stochastic=takes_generator(scheduler),
             loras=loras,
         )
 
-    def decode(self, trajectory: Trajectory) -> Tensor:
+    def decode(self, state: DenoisingState) -> Tensor:
         config = self.vae.config
-        latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        latents = state.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        inputs: ModelInputs,
+        batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
         prompt_embeds = inputs.encoder_hidden_states
         height, width = (side // _PATCH for side in latents.shape[-2:])

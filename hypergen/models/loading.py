@@ -19,9 +19,9 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.model_families import FAMILIES, family_class, servable
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
-from hypergen.models.diffusers_pipeline import WholePipeline
+from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
-from hypergen.models.memory import place
+from hypergen.models.memory import apply_memory_settings
 from hypergen.models.single_file_loading import load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _STEP_BY_STEP = (
     "channels_last",
     "attention",
     "decode_stream",
-    "vectorised_steps",
+    "batched_euler",
 )
 _WITH_LORAS = ("sd", "sdxl", "flux")
 _WITH_LORAS_IN_WORDS = "Stable Diffusion, SDXL and FLUX"
@@ -46,14 +46,14 @@ def load(path: Path, settings: EngineSettings) -> Family:
         ModelError: also when it is not.
     """
     model = load_any(path, settings)
-    if isinstance(model, WholePipeline):
+    if isinstance(model, DiffusersPipeline):
         raise ModelError(f"It is a {model.name}, which is drawn whole and not step by step.")
     return model
 
 
 def load_any(
     path: Path, settings: EngineSettings, defaults: Mapping[str, Any] | None = None, *, alone: bool = True
-) -> Family | WholePipeline:
+) -> Family | DiffusersPipeline:
     """Load the model in `path` onto the device that the settings name, or the best there is.
 
     Args:
@@ -79,15 +79,15 @@ def load_any(
         if alone:
             raise ModelError(message)
         logger.warning("%s: %s", path.name, message)
-    card = _read_card(path)
-    card["defaults"] = {**card.get("defaults", {}), **(defaults or {})}
+    model_card = _read_model_card(path)
+    model_card["defaults"] = {**model_card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
     half_dtype = family.half_dtype if family else torch.bfloat16
-    dtype = choose_dtype(settings, device, card, half_dtype)
-    pipeline = place(load_pipeline(pipeline_class, path, dtype), settings, device)
+    dtype = choose_dtype(settings, device, model_card, half_dtype)
+    pipeline = apply_memory_settings(load_pipeline(pipeline_class, path, dtype), settings, device)
     if family is None:
-        return WholePipeline(pipeline, card)
-    loaded: Family = family(pipeline, card, settings)
+        return DiffusersPipeline(pipeline, model_card)
+    loaded: Family = family(pipeline, model_card, settings)
     unet = getattr(pipeline, "unet", None)  # not the denoiser, which may have a refiner in it
     loaded.control_models = controlnet.load(settings.controlnet, unet, dtype)
     return loaded
@@ -111,7 +111,7 @@ def expected_bytes(path: Path, settings: EngineSettings) -> int:
     """
     _, family = import_family(path)
     half_dtype = family.half_dtype if family else torch.bfloat16
-    dtype = choose_dtype(settings, choose_device(settings), _read_card(path), half_dtype)
+    dtype = choose_dtype(settings, choose_device(settings), _read_model_card(path), half_dtype)
     return _count_weights(path) * dtype.itemsize
 
 
@@ -126,7 +126,7 @@ def _count_weights(folder: Path) -> int:
     return total
 
 
-def weight_bytes(model: Family | WholePipeline) -> int:
+def weight_bytes(model: Family | DiffusersPipeline) -> int:
     """What all networks take that a loaded model keeps, control models and refiner too."""
     found: dict[int, int] = {}
     seen: set[int] = set()
@@ -147,7 +147,7 @@ def weight_bytes(model: Family | WholePipeline) -> int:
     return sum(found.values())
 
 
-def _read_card(path: Path) -> dict[str, Any]:
+def _read_model_card(path: Path) -> dict[str, Any]:
     """What diffusers' files cannot say about a model."""
     file = path / "hypergen.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -215,14 +215,14 @@ def choose_device(settings: EngineSettings) -> torch.device:
 
 
 def choose_dtype(
-    settings: EngineSettings, device: torch.device, card: dict[str, Any], half_dtype: torch.dtype
+    settings: EngineSettings, device: torch.device, model_card: dict[str, Any], half_dtype: torch.dtype
 ) -> torch.dtype:
     """The precision of the settings, else the model's own wish, else what the device is fast at.
 
     Args:
         half_dtype: the family's choice of 16 bits, for accelerators.
     """
-    name = settings.dtype or card.get("dtype")
+    name = settings.dtype or model_card.get("dtype")
     if name is not None:
         return getattr(torch, name)
     if device.type != "cpu":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings, Quantization
-from hypergen.denoising.offload import Turns
+from hypergen.denoising.offload import ModelOffloader
 from hypergen.errors import ModelError
 
 # Pixels of a tile's side: what a decoder does with it takes little, and the seams are few.
@@ -24,11 +24,13 @@ _MAPS = 4
 _SHARE = 0.8
 
 
-def place(pipeline: Any, settings: EngineSettings, device: torch.device, turns: Turns | None = None) -> Any:
+def apply_memory_settings(
+    pipeline: Any, settings: EngineSettings, device: torch.device, offloader: ModelOffloader | None = None
+) -> Any:
     """A pipeline that was loaded on the CPU, made smaller and put where it runs, as the settings say.
 
     Args:
-        turns: of the model that this one belongs to; absent: of its own, if there are to be any.
+        offloader: of the model that this one belongs to; absent: of its own, if there are to be any.
 
     Raises:
         ModelError: a setting needs another device, or a library that is not there.
@@ -50,10 +52,10 @@ def place(pipeline: Any, settings: EngineSettings, device: torch.device, turns: 
     }
     if other := next((name for name, wanted in excluded.items() if wanted), None):
         raise ModelError(f"The settings offload and {other} do not go together.")
-    turns = turns or Turns(device)
+    offloader = offloader or ModelOffloader(device)
     for network in pipeline.components.values():
         if isinstance(network, nn.Module):
-            turns.join(network)
+            offloader.register(network)
     return pipeline
 
 
@@ -78,7 +80,7 @@ def quantize(denoiser: nn.Module, kind: Quantization, device: torch.device) -> N
     quantize_(denoiser, configuration, device=None if device.type == "cpu" else device)
 
 
-def tile(vae: Any, side: int = _TILE_SIDE, memory: float = 0) -> None:
+def enable_vae_tiling(vae: Any, side: int = _TILE_SIDE, memory: float = 0) -> None:
     """Let an autoencoder work on tiles of at most `side` pixels, for pictures that `memory` does not hold."""
     scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // scale_factor
@@ -98,14 +100,14 @@ def _tile(pipeline: Any, settings: EngineSettings, device: torch.device) -> None
     if not hasattr(vae, "tile_latent_min_size"):
         raise ModelError(f"The setting vae_tiling does not go with this model's {type(vae).__name__}.")
     if settings.vae_tiling == "on":
-        tile(vae)
+        enable_vae_tiling(vae)
         return
     if device.type != "cuda":
         raise ModelError("The setting vae_tiling=auto reads the memory of a CUDA device; use on or off.")
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     staying = [vae] if settings.offload == "model" else networks
     total = torch.cuda.get_device_properties(device).total_memory
-    tile(vae, memory=total - sum(map(_bytes, staying)))
+    enable_vae_tiling(vae, memory=total - sum(map(_bytes, staying)))
 
 
 def pixels_that_fit(vae: Any, memory: float) -> float:

@@ -11,16 +11,16 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import ModelInputs, Stage, Trajectory
-from hypergen.denoising.offload import device_of, turns_of
+from hypergen.denoising.denoising_state import DenoiserSwitch, DenoisingState, ModelInputs
+from hypergen.denoising.offload import device_of, offloader_of
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.errors import ModelError
 from hypergen.model_store.diffusers_layout import check_folder
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.loading import load_pipeline
-from hypergen.models.memory import place
+from hypergen.models.memory import apply_memory_settings
 from hypergen.models.text_encoders.clip import ClipEncoder
-from hypergen.models.text_encoders.prompt_cache import PromptCache, fill_to
+from hypergen.models.text_encoders.prompt_cache import PromptCache, pad_with_empty_chunks
 from hypergen.request import GenerationRequest
 
 # The share of the noise schedule that the base model draws; the refiner was trained on the rest.
@@ -42,7 +42,7 @@ class Refiner:
     def __init__(self, folder: Path, unet: Any, settings: EngineSettings) -> None:
         check_folder(folder)
         pipeline = load_pipeline(StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, without=["vae"])
-        place(pipeline, settings, device_of(unet), turns_of(unet))
+        apply_memory_settings(pipeline, settings, device_of(unet), offloader_of(unet))
         self.unet: Any = pipeline.unet
         if self.unet.config.cross_attention_dim == unet.config.cross_attention_dim:
             raise ModelError(f"{folder} is no refiner of this model: it reads prompts of the same width.")
@@ -66,29 +66,29 @@ class Refiner:
         negative = self._prompts.get(request.negative_prompt or "")
         length = max(wanted.shape[1], negative.embeds.shape[1])
         empty = self._prompts.get("").embeds
-        unwanted = ModelInputs(fill_to(negative.embeds, length, empty), negative.pooled)
+        unwanted = ModelInputs(pad_with_empty_chunks(negative.embeds, length, empty), negative.pooled)
         if self._force_zeros and not request.negative_prompt:
             unwanted = unwanted.map(torch.zeros_like)
-        wanted = fill_to(wanted, length, empty)
+        wanted = pad_with_empty_chunks(wanted, length, empty)
         return PromptEmbeds(ModelInputs(wanted, positive.pooled), unwanted, positive.tokens)
 
-    def stage(
+    def switch(
         self,
-        trajectory: Trajectory,
+        state: DenoisingState,
         prompts: PromptEmbeds,
         width: int,
         height: int,
         schedulers: SchedulerFactory,
-    ) -> Stage | None:
+    ) -> DenoiserSwitch | None:
         """The last steps of an image of this size in pixels; None when there are too few steps to share."""
-        request, scheduler = trajectory.request, trajectory.scheduler
+        request, scheduler = state.request, state.scheduler
         trained_steps = scheduler.config.num_train_timesteps
         late = scheduler.timesteps < round((1 - _TAKES_OVER_AT) * trained_steps)
         at_step = len(late) - int(late.sum())
         # A sampler of second order changes hands between its steps, not within one.
         order: int = scheduler.order
         at_step = max(at_step - at_step % order, order)
-        if at_step >= len(late) or at_step <= trajectory.step_index:
+        if at_step >= len(late) or at_step <= state.step_index:
             return None
         if hasattr(scheduler, "set_begin_index"):  # multistep samplers forget what the other expert said
             scheduler = schedulers.make(request.sampler, request.num_inference_steps)
@@ -97,7 +97,7 @@ class Refiner:
         negative = prompts.negative
         if negative is not None:
             negative = self._with_size(negative, width, height, _NEGATIVE_AESTHETIC_SCORE)
-        return Stage(at_step, positive, negative, scheduler, kind=("refiner",))
+        return DenoiserSwitch(at_step, positive, negative, scheduler, batch_key_extra=("refiner",))
 
     def _with_size(self, inputs: ModelInputs, width: int, height: int, score: float) -> ModelInputs:
         # Original size and crop, then the score or, for refiners without one, the target size.

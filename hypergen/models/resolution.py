@@ -10,7 +10,7 @@ def round_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
-def size_to_draw(
+def choose_generation_size(
     width: int, height: int, multiple: int, max_native_area: int | None, min_native_side: int | None
 ) -> tuple[int, int]:
     """The size at which a model draws what was asked for, of sides that are multiples.

@@ -12,19 +12,19 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from hypergen.conditioning import controlnet
-from hypergen.conditioning.initial_latents import begin
+from hypergen.conditioning.initial_latents import prepare_initial_latents
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import ModelInputs, Trajectory
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import Adapters
-from hypergen.model_info import ModelDefaults, ModelInfo, Option
+from hypergen.lora.manager import LoraManager
+from hypergen.model_info import Capability, ModelDefaults, ModelInfo
 from hypergen.models.family import PromptEmbeds
-from hypergen.models.resolution import size_to_draw
+from hypergen.models.resolution import choose_generation_size
 from hypergen.models.text_encoders.clip import ClipEncoder
-from hypergen.models.text_encoders.prompt_cache import PromptCache, fill_to
+from hypergen.models.text_encoders.prompt_cache import PromptCache, pad_with_empty_chunks
 from hypergen.request import GenerationRequest
 
 
@@ -32,21 +32,21 @@ class StableDiffusion:
     """The pipeline's modules, called step by step.
 
     Args:
-        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`,
-            and in pixels what it knows of sizes: `max_native_area` and `min_native_side`, see `size_to_draw`.
+        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`,
+            and in pixels `max_native_area` and `min_native_side`, see `choose_generation_size`.
     """
 
     name = "sd"
     pipeline_class = StableDiffusionPipeline
     half_dtype = torch.float16
 
-    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+    def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         self.unet: Any = pipeline.unet
         self.vae: Any = pipeline.vae
         self.text_encoder: Any = pipeline.text_encoder
         self.tokenizer: Any = pipeline.tokenizer
-        self.card = card
-        self.adapters = Adapters(pipeline, settings)
+        self.model_card = model_card
+        self.lora_manager = LoraManager(pipeline, settings)
         self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.space = LatentSpace(self.vae, self.unet.dtype)
         self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
@@ -59,10 +59,10 @@ class StableDiffusion:
                 self.unet.dtype,
                 penultimate=False,
             )
-            self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.adapters)
+            self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.lora_manager)
 
     @property
-    def reads_mask(self) -> bool:
+    def is_inpaint_model(self) -> bool:
         """Whether the UNet was trained for inpainting, with a mask and what is kept among its channels."""
         return self.unet.config.in_channels > self.vae.config.latent_channels
 
@@ -78,31 +78,31 @@ class StableDiffusion:
     def decoder(self) -> nn.Module:
         return self.vae
 
-    def describe(self, model_id: str) -> ModelInfo:
+    def model_info(self, model_id: str) -> ModelInfo:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
-        options: set[Option] = {"negative_prompt", "image", "mask"}
+        capabilities: set[Capability] = {"negative_prompt", "image", "mask"}
         if self.control_models:
-            options.add("control")
+            capabilities.add("control")
         return ModelInfo(
             id=model_id,
             family=self.name,
-            defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
+            defaults=ModelDefaults(**{**defaults, **self.model_card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
             device=self.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset[Option]({*options, *self.adapters.options}),
+            capabilities=frozenset[Capability]({*capabilities, *self.lora_manager.capabilities}),
             control_models=tuple(self.control_models),
-            **self.adapters.offer(),
+            **self.lora_manager.info_fields(),
         )
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
-        known = self.card.get("max_native_area"), self.card.get("min_native_side")
-        return size_to_draw(width, height, self.vae_scale_factor, *known)
+    def generation_size(self, width: int, height: int) -> tuple[int, int]:
+        known = self.model_card.get("max_native_area"), self.model_card.get("min_native_side")
+        return choose_generation_size(width, height, self.vae_scale_factor, *known)
 
     def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
-        return self.adapters.load_in_background(request.loras)
+        return self.lora_manager.load_in_background(request.loras)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
         encoded = self.prompts.get(request.prompt, loras)
@@ -111,51 +111,62 @@ class StableDiffusion:
             negative = self.prompts.get(request.negative_prompt or "", loras).embeds
             empty = self.prompts.get("", loras).embeds
             length = max(positive.shape[1], negative.shape[1])
-            positive, negative = fill_to(positive, length, empty), fill_to(negative, length, empty)
+            positive, negative = (
+                pad_with_empty_chunks(positive, length, empty),
+                pad_with_empty_chunks(negative, length, empty),
+            )
         unwanted = None if negative is None else ModelInputs(negative)
         return PromptEmbeds(ModelInputs(positive), unwanted, encoded.tokens)
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
-    ) -> Trajectory:
+    ) -> DenoisingState:
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
-        size = self.drawn_size(request.width, request.height)
-        begun = begin(request, scheduler, self.space, size, generator, reads_mask=self.reads_mask)
-        guide = controlnet.follow(request.control, self.control_models, size, scheduler, begun.step_index)
+        size = self.generation_size(request.width, request.height)
+        initial = prepare_initial_latents(
+            request, scheduler, self.space, size, generator, is_inpaint_model=self.is_inpaint_model
+        )
+        controlnet_inputs = controlnet.prepare_controlnet(
+            request.control, self.control_models, size, scheduler, initial.step_index
+        )
         read = {
-            "mask": begun.mask,
-            "masked_image_latents": begun.masked_image_latents,
-            "controlnet_cond": guide.controlnet_cond,
+            "mask": initial.mask,
+            "masked_image_latents": initial.masked_image_latents,
+            "controlnet_cond": controlnet_inputs.controlnet_cond,
         }
-        return Trajectory(
+        return DenoisingState(
             request=request,
             index=index,
-            latents=begun.latents,
-            step_index=begun.step_index,
-            after_step=begun.after_step,
-            unchanged=begun.unchanged,
-            kind=guide.kind,
-            controlnet_scales=guide.controlnet_scales,
+            latents=initial.latents,
+            step_index=initial.step_index,
+            after_step=initial.after_step,
+            skip_denoising=initial.skip_denoising,
+            batch_key_extra=controlnet_inputs.batch_key_extra,
+            controlnet_scales=controlnet_inputs.controlnet_scales,
             positive=replace(prompts.positive, **read),
             negative=None if prompts.negative is None else replace(prompts.negative, **read),
             guidance_scale=request.guidance_scale,
             prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
-            draws_noise=takes_generator(scheduler),
+            is_stochastic=takes_generator(scheduler),
             loras=loras,
         )
 
-    def decode(self, trajectory: Trajectory) -> Tensor:
-        latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+    def decode(self, state: DenoisingState) -> Tensor:
+        latents = state.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        inputs: ModelInputs,
+        batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
         residuals: dict[str, Any] = {}
-        if (model := controlnet.model_of(kind, self.control_models)) is not None:
+        if (model := controlnet.controlnet_from_key(batch_key_extra, self.control_models)) is not None:
             residuals = controlnet.residuals(model, latents, timesteps, inputs)
         if inputs.mask is not None and inputs.masked_image_latents is not None:
             latents = torch.cat([latents, inputs.mask, inputs.masked_image_latents], dim=1)

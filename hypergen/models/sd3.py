@@ -11,17 +11,17 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hypergen.conditioning.initial_latents import begin
+from hypergen.conditioning.initial_latents import prepare_initial_latents
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import ModelInputs, Trajectory
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
 from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import round_up
-from hypergen.models.text_encoders.clip import ClipEncoder, longest, side_by_side
+from hypergen.models.text_encoders.clip import ClipEncoder, concat_embeds, max_length
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
 from hypergen.models.text_encoders.prompt_weighting import without_weights
 from hypergen.models.text_encoders.t5 import T5Encoder
@@ -39,18 +39,18 @@ class StableDiffusion3:
     second CLIP encoder alone.
 
     Args:
-        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`.
+        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`.
     """
 
     name = "sd3"
     pipeline_class = StableDiffusion3Pipeline
     half_dtype = torch.bfloat16
 
-    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+    def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         self.transformer: Any = pipeline.transformer
         self.vae: Any = pipeline.vae
-        self.card = card
-        self.adapters = None
+        self.model_card = model_card
+        self.lora_manager = None
         self.control_models: Mapping[str, nn.Module] = {}
         self.schedulers = FlowSchedulerFactory(
             pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=False
@@ -88,21 +88,21 @@ class StableDiffusion3:
     def decoder(self) -> nn.Module:
         return self.vae
 
-    def describe(self, model_id: str) -> ModelInfo:
+    def model_info(self, model_id: str) -> ModelInfo:
         side = self.transformer.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
         return ModelInfo(
             id=model_id,
             family=self.name,
-            defaults=ModelDefaults(**{**defaults, **self.card.get("defaults", {})}),
+            defaults=ModelDefaults(**{**defaults, **self.model_card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
             device=self.device.type,
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            options=frozenset({"prompt_2", "negative_prompt", "image", "mask"}),
+            capabilities=frozenset({"prompt_2", "negative_prompt", "image", "mask"}),
         )
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+    def generation_size(self, width: int, height: int) -> tuple[int, int]:
         multiple = self.vae_scale_factor * self.patch_size
         return round_up(width, multiple), round_up(height, multiple)
 
@@ -115,42 +115,46 @@ class StableDiffusion3:
             texts.append((request.negative_prompt or "", request.negative_prompt_2))
         first, second = self.clips
         encoded = [(first.get(text), second.get(text_2 or text), self.t5.get(text)) for text, text_2 in texts]
-        length = longest([prompt for *clips, _ in encoded for prompt in clips])
+        length = max_length([prompt for *clips, _ in encoded for prompt in clips])
         positive, *negatives = [self._build_inputs(*prompts, length) for prompts in encoded]
         clip, _, t5 = encoded[0]
         return PromptEmbeds(positive, negatives[0] if negatives else None, max(clip.tokens, t5.tokens))
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
-    ) -> Trajectory:
-        size = self.drawn_size(request.width, request.height)
+    ) -> DenoisingState:
+        size = self.generation_size(request.width, request.height)
         patches = (side // (self.vae_scale_factor * self.patch_size) for side in size)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps, math.prod(patches))
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        begun = begin(request, scheduler, self.space, size, generator)
-        return Trajectory(
+        initial = prepare_initial_latents(request, scheduler, self.space, size, generator)
+        return DenoisingState(
             request=request,
             index=index,
-            latents=begun.latents,
-            step_index=begun.step_index,
-            after_step=begun.after_step,
-            unchanged=begun.unchanged,
+            latents=initial.latents,
+            step_index=initial.step_index,
+            after_step=initial.after_step,
+            skip_denoising=initial.skip_denoising,
             positive=prompts.positive,
             negative=prompts.negative,
             guidance_scale=request.guidance_scale,
             prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
-            draws_noise=takes_generator(scheduler),
+            is_stochastic=takes_generator(scheduler),
         )
 
-    def decode(self, trajectory: Trajectory) -> Tensor:
+    def decode(self, state: DenoisingState) -> Tensor:
         config = self.vae.config
-        latents = trajectory.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        latents = state.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        inputs: ModelInputs,
+        batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
         return self.transformer(
             hidden_states=latents,
@@ -163,7 +167,7 @@ class StableDiffusion3:
     def _build_inputs(
         self, first: EncodedPrompt, second: EncodedPrompt, words: EncodedPrompt, length: int
     ) -> ModelInputs:
-        clip = side_by_side(self.clips, (first, second), length)
+        clip = concat_embeds(self.clips, (first, second), length)
         clip = functional.pad(clip, (0, words.embeds.shape[-1] - clip.shape[-1]))
         pooled = [prompt.pooled for prompt in (first, second) if prompt.pooled is not None]
         return ModelInputs(torch.cat([clip, words.embeds], dim=1), torch.cat(pooled, dim=-1))

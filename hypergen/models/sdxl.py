@@ -13,45 +13,45 @@ from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from hypergen.conditioning import controlnet
-from hypergen.conditioning.initial_latents import begin
+from hypergen.conditioning.initial_latents import prepare_initial_latents
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import ModelInputs, Trajectory
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SAMPLERS, SchedulerFactory, takes_generator
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import Adapters
-from hypergen.model_info import ModelDefaults, ModelInfo, Option
+from hypergen.lora.manager import LoraManager
+from hypergen.model_info import Capability, ModelDefaults, ModelInfo
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.resolution import round_up
-from hypergen.models.text_encoders.clip import ClipEncoder, longest, side_by_side
+from hypergen.models.text_encoders.clip import ClipEncoder, concat_embeds, max_length
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
 from hypergen.request import GenerationRequest
 
 # Turbo is distilled to draw in a few steps without guidance: fifty guided ones would spoil its pictures.
 _TURBO_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 1024, "height": 1024}
-_OPTIONS: frozenset[Option] = frozenset({"prompt_2", "negative_prompt", "image", "mask"})
+_CAPABILITIES: frozenset[Capability] = frozenset({"prompt_2", "negative_prompt", "image", "mask"})
 
 
 class StableDiffusionXL:
     """The pipeline's modules, called step by step.
 
     Args:
-        card: what the diffusers files cannot say about a model (`hypergen.json` in its folder): `defaults`.
+        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`.
     """
 
     name = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
     half_dtype = torch.float16
 
-    def __init__(self, pipeline: Any, card: dict[str, Any], settings: EngineSettings) -> None:
+    def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         self.unet: Any = pipeline.unet
         self.refiner = Refiner(Path(settings.refiner), self.unet, settings) if settings.refiner else None
         self.experts: Any = Experts(self.unet, self.refiner.unet) if self.refiner else self.unet
         self.vae: Any = pipeline.vae
-        self.card = card
-        self.adapters = Adapters(pipeline, settings)
+        self.model_card = model_card
+        self.lora_manager = LoraManager(pipeline, settings)
         self.space = LatentSpace(self.vae, self.unet.dtype, upcast=self.vae.config.force_upcast)
         self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
@@ -62,7 +62,7 @@ class StableDiffusionXL:
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
             encode = ClipEncoder(tokenizer, text_encoder, settings, self.unet.dtype, penultimate=True)
-            return PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 2, self.adapters)
+            return PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 2, self.lora_manager)
 
         with torch.inference_mode():
             self.encoders = (
@@ -82,42 +82,42 @@ class StableDiffusionXL:
     def decoder(self) -> nn.Module:
         return self.vae
 
-    def describe(self, model_id: str) -> ModelInfo:
+    def model_info(self, model_id: str) -> ModelInfo:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
-        options: set[Option] = {*_OPTIONS, *self.adapters.options}
+        capabilities: set[Capability] = {*_CAPABILITIES, *self.lora_manager.capabilities}
         if self.refiner:
-            options.add("enable_refiner")
+            capabilities.add("enable_refiner")
         if self.control_models:
-            options.add("control")
+            capabilities.add("control")
         own_defaults = _TURBO_DEFAULTS if _is_turbo(self.schedulers.published) else {}
         return ModelInfo(
             id=model_id,
             family=self.name,
-            defaults=ModelDefaults(**{**defaults, **own_defaults, **self.card.get("defaults", {})}),
+            defaults=ModelDefaults(**{**defaults, **own_defaults, **self.model_card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in SAMPLERS.items()},
             min_steps=self.schedulers.min_steps,
             device=self.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            options=frozenset(options),
+            capabilities=frozenset(capabilities),
             control_models=tuple(self.control_models),
-            **self.adapters.offer(),
+            **self.lora_manager.info_fields(),
         )
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+    def generation_size(self, width: int, height: int) -> tuple[int, int]:
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
     def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
-        return self.adapters.load_in_background(request.loras)
+        return self.lora_manager.load_in_background(request.loras)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
         refiner = self.refiner.encode_prompts(request) if self.refiner and request.enable_refiner else None
         positive = self._encode(request.prompt, request.prompt_2, loras)
         tokens = positive[0].tokens
         if request.guidance_scale <= 1:
-            return PromptEmbeds(self._build_inputs(positive, longest(positive)), None, tokens, refiner)
+            return PromptEmbeds(self._build_inputs(positive, max_length(positive)), None, tokens, refiner)
         negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
-        length = longest([*positive, *negative])
+        length = max_length([*positive, *negative])
         unwanted = self._build_inputs(negative, length)
         if self.force_zeros_for_empty_prompt and not (request.negative_prompt or request.negative_prompt_2):
             unwanted = unwanted.map(torch.zeros_like)
@@ -125,51 +125,55 @@ class StableDiffusionXL:
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
-    ) -> Trajectory:
-        width, height = size = self.drawn_size(request.width, request.height)
+    ) -> DenoisingState:
+        width, height = size = self.generation_size(request.width, request.height)
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
-        begun = begin(request, scheduler, self.space, size, generator)
-        guide = controlnet.follow(request.control, self.control_models, size, scheduler, begun.step_index)
+        initial = prepare_initial_latents(request, scheduler, self.space, size, generator)
+        controlnet_inputs = controlnet.prepare_controlnet(
+            request.control, self.control_models, size, scheduler, initial.step_index
+        )
         # Original size, crop and target size, as height and width: an image that was not cut out of another.
         time_ids = torch.tensor(
             [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.device
         )
-        read = {"time_ids": time_ids, "controlnet_cond": guide.controlnet_cond}
-        trajectory = Trajectory(
+        read = {"time_ids": time_ids, "controlnet_cond": controlnet_inputs.controlnet_cond}
+        state = DenoisingState(
             request=request,
             index=index,
-            latents=begun.latents,
-            step_index=begun.step_index,
-            after_step=begun.after_step,
-            unchanged=begun.unchanged,
-            kind=guide.kind,
-            controlnet_scales=guide.controlnet_scales,
+            latents=initial.latents,
+            step_index=initial.step_index,
+            after_step=initial.after_step,
+            skip_denoising=initial.skip_denoising,
+            batch_key_extra=controlnet_inputs.batch_key_extra,
+            controlnet_scales=controlnet_inputs.controlnet_scales,
             positive=replace(prompts.positive, **read),
             negative=None if prompts.negative is None else replace(prompts.negative, **read),
             guidance_scale=request.guidance_scale,
             prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
-            draws_noise=takes_generator(scheduler),
+            is_stochastic=takes_generator(scheduler),
             loras=loras,
         )
         if self.refiner is not None and prompts.refiner is not None:
-            trajectory.next_stage = self.refiner.stage(
-                trajectory, prompts.refiner, width, height, self.schedulers
-            )
-        return trajectory
+            state.next_denoiser = self.refiner.switch(state, prompts.refiner, width, height, self.schedulers)
+        return state
 
-    def decode(self, trajectory: Trajectory) -> Tensor:
-        latents = trajectory.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+    def decode(self, state: DenoisingState) -> Tensor:
+        latents = state.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, inputs: ModelInputs, kind: tuple[Hashable, ...] = ()
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        inputs: ModelInputs,
+        batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
         added = {"text_embeds": inputs.pooled_prompt_embeds, "time_ids": inputs.time_ids}
         residuals: dict[str, Any] = {}
-        if (model := controlnet.model_of(kind, self.control_models)) is not None:
+        if (model := controlnet.controlnet_from_key(batch_key_extra, self.control_models)) is not None:
             residuals = controlnet.residuals(model, latents, timesteps, inputs, added_cond_kwargs=added)
         return self.experts(
             latents,
@@ -185,7 +189,7 @@ class StableDiffusionXL:
         return first.get(text, loras), second.get(text_2 or text, loras)
 
     def _build_inputs(self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int) -> ModelInputs:
-        return ModelInputs(side_by_side(self.encoders, encoded, length), encoded[1].pooled)
+        return ModelInputs(concat_embeds(self.encoders, encoded, length), encoded[1].pooled)
 
 
 def _is_turbo(published: Any) -> bool:

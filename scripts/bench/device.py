@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention=flash": {"attention": "flash"},
     "attention=cudnn": {"attention": "cudnn"},
     "decode_stream": {"decode_stream": True},
-    "vectorised_steps off": {"vectorised_steps": False},
+    "batched_euler off": {"batched_euler": False},
     "compile": {"compile": "on"},
     "compile=graphs": {"compile": "graphs"},
     "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True},
@@ -128,7 +128,7 @@ def speed_of(
     if plan.crowd > 1:
         serve(crowd)  # a pass of this size may be the first of its kind
         served = serve(crowd)
-        took_s = max(job.finished_at for job in served) - min(job.arrived_at for job in served)
+        took_s = max(job.finished_at for job in served) - min(job.queued_at for job in served)
     else:
         took_s = alone_s
     floor_s = work.floor_s(plan.steps)

@@ -58,7 +58,7 @@ class Run:
 def figures_of(served: Sequence[Served]) -> Figures:
     latencies = [job.latency_s for job in served]
     short = [job.latency_s for job in served if job.job.short] or latencies
-    first, last = min(job.arrived_at for job in served), max(job.finished_at for job in served)
+    first, last = min(job.queued_at for job in served), max(job.finished_at for job in served)
     return Figures(
         len(served) / (last - first),
         _percentile(latencies, 50),

@@ -260,7 +260,7 @@ def passes_of(live: Live) -> list[dict[str, Any]]:
                     "rows": rows,
                     "seconds": probe.seconds.get(rows),
                     "exact": rows not in probe.differing,
-                    "serves": curve.serves(rows),
+                    "serves": curve.allows(rows),
                     "verdict": probe.verdict,
                 }
             )

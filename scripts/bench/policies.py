@@ -27,12 +27,12 @@ class Served:
     """A job that was served; both times are seconds of the run's clock."""
 
     job: Job
-    arrived_at: float
+    queued_at: float
     finished_at: float
 
     @property
     def latency_s(self) -> float:
-        return self.finished_at - self.arrived_at
+        return self.finished_at - self.queued_at
 
 
 class Policy(Protocol):
@@ -101,7 +101,7 @@ class WholeBatches:
             waiting = [entry for entry in waiting if entry not in batch]
             self.draw([job for _, job in batch])
             passes += batch[0][1].num_inference_steps
-            served += [Served(job, arrived_at, self.clock()) for arrived_at, job in batch]
+            served += [Served(job, queued_at, self.clock()) for queued_at, job in batch]
         self.images_per_pass = sum(job.num_inference_steps for job in jobs) / passes
         return served
 
@@ -127,12 +127,12 @@ def one_after_another(calls: Sequence[Served], interval_s: float) -> list[Served
     A call takes as long at one load as at another; when it starts follows from the one before it.
     """
     served: list[Served] = []
-    previous, free_at = calls[0].arrived_at, 0.0
+    previous, free_at = calls[0].queued_at, 0.0
     for call in calls:
-        arrived_at = call.job.waited_for * interval_s
-        free_at = max(free_at, arrived_at) + call.finished_at - previous
+        queued_at = call.job.waited_for * interval_s
+        free_at = max(free_at, queued_at) + call.finished_at - previous
         previous = call.finished_at
-        served.append(Served(call.job, arrived_at, free_at))
+        served.append(Served(call.job, queued_at, free_at))
     return served
 
 
@@ -162,19 +162,19 @@ class StepByStep:
         self.files.clear()
         self._finished_at.clear()
         arrivals = Arrivals(jobs, interval_s, self.clock)
-        arrived_at: dict[int, float] = {}
+        queued_at: dict[int, float] = {}
         before = self.engine.status()
         while len(self.files) < len(jobs):
             for moment, job in arrivals.take():
-                arrived_at[job.number] = moment
+                queued_at[job.number] = moment
                 self.engine.add_request(request_for(job, self.side))
-            if len(self.files) == len(arrived_at):
+            if len(self.files) == len(queued_at):
                 arrivals.skip_to_next()
                 continue
             self.engine.step()
         after = self.engine.status()
         self.images_per_pass = (after.image_steps - before.image_steps) / (after.forwards - before.forwards)
-        return [Served(job, arrived_at[job.number], self._finished_at[job.number]) for job in jobs]
+        return [Served(job, queued_at[job.number], self._finished_at[job.number]) for job in jobs]
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:
         if isinstance(event, RequestError):

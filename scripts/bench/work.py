@@ -44,8 +44,8 @@ class Work:
 
 def family_of(pipeline: Any, side: int, settings: EngineSettings) -> Family:
     """The family that draws a pipeline, with pictures of `side` x `side` pixels as its default."""
-    card = {"defaults": {"width": side, "height": side}}
-    return family_class(type(pipeline).__name__)(pipeline, card, settings)
+    model_card = {"defaults": {"width": side, "height": side}}
+    return family_class(type(pipeline).__name__)(pipeline, model_card, settings)
 
 
 def work_of(family: Family, side: int) -> Work:
@@ -64,10 +64,10 @@ def operations_of(family: Family, side: int) -> tuple[int, int, int]:
     decoder; the family may be on the meta device, where nothing is computed.
     """
     request = request_for(Job(0, 0, 2, GUIDANCE_SCALE), side)
-    trajectory = family.prepare(request, 0, family.encode_prompts(request))
-    row = random_rows(trajectory, 1, torch.Generator("cpu").manual_seed(0))
-    forward_flops = _flops(lambda: family.forward(*row, kind=trajectory.kind))
-    return trajectory.rows, forward_flops, _flops(lambda: family.decode(trajectory))
+    state = family.prepare(request, 0, family.encode_prompts(request))
+    row = random_rows(state, 1, torch.Generator("cpu").manual_seed(0))
+    forward_flops = _flops(lambda: family.forward(*row, batch_key_extra=state.batch_key_extra))
+    return state.rows, forward_flops, _flops(lambda: family.decode(state))
 
 
 def _flops(call: Callable[[], object]) -> int:

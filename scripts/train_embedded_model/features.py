@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from hypergen.images.geometry import resize_to_request_size
-from hypergen.models.resolution import size_to_draw
+from hypergen.models.resolution import choose_generation_size
 
 from .captions import plain_caption
 from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw
@@ -65,9 +65,9 @@ def large(pipeline: StableDiffusionPipeline) -> None:
 
 def draw_as_served(pipeline: StableDiffusionPipeline, prompts: list[str], height: int, width: int) -> Tensor:
     """Draw at the size that the model's card chooses for one, and bring the pictures to that one."""
-    card = json.loads(CARD.read_text())
-    drawn_width, drawn_height = size_to_draw(
-        width, height, 8, card["max_native_area"], card["min_native_side"]
+    model_card = json.loads(CARD.read_text())
+    drawn_width, drawn_height = choose_generation_size(
+        width, height, 8, model_card["max_native_area"], model_card["min_native_side"]
     )
     images = draw(pipeline, prompts, drawn_height, drawn_width)
     return torch.stack(

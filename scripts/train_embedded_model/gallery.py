@@ -98,9 +98,9 @@ def main(model: Path, output: Path) -> None:
             draw(pipeline, list(FEW), 128, 128, num_inference_steps=steps, guidance_scale=guidance_scale)
             for steps in STEPS
         ]
-        save(in_rows(columns), len(columns), f"steps-guidance-{guidance_scale:g}")
+        save(lora_context(columns), len(columns), f"steps-guidance-{guidance_scale:g}")
     columns = [draw(pipeline, list(FEW), 128, 128, guidance_scale=scale) for scale in GUIDANCE_SCALES]
-    save(in_rows(columns), len(columns), "guidance")
+    save(lora_context(columns), len(columns), "guidance")
     save([draw(pipeline, [prompt] * SEEDS, 128, 128) for prompt in FEW], SEEDS, "seeds")
     load_loras(pipeline, model / "loras")
     prompts = list(LORA_PROMPTS)
@@ -114,7 +114,7 @@ def main(model: Path, output: Path) -> None:
     save(draw(pipeline, prompts, 256, 256), len(prompts), "mix")
 
 
-def in_rows(columns: list[Tensor]) -> Tensor:
+def lora_context(columns: list[Tensor]) -> Tensor:
     """Columns of pictures as one batch, row after row."""
     return torch.stack(columns, dim=1).flatten(0, 1)
 

@@ -91,8 +91,8 @@ def frame_is_there(image: Tensor) -> float:
     height, width = image.shape[1:]
     line = inside_of_edge(height, width, FRAME / 2).abs() < 1
     colour, ground = (pixels.median(dim=1).values for pixels in (image[:, line], inside_the_frame(image)))
-    to_frame, to_ground = ((image[:, line] - one[:, None]).norm(dim=0) for one in (colour, ground))
-    return float((to_frame < to_ground).float().mean() * ((colour - ground).norm() > 0.3))
+    to_sse_event, to_ground = ((image[:, line] - one[:, None]).norm(dim=0) for one in (colour, ground))
+    return float((to_sse_event < to_ground).float().mean() * ((colour - ground).norm() > 0.3))
 
 
 def inside_the_frame(image: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ SHAPES = {
 }
 
 
-class Adapters(nn.Module):
+class LoraManager(nn.Module):
     """The LoRA of a UNet as a part of a run: only its own matrices are kept in checkpoints."""
 
     def __init__(self, unet: nn.Module):
@@ -93,5 +93,5 @@ def begin_lora_run(
     )
     params = [param for param in unet.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, LEARNING_RATE, weight_decay=0)
-    run = Run(folder / "loras" / name, steps, {"lora": Adapters(unet), "adamw": optimizer})
+    run = Run(folder / "loras" / name, steps, {"lora": LoraManager(unet), "adamw": optimizer})
     return run, params, optimizer

@@ -161,8 +161,8 @@ def test_a_variation_needs_no_prompt() -> None:
 
 def test_a_model_that_draws_from_prompts_only_says_so() -> None:
     fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
-    for options, field in ((frozenset(), "images"), (frozenset({"image"}), "mask")):
-        plain = type(ABLE)(**{**fields, "options": options})
+    for capabilities, field in ((frozenset(), "images"), (frozenset({"image"}), "mask")):
+        plain = type(ABLE)(**{**fields, "capabilities": capabilities})
         body = {"prompt": "a", "images": [in_json(PICTURE)], "mask": in_json(MASK)}
         with pytest.raises(InvalidRequestError, match="Stable Diffusion") as raised:
             openai_edits.to_edit(body, plain, SETTINGS, "id")

@@ -120,7 +120,7 @@ def test_a_stream_that_nobody_reads_ends_with_its_time_and_holds_up_nobody(
 
 def test_answers_that_nobody_reads_are_taken_back(tmp_path: Path, sd_folder: Path) -> None:
     """Forty clients ask for the 42 MB of a job each; the server holds 100 MB of them at most."""
-    arguments = (str(sd_folder), "--device", "cpu", "--max-pictures-mb", "100")
+    arguments = (str(sd_folder), "--device", "cpu", "--max-input-image-mb", "100")
     with ExitStack() as stack:
         server = stack.enter_context(start_server(tmp_path, *arguments))
         client = stack.enter_context(client_of(server))

@@ -124,7 +124,7 @@ def test_what_only_some_models_have_reaches_those() -> None:
 
 def test_a_true_cfg_scale_is_for_the_models_that_have_one() -> None:
     fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
-    flux = ModelInfo(**{**fields, "family": "flux", "options": ABLE.options | {"true_cfg_scale"}})
+    flux = ModelInfo(**{**fields, "family": "flux", "capabilities": ABLE.capabilities | {"true_cfg_scale"}})
     for dialect, body in ((hyperbolic, BODY), (openai_images, {"prompt": "a cat"})):
         for scale in (1, 2.5, 20):
             request = dialect.to_request({**body, "true_cfg_scale": scale}, flux, SETTINGS, "id").generation
@@ -193,6 +193,6 @@ def test_flux_draws_from_no_picture_whatever_the_model_can() -> None:
 )
 def test_what_the_engine_finds_is_told_by_the_clients_name(found: str, param: str) -> None:
     asked = hyperbolic.to_request(BODY, ABLE, SETTINGS, "id")
-    error = asked.in_its_words(InvalidRequestError("It is too much.", param=found))
+    error = asked.with_client_field_names(InvalidRequestError("It is too much.", param=found))
     assert (error.param, error.message) == (param, f"'{param}': It is too much.")
-    assert asked.in_its_words(InvalidRequestError("It is too much.")).message == "It is too much."
+    assert asked.with_client_field_names(InvalidRequestError("It is too much.")).message == "It is too much."

@@ -17,7 +17,7 @@ from starlette.types import Message, Scope
 from hypergen.api.dialects import endpoints
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import StoredFile
-from hypergen.api.validation import Asked
+from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import NotFoundError, QueueFullError, UnavailableError
@@ -31,7 +31,7 @@ PATH = "/v1/images/jobs"
 HYPERBOLIC = {"model_name": "SD1.5", "prompt": "a red circle", "steps": 1}
 
 
-def begin(client: httpx.Client, **body: Any) -> dict[str, Any]:
+def submit(client: httpx.Client, **body: Any) -> dict[str, Any]:
     response = client.post(PATH, json=body)
     assert response.status_code == 202, response.text
     assert response.headers["location"] == f"{PATH}/{response.json()['id']}"
@@ -63,7 +63,7 @@ def running(job: dict[str, Any]) -> bool:
 
 def test_a_job_ends_with_what_the_request_would_have_answered(client: httpx.Client) -> None:
     fields = {**QUICK, "seed": 3, "n": 2, "output_format": "webp"}
-    job = begin(client, **fields)
+    job = submit(client, **fields)
     assert set(job) >= {"id", "object", "status", "created"}
     assert (job["object"], job["id"][:4]) == ("image.job", "job_")
     done = wait(client, job, ended)[-1]
@@ -79,14 +79,14 @@ def test_a_job_ends_with_what_the_request_would_have_answered(client: httpx.Clie
 
 
 def test_hyperbolics_bodies_get_hyperbolics_answers(client: httpx.Client) -> None:
-    done = wait(client, begin(client, **HYPERBOLIC, seed=3), ended)[-1]
+    done = wait(client, submit(client, **HYPERBOLIC, seed=3), ended)[-1]
     direct = client.post("/v1/image/generation", json={**HYPERBOLIC, "seed": 3}).json()
     assert set(done["result"]) == {"images", "inference_time"}
     assert done["result"]["images"] == direct["images"]
 
 
 def test_progress_goes_up_and_the_rest_gets_shorter(client: httpx.Client) -> None:
-    told = wait(client, begin(client, **{**QUICK, "num_inference_steps": 40}), ended)
+    told = wait(client, submit(client, **{**QUICK, "num_inference_steps": 40}), ended)
     steps = [job["progress"]["step"] for job in told if running(job)]
     assert len(set(steps)) > 2
     assert steps == sorted(steps)
@@ -98,7 +98,7 @@ def test_progress_goes_up_and_the_rest_gets_shorter(client: httpx.Client) -> Non
 
 
 def test_delete_cancels_and_frees_the_engine(client: httpx.Client) -> None:
-    job = begin(client, **SLOW)
+    job = submit(client, **SLOW)
     wait(client, job, running)
     response = client.delete(f"{PATH}/{job['id']}")
     assert (response.status_code, response.json()["status"]) == (200, "cancelled")
@@ -109,7 +109,7 @@ def test_delete_cancels_and_frees_the_engine(client: httpx.Client) -> None:
 
 def test_a_job_that_takes_too_long_fails_and_says_why(tight: TightServer) -> None:
     with httpx.Client(base_url=tight.server.url, timeout=60) as client:
-        first = begin(client, **SLOW)
+        first = submit(client, **SLOW)
         wait(client, first, running)
         told = wait(client, first, ended)
     assert told[-1]["status"] == "failed"
@@ -133,7 +133,7 @@ def test_a_full_queue_refuses_jobs_at_once(tight: TightServer) -> None:
 def test_only_so_many_jobs_are_kept_and_the_oldest_end_first(tight: TightServer) -> None:
     jobs = []
     for _ in range(4):
-        jobs.append(begin(tight.client, **QUICK))
+        jobs.append(submit(tight.client, **QUICK))
         wait(tight.client, jobs[-1], ended)
     assert_error(tight.client.get(f"{PATH}/{jobs[0]['id']}"), 404, code="not_found")
     for job in jobs[1:]:
@@ -182,7 +182,7 @@ async def test_jobs_that_are_refused_side_by_side_are_refused_all() -> None:
     jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, most=1)
     request = make_request()
     refusals = await asyncio.gather(
-        *(jobs.begin(endpoints.GENERATIONS, Asked(request), deadline=1e9) for _ in range(8)),
+        *(jobs.submit(endpoints.GENERATIONS, ValidatedRequest(request), deadline=1e9) for _ in range(8)),
         return_exceptions=True,
     )
     assert {type(refusal) for refusal in refusals} <= {UnavailableError, QueueFullError}

@@ -107,16 +107,16 @@ async def test_jobs_older_than_their_lifetime_do_not_stop_the_shutdown(
         assert description
         deadline = asyncio.get_running_loop().time() + 60
 
-        async def begin(request_id: str, **fields: object) -> str:
+        async def submit(request_id: str, **fields: object) -> str:
             body = {**QUICK, **fields}
             asked = GENERATIONS.to_request(body, description, Settings.model_validate({}).server, request_id)
-            return (await jobs.begin(GENERATIONS, asked, deadline)).id
+            return (await jobs.submit(GENERATIONS, asked, deadline)).id
 
-        old = jobs.get(await begin("old"))
+        old = jobs.get(await submit("old"))
         assert old.task
         await old.task
         assert len(_files(tmp_path)) == 1
-        running = jobs.get(await begin("running", **SLOW))
+        running = jobs.get(await submit("running", **SLOW))
         await jobs.close()
         assert running.state == "cancelled"
         assert pool.status().queue_size == 0

@@ -11,8 +11,8 @@ from scripts.bench.jobs import GUIDANCE_SCALES, STEPS, Job, job_list
 from scripts.bench.policies import Served, one_after_another
 
 
-def _served(number: int, arrived_at: float, finished_at: float, steps: int = 20) -> Served:
-    return Served(Job(number, arrived_at, steps, 5.0), arrived_at, finished_at)
+def _served(number: int, queued_at: float, finished_at: float, steps: int = 20) -> Served:
+    return Served(Job(number, queued_at, steps, 5.0), queued_at, finished_at)
 
 
 def _run(policy: str, seed: int, factor: float, model: str = "small", load: float = 1.5) -> Run:
@@ -52,7 +52,7 @@ def test_ratios_are_taken_seed_by_seed_and_then_their_median() -> None:
 def test_calls_at_another_load_start_when_the_one_before_has_ended() -> None:
     calls = [_served(0, 0, 2), _served(1, 1, 5), _served(2, 2, 6)]
     served = one_after_another(calls, interval_s=2.5)
-    assert [job.arrived_at for job in served] == [0, 2.5, 5]
+    assert [job.queued_at for job in served] == [0, 2.5, 5]
     assert [job.finished_at for job in served] == [2, 5.5, 6.5]
 
 

@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
 )
 
-from hypergen.engine.scheduler import group_key
+from hypergen.engine.scheduler import batch_key
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest
@@ -126,7 +126,7 @@ def test_it_goes_together_with_a_picture_and_a_mask(
 def test_rows_of_one_control_model_share_a_pass_whatever_their_scales_and_windows(controlled: Any) -> None:
     requests = [_request(guidance_scale=4.0), _request(scale=0.3, start=0.5), _request(end=0.5, seed=9)]
     other, plain = _request("depth"), make_request(guidance_scale=1.0)
-    keys = [group_key(prepare_image(controlled, request)) for request in (*requests, other, plain)]
+    keys = [batch_key(prepare_image(controlled, request)) for request in (*requests, other, plain)]
     assert len(set(keys[:3])) == 1
     assert len(set(keys)) == 3
 
@@ -154,7 +154,7 @@ def test_scale_and_window_count_and_outside_of_them_nothing_changes(controlled: 
 
 
 def test_the_probe_covers_the_control_model(controlled: Any) -> None:
-    """Its layers are repaired like the denoiser's, on rows that differ in pictures and scales."""
+    """Its layers are replaced like the denoiser's, on rows that differ in pictures and scales."""
     engine = InlineEngine(controlled)
     seen: list[tuple[torch.Tensor, ...]] = []
     model = controlled.control_models["edges"]
@@ -175,13 +175,13 @@ def test_the_probe_covers_the_control_model(controlled: Any) -> None:
 
 
 def test_the_description_names_control_models_only_where_there_are_some(controlled: Any, family: Any) -> None:
-    described = controlled.describe("m")
+    described = controlled.model_info("m")
     assert described.control_models == ("edges", "depth")
-    assert {"image", "mask", "control"} <= described.options
-    without = family.describe("m")
+    assert {"image", "mask", "control"} <= described.capabilities
+    without = family.model_info("m")
     assert without.control_models == ()
-    assert {"image", "mask"} <= without.options
-    assert "control" not in without.options
+    assert {"image", "mask"} <= without.capabilities
+    assert "control" not in without.capabilities
 
 
 def test_an_unknown_control_model_is_refused(controlled: Any) -> None:

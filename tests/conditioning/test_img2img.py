@@ -9,7 +9,7 @@ import pytest
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from hypergen.denoising.schedulers import SAMPLERS
-from hypergen.engine.scheduler import group_key
+from hypergen.engine.scheduler import batch_key
 from hypergen.request import GenerationRequest
 from tests.support.diffusers_edits import assert_same, draw, picture, pixels_of, to_pillow
 from tests.support.sync_engine import InlineEngine, draw_alone, make_request, prepare_image
@@ -41,7 +41,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) ->
 
 def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) -> None:
     changed, drawn = _request(sampler="heun", guidance_scale=4.0), make_request(num_inference_steps=8)
-    assert group_key(prepare_image(family, changed)) == group_key(prepare_image(family, drawn))
+    assert batch_key(prepare_image(family, changed)) == batch_key(prepare_image(family, drawn))
     alone = [InlineEngine(family), InlineEngine(family)]
     for engine, request in zip(alone, (changed, drawn), strict=True):
         engine.run(request)

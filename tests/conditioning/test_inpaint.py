@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
 from hypergen.denoising.schedulers import SAMPLERS
-from hypergen.engine.scheduler import group_key
+from hypergen.engine.scheduler import batch_key
 from hypergen.errors import InvalidRequestError
 from hypergen.models import loading
 from hypergen.request import GenerationRequest, InputImage
@@ -72,7 +72,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) ->
 
 def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) -> None:
     request, other = _request(guidance_scale=4.0, sampler="euler_a"), make_request(num_inference_steps=8)
-    assert group_key(prepare_image(family, request)) == group_key(prepare_image(family, other))
+    assert batch_key(prepare_image(family, request)) == batch_key(prepare_image(family, other))
     alone, crowd = InlineEngine(family), InlineEngine(family)
     alone.run(request)
     crowd.know(other)

@@ -93,9 +93,9 @@ def test_what_a_mask_keeps_is_put_back_as_in_the_stock_pipeline(parts: dict[str,
         assert request.image is not None
         assert request.mask is not None
         latents = _draw(pipeline, request, mask_image=to_pillow(request.mask), output_type="latent")
-        trajectory = prepare_image(family, request)
+        state = prepare_image(family, request)
         with torch.inference_mode():
-            stock = to_pixels(family.decode(replace(trajectory, latents=latents[None]))).numpy()
+            stock = to_pixels(family.decode(replace(state, latents=latents[None]))).numpy()
         assert_same(draw_alone(family, request), stock)
         drawn, kept = pixels_of(crowd.data(request)), np.asarray(to_pillow(request.image))
         assert (drawn[:, 32:] == kept[:, 32:]).all()

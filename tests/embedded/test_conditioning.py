@@ -88,7 +88,7 @@ def test_kept_pixels_stay_as_they_are_where_another_size_is_drawn(family: Any) -
     picture = _red_circle(384, 256, (100, 60, 240, 200))
     prompt = "a yellow square on a green background"
     request = _request(picture, prompt=prompt, mask=left_half(384, 256), num_inference_steps=4)
-    assert family.drawn_size(384, 256) != (384, 256)
+    assert family.generation_size(384, 256) != (384, 256)
     drawn = pixels_of(encoding.encode(draw_alone(family, request), request, 0, "m"))
     assert (drawn[:, 192:] == _array(picture)[:, 192:]).all()
     assert np.abs(drawn[:, :192].astype(int) - _array(picture)[:, :192]).mean() > 30

@@ -90,7 +90,7 @@ async def test_a_wait_at_the_door_ends_with_a_refusal_that_says_when_to_come_bac
 
 
 async def test_pictures_beyond_the_memory_for_them_are_refused_at_once() -> None:
-    admission = Admission(QueueSettings.model_validate({"max_pictures_mb": 1}))
+    admission = Admission(QueueSettings.model_validate({"max_input_image_mb": 1}))
     async with place_in(admission, 1.0, input_image_bytes=2_000_000):  # alone it always fits
         async with place_in(admission, 1.0):  # and those without pictures are not concerned
             with pytest.raises(QueueFullError, match="input images") as refusal:

@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hypergen.denoising.denoising_state import ModelInputs, Trajectory
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.schedulers import FlowSchedulerFactory, SchedulerFactory, takes_generator
 from hypergen.engine.batched_euler import advance_all
 from tests.support.sync_engine import make_request
@@ -34,15 +34,15 @@ def _factory(prediction: Prediction, device: torch.device) -> SchedulerFactory:
     return SchedulerFactory(published, device)
 
 
-def _trajectories(prediction: Prediction, dtype: torch.dtype, device: str = "cpu") -> list[Trajectory]:
+def _states(prediction: Prediction, dtype: torch.dtype, device: str = "cpu") -> list[DenoisingState]:
     factory = _factory(prediction, torch.device(device))
-    made: list[Trajectory] = []
+    made: list[DenoisingState] = []
     for seed, sampler in enumerate(_FLOW_SAMPLERS if prediction == "flow" else _SAMPLERS):
         generator = torch.Generator().manual_seed(seed)
         scheduler = factory.make(sampler, 4 + seed, image_tokens=256)
         noise = torch.randn((1, 4, 6, 10), generator=generator).to(device, dtype)
         made.append(
-            Trajectory(
+            DenoisingState(
                 request=make_request(seed=seed),
                 index=0,
                 latents=noise * getattr(scheduler, "init_noise_sigma", 1.0),
@@ -52,17 +52,17 @@ def _trajectories(prediction: Prediction, dtype: torch.dtype, device: str = "cpu
                 prompt_tokens=0,
                 generator=generator,
                 scheduler=scheduler,
-                draws_noise=takes_generator(scheduler),
+                is_stochastic=takes_generator(scheduler),
             )
         )
     return made
 
 
-def _draw(trajectories: list[Trajectory], vectorised: bool) -> list[Tensor]:
-    while active := [trajectory for trajectory in trajectories if trajectory.remaining_steps]:
-        pairs = [(trajectory, torch.tanh(trajectory.model_input())) for trajectory in active]
-        assert [error for _, error in advance_all(pairs, vectorised)] == [None] * len(active)
-    return [trajectory.latents for trajectory in trajectories]
+def _generate(states: list[DenoisingState], batched: bool) -> list[Tensor]:
+    while active := [state for state in states if state.remaining_steps]:
+        pairs = [(state, torch.tanh(state.model_input())) for state in active]
+        assert [error for _, error in advance_all(pairs, batched)] == [None] * len(active)
+    return [state.latents for state in states]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -71,8 +71,8 @@ def _draw(trajectories: list[Trajectory], vectorised: bool) -> list[Tensor]:
 def test_steps_taken_together_have_the_bits_of_diffusers(
     device: str, prediction: Prediction, dtype: torch.dtype
 ) -> None:
-    stock = _draw(_trajectories(prediction, dtype, device), vectorised=False)
-    together = _draw(_trajectories(prediction, dtype, device), vectorised=True)
+    stock = _generate(_states(prediction, dtype, device), batched=False)
+    together = _generate(_states(prediction, dtype, device), batched=True)
     assert {latents.dtype for latents in together} == {dtype}
     same = [torch.equal(one, other) for one, other in zip(stock, together, strict=True)]
     assert same == [True] * len(stock)
@@ -81,22 +81,22 @@ def test_steps_taken_together_have_the_bits_of_diffusers(
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
 def test_images_of_one_sampler_take_one_set_of_operations(prediction: Prediction) -> None:
     """Else nothing would be gained, and nothing of the above would be tried."""
-    alike = [t for t in _trajectories(prediction, torch.float32) if t.request.seed < 2]
-    pairs = [(trajectory, torch.tanh(trajectory.model_input())) for trajectory in alike]
+    alike = [t for t in _states(prediction, torch.float32) if t.request.seed < 2]
+    pairs = [(state, torch.tanh(state.model_input())) for state in alike]
     with profile(activities=[ProfilerActivity.CPU]) as operations:
-        assert [error for _, error in advance_all(pairs, vectorised=True)] == [None, None]
+        assert [error for _, error in advance_all(pairs, batched=True)] == [None, None]
     counts = {event.key: event.count for event in operations.key_averages()}
     assert counts["aten::mul"] == (1 if prediction == "flow" else 2)
 
 
 def test_an_image_that_fails_leaves_the_others_alone() -> None:
-    trajectories = [t for t in _trajectories("epsilon", torch.float32) if t.request.seed in (0, 1, 4)]
-    pairs = [(trajectory, torch.tanh(trajectory.model_input())) for trajectory in trajectories]
-    pairs[2] = (trajectories[2], torch.zeros(1, 3, 6, 10))
-    results = dict(advance_all(pairs, vectorised=True))
-    assert results[trajectories[0]] is None
-    assert results[trajectories[1]] is None
-    assert isinstance(results[trajectories[2]], RuntimeError)
+    states = [t for t in _states("epsilon", torch.float32) if t.request.seed in (0, 1, 4)]
+    pairs = [(state, torch.tanh(state.model_input())) for state in states]
+    pairs[2] = (states[2], torch.zeros(1, 3, 6, 10))
+    results = dict(advance_all(pairs, batched=True))
+    assert results[states[0]] is None
+    assert results[states[1]] is None
+    assert isinstance(results[states[2]], RuntimeError)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
@@ -104,15 +104,15 @@ def test_an_image_that_fails_leaves_the_others_alone() -> None:
 def test_a_shared_step_that_fails_is_taken_by_each_image_alone_and_once(
     prediction: Prediction, spoil: str
 ) -> None:
-    def make() -> list[Trajectory]:
+    def make() -> list[DenoisingState]:
         return [
             t
-            for t in _trajectories(prediction, torch.float32)
+            for t in _states(prediction, torch.float32)
             if type(t.scheduler).__name__.endswith("EulerDiscreteScheduler")
         ]
 
     stock, images = make(), make()
-    _draw(stock[:-1], vectorised=False)
+    _generate(stock[:-1], batched=False)
     bad = images[-1]
     if spoil == "sigmas":
         bad.scheduler.sigmas = None
@@ -120,7 +120,7 @@ def test_a_shared_step_that_fails_is_taken_by_each_image_alone_and_once(
         pairs = [(image, torch.tanh(image.model_input())) for image in active]
         pairs.append((bad, torch.zeros(1, 4 if spoil == "sigmas" else 3, 6, 10)))
         before = [image.step_index for image, _ in pairs]
-        *fine, failed = advance_all(pairs, vectorised=True)
+        *fine, failed = advance_all(pairs, batched=True)
         assert [error for _, error in fine] == [None] * len(active)
         assert failed[0] is bad
         assert isinstance(failed[1], Exception)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hypergen.denoising.denoising_state import ModelInputs
-from hypergen.engine.batch_invariance.shape_profiles import Shapes
-from hypergen.engine.postprocess import Decoded
-from hypergen.engine.scheduler import group_key
+from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
+from hypergen.engine.postprocess import DecodedImage
+from hypergen.engine.scheduler import batch_key
 from hypergen.errors import GenerationError, RequestError
 from hypergen.events import Event, ImageFinished, Progress, Started
 from hypergen.models import loading
@@ -142,7 +142,7 @@ def test_numbers_that_are_none_fail_their_request_and_no_other(inline: MakeEngin
 
     def spoil(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(2, 4):
-            engine.trajectory(bad).latents = torch.full((1, 4, 8, 8), torch.nan)
+            engine.state(bad).latents = torch.full((1, 4, 8, 8), torch.nan)
 
     engine.run(bad, good, on_event=spoil)
     assert isinstance(engine.errors[bad.id], GenerationError)
@@ -158,11 +158,11 @@ def test_a_request_that_makes_a_pass_fail_fails_alone(inline: MakeEngine, spoilt
 
     def spoil(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and isinstance(event, Progress) and bad.id not in engine.errors:
-            trajectory = engine.trajectory(bad)
+            state = engine.state(bad)
             if spoilt == "scheduler":
-                trajectory.scheduler.model_outputs = None
+                state.scheduler.model_outputs = None
             else:
-                trajectory.positive = ModelInputs(trajectory.positive.encoder_hidden_states[..., :5])
+                state.positive = ModelInputs(state.positive.encoder_hidden_states[..., :5])
 
     engine.run(bad, *good, on_event=spoil)
     assert "log says why" in engine.errors[bad.id].message
@@ -202,7 +202,7 @@ def test_one_image_that_fails_ends_its_request_and_no_other(
 def test_images_that_no_thread_can_encode_do_not_end_the_engine(inline: MakeEngine) -> None:
     engine = inline()
     bad, waiting = make_request(partial_images=2), make_request(width=72, num_inference_steps=50)
-    encoders = engine.engine._finisher.encoders
+    encoders = engine.engine._postprocessor.encoders
 
     def close_the_encoders(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(1, 4):
@@ -217,7 +217,7 @@ def test_images_that_no_thread_can_encode_do_not_end_the_engine(inline: MakeEngi
 
 def test_a_request_whose_files_cannot_be_read_fails_alone(sd_folder: Path) -> None:
     family: Any = loading.load(sd_folder, make_settings())
-    family.adapters._readers.shutdown()  # as where no thread can be started
+    family.lora_manager._loading_threads.shutdown()  # as where no thread can be started
     engine = InlineEngine(family)
     bad, good = make_request(loras=(("style", 1.0),)), make_request()
     engine.run(bad, good)
@@ -234,9 +234,11 @@ def test_a_device_lost_while_a_file_is_encoded_ends_the_engine(inline: MakeEngin
 
     engine = inline().engine
     image = prepare_image(engine.family, make_request())
-    decoded = Decoded(torch.zeros(64, 64, 3, dtype=torch.uint8), torch.tensor(True), cast(Any, LostDevice()))
-    engine._finisher.encode_later(image, decoded)
-    engine._finisher.shutdown()
+    decoded = DecodedImage(
+        torch.zeros(64, 64, 3, dtype=torch.uint8), torch.tensor(True), cast(Any, LostDevice())
+    )
+    engine._postprocessor.submit_encode(image, decoded)
+    engine._postprocessor.shutdown()
     with pytest.raises(torch.AcceleratorError):
         engine.step()
 
@@ -298,7 +300,7 @@ def test_requests_that_arrive_together_start_together(inline: MakeEngine) -> Non
                 engine.submit(request)
 
     engine.run(known, on_event=submit_the_others)
-    knee = next(iter(engine.engine.shapes.costs.values())).knee()
+    knee = next(iter(engine.engine.shapes.costs.values())).efficient_rows()
     assert engine.engine.status().forwards - 1 <= 16 // knee + 2
 
 
@@ -318,7 +320,7 @@ def test_prompts_of_unequal_length_do_not_share_a_pass_and_all_finish(inline: Ma
 
 
 def test_what_is_learned_of_shapes_is_bounded(inline: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Shapes, "_KEPT", 2)
+    monkeypatch.setattr(ShapeProfiles, "_KEPT", 2)
     engine = inline()
     first, *others = [make_request(width=width, num_inference_steps=1) for width in (64, 72, 80, 88)]
 
@@ -347,7 +349,7 @@ def test_a_request_of_a_new_size_does_not_wait_for_large_passes_to_be_proved(inl
     while engine.step() == 0:
         pass
     image = prepare_image(engine.engine.family, request)
-    assert len(engine.engine.shapes.costs[group_key(image)].seconds) >= 4
+    assert len(engine.engine.shapes.costs[batch_key(image)].seconds) >= 4
 
 
 def test_larger_passes_are_proved_as_soon_as_more_images_wait(inline: MakeEngine) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hypergen.engine.engine import Engine
 from hypergen.engine.model_loader import Loader
-from hypergen.engine.model_manager import Roster
+from hypergen.engine.model_manager import ModelManager
 from hypergen.errors import GenerationError, ModelError, RequestError
 from hypergen.events import EngineStatus, Event, ImageFinished, Progress, Started
 from hypergen.models import loading
@@ -28,7 +28,7 @@ _NAMES = ("one", "two", "three")
 
 
 class _Drawn:
-    """A roster in the test's own thread, and what it reported."""
+    """A manager in the test's own thread, and what it reported."""
 
     def __init__(
         self, models: list[ServedModel], room: float | None = None, known_bytes: bool = True
@@ -43,15 +43,15 @@ class _Drawn:
         if not known_bytes:
             expected = [(model, 0) for model in models]
         self.loader = Loader(self._report, alone=len(models) == 1)
-        self.roster = Roster(expected, limit, self.loader, self._report)
-        self.descriptions = self.roster.load_all()
+        self.manager = ModelManager(expected, limit, self.loader, self._report)
+        self.descriptions = self.manager.load_all()
 
     def run(self, *requests: GenerationRequest) -> None:
         self._open = {request.id for request in requests}
         for request in requests:
-            self.roster.submit(request)
+            self.manager.submit(request)
         while self._open:
-            self.roster.step()
+            self.manager.step()
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:
         self.events.append((request_id, event))
@@ -89,8 +89,8 @@ def test_a_request_is_drawn_by_the_model_that_it_names(models: list[ServedModel]
     one, two, three = (_pixels(drawn.images[request.id]) for request in requests[:3])
     assert one == three == _pixels(drawn.images[unnamed.id])
     assert one != two
-    assert drawn.roster.status().models == _NAMES
-    assert set(drawn.roster.status().determinism) == {
+    assert drawn.manager.status().models == _NAMES
+    assert set(drawn.manager.status().determinism) == {
         f"{name} {s}" for name in _NAMES for s in ("64x64", "128x128")
     }
 
@@ -111,13 +111,13 @@ def test_pictures_are_the_same_when_models_leave_memory_and_come_back(
     undisturbed, requests = _Drawn(models), _requests()
     undisturbed.run(*requests)
     crowded = _Drawn(models, room)
-    assert crowded.roster.status().models[0] == "one"
+    assert crowded.manager.status().models[0] == "one"
     for request in requests:  # one after the other: each finds its model gone
         crowded.run(request)
-        assert request.model in crowded.roster.status().models
-        assert len(crowded.roster.status().models) == int(room)
+        assert request.model in crowded.manager.status().models
+        assert len(crowded.manager.status().models) == int(room)
     assert crowded.images == undisturbed.images
-    assert crowded.roster.status().image_steps == undisturbed.roster.status().image_steps
+    assert crowded.manager.status().image_steps == undisturbed.manager.status().image_steps
 
 
 def test_a_model_does_not_leave_under_a_running_image_and_nobody_waits_for_ever(
@@ -131,13 +131,13 @@ def test_a_model_does_not_leave_under_a_running_image_and_nobody_waits_for_ever(
     def crowd(request_id: str, event: Event | RequestError) -> None:
         if request_id == first.id and isinstance(event, Progress) and event.step == 2:
             for request in (other, *late):
-                drawn.roster.submit(request)
+                drawn.manager.submit(request)
 
     drawn.on_event = crowd
     drawn.run(first)
     drawn.run()  # nothing new
     while len(drawn.images) < 5:
-        drawn.roster.step()
+        drawn.manager.step()
     ended = [request_id for request_id, event in drawn.events if isinstance(event, ImageFinished)]
     # What ran went on, then came the other model, though its model had more requests by then.
     assert ended == [first.id, other.id, *(request.id for request in late)]
@@ -147,16 +147,16 @@ def test_a_cancelled_request_no_longer_asks_for_its_model(models: list[ServedMod
     drawn = _Drawn(models, 1.5)
     first = make_request(model="one", num_inference_steps=4)
     unwanted = make_request(model="two")
-    drawn.roster.submit(first)
-    drawn.roster.step()
-    drawn.roster.submit(unwanted)
-    drawn.roster.step()
-    drawn.roster.cancel(unwanted.id)
+    drawn.manager.submit(first)
+    drawn.manager.step()
+    drawn.manager.submit(unwanted)
+    drawn.manager.step()
+    drawn.manager.cancel(unwanted.id)
     while first.id not in drawn.images:
-        drawn.roster.step()
-    while drawn.roster.step() == 0:
+        drawn.manager.step()
+    while drawn.manager.step() == 0:
         pass
-    assert drawn.roster.status().models == ("one",)
+    assert drawn.manager.status().models == ("one",)
     assert unwanted.id not in {request_id for request_id, _ in drawn.events}
 
 
@@ -196,14 +196,14 @@ def test_a_full_pipeline_stops_at_the_step_after_its_request_is_cancelled(
 
     def cancel(request_id: str, event: Event | RequestError) -> None:
         if request_id == gone.id and event == Progress(at_step, 6):
-            drawn.roster.cancel(gone.id)
-            drawn.roster.submit(last)
+            drawn.manager.cancel(gone.id)
+            drawn.manager.submit(last)
 
     drawn.on_event = cancel
-    drawn.roster.submit(gone)
+    drawn.manager.submit(gone)
     drawn._open = {last.id}
     while drawn._open:
-        drawn.roster.step()
+        drawn.manager.step()
     assert [event for request_id, event in drawn.events if request_id == gone.id] == [
         Started(),
         *(Progress(step, 6) for step in range(1, at_step + 1)),
@@ -223,16 +223,16 @@ def test_a_request_cancelled_while_a_full_pipeline_runs_is_never_started(
     def cancel_those_that_wait(request_id: str, event: Event | RequestError) -> None:
         if request_id == running.id and event == Progress(2, 4):
             for request in during:
-                drawn.roster.submit(request)
+                drawn.manager.submit(request)
             for request in [*before, *during]:
-                drawn.roster.cancel(request.id)
+                drawn.manager.cancel(request.id)
 
     drawn.on_event = cancel_those_that_wait
     for request in (running, *before, *last):
-        drawn.roster.submit(request)
+        drawn.manager.submit(request)
     drawn._open = {running.id, *(request.id for request in last)}
     while drawn._open:
-        drawn.roster.step()
+        drawn.manager.step()
     assert set(drawn.images) == {running.id, *(request.id for request in last)}
     assert {request_id for request_id, _ in drawn.events} == set(drawn.images)
 
@@ -242,7 +242,7 @@ def test_a_model_whose_status_is_being_read_is_freed_when_it_is_evicted(
 ) -> None:
     """What lives at `gc.freeze` and lies in cycles, as models do, would stay until the next eviction."""
     drawn = _Drawn(models[:2], 1.5)
-    loaded = drawn.roster._seats["one"].loaded
+    loaded = drawn.manager._slots["one"].loaded
     assert loaded is not None
     model = weakref.ref(loaded.engine)
     del loaded
@@ -255,7 +255,7 @@ def test_a_model_whose_status_is_being_read_is_freed_when_it_is_evicted(
         return status(engine)
 
     monkeypatch.setattr(Engine, "status", read_slowly)
-    heartbeat = threading.Thread(target=drawn.roster.status)
+    heartbeat = threading.Thread(target=drawn.manager.status)
     heartbeat.start()
     reading.wait()
     alive: list[bool] = []
@@ -271,7 +271,7 @@ def test_a_model_larger_than_the_memory_for_models_is_refused(models: list[Serve
 
 
 def test_a_model_that_is_larger_than_expected_sends_others_away(models: list[ServedModel]) -> None:
-    assert _Drawn(models, 1.5, known_bytes=False).roster.status().models == ("one",)
+    assert _Drawn(models, 1.5, known_bytes=False).manager.status().models == ("one",)
 
 
 def test_weights_are_counted_as_they_lie_in_memory(models: list[ServedModel]) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hypergen.denoising.schedulers import SAMPLERS
-from hypergen.engine.previews import LatentColours, predict_clean, preview_steps
+from hypergen.engine.previews import LatentToRgb, pred_original_sample, preview_steps
 from hypergen.events import ImageFinished, Preview
 from hypergen.models import loading
 from tests.support.diffusers_edits import picture
@@ -98,17 +98,17 @@ def test_the_clean_latents_of_the_true_noise_are_the_clean_latents(
     sd_folder: Path, sampler: str | None
 ) -> None:
     family = loading.load(sd_folder, make_settings())
-    trajectory = prepare_image(family, make_request(sampler=sampler, num_inference_steps=10))
+    state = prepare_image(family, make_request(sampler=sampler, num_inference_steps=10))
     generator = torch.Generator().manual_seed(1)
-    clean, noise = (torch.randn(trajectory.latents.shape, generator=generator) for _ in range(2))
-    scheduler = trajectory.scheduler
+    clean, noise = (torch.randn(state.latents.shape, generator=generator) for _ in range(2))
+    scheduler = state.scheduler
     # In the middle, where samplers stand between trained steps if they ever do; second-order ones begin one.
     for _ in range(4):
-        trajectory.model_input()
-        trajectory.advance(torch.zeros_like(clean))
-    timestep = trajectory.timestep
-    trajectory.latents = scheduler.add_noise(clean, noise, timestep.reshape(1))
-    assert torch.allclose(predict_clean(trajectory, noise), clean, atol=0.02)
+        state.model_input()
+        state.advance(torch.zeros_like(clean))
+    timestep = state.timestep
+    state.latents = scheduler.add_noise(clean, noise, timestep.reshape(1))
+    assert torch.allclose(pred_original_sample(state, noise), clean, atol=0.02)
 
 
 @torch.inference_mode()
@@ -121,6 +121,6 @@ def test_a_linear_map_tells_the_colours_of_latents() -> None:
         small = torch.nn.functional.adaptive_avg_pool2d(picture, (16, 16))
         return torch.einsum("cd,bdhw->bchw", mixing, small)
 
-    colours = LatentColours(encode)
+    colours = LatentToRgb(encode)
     picture = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
     assert torch.allclose(colours(torch.einsum("cd,bdhw->bchw", mixing, picture)), picture, atol=0.02)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.denoising.schedulers import SAMPLERS
-from hypergen.engine.batch_invariance.probe import DeterminismRule, Probe
+from hypergen.engine.batch_invariance.probe import BatchInvariance, Probe
 from hypergen.errors import RequestError
 from hypergen.events import Event, Progress
 from hypergen.models import loading
@@ -45,7 +45,7 @@ def test_a_seeded_image_has_the_same_bytes_alone_and_among_others(inline: MakeEn
 
 
 def test_without_the_rule_neighbours_change_the_bytes(sd_folder: Path) -> None:
-    """The test above can fail: where the probe finds something to repair, leaving it changes pictures."""
+    """The test above can fail: where the probe finds something to replace, leaving it changes pictures."""
     family = loading.load(sd_folder, make_settings())
 
     def make(**settings: object) -> InlineEngine:
@@ -105,7 +105,7 @@ def _draw_among_neighbours(
     engine.run(*first, on_event=bring_more)
 
 
-def _like(family: Family, width: int, height: int) -> Trajectory:
+def _like(family: Family, width: int, height: int) -> DenoisingState:
     return prepare_image(family, make_request(width=width, height=height))
 
 
@@ -118,19 +118,19 @@ def _run(probe: Probe) -> Probe:
 @torch.inference_mode()
 def test_the_rule_repairs_what_the_probe_finds(sd_folder: Path) -> None:
     family = loading.load(sd_folder, make_settings())
-    before = _run(DeterminismRule(family, enabled=False, max_rows=8).probe(_like(family, 64, 64)))
-    after = _run(DeterminismRule(family, enabled=True, max_rows=8).probe(_like(family, 64, 64)))
+    before = _run(BatchInvariance(family, enabled=False, max_rows=8).probe(_like(family, 64, 64)))
+    after = _run(BatchInvariance(family, enabled=True, max_rows=8).probe(_like(family, 64, 64)))
     assert after.verdict == "exact"
     assert after.differing.isdisjoint(after.seconds)
     assert bool(before.differing) == (before.verdict == "close")
     assert {1, 2} <= after.seconds.keys() <= {1, 2, 3, 4, 6, 8}
     if before.verdict == "exact":
-        pytest.skip("on this machine there is nothing to repair")
+        pytest.skip("on this machine there is nothing to replace")
 
 
 @torch.inference_mode()
 def test_probing_other_sizes_later_does_not_change_an_image(family: Family) -> None:
-    rule = DeterminismRule(family, enabled=True, max_rows=4)
+    rule = BatchInvariance(family, enabled=True, max_rows=4)
     generator = torch.Generator("cpu").manual_seed(0)
     _run(rule.probe(_like(family, 64, 64)))
     rows = random_rows(_like(family, 64, 64), 1, generator)
@@ -142,5 +142,5 @@ def test_probing_other_sizes_later_does_not_change_an_image(family: Family) -> N
 
 @torch.inference_mode()
 def test_a_slow_probe_stops_early_but_never_before_a_guided_image(family: Family) -> None:
-    probe = _run(DeterminismRule(family, enabled=True, max_rows=16, budget_s=0).probe(_like(family, 64, 64)))
+    probe = _run(BatchInvariance(family, enabled=True, max_rows=16, budget_s=0).probe(_like(family, 64, 64)))
     assert probe.seconds.keys() == {1, 2}

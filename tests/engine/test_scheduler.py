@@ -1,11 +1,11 @@
-"""Which images take the next step together, decided over real trajectories and known costs."""
+"""Which images take the next step together, decided over real states and known costs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hypergen.denoising.denoising_state import Trajectory
-from hypergen.engine.scheduler import CostCurve, group_key, next_batch
+from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.scheduler import CostCurve, batch_key, next_batch
 from hypergen.models.family import Family
 from tests.support.sync_engine import make_request, prepare_image
 
@@ -13,16 +13,16 @@ _LINEAR = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}  # more rows gain nothing
 _FLAT = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}  # more rows are free
 
 
-def _start(family: Family, waited_s: float = 0, **changes: Any) -> Trajectory:
-    trajectory = prepare_image(family, make_request(**changes))
-    trajectory.arrived_at = -waited_s
-    return trajectory
+def _start(family: Family, waited_s: float = 0, **changes: Any) -> DenoisingState:
+    state = prepare_image(family, make_request(**changes))
+    state.queued_at = -waited_s
+    return state
 
 
 def _choose(
-    images: list[Trajectory], seconds: dict[int, float], aging: float = 0.2, most: int = 8, **curve: Any
-) -> list[Trajectory]:
-    costs = {group_key(image).shared: CostCurve(8, seconds=dict(seconds), **curve) for image in images}
+    images: list[DenoisingState], seconds: dict[int, float], aging: float = 0.2, most: int = 8, **curve: Any
+) -> list[DenoisingState]:
+    costs = {batch_key(image).shared: CostCurve(8, seconds=dict(seconds), **curve) for image in images}
     return next_batch(images, costs, most, aging, now=0)
 
 
@@ -62,27 +62,27 @@ def test_other_sizes_and_longer_prompts_do_not_share(family: Family) -> None:
 
 def test_an_image_that_must_run_alone_runs_alone(family: Family) -> None:
     lone, other = _start(family, num_inference_steps=1), _start(family)
-    lone.lone = True
+    lone.must_run_alone = True
     assert _choose([lone, other], {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}) == [lone]
-    assert group_key(lone) != group_key(other)
-    assert group_key(lone).shared == group_key(other).shared
+    assert batch_key(lone) != batch_key(other)
+    assert batch_key(lone).shared == batch_key(other).shared
 
 
 def test_less_remaining_work_goes_first_until_waiting_outweighs_it(family: Family) -> None:
     long, short = _start(family, num_inference_steps=20), _start(family, num_inference_steps=3)
     assert _choose([long, short], _LINEAR) == [short]
-    long.arrived_at = -1000
+    long.queued_at = -1000
     assert _choose([long, short], _LINEAR) == [long]
     assert _choose([long, short], _LINEAR, aging=0) == [short]
 
 
 def test_the_curve_follows_what_passes_take() -> None:
     curve = CostCurve(8, seconds={2: 1.0, 4: 10.0})
-    assert curve.knee() == 2
+    assert curve.efficient_rows() == 2
     for _ in range(6):
         curve.record(4, 1.0)  # the machine was busy when it was probed
-    assert curve.knee() == 4
+    assert curve.efficient_rows() == 4
     curve.record(4, 1000.0)  # and once it was interrupted
     assert curve.seconds[4] < 1.6
     curve.max_rows = 2  # out of memory
-    assert curve.knee() == 2
+    assert curve.efficient_rows() == 2

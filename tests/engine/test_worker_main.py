@@ -17,7 +17,7 @@ import pytest
 
 from hypergen import ipc
 from hypergen.engine import worker_main
-from hypergen.engine.model_manager import Roster
+from hypergen.engine.model_manager import ModelManager
 from hypergen.engine_client.engine_process import Supervisor
 from hypergen.errors import unpack
 from hypergen.events import EngineStatus, Preview, Started
@@ -87,8 +87,8 @@ def test_processes_that_an_engine_starts_do_not_inherit_its_connection() -> None
 def test_a_heart_beats_on_with_the_last_status_when_there_is_no_new_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    roster = Roster([], None, lambda *_: pytest.fail("no model"), lambda *_: None)
-    del roster.startup_s  # what `status` tells
+    manager = ModelManager([], None, lambda *_: pytest.fail("no model"), lambda *_: None)
+    del manager.startup_s  # what `status` tells
     known = EngineStatus(state="ready", forwards=7)
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -101,7 +101,7 @@ def test_a_heart_beats_on_with_the_last_status_when_there_is_no_new_one(
 
     monkeypatch.setattr(worker_main.time, "sleep", after_three_beats)
     with pytest.raises(Enough):
-        worker_main._beat(roster, known, outbox)
+        worker_main._send_heartbeats(manager, known, outbox)
     assert [outbox.get().status for _ in range(3)] == [known] * 3
     assert caplog.text.count("The status cannot be told") == 1
 

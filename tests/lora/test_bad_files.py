@@ -90,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
 
 def test_every_bad_file_is_refused_and_leaves_nothing(sd_folder: Path, folder: Path) -> None:
     family: Any = loading.load(sd_folder, make_settings(lora_dir=[str(folder)]))
-    names = sorted(set(family.describe("small").loras) - {"good"})
+    names = sorted(set(family.model_info("small").loras) - {"good"})
     assert len(names) == len(CHANGES) + 6
     before = {key: value.clone() for key, value in family.unet.state_dict().items()}
     engine = InlineEngine(family)

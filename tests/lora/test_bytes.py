@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 
 from hypergen.errors import RequestError
 from hypergen.events import Event, Progress
-from hypergen.lora.batched_lora import Pieces
-from hypergen.lora.manager import Adapters, in_rows
+from hypergen.lora.batched_lora import BatchSizeProbe
+from hypergen.lora.manager import LoraManager, lora_context
 from hypergen.models import loading
 from hypergen.models.cfg import map_rows, random_rows
 from hypergen.request import GenerationRequest
@@ -115,13 +115,13 @@ def test_weight_zero_is_the_base_model(family: Any) -> None:
 @torch.inference_mode()
 def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
     """Passes of any rows: what the trials of the layers promise."""
-    adapters: Adapters = family.adapters
-    InlineEngine(family).know(make_request())  # repairs the layers
+    lora_manager: LoraManager = family.lora_manager
+    InlineEngine(family).know(make_request())  # replaces the layers
     rows = random_rows(prepare_image(family, make_request()), 9, torch.Generator().manual_seed(0))
-    loras = [adapters.load(_CHOICES[row % len(_CHOICES)]) for row in range(9)]
+    loras = [lora_manager.load(_CHOICES[row % len(_CHOICES)]) for row in range(9)]
 
     def run(chosen: list[int]) -> torch.Tensor:
-        with in_rows(adapters, [loras[row] for row in chosen]):
+        with lora_context(lora_manager, [loras[row] for row in chosen]):
             return family.forward(*map_rows(rows, lambda tensor: tensor[chosen]))
 
     alone = [run([row])[0] for row in range(9)]
@@ -129,7 +129,7 @@ def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
         chosen = random.Random(count).sample(range(9), count)
         for row, output in zip(chosen, run(chosen), strict=True):
             assert torch.equal(output, alone[row])
-    assert adapters.rows is None
+    assert lora_manager.batch is None
 
 
 def test_a_model_offers_the_loras_in_its_folder(sd_folder: Path, folder: Path, tmp_path: Path) -> None:
@@ -138,18 +138,18 @@ def test_a_model_offers_the_loras_in_its_folder(sd_folder: Path, folder: Path, t
     (tmp_path / "loras").symlink_to(folder)
     settings = make_settings(lora=[f"rank8={folder / 'rank16.safetensors'}"])
     family: Any = loading.load(tmp_path, settings)
-    description = family.describe("small")
+    description = family.model_info("small")
     assert set(description.loras) == set(_LORAS)
     assert (description.default_lora, description.lora_folders, description.max_loras) == (None, (), 4)
-    assert "loras" in description.options
+    assert "loras" in description.capabilities
     # What the operator gave wins.
-    (lora, _), *_ = family.adapters.load((("rank8", 1.0),))
+    (lora, _), *_ = family.lora_manager.load((("rank8", 1.0),))
     assert {weights.up.shape[1] for weights in lora.layers.values()} == {32}
     assert not any("conv" in name for name in lora.layers)
 
 
 def test_a_size_that_changes_bits_is_not_used() -> None:
-    pieces = Pieces(strict=True)
+    pieces = BatchSizeProbe(strict=True)
     tried: list[int] = []
 
     def trial(size: int) -> bool:
@@ -158,7 +158,7 @@ def test_a_size_that_changes_bits_is_not_used() -> None:
 
     assert [pieces.largest("shape", rows, trial) for rows in (1, 2, 5, 9, 20)] == [1, 2, 2, 8, 8]
     assert sorted(tried) == [2, 4, 8, 16]
-    assert Pieces(strict=False).largest("shape", 5, trial) == 4
+    assert BatchSizeProbe(strict=False).largest("shape", 5, trial) == 4
 
 
 def test_a_lora_that_no_longer_fits_into_memory_is_loaded_again(sd_folder: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hypergen.errors import ConfigurationError, ModelError
-from hypergen.lora.manager import Adapters, in_rows
+from hypergen.lora.manager import LoraManager, lora_context
 from tests.support.lora_files import adapter
 from tests.support.random_models import SMALL_VAE
 from tests.support.sync_engine import make_settings
@@ -169,10 +169,10 @@ def test_a_file_does_what_it_does_in_diffusers(make: Any, run: Any, state: Any, 
     pipeline = make()
     file = tmp_path / "style.safetensors"
     save_file({key: value.contiguous() for key, value in state(pipeline).items()}, file)
-    adapters = Adapters(pipeline, make_settings(lora=[f"style={file}"]))
+    lora_manager = LoraManager(pipeline, make_settings(lora=[f"style={file}"]))
     base = run(pipeline)
-    loras = adapters.load((("style", 0.7),))
-    with in_rows(adapters, [loras]):
+    loras = lora_manager.load((("style", 0.7),))
+    with lora_context(lora_manager, [loras]):
         ours = run(pipeline)
     assert all(torch.equal(one, other) for one, other in zip(run(pipeline), base, strict=True))
 
@@ -189,10 +189,10 @@ def test_what_cannot_have_loras_says_so(tmp_path: Path) -> None:
     pipeline = _sdxl()
     folder = make_settings(lora_dir=[str(tmp_path)], compile="on")
     with pytest.raises(ConfigurationError, match="with --compile"):
-        Adapters(pipeline, folder)
-    assert Adapters(pipeline, make_settings(compile="on")).offer()["max_loras"] == 0
+        LoraManager(pipeline, folder)
+    assert LoraManager(pipeline, make_settings(compile="on")).info_fields()["max_loras"] == 0
     with pytest.raises(ConfigurationError, match="by object"):
-        Adapters(object(), make_settings(lora_dir=[str(tmp_path)]))
+        LoraManager(object(), make_settings(lora_dir=[str(tmp_path)]))
 
 
 def test_a_lora_of_another_family_is_refused(tmp_path: Path) -> None:
@@ -200,4 +200,4 @@ def test_a_lora_of_another_family_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "flux.safetensors"
     save_file(_flux_peft(flux), file)
     with pytest.raises(ModelError, match="'flux' holds no LoRA for this model"):
-        Adapters(sdxl, make_settings(lora=[str(file)]))
+        LoraManager(sdxl, make_settings(lora=[str(file)]))

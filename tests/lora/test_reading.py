@@ -34,8 +34,8 @@ def family(sd_folder: Path, folder: Path) -> Any:
 def reading(family: Any) -> threading.Event:
     """Nothing is read from files until it is set: the threads that would are kept waiting."""
     go_on = threading.Event()
-    for _ in range(family.adapters._readers._max_workers):
-        family.adapters._readers.submit(go_on.wait, 60)
+    for _ in range(family.lora_manager._loading_threads._max_workers):
+        family.lora_manager._loading_threads.submit(go_on.wait, 60)
     return go_on
 
 
@@ -65,7 +65,7 @@ def test_a_request_that_leaves_while_its_lora_is_read_does_not_come_back(
     engine.submit(plain)
     engine.cancel(styled)
     reading.set()
-    family.adapters._readers.shutdown()
+    family.lora_manager._loading_threads.shutdown()
     engine.run()
     assert {request_id for request_id, _ in engine.events} == {plain.id}
 
@@ -81,7 +81,7 @@ def test_a_file_that_cannot_be_read_fails_its_request_alone(family: Any) -> None
 
 def test_what_was_read_in_a_thread_is_not_read_again(family: Any, folder: Path) -> None:
     asked = (("style", 1.0),)
-    prepared = family.adapters.load_in_background(asked)
+    prepared = family.lora_manager.load_in_background(asked)
     [(lora, _)] = prepared.result()
-    assert family.adapters.load(asked)[0][0] is lora
-    assert family.adapters.load_in_background(()) is None
+    assert family.lora_manager.load(asked)[0][0] is lora
+    assert family.lora_manager.load_in_background(()) is None

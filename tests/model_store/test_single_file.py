@@ -218,7 +218,7 @@ def test_loras_beside_the_configuration_are_offered(
     file = _original(sd_folder, tmp_path / "model.safetensors")
     stored = store.ensure(str(file), single_file_config=str(configuration))
     family = loading.load(stored.path, make_settings())
-    assert family.describe("model").loras == ("style",)
+    assert family.model_info("model").loras == ("style",)
     styled = make_request(num_inference_steps=3, loras=(("style", 1.0),))
     assert (_draw(stored.path, styled) != _draw(stored.path, make_request(num_inference_steps=3))).any()
 

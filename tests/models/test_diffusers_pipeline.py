@@ -17,12 +17,12 @@ from PIL import Image
 
 from hypergen.api.validation import read_sampler
 from hypergen.engine.model_loader import Loader
-from hypergen.engine.pipeline_engine import WholeEngine
+from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.errors import InvalidRequestError, ModelError, RequestError
 from hypergen.events import Event, ImageFinished, Progress
 from hypergen.model_families import FAMILIES, servable
 from hypergen.models import loading
-from hypergen.models.diffusers_pipeline import WholePipeline
+from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
 from tests.support.full_pipelines import save_cogview, save_pixart
@@ -35,17 +35,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> WholePipeline:
+def model(folder: Path) -> DiffusersPipeline:
     model = loading.load_any(folder, make_settings())
-    assert isinstance(model, WholePipeline)
+    assert isinstance(model, DiffusersPipeline)
     return model
 
 
 class _Drawing:
-    """A `WholeEngine` in the test's own thread."""
+    """A `PipelineEngine` in the test's own thread."""
 
-    def __init__(self, model: WholePipeline) -> None:
-        self.engine = WholeEngine(model, "whole", make_settings(), self._report)
+    def __init__(self, model: DiffusersPipeline) -> None:
+        self.engine = PipelineEngine(model, "whole", make_settings(), self._report)
         self.events: list[tuple[str, Event | RequestError]] = []
         self.on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
 
@@ -67,7 +67,7 @@ class _Drawing:
         self.on_event(request_id, event)
 
 
-def test_a_picture_is_that_of_the_stock_pipeline(folder: Path, model: WholePipeline) -> None:
+def test_a_picture_is_that_of_the_stock_pipeline(folder: Path, model: DiffusersPipeline) -> None:
     request = make_request(n=2, width=96, height=64, num_inference_steps=3, negative_prompt="blurred")
     drawing = _Drawing(model)
     drawing.run(request)
@@ -90,7 +90,7 @@ def test_a_picture_is_that_of_the_stock_pipeline(folder: Path, model: WholePipel
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_cancelled_request_ends_at_its_next_step_and_the_others_are_drawn(model: WholePipeline) -> None:
+def test_a_cancelled_request_ends_at_its_next_step_and_the_others_are_drawn(model: DiffusersPipeline) -> None:
     gone, waiting, last = (make_request(num_inference_steps=4, seed=seed) for seed in range(3))
     drawing = _Drawing(model)
 
@@ -106,14 +106,14 @@ def test_a_cancelled_request_ends_at_its_next_step_and_the_others_are_drawn(mode
     assert len(drawing.pictures(last)) == 1
 
 
-def test_a_size_between_the_multiples_is_cut_from_the_middle(model: WholePipeline) -> None:
+def test_a_size_between_the_multiples_is_cut_from_the_middle(model: DiffusersPipeline) -> None:
     request = make_request(width=72, height=104, num_inference_steps=1)
     drawing = _Drawing(model)
     drawing.run(request)
     assert drawing.pictures(request)[0].shape == (104, 72, 3)
 
 
-def test_a_failure_is_told_to_its_request_alone(model: WholePipeline) -> None:
+def test_a_failure_is_told_to_its_request_alone(model: DiffusersPipeline) -> None:
     format_of_no_codec: Any = "nope"
     bad, good = make_request(output_format=format_of_no_codec), make_request(num_inference_steps=2)
     drawing = _Drawing(model)
@@ -123,12 +123,12 @@ def test_a_failure_is_told_to_its_request_alone(model: WholePipeline) -> None:
 
 
 def test_the_log_says_what_such_a_model_does_not_get(
-    model: WholePipeline, caplog: pytest.LogCaptureFixture
+    model: DiffusersPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "hypergen"):
         _Drawing(model)
     assert "drawn whole, one image at a time" in caplog.text
-    assert model.describe("whole").options == {"negative_prompt"}
+    assert model.model_info("whole").capabilities == {"negative_prompt"}
 
 
 def test_every_family_and_every_other_pipeline_of_diffusers_can_be_named() -> None:
@@ -148,7 +148,7 @@ def test_a_pipeline_that_wants_more_than_a_prompt_is_refused(folder: Path) -> No
 
     pipeline.__class__ = Wanting
     with pytest.raises(ModelError, match="also wants image"):
-        WholePipeline(pipeline, {})
+        DiffusersPipeline(pipeline, {})
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_the_fewest_steps_that_a_pipeline_can_do_are_published(
         {"channels_last": True},
         {"attention": "math"},
         {"decode_stream": True},
-        {"vectorised_steps": False},
+        {"batched_euler": False},
         {"lora_dir": ("loras",)},
     ],
     ids=str,

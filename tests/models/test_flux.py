@@ -109,9 +109,9 @@ def test_defaults_are_those_of_the_variant(dev: Path, schnell: Path) -> None:
         (dev, ModelDefaults(28, 3.5, 1024, 1024)),
         (schnell, ModelDefaults(4, 1.0, 1024, 1024)),
     ):
-        described = loading.load(folder, make_settings()).describe("flux")
+        described = loading.load(folder, make_settings()).model_info("flux")
         assert described.defaults == defaults
-        assert described.options == {"prompt_2", "negative_prompt", "true_cfg_scale", "loras"}
+        assert described.capabilities == {"prompt_2", "negative_prompt", "true_cfg_scale", "loras"}
         assert described.samplers.keys() == {"euler", "heun"}
 
 
@@ -131,8 +131,8 @@ def test_words_beyond_the_length_of_t5_are_cut_off_with_a_word_in_the_log(
 ) -> None:
     family = loading.load(schnell, make_settings())
     prompt = "cats " * 100
-    trajectory = prepare_image(family, replace(_REQUEST, prompt=prompt))
-    assert trajectory.prompt_tokens == 255
+    state = prepare_image(family, replace(_REQUEST, prompt=prompt))
+    assert state.prompt_tokens == 255
     assert "cut off after 255" in caplog.text
 
 

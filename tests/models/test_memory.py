@@ -1,4 +1,4 @@
-"""What makes a model fit into little memory: tiles, turns on the device, 8-bit weights."""
+"""What makes a model fit into little memory: tiles, offloader on the device, 8-bit weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.offload import Turns, device_of
+from hypergen.denoising.offload import ModelOffloader, device_of
 from hypergen.engine.postprocess import to_pixels
 from hypergen.errors import ModelError
 from hypergen.model_store.store import EMBEDDED_FOLDER
 from hypergen.models import loading
-from hypergen.models.memory import pixels_that_fit, place, tile
+from hypergen.models.memory import apply_memory_settings, enable_vae_tiling, pixels_that_fit
 from hypergen.models.sd import StableDiffusion
 from tests.support.compare_with_diffusers import draw_one_after_another
 from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
@@ -43,7 +43,7 @@ def test_a_picture_of_tiles_is_nearly_the_whole_one() -> None:
     sides: set[int] = set()
     for part in (vae.encoder, vae.decoder):
         part.register_forward_pre_hook(lambda _, inputs: sides.update(inputs[0].shape[-2:]))
-    tile(vae, 96)
+    enable_vae_tiling(vae, 96)
     tiled, tiled_latents = _decode(vae, latents), vae.encode(image).latent_dist.mode()
     # Those at the edges are halves.
     assert sides == {96, 48, 96 * latents.shape[-1] // 192, 48 * latents.shape[-1] // 192}
@@ -58,9 +58,9 @@ def test_pictures_that_fit_are_not_cut_into_tiles(sd_folder: Path) -> None:
     latents = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0))
     whole = _decode(vae, latents)
     each = 1e9 / pixels_that_fit(vae, 1e9)
-    tile(vae, 64, each * 128 * 96 * 1.01)
+    enable_vae_tiling(vae, 64, each * 128 * 96 * 1.01)
     assert (_decode(vae, latents) == whole).all()
-    tile(other, 64, each * 128 * 96 * 0.99)
+    enable_vae_tiling(other, 64, each * 128 * 96 * 0.99)
     assert (_decode(other, latents) != whole).any()
 
 
@@ -101,17 +101,17 @@ def test_what_cannot_work_here_is_refused_at_the_start(
 def test_networks_take_turns_and_draw_the_same(sd_folder: Path) -> None:
     """The device is the CPU, so that only who is there can be seen, and not where."""
     pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
-    turns = Turns(torch.device("cpu"))
+    offloader = ModelOffloader(torch.device("cpu"))
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     there: list[str] = []
 
     def note(name: str) -> None:
-        assert turns._there is networks[name]
+        assert offloader._loaded is networks[name]
         if there[-1:] != [name]:
             there.append(name)
 
     for name, network in networks.items():
-        turns.join(network)
+        offloader.register(network)
         inside: Any = network.decoder if name == "vae" else next(network.children())
         inside.register_forward_pre_hook(lambda *_, name=name: note(name))
     family = StableDiffusion(pipeline, {}, make_settings())
@@ -126,8 +126,8 @@ def test_networks_take_turns_and_draw_the_same(sd_folder: Path) -> None:
 def test_a_network_is_brought_to_the_device_and_stays_what_it_is() -> None:
     with torch.inference_mode(False):
         network = nn.Linear(4, 4)
-    turns = Turns(torch.device("meta"))
-    turns.join(network)
+    offloader = ModelOffloader(torch.device("meta"))
+    offloader.register(network)
     assert network.weight.device.type == "cpu"
     assert device_of(network).type == "meta"
     assert network(torch.ones(1, 4)).device.type == "meta"
@@ -144,7 +144,7 @@ def test_offloaded_models_wait_in_memory_and_draw_the_same(sd_folder: Path) -> N
         family: Any = loading.load(sd_folder, settings)
         drawn.append(draw_alone(family, _REQUEST))
         assert family.unet.device.type == ("cuda" if offload == "off" else "cpu")
-        assert family.describe("").device == "cuda"
+        assert family.model_info("").device == "cuda"
     assert (drawn[0] == drawn[1]).all()
 
 
@@ -165,16 +165,16 @@ def test_weights_of_8_bits_draw_nearly_the_same_and_keep_their_promise(sd_folder
     for request in requests:
         assert crowd.data(request) == lone.data(request)
         assert crowd.images[request.id][0].shared_forwards > 0
-    turns = Turns(torch.device("meta"))
-    turns.join(small.unet)
+    offloader = ModelOffloader(torch.device("meta"))
+    offloader.register(small.unet)
     with torch.inference_mode():
-        turns.take(small.unet)
+        offloader.load(small.unet)
     assert {parameter.device.type for parameter in small.unet.parameters()} == {"meta"}
 
 
 def test_nothing_is_changed_unless_asked_for(sd_folder: Path) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
-    placed = place(pipeline, make_settings(), torch.device("cpu"))
+    placed = apply_memory_settings(pipeline, make_settings(), torch.device("cpu"))
     assert "decode" not in vars(placed.vae)
     assert not placed.vae.use_tiling
     assert not hasattr(placed.unet, "_hf_hook")

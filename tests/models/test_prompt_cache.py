@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache, fill_to
+from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache, pad_with_empty_chunks
 
 _BYTES = 77 * 4 * 4  # of one chunk below
 
@@ -47,8 +47,8 @@ def test_nothing_is_kept_without_room_but_the_empty_text() -> None:
 
 def test_filling_appends_empty_chunks() -> None:
     text, empty = torch.ones(1, 77, 4), torch.zeros(1, 77, 4)
-    filled = fill_to(text, 231, empty)
+    filled = pad_with_empty_chunks(text, 231, empty)
     assert filled.shape == (1, 231, 4)
     assert torch.equal(filled[:, :77], text)
     assert not filled[:, 77:].any()
-    assert fill_to(text, 77, empty) is text
+    assert pad_with_empty_chunks(text, 77, empty) is text

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from hypergen.errors import ModelError
 from hypergen.models import loading
-from hypergen.models.text_encoders.prompt_weighting import read_weights, token_weights
+from hypergen.models.text_encoders.prompt_weighting import parse_weights, token_weights
 from tests.support.compare_with_diffusers import (
     CHUNK,
     assert_same,
@@ -30,7 +30,7 @@ _REQUEST = make_request(prompt="a cat", negative_prompt="(blurred:1.2)", num_inf
 
 
 def _parts(prompt: str) -> list[tuple[str, float]]:
-    read = read_weights(prompt)
+    read = parse_weights(prompt)
     weights = [round(read.weight_at(index), 4) for index in range(len(read.text))]
     together = groupby(zip(read.text, weights, strict=True), key=lambda pair: pair[1])
     return [("".join(letter for letter, _ in pairs), weight) for weight, pairs in together]
@@ -68,7 +68,7 @@ def test_a_prompt_of_brackets_alone_is_read_quickly() -> None:
         ":" * 32000,
         "(: " * 10000,
     ):
-        read_weights(prompt)
+        parse_weights(prompt)
     assert time.process_time() - started < 2
 
 
@@ -139,7 +139,7 @@ def test_weighted_prompts_of_any_length_share_passes_and_keep_their_bytes(family
 
 def test_a_word_of_a_later_chunk_is_weighted_there(family: Any) -> None:
     tokenizer = family.tokenizer
-    read = read_weights(f"{CHUNK} a (dog:2) sat")
+    read = parse_weights(f"{CHUNK} a (dog:2) sat")
     weights = token_weights(tokenizer, read, [[0] * 77, [0] * 77])
     assert (weights[0] == 1).all()
     assert weights[1, :9].tolist() == [1, 1, 2, 2, 2, 1, 1, 1, 1]

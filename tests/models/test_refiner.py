@@ -82,9 +82,9 @@ def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: P
 def test_every_sampler_changes_hands(family: Family, sampler: str) -> None:
     refined = replace(_REFINED, sampler=sampler, num_inference_steps=6)
     plain = replace(refined, enable_refiner=False)
-    trajectory = prepare_image(family, refined)
-    assert trajectory.next_stage is not None
-    assert trajectory.remaining_steps == prepare_image(family, plain).remaining_steps
+    state = prepare_image(family, refined)
+    assert state.next_denoiser is not None
+    assert state.remaining_steps == prepare_image(family, plain).remaining_steps
     assert (draw_alone(family, refined) != draw_alone(family, plain)).any()
 
 
@@ -113,5 +113,5 @@ def test_what_cannot_refine_is_refused_at_the_start(base: Path, refiner: Path, s
 
 
 def test_the_option_is_there_when_a_refiner_is(base: Path, family: Any) -> None:
-    assert "enable_refiner" in family.describe("sdxl").options
-    assert "enable_refiner" not in loading.load(base, make_settings()).describe("sdxl").options
+    assert "enable_refiner" in family.model_info("sdxl").capabilities
+    assert "enable_refiner" not in loading.load(base, make_settings()).model_info("sdxl").capabilities

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from hypergen.models.resolution import nearest_native_size, round_up, size_to_draw
+from hypergen.models.resolution import choose_generation_size, nearest_native_size, round_up
 
 
 def test_rounding_up_gives_the_next_multiple() -> None:
@@ -51,8 +51,8 @@ def test_the_native_size_of_the_native_shape_is_itself() -> None:
 def test_small_and_large_sizes_are_drawn_at_sizes_that_the_model_knows(
     asked: tuple[int, int], drawn: tuple[int, int]
 ) -> None:
-    assert size_to_draw(*asked, 8, 256 * 256, 96) == drawn
+    assert choose_generation_size(*asked, 8, 256 * 256, 96) == drawn
 
 
 def test_a_model_that_says_nothing_draws_every_size() -> None:
-    assert size_to_draw(64, 1024, 8, None, None) == (64, 1024)
+    assert choose_generation_size(64, 1024, 8, None, None) == (64, 1024)

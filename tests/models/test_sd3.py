@@ -124,11 +124,11 @@ def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: F
 
 
 def test_what_it_says_of_itself(family: Family) -> None:
-    described = family.describe("sd3")
+    described = family.model_info("sd3")
     assert described.defaults == ModelDefaults(50, 7.5, 128, 128)
-    assert described.options == {"prompt_2", "negative_prompt", "image", "mask"}
+    assert described.capabilities == {"prompt_2", "negative_prompt", "image", "mask"}
     assert described.samplers.keys() == {"euler", "heun"}
-    assert family.drawn_size(100, 72) == (112, 80)
+    assert family.generation_size(100, 72) == (112, 80)
 
 
 def test_half_precision_stays_near_the_stock_picture(folder: Path) -> None:

@@ -134,9 +134,9 @@ def test_half_precision_stays_near_the_stock_picture(base: Path, dtype: str) -> 
 
 def test_turbo_draws_in_four_steps_without_guidance(tmp_path: Path, family: Family) -> None:
     turbo = loading.load(save_sdxl(tmp_path / "turbo", turbo=True), make_settings())
-    assert turbo.describe("turbo").defaults == ModelDefaults(4, 1.0, 1024, 1024)
-    assert family.describe("base").defaults == ModelDefaults(50, 7.5, 128, 128)
-    assert family.describe("base").options == {"prompt_2", "negative_prompt", "image", "mask", "loras"}
+    assert turbo.model_info("turbo").defaults == ModelDefaults(4, 1.0, 1024, 1024)
+    assert family.model_info("base").defaults == ModelDefaults(50, 7.5, 128, 128)
+    assert family.model_info("base").capabilities == {"prompt_2", "negative_prompt", "image", "mask", "loras"}
     pipeline = stock_pipeline(StableDiffusionXLPipeline, tmp_path / "turbo")
     request = replace(_GUIDED, num_inference_steps=4, guidance_scale=1.0)
     assert_same(draw_alone(turbo, request), _stock_picture(pipeline, request))

@@ -13,7 +13,9 @@ ABLE = ModelInfo(
     min_steps=1,
     device="cpu",
     dtype="float32",
-    options=frozenset({"prompt_2", "negative_prompt", "enable_refiner", "image", "mask", "control", "loras"}),
+    capabilities=frozenset(
+        {"prompt_2", "negative_prompt", "enable_refiner", "image", "mask", "control", "loras"}
+    ),
     loras=("Pixel_Art", "Logo", "Paint_Splash"),
     max_loras=4,
     control_models=("canny", "depth"),

@@ -1,5 +1,5 @@
 """Weights under the names that they were published with, for Stable Diffusion 1.x, 2.x and XL: what
-diffusers turns into its own when it loads a file.
+diffusers offloader into its own when it loads a file.
 """
 
 from __future__ import annotations

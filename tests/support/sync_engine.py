@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.engine import Engine
 from hypergen.engine.postprocess import to_pixels
 from hypergen.engine.request_queue import RequestQueue
@@ -88,7 +88,7 @@ class InlineEngine:
     def know(self, *requests: GenerationRequest) -> None:
         """Prove every size of a pass for the shapes of these requests, as if they had been served before."""
         for request in requests:
-            for _ in self.engine.shapes.learn(prepare_image(self.engine.family, request)):
+            for _ in self.engine.shapes.probe_minimum(prepare_image(self.engine.family, request)):
                 pass
         self.engine.shapes.finish()
 
@@ -131,7 +131,7 @@ class InlineEngine:
         """Steps that the request has taken so far."""
         return max((step for request_id, step in self.progress if request_id == request.id), default=0)
 
-    def trajectory(self, request: GenerationRequest) -> Trajectory:
+    def state(self, request: GenerationRequest) -> DenoisingState:
         """A running image of the request, to be tampered with."""
         return next(t for t in self.engine._running if t.request.id == request.id)
 
@@ -140,8 +140,8 @@ class InlineEngine:
         if isinstance(event, Progress):
             self.progress.append((request_id, event.step))
             if event.step == event.steps:
-                trajectory = next(t for t in self.engine._decode_queue if t.request.id == request_id)
-                self.trace[request_id] = trajectory.latents.cpu().numpy().tobytes()
+                state = next(t for t in self.engine._decode_queue if t.request.id == request_id)
+                self.trace[request_id] = state.latents.cpu().numpy().tobytes()
         self._on_event(request_id, event)
         if isinstance(event, RequestError):
             self.errors[request_id] = event
@@ -153,7 +153,7 @@ class InlineEngine:
                 self._open.pop(request_id, None)
 
 
-def prepare_image(family: Family, request: GenerationRequest, index: int = 0) -> Trajectory:
+def prepare_image(family: Family, request: GenerationRequest, index: int = 0) -> DenoisingState:
     """One image before its first step."""
     loading = family.load_loras(request)
     loras = () if loading is None else loading.result()
@@ -163,7 +163,7 @@ def prepare_image(family: Family, request: GenerationRequest, index: int = 0) ->
 @torch.inference_mode()
 def draw_alone(family: Family, request: GenerationRequest, index: int = 0) -> Any:
     """Pixels of one image, by the family alone: no engine, no neighbours."""
-    trajectory = prepare_image(family, request, index)
-    while trajectory.remaining_steps:
-        trajectory.advance(denoise(family, [trajectory])[0])
-    return to_pixels(family.decode(trajectory)).numpy()
+    state = prepare_image(family, request, index)
+    while state.remaining_steps:
+        state.advance(denoise(family, [state])[0])
+    return to_pixels(family.decode(state)).numpy()

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from hypergen.api.validation import Asked
+from hypergen.api.validation import ValidatedRequest
 from hypergen.config import ServerSettings
 from hypergen.events import ImageFinished, Preview
 from hypergen.model_info import ModelInfo
@@ -24,7 +24,7 @@ class Endpoint:
         claims: whether a body that was sent as a job, as a form or not, is of this route.
         form: the fields whose types a multipart form is read by; absent: only JSON is read.
         to_response: asked, images, their addresses if they have any, and the time; gives JSON in pieces.
-        to_frame: asked, the time and an event of a stream; gives it in pieces. Absent: there are no streams.
+        to_sse_event: asked, the time and an event of a stream; gives it in pieces. Absent: no streams.
         openapi: the operation in /openapi.json.
         schemas: the named schemas that it refers to.
     """
@@ -34,8 +34,8 @@ class Endpoint:
     image_fields: frozenset[str]
     claims: Callable[[dict[str, Any], bool], bool]
     form: type[BaseModel] | None = None
-    to_request: Callable[[dict[str, Any], ModelInfo, ServerSettings, str], Asked]
+    to_request: Callable[[dict[str, Any], ModelInfo, ServerSettings, str], ValidatedRequest]
     to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
-    to_frame: Callable[[Any, int, Preview | ImageFinished], list[bytes]] | None = None
+    to_sse_event: Callable[[Any, int, Preview | ImageFinished], list[bytes]] | None = None
     openapi: dict[str, Any]
     schemas: tuple[type[BaseModel], ...]

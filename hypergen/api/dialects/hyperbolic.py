@@ -19,11 +19,11 @@ from hypergen.api.openapi import reference, request_body, responses
 from hypergen.api.validation import (
     MAX_SEED,
     SMALLEST_SIDE,
-    Asked,
     LoraWeight,
     ModelFields,
     Number,
-    check_option,
+    ValidatedRequest,
+    check_capability,
     check_prompt,
     check_steps,
     check_work,
@@ -127,7 +127,7 @@ class ImageGenerationResponse(BaseModel):
 
 def to_request(
     body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
-) -> Asked:
+) -> ValidatedRequest:
     """Check a body and resolve its defaults.
 
     Raises:
@@ -151,7 +151,7 @@ def to_request(
         if asked.model_name.upper().startswith("FLUX"):
             message = "FLUX does not start from an 'image'; leave it out or name another model."
             raise InvalidRequestError(message, param="image", code="unsupported_parameter")
-        check_option("image", "image", description)
+        check_capability("image", "image", description)
         picture = to_picture(decode(from_base64(asked.image, "image"), "image"), width, height)
     names = ("controlnet_image", "controlnet_name")
     request = GenerationRequest(
@@ -175,7 +175,7 @@ def to_request(
         metadata=settings.image_metadata,
         **model_fields(asked, asked.negative_prompt, description),
     )
-    asked_for = Asked(request, response_format="b64_json", fields=_ENGINE_FIELDS)
+    asked_for = ValidatedRequest(request, response_format="b64_json", fields=_ENGINE_FIELDS)
     if settings.price_rate is None:
         return asked_for
     amount = price(request, settings.price_rate)
@@ -184,7 +184,7 @@ def to_request(
 
 
 def to_response(
-    asked: Asked, images: list[ImageFinished], urls: list[str] | None, created: int
+    asked: ValidatedRequest, images: list[ImageFinished], urls: list[str] | None, created: int
 ) -> list[bytes]:
     """The answer as JSON in pieces, of which a picture is one: base64 needs no escaping, and the JSON module
     would hold the event loop up while it looks for what does.
@@ -222,7 +222,7 @@ def _check_size(width: int, height: int, max_side: int) -> None:
 def _check_loras(loras: dict[str, float], description: ModelInfo) -> None:
     """Names only, where OpenAI's dialect also takes paths."""
     if loras:
-        check_option("loras", "lora", description)
+        check_capability("loras", "lora", description)
     for name in loras:
         if name not in description.loras:
             known = ", ".join(description.loras) or "none"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from hypergen.api.errors import to_json
 from hypergen.api.openapi import reference
-from hypergen.api.validation import Asked
+from hypergen.api.validation import ValidatedRequest
 from hypergen.events import ImageFinished, Preview
 from hypergen.request import GenerationRequest, OutputFormat
 
@@ -70,7 +70,7 @@ class ImagesStream(BaseModel):
 
 
 @dataclass(frozen=True)
-class ImagesRequest(Asked):
+class ImagesRequest(ValidatedRequest):
     """A checked request for OpenAI's answer."""
 
     quality: str = "medium"
@@ -108,7 +108,9 @@ def to_response(
     return [*pieces, b"]}"]
 
 
-def to_frame(kind: Kind, asked: ImagesRequest, created: int, event: Preview | ImageFinished) -> list[bytes]:
+def to_sse_event(
+    kind: Kind, asked: ImagesRequest, created: int, event: Preview | ImageFinished
+) -> list[bytes]:
     """One event as it is sent, in pieces; takes milliseconds per megabyte."""
     request = asked.generation
     body: dict[str, Any] = {

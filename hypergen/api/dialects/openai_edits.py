@@ -20,12 +20,12 @@ from hypergen.api.dialects.openai_answers import (
     ImagesStream,
     image_tokens,
     stream_media,
-    to_frame,
     to_response,
+    to_sse_event,
 )
-from hypergen.api.multipart_form import MAX_PICTURES
+from hypergen.api.multipart_form import MAX_INPUT_IMAGES
 from hypergen.api.openapi import EXAMPLE_IMAGE, EXAMPLE_PROMPT, media, request_body, responses
-from hypergen.api.validation import SMALLEST_SIDE, check_option, validate
+from hypergen.api.validation import SMALLEST_SIDE, check_capability, validate
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.images.decoding import decode, from_base64, look, to_mask, to_picture
@@ -60,9 +60,9 @@ def to_edit(
     if "markup" in body:
         raise InvalidRequestError("'markup' is not read; say it in the prompt.", param="markup")
     sources, param = _pictures(body)
-    check_option("image", param, description)
+    check_capability("image", param, description)
     if "mask" in body:
-        check_option("mask", "mask", description)
+        check_capability("mask", "mask", description)
     for source in sources[1:]:
         look(source, param)
     image = decode(sources[0], param)
@@ -102,8 +102,8 @@ def _pictures(body: dict[str, Any]) -> tuple[list[bytes], str]:
         message = "The field 'image' (in JSON: 'images') is required."
         raise InvalidRequestError(message, param=param, code="missing_required_parameter")
     pictures = cast(list[object], given) if isinstance(given, list) else [given]
-    if not 1 <= len(pictures) <= MAX_PICTURES:
-        raise InvalidRequestError(f"'{param}' must be 1 to {MAX_PICTURES} images.", param=param)
+    if not 1 <= len(pictures) <= MAX_INPUT_IMAGES:
+        raise InvalidRequestError(f"'{param}' must be 1 to {MAX_INPUT_IMAGES} images.", param=param)
     return [_file(picture, param) for picture in pictures], param
 
 
@@ -142,7 +142,7 @@ def _content(required: list[str]) -> dict[str, Any]:
     body = EditBody.model_json_schema()
     fields = body["properties"]
     file = {"type": "string", "format": "binary"}
-    files = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_PICTURES}
+    files = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
     form = {
         **body,
         "properties": {"image": files, "mask": file, **fields},
@@ -150,7 +150,7 @@ def _content(required: list[str]) -> dict[str, Any]:
     }
     url = {"type": "string", "format": "data-url", "description": "data: URL with base64"}
     image = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
-    images = {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_PICTURES}
+    images = {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
     in_json = {
         **body,
         "properties": {"images": images, "mask": image, **fields},
@@ -173,7 +173,7 @@ EDITS = Endpoint(
     form=EditBody,
     to_request=to_edit,
     to_response=to_response,
-    to_frame=partial(to_frame, "image_edit"),
+    to_sse_event=partial(to_sse_event, "image_edit"),
     openapi={
         "operationId": "createImageEdit",
         "summary": "Draw pictures from a picture and a prompt, all over or where a mask says",
@@ -191,7 +191,7 @@ VARIATIONS = Endpoint(
     form=EditBody,
     to_request=to_variation,
     to_response=to_response,
-    to_frame=partial(to_frame, "image_edit"),
+    to_sse_event=partial(to_sse_event, "image_edit"),
     openapi={
         "operationId": "createImageVariation",
         "summary": "Draw variations of a picture",

@@ -17,8 +17,8 @@ from hypergen.api.dialects.openai_answers import (
     ImagesResponse,
     ImagesStream,
     stream_media,
-    to_frame,
     to_response,
+    to_sse_event,
 )
 from hypergen.api.loras import resolve_loras
 from hypergen.api.openapi import EXAMPLE_PROMPT, media, request_body, responses
@@ -246,7 +246,7 @@ GENERATIONS = Endpoint(
     claims=lambda body, is_form: not is_form,
     to_request=to_request,
     to_response=to_response,
-    to_frame=partial(to_frame, "image_generation"),
+    to_sse_event=partial(to_sse_event, "image_generation"),
     openapi={
         "operationId": "createImage",
         "summary": "Draw pictures from a prompt",

@@ -39,7 +39,7 @@ def _filled_linear(forward: Callable[[Tensor], Tensor], x: Tensor, *args: Any) -
 
 
 def make_convolutions_invariant(denoiser: nn.Module, run_one_row: Callable[[], object], max_rows: int) -> int:
-    """Try each convolution at its real input, and repair those that give a row other bits among others.
+    """Try each convolution at its real input, and replace those that give a row other bits among others.
 
     What is found depends on a layer and the shape of its input alone, not on clocks, so that it is the same
     after every start.
@@ -49,23 +49,23 @@ def make_convolutions_invariant(denoiser: nn.Module, run_one_row: Callable[[], o
         max_rows: the largest forward pass there will be.
 
     Returns:
-        How many layers are repaired at this shape.
+        How many layers are replaced at this shape.
     """
-    repaired: set[nn.Module] = set()
+    replaced: set[nn.Module] = set()
 
     def compare(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
         (x,) = inputs
         known = layer.forward if isinstance(layer.forward, InvariantConvolution) else None
-        if known is None or not known.repairs(x):
+        if known is None or not known.replaces(x):
             counts = {2, min(max_rows, max(2, int(_TRIAL_WORK / _work_per_row(layer, output))))}
             if all(_same_bits(layer, x, output, count) for count in counts):
                 return
             if known is None:
                 known = InvariantConvolution(layer)
                 _replace_forward(layer, known)
-            known.repair(x)
-        repaired.add(layer)
+            known.replace_layer(x)
+        replaced.add(layer)
 
     hooks = [
         layer.register_forward_hook(compare) for layer in denoiser.modules() if isinstance(layer, nn.Conv2d)
@@ -75,7 +75,7 @@ def make_convolutions_invariant(denoiser: nn.Module, run_one_row: Callable[[], o
     finally:
         for hook in hooks:
             hook.remove()
-    return len(repaired)
+    return len(replaced)
 
 
 def _work_per_row(layer: nn.Conv2d, output: Tensor) -> int:
@@ -88,7 +88,7 @@ def _same_bits(layer: nn.Conv2d, x: Tensor, output: Tensor, count: int) -> bool:
 
 
 class InvariantConvolution:
-    """Stands in for the forward of a convolution; only at the shapes it repairs does it change anything."""
+    """Stands in for the forward of a convolution; only at the shapes it replaces does it change anything."""
 
     # Reordered weights are a copy for each shape; one that is needed again later is made again.
     _KEPT_SHAPES = 4
@@ -96,19 +96,19 @@ class InvariantConvolution:
     def __init__(self, layer: nn.Conv2d) -> None:
         self._layer = layer
         self._forward = layer.forward
-        self._repaired: set[torch.Size] = set()
+        self._replaced: set[torch.Size] = set()
         self._weight_for = lru_cache(self._KEPT_SHAPES)(self._reordered_weight)
         self._packs = _can_pack(layer)
 
-    def repairs(self, x: Tensor) -> bool:
-        return x.shape[1:] in self._repaired
+    def replaces(self, x: Tensor) -> bool:
+        return x.shape[1:] in self._replaced
 
-    def repair(self, x: Tensor) -> None:
+    def replace_layer(self, x: Tensor) -> None:
         """From now on, at inputs of this shape."""
-        self._repaired.add(x.shape[1:])
+        self._replaced.add(x.shape[1:])
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.repairs(x):
+        if not self.replaces(x):
             return self._forward(x)
         if not self._packs:
             if x.shape[0] > 1:

@@ -18,7 +18,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from hypergen.denoising.denoising_state import Trajectory
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.layers import make_convolutions_invariant, make_linears_invariant
 from hypergen.events import Verdict
 from hypergen.models.cfg import Rows, map_rows, random_rows
@@ -37,7 +37,7 @@ class Probe:
             the only ones that serve, so the verdict covers everything that is drawn.
         seconds: rows -> seconds of one pass, the first points of the cost curve.
         differing: numbers of rows whose passes gave a row other bits.
-        repaired: layers that the rule changed for this size.
+        replaced: layers that the rule changed for this size.
     """
 
     width: int
@@ -46,15 +46,15 @@ class Probe:
     verdict: Verdict = "exact"
     seconds: dict[int, float] = field(default_factory=dict)
     differing: set[int] = field(default_factory=set)
-    repaired: int = 0
+    replaced: int = 0
 
 
-class DeterminismRule:
+class BatchInvariance:
     """Applies the rule to one denoiser, size by size as sizes are first drawn.
 
     Args:
         enabled: False probes and reports, but changes nothing (`--determinism fast`).
-        repairs: False leaves the layers as they are: a compiled denoiser has none to replace any more.
+        replaces: False leaves the layers as they are: a compiled denoiser has none to replace any more.
         max_rows: the largest forward pass the engine would make.
         budget_s: a probe stops trying more rows after this long, which keeps large models on slow devices
             usable.
@@ -66,7 +66,7 @@ class DeterminismRule:
         family: Family,
         *,
         enabled: bool,
-        repairs: bool = True,
+        replaces: bool = True,
         max_rows: int,
         budget_s: float = 20,
         clock: Callable[[], float] = time.monotonic,
@@ -76,31 +76,33 @@ class DeterminismRule:
         self._max_rows = max_rows
         self._budget_s = budget_s
         self._clock = clock
-        self._repairs = enabled and repairs
+        self._replaces = enabled and replaces
         self._networks = nn.ModuleList([family.denoiser, *family.control_models.values()])
-        if self._repairs:
+        if self._replaces:
             make_linears_invariant(self._networks)
 
-    def probe(self, trajectory: Trajectory) -> Probe:
+    def probe(self, state: DenoisingState) -> Probe:
         """A probe, not yet run, of images like this one: of its shape, and with as long a prompt."""
-        request = trajectory.request
-        found = Probe(*self._family.drawn_size(request.width, request.height))
-        self.begin_again(found, trajectory)
+        request = state.request
+        found = Probe(*self._family.generation_size(request.width, request.height))
+        self.restart(found, state)
         return found
 
-    def begin_again(self, probe: Probe, trajectory: Trajectory) -> None:
+    def restart(self, probe: Probe, state: DenoisingState) -> None:
         """Let a probe whose passes were given up try all of them, with an image of the same shape."""
-        probe.passes = self._passes(probe, trajectory)
+        probe.passes = self._passes(probe, state)
 
-    def _passes(self, found: Probe, trajectory: Trajectory) -> Iterator[None]:
+    def _passes(self, found: Probe, state: DenoisingState) -> Iterator[None]:
         """Repair what the shape needs, then compare passes of different rows."""
         generator = torch.Generator("cpu").manual_seed(0)
         most = max(2, self._max_rows)
-        arguments, kind = random_rows(trajectory, most, generator), trajectory.kind
-        if self._repairs:
+        arguments, batch_key_extra = random_rows(state, most, generator), state.batch_key_extra
+        if self._replaces:
             one_row = map_rows(arguments, lambda tensor: tensor[:1])
-            found.repaired = make_convolutions_invariant(
-                self._networks, lambda: self._family.forward(*one_row, kind=kind), self._max_rows
+            found.replaced = make_convolutions_invariant(
+                self._networks,
+                lambda: self._family.forward(*one_row, batch_key_extra=batch_key_extra),
+                self._max_rows,
             )
             yield
 
@@ -111,10 +113,10 @@ class DeterminismRule:
                 continue  # in two orders, the known rows would not stand at every position
             rows = map_rows(arguments, itemgetter(slice(count)))
             try:
-                output, seconds = self._timed_forward(rows, kind)
+                output, seconds = self._timed_forward(rows, batch_key_extra)
                 yield
                 reversed_rows = map_rows(rows, lambda tensor: tensor.flip(0))
-                reversed_output, seconds_again = self._timed_forward(reversed_rows, kind)
+                reversed_output, seconds_again = self._timed_forward(reversed_rows, batch_key_extra)
             except torch.OutOfMemoryError:
                 if count <= 2:  # not even one guided image
                     raise
@@ -136,9 +138,9 @@ class DeterminismRule:
                 return
             yield
 
-    def _timed_forward(self, rows: Rows, kind: tuple[Hashable, ...]) -> tuple[Tensor, float]:
+    def _timed_forward(self, rows: Rows, batch_key_extra: tuple[Hashable, ...]) -> tuple[Tensor, float]:
         started = self._clock()
-        output = self._family.forward(*rows, kind=kind)
+        output = self._family.forward(*rows, batch_key_extra=batch_key_extra)
         synchronize(output)
         return output, self._clock() - started
 

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.offload import device_of
-from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache, chunk_tokens, fill_to
-from hypergen.models.text_encoders.prompt_weighting import WeightedText, read_weights, token_weights, weigh
+from hypergen.models.text_encoders.prompt_cache import (
+    EncodedPrompt,
+    PromptCache,
+    chunk_tokens,
+    pad_with_empty_chunks,
+)
+from hypergen.models.text_encoders.prompt_weighting import (
+    WeightedText,
+    apply_token_weights,
+    parse_weights,
+    token_weights,
+)
 
 
 class ClipEncoder:
@@ -43,7 +53,7 @@ class ClipEncoder:
         self._penultimate = penultimate
 
     def __call__(self, text: str) -> EncodedPrompt:
-        weighted = read_weights(text) if self._weighting else WeightedText(text)
+        weighted = parse_weights(text) if self._weighting else WeightedText(text)
         chunks, tokens = chunk_tokens(self._tokenizer, weighted.text, self._max_chunks)
         outputs = [self._encode(chunk) for chunk in chunks]
         embeds = [self._words(output) for output in outputs]
@@ -51,7 +61,7 @@ class ClipEncoder:
             # Not kept: a LoRA may change how the empty text is read, too.
             empty = self._words(self._encode(chunk_tokens(self._tokenizer, "", 1)[0][0]))
             weights = token_weights(self._tokenizer, weighted, chunks)
-            embeds = [weigh(words, empty, w) for words, w in zip(embeds, weights, strict=True)]
+            embeds = [apply_token_weights(words, empty, w) for words, w in zip(embeds, weights, strict=True)]
         # Encoders with a projection give its output, the others that of the final norm at the text's end.
         pooled = outputs[0].get("text_embeds", outputs[0].get("pooler_output"))
         return EncodedPrompt(torch.cat(embeds, dim=1).to(self._dtype), tokens, pooled.to(self._dtype))
@@ -80,19 +90,19 @@ class PooledClipEncoder:
         return EncodedPrompt(output.pooler_output.to(self._dtype), tokens)
 
 
-def longest(encoded: Sequence[EncodedPrompt]) -> int:
-    """The length of the longest of several prompts."""
+def max_length(encoded: Sequence[EncodedPrompt]) -> int:
+    """The length in tokens of the longest of several prompts."""
     return max(prompt.embeds.shape[1] for prompt in encoded)
 
 
-def side_by_side(
+def concat_embeds(
     encoders: Sequence[PromptCache], encoded: Sequence[EncodedPrompt], length: int
 ) -> torch.Tensor:
     """What several encoders made of one prompt, filled with empty chunks up to `length`: features of shape
     (1, length, D1 + D2).
     """
     columns: list[Tensor] = [
-        fill_to(prompt.embeds, length, encoder.get("").embeds)
+        pad_with_empty_chunks(prompt.embeds, length, encoder.get("").embeds)
         for encoder, prompt in zip(encoders, encoded, strict=True)
     ]
     return torch.cat(columns, dim=-1)

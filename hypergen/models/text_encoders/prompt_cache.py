@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import Adapters, in_rows, prompt_key, prompt_readers
+from hypergen.lora.manager import LoraManager, lora_context, prompt_cache_key, text_encoder_loras
 
 logger = logging.getLogger(__name__)
 
@@ -63,28 +63,28 @@ class PromptCache:
     vary.
 
     Args:
-        adapters: that loads the LoRAs of prompts; None: they have none.
+        lora_manager: that loads the LoRAs of prompts; None: they have none.
     """
 
     def __init__(
-        self, encode: Callable[[str], EncodedPrompt], max_bytes: int, adapters: Adapters | None = None
+        self, encode: Callable[[str], EncodedPrompt], max_bytes: int, lora_manager: LoraManager | None = None
     ) -> None:
         self._encode = encode
-        self._adapters = adapters
+        self._lora_manager = lora_manager
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
         self._empty = encode("")
 
     def get(self, text: str, loras: Loras = ()) -> EncodedPrompt:
-        readers = prompt_readers(loras)
+        readers = text_encoder_loras(loras)
         if not (text or readers):
             return self._empty
-        key = text, prompt_key(readers)
+        key = text, prompt_cache_key(readers)
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
-        with in_rows(self._adapters, [readers]):
+        with lora_context(self._lora_manager, [readers]):
             encoded = self._entries[key] = self._encode(text)
         self._bytes += encoded.nbytes
         while self._bytes > self._max_bytes:
@@ -93,7 +93,7 @@ class PromptCache:
         return encoded
 
 
-def fill_to(embeds: Tensor, length: int, empty: Tensor) -> Tensor:
+def pad_with_empty_chunks(embeds: Tensor, length: int, empty: Tensor) -> Tensor:
     """Append chunks of the empty prompt until the sequence is `length` long.
 
     Args:

@@ -47,7 +47,7 @@ class WeightedText:
         return self.weights[bisect_right(self.starts, index) - 1]
 
 
-def read_weights(prompt: str) -> WeightedText:
+def parse_weights(prompt: str) -> WeightedText:
     """Take the marks out of a prompt. Brackets without a partner, and escaped ones, are text."""
     pieces = list(_PIECE.finditer(prompt))
     factors = _factors(pieces)
@@ -92,7 +92,7 @@ def _factors(pieces: list[re.Match[str]]) -> dict[int, float]:
 
 def without_weights(encode: Callable[[str], EncodedPrompt]) -> Callable[[str], EncodedPrompt]:
     """An encoder that reads a prompt's words alone, for those that know no weights."""
-    return lambda text: encode(read_weights(text).text)
+    return lambda text: encode(parse_weights(text).text)
 
 
 def token_weights(tokenizer: Any, prompt: WeightedText, chunks: list[list[int]]) -> Tensor:
@@ -111,7 +111,7 @@ def token_weights(tokenizer: Any, prompt: WeightedText, chunks: list[list[int]])
     return weights
 
 
-def weigh(embeds: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
+def apply_token_weights(embeds: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     """Move what an encoder says of each token away from, or nearer to, what it says of an empty prompt there.
 
     Tokens of weight 1 keep their bits.
