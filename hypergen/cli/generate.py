@@ -79,3 +79,22 @@ async def _wait_until_loaded(pool: EnginePool) -> ModelInfo:
             raise ModelError(f"The model could not be loaded: {status.reason}")
         await asyncio.sleep(0.02)
     return model_info
+
+
+def with_lora_files(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:
+    """The settings with the LoRA files given by path, and the LoRAs of the request: name -> weight."""
+    weights: dict[str, float] = {}
+    files = list(settings.engine.lora)
+    for text in given:
+        name, colon, weight = text.rpartition(":")
+        try:
+            name, scale = (name, float(weight)) if colon else (text, 1.0)
+        except ValueError:
+            name, scale = text, 1.0
+        path = Path(name).expanduser()
+        if path.suffix == ".safetensors" and path.is_file():
+            name = path.stem
+            files.append(f"{name}={path}")
+        weights[name] = scale
+    engine = settings.engine.model_copy(update={"lora": tuple(files)})
+    return settings.model_copy(update={"engine": engine}), weights

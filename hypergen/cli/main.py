@@ -10,74 +10,18 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 # Disable telemetry before bentoml or a hub client is imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import click
-from pydantic.fields import FieldInfo
 
 from hypergen import __version__
-from hypergen.config import Settings
+from hypergen.cli.setting_options import setting_options
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
-from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
-
-Command = Callable[..., None]
-
-
-def setting_options(*names: str) -> Callable[[Command], Command]:
-    """Flags generated from the fields of the settings, by default from all."""
-
-    def add(command: Command) -> Command:
-        chosen = [
-            (name, field) for _, name, field in fields() if (not names or name in names) and name != "models"
-        ]
-        for name, field in reversed(chosen):
-            repeatable = get_origin(field.annotation) in (dict, tuple)
-            command = click.option(
-                *_declaration(name, field),
-                type=_type(field),
-                multiple=repeatable,
-                default=None,
-                callback=_none_if_absent if repeatable else None,
-                help=_help(field),
-            )(command)
-        return command
-
-    return add
-
-
-def _none_if_absent(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> Any:
-    """None for a repeatable flag that was not given."""
-    return value or None
-
-
-def _declaration(name: str, field: FieldInfo) -> list[str]:
-    flag = option_name(name).replace("_", "-")
-    return [f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}", name]
-
-
-def _type(field: FieldInfo) -> Any:
-    if get_origin(field.annotation) is tuple:
-        return click.Path(path_type=Path) if Path in get_args(field.annotation) else str
-    types = [arg for arg in get_args(field.annotation) if arg is not type(None)] or [field.annotation]
-    first = types[0]
-    if get_origin(field.annotation) is Literal:
-        return click.Choice(types)
-    if get_origin(first) is Literal:
-        return click.Choice(get_args(first))
-    return {int: int, float: float, bool: bool, Path: click.Path(path_type=Path)}.get(first, str)
-
-
-def _help(field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    if default == ():
-        return f"{field.description}; may be given several times"
-    shown = "" if default in (None, {}) else f"  [default: {'yes' if default is True else default}]"
-    return f"{field.description}{shown}"
-
+from hypergen.load_settings import api_keys, environment_of, load_settings
 
 # Settings that apply without a server.
 _LOCAL_SETTINGS = (
@@ -172,14 +116,14 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
 @setting_options(*_LOCAL_SETTINGS)
 def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, ...], **options: Any) -> None:
     """Generate images for PROMPT without a server."""
-    from hypergen.cli.generate import generate_files
+    from hypergen.cli.generate import generate_files, with_lora_files
     from hypergen.resolve_models import find_models
 
     model: str | None = options.pop("model")
     flags = {name: options.pop(name) for name in _LOCAL_SETTINGS}
     settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
     if loras:
-        settings, options["loras"] = _with_loras(settings, loras)
+        settings, options["loras"] = with_lora_files(settings, loras)
     found = find_models(settings, _print)[0]
     for file, seed in generate_files(settings, found, {"prompt": prompt, **options}, output):
         _print(f"{file} (seed {seed})")
@@ -341,25 +285,6 @@ def bench(
         bench.plot_results(results, plot)
     if interrupted or all(result.error for result in results):
         sys.exit(130 if interrupted else 1)
-
-
-def _with_loras(settings: Settings, given: tuple[str, ...]) -> tuple[Settings, dict[str, float]]:
-    """The settings with the LoRA files given by path, and the LoRAs of the request: name -> weight."""
-    weights: dict[str, float] = {}
-    files = list(settings.engine.lora)
-    for text in given:
-        name, colon, weight = text.rpartition(":")
-        try:
-            name, scale = (name, float(weight)) if colon else (text, 1.0)
-        except ValueError:
-            name, scale = text, 1.0
-        path = Path(name).expanduser()
-        if path.suffix == ".safetensors" and path.is_file():
-            name = path.stem
-            files.append(f"{name}={path}")
-        weights[name] = scale
-    engine = settings.engine.model_copy(update={"lora": tuple(files)})
-    return settings.model_copy(update={"engine": engine}), weights
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> None:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 
 from hypergen import ipc
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import visible_accelerators
-from hypergen.engine_client.admission import Admission, AdmissionTicket
+from hypergen.engine_client.admission import Admission
 from hypergen.engine_client.engine_process import Supervisor
+from hypergen.engine_client.engine_requests import EngineRequests, PoolHandle
 from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import GenerationError, RequestError, UnavailableError, unpack
 from hypergen.events import (
     Event,
     ImageFinished,
     Progress,
-    QueuePosition,
     RequestState,
     ServerStatus,
     Started,
@@ -40,115 +37,6 @@ _UNAVAILABLE: dict[State, str] = {
     "draining": "The server is shutting down.",
     "failed": "The engine could not be started; the server's log and /health say why.",
 }
-
-
-_ENDED = (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
-
-
-@dataclass(eq=False)
-class _Handle(RequestHandle):
-    """One request on its way through the queue and an engine."""
-
-    request: GenerationRequest
-    ticket: AdmissionTicket
-    on_event: Callable[[Event], None] | None
-    on_cancel: Callable[[_Handle], None]
-    state: RequestState = RequestState.WAITING
-    finished: set[int] = field(default_factory=set)  # indices of the images received, read or not
-    engine_deaths: int = 0  # engines that exited while they had the request
-    crashes: int = 0  # those of them that it may have crashed
-    in_overflow: asyncio.Task[None] | None = None
-    _events: asyncio.Queue[Event | RequestError | None] = field(default_factory=asyncio.Queue)
-
-    async def __anext__(self) -> Event:
-        event = await self._events.get()
-        if event is None:
-            self._events.put_nowait(None)  # for the next call
-            raise StopAsyncIteration
-        if isinstance(event, RequestError):
-            raise event
-        return event
-
-    def queue_position(self) -> QueuePosition | None:
-        return self.ticket.admission.queue_position(self.ticket)
-
-    def cancel(self) -> None:
-        self.on_cancel(self)
-
-    def put(self, event: Event) -> None:
-        if self.on_event:
-            self.on_event(event)
-        self._events.put_nowait(event)
-
-    def end(self, state: RequestState, error: RequestError | None) -> None:
-        self.state = state
-        if error is not None:
-            self._events.put_nowait(error)
-        self._events.put_nowait(None)
-        self.request = self.request.without_input_images()  # a slow consumer would keep them in memory
-        self.ticket.leave()
-        if self.in_overflow is not None:
-            self.in_overflow.cancel()
-
-
-@dataclass(eq=False)
-class EngineRequests:
-    """The requests of one engine.
-
-    After a crash, the requests that were running are suspects: they run alone, one by one, and the others are
-    held back. So a request that crashes engines is found, and no other request is lost twice.
-    """
-
-    supervisor: Supervisor
-    submitted: dict[str, _Handle] = field(default_factory=dict)
-    suspects: deque[_Handle] = field(default_factory=deque)
-    held: deque[_Handle] = field(default_factory=deque)
-
-    @property
-    def work(self) -> float:
-        handles = [*self.submitted.values(), *self.suspects, *self.held]
-        return sum(handle.request.work for handle in handles)
-
-    def add(self, handle: _Handle) -> None:
-        (self.suspects if handle.crashes else self.held).append(handle)
-        self.submit_next()
-
-    def submit_next(self) -> None:
-        if self.supervisor.status.state != "ready":
-            return
-        if self.suspects:
-            if not self.submitted:
-                self._submit(self.suspects.popleft())
-            return
-        if any(handle.crashes for handle in self.submitted.values()):
-            return
-        while self.held:
-            self._submit(self.held.popleft())
-
-    def _submit(self, handle: _Handle) -> None:
-        self.submitted[handle.request.id] = handle
-        self.supervisor.send(ipc.Submit(handle.request))
-
-    def remove(self, handle: _Handle, cancel: bool) -> None:
-        if self.submitted.pop(handle.request.id, None) and cancel:
-            self.supervisor.send(ipc.Cancel(handle.request.id))
-        for line in (self.suspects, self.held):
-            with suppress(ValueError):
-                line.remove(handle)
-        self.submit_next()
-
-    def take_all(self) -> list[_Handle]:
-        """Remove all requests of an engine that exited; count a crash for those that may have caused it."""
-        for handle in self.submitted.values():
-            handle.engine_deaths += 1
-            # A request that had not started is no suspect the first time; then its start may be the cause.
-            handle.crashes += handle.state is not RequestState.WAITING or handle.engine_deaths > 1
-            handle.state = RequestState.WAITING
-            handle.ticket.restart()
-        handles = [*self.submitted.values(), *self.suspects, *self.held]
-        for line in (self.submitted, self.suspects, self.held):
-            line.clear()
-        return handles
 
 
 class EnginePool:
@@ -252,14 +140,14 @@ class EnginePool:
             raise _unavailable(state)
         ticket = self._admission.enter(request.work, request.input_image_bytes)
         # From here on the request is admitted, whatever happens to the engines.
-        handle = _Handle(request, ticket, on_event, on_cancel=self._end)
+        handle = PoolHandle(request, ticket, on_event, on_cancel=self._end)
         if ticket.turn.is_set():
             self._assign(handle)
         else:
             handle.in_overflow = asyncio.create_task(self._wait_in_overflow(handle))
         return handle
 
-    async def _wait_in_overflow(self, handle: _Handle) -> None:
+    async def _wait_in_overflow(self, handle: PoolHandle) -> None:
         try:
             await self._admission.wait(handle.ticket)
         except RequestError as error:
@@ -267,11 +155,11 @@ class EnginePool:
         else:
             self._assign(handle)
 
-    def _end(self, handle: _Handle, error: RequestError | None = None) -> None:
+    def _end(self, handle: PoolHandle, error: RequestError | None = None) -> None:
         """Remove a request that finished, failed or was cancelled from its engine and the queue. Earlier
         events can still be read. Does nothing if it has ended.
         """
-        if handle.state in _ENDED:
+        if handle.ended:
             return
         complete = len(handle.finished) == handle.request.n
         for engine in self._engines:
@@ -298,7 +186,7 @@ class EnginePool:
             else:
                 self._assign(handle)
 
-    def _assign(self, handle: _Handle) -> None:
+    def _assign(self, handle: PoolHandle) -> None:
         """Add a request to the engine with the least work, a ready one if there is any."""
         engines = [engine for engine in self._engines if engine.supervisor.status.state != "failed"]
         if engines:
