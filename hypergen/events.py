@@ -77,7 +77,7 @@ class EngineStatus:
     determinism: dict[str, Verdict] = field(
         default_factory=dict[str, Verdict]
     )  # "512x512" -> verdict of the probe
-    forwards: int = 0  # forward passes since the start of the process of the process
+    forwards: int = 0  # forward passes since the start of the process of the process of the process
     image_steps: int = 0  # images in those passes, in total
     restarts: int = 0
     models: tuple[str, ...] = ()  # ids of the models in memory

@@ -1,0 +1,61 @@
+"""Graphs: operations that were captured, to be run again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from tests.support.fake_cuda.active import current
+from tests.support.fake_cuda.streams import current_stream
+from tests.support.fake_cuda.tensors import FakeTensor, fill_with_garbage, unwrap
+
+
+@dataclass
+class FakeGraph:
+    """A captured graph: the operations, with the tensors they were captured on."""
+
+    calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list[tuple[Any, Any, Any, Any]])
+    replays: int = 0
+
+    def capture_begin(self, *_: object, **__: object) -> None:
+        device = current()
+        if device.capturing is not None:
+            raise RuntimeError("A graph is captured already.")
+        device.capturing = self
+
+    def capture_end(self) -> None:
+        device = current()
+        device.capturing = None
+        for _, _, _, output in self.calls:
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, FakeTensor):
+                    tensor.memory.stream = None  # nothing ran yet
+                    if tensor.owns_memory:
+                        fill_with_garbage(tensor.data_on_cpu)
+
+    def replay(self) -> None:
+        device = current()
+        self.replays += 1
+        device.count("launches", "graph")
+        stream = current_stream()
+        with _disable_current_modes(), torch.no_grad():
+            for function, args, kwargs, output in self.calls:
+                for tensor in (*tree_leaves(args), *tree_leaves(kwargs)):
+                    if isinstance(tensor, FakeTensor):
+                        device.check_order(tensor, stream, function)
+                new = function(*unwrap(args), **unwrap(kwargs))
+                for old, value in zip(tree_leaves(output), tree_leaves(new), strict=True):
+                    if isinstance(old, FakeTensor):
+                        if old.data_on_cpu is not value and old.owns_memory:
+                            old.data_on_cpu.copy_(value)
+                        device.written(old, stream)
+
+    def reset(self) -> None:
+        self.calls.clear()
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 0)

@@ -1,0 +1,151 @@
+"""The pretended CUDA device makes the mistakes fail that a real one punishes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.fake_cuda import FakeCuda, fake_cuda
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def device() -> Iterator[FakeCuda]:
+    with fake_cuda() as device:
+        yield device
+
+
+def test_operations_give_the_numbers_of_the_cpu(device: FakeCuda) -> None:
+    layer = torch.nn.Conv2d(3, 4, 3)
+    x = torch.randn(2, 3, 8, 8)
+    expected = layer(x).relu()
+    result = layer.to(CUDA)(x.to(CUDA)).relu_()
+    assert result.is_cuda
+    assert result.device == CUDA
+    assert torch.equal(result.cpu(), expected)
+    assert [entry.partition(" ")[0] for entry in device.launches] == ["convolution", "relu_"]
+
+
+def test_tensors_of_two_devices_do_not_mix(device: FakeCuda) -> None:
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, device=CUDA) + torch.ones(3)
+    assert (
+        torch.ones(3, device=CUDA) * torch.tensor(2.0)
+    ).sum().item() == 6  # a number of the host may be used
+
+
+@pytest.mark.parametrize("wait", ["stream", "event", "device"])
+def test_an_asynchronous_copy_holds_garbage_until_it_is_waited_for(device: FakeCuda, wait: str) -> None:
+    source = torch.ones(4, device=CUDA)
+    copy = source.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    assert copy.isnan().all()
+    {
+        "stream": torch.cuda.current_stream().synchronize,
+        "event": event.synchronize,
+        "device": torch.cuda.synchronize,
+    }[wait]()
+    assert torch.equal(copy, torch.ones(4))
+
+
+def test_an_event_recorded_before_a_copy_does_not_wait_for_it(device: FakeCuda) -> None:
+    source = torch.ones(4, device=CUDA)
+    event = torch.cuda.Event()
+    event.record()
+    copy = source.to("cpu", non_blocking=True)
+    event.synchronize()
+    assert copy.isnan().all()
+
+
+def test_streams_must_wait_for_what_others_write(device: FakeCuda) -> None:
+    x = torch.ones(4, device=CUDA) * 2
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other), pytest.raises(RuntimeError, match="Race"):
+        x + 1
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        y = x + 1
+    x[0] = 5  # written again
+    with torch.cuda.stream(other), pytest.raises(RuntimeError, match="Race"):
+        x + 1
+    with pytest.raises(RuntimeError, match="Race"):
+        y + 1
+    other.synchronize()
+    assert (y + 1).sum().item() == 16
+
+
+def test_pinned_memory_must_stay_as_it_is_until_it_was_copied(device: FakeCuda) -> None:
+    pinned = torch.ones(4).pin_memory()
+    pinned.to(CUDA, non_blocking=True)
+    pinned.zero_()
+    with pytest.raises(RuntimeError, match="Pinned memory"):
+        torch.cuda.synchronize()
+
+
+def test_waits_of_the_host_are_counted_with_their_place(device: FakeCuda) -> None:
+    x = torch.ones(4, device=CUDA)
+    device.reset()
+    pinned = torch.ones(4).pin_memory()
+    x.add_(pinned.to(CUDA, non_blocking=True))
+    assert not device.waits
+    x.sum().item()
+    x.add_(torch.ones(4).to(CUDA))
+    assert torch.equal(x, x)
+    assert [entry.partition(" @ ")[0] for entry in device.waits] == ["item", "copy to the device", "equal"]
+    assert all("tests/test_fake_cuda.py:" in entry for entry in device.waits)
+
+
+def test_events_give_times_once_they_have_passed(device: FakeCuda) -> None:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.ones(4, device=CUDA) + 1
+    end.record()
+    assert not end.query()
+    with pytest.raises(RuntimeError, match="not ready"):
+        start.elapsed_time(end)
+    end.synchronize()
+    assert start.elapsed_time(end) > 0
+
+
+def test_a_graph_computes_when_it_is_replayed(device: FakeCuda) -> None:
+    layer = torch.nn.Linear(4, 4).to(CUDA)
+    x = torch.zeros(2, 4, device=CUDA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        y = layer(x).view(-1) * 2
+    assert y.cpu().isnan().all()
+    for value in (1.0, -3.0):
+        x.fill_(value)
+        device.reset()
+        graph.replay()
+        assert sum(device.launches.values()) == 1
+        with torch.inference_mode():
+            assert torch.equal(y.cpu(), (layer(x).view(-1) * 2).cpu())
+
+
+def test_nothing_waits_while_a_graph_is_captured(device: FakeCuda) -> None:
+    x = torch.zeros(2, 4, device=CUDA)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="capturing"):
+        x.sum().item()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="capturing"):
+        x.add_(torch.ones(2, 4).to(CUDA))
+
+
+def test_an_allocation_fails_on_demand(device: FakeCuda) -> None:
+    device.fails = lambda size: size > 1000
+    torch.ones(100, device=CUDA)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ones(1000, device=CUDA)
+
+
+def test_other_threads_see_the_device_too(device: FakeCuda) -> None:
+    made: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: made.append(torch.ones(2).to(CUDA) + torch.ones(2, device=CUDA)))
+    thread.start()
+    thread.join()
+    assert torch.equal(made[0].cpu(), torch.full((2,), 2.0))
