@@ -1,0 +1,102 @@
+"""Linear steps give what diffusers' schedulers give, for every sampler, kind of prediction and beginning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from torch import Tensor
+
+from hypergen.denoising.linear_steps import apply_step, linear_steps, next_history
+from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS, SchedulerFactory, takes_generator
+
+_SHAPE = (1, 4, 8, 8)
+
+
+def _published(**changes: Any) -> Any:
+    """As Stable Diffusion's."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **changes,
+    )
+
+
+def _errors(scheduler: Any, begin: int = 0) -> list[float]:
+    """The relative distance between diffusers' latents and those of the linear steps, step by step."""
+    steps = linear_steps(scheduler)
+    assert steps is not None
+    ours_generator, theirs_generator = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    noise = {"generator": theirs_generator} if takes_generator(scheduler) else {}
+    source = torch.Generator().manual_seed(4)
+    ours = theirs = torch.randn(_SHAPE, generator=source) * getattr(scheduler, "init_noise_sigma", 1.0)
+    history: list[Tensor] = []
+    errors: list[float] = []
+    for step, timestep in zip(steps, scheduler.timesteps[begin:], strict=True):
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(theirs, timestep)
+            errors.append(float((ours * step.input_scale - scaled).abs().max() / scaled.abs().max()))
+        prediction = torch.randn(_SHAPE, generator=source)
+        theirs = scheduler.step(prediction, timestep, theirs, return_dict=False, **noise)[0]
+        sample = torch.randn(_SHAPE, generator=ours_generator) if step.samples_noise else torch.zeros(_SHAPE)
+        terms = [ours, prediction, sample, *history]
+        outputs = apply_step(step, terms)
+        ours, history = outputs[0], next_history(step, terms, outputs)
+        errors.append(float((ours - theirs).abs().max() / theirs.abs().max()))
+    assert torch.equal(ours_generator.get_state(), theirs_generator.get_state())
+    return errors
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [2, 8, 30])
+def test_every_sampler_is_linear(sampler: str, prediction: str, steps: int) -> None:
+    factory = SchedulerFactory(_published(prediction_type=prediction), torch.device("cpu"))
+    assert max(_errors(factory.make(sampler, steps))) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_that_begin_later_have_their_own_coefficients(sampler: str) -> None:
+    scheduler = SchedulerFactory(_published(), torch.device("cpu")).make(sampler, 20)
+    if not hasattr(scheduler, "set_begin_index"):
+        pytest.skip("finds its step by the timestep")
+    begin = 8 * scheduler.order
+    scheduler.set_begin_index(begin)
+    assert max(_errors(scheduler, begin)) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+def test_flow_matching_is_linear(sampler: str) -> None:
+    published = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler}[sampler]
+    scheduler = published(shift=3.0)
+    scheduler.set_timesteps(12)
+    scheduler.set_begin_index(0)
+    assert max(_errors(scheduler)) < 1e-4
+
+
+def test_schedulers_that_clip_are_not_linear() -> None:
+    scheduler = DDIMScheduler(clip_sample=True)
+    scheduler.set_timesteps(4)
+    assert linear_steps(scheduler) is None
+
+
+def test_few_terms_are_enough() -> None:
+    """Each term is one operation over all images of a batch."""
+    factory = SchedulerFactory(_published(), torch.device("cpu"))
+    terms = {
+        sampler: max(len(step.inputs) for step in linear_steps(factory.make(sampler, 20)) or ())
+        for sampler in SAMPLERS
+    }
+    assert terms["euler"] == terms["ddim"] == 2
+    assert terms["euler_a"] == terms["dpmpp_2m_karras"] == terms["lcm"] == 3
+    assert max(terms.values()) == 5
