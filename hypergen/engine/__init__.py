@@ -1,1 +1,1 @@
-"""The half that draws: engine processes, and the torch-free pool that feeds and watches them."""
+"""The engine process: it loads the models and generates the images."""

@@ -1,5 +1,5 @@
-"""The engine: prepares requests, advances their images step by step, finishes them. One thread owns it and
-the device.
+"""The engine of one model with step-level batching: images join and leave the batch between two steps. One
+thread owns the engine and its device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hypergen.request import GenerationRequest
 logger = logging.getLogger(__name__)
 
 _LORA_POLL_S = 0.001
-_SHORTEST_TIME_SLICE_S = 0.02
+_MIN_TIME_SLICE_S = 0.02
 
 
 @dataclass(eq=False)
@@ -46,8 +46,8 @@ class _RequestProgress:
     """A request from its arrival to its last decoded image.
 
     Attributes:
-        queued_at: by the engine's clock.
-        loras: None: it has none.
+        queued_at: seconds of the engine's clock.
+        loras: None for a request without LoRAs.
     """
 
     request: GenerationRequest
@@ -60,14 +60,14 @@ class _RequestProgress:
 
 
 class Engine:
-    """Generates the images of the requests that are added, and reports events by request id.
+    """Generates the images of added requests and reports their events by request id.
 
-    All methods but `status` belong to the thread that owns the model. Reports come from that thread and, for
-    finished images, from the threads that encode files.
+    All methods but `status` belong to the thread that owns the model. Events are reported from that thread;
+    finished images from the encoder threads.
 
     Args:
-        clock: seconds by which forward passes are measured and waiting counts; a benchmark gives CPU time.
-        encoders: where finished images become files; absent: threads of its own.
+        clock: seconds, for the time of forward passes and of waiting; a benchmark passes CPU time.
+        encoders: executor that encodes image files; None: threads of its own.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class Engine:
         self._clock = clock
         self._report = report
         self._requests: dict[str, _RequestProgress] = {}
-        self._waiting: deque[_RequestProgress] = deque()  # for their LoRAs
+        self._waiting_for_loras: deque[_RequestProgress] = deque()
         self._preparing: deque[tuple[_RequestProgress, Generator[None]]] = deque()
         self._running: list[DenoisingState] = []
         self._decode_queue: deque[DenoisingState] = deque()
         self._forward_s = 0.0  # of the latest forward pass
         self._forwards = 0
         self._image_steps = 0
-        # Of encoding threads: the id of a request whose file could not be encoded, or what lost the device.
+        # From the encoder threads: the id of a request whose image could not be encoded, or a device error.
         self._encoding_failures: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
         self._postprocessor = PostProcessor(
             family,
@@ -107,49 +107,49 @@ class Engine:
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
-        self.shapes = ShapeProfiles(family, settings, clock)
+        self.shape_profiles = ShapeProfiles(family, settings, clock)
 
     def add_request(self, request: GenerationRequest) -> None:
-        """Take a request and start to load its LoRAs."""
+        """Add a request and start to load its LoRAs."""
         progress = _RequestProgress(request, self._clock(), None)
         self._requests[request.id] = progress
         try:
             progress.loras = self.family.load_loras(request)
-        except Exception as error:  # the edge where one request's trouble must not become everyone's
+        except Exception as error:  # Isolate the failure: only this request fails.
             self._fail(request.id, as_request_error(error, request))
             return
-        self._waiting.append(progress)
+        self._waiting_for_loras.append(progress)
 
     def cancel(self, request_id: str) -> None:
-        """Take a request out before its next step; nothing more is reported of it."""
-        self._drop(request_id, RequestState.CANCELLED)
+        """Remove a request before its next step and report no more events of it."""
+        self._remove(request_id, RequestState.CANCELLED)
 
     @property
     def has_requests(self) -> bool:
-        """Whether a request is here that is not decoded yet."""
+        """Whether a request has images that are not decoded yet."""
         return bool(self._requests)
 
     def status(self) -> EngineStatus:
         return EngineStatus(
             state="ready",
             device=self.family.device.type,
-            determinism=self.shapes.verdicts(),
+            determinism=self.shape_profiles.verdicts(),
             forwards=self._forwards,
             image_steps=self._image_steps,
         )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Probe the default size and generate an image of it in two steps, so that "ready" was tried.
+        """Probe the default size and generate an image in two steps, so that "ready" is tested.
 
         Raises:
-            GenerationError: the model generates none.
+            GenerationError: the model cannot generate an image.
         """
-        state = generate_once(self.family, self.family.model_info(self.model_id), self.shapes)
+        state = generate_once(self.family, self.family.model_info(self.model_id), self.shape_profiles)
         self._postprocessor.encode(state, self._postprocessor.decode(state))
 
     def close(self) -> None:
-        """Wait for the files that are being written; no step may follow."""
+        """Wait until all images are encoded. No step may follow."""
         self._postprocessor.shutdown()
 
     @torch.inference_mode()
@@ -157,57 +157,64 @@ class Engine:
         """Prepare requests, advance one batch by one denoising step, decode images.
 
         Returns:
-            Seconds that the thread may sleep before the next step: 0 with work at hand, inf without any.
+            Seconds that the thread may sleep before the next step: 0 if there is work, inf if there is none.
         """
         self.last_step_at = self._clock()
         had_requests = self.has_requests
-        self._drop_what_failed_to_encode()
-        self._prepare_those_with_loras()
-        self._serve_for_time_slice(lambda: self._preparing, self._prepare_next)
+        self._handle_encoding_failures()
+        self._start_preparing()
+        self._run_for_time_slice(lambda: self._preparing, self._prepare_next)
         if batch := self._schedule():
             self._advance(batch, self._predict(batch))
-        self._serve_for_time_slice(lambda: self._decode_queue, self._decode_next)
-        if self._probe_larger_batches() or len(self._requests) > len(self._waiting):
+        self._run_for_time_slice(lambda: self._decode_queue, self._decode_next)
+        if self._probe_larger_batches() or len(self._requests) > len(self._waiting_for_loras):
             return 0.0
-        if self._waiting:
+        if self._waiting_for_loras:
             return _LORA_POLL_S
         return 0.0 if had_requests else math.inf
 
     def _heartbeat(self) -> None:
-        """Say that the engine moves; a new size of a compiled model may then take minutes and is no stall."""
+        """Tell the watchdog that the engine works. Compiling a new batch size may take minutes: no stall."""
         self.last_step_at = math.inf if self.settings.compile != "off" else self._clock()
 
-    def _serve_for_time_slice(
-        self, line: Callable[[], Collection[object]], serve: Callable[[], None]
+    def _run_for_time_slice(
+        self, pending: Callable[[], Collection[object]], process_next: Callable[[], None]
     ) -> None:
-        """Serve a line between two steps for about as long as a forward pass takes, so that running images do
-        not stall, however much there is to encode, probe or decode.
+        """Process pending work between two steps for about the time of a forward pass.
+
+        So running images do not stall, however many images there are to prepare, probe or decode.
         """
-        until = self._clock() + max(self._forward_s, _SHORTEST_TIME_SLICE_S)
-        while line():
+        end = self._clock() + max(self._forward_s, _MIN_TIME_SLICE_S)
+        while pending():
             self._heartbeat()
-            serve()
-            if self._clock() > until:
+            process_next()
+            if self._clock() > end:
                 return
 
-    def _drop_what_failed_to_encode(self) -> None:
+    def _handle_encoding_failures(self) -> None:
         with suppress(queue.Empty):
             while True:
                 failure = self._encoding_failures.get_nowait()
                 if isinstance(failure, Exception):
                     raise failure
-                self._drop(failure, RequestState.FAILED)  # reported by the thread
+                self._remove(failure, RequestState.FAILED)  # the encoder thread reported the error
 
-    def _prepare_those_with_loras(self) -> None:
-        ready = [progress for progress in self._waiting if progress.loras is None or progress.loras.done()]
+    def _start_preparing(self) -> None:
+        """Start to prepare the requests whose LoRAs are loaded."""
+        ready = [
+            progress
+            for progress in self._waiting_for_loras
+            if progress.loras is None or progress.loras.done()
+        ]
         for progress in ready:
-            self._waiting.remove(progress)
+            self._waiting_for_loras.remove(progress)
             progress.state = RequestState.PREPARING
             self._preparing.append((progress, self._prepare(progress)))
 
     def _prepare_next(self) -> None:
-        """Prepare one request up to the next forward pass of a probe; in turns, so that none waits for the
-        probes of others.
+        """Prepare one request up to the next forward pass of a probe.
+
+        Round-robin, so that no request waits for the probes of another.
         """
         progress, preparation = self._preparing.popleft()
         try:
@@ -215,20 +222,20 @@ class Engine:
             self._preparing.append((progress, preparation))
         except StopIteration:
             pass
-        except Exception as error:  # the edge where one request's trouble must not become everyone's
+        except Exception as error:  # Isolate the failure: only this request fails.
             self._fail(progress.request.id, as_request_error(error, progress.request))
 
     def _prepare(self, progress: _RequestProgress) -> Generator[None]:
-        """Make a request's images ready for their first step; stops between the forward passes of a probe."""
+        """Prepare the images of a request; yields between the forward passes of a probe."""
         request = progress.request
-        loras = () if progress.loras is None else progress.loras.result()  # raises what was wrong
+        loras = () if progress.loras is None else progress.loras.result()  # raises the loading error, if any
         prompts = self.family.encode_prompts(request, loras)
         states = [self.family.prepare(request, index, prompts, loras) for index in range(request.n)]
-        yield from self.shapes.probe_minimum(states[0])
+        yield from self.shape_profiles.probe_minimum(states[0])
         for state in states:
             state.queued_at = progress.queued_at
             state.must_run_alone = any(
-                self.shapes.must_run_alone(stage) for stage in state.with_each_denoiser()
+                self.shape_profiles.must_run_alone(variant) for variant in state.with_each_denoiser()
             )
         progress.images_left = request.n
         progress.total_steps = sum(state.remaining_steps for state in states)
@@ -237,13 +244,15 @@ class Engine:
             self._decode_queue.extend(states)
         else:
             self._running.extend(states)
-        self.shapes.forget_old({batch_key(s).shared for t in self._running for s in t.with_each_denoiser()})
+        self.shape_profiles.evict_oldest(
+            {batch_key(variant).shared for state in self._running for variant in state.with_each_denoiser()}
+        )
 
     def _schedule(self) -> list[DenoisingState]:
-        """The images of the next denoising step."""
+        """The batch of the next denoising step."""
         now = self._clock()
         batch = next_batch(
-            self._running, self.shapes.costs, self.settings.max_batch_size, self.settings.aging, now
+            self._running, self.shape_profiles.costs, self.settings.max_batch_size, self.settings.aging, now
         )
         if batch:
             self.last_step_at = now
@@ -253,41 +262,47 @@ class Engine:
                 self._report(progress.request.id, Started())
         return batch
 
-    def _requests_of(self, images: Iterable[DenoisingState]) -> list[_RequestProgress]:
-        """Those that are still here."""
-        ids = {image.request.id for image in images}
+    def _requests_of(self, states: Iterable[DenoisingState]) -> list[_RequestProgress]:
+        """The requests of these images, without those that failed or were cancelled."""
+        ids = {state.request.id for state in states}
         return [self._requests[request_id] for request_id in ids if request_id in self._requests]
 
     def _predict(self, batch: list[DenoisingState]) -> list[tuple[DenoisingState, Tensor]]:
-        """One forward pass; when it fails, one for each image, so that only the guilty request fails."""
+        """Run one forward pass; if it fails, one for each image, so that only the failing request ends."""
         try:
             return list(zip(batch, self._run_forward(batch), strict=True))
-        except Exception as error:  # the edge where one request's trouble must not become everyone's
+        except Exception as error:  # Isolate the failure: only the request that causes it fails.
             if len(batch) == 1:
                 self._fail(batch[0].request.id, as_request_error(error, batch[0].request))
                 return []
-            logger.warning("A pass over %d images failed (%s); each runs alone now.", len(batch), error)
+            ids = ", ".join(sorted({state.request.id for state in batch}))
+            logger.warning(
+                "The forward pass for a batch of %d images (requests %s) failed (%s); retrying each alone.",
+                len(batch),
+                ids,
+                error,
+            )
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        # Outside the handler: inside, the error's frames would keep the memory of the failed pass.
+        # Outside the handler: inside, the error's frames would keep the memory of the failed forward pass.
         if out_of_memory:
             torch.cuda.empty_cache()
-            self.shapes.limit_rows(batch_key(batch[0]).shared, sum(t.rows for t in batch))
-        # Not in halves: a pass of one image is the only one that is sure to be among the proved sizes.
-        alone = (state for state in batch if state.request.id in self._requests)
-        return [pair for state in alone for pair in self._predict([state])]
+            self.shape_profiles.limit_rows(batch_key(batch[0]).shared, sum(state.rows for state in batch))
+        # Not in halves: batch size 1 is the only one that is sure to be among the probed sizes.
+        retried = (state for state in batch if state.request.id in self._requests)
+        return [pair for state in retried for pair in self._predict([state])]
 
     def _run_forward(self, batch: list[DenoisingState]) -> list[Tensor]:
-        """One forward pass over images of one group, measured for the cost curve of its shape.
+        """One forward pass over a batch, measured for the cost curve of its shape.
 
         Returns:
-            A prediction of shape (1, C, h, w) for each.
+            One prediction of shape (1, C, h, w) per image.
         """
         started = self._clock()
         predictions = denoise(self.family, batch)
         synchronize(predictions[0])
         self._forward_s = self._clock() - started
         rows = sum(state.rows for state in batch)
-        self.shapes.costs[batch_key(batch[0]).shared].record(rows, self._forward_s)
+        self.shape_profiles.costs[batch_key(batch[0]).shared].record(rows, self._forward_s)
         self._forwards += 1
         self._image_steps += len(batch)
         shared = len({state.request.id for state in batch}) > 1
@@ -296,20 +311,20 @@ class Engine:
         return predictions
 
     def _advance(self, batch: list[DenoisingState], predicted: list[tuple[DenoisingState, Tensor]]) -> None:
-        """Take the scheduler step of all images of a batch that are still here."""
-        # Another image of a request may have failed in this very batch.
+        """Do the scheduler step of the images of a batch and report the progress."""
+        # Another image of a request may have failed in the same batch.
         pairs = [pair for pair in predicted if pair[0].request.id in self._requests]
         for state, prediction in pairs:
             steps = self._requests[state.request.id].total_steps // state.request.n
             self._previewer.maybe_preview(state, prediction, steps)
         for state, error in advance_all(pairs, self.settings.batched_euler):
-            self._advanced(state, error)
+            self._record_step(state, error)
         for progress in self._requests_of(batch):
             self._report(progress.request.id, Progress(progress.steps_done, progress.total_steps))
 
-    def _advanced(self, state: DenoisingState, error: Exception | None) -> None:
+    def _record_step(self, state: DenoisingState, error: Exception | None) -> None:
         progress = self._requests.get(state.request.id)
-        if progress is None:  # another image of the request failed in this very step
+        if progress is None:  # another image of the request failed in the same step
             return
         if error is not None:
             self._fail(state.request.id, as_request_error(error, state.request))
@@ -322,12 +337,12 @@ class Engine:
             self._decode_queue.append(state)
 
     def _decode_next(self) -> None:
-        """Decode one image here and hand its pixels to the encoding threads."""
+        """Decode one image and submit its pixels to the encoder threads."""
         state = self._decode_queue.popleft()
         request = state.request
         try:
             self._postprocessor.submit_encode(state, self._postprocessor.decode(state))
-        except Exception as error:  # the edge where one request's trouble must not become everyone's
+        except Exception as error:  # Isolate the failure: only this request fails.
             self._fail(request.id, as_request_error(error, request))
             return
         progress = self._requests[request.id]
@@ -337,22 +352,22 @@ class Engine:
             del self._requests[request.id]
 
     def _probe_larger_batches(self) -> bool:
-        """One forward pass of an unfinished probe, where it is worth it; False: none was."""
-        # A request whose prompts are being encoded would wait for the end of a pass that nobody needs yet.
-        if self._preparing or (self._waiting and not self._running):
+        """Run one forward pass of an unfinished probe if that is worthwhile. Returns whether it did."""
+        # A request that is being prepared would wait for the end of a forward pass that no request needs yet.
+        if self._preparing or (self._waiting_for_loras and not self._running):
             return False
-        shape = self.shapes.next_pending_probe(self._running)
+        shape = self.shape_profiles.next_pending_probe(self._running)
         if shape is None:
             return False
         self._heartbeat()
-        self.shapes.probe_next(shape)
+        self.shape_profiles.continue_probe(shape)
         return True
 
     def _fail(self, request_id: str, error: RequestError) -> None:
-        self._drop(request_id, RequestState.FAILED)
+        self._remove(request_id, RequestState.FAILED)
         self._report(request_id, error)
 
-    def _drop(self, request_id: str, state: RequestState) -> None:
+    def _remove(self, request_id: str, final_state: RequestState) -> None:
         progress = self._requests.pop(request_id, None)
         if progress is None:
             return
@@ -361,8 +376,8 @@ class Engine:
         for other, preparation in self._preparing:
             if other is progress:
                 preparation.close()
-        progress.state = state
-        self._waiting = deque(other for other in self._waiting if other is not progress)
+        progress.state = final_state
+        self._waiting_for_loras = deque(other for other in self._waiting_for_loras if other is not progress)
         self._preparing = deque(entry for entry in self._preparing if entry[0] is not progress)
-        self._running = [t for t in self._running if t.request.id != request_id]
-        self._decode_queue = deque(t for t in self._decode_queue if t.request.id != request_id)
+        self._running = [state for state in self._running if state.request.id != request_id]
+        self._decode_queue = deque(state for state in self._decode_queue if state.request.id != request_id)

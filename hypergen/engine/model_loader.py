@@ -1,4 +1,4 @@
-"""Bringing a model of the manager into memory, ready to draw."""
+"""Loads a model for the model manager and warms it up."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hypergen.served_model import ServedModel
 
 
 class Loader:
-    """Loads models and draws once with each.
+    """Loads models and generates one image with each.
 
     Args:
         alone: see `loading.load_any`.
 
     Attributes:
-        seconds: stage -> what it took, over all models so far.
+        seconds: stage -> its duration, summed over all models.
     """
 
     def __init__(self, report: Report, *, alone: bool) -> None:
@@ -35,7 +35,7 @@ class Loader:
 
         Raises:
             ModelError: the model cannot be loaded.
-            GenerationError: it does not draw.
+            GenerationError: the warm-up image cannot be generated.
         """
         started = time.monotonic()
         loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)

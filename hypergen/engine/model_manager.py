@@ -1,9 +1,9 @@
-"""The models of one engine process: whose turn it is, and which of them are in memory.
+"""The model manager: runs the models of one engine process, and loads and evicts them.
 
-One thread owns them all. Models with work take turns, one step each. Where the weights of all models do not
-fit, a request for one that is not in memory waits until enough others have finished what they draw; they are
-then moved out, the one used longest ago first, and the model is loaded again from its files. Requests that
-came later wait behind it, whichever model they are for, so that none waits for ever.
+One thread owns all models. Models with requests run round-robin, one step each. If the weights of all models
+do not fit in memory, a request for an evicted model waits until enough other models have no requests. These
+are evicted, the least recently used first, and the model is loaded from its files again. Later requests wait
+behind it, for any model, so that no request waits forever.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelEngine(Protocol):
-    """What generates with one model: an `Engine` or a `PipelineEngine`."""
+    """The engine of one model: an `Engine` or a `PipelineEngine`."""
 
     last_step_at: float
 
@@ -52,46 +52,46 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-        size_bytes: of its weights.
+        size_bytes: size of its weights.
     """
 
     engine: ModelEngine
-    description: ModelInfo
+    model_info: ModelInfo
     size_bytes: int
 
 
-# A request and its place in the order of arrival among all models.
-_Numbered = tuple[int, GenerationRequest]
+# A request after its number in the order of arrival at all models.
+_QueuedRequest = tuple[int, GenerationRequest]
 
 
 @dataclass(eq=False)
 class _ModelSlot:
-    """One model of the manager, in memory or not."""
+    """One model of the manager, loaded or evicted."""
 
     model: ServedModel
     expected_bytes: int
     loaded: LoadedModel | None = None
     last_used_at: float = 0.0
-    # With the order of arrival among all models.
-    waiting: deque[_Numbered] = field(default_factory=deque[_Numbered])
-    forwards: int = 0  # of times in memory that are over
+    waiting: deque[_QueuedRequest] = field(default_factory=deque[_QueuedRequest])
+    # The status before the last eviction; the counts over all evictions.
+    forwards: int = 0
     image_steps: int = 0
     determinism: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
 
 
 class ModelManager:
-    """Draws what is submitted, each request with its model.
+    """Generates the images of submitted requests, each with its model.
 
-    `submit` and `cancel` may be called from any thread; `run` is the thread that owns the models.
+    `submit` and `cancel` may be called from any thread; `run` belongs to the thread that owns the models.
 
     Args:
         models: each with the expected size of its weights in bytes.
-        limit_bytes: what the weights of all models in memory may take; None is no limit.
-        load: brings a model into memory, ready to draw. What draws there calls the second argument between
-            two steps of one turn, so that requests leave it meanwhile.
+        limit_bytes: for the weights of all models in memory; None: no limit.
+        load: loads a model and warms it up. Its second argument reads the request queue; a full pipeline
+            calls it between two denoising steps, so that requests can be cancelled meanwhile.
 
     Raises:
-        ModelError: a model alone is larger than the limit.
+        ModelError: one model is larger than the limit.
     """
 
     def __init__(
@@ -103,82 +103,84 @@ class ModelManager:
     ) -> None:
         self.startup_s: dict[str, float] = {}
         self._slots = {model.id: _ModelSlot(model, size) for model, size in models}
-        self._limit = math.inf if limit_bytes is None else limit_bytes
+        self._limit_bytes = math.inf if limit_bytes is None else limit_bytes
         self._load = load
         self._report = report
         self._queue = RequestQueue()
         self._arrivals = itertools.count()
-        self._stepping: ModelEngine | None = None
+        self._running_engine: ModelEngine | None = None
         self._last_progress_at = time.monotonic()
-        # Whoever looks at a model from another thread keeps it alive, so none may while one leaves.
-        self._evicting = threading.Lock()
+        # A thread that reads a model's status has a reference to it, so none may do so during an eviction.
+        self._eviction_lock = threading.Lock()
         for slot in self._slots.values():
             self._refuse_if_too_large(slot.model, slot.expected_bytes)
 
     @property
     def last_step_at(self) -> float:
-        """When the engine last moved; infinite while it does what may take minutes."""
-        with self._evicting:
-            stepping = self._stepping
-            return self._last_progress_at if stepping is None else stepping.last_step_at
+        """Monotonic time of the last progress; inf during work that may take minutes, for example loading."""
+        with self._eviction_lock:
+            engine = self._running_engine
+            return self._last_progress_at if engine is None else engine.last_step_at
 
     def submit(self, request: GenerationRequest) -> None:
         self._queue.submit(request)
 
     def cancel(self, request_id: str) -> None:
-        """Take a request out before its next step; nothing more is reported of it."""
+        """Remove a request before its next step and report no more events of it."""
         self._queue.cancel(request_id)
 
     def status(self) -> EngineStatus:
-        with self._evicting:
+        with self._eviction_lock:
             return self._status()
 
     def _status(self) -> EngineStatus:
         slots = list(self._slots.values())
-        there = [(slot, loaded.engine.status()) for slot in slots if (loaded := slot.loaded) is not None]
+        loaded = [(slot, model.engine.status()) for slot in slots if (model := slot.loaded) is not None]
         determinism: dict[str, Verdict] = {}
         for slot in slots:
-            now = next((status.determinism for of, status in there if of is slot), slot.determinism)
-            # One model's sizes stand alone, as they always did; those of several say whose they are.
+            verdicts = next(
+                (status.determinism for other, status in loaded if other is slot), slot.determinism
+            )
+            # Sizes have a model id only if there are several models.
             prefix = f"{slot.model.id} " if len(slots) > 1 else ""
-            determinism |= {prefix + size: verdict for size, verdict in now.items()}
+            determinism |= {prefix + size: verdict for size, verdict in verdicts.items()}
         return EngineStatus(
             state="ready",
-            device=next((status.device for _, status in there), None),
+            device=next((status.device for _, status in loaded), None),
             determinism=determinism,
-            forwards=sum(slot.forwards for slot in slots) + sum(status.forwards for _, status in there),
-            image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in there),
-            models=tuple(slot.model.id for slot, _ in there),
+            forwards=sum(slot.forwards for slot in slots) + sum(status.forwards for _, status in loaded),
+            image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in loaded),
+            models=tuple(slot.model.id for slot, _ in loaded),
             startup_s=self.startup_s,
         )
 
     def load_all(self) -> tuple[ModelInfo, ...]:
-        """Bring every model in once, the first one last, so that all were tried and the first are there.
+        """Load every model once, in reverse order, so that all are tested and the first ones stay in memory.
 
         Raises:
-            ModelError: one cannot be loaded, or is larger than the limit.
+            ModelError: a model cannot be loaded or is larger than the limit.
         """
-        descriptions: list[ModelInfo] = []
+        model_infos: list[ModelInfo] = []
         for slot in reversed(self._slots.values()):
             self._ensure_loaded(slot)
             assert slot.loaded is not None
-            descriptions.append(slot.loaded.description)
-        return tuple(reversed(descriptions))
+            model_infos.append(slot.loaded.model_info)
+        return tuple(reversed(model_infos))
 
     def run(self) -> Never:
-        """Serve for ever."""
+        """Run forever."""
         sleep_s = 0.0
         while True:
             sleep_s = self.step(sleep_s)
 
     def step(self, sleep_s: float = 0.0) -> float:
-        """Take requests in and out; then every model takes a step.
+        """Read the request queue, then run one step of every model in memory.
 
         Args:
-            sleep_s: for how long to wait for a message.
+            sleep_s: how long to wait for a message.
 
         Returns:
-            The `sleep_s` of the next call.
+            `sleep_s` of the next call.
         """
         self._read_queue(sleep_s)
         self._last_progress_at = time.monotonic()
@@ -190,11 +192,11 @@ class ModelManager:
             engine = slot.loaded.engine
             if engine.has_requests:
                 slot.last_used_at = time.monotonic()
-            self._stepping = engine
+            self._running_engine = engine
             try:
                 sleep_s = min(sleep_s, engine.step())
             finally:
-                self._last_progress_at, self._stepping = time.monotonic(), None
+                self._last_progress_at, self._running_engine = time.monotonic(), None
         return sleep_s
 
     def _read_queue(self, sleep_s: float = 0.0) -> None:
@@ -202,28 +204,33 @@ class ModelManager:
             if isinstance(message, GenerationRequest):
                 self._slot_of(message).waiting.append((next(self._arrivals), message))
             else:
-                self._drop(message)
+                self._cancel(message)
 
     def _slot_of(self, request: GenerationRequest) -> _ModelSlot:
         return self._slots[request.model or next(iter(self._slots))]
 
-    def _drop(self, request_id: str) -> None:
+    def _cancel(self, request_id: str) -> None:
         for slot in self._slots.values():
             slot.waiting = deque(entry for entry in slot.waiting if entry[1].id != request_id)
             if slot.loaded is not None:
                 slot.loaded.engine.cancel(request_id)
 
     def _dispatch_waiting(self) -> None:
-        """Hand the requests that wait to their models, in the order in which they came."""
-        while asked := [slot for slot in self._slots.values() if slot.waiting]:
-            slot = min(asked, key=lambda slot: slot.waiting[0][0])
+        """Add the waiting requests to their models' engines, in order of arrival."""
+        while waiting := [slot for slot in self._slots.values() if slot.waiting]:
+            slot = min(waiting, key=lambda slot: slot.waiting[0][0])
             try:
                 if not self._ensure_loaded(slot):
                     return
-            except Exception as error:  # the edge where one model's trouble must not become everyone's
-                logger.exception("The model %s could not be loaded again.", slot.model.id)
+            except Exception as error:  # Isolate the failure: only this model's requests fail.
+                ids = ", ".join(request.id for _, request in slot.waiting)
+                logger.exception(
+                    "Model %s could not be loaded again; failing requests %s.", slot.model.id, ids
+                )
                 if isinstance(error, ModelError):
-                    error = GenerationError("The model could not be loaded again; the server's log says why.")
+                    error = GenerationError(
+                        "The model could not be loaded again; see the server's log for details."
+                    )
                 for _, request in slot.waiting:
                     self._report(request.id, as_request_error(error, request))
                 slot.waiting.clear()
@@ -233,16 +240,16 @@ class ModelManager:
                 slot.loaded.engine.add_request(slot.waiting.popleft()[1])
 
     def _ensure_loaded(self, slot: _ModelSlot) -> bool:
-        """Have a model in memory; False while those in its place still draw.
+        """Load a model unless it is in memory. Returns False if running models do not leave room for it yet.
 
         Raises:
-            ModelError: it cannot be loaded.
+            ModelError: the model cannot be loaded.
         """
         if slot.loaded is not None:
             return True
         if not self._evict_until_fits(slot):
             return False
-        self._last_progress_at = math.inf  # a large model takes minutes, which are no stall
+        self._last_progress_at = math.inf  # loading a large model takes minutes: no stall
         try:
             slot.loaded = self._load(slot.model, self._read_queue)
         finally:
@@ -250,33 +257,36 @@ class ModelManager:
         slot.last_used_at = self._last_progress_at
         slot.expected_bytes = slot.loaded.size_bytes
         self._refuse_if_too_large(slot.model, slot.expected_bytes)
-        self._evict_until_fits(slot)  # with its control models and refiner it may be larger than was expected
+        self._evict_until_fits(slot)  # with ControlNets and refiner it may be larger than expected
         return True
 
     def _evict_until_fits(self, slot: _ModelSlot) -> bool:
-        """Move others out until a model's weights fit beside the rest; False while the rest still draws."""
-        there = [other for other in self._slots.values() if other.loaded is not None and other is not slot]
-        while sum(other.expected_bytes for other in there) + slot.expected_bytes > self._limit:
-            leaving = [other for other in there if other.loaded and not other.loaded.engine.has_requests]
-            if not leaving:
+        """Evict models without requests, the least recently used first, until the model fits in memory.
+
+        Returns False if models with requests take too much memory.
+        """
+        loaded = [other for other in self._slots.values() if other.loaded is not None and other is not slot]
+        while sum(other.expected_bytes for other in loaded) + slot.expected_bytes > self._limit_bytes:
+            idle = [other for other in loaded if other.loaded and not other.loaded.engine.has_requests]
+            if not idle:
                 return False
-            oldest = min(leaving, key=lambda other: other.last_used_at)
-            self._evict(oldest)
-            there.remove(oldest)
+            least_recent = min(idle, key=lambda other: other.last_used_at)
+            self._evict(least_recent)
+            loaded.remove(least_recent)
         return True
 
     def _evict(self, slot: _ModelSlot) -> None:
-        """Give a model's memory back. Its pictures stay the same: they depend on no state that is lost."""
+        """Free a model's memory. Later images are the same: they depend on no state that is lost."""
         assert slot.loaded is not None
-        logger.info("%s is moved out of memory.", slot.model.id)
+        logger.info("Evicted %s from memory.", slot.model.id)
         slot.loaded.engine.close()
-        with self._evicting:
+        with self._eviction_lock:
             status = slot.loaded.engine.status()
             slot.forwards += status.forwards
             slot.image_steps += status.image_steps
             slot.determinism = status.determinism
             slot.loaded = None
-            # What was there at the start is kept out of collections, which would now keep the model.
+            # Objects frozen at the start are not collected, so the model would stay in memory.
             gc.unfreeze()
             gc.collect()
             gc.freeze()
@@ -284,8 +294,8 @@ class ModelManager:
             torch.cuda.empty_cache()
 
     def _refuse_if_too_large(self, model: ServedModel, size_bytes: int) -> None:
-        if size_bytes > self._limit:
+        if size_bytes > self._limit_bytes:
             raise ModelError(
-                f"The weights of {model.id} take {size_bytes / 1e9:.3g} GB, more than the "
-                f"{self._limit / 1e9:.3g} GB that models may take."
+                f"The weights of {model.id} take {size_bytes / 1e9:.3g} GB, more than the limit of "
+                f"{self._limit_bytes / 1e9:.3g} GB for all models."
             )

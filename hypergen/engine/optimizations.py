@@ -1,4 +1,4 @@
-"""Acceleration: what a device may be told so that it draws the same pictures faster."""
+"""Optimizations by settings: memory format, compilation and attention kernels."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# One for each number of rows, latent shape and prompt length; torch gives up after 8 by default.
-_COMPILED_SHAPES = 512
+# One per row count, latent shape and prompt length; torch stops compiling after 8 by default.
+_MAX_COMPILED_SHAPES = 512
 
 
 def apply_optimizations(family: Family, settings: EngineSettings) -> None:
-    """Change a loaded family as the settings say.
+    """Apply the settings to a loaded family.
 
     Raises:
-        ModelError: a setting needs another device than the model is on, or does not go with another.
+        ModelError: a setting is not supported on the model's device.
     """
     device = family.device.type
     needs_cuda = {"compile=graphs": settings.compile == "graphs", "decode_stream": settings.decode_stream}
-    for setting, wanted in needs_cuda.items():
-        if wanted and device != "cuda":
+    for setting, enabled in needs_cuda.items():
+        if enabled and device != "cuda":
             raise ModelError(f"The setting {setting} needs a CUDA device; this model is on {device}.")
     if settings.channels_last:
         for network in (family.denoiser, family.decoder, *family.control_models.values()):
@@ -46,73 +46,71 @@ def apply_optimizations(family: Family, settings: EngineSettings) -> None:
     forward = family.forward
     if settings.compile != "off":
         graphs = settings.compile == "graphs"
-        torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
+        torch._dynamo.config.recompile_limit = _MAX_COMPILED_SHAPES
         compile_network(family.denoiser, graphs=graphs)
-        forward = _in_buckets(forward, _fewest_rows(family), copy=graphs)
+        forward = _padded_to_bucket(forward, _rows_per_image(family), copy=graphs)
     if settings.attention is not None:
         forward = _with_attention(forward, settings.attention, device)
     _replace_forward(family, forward)
 
 
 def compile_network(network: Any, *, graphs: bool) -> None:
-    """Compile for fixed shapes, without choosing kernels by timing: those could differ after the next start.
+    """Compile for static shapes. Kernels are not chosen by timing: those could differ after a restart.
 
-    A transformer is its blocks, and all blocks of a kind are compiled once for each shape, not one by one. A
-    CUDA graph is of the whole network.
+    A transformer's repeated blocks are compiled once per shape instead of the whole network. A CUDA graph
+    needs the whole network.
     """
-    in_blocks = not isinstance(network, UNet2DConditionModel) and getattr(network, "_repeated_blocks", None)
-    if in_blocks and not graphs:
+    by_block = not isinstance(network, UNet2DConditionModel) and getattr(network, "_repeated_blocks", None)
+    if by_block and not graphs:
         network.compile_repeated_blocks(dynamic=False)
     else:
         network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
-def bucket(rows: int, fewest: int = 2) -> int:
-    """The number of rows that a compiled pass is filled up to: `fewest` (1 or 2), 2, 4, 8 ..."""
-    return max(fewest, 1 << (rows - 1).bit_length())
+def bucket_size(rows: int, min_rows: int = 2) -> int:
+    """The row count that a compiled forward pass is padded to: `min_rows` (1 or 2), 2, 4, 8 ..."""
+    return max(min_rows, 1 << (rows - 1).bit_length())
 
 
 @torch.inference_mode()
-def _fewest_rows(family: Family) -> int:
-    """The rows of one image as the model draws by default: where that is a single one, as with FLUX, filling
-    it up would double what an image costs.
-    """
+def _rows_per_image(family: Family) -> int:
+    """Rows of an image with default parameters. If 1, as for FLUX, padding to 2 would double the cost."""
     request = warm_up_request(family.model_info(""))
     return family.prepare(request, 0, family.encode_prompts(request)).rows
 
 
-def _in_buckets(forward: Forward, fewest: int, copy: bool) -> Forward:
-    """Fill a pass up with copies of its last row, so that few shapes are compiled.
+def _padded_to_bucket(forward: Forward, min_rows: int, copy: bool) -> Forward:
+    """Pad batches with copies of the last row, so that few shapes are compiled.
 
     Args:
-        fewest: see `bucket`.
-        copy: the result stands in memory that the next pass overwrites.
+        min_rows: see `bucket_size`.
+        copy: copy the output, because the next forward pass overwrites its memory.
     """
 
-    def filled(latents: Tensor, timesteps: Tensor, inputs: ModelInputs, **named: Any) -> Tensor:
-        count = latents.shape[0]
-        missing = bucket(count, fewest) - count
+    def padded_forward(latents: Tensor, timesteps: Tensor, inputs: ModelInputs, **kwargs: Any) -> Tensor:
+        rows = latents.shape[0]
+        padding = bucket_size(rows, min_rows) - rows
 
-        def fill(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
+        def pad(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor[-1:].expand(padding, *tensor.shape[1:])])
 
-        output = forward(*map_rows((latents, timesteps, inputs), fill), **named)
-        return output[:count].clone() if copy else output[:count]
+        output = forward(*map_rows((latents, timesteps, inputs), pad), **kwargs)
+        return output[:rows].clone() if copy else output[:rows]
 
-    return filled
+    return padded_forward
 
 
 def _with_attention(forward: Forward, kernel: Attention, device: str) -> Forward:
-    def attending(*rows: Any, **named: Any) -> Tensor:
+    def forward_with_kernel(*args: Any, **kwargs: Any) -> Tensor:
         try:
             with sdpa_kernel(_KERNELS[kernel]):
-                return forward(*rows, **named)
+                return forward(*args, **kwargs)
         except RuntimeError as error:
             if "No available kernel" not in str(error) and "No viable backend" not in str(error):
                 raise
-            raise ModelError(f"Attention '{kernel}' cannot run this model on {device}.") from None
+            raise ModelError(f"Attention '{kernel}' is not supported for this model on {device}.") from None
 
-    return attending
+    return forward_with_kernel
 
 
 def _replace_forward(family: Any, forward: Forward) -> None:

@@ -1,4 +1,4 @@
-"""The engine of pipelines that are called whole: one image at a time, in the order of arrival."""
+"""The engine of full diffusers pipelines: one image at a time, in order of arrival."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-_MOST_MIN_STEPS = 4  # PNDM begins with so many steps of Runge and Kutta; no scheduler of diffusers wants more
+# PNDM needs this many for its Runge-Kutta steps; no scheduler of diffusers needs more.
+_MAX_MIN_STEPS = 4
 
 
 class _CancelledError(Exception):
@@ -30,12 +31,13 @@ class _CancelledError(Exception):
 
 
 class PipelineEngine:
-    """Generates the images of the requests that are added, and reports events by request id; the counterpart
-    of `Engine`. All methods but `status` belong to the thread that owns the model; reports come from it.
+    """Generates the images of added requests and reports their events by request id, like `Engine`.
+
+    All methods but `status` belong to the thread that owns the model. Events are reported from that thread.
 
     Args:
-        between_steps: called after every denoising step, because `step` takes as long as a request: it
-            cancels what clients no longer want.
+        between_steps: called after every denoising step. It reads the request queue and may call `cancel`,
+            because one call of `step` runs a whole request.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class PipelineEngine:
         self._running: GenerationRequest | None = None
         self._steps = 0
         logger.warning(
-            "%s is drawn whole, one image at a time: no shared steps, samplers, LoRAs, pictures or control "
-            "models, and a long request holds up the next ones.",
+            "%s runs as a full diffusers pipeline, one image at a time: without step-level batching, "
+            "samplers, LoRAs, input images and ControlNets. A long request delays the next ones.",
             model.name,
         )
 
@@ -65,7 +67,7 @@ class PipelineEngine:
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Take a request out, or end it at its next step; nothing more is reported of it."""
+        """Remove a request, or stop it at its next step, and report no more events of it."""
         self._waiting = deque(request for request in self._waiting if request.id != request_id)
         if self._running is not None and self._running.id == request_id:
             self._running = None
@@ -84,19 +86,18 @@ class PipelineEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Find out the fewest steps that the pipeline can do, with an image of the default size.
-
-        So "ready" was tried.
+        """Generate an image of the default size, so that "ready" is tested, and find the pipeline's
+        `min_steps`.
         """
         request = warm_up_request(self.model.model_info(self.model_id))
         while True:
             try:
-                fewest = replace(request, num_inference_steps=self.model.min_steps)
-                pixels = self.model.generate(fewest, 0, self._heartbeat)
+                trial = replace(request, num_inference_steps=self.model.min_steps)
+                pixels = self.model.generate(trial, 0, self._heartbeat)
                 break
-            # What schedulers raise for too few steps; no other error depends on their number.
+            # The errors of noise schedulers for too few steps; no other error depends on the number of steps.
             except (ArithmeticError, LookupError, ValueError):
-                if self.model.min_steps == _MOST_MIN_STEPS:
+                if self.model.min_steps == _MAX_MIN_STEPS:
                     raise
             self.model.min_steps += 1
         encoding.encode(pixels, request, 0, self.model_id)
@@ -107,13 +108,13 @@ class PipelineEngine:
         self._heartbeat(0)
         if not self._waiting:
             return math.inf
-        self._serve(self._waiting.popleft())
+        self._run_request(self._waiting.popleft())
         return 0.0
 
     def close(self) -> None:
-        """Nothing is left open; the counterpart of `Engine.close`."""
+        """Does nothing; for the same interface as `Engine`."""
 
-    def _serve(self, request: GenerationRequest) -> None:
+    def _run_request(self, request: GenerationRequest) -> None:
         self._running = request
         self._report(request.id, Started())
         try:
@@ -122,7 +123,7 @@ class PipelineEngine:
                 self._generate(request, index, tokens)
         except _CancelledError:
             pass
-        except Exception as error:  # the edge where one request's trouble must not become everyone's
+        except Exception as error:  # Isolate the failure: only this request fails.
             self._report(request.id, as_request_error(error, request))
         finally:
             self._running = None
@@ -133,7 +134,7 @@ class PipelineEngine:
         def on_step(step: int) -> None:
             self._heartbeat(step)
             self._steps += 1
-            # Pipelines with two calls a step would count beyond what was asked for.
+            # A pipeline with two forward passes per step would report more steps than requested.
             self._report(request.id, Progress(index * steps + min(step, steps), request.n * steps))
             self._between_steps()
             if self._running is not request:
@@ -141,7 +142,7 @@ class PipelineEngine:
 
         started = time.monotonic()
         pixels = self.model.generate(request, index, on_step)
-        drawn = time.monotonic()
+        generated_at = time.monotonic()
         data = encoding.encode(pixels, request, index, self.model_id)
         self._report(
             request.id,
@@ -151,8 +152,8 @@ class PipelineEngine:
                 data=data,
                 prompt_tokens=prompt_tokens,
                 shared_forwards=0,
-                engine_s=drawn - started,
-                encode_s=time.monotonic() - drawn,
+                engine_s=generated_at - started,
+                encode_s=time.monotonic() - generated_at,
             ),
         )
 

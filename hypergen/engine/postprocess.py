@@ -1,4 +1,4 @@
-"""Finishing: from denoised latents to the bytes of a file, off the path of the next step."""
+"""Decodes final latents and encodes the image files, without delaying the next denoising step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Report = Callable[[str, Event | RequestError], None]
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Pixels on their way from the device.
+    """Decoded pixels, which may still be copied from the device.
 
     Attributes:
-        pixels: uint8, shape (H, W, 3), on the CPU as soon as `done` has happened.
-        finite: whether the decoder gave numbers; one bool, as a tensor.
-        done: None when nothing is under way.
+        pixels: uint8, shape (H, W, 3), on the CPU; valid after `done`.
+        finite: False if the VAE produced NaN or Inf values; a bool tensor of one element, valid after `done`.
+        done: when the copy is complete; None if it already is.
     """
 
     pixels: Tensor
@@ -39,23 +39,23 @@ class DecodedImage:
 
 
 class PostProcessor:
-    """Decodes on the engine's thread, one image per call, and encodes in threads of its own.
+    """Decodes in the engine's thread, one image per call, and encodes files in other threads.
 
     Args:
-        fail: told from any thread the id of a request whose other images are to stop, or that the device is
-            lost.
-        own_stream: decode beside the next step instead of before it; needs CUDA.
-        encoders: where pixels become files; absent: two threads.
+        on_failure: called from any thread with the id of a failed request, whose other images then stop, or
+            with the error of a lost device.
+        own_stream: decode in parallel with the next step instead of before it; needs CUDA.
+        encoders: executor that encodes files; None: two threads.
     """
 
-    _ENCODERS = 2
+    _ENCODER_THREADS = 2
 
     def __init__(
         self,
         family: Family,
         model_id: str,
         report: Report,
-        fail: Callable[[str | Exception], None],
+        on_failure: Callable[[str | Exception], None],
         *,
         clock: Callable[[], float],
         own_stream: bool,
@@ -64,57 +64,60 @@ class PostProcessor:
         self._family = family
         self._model_id = model_id
         self._report = report
-        self._fail = fail
+        self._on_failure = on_failure
         self._clock = clock
         self._stream = torch.cuda.Stream() if own_stream else None
-        self.encoders = encoders or ThreadPoolExecutor(self._ENCODERS, thread_name_prefix="encode")
+        self.encoders = encoders or ThreadPoolExecutor(self._ENCODER_THREADS, thread_name_prefix="encode")
 
     def decode(self, state: DenoisingState) -> DecodedImage:
-        """Start to turn latents into pixels; an image of which nothing is drawn is the picture that was sent.
+        """Start to decode an image. Without denoising, the result is the input image itself.
 
         Raises:
-            GenerationError: the latents are no numbers.
+            GenerationError: the latents contain NaN or Inf.
         """
-        picture = state.request.image
-        if state.skip_denoising and picture is not None:
-            pixels = torch.frombuffer(bytearray(picture.pixels), dtype=torch.uint8)
-            return DecodedImage(pixels.reshape(picture.height, picture.width, 3), torch.tensor(True), None)
+        input_image = state.request.image
+        if state.skip_denoising and input_image is not None:
+            pixels = torch.frombuffer(bytearray(input_image.pixels), dtype=torch.uint8)
+            pixels = pixels.reshape(input_image.height, input_image.width, 3)
+            return DecodedImage(pixels, torch.tensor(True), None)
         if not torch.isfinite(state.latents).all():
-            sampler = state.request.sampler or "of the model"
+            name = state.request.sampler
+            sampler = f"Sampler '{name}'" if name else "The model's default sampler"
             raise GenerationError(
-                f"The sampler {sampler} left the numbers it can draw with; try other settings."
+                f"{sampler} produced NaN or Inf latents with these settings; "
+                "try more steps or another sampler."
             )
         if self._stream is None:
-            return DecodedImage(*self._pixels(state), None)
+            return DecodedImage(*self._decode_pixels(state), None)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             state.latents.record_stream(self._stream)
-            pixels, finite = self._pixels(state)
+            pixels, finite = self._decode_pixels(state)
             done = torch.cuda.Event()
             done.record(self._stream)
             return DecodedImage(pixels, finite, done)
 
     def submit_encode(self, state: DenoisingState, decoded: DecodedImage) -> None:
-        """Hand pixels to the threads that write files; they report the picture."""
+        """Encode the file in an encoder thread, which then reports the image."""
         engine_s = self._clock() - state.queued_at
-        self.encoders.submit(self._encode, state, decoded, engine_s).add_done_callback(self._encoded)
+        self.encoders.submit(self._encode, state, decoded, engine_s).add_done_callback(self._check_encoding)
 
     def encode(self, state: DenoisingState, decoded: DecodedImage) -> bytes:
-        """The file of an image, as soon as its pixels are there.
+        """Wait for the pixels and encode the image file.
 
         Raises:
-            GenerationError: the decoder gave no numbers.
+            GenerationError: the VAE produced NaN or Inf values.
         """
         if decoded.done is not None:
             decoded.done.synchronize()
         if not decoded.finite:
-            raise GenerationError("The decoder of this model left the numbers it can draw with.")
+            raise GenerationError("The VAE produced NaN or Inf values; serve the model with --dtype float32.")
         return encoding.encode(decoded.pixels.numpy(), state.request, state.index, self._model_id)
 
     def shutdown(self) -> None:
         self.encoders.shutdown()
 
-    def _pixels(self, state: DenoisingState) -> tuple[Tensor, Tensor]:
+    def _decode_pixels(self, state: DenoisingState) -> tuple[Tensor, Tensor]:
         image = self._family.decode(state)
         finite = torch.isfinite(image).all()
         return to_pixels(image).to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
@@ -124,8 +127,8 @@ class PostProcessor:
         started = time.monotonic()
         try:
             data = self.encode(state, decoded)
-        except Exception as error:  # the edge where one picture's trouble must not become everyone's
-            self._fail(request.id)
+        except Exception as error:  # Isolate the failure: only this request fails.
+            self._on_failure(request.id)
             self._report(request.id, as_request_error(error, request))
             return
         self._report(
@@ -141,14 +144,14 @@ class PostProcessor:
             ),
         )
 
-    def _encoded(self, encoding: Future[None]) -> None:
+    def _check_encoding(self, encoding: Future[None]) -> None:
         error = encoding.exception()
-        if isinstance(error, torch.AcceleratorError):  # the engine may be idle, and would not notice
-            self._fail(error)
+        if isinstance(error, torch.AcceleratorError):  # an idle engine would not notice it
+            self._on_failure(error)
         elif error is not None:
-            logger.error("An image could not be reported.", exc_info=error)
+            logger.error("An image or its error could not be reported.", exc_info=error)
 
 
 def to_pixels(image: Tensor) -> Tensor:
-    """From a decoder's -1..1, shape (1, 3, H, W), to uint8, shape (H, W, 3)."""
+    """Convert a decoded image in -1..1, shape (1, 3, H, W), to uint8, shape (H, W, 3)."""
     return ((image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float() * 255)[0].round().to(torch.uint8)

@@ -1,9 +1,9 @@
-"""Previews: what a running image would be if it ended now.
+"""Previews of images between two denoising steps.
 
-The clean latents that a prediction points to become a picture in one of two ways. A small decoder decodes
-them. A large one would hold up everybody's next steps; there a linear map gives each latent pixel and its
-neighbours a colour. The map is fitted when it is first needed, by least squares, between the model's own
-latents of rendered pictures and the pictures' pixels at the latents' size.
+The predicted clean latents become an image in one of two ways. A small VAE decodes them. A large VAE would
+delay the next steps of all requests. There a linear map computes an RGB color from each latent pixel and its
+neighbors. It is fitted at its first use by least squares on random images: from their latents to their pixels
+at the size of the latents.
 """
 
 from __future__ import annotations
@@ -30,113 +30,112 @@ from hypergen.models.family import Family
 
 logger = logging.getLogger(__name__)
 
-_PICTURES = 16
-_SIDE = 128  # pixels of those pictures
-_RECTANGLES = 3  # in each at most; decoders that normalise over a whole picture want large even areas
-_RIDGE = 1e-3  # against channels that are nearly alike
+_FIT_IMAGES = 16
+_FIT_IMAGE_SIZE = 128  # in pixels, width and height
+_MAX_RECTANGLES = 3  # per image: VAEs that normalize over the whole image need large areas of one color
+_RIDGE = 1e-3  # regularization, against channels that are almost equal
 
 
-# Weights of an autoencoder, the embedded model's for one, whose decoder costs about a step of its denoiser.
-_SMALL_AUTOENCODER = 5_000_000
+# Parameters of a VAE that decodes about as fast as a denoising step, for example the embedded model's.
+_SMALL_VAE_PARAMETERS = 5_000_000
 
 
 class Previewer:
-    """Shows running images that want to be seen; belongs to the engine's thread.
+    """Reports previews of running images; belongs to the engine's thread.
 
     Args:
-        encoders: where pixels become files.
+        encoders: executor that encodes image files.
     """
 
     def __init__(self, family: Family, report: Report, encoders: Executor) -> None:
         self._family = family
         self._report = report
         self._encoders = encoders
-        self._decodes = sum(p.numel() for p in family.decoder.parameters()) <= _SMALL_AUTOENCODER
-        self._colours: LatentToRgb | None = None
+        self._use_vae = sum(p.numel() for p in family.decoder.parameters()) <= _SMALL_VAE_PARAMETERS
+        self._latent_to_rgb: LatentToRgb | None = None
 
     def maybe_preview(self, state: DenoisingState, prediction: Tensor, steps: int) -> None:
-        """Show an image that is about to take a step along a prediction, if this step is one to show.
+        """Report a preview if one is due at this step. Called with the prediction, before the scheduler step.
 
         Args:
-            steps: that the image takes in all; one that begins from a picture does not take the first ones.
+            steps: denoising steps of the image in total; image-to-image skips the first ones.
         """
         try:
             due = sorted(preview_steps(steps, state.request.partial_images))
-            taken = steps - state.remaining_steps + 1
-            if taken not in due:
+            step = steps - state.remaining_steps + 1
+            if step not in due:
                 return
-            clean = pred_original_sample(state, prediction).to(state.latents.dtype)
-            pixels = to_pixels(self._draw(state, clean)).cpu()
-            self._encoders.submit(self._encode, state, due.index(taken), pixels)
-        except Exception:  # an image without previews is better than none
-            logger.exception("A preview of %s could not be drawn.", state.request.id)
+            latents = pred_original_sample(state, prediction).to(state.latents.dtype)
+            pixels = to_pixels(self._decode(state, latents)).cpu()
+            self._encoders.submit(self._encode, state, due.index(step), pixels)
+        except Exception:  # Isolate the failure: the image is generated without previews.
+            logger.exception("A preview of request %s could not be generated.", state.request.id)
 
-    def _draw(self, state: DenoisingState, clean: Tensor) -> Tensor:
-        """Pixels in -1..1 of the drawn size, or of the latents' size."""
-        if self._decodes:
-            return self._family.decode(replace(state, latents=clean))
-        if self._colours is None:
-            self._colours = LatentToRgb(partial(_encode, self._family.decoder))
-        return self._colours(clean)
+    def _decode(self, state: DenoisingState, latents: Tensor) -> Tensor:
+        """The preview in -1..1, shape (1, 3, H, W): in the generation size or the size of the latents."""
+        if self._use_vae:
+            return self._family.decode(replace(state, latents=latents))
+        if self._latent_to_rgb is None:
+            self._latent_to_rgb = LatentToRgb(partial(_encode_latents, self._family.decoder))
+        return self._latent_to_rgb(latents)
 
     def _encode(self, state: DenoisingState, number: int, pixels: Tensor) -> None:
         request = state.request
         try:
             image = Image.fromarray(pixels.numpy())
-            drawn = self._family.generation_size(request.width, request.height)
-            if image.size != drawn:
-                image = image.resize(drawn, Image.Resampling.BICUBIC)
-            # Without the settings: they do not make this picture.
+            generation_size = self._family.generation_size(request.width, request.height)
+            if image.size != generation_size:
+                image = image.resize(generation_size, Image.Resampling.BICUBIC)
+            # Without metadata: those settings would not reproduce the preview.
             data = encoding.encode(np.asarray(image), replace(request, metadata=False), state.index, "")
-        except Exception:  # the picture itself will tell why
-            logger.exception("A preview of %s could not be written.", request.id)
+        except Exception:  # Isolate the failure: if encoding fails in general, the final image reports it.
+            logger.exception("A preview of request %s could not be encoded.", request.id)
             return
         self._report(request.id, Preview(index=state.index, number=number, data=data))
 
 
 class LatentToRgb:
-    """From latents to the colours that they stand for.
+    """A linear map from latents to RGB colors, fitted to a VAE.
 
     Args:
-        encode: pixels in -1..1, shape (1, 3, H, W), to latents as the sampler sees them, (1, C, h, w).
+        encode: from pixels in -1..1, shape (1, 3, H, W), to scaled latents, shape (1, C, h, w).
     """
 
     def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
         generator = torch.Generator("cpu").manual_seed(0)
-        rows: list[Tensor] = []
-        colours: list[Tensor] = []
-        for number in range(_PICTURES):
-            picture = _random_picture(1 + number % _RECTANGLES, generator)
-            latents = encode(picture).float().cpu()
-            rows.append(_neighbourhoods(latents))
+        features: list[Tensor] = []
+        colors: list[Tensor] = []
+        for number in range(_FIT_IMAGES):
+            image = _random_image(1 + number % _MAX_RECTANGLES, generator)
+            latents = encode(image).float().cpu()
+            features.append(_neighborhoods(latents))
             height, width = latents.shape[-2:]
-            colours.append(_rows(functional.adaptive_avg_pool2d(picture, (height, width))))
-        known, wanted = torch.cat(rows).double(), torch.cat(colours).double()
-        ridge = _RIDGE * torch.eye(known.shape[1], dtype=torch.float64)
-        self._map = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted).float()
+            colors.append(_flatten(functional.adaptive_avg_pool2d(image, (height, width))))
+        x, y = torch.cat(features).double(), torch.cat(colors).double()
+        ridge = _RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
+        self._map = torch.linalg.solve(x.T @ x + ridge, x.T @ y).float()
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Pixels in -1..1, shape (1, 3, h, w), of latents of shape (1, C, h, w)."""
+        """From latents, shape (1, C, h, w), to pixels in -1..1, shape (1, 3, h, w)."""
         latents = latents.float().cpu()
-        colours = _neighbourhoods(latents) @ self._map
-        return colours.T.reshape(1, 3, *latents.shape[-2:]).clamp(-1, 1)
+        colors = _neighborhoods(latents) @ self._map
+        return colors.T.reshape(1, 3, *latents.shape[-2:]).clamp(-1, 1)
 
 
 def preview_steps(steps: int, previews: int) -> frozenset[int]:
-    """After how many of its steps an image shows itself: evenly spread, never the last one."""
-    wanted = (round(steps * (number + 1) / (previews + 1)) for number in range(previews))
-    return frozenset(step for step in wanted if 0 < step < steps)
+    """The steps after which a preview is due: evenly spread, never the last step."""
+    due = (round(steps * (number + 1) / (previews + 1)) for number in range(previews))
+    return frozenset(step for step in due if 0 < step < steps)
 
 
 def pred_original_sample(state: DenoisingState, prediction: Tensor) -> Tensor:
-    """The latents without noise that a prediction at the present step points to, shape (1, C, h, w).
+    """The predicted clean latents at the current step, shape (1, C, h, w).
 
-    Every sampler of a variance-preserving model shows the denoiser
-    sqrt(alpha_bar) * clean + sqrt(1 - alpha_bar) * noise, whatever it keeps itself; a flow-matching one
-    (1 - sigma) * clean + sigma * noise.
+    The model input of every sampler is sqrt(alpha_bar) * clean + sqrt(1 - alpha_bar) * noise for a
+    variance-preserving model, and (1 - sigma) * clean + sigma * noise for flow matching.
 
     Args:
-        prediction: noise, velocity or flow, as the model was trained, guidance applied.
+        prediction: of the model's prediction type (noise, velocity or flow), guidance applied.
     """
     scheduler = state.scheduler
     noisy, timestep = state.model_input().float(), state.timestep.float().cpu()
@@ -144,7 +143,7 @@ def pred_original_sample(state: DenoisingState, prediction: Tensor) -> Tensor:
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
         return noisy - float(timestep) / scheduler.config["num_train_timesteps"] * prediction
-    # Some samplers stop between two of the steps that the model was trained on.
+    # Timesteps of some samplers are between two training timesteps.
     below = int(timestep.floor().clamp(0, len(alphas_cumprod) - 1))
     above = min(below + 1, len(alphas_cumprod) - 1)
     alpha_bar = float(torch.lerp(alphas_cumprod[below].cpu(), alphas_cumprod[above].cpu(), timestep - below))
@@ -158,33 +157,35 @@ def pred_original_sample(state: DenoisingState, prediction: Tensor) -> Tensor:
             return (noisy - noise * prediction) / signal
 
 
-def _encode(autoencoder: Any, pixels: Tensor) -> Tensor:
-    """Latents of a picture as samplers see them."""
-    config = autoencoder.config
-    latents = autoencoder.encode(pixels.to(device_of(autoencoder), autoencoder.dtype)).latent_dist.mode()
+def _encode_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels in -1..1 to scaled latents."""
+    config = vae.config
+    latents = vae.encode(pixels.to(device_of(vae), vae.dtype)).latent_dist.mode()
     return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
 
-def _random_picture(rectangles: int, generator: torch.Generator) -> Tensor:
-    """Rectangles of random colours over a ground of another, shape (1, 3, 128, 128) in -1..1."""
-    picture = torch.empty(1, 3, _SIDE, _SIDE)
-    picture[:] = torch.rand(1, 3, 1, 1, generator=generator) * 2 - 1
+def _random_image(rectangles: int, generator: torch.Generator) -> Tensor:
+    """Rectangles of random colors on a random background color, shape (1, 3, 128, 128) in -1..1."""
+    image = torch.empty(1, 3, _FIT_IMAGE_SIZE, _FIT_IMAGE_SIZE)
+    image[:] = torch.rand(1, 3, 1, 1, generator=generator) * 2 - 1
     for _ in range(rectangles):
-        height, width = torch.randint(_SIDE // 8, _SIDE // 2, (2,), generator=generator).tolist()
-        top, left = torch.randint(0, _SIDE // 2, (2,), generator=generator).tolist()
-        picture[..., top : top + height, left : left + width] = (
+        height, width = torch.randint(
+            _FIT_IMAGE_SIZE // 8, _FIT_IMAGE_SIZE // 2, (2,), generator=generator
+        ).tolist()
+        top, left = torch.randint(0, _FIT_IMAGE_SIZE // 2, (2,), generator=generator).tolist()
+        image[..., top : top + height, left : left + width] = (
             torch.rand(1, 3, 1, 1, generator=generator) * 2 - 1
         )
-    return picture
+    return image
 
 
-def _rows(image: Tensor) -> Tensor:
+def _flatten(image: Tensor) -> Tensor:
     """(1, C, h, w) to (h x w, C)."""
     return image[0].flatten(1).T
 
 
-def _neighbourhoods(latents: Tensor) -> Tensor:
-    """A row for each latent pixel with all that its eight neighbours hold, and a one: (h x w, 9 x C + 1)."""
+def _neighborhoods(latents: Tensor) -> Tensor:
+    """For each latent pixel the values of its 3x3 neighborhood, and a 1 as bias: shape (h x w, 9 x C + 1)."""
     padded = functional.pad(latents, (1, 1, 1, 1), mode="replicate")
-    rows = functional.unfold(padded, 3)[0].T
-    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    features = functional.unfold(padded, 3)[0].T
+    return torch.cat([features, torch.ones(len(features), 1)], dim=1)

@@ -1,4 +1,4 @@
-"""Failures: what went wrong in the model or the device, as the client hears of it."""
+"""Turns exceptions of the model or the device into the error that the client of a request receives."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def as_request_error(error: Exception, request: GenerationRequest) -> RequestError:
-    """The error of one request; the details go to the log.
+    """The client's error for an exception; the details are logged.
 
     Raises:
-        torch.AcceleratorError: the error itself, when the device answers nothing any more.
+        torch.AcceleratorError: the error itself, because the device is lost.
     """
     if isinstance(error, RequestError):
         return error
@@ -27,6 +27,7 @@ def as_request_error(error: Exception, request: GenerationRequest) -> RequestErr
         torch.cuda.empty_cache()
         size = f"{request.width}x{request.height}"
         return OutOfMemoryError(
-            f"CUDA out of memory while drawing {size}, even alone; ask for a smaller size."
+            f"CUDA out of memory while generating a {size} image, even with batch size 1; "
+            "request a smaller size."
         )
-    return GenerationError("The picture could not be drawn; the server's log says why.")
+    return GenerationError("The image could not be generated; see the server's log for details.")

@@ -1,4 +1,4 @@
-"""The request queue of an engine process: what other threads ask of the thread that owns the models."""
+"""The request queue of an engine process: messages from other threads to the thread that owns the models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import suppress
 
 from hypergen.request import GenerationRequest
 
-# Whatever happens in other threads meanwhile, such as a lost device, is noticed after so long.
-_LONGEST_SLEEP_S = 1.0
-# A request, or the id of one to cancel.
+# Events of other threads, for example a lost device, are noticed within this time.
+_MAX_SLEEP_S = 1.0
+# A request to add, or the id of a request to cancel.
 Message = GenerationRequest | str
 
 
 class RequestQueue:
-    """Messages in order; only `read` belongs to the engine's thread."""
+    """Messages in order of arrival. `read` belongs to the engine's thread, the rest to any thread."""
 
     def __init__(self) -> None:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -27,8 +27,8 @@ class RequestQueue:
         self._messages.put(request_id)
 
     def read(self, sleep_s: float = 0.0) -> Iterator[Message]:
-        """All messages; if there are none, those that come within `sleep_s` seconds."""
-        timeout_s = min(sleep_s, _LONGEST_SLEEP_S)
+        """All messages. If there are none, wait up to `sleep_s` seconds for the first."""
+        timeout_s = min(sleep_s, _MAX_SLEEP_S)
         with suppress(queue.Empty):
             yield self._messages.get(timeout=timeout_s) if timeout_s else self._messages.get_nowait()
             while True:

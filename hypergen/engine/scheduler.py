@@ -1,4 +1,4 @@
-"""Which images take the next step together: the group key, the cost of a forward pass, the choice of rows."""
+"""The scheduler: which images share the next denoising step, by batch key, cost curve and priority."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from hypergen.denoising.denoising_state import DenoisingState
 
 
 class BatchKey(NamedTuple):
-    """What the rows of one forward pass have in common.
+    """Only images with the same batch key can share a forward pass.
 
-    Steps, guidance, seed, sampler and negative prompt are not in it: they differ freely from row to row.
+    Steps, guidance, seed, sampler and negative prompt are not part of it: they may differ between rows.
     """
 
     latent_shape: tuple[int, ...]
-    # Prompts of unequal length cannot share a pass, and padding one because of a neighbour would change its
-    # image.
+    # Prompts of different lengths cannot share a batch: padding one for the other would change its image.
     prompt_length: int
-    # What else the family says that they must share, see DenoisingState.batch_key_extra.
+    # Other conditions of the model family, see DenoisingState.batch_key_extra.
     batch_key_extra: tuple[Hashable, ...] = ()
     # The id of an image that must run alone, see DenoisingState.must_run_alone.
     alone: int | None = None
 
     @property
     def shared(self) -> BatchKey:
-        """The key of the same shape for images that may share their passes."""
+        """The key of the same shape for images that may share a batch."""
         return self._replace(alone=None)
 
 
@@ -38,52 +37,53 @@ def batch_key(state: DenoisingState) -> BatchKey:
 
 @dataclass
 class CostCurve:
-    """What a forward pass of a group costs, learned: rows -> seconds.
+    """The measured cost of a forward pass for one batch key: rows -> seconds.
 
-    The first points come from the probe at load, later ones from the passes themselves.
+    The first points come from the probe, later ones from the forward passes of requests.
 
     Args:
-        max_rows: what fits into memory, as far as is known.
-        row_counts: the only sizes of a pass that may serve, because only they were proved exact; None is any.
+        max_rows: the most rows that fit in memory, as far as known.
+        row_counts: the only row counts that may be used, because the probe found them bit-exact; None: any.
     """
 
     max_rows: int
     row_counts: frozenset[int] | None = None
     seconds: dict[int, float] = field(default_factory=dict)
-    _passes: int = 0
+    _forwards: int = 0
 
-    # A pass with at least this share of the best throughput is good enough: more rows would only add latency.
-    GOOD_ENOUGH = 0.95
-    # The machine may have been busy when the curve was learned, so once in a while a larger pass is tried
-    # again.
-    TRY_LARGER_EVERY = 50
+    # This share of the best throughput is good enough: more rows would mostly add latency.
+    EFFICIENT_THROUGHPUT = 0.95
+    # The curve may be from a time when the machine was busy, so a larger batch is retried now and then.
+    RETRY_LARGER_EVERY = 50
 
     def record(self, rows: int, seconds: float) -> None:
-        self._passes += 1
+        self._forwards += 1
         known = self.seconds.get(rows)
         if known is None:
             self.seconds[rows] = seconds
-        else:  # faster is believed sooner than slower: another process can only have made it slower
+        else:  # faster counts more than slower: other processes can only make a forward pass slower
             rate = 0.5 if seconds < known else 0.1
             self.seconds[rows] = known + rate * (min(seconds, 3 * known) - known)
 
     def efficient_rows(self) -> int:
-        """The fewest rows that reach nearly the best throughput; all that fit as long as nothing is known."""
-        known = {rows: rows / seconds for rows, seconds in self.seconds.items() if rows <= self.max_rows}
-        if not known:
+        """The fewest rows with nearly the best throughput; `max_rows` before the first measurement."""
+        throughputs = {
+            rows: rows / seconds for rows, seconds in self.seconds.items() if rows <= self.max_rows
+        }
+        if not throughputs:
             return self.max_rows
-        best = max(known.values())
-        knee = min(rows for rows, throughput in known.items() if throughput >= self.GOOD_ENOUGH * best)
-        if self._passes % self.TRY_LARGER_EVERY == self.TRY_LARGER_EVERY - 1:
-            knee *= 2
-        return min(max(knee, 2), self.max_rows)  # a guided image takes two rows
+        target = self.EFFICIENT_THROUGHPUT * max(throughputs.values())
+        efficient = min(rows for rows, throughput in throughputs.items() if throughput >= target)
+        if self._forwards % self.RETRY_LARGER_EVERY == self.RETRY_LARGER_EVERY - 1:
+            efficient *= 2
+        return min(max(efficient, 2), self.max_rows)  # a guided image takes two rows
 
     def allows(self, rows: int) -> bool:
-        """Whether a pass of so many rows may be made; one image alone always may."""
+        """Whether a forward pass may have this many rows. One image alone is always allowed."""
         return self.row_counts is None or rows in self.row_counts or rows <= 2
 
     def seconds_per_row(self) -> float:
-        """At the knee; 0 as long as nothing is known."""
+        """The cost of a row in the most efficient batch; 0 before the first measurement."""
         if not self.seconds:
             return 0.0
         rows = min(self.seconds, key=lambda rows: abs(rows - self.efficient_rows()))
@@ -91,39 +91,40 @@ class CostCurve:
 
 
 def next_batch(
-    active: Iterable[DenoisingState],
+    running: Iterable[DenoisingState],
     costs: Mapping[BatchKey, CostCurve],
     max_batch_size: int,
     aging: float,
     now: float,
 ) -> list[DenoisingState]:
-    """Choose the images that take the next step.
+    """Choose the images of the next denoising step.
 
-    Shortest remaining work goes first, so that short requests do not wait for long ones; waiting counts
-    against remaining work at the rate `aging`, so that long ones do not starve. The first image names the
-    group, and its group fills the pass up to the knee of its cost curve.
+    The image with the shortest remaining work goes first. Each second of waiting subtracts `aging` seconds
+    of work, so that long requests do not starve. The first image determines the batch key; images with the
+    same key fill the batch up to its efficient rows.
     """
 
     seconds_per_row = {key: curve.seconds_per_row() for key, curve in costs.items()}
 
-    def urgency(state: DenoisingState) -> float:
+    def priority(state: DenoisingState) -> float:
+        """The lowest goes first."""
         remaining_rows = state.remaining_steps * state.rows
         remaining_s = remaining_rows * seconds_per_row[batch_key(state).shared]
         return remaining_s - aging * (now - state.queued_at)
 
-    ordered = sorted(active, key=urgency)
+    ordered = sorted(running, key=priority)
     if not ordered:
         return []
     key = batch_key(ordered[0])
-    room = costs[key.shared].efficient_rows()
+    free_rows = costs[key.shared].efficient_rows()
     batch: list[DenoisingState] = []
     for state in ordered:
-        if len(batch) == max_batch_size or room <= 0:
+        if len(batch) == max_batch_size or free_rows <= 0:
             break
-        fits = state.rows <= room or not batch
+        fits = state.rows <= free_rows or not batch
         if fits and batch_key(state) == key:
             batch.append(state)
-            room -= state.rows
+            free_rows -= state.rows
     while not costs[key.shared].allows(sum(state.rows for state in batch)):
         batch.pop()
     return batch

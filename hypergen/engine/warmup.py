@@ -1,4 +1,4 @@
-"""Warming up: the picture that shows that a model draws, before anybody asks."""
+"""The warm-up: an image that tests a model before the first request."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 
 
-def generate_once(family: Family, description: ModelInfo, shapes: ShapeProfiles) -> DenoisingState:
-    """Probe the default size and draw a picture of it, up to its last step."""
-    request = warm_up_request(description)
+def generate_once(family: Family, model_info: ModelInfo, shape_profiles: ShapeProfiles) -> DenoisingState:
+    """Probe the default size and generate the latents of an image of it."""
+    request = warm_up_request(model_info)
     state = family.prepare(request, 0, family.encode_prompts(request))
-    deque(shapes.probe_minimum(state), maxlen=0)
+    deque(shape_profiles.probe_minimum(state), maxlen=0)
     while state.remaining_steps:
         state.advance(denoise(family, [state])[0])
     return state
 
 
-def warm_up_request(description: ModelInfo) -> GenerationRequest:
-    """Two steps at the model's own size and guidance."""
-    defaults = description.defaults
+def warm_up_request(model_info: ModelInfo) -> GenerationRequest:
+    """Two steps with the model's default size and guidance."""
+    defaults = model_info.defaults
     return GenerationRequest(
         id="warm-up",
         prompt="",

@@ -1,8 +1,8 @@
-"""The main of an engine process: loads its models, then draws until its parent says so or is gone.
+"""The main of an engine process: loads its models, then generates until its parent process stops it or exits.
 
-Started by the pool as `python -m hypergen.engine.worker_main FD`, with one end of a socket pair as descriptor
-FD, or by `hypergen serve` as `... --prestarted FD MODEL`, to import what MODEL needs until a pool connects to
-FD.
+The pool starts it as `python -m hypergen.engine.worker_main FD`; file descriptor FD is one end of a socket
+pair. `hypergen serve` prestarts it as `... --prestarted FD MODEL`: then it imports the packages for MODEL and
+waits for a pool to connect to FD.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ATTACHED_WITHIN_S = 120
+_ATTACH_TIMEOUT_S = 120
 
-# What the weights of several models may take of a GPU's memory; the rest is for drawing.
-_SHARE_OF_GPU = 0.8
+# Share of a GPU's memory for the weights of several models; the rest is for generation.
+_WEIGHTS_MEMORY_SHARE = 0.8
 
 
 def main() -> None:
@@ -45,52 +45,52 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log_setup.configure("engine")
-    # A sixth of the time of the imports would go to looking for garbage among what stays for ever.
+    # A sixth of the import time would go to garbage collection, and imported modules are never garbage.
     gc.disable()
     connection, imports = _connect(sys.argv[1:])
     start = ipc.receive(connection)
     if not isinstance(start, ipc.Start):
         os._exit(0)
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_serve, args=(_write, connection, outbox), daemon=True).start()
+    threading.Thread(target=_run_thread, args=(_write, connection, outbox), daemon=True).start()
 
     managers: list[ModelManager] = []
-    # Reads from the start, so that a parent that leaves while the models load is noticed.
-    threading.Thread(target=_serve, args=(_read, connection, managers), daemon=True).start()
+    # Read from the start, to notice a parent that exits while the models load.
+    threading.Thread(target=_run_thread, args=(_read, connection, managers), daemon=True).start()
     try:
         started = time.monotonic()
         imports.result()
         for model in start.models:
             import_all(model.path)
         imported_s = time.monotonic() - started
-        # Imported this late because it takes seconds, in which signals and the parent already matter.
+        # Imported late because it takes seconds, in which signals and the parent must already be handled.
         import torch
 
         torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
-        torch.backends.cudnn.benchmark = False  # a kernel chosen by timing may give other bits tomorrow
+        # A kernel chosen by timing may give other bits after a restart.
+        torch.backends.cudnn.benchmark = False
         manager, loader = _make_model_manager(start, outbox)
-        descriptions = manager.load_all()
+        model_infos = manager.load_all()
         stages = {"imports": imported_s, **loader.seconds}
         manager.startup_s = {name: round(seconds, 3) for name, seconds in stages.items()}
         gc.freeze()
         gc.enable()
-    except Exception as error:  # the last edge: whatever it is, the parent must hear of it
+    except Exception as error:  # report any failure to the parent process
         reason = str(error)
         if not isinstance(error, HyperGenError):
             logger.exception("A model could not be loaded.")
-            reason = (
-                f"{type(error).__name__}; the server's log has the details"  # /health shows it to everybody
-            )
+            # /health is public, so it does not get the message.
+            reason = f"{type(error).__name__}; see the server's log for details"
         ipc.send(connection, ipc.LoadFailed(" ".join(reason.split())[:500]))
         os._exit(1)
     managers.append(manager)
     status = manager.status()
-    outbox.put(ipc.Loaded(descriptions, status))
+    outbox.put(ipc.Loaded(model_infos, status))
     threading.Thread(target=_send_heartbeats, args=(manager, status, outbox), daemon=True).start()
     try:
         manager.run()
-    except Exception:  # the device is lost; a new process gets a new one
-        logger.exception("The engine cannot go on.")
+    except Exception:  # the device is lost; only a new process can use it again
+        logger.exception("The engine crashed; exiting.")
         os._exit(13)
 
 
@@ -98,7 +98,7 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     """The models of this process, not loaded yet.
 
     Raises:
-        ModelError: one is of no kind that can be served, or larger than the memory for models.
+        ModelError: a model is not supported, or larger than the memory for models.
     """
     import torch
 
@@ -110,61 +110,62 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     report = _reporter(outbox)
     alone = len(start.models) == 1
     loader = Loader(report, alone=alone)
-    if alone:  # nothing could be moved out for it
+    if alone:  # without other models to evict, a limit is of no use
         return ModelManager([(start.models[0], 0)], None, loader, report), loader
     limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
     if limit_bytes is None and loading.choose_device(settings).type == "cuda":
-        limit_bytes = _SHARE_OF_GPU * torch.cuda.get_device_properties(0).total_memory
+        limit_bytes = _WEIGHTS_MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory
     expected = [(model, loading.expected_bytes(model.path, model.settings)) for model in start.models]
     return ModelManager(expected, limit_bytes, loader, report), loader
 
 
-def _connect(arguments: list[str]) -> tuple[socket.socket, Future[None]]:
-    """The connection to the pool, and the imports that a spare began while it waited for it."""
+def _connect(argv: list[str]) -> tuple[socket.socket, Future[None]]:
+    """The connection to the pool, and the imports, which a prestarted engine runs while it waits."""
     imports: Future[None] = Future()
     imports.set_result(None)
-    descriptor = int(arguments[0] if arguments[0] != "--prestarted" else arguments[1])
-    # A process that this one starts would inherit it, and the pool would not see that this one has died.
+    prestarted = argv[0] == "--prestarted"
+    descriptor = int(argv[1] if prestarted else argv[0])
+    # A child process would inherit it, and the pool would not notice that this process has exited.
     os.set_inheritable(descriptor, False)
-    if arguments[0] != "--prestarted":
+    if not prestarted:
         return socket.socket(fileno=descriptor), imports
-    _, _, model_path = arguments
+    _, _, model_path = argv
     listener = socket.socket(fileno=descriptor)
     imports = ThreadPoolExecutor(1).submit(import_all, Path(model_path))
     return _wait_for_attach(listener), imports
 
 
 def _wait_for_attach(listener: socket.socket) -> socket.socket:
-    """The spare's side: the connection to the pool; without one, the process ends after two minutes, or with
+    """A prestarted engine's connection to the pool. Without one, the process exits after two minutes, or with
     its launcher.
     """
-    ready, _, _ = select.select([listener, sys.stdin], [], [], _ATTACHED_WITHIN_S)
+    ready, _, _ = select.select([listener, sys.stdin], [], [], _ATTACH_TIMEOUT_S)
     if listener not in ready:
-        # A launcher that was killed could not remove the folder of the socket.
+        # A killed launcher could not remove the socket's folder.
         shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
-        os.kill(os.getpid(), signal.SIGKILL)  # imports may be under way in another thread
+        os.kill(os.getpid(), signal.SIGKILL)  # another thread may still import
     connection, _ = listener.accept()
     listener.close()
     return connection
 
 
 def import_all(model_path: Path) -> None:
-    """Everything that drawing with a model needs.
+    """Import all packages that a model needs.
 
     Raises:
-        ModelError: the model is of no known family.
+        ModelError: unknown model family.
     """
     import torch  # noqa: F401
 
     from hypergen.engine import model_loader  # noqa: F401
     from hypergen.models import loading
 
-    _quieten_libraries()
+    _silence_libraries()
     loading.import_family(model_path)
 
 
-def _quieten_libraries() -> None:
-    """Their progress bars and hints are for notebooks; what matters to an operator, they raise."""
+def _silence_libraries() -> None:
+    """Turn off progress bars and hints, which are for notebooks. Errors that matter are raised."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -174,7 +175,7 @@ def _quieten_libraries() -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: a container's share, not the machine's, or threads fight for time."""
+    """Cores that this process may use: a container's quota, not the machine's, or threads would compete."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -194,12 +195,12 @@ def _reporter(outbox: queue.SimpleQueue[Any]) -> Any:
     return report
 
 
-def _serve(work: Callable[..., None], *arguments: Any) -> None:
-    """The work of a thread; if it fails the process ends, which would hear or say nothing any more."""
+def _run_thread(target: Callable[..., None], *args: Any) -> None:
+    """Run a thread's function. If it fails, exit: the process could not receive or send any more."""
     try:
-        work(*arguments)
+        target(*args)
     except Exception:
-        logger.exception("The engine cannot talk to the server any more.")
+        logger.exception("The engine lost its connection to the server; exiting.")
         os._exit(13)
 
 
@@ -210,16 +211,16 @@ def _write(connection: socket.socket, outbox: queue.SimpleQueue[Any]) -> None:
             ipc.send(connection, message)
         except OSError:
             os._exit(0)
-        except Exception:  # nothing of the message was sent yet
+        except Exception:  # in `pickle`, before any byte was sent
             if not isinstance(message, ipc.EventMessage):
                 raise
-            logger.exception("An event of %s could not be sent.", message.request_id)
-            failure = GenerationError("The image could not be sent; the server's log says why.")
+            logger.exception("An event of request %s could not be sent.", message.request_id)
+            failure = GenerationError("The image could not be sent; see the server's log for details.")
             outbox.put(ipc.Failed(message.request_id, pack(failure)))
 
 
 def _read(connection: socket.socket, managers: list[ModelManager]) -> None:
-    """Requests go to the one manager in the list; the pool sends none before that."""
+    """Pass requests to the one manager in the list. The pool sends none before the models are loaded."""
     while True:
         message = ipc.receive(connection)
         match message:
@@ -227,19 +228,19 @@ def _read(connection: socket.socket, managers: list[ModelManager]) -> None:
                 managers[0].submit(request)
             case ipc.Cancel(request_id):
                 managers[0].cancel(request_id)
-            case _:  # Shutdown, or None: the parent is gone; the main thread may be deep in a kernel
+            case _:  # Shutdown, or None: the parent exited. The main thread may be busy in a kernel.
                 os._exit(0)
 
 
 def _send_heartbeats(manager: ModelManager, status: EngineStatus, outbox: queue.SimpleQueue[Any]) -> None:
-    """Say every second that the engine lives; without a status, with the last one that there was."""
+    """Send a heartbeat every second, with the last known status if there is no new one."""
     logged: set[type[Exception]] = set()
     while True:
         try:
             status = manager.status()
-        except Exception as error:  # silence would be taken for a stall, and a busy engine killed
+        except Exception as error:  # without heartbeats the watchdog would kill a busy engine
             if type(error) not in logged:
-                logger.exception("The status cannot be told; the last one is told again.")
+                logger.exception("The status could not be read; sending the last known one.")
             logged.add(type(error))
         outbox.put(ipc.Heartbeat(time.monotonic() - manager.last_step_at, status))
         time.sleep(1)

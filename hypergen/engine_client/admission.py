@@ -1,4 +1,4 @@
-"""Admission: a place in the request queue, a wait in the overflow queue, or a refusal with a retry time."""
+"""Admission: a slot in the request queue, a wait in the overflow queue, or a refusal with a retry time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AdmissionTicket:
         return self.work * (1 - self.share_done)
 
     def started(self) -> None:
-        """The first image runs: the place in the request queue is free."""
+        """The first image runs: its slot in the request queue is free."""
         if self.left:
             return
         if self.running:  # again after a crash; the engine had to load first
@@ -54,7 +54,7 @@ class AdmissionTicket:
         self.admission.throughput.skip()
 
     def leave(self) -> None:
-        """Free the place, even if events are still to be read; the second call does nothing."""
+        """Free the slot, even if events are still to be read; the second call does nothing."""
         if not self.left:
             self.left = True
             self.admission.ticket_left(self)
@@ -105,7 +105,7 @@ class Admission:
     """
 
     _OVERFLOW_FACTOR = 4
-    _RETRY_AFTER_S = (1, 60)  # clients give up on longer ones (contract, section 6)
+    _RETRY_AFTER_S = (1, 60)  # clients give up on longer waits
     _UNMEASURED_RETRY_AFTER_S = 5
 
     def __init__(self, settings: QueueSettings) -> None:
@@ -213,7 +213,7 @@ class Admission:
         return self.waiting < self._settings.max_queue_size and not self._overflow
 
     def _leave_queue(self) -> None:
-        """Give a free place to the first in the overflow queue; `waiting` then does not change."""
+        """Give a free slot to the first in the overflow queue; `waiting` then does not change."""
         if self._overflow:
             self._overflow.popleft().turn.set()
         else:

@@ -118,7 +118,7 @@ class Supervisor:
             while (message := ipc.receive(connection)) is not None:
                 if not _call_soon(loop, self._received, process, message):
                     return
-        except Exception:  # the edge of this thread: otherwise the process would never be restarted
+        except Exception:  # without the kill, the process would never be restarted
             logger.exception("A message from engine %d cannot be read; killing it.", process.pid)
             process.kill()
         connection.close()
@@ -138,7 +138,7 @@ class Supervisor:
                 ipc.send(connection, message)
             except OSError:  # the reader thread notices too
                 return
-            except Exception:  # the edge of this thread: otherwise the request would wait for ever
+            except Exception:  # without the kill, the request would wait forever
                 logger.exception("A message to engine %d cannot be sent; killing it.", process.pid)
                 process.kill()
                 return

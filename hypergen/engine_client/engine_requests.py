@@ -19,7 +19,7 @@ from hypergen.request import GenerationRequest
 
 @dataclass(eq=False)
 class PoolHandle(RequestHandle):
-    """One request on its way through the queue and an engine."""
+    """One request, from admission to its last event."""
 
     request: GenerationRequest
     ticket: AdmissionTicket
@@ -27,7 +27,7 @@ class PoolHandle(RequestHandle):
     on_cancel: Callable[[PoolHandle], None]
     state: RequestState = RequestState.WAITING
     finished: set[int] = field(default_factory=set)  # indices of the images received, read or not
-    engine_deaths: int = 0  # engines that exited while they had the request
+    engine_exits: int = 0  # engines that exited while they had the request
     crashes: int = 0  # those of them that it may have crashed
     in_overflow: asyncio.Task[None] | None = None
     _events: asyncio.Queue[Event | RequestError | None] = field(default_factory=asyncio.Queue)
@@ -71,8 +71,8 @@ class PoolHandle(RequestHandle):
 class EngineRequests:
     """The requests of one engine.
 
-    After a crash, the requests that were running are suspects: they run alone, one by one, and the others are
-    held back. So a request that crashes engines is found, and no other request is lost twice.
+    After a crash, the requests that were running are suspects: they run alone, one after another, and the
+    other requests are held. So a request that crashes engines is found, and any other restarts at most once.
     """
 
     supervisor: Supervisor
@@ -108,20 +108,20 @@ class EngineRequests:
     def remove(self, handle: PoolHandle, cancel: bool) -> None:
         if self.submitted.pop(handle.request.id, None) and cancel:
             self.supervisor.send(ipc.Cancel(handle.request.id))
-        for line in (self.suspects, self.held):
+        for waiting in (self.suspects, self.held):
             with suppress(ValueError):
-                line.remove(handle)
+                waiting.remove(handle)
         self.submit_next()
 
     def take_all(self) -> list[PoolHandle]:
         """Remove all requests of an engine that exited; count a crash for those that may have caused it."""
         for handle in self.submitted.values():
-            handle.engine_deaths += 1
-            # A request that had not started is no suspect the first time; then its start may be the cause.
-            handle.crashes += handle.state is not RequestState.WAITING or handle.engine_deaths > 1
+            handle.engine_exits += 1
+            # A request that had not started is a suspect only the second time: its start may be the cause.
+            handle.crashes += handle.state is not RequestState.WAITING or handle.engine_exits > 1
             handle.state = RequestState.WAITING
             handle.ticket.restart()
         handles = [*self.submitted.values(), *self.suspects, *self.held]
-        for line in (self.submitted, self.suspects, self.held):
-            line.clear()
+        for requests in (self.submitted, self.suspects, self.held):
+            requests.clear()
         return handles

@@ -12,7 +12,7 @@ _ADDED = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
-    # Threads that spin while they wait made a forward pass 100 times slower beside another busy process.
+    # Busy-waiting threads made a forward pass 100 times slower next to another busy process.
     "OMP_WAIT_POLICY": "passive",
 }
 

@@ -35,7 +35,7 @@ _UNAVAILABLE: dict[State, str] = {
     "loading": "The model is still loading.",
     "recovering": "The engine is restarting.",
     "draining": "The server is shutting down.",
-    "failed": "The engine could not be started; the server's log and /health say why.",
+    "failed": "The engine could not be started; see /health and the server's log for details.",
 }
 
 
@@ -44,7 +44,7 @@ class EnginePool:
 
     Args:
         accelerators: one engine process is started for each, with these variables added to its environment;
-            absent: one for each GPU that is visible, else a single one.
+            None: one per visible GPU, or a single one without a GPU.
     """
 
     def __init__(self, settings: Settings, accelerators: Sequence[Mapping[str, str]] | None = None) -> None:

@@ -11,8 +11,8 @@ from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.lora.manager import lora_context
 from hypergen.models.family import Family
 
-# Latents, timesteps and what else `Family.forward` reads, of the rows of one batch.
-Rows = tuple[Tensor, Tensor, ModelInputs]
+# The arguments of `Family.forward`: latents, timesteps and model inputs of the rows of one batch.
+ForwardInputs = tuple[Tensor, Tensor, ModelInputs]
 
 
 def denoise(family: Family, states: Sequence[DenoisingState]) -> list[Tensor]:
@@ -43,7 +43,7 @@ def denoise(family: Family, states: Sequence[DenoisingState]) -> list[Tensor]:
     return list(predictions.values())
 
 
-def random_rows(state: DenoisingState, rows: int, generator: torch.Generator) -> Rows:
+def random_rows(state: DenoisingState, rows: int, generator: torch.Generator) -> ForwardInputs:
     """Arguments for `Family.forward` as many images like this one would give them, each different."""
     latents = state.latents
 
@@ -57,7 +57,7 @@ def random_rows(state: DenoisingState, rows: int, generator: torch.Generator) ->
     )
 
 
-def map_rows(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+def map_rows(inputs: ForwardInputs, change: Callable[[Tensor], Tensor]) -> ForwardInputs:
     """The same arguments for `Family.forward` with each tensor changed."""
-    latents, timesteps, inputs = rows
-    return change(latents), change(timesteps), inputs.map(change)
+    latents, timesteps, model_inputs = inputs
+    return change(latents), change(timesteps), model_inputs.map(change)

@@ -251,8 +251,8 @@ def passes_of(live: Live) -> list[dict[str, Any]]:
     bits that they have in other passes, and whether the engine makes such passes.
     """
     found: list[dict[str, Any]] = []
-    for key, probe in live.engine.shapes.probes.items():
-        curve = live.engine.shapes.costs[key]
+    for key, probe in live.engine.shape_profiles.probes.items():
+        curve = live.engine.shape_profiles.costs[key]
         for rows in sorted({*probe.seconds, *probe.differing}):
             found.append(
                 {

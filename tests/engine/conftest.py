@@ -1,4 +1,4 @@
-"""The small model, loaded once for the tests that draw in their own process."""
+"""The small model, loaded once for the tests that generate in their own process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def family(sd_folder: Path) -> Family:
 
 @pytest.fixture
 def inline(family: Family) -> Callable[..., InlineEngine]:
-    """A new engine for the shared model, with these engine settings."""
+    """Makes a new engine for the shared model with the given engine settings."""
 
     def make(**settings: Any) -> InlineEngine:
         return InlineEngine(family, **settings)

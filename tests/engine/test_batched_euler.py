@@ -1,4 +1,4 @@
-"""Euler's step of many images at once: the bits of diffusers' own step."""
+"""Batched Euler steps are bit-exact with diffusers' own steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FLOW_SAMPLERS = ["euler", None, "heun", "euler"]
 
 
 def _factory(prediction: Prediction, device: torch.device) -> SchedulerFactory:
-    if prediction == "flow":  # with FLUX's shift by size
+    if prediction == "flow":  # with FLUX's dynamic shift
         published: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         return FlowSchedulerFactory(published, device, sigmas_end_at_last_step=True)
     published = EulerDiscreteScheduler(
@@ -36,12 +36,12 @@ def _factory(prediction: Prediction, device: torch.device) -> SchedulerFactory:
 
 def _states(prediction: Prediction, dtype: torch.dtype, device: str = "cpu") -> list[DenoisingState]:
     factory = _factory(prediction, torch.device(device))
-    made: list[DenoisingState] = []
+    states: list[DenoisingState] = []
     for seed, sampler in enumerate(_FLOW_SAMPLERS if prediction == "flow" else _SAMPLERS):
         generator = torch.Generator().manual_seed(seed)
         scheduler = factory.make(sampler, 4 + seed, image_tokens=256)
         noise = torch.randn((1, 4, 6, 10), generator=generator).to(device, dtype)
-        made.append(
+        states.append(
             DenoisingState(
                 request=make_request(seed=seed),
                 index=0,
@@ -55,7 +55,7 @@ def _states(prediction: Prediction, dtype: torch.dtype, device: str = "cpu") -> 
                 is_stochastic=takes_generator(scheduler),
             )
         )
-    return made
+    return states
 
 
 def _generate(states: list[DenoisingState], batched: bool) -> list[Tensor]:
@@ -68,29 +68,29 @@ def _generate(states: list[DenoisingState], batched: bool) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CUDA)])
-def test_steps_taken_together_have_the_bits_of_diffusers(
+def test_batched_steps_are_bit_exact_with_diffusers(
     device: str, prediction: Prediction, dtype: torch.dtype
 ) -> None:
-    stock = _generate(_states(prediction, dtype, device), batched=False)
-    together = _generate(_states(prediction, dtype, device), batched=True)
-    assert {latents.dtype for latents in together} == {dtype}
-    same = [torch.equal(one, other) for one, other in zip(stock, together, strict=True)]
-    assert same == [True] * len(stock)
+    reference = _generate(_states(prediction, dtype, device), batched=False)
+    batched = _generate(_states(prediction, dtype, device), batched=True)
+    assert {latents.dtype for latents in batched} == {dtype}
+    same = [torch.equal(one, other) for one, other in zip(reference, batched, strict=True)]
+    assert same == [True] * len(reference)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
-def test_images_of_one_sampler_take_one_set_of_operations(prediction: Prediction) -> None:
-    """Else nothing would be gained, and nothing of the above would be tried."""
-    alike = [t for t in _states(prediction, torch.float32) if t.request.seed < 2]
-    pairs = [(state, torch.tanh(state.model_input())) for state in alike]
+def test_images_with_an_euler_sampler_share_one_set_of_operations(prediction: Prediction) -> None:
+    """Otherwise the tests above would not test the batched step."""
+    states = [state for state in _states(prediction, torch.float32) if state.request.seed < 2]
+    pairs = [(state, torch.tanh(state.model_input())) for state in states]
     with profile(activities=[ProfilerActivity.CPU]) as operations:
         assert [error for _, error in advance_all(pairs, batched=True)] == [None, None]
     counts = {event.key: event.count for event in operations.key_averages()}
     assert counts["aten::mul"] == (1 if prediction == "flow" else 2)
 
 
-def test_an_image_that_fails_leaves_the_others_alone() -> None:
-    states = [t for t in _states("epsilon", torch.float32) if t.request.seed in (0, 1, 4)]
+def test_a_failing_image_does_not_affect_the_others() -> None:
+    states = [s for s in _states("epsilon", torch.float32) if s.request.seed in (0, 1, 4)]
     pairs = [(state, torch.tanh(state.model_input())) for state in states]
     pairs[2] = (states[2], torch.zeros(1, 3, 6, 10))
     results = dict(advance_all(pairs, batched=True))
@@ -100,25 +100,25 @@ def test_an_image_that_fails_leaves_the_others_alone() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
-@pytest.mark.parametrize("spoil", ["prediction", "sigmas"])
-def test_a_shared_step_that_fails_is_taken_by_each_image_alone_and_once(
-    prediction: Prediction, spoil: str
+@pytest.mark.parametrize("broken", ["prediction", "sigmas"])
+def test_after_a_failing_batched_step_each_image_steps_alone_and_once(
+    prediction: Prediction, broken: str
 ) -> None:
     def make() -> list[DenoisingState]:
         return [
-            t
-            for t in _states(prediction, torch.float32)
-            if type(t.scheduler).__name__.endswith("EulerDiscreteScheduler")
+            state
+            for state in _states(prediction, torch.float32)
+            if type(state.scheduler).__name__.endswith("EulerDiscreteScheduler")
         ]
 
-    stock, images = make(), make()
-    _generate(stock[:-1], batched=False)
+    reference, images = make(), make()
+    _generate(reference[:-1], batched=False)
     bad = images[-1]
-    if spoil == "sigmas":
+    if broken == "sigmas":
         bad.scheduler.sigmas = None
     while active := [image for image in images[:-1] if image.remaining_steps]:
         pairs = [(image, torch.tanh(image.model_input())) for image in active]
-        pairs.append((bad, torch.zeros(1, 4 if spoil == "sigmas" else 3, 6, 10)))
+        pairs.append((bad, torch.zeros(1, 4 if broken == "sigmas" else 3, 6, 10)))
         before = [image.step_index for image, _ in pairs]
         *fine, failed = advance_all(pairs, batched=True)
         assert [error for _, error in fine] == [None] * len(active)
@@ -126,4 +126,4 @@ def test_a_shared_step_that_fails_is_taken_by_each_image_alone_and_once(
         assert isinstance(failed[1], Exception)
         steps_taken = [image.step_index - step for (image, _), step in zip(pairs, before, strict=True)]
         assert steps_taken == [1] * len(active) + [0]
-    assert all(torch.equal(a.latents, b.latents) for a, b in zip(stock[:-1], images[:-1], strict=True))
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(reference[:-1], images[:-1], strict=True))

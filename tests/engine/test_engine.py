@@ -1,4 +1,4 @@
-"""The engine in this thread: joining, leaving, failing, and who goes first."""
+"""The engine in the test's thread: step-level batching, failures and scheduling."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
     engine = inline(aging=0)
     engine.know(long)
 
-    def join_at_the_third_step(request_id: str, event: Event | RequestError) -> None:
+    def submit_at_step_3(request_id: str, event: Event | RequestError) -> None:
         if request_id == long.id and event == Progress(3, 12):
             engine.submit(short)
 
-    engine.run(long, on_event=join_at_the_third_step)
-    # From its joining on, the short one is in every pass, and then the long one goes on alone.
+    engine.run(long, on_event=submit_at_step_3)
+    # Once it joins, the short one is in every batch; then the long one continues alone.
     assert engine.progress == (
         [(long.id, step) for step in (1, 2, 3)]
         + sorted(engine.progress[3:9], key=lambda entry: entry[1] - 3 * (entry[0] == long.id))
@@ -44,7 +44,7 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
     assert engine.engine.status().image_steps == 15
 
 
-def test_each_request_is_told_when_it_starts_how_far_it_is_and_what_was_drawn(inline: MakeEngine) -> None:
+def test_events_report_start_progress_and_images(inline: MakeEngine) -> None:
     request = make_request(n=2, num_inference_steps=2)
     engine = inline()
     engine.know(request)
@@ -56,7 +56,7 @@ def test_each_request_is_told_when_it_starts_how_far_it_is_and_what_was_drawn(in
     assert [engine.images[request.id][index].seed for index in (0, 1)] == [7, 8]
 
 
-def test_image_j_of_a_request_is_the_single_image_of_seed_plus_j(inline: MakeEngine) -> None:
+def test_image_j_of_a_request_equals_a_single_image_with_seed_plus_j(inline: MakeEngine) -> None:
     several = make_request(n=3, seed=40, sampler="euler_a")
     singles = [make_request(seed=40 + j, sampler="euler_a") for j in range(3)]
     engine = inline()
@@ -66,7 +66,7 @@ def test_image_j_of_a_request_is_the_single_image_of_seed_plus_j(inline: MakeEng
         assert engine.data(several, j) == engine.data(single)
 
 
-def test_a_cancelled_request_leaves_before_its_next_step(inline: MakeEngine) -> None:
+def test_a_cancelled_request_stops_before_its_next_step(inline: MakeEngine) -> None:
     cancelled = make_request(num_inference_steps=50, n=2)
     other = make_request(num_inference_steps=10)
     engine = inline()
@@ -81,143 +81,141 @@ def test_a_cancelled_request_leaves_before_its_next_step(inline: MakeEngine) -> 
     assert cancelled.id not in engine.images
     assert engine.steps(other) == 10
     assert not engine.engine._requests
-    assert not engine.engine._requests
 
 
-def test_a_request_cancelled_before_it_joined_is_never_drawn(inline: MakeEngine) -> None:
+def test_a_request_cancelled_during_its_probe_is_never_started(inline: MakeEngine) -> None:
     running, waiting = make_request(num_inference_steps=6), make_request(width=72)
     engine = inline(max_batch_size=1)
 
-    def cancel_the_waiting_one(request_id: str, event: Event | RequestError) -> None:
+    def cancel_waiting(request_id: str, event: Event | RequestError) -> None:
         if request_id == running.id and event == Progress(1, 6):
             engine.submit(waiting)
-        if request_id == running.id and event == Progress(2, 6):  # its size is being probed just now
+        if request_id == running.id and event == Progress(2, 6):  # its size is being probed now
             engine.cancel(waiting)
 
-    engine.run(running, on_event=cancel_the_waiting_one)
+    engine.run(running, on_event=cancel_waiting)
     assert engine.data(running)
     assert waiting.id not in {request_id for request_id, _ in engine.events}
 
 
 def test_running_images_advance_while_a_new_size_is_probed(inline: MakeEngine) -> None:
-    running, newcomer = make_request(num_inference_steps=30), make_request(width=120, height=88)
+    running, unknown_size = make_request(num_inference_steps=30), make_request(width=120, height=88)
     engine = inline()
     started_at: list[int] = []
 
-    def submit_the_newcomer(request_id: str, event: Event | RequestError) -> None:
+    def submit_unknown_size(request_id: str, event: Event | RequestError) -> None:
         if request_id == running.id and event == Progress(1, 30):
-            engine.submit(newcomer)
-        if request_id == newcomer.id and isinstance(event, Started):
+            engine.submit(unknown_size)
+        if request_id == unknown_size.id and isinstance(event, Started):
             started_at.append(engine.steps(running))
 
-    engine.run(running, on_event=submit_the_newcomer)
-    assert started_at[0] >= 2  # the probe's passes stand between the steps, not before them
+    engine.run(running, on_event=submit_unknown_size)
+    assert started_at[0] >= 2  # the probe's forward passes run between the steps
 
 
 def test_a_request_of_a_known_size_does_not_wait_for_the_probe_of_another(inline: MakeEngine) -> None:
-    first, newcomer = make_request(num_inference_steps=1), make_request(width=120, height=88)
-    known, twin = make_request(num_inference_steps=1), make_request(width=120, height=88, seed=8)
+    first, unknown_size = make_request(num_inference_steps=1), make_request(width=120, height=88)
+    known, same_size = make_request(num_inference_steps=1), make_request(width=120, height=88, seed=8)
     engine = inline()
     ended: list[str] = []
 
-    def submit_the_others(request_id: str, event: Event | RequestError) -> None:
+    def submit_others(request_id: str, event: Event | RequestError) -> None:
         if isinstance(event, ImageFinished):
             ended.append(request_id)
         if request_id == first.id and isinstance(event, ImageFinished):
-            for request in (newcomer, twin, known):
+            for request in (unknown_size, same_size, known):
                 engine.submit(request)
 
-    engine.run(first, on_event=submit_the_others)
+    engine.run(first, on_event=submit_others)
     assert ended[:2] == [first.id, known.id]
-    assert set(ended[2:]) == {newcomer.id, twin.id}
+    assert set(ended[2:]) == {unknown_size.id, same_size.id}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_numbers_that_are_none_fail_their_request_and_no_other(inline: MakeEngine) -> None:
+def test_nan_latents_fail_only_their_request(inline: MakeEngine) -> None:
     bad, good = make_request(seed=1), make_request(seed=2)
-    undisturbed = inline()
-    undisturbed.run(good)
+    reference = inline()
+    reference.run(good)
     engine = inline()
     engine.know(make_request())
 
-    def spoil(request_id: str, event: Event | RequestError) -> None:
+    def break_it(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(2, 4):
             engine.state(bad).latents = torch.full((1, 4, 8, 8), torch.nan)
 
-    engine.run(bad, good, on_event=spoil)
+    engine.run(bad, good, on_event=break_it)
     assert isinstance(engine.errors[bad.id], GenerationError)
-    assert engine.data(good) == undisturbed.data(good)
+    assert "NaN or Inf latents" in engine.errors[bad.id].message
+    assert engine.data(good) == reference.data(good)
     assert engine.images[good.id][0].shared_forwards > 0
 
 
-@pytest.mark.parametrize("spoilt", ["embeds", "scheduler"])
-def test_a_request_that_makes_a_pass_fail_fails_alone(inline: MakeEngine, spoilt: str) -> None:
+@pytest.mark.parametrize("broken", ["embeds", "scheduler"])
+def test_only_the_request_that_makes_a_batch_fail_fails(inline: MakeEngine, broken: str) -> None:
     bad = make_request(n=2, num_inference_steps=6, sampler="dpmpp_2m")
     good = [make_request(seed=seed, num_inference_steps=6) for seed in range(3)]
     engine = inline()
 
-    def spoil(request_id: str, event: Event | RequestError) -> None:
+    def break_it(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and isinstance(event, Progress) and bad.id not in engine.errors:
             state = engine.state(bad)
-            if spoilt == "scheduler":
+            if broken == "scheduler":
                 state.scheduler.model_outputs = None
             else:
                 state.positive = ModelInputs(state.positive.encoder_hidden_states[..., :5])
 
-    engine.run(bad, *good, on_event=spoil)
-    assert "log says why" in engine.errors[bad.id].message
+    engine.run(bad, *good, on_event=break_it)
+    assert "server's log" in engine.errors[bad.id].message
     assert [request_id for request_id, event in engine.events if isinstance(event, RequestError)] == [bad.id]
     assert bad.id not in engine.images
     assert all(engine.data(request) for request in good)
 
 
-@pytest.mark.parametrize("spoilt", ["embeds", "sigmas"])
+@pytest.mark.parametrize("broken", ["embeds", "sigmas"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_one_image_that_fails_ends_its_request_and_no_other(
-    inline: MakeEngine, spoilt: str, index: int
-) -> None:
-    """In a batch with its sibling, whose own forward call and step succeed, and with other requests."""
+def test_a_failing_image_fails_only_its_request(inline: MakeEngine, broken: str, index: int) -> None:
+    """Its batch also has another image of its request, whose step succeeds, and images of other requests."""
     bad, good = (make_request(n=2, sampler="euler", guidance_scale=1.0, seed=seed) for seed in (1, 2))
-    undisturbed = inline()
-    undisturbed.run(good)
+    reference = inline()
+    reference.run(good)
     engine = inline()
     engine.know(bad)
 
-    def spoil(request_id: str, event: Event | RequestError) -> None:
+    def break_it(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(4, 8):
-            image = next(t for t in engine.engine._running if t.request is bad and t.index == index)
-            if spoilt == "sigmas":
-                # Enough for the forward call, not for the step.
+            image = next(s for s in engine.engine._running if s.request is bad and s.index == index)
+            if broken == "sigmas":
+                # Enough for the forward pass, not for the step.
                 image.scheduler.sigmas = image.scheduler.sigmas[: image.step_index + 1]
             else:
                 image.positive = ModelInputs(image.positive.encoder_hidden_states[..., :5])
 
-    engine.run(bad, good, on_event=spoil)
+    engine.run(bad, good, on_event=break_it)
     assert isinstance(engine.errors[bad.id], GenerationError)
     assert [request_id for request_id, event in engine.events if isinstance(event, RequestError)] == [bad.id]
-    assert [engine.data(good, j) for j in (0, 1)] == [undisturbed.data(good, j) for j in (0, 1)]
+    assert [engine.data(good, j) for j in (0, 1)] == [reference.data(good, j) for j in (0, 1)]
     assert all(image.shared_forwards for image in engine.images[good.id].values())
 
 
-def test_images_that_no_thread_can_encode_do_not_end_the_engine(inline: MakeEngine) -> None:
+def test_failing_encoder_threads_do_not_crash_the_engine(inline: MakeEngine) -> None:
     engine = inline()
     bad, waiting = make_request(partial_images=2), make_request(width=72, num_inference_steps=50)
     encoders = engine.engine._postprocessor.encoders
 
-    def close_the_encoders(request_id: str, event: Event | RequestError) -> None:
+    def close_encoders(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(1, 4):
-            encoders.shutdown()  # as where no thread can be started
+            encoders.shutdown()  # as if no thread could be started
         if request_id == bad.id and isinstance(event, RequestError):
             engine.cancel(waiting)
 
-    engine.run(bad, waiting, on_event=close_the_encoders)
+    engine.run(bad, waiting, on_event=close_encoders)
     assert isinstance(engine.errors[bad.id], GenerationError)
     assert not engine.engine._requests
 
 
-def test_a_request_whose_files_cannot_be_read_fails_alone(sd_folder: Path) -> None:
+def test_failing_lora_threads_fail_only_their_request(sd_folder: Path) -> None:
     family: Any = loading.load(sd_folder, make_settings())
-    family.lora_manager._loading_threads.shutdown()  # as where no thread can be started
+    family.lora_manager._loading_threads.shutdown()  # as if no thread could be started
     engine = InlineEngine(family)
     bad, good = make_request(loras=(("style", 1.0),)), make_request()
     engine.run(bad, good)
@@ -225,8 +223,8 @@ def test_a_request_whose_files_cannot_be_read_fails_alone(sd_folder: Path) -> No
     assert engine.data(good)
 
 
-def test_a_device_lost_while_a_file_is_encoded_ends_the_engine(inline: MakeEngine) -> None:
-    """Else the request would never end: the threads that encode have nobody to tell."""
+def test_a_device_lost_during_encoding_crashes_the_engine(inline: MakeEngine) -> None:
+    """Otherwise the request would never end."""
 
     class LostDevice:
         def synchronize(self) -> None:
@@ -243,9 +241,9 @@ def test_a_device_lost_while_a_file_is_encoded_ends_the_engine(inline: MakeEngin
         engine.step()
 
 
-def test_a_file_that_cannot_be_written_ends_the_drawing_of_its_request(inline: MakeEngine) -> None:
-    format_of_no_codec: Any = "nope"
-    bad = make_request(n=4, num_inference_steps=3, output_format=format_of_no_codec)
+def test_an_encoding_failure_stops_the_other_images_of_the_request(inline: MakeEngine) -> None:
+    unknown_format: Any = "nope"
+    bad = make_request(n=4, num_inference_steps=3, output_format=unknown_format)
     engine = inline(max_batch_size=1)
     engine.run(bad)
     assert isinstance(engine.errors[bad.id], GenerationError)
@@ -254,57 +252,55 @@ def test_a_file_that_cannot_be_written_ends_the_drawing_of_its_request(inline: M
 def test_a_short_request_overtakes_a_long_one(inline: MakeEngine) -> None:
     long, short = make_request(num_inference_steps=100), make_request(num_inference_steps=4)
     engine = inline(max_batch_size=1)
-    long_steps_at_the_end_of_the_short_one: list[int] = []
+    long_steps_at_end_of_short: list[int] = []
 
-    def join_at_the_fifth_step(request_id: str, event: Event | RequestError) -> None:
+    def submit_at_step_5(request_id: str, event: Event | RequestError) -> None:
         if request_id == long.id and event == Progress(5, 100):
             engine.submit(short)
         if request_id == short.id and event == Progress(4, 4):
-            long_steps_at_the_end_of_the_short_one.append(engine.steps(long))
+            long_steps_at_end_of_short.append(engine.steps(long))
 
-    engine.run(long, on_event=join_at_the_fifth_step)
-    assert long_steps_at_the_end_of_the_short_one[0] < 20
+    engine.run(long, on_event=submit_at_step_5)
+    assert long_steps_at_end_of_short[0] < 20
 
 
 @pytest.mark.parametrize("aging", [0.0, 2.0])
-def test_a_long_request_in_a_stream_of_short_ones_finishes_when_waiting_counts(
-    inline: MakeEngine, aging: float
-) -> None:
+def test_aging_prevents_starvation_of_a_long_request(inline: MakeEngine, aging: float) -> None:
     long = make_request(num_inference_steps=30, seed=1)
     engine = inline(max_batch_size=1, aging=aging)
     shorts = [make_request(num_inference_steps=2) for _ in range(400 if aging else 20)]
     stream = iter(shorts)
 
-    def keep_two_short_ones_waiting(request_id: str, event: Event | RequestError) -> None:
-        goes_on = isinstance(event, Started) and long.id not in engine.images
-        if request_id != long.id and goes_on and (short := next(stream, None)):
+    def keep_two_short_waiting(request_id: str, event: Event | RequestError) -> None:
+        submit_more = isinstance(event, Started) and long.id not in engine.images
+        if request_id != long.id and submit_more and (short := next(stream, None)):
             engine.submit(short)
 
-    engine.run(next(stream), next(stream), long, on_event=keep_two_short_ones_waiting)
+    engine.run(next(stream), next(stream), long, on_event=keep_two_short_waiting)
     left = sum(1 for _ in stream)
     assert engine.data(long)
-    # Without ageing it has to wait for the end of the stream, however long that is.
+    # Without aging it waits for the end of the stream.
     assert (left > 0) == (aging > 0)
 
 
-def test_requests_that_arrive_together_start_together(inline: MakeEngine) -> None:
-    """Eight one-step images of 16 rows in all; admitting one for each step would make it eight passes."""
+def test_requests_that_arrive_together_share_batches(inline: MakeEngine) -> None:
+    """Eight one-step images have 16 rows; starting one per step would need eight forward passes."""
     known = make_request(num_inference_steps=1)
     together = [make_request(num_inference_steps=1, seed=seed) for seed in range(8)]
     engine = inline()
     engine.know(make_request())
 
-    def submit_the_others(request_id: str, event: Event | RequestError) -> None:
+    def submit_others(request_id: str, event: Event | RequestError) -> None:
         if request_id == known.id and isinstance(event, ImageFinished):
             for request in together:
                 engine.submit(request)
 
-    engine.run(known, on_event=submit_the_others)
-    knee = next(iter(engine.engine.shapes.costs.values())).efficient_rows()
-    assert engine.engine.status().forwards - 1 <= 16 // knee + 2
+    engine.run(known, on_event=submit_others)
+    rows = next(iter(engine.engine.shape_profiles.costs.values())).efficient_rows()
+    assert engine.engine.status().forwards - 1 <= 16 // rows + 2
 
 
-def test_prompts_of_unequal_length_do_not_share_a_pass_and_all_finish(inline: MakeEngine) -> None:
+def test_prompts_of_different_lengths_do_not_share_a_batch(inline: MakeEngine) -> None:
     short = make_request(num_inference_steps=8)
     long = make_request(num_inference_steps=8, prompt="much longer than one chunk " * 5)
     negative = make_request(num_inference_steps=8, negative_prompt="blurred, ugly, dull " * 5)
@@ -319,28 +315,28 @@ def test_prompts_of_unequal_length_do_not_share_a_pass_and_all_finish(inline: Ma
     assert engine.engine.status().determinism == {"64x64": "exact"}
 
 
-def test_what_is_learned_of_shapes_is_bounded(inline: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ShapeProfiles, "_KEPT", 2)
+def test_shape_profiles_are_evicted(inline: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShapeProfiles, "_MAX_SHAPES", 2)
     engine = inline()
     first, *others = [make_request(width=width, num_inference_steps=1) for width in (64, 72, 80, 88)]
 
-    def submit_the_next(_request_id: str, event: Event | RequestError) -> None:
+    def submit_next(_request_id: str, event: Event | RequestError) -> None:
         if isinstance(event, ImageFinished) and others:
             engine.submit(others.pop(0))
 
-    engine.run(first, on_event=submit_the_next)
+    engine.run(first, on_event=submit_next)
     assert len(engine.images) == 4
     assert len(engine.engine.status().determinism) <= 3
-    assert len(engine.engine.shapes.costs) == len(engine.engine.status().determinism)
+    assert len(engine.engine.shape_profiles.costs) == len(engine.engine.status().determinism)
 
 
-def test_the_warm_up_draws_the_default_size(inline: MakeEngine) -> None:
+def test_the_warm_up_generates_the_default_size(inline: MakeEngine) -> None:
     engine = inline()
     engine.engine.warm_up()
     assert engine.engine.status().determinism.keys() == {"128x128"}
 
 
-def test_a_request_of_a_new_size_does_not_wait_for_large_passes_to_be_proved(inline: MakeEngine) -> None:
+def test_a_request_of_a_new_size_does_not_wait_for_the_probe_of_large_batches(inline: MakeEngine) -> None:
     engine = inline(max_batch_size=8)
     request = make_request(num_inference_steps=3)
     engine.run(request)
@@ -349,11 +345,11 @@ def test_a_request_of_a_new_size_does_not_wait_for_large_passes_to_be_proved(inl
     while engine.step() == 0:
         pass
     image = prepare_image(engine.engine.family, request)
-    assert len(engine.engine.shapes.costs[batch_key(image)].seconds) >= 4
+    assert len(engine.engine.shape_profiles.costs[batch_key(image)].seconds) >= 4
 
 
-def test_larger_passes_are_proved_as_soon_as_more_images_wait(inline: MakeEngine) -> None:
+def test_larger_batches_are_probed_when_more_images_wait(inline: MakeEngine) -> None:
     engine = inline(max_batch_size=8, aging=0)
     engine.run(*(make_request(num_inference_steps=20, seed=seed) for seed in range(8)))
     status = engine.engine.status()
-    assert status.image_steps / status.forwards > 2  # one guided image is two rows, proved at once
+    assert status.image_steps / status.forwards > 2  # the first part of the probe covers one guided image

@@ -1,4 +1,4 @@
-"""Row-invariant layers: the same bits for a row whatever the number of rows, and other shapes left alone."""
+"""Batch-invariant layers are bit-exact for any number of rows and do not change other shapes."""
 
 from __future__ import annotations
 
@@ -28,41 +28,39 @@ def _rows(side: int, channels: int = 64) -> Tensor:
     return torch.randn((16, channels, side, side), generator=torch.Generator().manual_seed(1))
 
 
-def _first_row_is_always_the_same(layer: nn.Module, rows: Tensor) -> bool:
+def _is_batch_invariant(layer: nn.Module, rows: Tensor) -> bool:
     outputs = [layer(rows[:count])[:1] for count in _COUNTS]
     return all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 @pytest.mark.parametrize("side", [2, 4, 7, 8])
 @pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (3, 2), (1, 1)])
-def test_a_convolution_gives_a_row_the_same_bits_among_any_number(
-    side: int, kernel_size: int, stride: int
-) -> None:
+def test_a_replaced_convolution_is_batch_invariant(side: int, kernel_size: int, stride: int) -> None:
     layer = _layer(kernel_size=kernel_size, stride=stride)
     rows = _rows(side)
     before = layer(rows[:1])
     make_convolutions_invariant(layer, lambda: layer(rows[:1]), 16)
-    assert _first_row_is_always_the_same(layer, rows)
+    assert _is_batch_invariant(layer, rows)
     assert torch.allclose(layer(rows[:1]), before, atol=1e-5)
     assert layer(rows).is_contiguous()
 
 
 @pytest.mark.parametrize("side", [2, 4, 7, 8, 16])
-def test_a_convolution_is_repaired_where_it_differs_and_only_there(side: int) -> None:
+def test_a_convolution_is_replaced_only_if_it_is_not_batch_invariant(side: int) -> None:
     layer, rows = _layer(), _rows(side)
     differs = any(not torch.equal(layer(rows[:1]), layer(rows[:count])[:1]) for count in (2, 16))
     assert make_convolutions_invariant(layer, lambda: layer(rows[:1]), 16) == differs
 
 
-def test_without_reordered_weights_a_single_row_runs_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypergen.engine.batch_invariance.layers._can_pack", lambda _layer: False)
+def test_without_prepacked_weights_a_single_row_runs_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypergen.engine.batch_invariance.layers._can_prepack", lambda _layer: False)
     layer = _layer()
     rows = _rows(2)
     make_convolutions_invariant(layer, lambda: layer(rows[:1]), 2)
     assert torch.equal(layer(rows[:1]), layer(rows[:2])[:1])
 
 
-def test_other_shapes_keep_their_bits() -> None:
+def test_other_shapes_are_unchanged() -> None:
     layer = _layer()
     small, large = _rows(4), _rows(16)
     before = layer(large)
@@ -70,22 +68,22 @@ def test_other_shapes_keep_their_bits() -> None:
     assert torch.equal(layer(large), before)
 
 
-def test_weights_reordered_again_give_the_same_bits() -> None:
+def test_weights_packed_again_are_bit_exact() -> None:
     layer = _layer()
     for side in range(2, 9):
         rows = _rows(side)
         make_convolutions_invariant(layer, lambda rows=rows: layer(rows[:1]), 16)
     before = layer(_rows(2))
-    for side in range(2, 9):  # more shapes than are kept
+    for side in range(2, 9):  # more shapes than the cache holds
         layer(_rows(side))
     assert torch.equal(layer(_rows(2)), before)
 
 
-def test_a_linear_layer_gives_a_row_the_same_bits_among_any_number() -> None:
+def test_a_replaced_linear_layer_is_batch_invariant() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 256)
     rows = torch.randn(16, 64)
     make_linears_invariant(layer)
-    assert _first_row_is_always_the_same(layer, rows)
+    assert _is_batch_invariant(layer, rows)
     tokens = torch.randn(2, 5, 64)
     assert layer(tokens).shape == (2, 5, 256)

@@ -1,4 +1,4 @@
-"""Settings for faster devices, as far as a CPU can show them: pictures stay, what cannot work is refused."""
+"""Optimization settings: images stay the same up to rounding, unsupported settings are errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypergen.engine.optimizations import bucket
+from hypergen.engine.optimizations import bucket_size
 from hypergen.errors import ModelError
 from hypergen.models import loading
 from hypergen.request import GenerationRequest
@@ -40,10 +40,10 @@ def _requests() -> list[GenerationRequest]:
 @pytest.mark.parametrize(
     "settings", [{"channels_last": True}, {"attention": "math"}, {"attention": "flash"}], ids=str
 )
-def test_pictures_stay_the_same_up_to_rounding(sd_folder: Path, settings: dict[str, Any]) -> None:
+def test_images_stay_the_same_up_to_rounding(sd_folder: Path, settings: dict[str, Any]) -> None:
     plain = _latents(_engine(sd_folder), _requests())
-    faster = _latents(_engine(sd_folder, **settings), _requests())
-    for one, other in zip(plain, faster, strict=True):
+    optimized = _latents(_engine(sd_folder, **settings), _requests())
+    for one, other in zip(plain, optimized, strict=True):
         assert np.linalg.norm(one - other) <= 1e-3 * np.linalg.norm(one)
 
 
@@ -58,23 +58,23 @@ def test_channels_last_reaches_the_weights(sd_folder: Path) -> None:
     [
         ({"decode_stream": True}, "decode_stream needs a CUDA device"),
         ({"compile": "graphs"}, "compile=graphs needs a CUDA device"),
-        ({"attention": "cudnn"}, "Attention 'cudnn' cannot run this model on cpu"),
+        ({"attention": "cudnn"}, "Attention 'cudnn' is not supported for this model on cpu"),
     ],
 )
-def test_what_a_cpu_cannot_do_is_refused_at_the_start(
+def test_settings_that_a_cpu_does_not_support_are_errors(
     sd_folder: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
         _engine(sd_folder, **settings).engine.warm_up()
 
 
-def test_compiled_passes_are_filled_up_to_few_sizes() -> None:
-    assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
-    assert [bucket(rows, fewest=1) for rows in (1, 2, 3)] == [1, 2, 4]
+def test_compiled_batches_are_padded_to_few_sizes() -> None:
+    assert [bucket_size(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
+    assert [bucket_size(rows, min_rows=1) for rows in (1, 2, 3)] == [1, 2, 4]
 
 
-def test_a_compiled_model_draws_in_buckets(sd_folder: Path) -> None:
-    """With torch's own switch for running compiled modules eagerly; a compiler takes minutes here."""
+def test_a_compiled_model_runs_padded_batches(sd_folder: Path) -> None:
+    """Compiled modules run eagerly here, because compilation takes minutes."""
     with torch.compiler.set_stance("force_eager"):
         engine = _engine(sd_folder, compile="on", max_batch_size=4)
         rows: list[int] = []
@@ -86,7 +86,7 @@ def test_a_compiled_model_draws_in_buckets(sd_folder: Path) -> None:
         assert np.linalg.norm(one - other) <= 1e-3 * np.linalg.norm(one)
 
 
-def test_a_transformer_is_compiled_block_by_block_and_draws_one_image_in_one_row(tmp_path: Path) -> None:
+def test_a_transformer_is_compiled_by_block_and_runs_one_image_in_one_row(tmp_path: Path) -> None:
     folder = save_flux(tmp_path)
     requests = [make_request(seed=1), make_request(seed=2, num_inference_steps=3), make_request(seed=3)]
     plain = _latents(_engine(folder), requests)
@@ -96,21 +96,21 @@ def test_a_transformer_is_compiled_block_by_block_and_draws_one_image_in_one_row
         compiled = {type(m).__name__ for m in denoiser.modules() if m._compiled_call_impl is not None}
         rows: list[int] = []
         denoiser.register_forward_pre_hook(
-            lambda _module, _inputs, named: rows.append(named["hidden_states"].shape[0]), with_kwargs=True
+            lambda _module, _inputs, kwargs: rows.append(kwargs["hidden_states"].shape[0]), with_kwargs=True
         )
         engine.know(requests[0])
         assert {1, 2} <= set(rows) <= {1, 2, 4, 8}
         rows.clear()
         (alone,) = _latents(engine, requests[:1])
         assert set(rows) == {1}
-        crowd = _latents(_engine(folder, compile="on", max_batch_size=4), requests)
+        batched = _latents(_engine(folder, compile="on", max_batch_size=4), requests)
     assert compiled == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
-    for one, other in zip([plain[0], *plain], [alone, *crowd], strict=True):
+    for one, other in zip([plain[0], *plain], [alone, *batched], strict=True):
         assert np.linalg.norm(one - other) <= 1e-3 * np.linalg.norm(one)
 
 
 @pytest.mark.bench
-def test_a_model_compiles_and_draws(sd_folder: Path) -> None:
+def test_a_compiled_model_generates(sd_folder: Path) -> None:
     compiled = _latents(_engine(sd_folder, compile="on", max_batch_size=1), _requests()[:1])
     (plain,) = _latents(_engine(sd_folder), _requests()[:1])
     assert np.linalg.norm(plain - compiled[0]) <= 1e-3 * np.linalg.norm(plain)
@@ -121,16 +121,16 @@ def test_a_model_compiles_and_draws(sd_folder: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"decode_stream": True}, {"compile": "graphs", "max_batch_size": 1}], ids=str
 )
-def test_on_cuda_pictures_stay_the_same_up_to_rounding(sd_folder: Path, settings: dict[str, Any]) -> None:
-    def draw(**changes: Any) -> tuple[list[np.ndarray], list[bytes]]:
+def test_on_cuda_images_stay_the_same_up_to_rounding(sd_folder: Path, settings: dict[str, Any]) -> None:
+    def generate(**changes: Any) -> tuple[list[np.ndarray], list[bytes]]:
         family = loading.load(sd_folder, make_settings(device="cuda"))
         engine = InlineEngine(family, device="cuda", **changes)
         requests = _requests()
         return _latents(engine, requests), [engine.data(request) for request in requests]
 
-    latents, files = draw(**settings)
-    plain_latents, plain_files = draw()
-    if "decode_stream" in settings:  # the denoiser is untouched
+    latents, files = generate(**settings)
+    plain_latents, plain_files = generate()
+    if "decode_stream" in settings:  # the denoiser is not changed
         assert files == plain_files
     for one, other in zip(plain_latents, latents, strict=True):
         assert np.linalg.norm(one - other) <= 1e-2 * np.linalg.norm(one)

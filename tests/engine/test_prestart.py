@@ -1,4 +1,4 @@
-"""A prestarted engine process: attached to once, restarted when it dies, ended with its launcher."""
+"""A prestarted engine process: attached to once, restarted after a crash, stopped with its launcher."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.support.sync_engine import make_request, make_settings, served
 
 async def _until_ready(pool: EnginePool) -> None:
     async with asyncio.timeout(60):
-        while pool.status().state != "ready":  # noqa: ASYNC110  the same
+        while pool.status().state != "ready":  # noqa: ASYNC110  it happens in another process
             await asyncio.sleep(0.02)
 
 
-async def test_the_pool_attaches_to_a_prestarted_engine_and_restarts_it_when_it_dies(
+async def test_the_pool_attaches_to_a_prestarted_engine_and_restarts_it_after_a_crash(
     sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prestarted = PrestartedEngine(sd_folder)

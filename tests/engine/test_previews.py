@@ -1,4 +1,4 @@
-"""Previews: they come while an image is drawn, each is nearer to it, and they change nothing."""
+"""Previews come while an image is generated, each is closer to it, and they do not change it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.previews import LatentToRgb, pred_original_sample, preview_steps
 from hypergen.events import ImageFinished, Preview
 from hypergen.models import loading
-from tests.support.diffusers_edits import picture
+from tests.support.diffusers_edits import picture as input_image
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -27,7 +27,7 @@ def _pixels(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sampler", [None, "euler", "dpmpp_2m_karras"])
-def test_each_preview_is_nearer_to_the_picture_and_none_changes_it(sampler: str | None) -> None:
+def test_each_preview_is_closer_to_the_image_and_none_changes_it(sampler: str | None) -> None:
     request = make_request(
         prompt="a red circle on a blue background",
         width=128,
@@ -35,7 +35,7 @@ def test_each_preview_is_nearer_to_the_picture_and_none_changes_it(sampler: str 
         num_inference_steps=12,
         guidance_scale=4.0,
         sampler=sampler,
-        seed=3,  # one whose first preview is not by chance nearer than the second
+        seed=3,  # one whose first preview is not closer than the second by chance
         partial_images=3,
     )
     plain = replace(request, id="plain", partial_images=0)
@@ -47,8 +47,8 @@ def test_each_preview_is_nearer_to_the_picture_and_none_changes_it(sampler: str 
     assert [preview.number for preview in previews] == [0, 1, 2]
     finished = next(e for e in events if isinstance(e, ImageFinished))
     assert all(events.index(preview) < events.index(finished) for preview in previews)
-    picture = _pixels(engine.data(request))
-    distances = [np.abs(_pixels(preview.data) - picture).mean() for preview in previews]
+    image = _pixels(engine.data(request))
+    distances = [np.abs(_pixels(preview.data) - image).mean() for preview in previews]
     assert distances == sorted(distances, reverse=True)
     assert len(set(distances)) == 3
     assert not any(
@@ -57,17 +57,17 @@ def test_each_preview_is_nearer_to_the_picture_and_none_changes_it(sampler: str 
 
 
 @pytest.mark.parametrize("sampler", [None, "heun"])
-def test_an_image_that_begins_from_a_picture_shows_itself_as_often(sampler: str | None) -> None:
+def test_image_to_image_has_as_many_previews(sampler: str | None) -> None:
     engine = InlineEngine(loading.load(EMBEDDED, make_settings()))
     request = make_request(
-        image=picture(), strength=0.5, num_inference_steps=8, n=2, partial_images=3, sampler=sampler
+        image=input_image(), strength=0.5, num_inference_steps=8, n=2, partial_images=3, sampler=sampler
     )
     engine.run(request)
-    seen = [(event.index, event.number) for _, event in engine.events if isinstance(event, Preview)]
-    assert sorted(seen) == [(index, number) for index in (0, 1) for number in (0, 1, 2)]
+    previews = [(event.index, event.number) for _, event in engine.events if isinstance(event, Preview)]
+    assert sorted(previews) == [(index, number) for index in (0, 1) for number in (0, 1, 2)]
 
 
-def test_a_preview_that_cannot_be_drawn_costs_no_picture() -> None:
+def test_a_failing_preview_does_not_fail_the_image() -> None:
     family = loading.load(EMBEDDED, make_settings())
     request = make_request(partial_images=1)
     engine = InlineEngine(family)
@@ -84,7 +84,7 @@ def test_a_preview_that_cannot_be_drawn_costs_no_picture() -> None:
     assert not any(isinstance(event, Preview) for _, event in engine.events)
 
 
-def test_previews_are_spread_over_the_steps_and_never_the_last() -> None:
+def test_previews_are_spread_over_the_steps_without_the_last() -> None:
     assert sorted(preview_steps(12, 3)) == [3, 6, 9]
     assert sorted(preview_steps(8, 1)) == [4]
     assert sorted(preview_steps(2, 3)) == [1]
@@ -94,7 +94,7 @@ def test_previews_are_spread_over_the_steps_and_never_the_last() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sampler", [None, *SAMPLERS])
-def test_the_clean_latents_of_the_true_noise_are_the_clean_latents(
+def test_pred_original_sample_of_the_true_noise_is_the_clean_latents(
     sd_folder: Path, sampler: str | None
 ) -> None:
     family = loading.load(sd_folder, make_settings())
@@ -102,7 +102,7 @@ def test_the_clean_latents_of_the_true_noise_are_the_clean_latents(
     generator = torch.Generator().manual_seed(1)
     clean, noise = (torch.randn(state.latents.shape, generator=generator) for _ in range(2))
     scheduler = state.scheduler
-    # In the middle, where samplers stand between trained steps if they ever do; second-order ones begin one.
+    # In the middle, where timesteps are between training timesteps; second-order samplers begin a step.
     for _ in range(4):
         state.model_input()
         state.advance(torch.zeros_like(clean))
@@ -112,15 +112,16 @@ def test_the_clean_latents_of_the_true_noise_are_the_clean_latents(
 
 
 @torch.inference_mode()
-def test_a_linear_map_tells_the_colours_of_latents() -> None:
-    """Where latents are linear in the colours, as a large autoencoder's nearly are, the map is exact."""
+def test_a_linear_map_from_latents_to_rgb() -> None:
+    """It is exact if latents are linear in the colors, as those of a large VAE nearly are."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(4, 3, generator=generator)
 
-    def encode(picture: torch.Tensor) -> torch.Tensor:
-        small = torch.nn.functional.adaptive_avg_pool2d(picture, (16, 16))
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.adaptive_avg_pool2d(image, (16, 16))
         return torch.einsum("cd,bdhw->bchw", mixing, small)
 
-    colours = LatentToRgb(encode)
-    picture = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
-    assert torch.allclose(colours(torch.einsum("cd,bdhw->bchw", mixing, picture)), picture, atol=0.02)
+    latent_to_rgb = LatentToRgb(encode)
+    image = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
+    latents = torch.einsum("cd,bdhw->bchw", mixing, image)
+    assert torch.allclose(latent_to_rgb(latents), image, atol=0.02)

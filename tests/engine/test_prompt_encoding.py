@@ -17,19 +17,19 @@ from tests.support.sync_engine import InlineEngine, make_request, make_settings
 
 @pytest.fixture
 def load(sd_folder: Path, tmp_path: Path) -> Callable[[str], Any]:
-    """A family that keeps no prompt and no LoRA longer than a request needs it."""
+    """Loads a family without caches for prompts and LoRAs."""
 
-    def load(kind: str) -> Any:
+    def load(name: str) -> Any:
         changes: dict[str, Any] = {"prompt_cache_mb": 0, "lora_cache_mb": 0}
-        if kind == "sd":
+        if name == "sd":
             pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
             style = save_lora(tmp_path / "style.safetensors", pipeline, text=TEXT)
             return loading.load(sd_folder, make_settings(lora=[f"style={style}"], **changes))
-        if kind == "sdxl":
+        if name == "sdxl":
             base = save_sdxl(tmp_path / "base")
             changes["refiner"] = str(save_refiner(tmp_path / "refiner", base))
             return loading.load(base, make_settings(**changes))
-        save = {"sd3": save_sd3, "flux": save_flux}[kind]
+        save = {"sd3": save_sd3, "flux": save_flux}[name]
         return loading.load(save(tmp_path), make_settings(**changes))
 
     return load
@@ -43,18 +43,18 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", _CHANGES)
-def test_prompts_of_a_request_are_encoded_once(kind: str, load: Callable[[str], Any]) -> None:
-    changes = {"negative_prompt": "a bird", "num_inference_steps": 6, **_CHANGES[kind]}
+@pytest.mark.parametrize("name", _CHANGES)
+def test_prompts_of_a_request_are_encoded_once(name: str, load: Callable[[str], Any]) -> None:
+    changes = {"negative_prompt": "a bird", "num_inference_steps": 6, **_CHANGES[name]}
     several = make_request(n=2, **changes)
-    engine = InlineEngine(family := load(kind))
+    engine = InlineEngine(family := load(name))
     encode_prompts, encoded = family.encode_prompts, list[str]()
 
-    def noted(request: Any, loras: Any) -> Any:
+    def record(request: Any, loras: Any) -> Any:
         encoded.append(request.id)
         return encode_prompts(request, loras)
 
-    family.encode_prompts = noted
+    family.encode_prompts = record
     engine.run(several)
     family.encode_prompts = encode_prompts
     assert encoded == [several.id]

@@ -1,4 +1,4 @@
-"""Which images take the next step together, decided over real states and known costs."""
+"""The scheduler with real states and given cost curves."""
 
 from __future__ import annotations
 
@@ -9,80 +9,84 @@ from hypergen.engine.scheduler import CostCurve, batch_key, next_batch
 from hypergen.models.family import Family
 from tests.support.sync_engine import make_request, prepare_image
 
-_LINEAR = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}  # more rows gain nothing
+_LINEAR = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}  # more rows are not more efficient
 _FLAT = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}  # more rows are free
 
 
-def _start(family: Family, waited_s: float = 0, **changes: Any) -> DenoisingState:
+def _state(family: Family, waited_s: float = 0, **changes: Any) -> DenoisingState:
     state = prepare_image(family, make_request(**changes))
     state.queued_at = -waited_s
     return state
 
 
-def _choose(
-    images: list[DenoisingState], seconds: dict[int, float], aging: float = 0.2, most: int = 8, **curve: Any
+def _batch(
+    images: list[DenoisingState],
+    seconds: dict[int, float],
+    aging: float = 0.2,
+    max_batch_size: int = 8,
+    **curve: Any,
 ) -> list[DenoisingState]:
     costs = {batch_key(image).shared: CostCurve(8, seconds=dict(seconds), **curve) for image in images}
-    return next_batch(images, costs, most, aging, now=0)
+    return next_batch(images, costs, max_batch_size, aging, now=0)
 
 
-def test_nothing_is_chosen_from_nothing() -> None:
+def test_without_images_the_batch_is_empty() -> None:
     assert next_batch([], {}, 8, 0.2, 0) == []
 
 
-def test_rows_are_filled_up_to_the_knee(family: Family) -> None:
-    images = [_start(family) for _ in range(6)]
-    assert len(_choose(images, _FLAT)) == 4
-    assert len(_choose(images, {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4})) == 4
-    assert len(_choose(images, _LINEAR)) == 1
-    assert len(_choose(images, {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}, most=3)) == 3
+def test_a_batch_is_filled_up_to_the_efficient_rows(family: Family) -> None:
+    images = [_state(family) for _ in range(6)]
+    assert len(_batch(images, _FLAT)) == 4
+    assert len(_batch(images, {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4})) == 4
+    assert len(_batch(images, _LINEAR)) == 1
+    assert len(_batch(images, {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}, max_batch_size=3)) == 3
 
 
-def test_only_sizes_of_a_pass_that_were_proved_are_used(family: Family) -> None:
-    images = [_start(family, guidance_scale=1.0) for _ in range(7)]
+def test_only_bit_exact_row_counts_are_used(family: Family) -> None:
+    images = [_state(family, guidance_scale=1.0) for _ in range(7)]
     seconds = {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}
-    assert len(_choose(images, seconds, row_counts=frozenset(seconds))) == 4
-    assert len(_choose(images, seconds)) == 7
+    assert len(_batch(images, seconds, row_counts=frozenset(seconds))) == 4
+    assert len(_batch(images, seconds)) == 7
 
 
-def test_guided_and_unguided_images_of_any_sampler_and_length_share(family: Family) -> None:
+def test_images_with_and_without_guidance_of_any_sampler_share_a_batch(family: Family) -> None:
     images = [
-        _start(family, guidance_scale=1.0, sampler="ddim"),
-        _start(family, num_inference_steps=50, sampler="heun"),
-        _start(family, negative_prompt="blurred", seed=3),
+        _state(family, guidance_scale=1.0, sampler="ddim"),
+        _state(family, num_inference_steps=50, sampler="heun"),
+        _state(family, negative_prompt="blurred", seed=3),
     ]
-    assert len(_choose(images, {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4})) == 3
+    assert len(_batch(images, {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4})) == 3
 
 
-def test_other_sizes_and_longer_prompts_do_not_share(family: Family) -> None:
-    first = _start(family, num_inference_steps=1)
-    others = [_start(family, width=72), _start(family, prompt="long " * 100)]
-    assert _choose([first, *others], {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}) == [first]
+def test_other_sizes_and_longer_prompts_do_not_share_a_batch(family: Family) -> None:
+    first = _state(family, num_inference_steps=1)
+    others = [_state(family, width=72), _state(family, prompt="long " * 100)]
+    assert _batch([first, *others], {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}) == [first]
 
 
 def test_an_image_that_must_run_alone_runs_alone(family: Family) -> None:
-    lone, other = _start(family, num_inference_steps=1), _start(family)
-    lone.must_run_alone = True
-    assert _choose([lone, other], {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}) == [lone]
-    assert batch_key(lone) != batch_key(other)
-    assert batch_key(lone).shared == batch_key(other).shared
+    alone, other = _state(family, num_inference_steps=1), _state(family)
+    alone.must_run_alone = True
+    assert _batch([alone, other], {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}) == [alone]
+    assert batch_key(alone) != batch_key(other)
+    assert batch_key(alone).shared == batch_key(other).shared
 
 
-def test_less_remaining_work_goes_first_until_waiting_outweighs_it(family: Family) -> None:
-    long, short = _start(family, num_inference_steps=20), _start(family, num_inference_steps=3)
-    assert _choose([long, short], _LINEAR) == [short]
+def test_less_remaining_work_goes_first_unless_aging_outweighs_it(family: Family) -> None:
+    long, short = _state(family, num_inference_steps=20), _state(family, num_inference_steps=3)
+    assert _batch([long, short], _LINEAR) == [short]
     long.queued_at = -1000
-    assert _choose([long, short], _LINEAR) == [long]
-    assert _choose([long, short], _LINEAR, aging=0) == [short]
+    assert _batch([long, short], _LINEAR) == [long]
+    assert _batch([long, short], _LINEAR, aging=0) == [short]
 
 
-def test_the_curve_follows_what_passes_take() -> None:
+def test_the_cost_curve_follows_measured_forward_passes() -> None:
     curve = CostCurve(8, seconds={2: 1.0, 4: 10.0})
     assert curve.efficient_rows() == 2
     for _ in range(6):
-        curve.record(4, 1.0)  # the machine was busy when it was probed
+        curve.record(4, 1.0)  # the machine was busy during the probe
     assert curve.efficient_rows() == 4
-    curve.record(4, 1000.0)  # and once it was interrupted
+    curve.record(4, 1000.0)  # one outlier
     assert curve.seconds[4] < 1.6
     curve.max_rows = 2  # out of memory
     assert curve.efficient_rows() == 2

@@ -1,4 +1,4 @@
-"""The threads of an engine process, and of the supervisor that watches it: none ends without a word."""
+"""Failures in the threads of an engine process and of its supervisor."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from hypergen.errors import unpack
 from hypergen.events import EngineStatus, Preview, Started
 from tests.support.sync_engine import make_request, served
 
-_NO_PICKLE = (3).to_bytes(8, "big") + b"abc"
+_INVALID_PICKLE = (3).to_bytes(8, "big") + b"abc"
 
 
-async def _lost(folder: Path, monkeypatch: pytest.MonkeyPatch, says: bytes, hears: Any) -> Supervisor:
-    """The supervisor of a process that says this and is told that, as soon as it has lost it."""
+async def _lose_engine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes, message: Any
+) -> Supervisor:
+    """The supervisor of a process that sends these bytes and receives this message, after `on_lost`."""
     engine = folder / "engine"
     engine.write_text(
-        f"#!{sys.executable}\nimport os, sys, time\nos.write(int(sys.argv[-1]), {says!r})\ntime.sleep(600)\n"
+        f"#!{sys.executable}\nimport os, sys, time\nos.write(int(sys.argv[-1]), {sent!r})\ntime.sleep(600)\n"
     )
     engine.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(engine))
@@ -43,38 +45,39 @@ async def _lost(folder: Path, monkeypatch: pytest.MonkeyPatch, says: bytes, hear
         on_lost=lambda _: lost.set(),
     )
     supervisor.launch()
-    supervisor.send(ipc.Submit(hears))
+    supervisor.send(ipc.Submit(message))
     async with asyncio.timeout(60):
         await lost.wait()
     return supervisor
 
 
-@pytest.mark.parametrize("deaf", [True, False])
-async def test_an_engine_that_cannot_be_talked_with_is_ended_and_counts_as_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool
+@pytest.mark.parametrize("direction", ["receive", "send"])
+async def test_an_engine_with_a_failing_connection_is_killed_and_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
 ) -> None:
-    says, hears = (b"", threading.Lock()) if deaf else (_NO_PICKLE, make_request())
-    supervisor = await _lost(tmp_path, monkeypatch, says, hears)
+    unpicklable = threading.Lock()
+    sent, message = (b"", unpicklable) if direction == "send" else (_INVALID_PICKLE, make_request())
+    supervisor = await _lose_engine(tmp_path, monkeypatch, sent, message)
     assert supervisor.status.state == "failed"
     assert supervisor.pid is not None
     assert not psutil.pid_exists(supervisor.pid)
 
 
-def test_an_engine_that_cannot_read_what_it_is_told_ends_with_code_13(sd_folder: Path) -> None:
+def test_an_engine_that_cannot_read_a_message_exits_with_code_13(sd_folder: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         arguments = ["-P", "-m", "hypergen.engine.worker_main", str(theirs.fileno())]
         with subprocess.Popen([sys.executable, *arguments], pass_fds=[theirs.fileno()]) as engine:
             try:
                 ipc.send(ours, ipc.Start((served(sd_folder),)))
-                ours.sendall(_NO_PICKLE)
+                ours.sendall(_INVALID_PICKLE)
                 assert engine.wait(60) == 13
             finally:
                 engine.kill()
 
 
-def test_processes_that_an_engine_starts_do_not_inherit_its_connection() -> None:
-    """Else one that lives on would hide the death of the engine."""
+def test_child_processes_of_an_engine_do_not_inherit_its_connection() -> None:
+    """Otherwise a child that still runs would hide the exit of the engine."""
     theirs, ours = socket.socketpair()
     with theirs, ours:
         descriptor = os.dup(theirs.fileno())
@@ -84,29 +87,29 @@ def test_processes_that_an_engine_starts_do_not_inherit_its_connection() -> None
             assert connection.get_inheritable() is False
 
 
-def test_a_heart_beats_on_with_the_last_status_when_there_is_no_new_one(
+def test_heartbeats_continue_with_the_last_status_if_there_is_no_new_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = ModelManager([], None, lambda *_: pytest.fail("no model"), lambda *_: None)
-    del manager.startup_s  # what `status` tells
-    known = EngineStatus(state="ready", forwards=7)
+    del manager.startup_s  # `status` reads it
+    last_status = EngineStatus(state="ready", forwards=7)
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    class Enough(BaseException):
+    class StopTest(BaseException):
         pass
 
-    def after_three_beats(_seconds: float) -> None:
+    def stop_after_three(_seconds: float) -> None:
         if outbox.qsize() == 3:
-            raise Enough
+            raise StopTest
 
-    monkeypatch.setattr(worker_main.time, "sleep", after_three_beats)
-    with pytest.raises(Enough):
-        worker_main._send_heartbeats(manager, known, outbox)
-    assert [outbox.get().status for _ in range(3)] == [known] * 3
-    assert caplog.text.count("The status cannot be told") == 1
+    monkeypatch.setattr(worker_main.time, "sleep", stop_after_three)
+    with pytest.raises(StopTest):
+        worker_main._send_heartbeats(manager, last_status, outbox)
+    assert [outbox.get().status for _ in range(3)] == [last_status] * 3
+    assert caplog.text.count("The status could not be read") == 1
 
 
-def test_an_event_that_cannot_be_sent_fails_its_request_and_no_other() -> None:
+def test_an_event_that_cannot_be_sent_fails_only_its_request() -> None:
     ours, theirs = socket.socketpair()
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     unpicklable: Any = threading.Lock()

@@ -127,7 +127,7 @@ def test_the_log_says_what_such_a_model_does_not_get(
 ) -> None:
     with caplog.at_level(logging.WARNING, "hypergen"):
         _Drawing(model)
-    assert "drawn whole, one image at a time" in caplog.text
+    assert "runs as a full diffusers pipeline, one image at a time" in caplog.text
     assert model.model_info("whole").capabilities == {"negative_prompt"}
 
 
@@ -166,10 +166,10 @@ def test_the_fewest_steps_that_a_pipeline_can_do_are_published(
     index.write_text(json.dumps(named), encoding="utf-8")
     model = ServedModel(id="whole", path=folder, settings=make_settings())
     loaded = Loader(lambda _id, _event: None, alone=True)(model, lambda: None)
-    assert loaded.description.min_steps == fewest
+    assert loaded.model_info.min_steps == fewest
     if fewest > 1:
         with pytest.raises(InvalidRequestError, match=f"must be at least {fewest} ") as refused:
-            read_sampler(None, fewest - 1, loaded.description, "num_inference_steps")
+            read_sampler(None, fewest - 1, loaded.model_info, "num_inference_steps")
         assert refused.value.param == "num_inference_steps"
 
 

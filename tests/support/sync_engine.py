@@ -88,9 +88,9 @@ class InlineEngine:
     def know(self, *requests: GenerationRequest) -> None:
         """Prove every size of a pass for the shapes of these requests, as if they had been served before."""
         for request in requests:
-            for _ in self.engine.shapes.probe_minimum(prepare_image(self.engine.family, request)):
+            for _ in self.engine.shape_profiles.probe_minimum(prepare_image(self.engine.family, request)):
                 pass
-        self.engine.shapes.finish()
+        self.engine.shape_profiles.finish_probes()
 
     def submit(self, request: GenerationRequest) -> None:
         self._open[request.id] = request.n

@@ -1,1 +1,1 @@
-"""The same bytes for an image, whatever shares its batch."""
+"""Batch invariance: the bytes of an image do not depend on its batch."""

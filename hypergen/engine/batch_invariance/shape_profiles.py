@@ -1,4 +1,4 @@
-"""ShapeProfiles: what the engine has learned of each group of images, its verdict and its cost curve."""
+"""ShapeProfiles: the probe and the cost curve of each batch key."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 
 
 class ShapeProfiles:
-    """Probes shapes as they first appear, and remembers the latest.
+    """Probes new shapes and keeps the results of the latest ones.
 
-    A probe is made in two parts: what a request needs before it can be drawn, and larger passes, which wait
-    until the engine has more images than it may draw at once, or nothing else to do. The latter only where
-    they are short, because a request that comes in the middle of a pass waits for its end.
+    A probe has two parts. A request needs the first part before its first step. The second part tries larger
+    batches. It runs when more images wait than the probed batch sizes can hold, or when the engine is idle;
+    then only if its forward passes are short, because a new request waits for the end of one.
 
-    Keys are those of images that share their passes: what must run alone costs what its shape costs.
+    Keys are `BatchKey.shared`: an image that must run alone has the costs of its shape.
     """
 
-    _KEPT = 256
-    # A probe keeps rows as large as the largest batch, on the device.
-    _MOST_UNFINISHED = 8
-    # One guided image. A request need not wait until larger passes are proved.
-    _ENOUGH_ROWS = 2
-    _LONGEST_IDLE_PASS_S = 0.5
+    _MAX_SHAPES = 256
+    # An unfinished probe keeps the inputs of the largest batch on the device.
+    _MAX_UNFINISHED = 8
+    # One guided image. A request does not wait until larger batches are probed.
+    _MIN_ROWS = 2
+    _MAX_IDLE_FORWARD_S = 0.5
     _END = object()
 
     def __init__(
@@ -41,36 +41,37 @@ class ShapeProfiles:
         self._strict = settings.determinism == "strict"
         self._max_rows = 2 * settings.max_batch_size
         self._compiled = settings.compile != "off"
-        self._rule = BatchInvariance(
+        self._batch_invariance = BatchInvariance(
             family,
             enabled=self._strict,
-            replaces=not self._compiled,
+            replace_layers=not self._compiled,
             max_rows=self._max_rows,
             clock=clock,
         )
         self._probes: dict[BatchKey, Probe] = {}
         self._probing: set[BatchKey] = set()
-        # In the order in which they were begun; only these probes keep tensors.
+        # In order of their start; only these probes keep tensors.
         self._unfinished: dict[BatchKey, None] = {}
         self._paused: set[BatchKey] = set()
-        self._joining: Counter[BatchKey] = Counter()
+        self._preparing: Counter[BatchKey] = Counter()  # the keys of requests in `probe_minimum`
         self.costs: dict[BatchKey, CostCurve] = {}
 
     def probe_minimum(self, state: DenoisingState) -> Iterator[None]:
-        """Probe the shapes of a state's stages if they are new, far enough to draw; an item for each
-        forward pass, so that other images can advance between them. Where nothing is drawn there is nothing
-        to learn.
+        """Run the first part of the probe for each denoiser of an image, if its shape is new.
+
+        Yields after each forward pass, so that other images can advance in between. Does nothing for an image
+        without denoising.
         """
         if state.skip_denoising:
             return
-        stages = list(state.with_each_denoiser())
-        needed = [batch_key(stage).shared for stage in stages]
-        self._joining.update(needed)
+        variants = list(state.with_each_denoiser())
+        keys = [batch_key(variant).shared for variant in variants]
+        self._preparing.update(keys)
         try:
-            for stage in stages:
-                yield from self._probe_minimum(stage)
+            for variant in variants:
+                yield from self._probe_minimum(variant)
         finally:
-            self._joining.subtract(needed)
+            self._preparing.subtract(keys)
 
     def _probe_minimum(self, state: DenoisingState) -> Iterator[None]:
         key = batch_key(state).shared
@@ -78,114 +79,115 @@ class ShapeProfiles:
             yield
         if key in self._paused:
             self._paused.discard(key)
-            self._rule.restart(self._probes[key], state)
-            self._may_go_on(key)
+            self._batch_invariance.restart(self._probes[key], state)
+            self._add_unfinished(key)
         if key in self._probes:
             return
-        probe = self._rule.probe(state)
+        probe = self._batch_invariance.make_probe(state)
         self._probing.add(key)
         try:
-            for _ in probe.passes:
-                if max(probe.seconds, default=0) >= self._ENOUGH_ROWS:
+            for _ in probe.forwards:
+                if max(probe.seconds, default=0) >= self._MIN_ROWS:
                     break
                 yield
         finally:
             self._probing.discard(key)
         self._probes[key] = probe
-        self._may_go_on(key)
-        self._read(key)
+        self._add_unfinished(key)
+        self._update_costs(key)
 
-    def _may_go_on(self, key: BatchKey) -> None:
-        """Let a probe try larger passes later; the oldest of too many pauses until its shape is asked for."""
+    def _add_unfinished(self, key: BatchKey) -> None:
+        """Let a probe try larger batches later. The oldest of too many pauses until a request needs it."""
         self._unfinished[key] = None
-        if len(self._unfinished) > self._MOST_UNFINISHED:
+        if len(self._unfinished) > self._MAX_UNFINISHED:
             oldest = next(iter(self._unfinished))
-            self._end(oldest)
+            self._stop(oldest)
             self._paused.add(oldest)
 
-    def _end(self, key: BatchKey) -> None:
-        """Probe no further, and give the tensors back."""
+    def _stop(self, key: BatchKey) -> None:
+        """Stop a probe and free its tensors."""
         self._unfinished.pop(key, None)
         self._paused.discard(key)
-        self._probes[key].passes = iter(())
+        self._probes[key].forwards = iter(())
 
-    def next_pending_probe(self, active: Collection[DenoisingState]) -> BatchKey | None:
-        """A shape whose probe has more rows to try, and that it is worth to try them: nothing else is to be
-        done, or more rows wait than are proved.
+    def next_pending_probe(self, running: Collection[DenoisingState]) -> BatchKey | None:
+        """A shape whose unfinished probe should continue now.
+
+        That is one with more running rows than its largest probed batch, or any if no image is running.
         """
         rows: Counter[BatchKey] = Counter()
-        for state in active:
+        for state in running:
             rows[batch_key(state).shared] += state.rows
-        worth = (
+        pending = (
             key
             for key in self._unfinished
-            if (rows[key] > max(self._probes[key].seconds) if active else self._next_is_short(key))
+            if (rows[key] > max(self._probes[key].seconds) if running else self._fits_idle_time(key))
         )
-        return next(worth, None)
+        return next(pending, None)
 
-    def _next_is_short(self, key: BatchKey) -> bool:
-        if self._compiled:  # what takes minutes is better done before it is needed
+    def _fits_idle_time(self, key: BatchKey) -> bool:
+        if self._compiled:  # compilation takes minutes and should be done before a request needs it
             return True
         seconds = self._probes[key].seconds
-        return 2 * seconds[max(seconds)] <= self._LONGEST_IDLE_PASS_S  # rows are doubled at most
+        return 2 * seconds[max(seconds)] <= self._MAX_IDLE_FORWARD_S  # at most twice the rows
 
-    def finish(self) -> None:
-        """Make every probe whole, however long its passes are: before something is measured."""
+    def finish_probes(self) -> None:
+        """Finish all probes, however long their forward passes are; for benchmarks and tests."""
         for key in list(self._unfinished):
             while key in self._unfinished:
-                self.probe_next(key)
+                self.continue_probe(key)
 
-    def probe_next(self, key: BatchKey) -> None:
-        """One more forward pass of an unfinished probe."""
+    def continue_probe(self, key: BatchKey) -> None:
+        """Run one more forward pass of an unfinished probe."""
         try:
-            if next(self._probes[key].passes, self._END) is not self._END:
-                self._read(key)
+            if next(self._probes[key].forwards, self._END) is not self._END:
+                self._update_costs(key)
                 return
-        except Exception:  # what is proved so far still serves
-            logger.exception("A probe failed and is given up.")
+        except Exception:  # Isolate the failure: the row counts that were probed so far remain usable.
+            logger.exception("A probe failed and is not continued.")
         self._finish(key)
 
     def limit_rows(self, key: BatchKey, rows: int) -> None:
-        """So many rows do not fit into memory: try no more, and make smaller passes."""
-        self._end(key)
+        """Use smaller batches for a shape and stop its probe, because this many rows do not fit in memory."""
+        self._stop(key)
         self.costs[key].max_rows = max(2, rows // 2)
 
-    def _read(self, key: BatchKey) -> None:
-        """Take over what a probe has found so far."""
+    def _update_costs(self, key: BatchKey) -> None:
+        """Update the cost curve of a shape from its probe."""
         probe = self._probes[key]
-        # Any other number of rows would have to be compiled first, or has not been proved.
-        tried_only = self._compiled or (self._strict and probe.verdict == "exact")
+        # Other row counts would have to be compiled first, or are not known to be bit-exact.
+        probed_only = self._compiled or (self._strict and probe.verdict == "exact")
         if key not in self.costs:
             self.costs[key] = CostCurve(self._max_rows)
         curve = self.costs[key]
-        curve.max_rows = max(probe.seconds) if tried_only else self._max_rows
-        curve.row_counts = frozenset(probe.seconds) if tried_only else None
+        curve.max_rows = max(probe.seconds) if probed_only else self._max_rows
+        curve.row_counts = frozenset(probe.seconds) if probed_only else None
         curve.seconds = {**probe.seconds, **curve.seconds}
 
     def _finish(self, key: BatchKey) -> None:
-        self._end(key)
-        self._read(key)
+        self._stop(key)
+        self._update_costs(key)
         probe = self._probes[key]
         seconds = ", ".join(f"{rows}: {seconds:.3f}" for rows, seconds in probe.seconds.items())
         logger.info(
-            "Probed %dx%d: %s, %d layers replaced, seconds of a pass by rows {%s}",
+            "Probed %dx%d: %s, %d layers replaced, seconds of a forward pass by row count {%s}",
             probe.width,
             probe.height,
             probe.verdict,
-            probe.replaced,
+            probe.replaced_layers,
             seconds,
         )
 
-    def forget_old(self, needed: set[BatchKey]) -> None:
-        """Keep the latest shapes, those that are needed and those of requests that are joining."""
-        old = [key for key in self._probes if key not in needed and not self._joining[key]]
-        for key in old[: max(0, len(self._probes) - self._KEPT)]:
-            self._end(key)
+    def evict_oldest(self, needed: set[BatchKey]) -> None:
+        """Evict the oldest shapes beyond the limit, except `needed` ones and those in `probe_minimum`."""
+        evictable = [key for key in self._probes if key not in needed and not self._preparing[key]]
+        for key in evictable[: max(0, len(self._probes) - self._MAX_SHAPES)]:
+            self._stop(key)
             del self._probes[key], self.costs[key]
-        self._joining = +self._joining
+        self._preparing = +self._preparing
 
     def must_run_alone(self, state: DenoisingState) -> bool:
-        """Whether neighbours would change the bits of an image whose seed was asked for."""
+        """Whether other rows in the batch would change the bytes of an image whose request gave a seed."""
         if state.skip_denoising:
             return False
         verdict = self._probes[batch_key(state).shared].verdict
@@ -193,11 +195,11 @@ class ShapeProfiles:
 
     @property
     def probes(self) -> Mapping[BatchKey, Probe]:
-        """What was found for each shape, finished or not."""
+        """The probe of each shape, finished or not."""
         return self._probes
 
     def verdicts(self) -> dict[str, Verdict]:
-        """For each drawn size, "512x512": the verdict over all lengths of prompts."""
+        """Generation size, for example "512x512" -> its verdict over all prompt lengths."""
         verdicts: dict[str, Verdict] = {}
         for probe in list(self._probes.values()):
             size = f"{probe.width}x{probe.height}"
