@@ -78,7 +78,7 @@ class Live:
         try:
             self.engine.warm_up()
             with torch.inference_mode():  # until its probes are whole, and all sizes of a pass are compiled
-                self.engine.shape_profiles.finish()
+                self.engine.shape_profiles.finish_probes()
             with self._news:
                 self._ready = True
                 self._news.notify_all()

@@ -156,7 +156,7 @@ class StepByStep:
         self.engine = Engine(family, "benchmark", settings, self._report, clock=clock, encoders=_SameThread())
         self.engine.warm_up()
         with torch.inference_mode():
-            self.engine.shape_profiles.finish()
+            self.engine.shape_profiles.finish_probes()
 
     def serve(self, jobs: Sequence[Job], interval_s: float) -> list[Served]:
         self.files.clear()
