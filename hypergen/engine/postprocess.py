@@ -29,8 +29,8 @@ class DecodedImage:
 
     Attributes:
         pixels: uint8, shape (H, W, 3), on the CPU; valid after `done`.
-        finite: False if the VAE produced NaN or Inf values; a bool tensor of one element, valid after `done`.
-        done: when the copy is complete; None if it already is.
+        finite: whether latents and decoded image are free of NaN and Inf; bool, shape (2,), valid after `done`.
+        done: when the copies from a CUDA device are complete; None if they already are.
     """
 
     pixels: Tensor
@@ -70,32 +70,18 @@ class PostProcessor:
         self.encoders = encoders or ThreadPoolExecutor(self._ENCODER_THREADS, thread_name_prefix="encode")
 
     def decode(self, state: DenoisingState) -> DecodedImage:
-        """Start to decode an image. Without denoising, the result is the input image itself.
-
-        Raises:
-            GenerationError: the latents contain NaN or Inf.
-        """
+        """Start to decode an image. Without denoising, the result is the input image itself."""
         input_image = state.request.image
         if state.skip_denoising and input_image is not None:
             pixels = torch.frombuffer(bytearray(input_image.pixels), dtype=torch.uint8)
             pixels = pixels.reshape(input_image.height, input_image.width, 3)
-            return DecodedImage(pixels, torch.tensor(True), None)
-        if not torch.isfinite(state.latents).all():
-            name = state.request.sampler
-            sampler = f"Sampler '{name}'" if name else "The model's default sampler"
-            raise GenerationError(
-                f"{sampler} produced NaN or Inf latents with these settings; "
-                "try more steps or another sampler."
-            )
+            return DecodedImage(pixels, torch.tensor([True, True]), None)
         if self._stream is None:
-            return DecodedImage(*self._decode_pixels(state), None)
+            return self._decode(state)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             state.latents.record_stream(self._stream)
-            pixels, finite = self._decode_pixels(state)
-            done = torch.cuda.Event()
-            done.record(self._stream)
-            return DecodedImage(pixels, finite, done)
+            return self._decode(state)
 
     def submit_encode(self, state: DenoisingState, decoded: DecodedImage) -> None:
         """Encode the file in an encoder thread, which then reports the image."""
@@ -106,21 +92,36 @@ class PostProcessor:
         """Wait for the pixels and encode the image file.
 
         Raises:
-            GenerationError: the VAE produced NaN or Inf values.
+            GenerationError: the sampler or the VAE produced NaN or Inf values.
         """
         if decoded.done is not None:
             decoded.done.synchronize()
-        if not decoded.finite:
+        latents_finite, image_finite = decoded.finite.tolist()
+        if not latents_finite:
+            name = state.request.sampler
+            sampler = f"Sampler '{name}'" if name else "The model's default sampler"
+            raise GenerationError(
+                f"{sampler} produced NaN or Inf latents with these settings; "
+                "try more steps or another sampler."
+            )
+        if not image_finite:
             raise GenerationError("The VAE produced NaN or Inf values; serve the model with --dtype float32.")
         return encoding.encode(decoded.pixels.numpy(), state.request, state.index, self._model_id)
 
     def shutdown(self) -> None:
         self.encoders.shutdown()
 
-    def _decode_pixels(self, state: DenoisingState) -> tuple[Tensor, Tensor]:
+    def _decode(self, state: DenoisingState) -> DecodedImage:
         image = self._family.decode(state)
-        finite = torch.isfinite(image).all()
-        return to_pixels(image).to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in (state.latents, image)])
+        pixels = to_pixels(image)
+        if not pixels.is_cuda:  # asynchronous copies from other accelerators are unsafe: nothing to wait for
+            return DecodedImage(pixels.cpu(), finite.cpu(), None)
+        # Without a wait, pinned memory holds what was there before: another image.
+        copies = pixels.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return DecodedImage(*copies, done)
 
     def _encode(self, state: DenoisingState, decoded: DecodedImage, engine_s: float) -> None:
         request = state.request

@@ -207,11 +207,16 @@ def choose_device(settings: EngineSettings) -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if settings.device is None:
-        return torch.device(next(name for name, available in there.items() if available))
+        return _device(next(name for name, available in there.items() if available))
     if not there[settings.device]:
         has = ", ".join(name for name, available in there.items() if available)
         raise ModelError(f"There is no {settings.device} device here; this machine has {has}.")
-    return torch.device(settings.device)
+    return _device(settings.device)
+
+
+def _device(name: str) -> torch.device:
+    """With its number, as the tensors on it say: an engine process sees one accelerator."""
+    return torch.device(name) if name == "cpu" else torch.device(name, 0)
 
 
 def choose_dtype(

@@ -233,7 +233,7 @@ def test_a_device_lost_during_encoding_crashes_the_engine(inline: MakeEngine) ->
     engine = inline().engine
     image = prepare_image(engine.family, make_request())
     decoded = DecodedImage(
-        torch.zeros(64, 64, 3, dtype=torch.uint8), torch.tensor(True), cast(Any, LostDevice())
+        torch.zeros(64, 64, 3, dtype=torch.uint8), torch.ones(2, dtype=torch.bool), cast(Any, LostDevice())
     )
     engine._postprocessor.submit_encode(image, decoded)
     engine._postprocessor.shutdown()
