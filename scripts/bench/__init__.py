@@ -1,1 +1,1 @@
-"""Benchmarks: what step-level batching gains over the usual ways of serving, and what a request costs."""
+"""Benchmarks: step-level batching compared to other policies, and the overhead of a request."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Before torch is imported: threads that spin while they wait would be measured too. And transformers need not
-# say at its import what it could do with torchvision.
+# Before torch is imported: busy-waiting threads would be measured too. And transformers would print a hint
+# about torchvision.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -28,17 +28,17 @@ from rich.progress import (
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, HyperGenError
 from scripts.bench import gates, http, on_device, report
-from scripts.bench.alone import alone_over_stock, same_bytes_alone
+from scripts.bench.alone import same_bytes_alone, single_request_ratio
 from scripts.bench.device import VARIANTS
 from scripts.bench.figures import Run
 from scripts.bench.goals import plan_for
 from scripts.bench.jobs import job_list
-from scripts.bench.options import Names, Numbers, refuse_unused
+from scripts.bench.options import NameList, NumberList, reject_unused
 from scripts.bench.published import PUBLISHED, TINY
-from scripts.bench.traces import GUIDANCE, MODELS, POLICIES, Contest, contest, measure
+from scripts.bench.traces import GUIDANCE, MODELS, POLICIES, Comparison, load_comparison, measure
 
 _GATED = (gates.OVERHEAD_BOUND, gates.SATURATED)
-# Interleaved pairs of a stock call and ours; a pair of the saturated model takes ten times as long.
+# Interleaved pairs of a diffusers call and an engine run; the saturated model takes ten times as long.
 _PAIRS = {gates.OVERHEAD_BOUND: 15, gates.SATURATED: 7}
 _LOADS = (0.7, 1.5, 3.0)
 _BATCH = 8
@@ -48,14 +48,14 @@ _BATCH = 8
 @click.option(
     "--model",
     "models",
-    type=Names((*MODELS, *TINY, *PUBLISHED)),
+    type=NameList((*MODELS, *TINY, *PUBLISHED)),
     help=f"one or more of {', '.join((*MODELS, *TINY))}; on cuda of {', '.join(PUBLISHED)}  "
     "[default: small; with --gates small,medium; on cuda sd15]",
 )
 @click.option(
     "--policy",
     "policies",
-    type=Names(POLICIES),
+    type=NameList(POLICIES),
     default="sequential,static,step",
     show_default=True,
     help=f"one or more of {', '.join(POLICIES)}",
@@ -63,37 +63,37 @@ _BATCH = 8
 @click.option(
     "--load",
     "loads",
-    type=Numbers(),
-    help="arrivals over what the sequential policy can serve  [default: 0.7,1.5,3; with --speeds 1.5]",
+    type=NumberList(),
+    help="arrival rate over the capacity of the sequential policy  [default: 0.7,1.5,3; with --speeds 1.5]",
 )
 @click.option(
     "--guidance",
-    type=Names(tuple(GUIDANCE)),
+    type=NameList(tuple(GUIDANCE)),
     default="mixed",
     show_default=True,
-    help="mixed: three guidance scales; one: the same for all, which suits whole batches",
+    help="mixed: three guidance scales; one: the same for all, which suits static batching",
 )
 @click.option("--jobs", type=click.IntRange(10), default=100, show_default=True, help="length of a job list")
 @click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="number of job lists")
 @click.option(
     "--max-batch-size",
     type=click.IntRange(1),
-    help="of the engine and of whole batches; with --speeds also how many pictures are asked for at once  "
+    help="of the engine and of static batching; with --speeds also how many images are requested at once  "
     "[default: 8; for sdxl and flux-dev 4 in the trace and 1 elsewhere]",
 )
 @click.option(
     "--speeds",
     "compare_speeds",
     is_flag=True,
-    help="measure each setting for faster devices on the wall's clock, and nothing else; implied by cuda",
+    help="only measure the optimization settings, on a wall clock; implied by cuda",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
     "--variant",
     "variants",
-    type=Names(tuple(VARIANTS)),
-    help=f"with --speeds, one or more of {', '.join(VARIANTS)}; the last serves the trace  "
-    "[default: those that can matter for the model, on a CPU without compiling]",
+    type=NameList(tuple(VARIANTS)),
+    help=f"with --speeds, one or more of {', '.join(VARIANTS)}; the last runs the trace  "
+    "[default: those that can matter for the model, on a CPU without compilation]",
 )
 @click.option("--steps", type=click.IntRange(1), help="with --speeds  [default: 30; for flux-dev 28]")
 @click.option(
@@ -101,8 +101,8 @@ _BATCH = 8
     type=click.FloatRange(0, min_open=True),
     default=7,
     show_default=True,
-    help="with --speeds, time for one model: what would not end in it is left out and named, what is under "
-    "way is finished",
+    help="with --speeds, time for one model: measurements that would not end in it are left out and listed, "
+    "running ones are finished",
 )
 @click.option(
     "--determinism",
@@ -120,15 +120,15 @@ _BATCH = 8
     "--gates",
     "check_gates",
     is_flag=True,
-    help="measure what the gates need; status 1 if one is missed; on cuda the gates are the model's goals",
+    help="run the measurements for the gates; status 1 if one is missed; on cuda for the model's goals",
 )
 @click.option(
     "--alone",
     "only_alone",
     is_flag=True,
-    help="measure one request at a time against stock, and nothing else",
+    help="only measure single requests against diffusers",
 )
-@click.option("--http", "over_http", is_flag=True, help="measure what HTTP costs only")
+@click.option("--http", "over_http", is_flag=True, help="only measure the overhead of HTTP")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -158,23 +158,23 @@ def main(
     over_http: bool,
     output: Path,
 ) -> None:
-    """Serve the same job lists in several ways and compare throughput and latency.
+    """Compare throughput and latency of several policies on the same job lists.
 
-    On a CPU, seconds are CPU time of one thread, so that other processes hardly matter; ratios are what
-    counts.
+    On a CPU, seconds are CPU time of one thread, so that other processes hardly matter; only ratios are
+    meaningful.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("There is no CUDA device here.")
+        raise ConfigurationError("No CUDA device is available.")
     compare_speeds = compare_speeds or device == "cuda"
-    refuse_unused(context, speeds=compare_speeds, cuda=device == "cuda")
+    reject_unused(context, speeds=compare_speeds, cuda=device == "cuda")
     if not compare_speeds:
         torch.set_num_threads(1)
-    console = Console(width=max(110, Console().width))  # tables go into files and logs too
-    found = report.environment(report.command_line())
-    report.print_environment(console, found)
+    console = Console(width=max(110, Console().width))  # tables are also written to files and logs
+    environment = report.environment(report.command_line())
+    report.print_environment(console, environment)
     output.mkdir(parents=True, exist_ok=True)
     if over_http:
-        _end(console, http.measure(console, output)[1])
+        _print_and_exit(console, http.measure(console, output)[1])
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     settings = EngineSettings.model_validate(
         {"device": device, "dtype": dtype, "max_batch_size": max_batch_size or _BATCH}
@@ -183,72 +183,72 @@ def main(
         settings = settings.model_copy(update={"determinism": determinism})
         trace = on_device.Trace(loads or (1.5,), seeds, jobs)
         unmeasured: list[str] = []
-        checked = list[gates.Gate]()
+        gate_results = list[gates.Gate]()
         for model in models or (("sd15",) if device == "cuda" else ("small",)):
             plan = plan_for(model, device, steps, max_batch_size, variants)
             measured = on_device.measure(console, output, model, settings, plan, trace, minutes)
-            checked += measured.goals
+            gate_results += measured.goals
             unmeasured += [f"{model}: {part}" for part in measured.unmeasured]
         if check_gates:
-            _leave(console, checked, unmeasured)
+            _exit(console, gate_results, unmeasured)
         return
     if only_alone:
-        checked = [
-            gate for model in models or _GATED for gate in _lone_requests(contest(model, settings), model)
+        gate_results = [
+            gate
+            for model in models or _GATED
+            for gate in _single_request_gates(load_comparison(model, settings), model)
         ]
-        report.write_json(output / "alone.json", found, [], checked)
-        _end(console, checked)
+        report.write_json(output / "alone.json", environment, [], gate_results)
+        _print_and_exit(console, gate_results)
     if check_gates:
         models, guidance = models or _GATED, ("mixed",)
         seeds, jobs = max(seeds, gates.MIN_SEEDS), max(jobs, gates.MIN_JOBS)
-    chosen_loads = loads or _LOADS
+    run_loads = loads or _LOADS
     runs: list[Run] = []
-    checked = list[gates.Gate]()
+    gate_results = list[gates.Gate]()
     with _progress(console) as progress:
         for model in models or (gates.OVERHEAD_BOUND,):
-            contestants = contest(model, settings)
+            comparison = load_comparison(model, settings)
             if check_gates and model in gates.LOADS:
-                chosen_loads, policies = gates.LOADS[model], gates.POLICIES[model]
-            for kind in guidance:
-                total = seeds * len(policies) * len(chosen_loads)
-                task = progress.add_task(f"{model}, {kind} guidance", total=total)
-                for run in measure(contestants, policies, chosen_loads, seeds, jobs, kind):
+                run_loads, policies = gates.LOADS[model], gates.POLICIES[model]
+            for guidance_mode in guidance:
+                total = seeds * len(policies) * len(run_loads)
+                task = progress.add_task(f"{model}, {guidance_mode} guidance", total=total)
+                for run in measure(comparison, policies, run_loads, seeds, jobs, guidance_mode):
                     runs.append(run)
                     progress.advance(task)
-                    report.write_json(output / "bench.json", found, runs, checked)
+                    report.write_json(output / "bench.json", environment, runs, gate_results)
             if check_gates:
                 progress.add_task(f"{model}, alone", total=None)
                 last = job_list(jobs, seeds - 1, GUIDANCE["mixed"])
-                checked.append(gates.bytes_gate(model, *same_bytes_alone(contestants, last)))
-                checked += _lone_requests(contestants, model)
+                gate_results.append(gates.bytes_gate(model, *same_bytes_alone(comparison, last)))
+                gate_results += _single_request_gates(comparison, model)
     report.print_runs(console, runs)
     if check_gates:
-        checked += gates.trace_gates(runs)
-    report.write_json(output / "bench.json", found, runs, checked)
+        gate_results += gates.trace_gates(runs)
+    report.write_json(output / "bench.json", environment, runs, gate_results)
     for file in report.plot(output, runs):
         console.print(f"Plot: {file}", highlight=False)
     if check_gates:
-        _end(console, checked)
+        _print_and_exit(console, gate_results)
 
 
-def _lone_requests(contestants: Contest, model: str) -> list[gates.Gate]:
+def _single_request_gates(comparison: Comparison, model: str) -> list[gates.Gate]:
     pairs = _PAIRS.get(model, min(_PAIRS.values()))
-    guided, unguided = (alone_over_stock(contestants, scale, pairs) for scale in (5.0, 1.0))
+    guided, unguided = (single_request_ratio(comparison, scale, pairs) for scale in (5.0, 1.0))
     return list(gates.alone_gates(model, guided, unguided))
 
 
-def _end(console: Console, checked: list[gates.Gate]) -> NoReturn:
-    report.print_gates(console, checked)
-    _leave(console, checked)
+def _print_and_exit(console: Console, gate_results: list[gates.Gate]) -> NoReturn:
+    report.print_gates(console, gate_results)
+    _exit(console, gate_results)
 
 
-def _leave(console: Console, checked: list[gates.Gate], unmeasured: Sequence[str] = ()) -> NoReturn:
-    """Name the gates that are missed or that nothing was measured for, and end with status 1 if there are
-    any.
-    """
-    missed = [gate for gate in checked if not gate.reached]
+def _exit(console: Console, gate_results: list[gates.Gate], unmeasured: Sequence[str] = ()) -> NoReturn:
+    """Print the gates that are missed or not measured, and exit with status 1 if there are any."""
+    missed = [gate for gate in gate_results if not gate.reached]
     for gate in missed:
-        console.print(f"Missed: {gate.what}: {gate.measured:.3f}, wanted {gate.shown_limit}", highlight=False)
+        console.print(f"Missed: {gate.what}: {gate.measured:.3f}, limit {gate.shown_limit}", highlight=False)
     for part in unmeasured:
         console.print(f"Missed: {part}: not measured", highlight=False)
     sys.exit(bool(missed or unmeasured))
@@ -266,7 +266,7 @@ def _progress(console: Console) -> Progress:
 
 
 def run() -> None:
-    """The entry point: our own errors are one line and exit code 1."""
+    """The entry point: HyperGen's own errors are one line and exit code 1."""
     try:
         main()
     except HyperGenError as error:

@@ -1,4 +1,4 @@
-"""Clocks that can skip idle time."""
+"""A clock that can skip idle time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 class Clock:
-    """Seconds of one thread's CPU time, or of the wall; idle time is skipped and not slept through.
+    """Seconds of one thread's CPU time, or of a wall clock; idle time is skipped instead of slept through.
 
-    CPU time does not count what other processes take from this one, so that ratios hold on a busy machine.
-    With more than one thread, or with a device that works by itself, only the wall tells the truth.
+    CPU time does not count other processes, so ratios hold on a busy machine. With more than one thread, or
+    with a GPU, use a wall clock.
     """
 
     def __init__(self, source: Callable[[], float] = time.thread_time) -> None:
@@ -20,6 +20,6 @@ class Clock:
     def __call__(self) -> float:
         return self._source() + self._skipped
 
-    def skip_to(self, moment: float) -> None:
-        """Let a later moment be now; an earlier one changes nothing."""
-        self._skipped += max(0.0, moment - self())
+    def skip_to(self, time_s: float) -> None:
+        """Advance the clock to a later time; an earlier one does nothing."""
+        self._skipped += max(0.0, time_s - self())

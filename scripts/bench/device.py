@@ -1,4 +1,4 @@
-"""Ways of drawing with one model on one device: stock diffusers, and the engine with each setting."""
+"""Speed of one model on one device: stock diffusers, and the engine with each optimization setting."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from scripts.bench.clock import Clock
 from scripts.bench.figures import Run
 from scripts.bench.gates import Gate
 from scripts.bench.jobs import Job
-from scripts.bench.live import own_copy
-from scripts.bench.policies import Served, WholeBatches
+from scripts.bench.live import copy_pipeline
+from scripts.bench.policies import FinishedJob, StaticBatching
 from scripts.bench.timeline import Share
 from scripts.bench.work import GUIDANCE_SCALE, Work
 
 DEFAULT = "as by default"
 OURS = "HyperGen, "  # and a variant
 STOCK, STOCK_COMPILED = "stock, eager", "stock, compiled"
-# What each setting gives by itself, and what a GPU may like together.
+# Each setting alone, then combinations for GPUs.
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "channels_last": {"channels_last": True},
@@ -32,26 +32,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compile": {"compile": "on"},
     "compile=graphs": {"compile": "graphs"},
     "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True},
-    # For transformers over many tokens, whose launches their work hides.
+    # For transformers with many tokens: their work hides the kernel launches.
     "all for transformers": {"compile": "on", "decode_stream": True},
 }
-_LONE_PICTURES = 4  # the first of them warms up
+_SINGLE_IMAGES = 4  # the first one is a warm-up
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of a model is measured.
+    """The measurements of one model.
 
     Attributes:
-        steps: of a lone picture, and of those in a crowd.
-        crowd: pictures that are asked for at once.
-        trace_side: height and width of the pictures of the mixed trace, in pixels; None: the model's own.
-        trace_batch: `max_batch_size` of the engine that serves the trace.
-        variants: names of `VARIANTS`; the last one that the device can do serves the trace.
+        steps: denoising steps of single images and of those in a batch.
+        batch_size: images that are requested at once.
+        trace_side: height and width of the images of the mixed trace, in pixels; None: the model's default.
+        trace_batch: `max_batch_size` of the engine for the trace.
+        variants: names of `VARIANTS`; the last one that the device supports runs the trace.
     """
 
     steps: int
-    crowd: int
+    batch_size: int
     trace_side: int | None
     trace_batch: int
     variants: tuple[str, ...]
@@ -59,30 +59,33 @@ class Plan:
 
 @dataclass(frozen=True)
 class Speed:
-    """One way of drawing: seconds for a lone guided picture, and pictures a second in a crowd.
+    """The speed of stock diffusers or of a variant of the engine, with guidance.
 
     Attributes:
-        crowd_rows: of a forward pass in the crowd, on average.
-        alone_of_floor, crowd_of_floor: the shortest possible time over the measured one.
+        way: for example "stock, compiled" or "HyperGen, channels_last".
+        alone_s: seconds of a single image.
+        batch_images_per_s: images per second with `Plan.batch_size` images at once.
+        batch_rows: mean rows of their forward passes.
+        alone_of_floor, batch_of_floor: the shortest possible time divided by the measured one.
     """
 
     way: str
     alone_s: float
     alone_of_floor: float
-    crowd_per_s: float
-    crowd_of_floor: float
-    crowd_rows: float
+    batch_images_per_s: float
+    batch_of_floor: float
+    batch_rows: float
 
 
 @dataclass
 class Measured:
-    """Everything that one call finds out about one model.
+    """The results for one model.
 
     Attributes:
-        served_by: the way that served the trace.
-        passes: what `passes_of` tells of each engine.
-        unmeasured: goals that nothing was measured for.
-        left_out: ways and parts that were not measured, and why.
+        served_by: `Speed.way` of the engine that ran the trace.
+        forwards: `forwards_of` each engine.
+        unmeasured: goals without a measurement.
+        left_out: what was not measured -> the reason.
     """
 
     model: str
@@ -93,7 +96,7 @@ class Measured:
     work: Work
     served_by: str = ""
     speeds: list[Speed] = field(default_factory=list)
-    passes: list[dict[str, Any]] = field(default_factory=list)
+    forwards: list[dict[str, Any]] = field(default_factory=list)
     stages: list[Share] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     goals: list[Gate] = field(default_factory=list)
@@ -101,13 +104,13 @@ class Measured:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def stock(pipeline: Any, side: int, crowd: int, *, compiled: bool) -> WholeBatches:
-    """Stock diffusers, with a whole batch for the crowd."""
+def stock(pipeline: Any, side: int, batch_size: int, *, compiled: bool) -> StaticBatching:
+    """Stock diffusers with static batches of `batch_size` images."""
     if compiled:
-        pipeline = own_copy(pipeline)
+        pipeline = copy_pipeline(pipeline)
         compile_network(denoiser_of(pipeline), graphs=False)
         pipeline.vae.decoder.compile(dynamic=False)
-    return WholeBatches(pipeline, side, crowd, Clock(time.monotonic))
+    return StaticBatching(pipeline, side, batch_size, Clock(time.monotonic))
 
 
 def denoiser_of(pipeline: Any) -> Any:
@@ -116,22 +119,22 @@ def denoiser_of(pipeline: Any) -> Any:
 
 def speed_of(
     way: str,
-    serve: Callable[[Sequence[Job]], list[Served]],
-    images_per_pass: Callable[[], float],
+    run: Callable[[Sequence[Job]], list[FinishedJob]],
+    images_per_forward: Callable[[], float],
     plan: Plan,
     work: Work,
 ) -> Speed:
-    """Draw lone pictures one after another, then a crowd at once, each picture with a prompt of its own."""
-    jobs = [Job(number, 0, plan.steps, GUIDANCE_SCALE) for number in range(_LONE_PICTURES + plan.crowd)]
-    lone, crowd = jobs[:_LONE_PICTURES], jobs[_LONE_PICTURES:]
-    alone_s = statistics.median([serve([job])[0].latency_s for job in lone][1:])
-    if plan.crowd > 1:
-        serve(crowd)  # a pass of this size may be the first of its kind
-        served = serve(crowd)
-        took_s = max(job.finished_at for job in served) - min(job.queued_at for job in served)
+    """Measure single images one after another, then a batch; each image has its own prompt."""
+    jobs = [Job(number, 0, plan.steps, GUIDANCE_SCALE) for number in range(_SINGLE_IMAGES + plan.batch_size)]
+    single, batch = jobs[:_SINGLE_IMAGES], jobs[_SINGLE_IMAGES:]
+    alone_s = statistics.median([run([job])[0].latency_s for job in single][1:])
+    if plan.batch_size > 1:
+        run(batch)  # a warm-up for this batch size
+        finished = run(batch)
+        batch_s = max(job.finished_at for job in finished) - min(job.queued_at for job in finished)
     else:
-        took_s = alone_s
+        batch_s = alone_s
     floor_s = work.floor_s(plan.steps)
-    per_s = plan.crowd / took_s
-    rows = work.rows * images_per_pass()
-    return Speed(way, alone_s, floor_s / alone_s, per_s, per_s * floor_s, rows)
+    images_per_s = plan.batch_size / batch_s
+    rows = work.rows * images_per_forward()
+    return Speed(way, alone_s, floor_s / alone_s, images_per_s, images_per_s * floor_s, rows)

@@ -1,4 +1,4 @@
-"""What writing a PNG costs."""
+"""The time to encode PNG files."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from scripts.bench.policies import request_for
 
 SIDE = 1024
 _REPEATS = 9
-# Cells across the picture: each field is as strong as it is coarse, which is how brightness falls off with
-# frequency in photographs.
+# Cells per side of each random field. The amplitude is inversely proportional to them, as in the spectrum of
+# photographs.
 _FIELDS = (2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One kind of picture as a PNG.
+    """The encoding of one image as PNG.
 
     Attributes:
-        cpu_ms: CPU time of the thread that encodes, in milliseconds, the median of several.
+        image: its name, for example "photo-like".
+        cpu_ms: median CPU time of the encoding thread.
     """
 
-    picture: str
+    image: str
     cpu_ms: float
     megabytes: float
 
 
 def measure() -> list[Encoding]:
-    """Encode pictures of 1024x1024, from easy to hard."""
-    pictures = {"flat": flat(), "photo-like": photo_like(), "noise": noise()}
+    """Encode images of 1024x1024, from easy to hard."""
+    images = {"flat": flat(), "photo-like": photo_like(), "noise": noise()}
     request = request_for(Job(0, 0, 20, 5.0), SIDE)
     measured: list[Encoding] = []
-    for name, pixels in pictures.items():
+    for name, pixels in images.items():
         seconds: list[float] = []
-        file = encoding.encode(pixels, request, 0, "benchmark")  # the first one allocates
+        file = encoding.encode(pixels, request, 0, "benchmark")  # warm-up: allocates memory
         for _ in range(_REPEATS):
             started = time.thread_time()
             encoding.encode(pixels, request, 0, "benchmark")
@@ -55,7 +56,7 @@ def flat() -> np.ndarray:
 
 
 def photo_like() -> np.ndarray:
-    """Smooth random fields of several scales under fine noise, as of a sensor; always the same."""
+    """Smooth random fields of several scales plus fine noise, as of a camera sensor; deterministic."""
     rng = np.random.default_rng(0)
     brightness = sum(_field(rng, cells) / cells for cells in _FIELDS)
     spread = 128 + 55 * (brightness - np.mean(brightness)) / np.std(brightness)
@@ -67,12 +68,12 @@ def noise() -> np.ndarray:
 
 
 def _field(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Red, green and blue that change smoothly from cell to cell, shape (SIDE, SIDE, 3)."""
+    """Random RGB values, smoothly interpolated between cells, shape (SIDE, SIDE, 3)."""
     return np.stack(list(_channels(rng, cells)), axis=-1)
 
 
 def _channels(rng: np.random.Generator, cells: int) -> Iterator[np.ndarray]:
-    common = rng.normal(size=(cells, cells))  # the colours of a photograph mostly rise and fall together
+    common = rng.normal(size=(cells, cells))  # the color channels of photographs are correlated
     for _ in range(3):
         grid = (common + 0.3 * rng.normal(size=(cells, cells))).astype(np.float32)
         yield np.asarray(Image.fromarray(grid).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""Figures of a run, and their medians over runs."""
+"""The results of a run, and their medians over runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from scripts.bench.policies import Served
+from scripts.bench.policies import FinishedJob
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one policy made of one job list.
+    """Throughput and latency of one policy for one job list.
 
     Attributes:
-        throughput: jobs per second, from the first arrival to the last picture.
+        throughput: jobs per second, from the first arrival to the last image.
         p50_s, p95_s: latency in seconds from arrival to finished file.
-        short_p95_s: the same of jobs of at most 8 steps.
+        short_p95_s: the same for jobs with at most 8 steps.
     """
 
     throughput: float
@@ -27,7 +27,7 @@ class Figures:
     short_p95_s: float
 
     def over(self, other: Figures) -> Figures:
-        """How many times better than another policy: more throughput, less latency."""
+        """How many times better than another policy: higher throughput, lower latency."""
         return Figures(
             self.throughput / other.throughput,
             other.p50_s / self.p50_s,
@@ -46,21 +46,21 @@ class Run:
     seed: int
     policy: str
     figures: Figures
-    # Images in a forward pass, on average.
-    images_per_pass: float
+    # Mean batch size.
+    images_per_forward: float
 
     @property
     def experiment(self) -> tuple[str, str, float]:
-        """What runs of different seeds and policies have in common."""
+        """The key that runs of different seeds and policies share."""
         return self.model, self.guidance, self.load
 
 
-def figures_of(served: Sequence[Served]) -> Figures:
-    latencies = [job.latency_s for job in served]
-    short = [job.latency_s for job in served if job.job.short] or latencies
-    first, last = min(job.queued_at for job in served), max(job.finished_at for job in served)
+def figures_of(finished: Sequence[FinishedJob]) -> Figures:
+    latencies = [entry.latency_s for entry in finished]
+    short = [entry.latency_s for entry in finished if entry.job.short] or latencies
+    first, last = min(entry.queued_at for entry in finished), max(entry.finished_at for entry in finished)
     return Figures(
-        len(served) / (last - first),
+        len(finished) / (last - first),
         _percentile(latencies, 50),
         _percentile(latencies, 95),
         _percentile(short, 95),
@@ -72,7 +72,7 @@ def _percentile(values: Sequence[float], percent: float) -> float:
 
 
 def median(figures: Iterable[Figures]) -> Figures:
-    """The median of each figure on its own."""
+    """The median of each field."""
     columns = [asdict(entry) for entry in figures]
     return Figures(**{name: statistics.median(column[name] for column in columns) for name in columns[0]})
 
@@ -82,6 +82,6 @@ def median_of(runs: Iterable[Run], policy: str) -> Figures:
 
 
 def median_ratio(runs: Sequence[Run], policy: str, against: str) -> Figures:
-    """How many times better a policy is, seed by seed, then the median over the seeds."""
+    """How many times better a policy is: the ratio per seed, then the median over the seeds."""
     others = {run.seed: run.figures for run in runs if run.policy == against}
     return median(run.figures.over(others[run.seed]) for run in runs if run.policy == policy)

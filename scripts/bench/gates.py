@@ -1,4 +1,4 @@
-"""What the figures must reach on a CPU, and which of it they miss."""
+"""The gates: ratios that the benchmark must reach on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Gate:
         return f"{'≤' if self.at_most else '≥'} {self.limit:g}"
 
 
-# (figure, against) -> at least so many times better.
+# (figure, against which policy) -> minimum ratio.
 _OVERHEAD_BOUND_LOADED = {
     ("throughput", "sequential"): 1.3,
     ("throughput", "static"): 1.03,
@@ -64,38 +64,44 @@ _NAMES = {
     "short_p95_s": "p95 of short jobs",
 }
 GUIDED_ALONE, UNGUIDED_ALONE = 1.02, 1.08
-RULE_COST = 1.03
+INVARIANCE_COST = 1.03
 
 
 def trace_gates(runs: Sequence[Run]) -> Iterator[Gate]:
-    """The gates that these runs can answer, all with mixed guidance."""
+    """The gates that these runs measure, all with mixed guidance."""
     for (model, load), limits in _RATIOS.items():
-        chosen = [run for run in runs if run.experiment == (model, "mixed", load)]
-        if not chosen:
+        matching = [run for run in runs if run.experiment == (model, "mixed", load)]
+        if not matching:
             continue
         for (figure, against), limit in limits.items():
-            ratio = getattr(median_ratio(chosen, "step", against), figure)
+            ratio = getattr(median_ratio(matching, "step", against), figure)
             yield Gate(f"{model}, load {load:g}: {_NAMES[figure]} against {against}", ratio, limit)
     loaded = [run for run in runs if run.experiment == (OVERHEAD_BOUND, "mixed", 1.5)]
     if any(run.policy == "step-fast" for run in loaded):
         cost = median_ratio(loaded, "step-fast", "step").throughput
         yield Gate(
-            f"{OVERHEAD_BOUND}, load 1.5: throughput without the byte-equality rule over with it",
+            f"{OVERHEAD_BOUND}, load 1.5: throughput without batch invariance over throughput with it",
             cost,
-            RULE_COST,
+            INVARIANCE_COST,
             at_most=True,
         )
 
 
 def alone_gates(model: str, guided: float, unguided: float) -> Iterator[Gate]:
-    """CPU time of one request alone, over that of a stock call."""
+    """CPU time of a single request divided by that of a diffusers call."""
     yield Gate(
-        f"{model}: one guided request alone, CPU time over stock's", guided, GUIDED_ALONE, at_most=True
+        f"{model}: one request with guidance alone, CPU time over diffusers'",
+        guided,
+        GUIDED_ALONE,
+        at_most=True,
     )
     yield Gate(
-        f"{model}: one unguided request alone, CPU time over stock's", unguided, UNGUIDED_ALONE, at_most=True
+        f"{model}: one request without guidance alone, CPU time over diffusers'",
+        unguided,
+        UNGUIDED_ALONE,
+        at_most=True,
     )
 
 
-def bytes_gate(model: str, equal: int, drawn: int) -> Gate:
-    return Gate(f"{model}: pictures of the trace with the same bytes when drawn alone", equal / drawn, 1.0)
+def bytes_gate(model: str, equal: int, total: int) -> Gate:
+    return Gate(f"{model}: images of the trace with the same bytes when generated alone", equal / total, 1.0)

@@ -1,4 +1,4 @@
-"""What HTTP costs: start-up, lone requests, the event loop, encoding; python -m scripts.bench --http."""
+"""python -m scripts.bench --http: start-up, single requests, event loop delays, PNG encoding."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ from scripts.bench.gates import Gate
 from scripts.bench.loop import Delays
 from scripts.bench.overhead import Overhead, StartUp
 
-_FIRST_PICTURE_S = 10.0
+_FIRST_IMAGE_S = 10.0
 _OVERHEAD_MS = 10.0
 _BLOCKED_MS = 20.0
 _ENCODING_MS = 80.0
 
 
 def measure(console: Console, output: Path) -> tuple[dict[str, Any], list[Gate]]:
-    """Measure everything, print it, and write it to http.json in `output`; returns figures and gates.
+    """Measure all parts, print the results and write them to http.json in `output`.
 
-    The event loop is judged by how late a task on it wakes up. Where the machine had more to do than it has
-    cores before this began, lateness on the wall says little, and what counts is what the server's own
-    process can have caused; see `Delays`.
+    The delay of the event loop is how late a task on it wakes up. If the load average was higher than the
+    number of cores before the start, only the delay by the server's own process counts; see `Delays`.
+
+    Returns:
+        The results and the gates.
     """
-    found = report.environment(report.command_line())
-    crowded = os.getloadavg()[0] > (os.cpu_count() or 1)
+    environment = report.environment(report.command_line())
+    overloaded = os.getloadavg()[0] > (os.cpu_count() or 1)
     encodings = encoding.measure()
     _print(console, "Encoding a PNG of 1024x1024", encodings)
-    with tempfile.TemporaryDirectory() as folder, console.status("start-up and lone requests"):
+    with tempfile.TemporaryDirectory() as folder, console.status("start-up and single requests"):
         start_up, overheads = overhead.measure(Path(folder))
-    _print(console, "From the start to the first picture, embedded model, warm", [start_up])
-    console.print(start_up.said, highlight=False)
-    _print(console, "Lone requests, embedded model", overheads)
+    _print(console, "From the start to the first image, embedded model, warm", [start_up])
+    console.print(start_up.ready_line, highlight=False)
+    _print(console, "Single requests, embedded model", overheads)
     with tempfile.TemporaryDirectory() as folder, console.status("event loop"):
         delays = loop.measure(Path(folder))
-    _print(console, "Event loop, how late a task on it wakes up", delays)
-    if crowded:
+    _print(console, "Event loop, delay of a task on it", delays)
+    if overloaded:
         console.print(
-            "This machine had more to do than it has cores: the event loop is judged by its own process "
-            "alone.",
+            "The load average was higher than the number of cores: for the event loop, only the delay by the "
+            "server's own process counts.",
             highlight=False,
         )
-    checked = [*_gates(start_up, overheads, encodings), _blocked_gate(delays, crowded)]
+    gates = [*_gates(start_up, overheads, encodings), _blocked_gate(delays, overloaded)]
     figures = {
         "start_up": asdict(start_up),
         "overhead": [asdict(entry) for entry in overheads],
@@ -58,35 +60,35 @@ def measure(console: Console, output: Path) -> tuple[dict[str, Any], list[Gate]]
         "encoding": [asdict(entry) for entry in encodings],
     }
     content = {
-        "environment": found,
+        "environment": environment,
         **figures,
-        "gates": [{**asdict(gate), "reached": gate.reached} for gate in checked],
+        "gates": [{**asdict(gate), "reached": gate.reached} for gate in gates],
     }
     (output / "http.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return figures, checked
+    return figures, gates
 
 
 def _gates(start_up: StartUp, overheads: Sequence[Overhead], encodings: Sequence[Encoding]) -> Iterator[Gate]:
-    yield Gate("first answer after start, s", start_up.first_picture_s, _FIRST_PICTURE_S, at_most=True)
+    yield Gate("first image after start, s", start_up.first_image_s, _FIRST_IMAGE_S, at_most=True)
     for entry in overheads:
-        what = f"{entry.size}: p50 of a lone request beyond drawing and encoding, ms"
+        what = f"{entry.size}: p50 overhead of a single request over generation and encoding, ms"
         yield Gate(what, entry.overhead_p50_ms, _OVERHEAD_MS, at_most=True)
     for entry in encodings:
-        if entry.picture == "photo-like":
+        if entry.image == "photo-like":
             what = "CPU time to encode a photo-like PNG of 1024x1024, ms"
             yield Gate(what, entry.cpu_ms, _ENCODING_MS, at_most=True)
 
 
-def _blocked_gate(delays: Sequence[Delays], crowded: bool) -> Gate:
+def _blocked_gate(delays: Sequence[Delays], overloaded: bool) -> Gate:
     answering = next(entry for entry in delays if entry.during == "answering")
-    measured = answering.own_longest_ms if crowded else answering.longest_ms
-    what = "event loop blocked at most, " + ("own process, ms" if crowded else "ms")
+    measured = answering.own_longest_ms if overloaded else answering.longest_ms
+    what = "longest delay of the event loop, " + ("own process, ms" if overloaded else "ms")
     return Gate(what, measured, _BLOCKED_MS, at_most=True)
 
 
 def _print(console: Console, title: str, rows: Sequence[Any]) -> None:
-    """A table with a column for each field; texts that are lines of their own are left out."""
-    names = [name for name in asdict(rows[0]) if name != "said"]
+    """Print a table with a column for each field except `ready_line`."""
+    names = [name for name in asdict(rows[0]) if name != "ready_line"]
     table = Table(title=title, title_justify="left")
     for name in names:
         text = isinstance(getattr(rows[0], name), str)
@@ -98,5 +100,5 @@ def _print(console: Console, title: str, rows: Sequence[Any]) -> None:
 
 
 def _heading(name: str) -> str:
-    """A field's name as a column: `own_longest_ms` is "own longest ms"."""
+    """The column title of a field, for example "own longest ms" for `own_longest_ms`."""
     return name.replace("p999", "p99.9").replace("_", " ")

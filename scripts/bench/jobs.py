@@ -1,4 +1,4 @@
-"""The job list: requests as they arrive, the same for every policy that is measured."""
+"""The job list: requests with arrival times, the same for every policy."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ ONE_GUIDANCE_SCALE = (5.0,)
 
 @dataclass(frozen=True)
 class Job:
-    """One picture that somebody wants.
+    """A request for one image.
 
     Attributes:
-        waited_for: when it arrives, in mean times between two arrivals; a rate turns it into seconds.
+        arrival: arrival time in mean intervals between two arrivals; multiply by an interval for seconds.
     """
 
     number: int
-    waited_for: float
+    arrival: float
     num_inference_steps: int
     guidance_scale: float
 
     @property
     def prompt(self) -> str:
-        """Each job has its own, so that remembered prompts help nobody."""
+        """Different for each job, so that a prompt cache has no effect."""
         return f"picture {self.number}"
 
     @property
@@ -35,7 +35,7 @@ class Job:
 
 
 def job_list(count: int, seed: int, guidance_scales: tuple[float, ...] = GUIDANCE_SCALES) -> list[Job]:
-    """Poisson arrivals at rate 1, with steps and guidance drawn evenly."""
+    """Poisson arrivals at rate 1; steps and guidance scales are sampled uniformly."""
     rng = random.Random(seed)
     jobs: list[Job] = []
     now = 0.0

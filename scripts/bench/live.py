@@ -1,4 +1,4 @@
-"""The engine as it serves: in a thread of its own, on the wall's clock."""
+"""The engine in its own thread with a wall clock, as in an engine process."""
 
 from __future__ import annotations
 
@@ -20,73 +20,74 @@ from hypergen.events import Event, ImageFinished
 from hypergen.models.family import Family
 from scripts.bench.clock import Clock
 from scripts.bench.jobs import Job
-from scripts.bench.policies import Arrivals, Served, request_for
+from scripts.bench.policies import Arrivals, FinishedJob, request_for
 from scripts.bench.work import family_of
 
 
-class Live:
-    """A warm engine with every size of a pass probed and compiled.
+class LiveEngine:
+    """An engine after its warm-up, with all batch sizes probed and compiled.
 
     Attributes:
-        side: height and width of the pictures, in pixels.
-        images_per_pass: mean number of images that shared a forward pass in the latest run.
-        file_spans: when threads wrote the files of the latest run, from and to, seconds of the monotonic
-            clock.
+        side: height and width of the images, in pixels.
+        images_per_forward: mean batch size of the latest run.
+        encoding_spans: start and end of encoding each file of the latest run, monotonic seconds.
     """
 
     def __init__(self, family: Family, side: int, settings: EngineSettings) -> None:
         self.side = side
-        self.images_per_pass = 1.0
-        self.file_spans: list[tuple[float, float]] = []
+        self.images_per_forward = 1.0
+        self.encoding_spans: list[tuple[float, float]] = []
         self._finished_at: dict[int, float] = {}
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._ready = False
         self._closing = False
         self._queue = RequestQueue()
         self._error: Exception | None = None
         self.engine = Engine(family, "benchmark", settings, self._report)
-        # Warms up in the same thread, to which CUDA graphs belong.
-        self._thread = threading.Thread(target=self._run, name="engine")
+        # The warm-up runs in the same thread, because CUDA graphs belong to a thread.
+        self._thread = threading.Thread(target=self._run_thread, name="engine")
         self._thread.start()
         self._wait_until(lambda: self._ready)
 
-    def serve(self, jobs: Sequence[Job], interval_s: float) -> list[Served]:
-        """All jobs, which arrive at a mean distance of `interval_s` seconds."""
+    def run(self, jobs: Sequence[Job], interval_s: float) -> list[FinishedJob]:
+        """Run all jobs with a mean interval of `interval_s` seconds between arrivals."""
         self._finished_at.clear()
-        self.file_spans.clear()
+        self.encoding_spans.clear()
         before = self.engine.status()
-        arrived: dict[int, float] = {}
+        queued_at: dict[int, float] = {}
         clock = Clock(time.monotonic)
         started = time.monotonic() - clock()
         arrivals = Arrivals(jobs, interval_s, clock)
         while arrivals:
-            for moment, job in arrivals.take():
-                arrived[job.number] = started + moment
+            for arrived_at, job in arrivals.pop_arrived():
+                queued_at[job.number] = started + arrived_at
                 self._queue.submit(request_for(job, self.side))
             time.sleep(0.0005)
         self._wait_until(lambda: len(self._finished_at) == len(jobs))
         after = self.engine.status()
-        self.images_per_pass = (after.image_steps - before.image_steps) / (after.forwards - before.forwards)
-        return [Served(job, arrived[job.number], self._finished_at[job.number]) for job in jobs]
+        self.images_per_forward = (after.image_steps - before.image_steps) / (
+            after.forwards - before.forwards
+        )
+        return [FinishedJob(job, queued_at[job.number], self._finished_at[job.number]) for job in jobs]
 
     def close(self) -> None:
         self._closing = True
-        self._queue.cancel("")  # wakes the thread
+        self._queue.cancel("")  # wakes up the thread
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run_thread(self) -> None:
         try:
             self.engine.warm_up()
-            with torch.inference_mode():  # until its probes are whole, and all sizes of a pass are compiled
+            with torch.inference_mode():  # also compiles all batch sizes
                 self.engine.shape_profiles.finish_probes()
-            with self._news:
+            with self._changed:
                 self._ready = True
-                self._news.notify_all()
-            self._serve_queue()
-        except Exception as error:  # the edge of this thread: whoever waits shall hear of it
-            self._tell(error)
+                self._changed.notify_all()
+            self._run_engine()
+        except Exception as error:  # raised again in the waiting thread
+            self._fail(error)
 
-    def _serve_queue(self) -> None:
+    def _run_engine(self) -> None:
         sleep_s = 0.0
         while not self._closing:
             for message in self._queue.read(sleep_s):
@@ -95,53 +96,53 @@ class Live:
             sleep_s = self.engine.step()
         self.engine.close()
 
-    def _wait_until(self, happened: Callable[[], bool]) -> None:
-        with self._news:
-            self._news.wait_for(lambda: happened() or self._error is not None)
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: condition() or self._error is not None)
         if self._error is not None:
             raise self._error
 
-    def _tell(self, error: Exception) -> None:
-        with self._news:
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
             self._error = error
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:
         if isinstance(event, RequestError):
-            self._tell(event)
+            self._fail(event)
         elif isinstance(event, ImageFinished):
             now = time.monotonic()
-            with self._news:
+            with self._changed:
                 self._finished_at[int(request_id)] = now
-                self.file_spans.append((now - event.encode_s, now))
-                self._news.notify_all()
+                self.encoding_spans.append((now - event.encode_s, now))
+                self._changed.notify_all()
 
 
 @contextmanager
-def serving(pipeline: Any, side: int, settings: EngineSettings) -> Iterator[Live]:
-    """A live engine for the block.
+def live_engine(pipeline: Any, side: int, settings: EngineSettings) -> Iterator[LiveEngine]:
+    """A running engine for the block.
 
     Args:
-        pipeline: stays as it is, the engine gets networks of its own.
-        side: height and width of its pictures, in pixels.
+        pipeline: is not changed; the engine gets a copy of its networks.
+        side: height and width of the images, in pixels.
     """
-    # Prompts recur from run to run, and stock diffusers encodes them each time.
+    # Without a prompt cache: prompts repeat between runs, and diffusers encodes them each time.
     settings = settings.model_copy(update={"prompt_cache_mb": 0})
-    live = Live(family_of(own_copy(pipeline), side, settings), side, settings)
+    engine = LiveEngine(family_of(copy_pipeline(pipeline), side, settings), side, settings)
     try:
-        yield live
+        yield engine
     finally:
-        live.close()
+        engine.close()
 
 
-def own_copy(pipeline: Any) -> Any:
-    """The same pipeline, but for text encoders with modules of its own: engines and compilers change them."""
+def copy_pipeline(pipeline: Any) -> Any:
+    """A copy with shared text encoders, for engines and compilers, which change the other networks."""
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
     return copy.deepcopy(pipeline, {id(encoder): encoder for encoder in encoders})
 
 
 def free_memory() -> None:
-    """Forget what was compiled, and give back to the device what nobody holds any more."""
+    """Drop compiled code and free unused device memory."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

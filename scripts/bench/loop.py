@@ -1,4 +1,4 @@
-"""How long the event loop is held up while pictures of 1024x1024 are answered."""
+"""Delays of the server's event loop while it responds with images of 1024x1024."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _BODY: dict[str, Any] = {
     "num_inference_steps": 1,
     "guidance_scale": 1.0,
 }
-# What the clients ask for in turns; every answer is several megabytes, that with all pictures many times so.
-_ANSWERS: tuple[dict[str, Any], ...] = (
+# The clients alternate between these requests; a response has several megabytes per image.
+_REQUESTS: tuple[dict[str, Any], ...] = (
     {"response_format": "b64_json"},
     {"response_format": "url"},
     {"n": 4, "response_format": "b64_json"},
@@ -36,12 +36,11 @@ _ANSWERS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Delays:
-    """How late the watcher on the loop woke up, in milliseconds.
+    """How late a task on the event loop wakes up, in milliseconds.
 
-    On the wall, that is also as late as other processes make it. `own` is what this process can have caused:
-    the lateness on the wall, but at most the CPU time that all its threads spent meanwhile, because a thread
-    that holds the interpreter's lock blocks the loop as well as the loop's own. `thread` is the CPU time
-    of the loop's thread alone.
+    Without prefix: on the wall clock, which includes delays by other processes. `own`: the delay that this
+    process can have caused. It is at most the CPU time of all its threads since the last wake-up, because any
+    thread that holds the GIL blocks the loop. `thread`: the CPU time of the loop's thread alone.
     """
 
     during: str
@@ -54,28 +53,28 @@ class Delays:
 
 
 def measure(folder: Path) -> list[Delays]:
-    """Watch an idle server, then one that several clients ask for noise at the same time.
+    """Measure an idle server, then one with several concurrent clients, with a model that generates noise.
 
     Args:
-        folder: an empty one, for the model, its store and the log.
+        folder: an empty folder for the model, the model store and the log.
     """
     model = folder / "noise"
-    logging.disable_progress_bar()  # of saving, which would stand between the tables
+    logging.disable_progress_bar()  # it would be printed between the tables
     RANDOM_MODELS["tiny"].pipeline().save_pretrained(model)
     port, file = free_port(), folder / "wake-ups"
     environment = {
         "HYPERGEN_MODELS": str(model),
         "HYPERGEN_PORT": str(port),
-        # The larger it is, the more pictures are ready at the same time.
+        # A large batch finishes many images at the same time.
         "HYPERGEN_MAX_BATCH_SIZE": str(_CLIENTS),
     }
     command = [sys.executable, "-m", "scripts.bench.watched", str(port), str(file)]
     periods: dict[str, tuple[float, float]] = {}
     with running(command, port, folder, environment) as server:
         server.wait_for("healthy")
-        _ask(server, 0)  # the first of a size is probed
+        _request(server, 0)  # the first request of a size waits for its probe
         periods["idle"] = _period(lambda: time.sleep(_IDLE_S))
-        periods["answering"] = _period(lambda: _ask_together(server))
+        periods["answering"] = _period(lambda: _request_concurrently(server))
     wake_ups = np.frombuffer(file.read_bytes()).reshape(-1, 4)
     return [_delays(during, wake_ups, *period) for during, period in periods.items()]
 
@@ -86,30 +85,30 @@ def _period(work: Any) -> tuple[float, float]:
     return started, time.monotonic()
 
 
-def _ask_together(server: Server) -> None:
+def _request_concurrently(server: Server) -> None:
     with ThreadPoolExecutor(_CLIENTS) as clients:
-        for _ in clients.map(lambda number: _ask(server, number), range(_CLIENTS * _ROUNDS)):
+        for _ in clients.map(lambda number: _request(server, number), range(_CLIENTS * _ROUNDS)):
             pass
 
 
-def _ask(server: Server, number: int) -> None:
+def _request(server: Server, number: int) -> None:
     with server.client() as client:
-        asked = _ANSWERS[number % len(_ANSWERS)]
-        response = client.post(GENERATIONS, json={**_BODY, **asked, "seed": number})
+        changes = _REQUESTS[number % len(_REQUESTS)]
+        response = client.post(GENERATIONS, json={**_BODY, **changes, "seed": number})
         if response.status_code != 200:
-            raise HyperGenError(f"The server answered {response.status_code}: {response.text[:300]}")
+            raise HyperGenError(f"The server responded with {response.status_code}: {response.text[:300]}")
         for item in response.json()["data"]:
             if "url" in item:
                 client.get(item["url"]).raise_for_status()
 
 
 def _delays(during: str, wake_ups: np.ndarray, started: float, ended: float) -> Delays:
-    inside = wake_ups[(wake_ups[:, 0] > started) & (wake_ups[:, 0] <= ended)]
-    late, thread, process = inside[:, 1] - PAUSE_S, inside[:, 2], inside[:, 3]
+    selected = wake_ups[(wake_ups[:, 0] > started) & (wake_ups[:, 0] <= ended)]
+    late, thread, process = selected[:, 1] - PAUSE_S, selected[:, 2], selected[:, 3]
     own = np.minimum(late, process)
     return Delays(
         during,
-        len(inside),
+        len(selected),
         _ms(late),
         _ms(late, 99.9),
         _ms(own),

@@ -1,4 +1,4 @@
-"""Kinds of options of the benchmarks, and which of them go together."""
+"""Types of command-line options, and which options can be combined."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-# Options that say how settings for faster devices are measured, and those that say how policies are.
-_OF_SPEEDS = ("variants", "steps", "minutes", "determinism")
-_OF_POLICIES = ("policies", "guidance", "only_alone")
+# Options for measuring optimization settings, and options for comparing policies.
+_SPEED_OPTIONS = ("variants", "steps", "minutes", "determinism")
+_POLICY_OPTIONS = ("policies", "guidance", "only_alone")
 
 
-def refuse_unused(context: click.Context, *, speeds: bool, cuda: bool) -> None:
+def reject_unused(context: click.Context, *, speeds: bool, cuda: bool) -> None:
     """
     Raises:
-        click.UsageError: an option was given that would do nothing.
+        click.UsageError: an option was given that would have no effect.
     """
-    unused = [*_OF_POLICIES, *([] if cuda else ["check_gates"])] if speeds else _OF_SPEEDS
+    unused = [*_POLICY_OPTIONS, *([] if cuda else ["check_gates"])] if speeds else _SPEED_OPTIONS
     for name in unused:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = next(p.opts[0] for p in context.command.params if p.name == name)
-            together = "goes with --speeds or --device cuda" if not speeds else "does not go with --speeds"
-            raise click.UsageError(f"{option} {together}.", context)
+            if speeds:
+                raise click.UsageError(f"{option} and --speeds cannot be combined.", context)
+            raise click.UsageError(f"{option} needs --speeds or --device cuda.", context)
 
 
-class Numbers(click.ParamType):
+class NumberList(click.ParamType):
     """Positive numbers, separated by commas."""
 
     name = "numbers"
@@ -40,12 +41,12 @@ class Numbers(click.ParamType):
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers", param, ctx)
         if not all(0 < number < 100 for number in numbers):
-            self.fail("loads are above 0 and below 100", param, ctx)
+            self.fail("loads must be above 0 and below 100", param, ctx)
         return numbers
 
 
-class Names(click.ParamType):
-    """Some of a set of names, separated by commas."""
+class NameList(click.ParamType):
+    """Names of a fixed set, separated by commas."""
 
     name = "names"
 
@@ -58,5 +59,5 @@ class Names(click.ParamType):
         names = value if isinstance(value, tuple) else tuple(value.split(","))
         for name in names:
             if name not in self.known:
-                self.fail(f"{name!r} is none of {', '.join(self.known)}", param, ctx)
+                self.fail(f"{name!r} is unknown; choose from {', '.join(self.known)}", param, ctx)
         return names

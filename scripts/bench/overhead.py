@@ -1,4 +1,4 @@
-"""What a lone request costs beyond the engine, and how long after a start the first one is answered."""
+"""The overhead of a single request over the engine's time, and the time from start to first image."""
 
 from __future__ import annotations
 
@@ -15,43 +15,42 @@ from hypergen.errors import HyperGenError
 from scripts.bench.servers import GENERATIONS, Server, serve
 
 SIZES = ("64x64", "256x256")
-_FIRST_PICTURE: dict[str, Any] = {"prompt": "a red circle on a blue background", "size": "256x256"}
+_FIRST_REQUEST: dict[str, Any] = {"prompt": "a red circle on a blue background", "size": "256x256"}
 _STEPS = 4
 _COUNT = 50
-_UNCOUNTED = 5  # the first requests of a size are probed, and the first of a connection are slower
+_WARM_UP = 5  # requests that are not counted: they wait for probes and the connection
 
 
 @dataclass(frozen=True)
 class StartUp:
-    """Seconds from the start of `hypergen serve` to each stage, and what the server said itself."""
+    """Seconds from the start of `hypergen serve` to each stage, and the line that it prints when ready."""
 
     http_s: float
     ready_s: float
-    first_picture_s: float
-    said: str
+    first_image_s: float
+    ready_line: str
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """Lone requests, one after another on one connection; milliseconds.
+    """Single requests, one after another on one connection; in milliseconds.
 
-    `overhead` is what a request took on the client's clock less what the server says that drawing and
-    encoding took.
+    `overhead` is the time on the client's clock minus generation and encoding in `Server-Timing`.
     """
 
     size: str
     requests: int
     wall_p50_ms: float
-    drawing_p50_ms: float
+    generation_p50_ms: float
     overhead_p50_ms: float
     overhead_p95_ms: float
 
 
 def measure(folder: Path) -> tuple[StartUp, list[Overhead]]:
-    """The embedded model: start it once so that the environment is warm, and measure the second start.
+    """Start the embedded model once to warm up file caches, and measure the second start.
 
     Args:
-        folder: an empty one, for the model store and the log.
+        folder: an empty folder for the model store and the log.
     """
     with serve(folder) as server:
         server.wait_for("healthy")
@@ -59,30 +58,30 @@ def measure(folder: Path) -> tuple[StartUp, list[Overhead]]:
         http_s = server.wait_for()
         ready_s = server.wait_for("healthy")
         with server.client() as client:
-            _draw(client, _FIRST_PICTURE)
-            first_picture_s = time.monotonic() - server.started_at
+            _post(client, _FIRST_REQUEST)
+            first_image_s = time.monotonic() - server.started_at
             overheads = [_overhead(client, size) for size in SIZES]
-        return StartUp(http_s, ready_s, first_picture_s, _said(server)), overheads
+        return StartUp(http_s, ready_s, first_image_s, _ready_line(server)), overheads
 
 
 def _overhead(client: httpx.Client, size: str) -> Overhead:
-    rows = np.array([_lone_request(client, size, number) for number in range(_UNCOUNTED + _COUNT)])
-    wall, drawing = rows[_UNCOUNTED:].T * 1000
-    overhead = wall - drawing
+    times = np.array([_timed_request(client, size, number) for number in range(_WARM_UP + _COUNT)])
+    wall, engine = times[_WARM_UP:].T * 1000
+    overhead = wall - engine
     return Overhead(
         size,
         _COUNT,
         float(np.median(wall)),
-        float(np.median(drawing)),
+        float(np.median(engine)),
         float(np.median(overhead)),
         float(np.percentile(overhead, 95)),
     )
 
 
-def _lone_request(client: httpx.Client, size: str, number: int) -> tuple[float, float]:
-    """Seconds on this side's clock, and those of them that went into drawing and encoding."""
+def _timed_request(client: httpx.Client, size: str, number: int) -> tuple[float, float]:
+    """Seconds on the client's clock, and seconds of generation and encoding from `Server-Timing`."""
     body = {
-        # Each has its own, so that remembered prompts help nobody.
+        # Different for each request, so that the prompt cache has no effect.
         "prompt": f"picture {number}",
         "size": size,
         "num_inference_steps": _STEPS,
@@ -90,19 +89,19 @@ def _lone_request(client: httpx.Client, size: str, number: int) -> tuple[float, 
         "response_format": "b64_json",
     }
     started = time.perf_counter()
-    response = _draw(client, body)
+    response = _post(client, body)
     wall_s = time.perf_counter() - started
     timing = response.headers["server-timing"]
     return wall_s, sum(float(dur) for dur in re.findall(r"dur=([0-9.]+)", timing)) / 1000
 
 
-def _draw(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
+def _post(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
     response = client.post(GENERATIONS, json=body)
     if response.status_code != 200:
-        raise HyperGenError(f"The server answered {response.status_code}: {response.text[:300]}")
+        raise HyperGenError(f"The server responded with {response.status_code}: {response.text[:300]}")
     return response
 
 
-def _said(server: Server) -> str:
+def _ready_line(server: Server) -> str:
     """The line that `hypergen serve` prints when it is ready."""
     return next((line for line in server.log().splitlines() if line.startswith("Ready after")), "")

@@ -1,4 +1,4 @@
-"""Three ways of serving one job list: call after call, whole batches of equal settings, step by step."""
+"""The policies: sequential diffusers calls, static batching, and the engine's step-level batching."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from scripts.bench.jobs import Job
 
 
 @dataclass(frozen=True)
-class Served:
-    """A job that was served; both times are seconds of the run's clock."""
+class FinishedJob:
+    """A job with the times of its arrival and its finished file, in seconds of the run's clock."""
 
     job: Job
     queued_at: float
@@ -36,77 +36,77 @@ class Served:
 
 
 class Policy(Protocol):
-    """Serves jobs on one thread, from prompts to PNG files.
+    """Runs jobs on one thread, from prompts to PNG files.
 
     Attributes:
-        images_per_pass: mean number of images that shared a forward pass in the latest run.
+        images_per_forward: mean batch size of the latest run.
     """
 
-    images_per_pass: float
+    images_per_forward: float
 
-    def serve(self, jobs: Sequence[Job], interval_s: float) -> list[Served]:
-        """Serve all jobs, which arrive at a mean distance of `interval_s` seconds."""
+    def run(self, jobs: Sequence[Job], interval_s: float) -> list[FinishedJob]:
+        """Run all jobs with a mean interval of `interval_s` seconds between arrivals."""
         ...
 
 
 class Arrivals:
-    """The jobs of a list in the order of their arrival; the first run of the clock is counted from now."""
+    """The jobs of a list in order of arrival, with times relative to now."""
 
     def __init__(self, jobs: Sequence[Job], interval_s: float, clock: Clock) -> None:
         started_at = clock()
-        self._due = deque((started_at + job.waited_for * interval_s, job) for job in jobs)
+        self._pending = deque((started_at + job.arrival * interval_s, job) for job in jobs)
         self._clock = clock
 
     def __bool__(self) -> bool:
-        return bool(self._due)
+        return bool(self._pending)
 
-    def take(self) -> list[tuple[float, Job]]:
-        """Those that have arrived by now, with their moments."""
+    def pop_arrived(self) -> list[tuple[float, Job]]:
+        """Remove the jobs that have arrived by now; returns them with their arrival times."""
         now = self._clock()
         arrived: list[tuple[float, Job]] = []
-        while self._due and self._due[0][0] <= now:
-            arrived.append(self._due.popleft())
+        while self._pending and self._pending[0][0] <= now:
+            arrived.append(self._pending.popleft())
         return arrived
 
     def skip_to_next(self) -> None:
-        self._clock.skip_to(self._due[0][0])
+        self._clock.skip_to(self._pending[0][0])
 
 
 @dataclass
-class WholeBatches:
-    """Stock diffusers calls.
+class StaticBatching:
+    """Diffusers calls, each with a batch of jobs with equal steps and guidance scale.
 
-    With `max_batch_size` 1 one call after another; else whole batches of jobs with equal steps and guidance,
-    those that have waited longest first, as an adaptive batcher puts them together.
+    The jobs that have waited longest come first, as in an adaptive batcher. With `max_batch_size` 1 the calls
+    are sequential.
     """
 
     pipeline: Any
-    side: int  # of a picture, in pixels
+    side: int  # height and width of the images, in pixels
     max_batch_size: int
     clock: Clock
-    images_per_pass: float = 1
+    images_per_forward: float = 1
 
-    def serve(self, jobs: Sequence[Job], interval_s: float) -> list[Served]:
+    def run(self, jobs: Sequence[Job], interval_s: float) -> list[FinishedJob]:
         arrivals = Arrivals(jobs, interval_s, self.clock)
         waiting: list[tuple[float, Job]] = []
-        served: list[Served] = []
-        passes = 0
+        finished: list[FinishedJob] = []
+        forwards = 0
         while arrivals or waiting:
-            waiting += arrivals.take()
+            waiting += arrivals.pop_arrived()
             if not waiting:
                 arrivals.skip_to_next()
                 continue
             equal = [entry for entry in waiting if _settings(entry[1]) == _settings(waiting[0][1])]
             batch = equal[: self.max_batch_size]
             waiting = [entry for entry in waiting if entry not in batch]
-            self.draw([job for _, job in batch])
-            passes += batch[0][1].num_inference_steps
-            served += [Served(job, queued_at, self.clock()) for queued_at, job in batch]
-        self.images_per_pass = sum(job.num_inference_steps for job in jobs) / passes
-        return served
+            self.generate([job for _, job in batch])
+            forwards += batch[0][1].num_inference_steps
+            finished += [FinishedJob(job, queued_at, self.clock()) for queued_at, job in batch]
+        self.images_per_forward = sum(job.num_inference_steps for job in jobs) / forwards
+        return finished
 
-    def draw(self, jobs: Sequence[Job]) -> list[bytes]:
-        """Draw jobs of equal settings in one call."""
+    def generate(self, jobs: Sequence[Job]) -> list[bytes]:
+        """PNG files of jobs with equal steps and guidance scale, generated in one call."""
         images = self.pipeline(
             prompt=[job.prompt for job in jobs],
             num_inference_steps=jobs[0].num_inference_steps,
@@ -121,60 +121,64 @@ class WholeBatches:
         ]
 
 
-def one_after_another(calls: Sequence[Served], interval_s: float) -> list[Served]:
-    """What calls that were measured back to back would have been at another rate of arrivals.
+def sequential_at_interval(calls: Sequence[FinishedJob], interval_s: float) -> list[FinishedJob]:
+    """The times of sequential calls, measured back to back, at another arrival rate.
 
-    A call takes as long at one load as at another; when it starts follows from the one before it.
+    The duration of a call does not depend on the load; its start follows from the end of the previous call.
     """
-    served: list[Served] = []
+    finished: list[FinishedJob] = []
     previous, free_at = calls[0].queued_at, 0.0
     for call in calls:
-        queued_at = call.job.waited_for * interval_s
+        queued_at = call.job.arrival * interval_s
         free_at = max(free_at, queued_at) + call.finished_at - previous
         previous = call.finished_at
-        served.append(Served(call.job, queued_at, free_at))
-    return served
+        finished.append(FinishedJob(call.job, queued_at, free_at))
+    return finished
 
 
 def _settings(job: Job) -> tuple[int, float]:
     return job.num_inference_steps, job.guidance_scale
 
 
-class StepByStep:
-    """The engine as it serves, on the thread and clock of the benchmark.
+class StepLevelBatching:
+    """The engine, on the thread and clock of the benchmark.
 
     Attributes:
-        files: the pictures of the latest run, by job number.
+        files: PNG files of the latest run, by job number.
     """
 
     def __init__(self, family: Family, side: int, settings: EngineSettings, clock: Clock) -> None:
         self.side = side
         self.clock = clock
         self.files: dict[int, bytes] = {}
-        self.images_per_pass = 1.0
+        self.images_per_forward = 1.0
         self._finished_at: dict[int, float] = {}
-        self.engine = Engine(family, "benchmark", settings, self._report, clock=clock, encoders=_SameThread())
+        self.engine = Engine(
+            family, "benchmark", settings, self._report, clock=clock, encoders=_InlineExecutor()
+        )
         self.engine.warm_up()
         with torch.inference_mode():
             self.engine.shape_profiles.finish_probes()
 
-    def serve(self, jobs: Sequence[Job], interval_s: float) -> list[Served]:
+    def run(self, jobs: Sequence[Job], interval_s: float) -> list[FinishedJob]:
         self.files.clear()
         self._finished_at.clear()
         arrivals = Arrivals(jobs, interval_s, self.clock)
         queued_at: dict[int, float] = {}
         before = self.engine.status()
         while len(self.files) < len(jobs):
-            for moment, job in arrivals.take():
-                queued_at[job.number] = moment
+            for arrived_at, job in arrivals.pop_arrived():
+                queued_at[job.number] = arrived_at
                 self.engine.add_request(request_for(job, self.side))
             if len(self.files) == len(queued_at):
                 arrivals.skip_to_next()
                 continue
             self.engine.step()
         after = self.engine.status()
-        self.images_per_pass = (after.image_steps - before.image_steps) / (after.forwards - before.forwards)
-        return [Served(job, queued_at[job.number], self._finished_at[job.number]) for job in jobs]
+        self.images_per_forward = (after.image_steps - before.image_steps) / (
+            after.forwards - before.forwards
+        )
+        return [FinishedJob(job, queued_at[job.number], self._finished_at[job.number]) for job in jobs]
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:
         if isinstance(event, RequestError):
@@ -198,8 +202,8 @@ def request_for(job: Job, side: int) -> GenerationRequest:
     )
 
 
-class _SameThread(Executor):
-    """Encodes at once, where it is told to: the other policies do so too, and one thread's clock sees it."""
+class _InlineExecutor(Executor):
+    """Encodes in the calling thread, like the other policies, so that the thread's clock measures it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()

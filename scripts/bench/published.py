@@ -1,7 +1,7 @@
-"""Published models with random weights, for GPUs, and tiny ones with the same parts, for trying on a CPU.
+"""Published models with random weights for GPUs, and tiny models with the same architecture for a CPU.
 
 Configurations: stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/stable-diffusion-xl-base-1.0 and
-black-forest-labs/FLUX.1-dev. Only the tokenizers are others, which cost nothing.
+black-forest-labs/FLUX.1-dev. Only the tokenizers differ; their cost does not matter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.random_models import (
 
 @dataclass(frozen=True)
 class RandomXL:
-    """A Stable Diffusion XL whose weights are drawn at random; see `RandomModel`."""
+    """A Stable Diffusion XL with random weights; see `RandomModel`."""
 
     latent_side: int
     unet: dict[str, Any]
@@ -45,11 +45,11 @@ class RandomXL:
 
     @property
     def side(self) -> int:
-        """Height and width of a picture, in pixels."""
+        """Height and width of an image, in pixels."""
         return 8 * self.latent_side
 
     def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The stock pipeline, always with the same weights for one device and precision."""
+        """A diffusers pipeline; the weights only depend on device and dtype."""
         tokenizer, tokenizer_2 = bytewise_tokenizer(), bytewise_tokenizer()
         tokenizer_2.pad_token = "!"
         with drawn_on(device, dtype):
@@ -71,7 +71,7 @@ class RandomXL:
 
 @dataclass(frozen=True)
 class RandomFlux:
-    """A FLUX.1 whose weights are drawn at random; see `RandomModel`.
+    """A FLUX.1 with random weights; see `RandomModel`.
 
     Attributes:
         text_encoder, text_encoder_2: CLIP and T5.
@@ -85,11 +85,11 @@ class RandomFlux:
 
     @property
     def side(self) -> int:
-        """Height and width of a picture, in pixels."""
+        """Height and width of an image, in pixels."""
         return 8 * self.latent_side
 
     def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The stock pipeline, always with the same weights for one device and precision."""
+        """A diffusers pipeline; the weights only depend on device and dtype."""
         tokenizer = bytewise_tokenizer()
         with drawn_on(device, dtype):
             text_encoder = CLIPTextModel(clip_config(tokenizer, self.text_encoder)).eval()
@@ -143,7 +143,7 @@ _T5_XXL: dict[str, Any] = {
 _FLUX_SCALE: dict[str, Any] = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 _TINY_CLIP: dict[str, Any] = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-# The models that GPUs are measured with: 860 million, 2.6 and 11.9 billion weights in the denoiser.
+# For measurements on GPUs; the denoisers have 860 million, 2.6 and 11.9 billion weights.
 PUBLISHED: dict[str, RandomModel | RandomXL | RandomFlux] = {
     "sd15": RandomModel(latent_side=64, unet={}, vae=_VAE, text_encoder=_CLIP_L),
     "sdxl": RandomXL(
@@ -227,7 +227,7 @@ TINY: dict[str, RandomXL | RandomFlux] = {
     ),
 }
 # Every model with random weights.
-DRAWN: dict[str, RandomModel | RandomXL | RandomFlux] = {**RANDOM_MODELS, **TINY, **PUBLISHED}
+RANDOM_WEIGHTS: dict[str, RandomModel | RandomXL | RandomFlux] = {**RANDOM_MODELS, **TINY, **PUBLISHED}
 _FOR_CPUS = {"sd15": "small", "sdxl": "tiny-sdxl", "flux-dev": "tiny-flux"}
 
 
@@ -237,4 +237,6 @@ def refuse_on_cpu(name: str) -> None:
         ConfigurationError: the model is too large for a CPU.
     """
     if name in PUBLISHED:
-        raise ConfigurationError(f"'{name}' is for a GPU; on a CPU '{_FOR_CPUS[name]}' has the same parts.")
+        raise ConfigurationError(
+            f"'{name}' is for a GPU; on a CPU use '{_FOR_CPUS[name]}', which has the same architecture."
+        )

@@ -1,4 +1,4 @@
-"""What a benchmark prints and writes: environment, tables, JSON, plots."""
+"""The output of the benchmarks: environment, tables, JSON, plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHOWN = {
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Where and when a figure was measured."""
+    """The machine, date, versions and command of a measurement."""
     libraries = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")}
     return {
         "command": " ".join(command),
@@ -52,50 +52,52 @@ def _processor() -> str:
     )
 
 
-def print_environment(console: Console, found: dict[str, Any]) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+def print_environment(console: Console, environment: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     console.print(
-        f"{found['date']}; {found['machine']}; {found['accelerator'] or 'no accelerator'}", highlight=False
+        f"{environment['date']}; {environment['machine']}; {environment['accelerator'] or 'no accelerator'}",
+        highlight=False,
     )
     console.print(
-        f"{found['threads']} threads, load average {found['load_average']}; {versions}", highlight=False
+        f"{environment['threads']} threads, load average {environment['load_average']}; {versions}",
+        highlight=False,
     )
 
 
 def print_runs(console: Console, runs: Sequence[Run]) -> None:
-    """A table for each experiment: medians over the seeds, and how many times better than sequential."""
+    """Print a table for each experiment: medians over the seeds, and ratios to `sequential`."""
     for experiment in dict.fromkeys(run.experiment for run in runs):
-        chosen = [run for run in runs if run.experiment == experiment]
+        selected = [run for run in runs if run.experiment == experiment]
         model, guidance, load = experiment
-        seeds = len({run.seed for run in chosen})
+        seeds = len({run.seed for run in selected})
         table = Table(
             title=f"{model}, load {load:g}, {guidance} guidance, median of {seeds} seeds",
             title_justify="left",
         )
-        columns = ("policy", "jobs/s", "p50 s", "p95 s", "short p95 s", "images a pass")
+        columns = ("policy", "jobs/s", "p50 s", "p95 s", "short p95 s", "images/forward")
         for column in columns:
             table.add_column(column, justify="left" if column == "policy" else "right")
-        policies = list(dict.fromkeys(run.policy for run in chosen))
+        policies = list(dict.fromkeys(run.policy for run in selected))
         for policy in sorted(policies, key=lambda name: (name.startswith("step"), name)):
-            figures = median_of(chosen, policy)
-            ratios = median_ratio(chosen, policy, "sequential") if "sequential" in policies else None
+            figures = median_of(selected, policy)
+            ratios = median_ratio(selected, policy, "sequential") if "sequential" in policies else None
             cells = [
                 f"{value:.2f}" + (f" (x{getattr(ratios, name):.2f})" if ratios else "")
                 for name, value in asdict(figures).items()
             ]
-            shared = median_images(chosen, policy)
-            table.add_row(policy, *cells, f"{shared:.2f}")
+            batch_size = median_images(selected, policy)
+            table.add_row(policy, *cells, f"{batch_size:.2f}")
         console.print(table)
 
 
 def median_images(runs: Sequence[Run], policy: str) -> float:
-    values = sorted(run.images_per_pass for run in runs if run.policy == policy)
+    values = sorted(run.images_per_forward for run in runs if run.policy == policy)
     return values[len(values) // 2]
 
 
 def print_gates(console: Console, gates: Sequence[Gate], title: str = "Gates") -> None:
     table = Table(title=title, title_justify="left")
-    for column in ("what", "measured", "limit", ""):
+    for column in ("gate", "measured", "limit", ""):
         table.add_column(column)
     for gate in gates:
         verdict = "" if gate.reached else "[bold red]missed"
@@ -103,9 +105,9 @@ def print_gates(console: Console, gates: Sequence[Gate], title: str = "Gates") -
     console.print(table)
 
 
-def write_json(file: Path, found: dict[str, Any], runs: Sequence[Run], gates: Sequence[Gate]) -> None:
+def write_json(file: Path, environment: dict[str, Any], runs: Sequence[Run], gates: Sequence[Gate]) -> None:
     content = {
-        "environment": found,
+        "environment": environment,
         "runs": [asdict(run) for run in runs],
         "gates": as_records(gates),
     }
@@ -117,21 +119,21 @@ def as_records(gates: Sequence[Gate]) -> list[dict[str, Any]]:
 
 
 def plot(folder: Path, runs: Sequence[Run]) -> list[Path]:
-    """Latency against load, a line for each policy, a picture for each model and kind of guidance.
+    """Plot latency against load, with a line for each policy; one file per model and guidance mode.
 
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
     files: list[Path] = []
     for model, guidance in dict.fromkeys((run.model, run.guidance) for run in runs):
-        chosen = [run for run in runs if (run.model, run.guidance) == (model, guidance)]
+        selected = [run for run in runs if (run.model, run.guidance) == (model, guidance)]
         figure = new_figure(11, 3.6)
         axes = figure.subplots(1, len(_SHOWN), sharex=True)
         for axis, (name, title) in zip(axes, _SHOWN.items(), strict=True):
-            for policy in dict.fromkeys(run.policy for run in chosen):
-                loads = sorted({run.load for run in chosen})
+            for policy in dict.fromkeys(run.policy for run in selected):
+                loads = sorted({run.load for run in selected})
                 values = [
-                    getattr(median_of([run for run in chosen if run.load == load], policy), name)
+                    getattr(median_of([run for run in selected if run.load == load], policy), name)
                     for load in loads
                 ]
                 axis.plot(loads, values, marker="o", label=policy)
@@ -147,7 +149,7 @@ def plot(folder: Path, runs: Sequence[Run]) -> list[Path]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty picture for a plot, in inches.
+    """An empty figure; width and height in inches.
 
     Raises:
         ConfigurationError: matplotlib is not installed.

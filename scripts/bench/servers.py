@@ -1,4 +1,4 @@
-"""Servers in processes of their own, as a benchmark starts, asks and stops them."""
+"""Server processes for benchmarks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hypergen.errors import HyperGenError
 GENERATIONS = "/v1/images/generations"
 _START_S = 180
 _STOP_S = 60
-_LOOK_S = 0.02
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Server:
-    """A process that serves, or will.
+    """A server process, ready or starting.
 
     Attributes:
-        started_at: when the process was started, in seconds of the monotonic clock.
+        started_at: when the process was started, monotonic seconds.
     """
 
     url: str
@@ -38,10 +38,13 @@ class Server:
     started_at: float
 
     def wait_for(self, *states: str) -> float:
-        """Until /health tells one of these states, any state without; seconds since the start.
+        """Wait until the status in /health is one of `states`, or any if none is given.
+
+        Returns:
+            Seconds since the start of the process.
 
         Raises:
-            HyperGenError: the server ended, or takes far too long.
+            HyperGenError: the server exited, or did not start within 180 s.
         """
         with self.client() as client:
             while time.monotonic() - self.started_at < _START_S:
@@ -53,12 +56,12 @@ class Server:
                     state = ""
                 if state and (not states or state in states):
                     return time.monotonic() - self.started_at
-                time.sleep(_LOOK_S)
-        last = "\n".join(self.log().splitlines()[-15:])
-        raise HyperGenError(f"The server did not start; the end of its log:\n{last}")
+                time.sleep(_POLL_S)
+        log_end = "\n".join(self.log().splitlines()[-15:])
+        raise HyperGenError(f"The server did not start; the end of its log:\n{log_end}")
 
     def client(self) -> httpx.Client:
-        """One that keeps its connection and asks no proxy."""
+        """A client that keeps its connection and uses no proxy."""
         return httpx.Client(base_url=self.url, timeout=600, trust_env=False)
 
     def log(self) -> str:
@@ -67,7 +70,7 @@ class Server:
 
 @contextmanager
 def serve(folder: Path, *arguments: str) -> Iterator[Server]:
-    """`hypergen serve ARGUMENTS` with a model store in `folder`."""
+    """Run `hypergen serve ARGUMENTS` with a model store in `folder`."""
     port = free_port()
     command = [sys.executable, "-m", "hypergen.cli.main", "serve", *arguments, "--port", str(port)]
     with running(command, port, folder, {}) as server:
@@ -78,17 +81,17 @@ def serve(folder: Path, *arguments: str) -> Iterator[Server]:
 def running(
     command: Sequence[str], port: int, folder: Path, environment: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A process of its own until the block is left.
+    """Run a server process for the duration of the block.
 
     Args:
-        folder: for the model store and the log; a second server finds what the first left there.
-        environment: added to this process's own, without the settings of HyperGen in it.
+        folder: for the model store and the log; a second server uses the same store.
+        environment: added to the environment of this process, without its HYPERGEN variables.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HYPERGEN_")}
-    given = {**inherited, "BENTOML_HOME": str(folder / "bentoml"), **environment}
+    variables = {**inherited, "BENTOML_HOME": str(folder / "bentoml"), **environment}
     log_file = folder / "server.log"
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=given, cwd=folder)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=folder)
     try:
         yield Server(f"http://127.0.0.1:{port}", process, log_file, time.monotonic())
     finally:
@@ -96,19 +99,19 @@ def running(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
-    everyone = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
         process.kill()
-    for left in psutil.wait_procs(everyone, timeout=5)[1]:
-        left.kill()
+    for child in psutil.wait_procs(children, timeout=5)[1]:
+        child.kill()

@@ -1,4 +1,4 @@
-"""Measure the policies on the same job lists, interleaved, so that what a machine does meanwhile hits all."""
+"""Measures the policies on the same job lists, interleaved, so that other load affects all of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hypergen.models.family import Family
 from scripts.bench.clock import Clock
 from scripts.bench.figures import Run, figures_of
 from scripts.bench.jobs import GUIDANCE_SCALES, ONE_GUIDANCE_SCALE, STEPS, Job, job_list
-from scripts.bench.live import own_copy
-from scripts.bench.policies import Policy, StepByStep, WholeBatches, one_after_another
-from scripts.bench.published import DRAWN, refuse_on_cpu
+from scripts.bench.live import copy_pipeline
+from scripts.bench.policies import Policy, StaticBatching, StepLevelBatching, sequential_at_interval
+from scripts.bench.published import RANDOM_WEIGHTS, refuse_on_cpu
 from scripts.bench.work import family_of
 
 POLICIES = ("sequential", "static", "step", "step-fast")
@@ -28,12 +28,12 @@ EMBEDDED = "embedded"
 MODELS = ("small", "medium", EMBEDDED)
 
 
-class Contest:
-    """One model, served in every way that is compared, each made when it is first asked for.
+class Comparison:
+    """The policies for one model, each created at its first use.
 
     Args:
-        side: height and width of the pictures, in pixels.
-        family: a new copy of the model for an engine with these settings, because engines change layers.
+        side: height and width of the images, in pixels.
+        family: makes a copy of the model for an engine with these settings, because engines change layers.
     """
 
     def __init__(
@@ -52,45 +52,45 @@ class Contest:
         self._settings = settings
 
     @cached_property
-    def sequential(self) -> WholeBatches:
-        return WholeBatches(self._pipeline, self.side, 1, self.clock)
+    def sequential(self) -> StaticBatching:
+        return StaticBatching(self._pipeline, self.side, 1, self.clock)
 
     @cached_property
-    def static(self) -> WholeBatches:
-        return WholeBatches(self._pipeline, self.side, self._settings.max_batch_size, self.clock)
+    def static(self) -> StaticBatching:
+        return StaticBatching(self._pipeline, self.side, self._settings.max_batch_size, self.clock)
 
     @cached_property
-    def step(self) -> StepByStep:
+    def step(self) -> StepLevelBatching:
         return self._engine(self._settings)
 
     @cached_property
-    def step_fast(self) -> StepByStep:
+    def step_fast(self) -> StepLevelBatching:
         return self._engine(self._settings.model_copy(update={"determinism": "fast"}))
 
     def policy(self, name: str) -> Policy:
         """One of `POLICIES`."""
         return getattr(self, name.replace("-", "_"))
 
-    def _engine(self, settings: EngineSettings) -> StepByStep:
-        # Prompts recur from run to run, and stock diffusers encodes them each time.
+    def _engine(self, settings: EngineSettings) -> StepLevelBatching:
+        # Without a prompt cache: prompts repeat between runs, and diffusers encodes them each time.
         settings = settings.model_copy(update={"prompt_cache_mb": 0})
-        return StepByStep(self._family(settings), self.side, settings, self.clock)
+        return StepLevelBatching(self._family(settings), self.side, settings, self.clock)
 
     def mean_service_s(self) -> float:
-        """What stock diffusers takes for a job of the list, on average: 1 over it is the capacity."""
+        """The mean time of a job in diffusers, the inverse of the capacity."""
         seconds: list[float] = []
         for number, steps in enumerate((STEPS[0], *STEPS)):
             started = self.clock()
-            self.sequential.draw([Job(number, 0, steps, GUIDANCE_SCALES[0])])
+            self.sequential.generate([Job(number, 0, steps, GUIDANCE_SCALES[0])])
             seconds.append(self.clock() - started)
         return statistics.mean(seconds[1:])  # the first call of a process is slower
 
 
-def contest(model: str, settings: EngineSettings) -> Contest:
-    """Load a model to be served in every way.
+def load_comparison(model: str, settings: EngineSettings) -> Comparison:
+    """Load a model for a comparison of the policies.
 
     Raises:
-        ConfigurationError: it is too large for a CPU.
+        ConfigurationError: the model is too large for a CPU.
     """
     refuse_on_cpu(model)
     if model == EMBEDDED:
@@ -101,43 +101,51 @@ def contest(model: str, settings: EngineSettings) -> Contest:
         def family(settings: EngineSettings) -> Family:
             return loading.load(folder, settings)
     else:
-        pipeline, side = DRAWN[model].pipeline(), DRAWN[model].side
+        pipeline, side = RANDOM_WEIGHTS[model].pipeline(), RANDOM_WEIGHTS[model].side
 
         def family(settings: EngineSettings) -> Family:
-            return family_of(own_copy(pipeline), side, settings)
+            return family_of(copy_pipeline(pipeline), side, settings)
 
     pipeline.set_progress_bar_config(disable=True)
-    return Contest(model, side, pipeline, family, settings)
+    return Comparison(model, side, pipeline, family, settings)
 
 
 def measure(
-    contest: Contest,
+    comparison: Comparison,
     policies: Sequence[str],
     loads: Sequence[float],
     seeds: int,
     jobs: int,
     guidance: str,
 ) -> Iterator[Run]:
-    """Serve each job list in every way at every load; the order of the policies rotates with the seed.
+    """Run each job list with each policy at each load; the order of the policies rotates with the seed.
 
-    Stock calls one after another take as long at one load as at another, so these are made once for a seed;
-    waiting follows from when they could start.
+    Sequential calls take the same time at any load, so they are measured once per seed; their waiting time is
+    computed.
 
     Args:
-        loads: arrivals per second over what `sequential` can serve.
+        loads: arrival rates in units of the capacity of `sequential`.
     """
-    for policy in policies:
-        contest.policy(policy)  # loaded and warm before anything is measured
-    service_s = contest.mean_service_s()
+    for name in policies:
+        comparison.policy(name)  # load and warm up before the measurement
+    service_s = comparison.mean_service_s()
     for seed in range(seeds):
         trace = job_list(jobs, seed, GUIDANCE[guidance])
-        turn = seed % len(policies)
-        for policy in [*policies[turn:], *policies[:turn]]:
-            chosen = contest.policy(policy)
-            calls = chosen.serve(trace, 0) if policy == "sequential" else []
+        first = seed % len(policies)
+        for name in [*policies[first:], *policies[:first]]:
+            policy = comparison.policy(name)
+            calls = policy.run(trace, 0) if name == "sequential" else []
             for load in loads:
                 interval_s = service_s / load
-                served = one_after_another(calls, interval_s) if calls else chosen.serve(trace, interval_s)
+                finished = (
+                    sequential_at_interval(calls, interval_s) if calls else policy.run(trace, interval_s)
+                )
                 yield Run(
-                    contest.name, guidance, load, seed, policy, figures_of(served), chosen.images_per_pass
+                    comparison.name,
+                    guidance,
+                    load,
+                    seed,
+                    name,
+                    figures_of(finished),
+                    policy.images_per_forward,
                 )

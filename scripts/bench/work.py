@@ -1,4 +1,4 @@
-"""What a picture costs in arithmetic, and the time below which a device cannot draw it."""
+"""The floating point operations of an image, and the shortest possible time for them on a device."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ GUIDANCE_SCALE = 5.0
 
 @dataclass(frozen=True)
 class Work:
-    """What one guided picture costs.
+    """The operations of one image with guidance.
 
     Attributes:
-        peak_flops: floating point operations a second of a large matrix product on this device.
-        rows: of a forward pass that one step of the picture takes.
-        forward_flops, decode_flops: of one row of the denoiser, of one picture of the decoder.
+        peak_flops: floating point operations per second of a large matrix product on this device.
+        rows: batch rows of one image.
+        forward_flops, decode_flops: operations of one row of the denoiser and of decoding one image.
     """
 
     peak_flops: float
@@ -38,18 +38,18 @@ class Work:
     decode_flops: float
 
     def floor_s(self, steps: int) -> float:
-        """Seconds below which no picture can be drawn at this precision; text encoding not counted."""
+        """The shortest possible seconds for an image at this precision, without prompt encoding."""
         return (self.rows * steps * self.forward_flops + self.decode_flops) / self.peak_flops
 
 
 def family_of(pipeline: Any, side: int, settings: EngineSettings) -> Family:
-    """The family that draws a pipeline, with pictures of `side` x `side` pixels as its default."""
+    """The family of a pipeline, with `side` x `side` pixels as its default size."""
     model_card = {"defaults": {"width": side, "height": side}}
     return family_class(type(pipeline).__name__)(pipeline, model_card, settings)
 
 
 def work_of(family: Family, side: int) -> Work:
-    """Count the operations of a picture, and measure what its device can do."""
+    """Count the operations of an image and measure the peak of its device."""
     weight = next(family.denoiser.parameters())
     matrix_side = 8192 if weight.is_cuda else 1024
     with torch.inference_mode():
@@ -60,18 +60,19 @@ def work_of(family: Family, side: int) -> Work:
 
 @torch.inference_mode()
 def operations_of(family: Family, side: int) -> tuple[int, int, int]:
-    """Rows of one step of a guided picture, floating point operations of one row of the denoiser, and of the
-    decoder; the family may be on the meta device, where nothing is computed.
+    """Batch rows of an image with guidance, and the operations of one denoiser row and of the decoder.
+
+    The family may be on the meta device, where nothing is computed.
     """
     request = request_for(Job(0, 0, 2, GUIDANCE_SCALE), side)
     state = family.prepare(request, 0, family.encode_prompts(request))
-    row = random_rows(state, 1, torch.Generator("cpu").manual_seed(0))
-    forward_flops = _flops(lambda: family.forward(*row, batch_key_extra=state.batch_key_extra))
+    inputs = random_rows(state, 1, torch.Generator("cpu").manual_seed(0))
+    forward_flops = _flops(lambda: family.forward(*inputs, batch_key_extra=state.batch_key_extra))
     return state.rows, forward_flops, _flops(lambda: family.decode(state))
 
 
 def _flops(call: Callable[[], object]) -> int:
-    # Attention as plain products: torch does not count what the CPU's own kernel does.
+    # Attention as matrix products: torch does not count the operations of the CPU's own kernel.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

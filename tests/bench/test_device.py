@@ -1,6 +1,4 @@
-"""What is measured on a device: the arithmetic of the real configurations, and the whole path with small
-models.
-"""
+"""The device benchmark: operations of the published configurations, and complete runs with small models."""
 
 from __future__ import annotations
 
@@ -16,11 +14,20 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError
 from scripts.bench.device import OURS, STOCK, VARIANTS, Plan, Speed
 from scripts.bench.figures import Figures, Run
-from scripts.bench.goals import PLANS, goals, plan_for, unanswered
+from scripts.bench.goals import PLANS, goals, plan_for, unmeasured_goals
 from scripts.bench.on_device import Trace, measure
-from scripts.bench.published import DRAWN, PUBLISHED
-from scripts.bench.timeline import BEGINNING, DECODING, FILE, PASS, TEXT, Share, Span, shares
-from scripts.bench.traces import contest
+from scripts.bench.published import PUBLISHED, RANDOM_WEIGHTS
+from scripts.bench.timeline import (
+    DECODING,
+    FILE_ENCODING,
+    FORWARD,
+    PREPARATION,
+    PROMPT_ENCODING,
+    Share,
+    Span,
+    shares,
+)
+from scripts.bench.traces import load_comparison
 from scripts.bench.work import Work, family_of, operations_of
 from tests.support.sync_engine import make_settings
 
@@ -42,29 +49,29 @@ _WEIGHTS = {
 }
 
 
-def _attention(layers: int, tokens: int, others: int, width: int) -> float:
-    """Operations of two matrix products between `tokens` and `others`, in so many layers."""
-    return 4.0 * layers * tokens * others * width
+def _attention(layers: int, queries: int, keys: int, width: int) -> float:
+    """Operations of the two matrix products of attention, in all layers."""
+    return 4.0 * layers * queries * keys * width
 
 
-# Twice the multiply-adds of weights: 2.99 T is what is published of SDXL. Layers at 64x64 and at 32x32.
+# Twice the published 2.99 T multiply-adds of SDXL's weights, and attention layers at 64x64 and 32x32.
 _SDXL = 2 * 2.99e12 + sum(
     _attention(layers, tokens, tokens + 77, width)
     for layers, tokens, width in [(10, 4096, 640), (60, 1024, 1280)]
 )
-# All 57 blocks lead 4096 patches and 512 words through 12 matrices of 3072x3072 and let them attend.
+# 57 blocks with 4096 image tokens and 512 text tokens: 12 matrices of 3072x3072, and attention.
 _FLUX = 57 * (2.0 * 4608 * 12 * 3072**2 + _attention(1, 4608, 4608, 3072))
 _OPERATIONS = {"sd15": (2, 0.803e12, 2.5e12), "sdxl": (2, _SDXL, 10.5e12), "flux-dev": (1, _FLUX, 10.5e12)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_have_their_weights_and_cost_their_operations(name: str) -> None:
+def test_published_models_have_the_published_weights_and_operations(name: str) -> None:
     pipeline = PUBLISHED[name].pipeline("meta", torch.bfloat16)
     networks = {n: c for n, c in pipeline.components.items() if isinstance(c, torch.nn.Module)}
     assert {n: sum(p.numel() for p in c.parameters()) for n, c in networks.items()} == _WEIGHTS[name]
     assert {p.dtype for c in networks.values() for p in c.parameters()} == {torch.bfloat16}
     family: Any = family_of(pipeline, PUBLISHED[name].side, make_settings())
-    family.schedulers._device = torch.device("cpu")  # whose tables diffusers copies to the CPU
+    family.schedulers._device = torch.device("cpu")  # diffusers copies its tables to the CPU
     rows, forward_flops, decode_flops = operations_of(family, PUBLISHED[name].side)
     assert rows == _OPERATIONS[name][0]
     assert forward_flops == pytest.approx(_OPERATIONS[name][1], rel=2e-3)
@@ -72,77 +79,90 @@ def test_published_models_have_their_weights_and_cost_their_operations(name: str
 
 
 def test_operations_are_the_same_on_a_real_device() -> None:
-    counted: list[tuple[int, int, int]] = []
+    counts: list[tuple[int, int, int]] = []
     for device in ("meta", "cpu"):
-        family: Any = family_of(DRAWN["tiny-flux"].pipeline(device), 128, make_settings())
+        family: Any = family_of(RANDOM_WEIGHTS["tiny-flux"].pipeline(device), 128, make_settings())
         family.schedulers._device = torch.device("cpu")
-        counted.append(operations_of(family, 128))
-    assert counted[0] == counted[1]
+        counts.append(operations_of(family, 128))
+    assert counts[0] == counts[1]
 
 
 def _measure(tmp_path: Path, name: str, *variants: str, minutes: float = 5, **changes: Any) -> dict[str, Any]:
-    values = {"steps": 2, "crowd": 2, "trace_side": None, "trace_batch": 4, "variants": variants, **changes}
+    values = {
+        "steps": 2,
+        "batch_size": 2,
+        "trace_side": None,
+        "trace_batch": 4,
+        "variants": variants,
+        **changes,
+    }
     trace = Trace(loads=[1.5], seeds=1, jobs=3)
-    found = measure(Console(quiet=True), tmp_path, name, make_settings(), Plan(**values), trace, minutes)
-    assert found.goals == []  # they are for GPUs
+    measured = measure(Console(quiet=True), tmp_path, name, make_settings(), Plan(**values), trace, minutes)
+    assert measured.goals == []  # only for GPUs
     return json.loads((tmp_path / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize(("name", "trace_side"), [("small", 64), ("tiny-sdxl", 128), ("tiny-flux", 64)])
-def test_each_kind_of_model_is_measured_to_the_end(tmp_path: Path, name: str, trace_side: int) -> None:
-    written = _measure(tmp_path, name, "as by default", "decode_stream", trace_side=trace_side)
-    stock, ours = written["speeds"]
+def test_each_architecture_is_measured_completely(tmp_path: Path, name: str, trace_side: int) -> None:
+    content = _measure(tmp_path, name, "as by default", "decode_stream", trace_side=trace_side)
+    stock, ours = content["speeds"]
     assert [stock["way"], ours["way"]] == [STOCK, OURS + "as by default"]
     assert 0 < stock["alone_of_floor"] < 1
     assert 0 < ours["alone_of_floor"] < 1
     rows = 1 if name == "tiny-flux" else 2
-    assert stock["crowd_rows"] == 2 * rows
-    assert rows <= ours["crowd_rows"] <= 2 * rows
-    assert list(written["left_out"]) == ["decode_stream"]
-    assert "needs a CUDA device" in written["left_out"]["decode_stream"]
+    assert stock["batch_rows"] == 2 * rows
+    assert rows <= ours["batch_rows"] <= 2 * rows
+    assert list(content["left_out"]) == ["decode_stream"]
+    assert "needs a CUDA device" in content["left_out"]["decode_stream"]
 
-    sizes = dict.fromkeys(f"{side}x{side}" for side in (DRAWN[name].side, trace_side))
-    found = [(entry["size"], entry["rows"]) for entry in written["passes"]]
-    assert found == [(size, rows) for size in sizes for rows in (1, 2, 3, 4, 6, 8)]
-    assert all(entry["serves"] == entry["exact"] for entry in written["passes"])
-    assert [run["policy"] for run in written["runs"]] == ["sequential", "step"]
-    assert {run["model"] for run in written["runs"]} == {f"{name} {trace_side}x{trace_side}"}
+    sizes = dict.fromkeys(f"{side}x{side}" for side in (RANDOM_WEIGHTS[name].side, trace_side))
+    probed = [(entry["size"], entry["rows"]) for entry in content["forwards"]]
+    assert probed == [(size, rows) for size in sizes for rows in (1, 2, 3, 4, 6, 8)]
+    assert all(entry["serves"] == entry["exact"] for entry in content["forwards"])
+    assert [run["policy"] for run in content["runs"]] == ["sequential", "step"]
+    assert {run["model"] for run in content["runs"]} == {f"{name} {trace_side}x{trace_side}"}
 
-    assert [stage["stage"] for stage in written["stages"]] == [TEXT, BEGINNING, PASS, DECODING, FILE]
-    assert all(stage["seconds"] > 0 for stage in written["stages"])
-    assert written["stages"][-1]["holding_up"] == 0  # files are written in threads of their own
+    assert [stage["stage"] for stage in content["stages"]] == [
+        PROMPT_ENCODING,
+        PREPARATION,
+        FORWARD,
+        DECODING,
+        FILE_ENCODING,
+    ]
+    assert all(stage["seconds"] > 0 for stage in content["stages"])
+    assert content["stages"][-1]["holding_up"] == 0  # other threads encode files
     trace = json.loads((tmp_path / f"{name}-timeline.json").read_text())
     labels = {event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"}
-    assert {TEXT, BEGINNING, PASS, DECODING} <= labels
+    assert {PROMPT_ENCODING, PREPARATION, FORWARD, DECODING} <= labels
     assert len({event.get("tid") for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}) >= 2
     assert (tmp_path / f"{name}-timeline.png").stat().st_size > 5_000
     assert (tmp_path / f"{name}-{trace_side}x{trace_side}-mixed.png").stat().st_size > 5_000
 
 
-def test_what_does_not_fit_into_the_time_is_named(tmp_path: Path) -> None:
-    written = _measure(tmp_path, "tiny-flux", "as by default", minutes=1e-9)
-    assert written["speeds"] == []
-    assert list(written["left_out"]) == [STOCK, "as by default"]
-    assert "minutes are over" in written["left_out"][STOCK]
+def test_measurements_without_time_are_listed(tmp_path: Path) -> None:
+    content = _measure(tmp_path, "tiny-flux", "as by default", minutes=1e-9)
+    assert content["speeds"] == []
+    assert list(content["left_out"]) == [STOCK, "as by default"]
+    assert "minutes are over" in content["left_out"][STOCK]
 
 
-def test_one_way_that_fails_does_not_cost_the_others_figures(tmp_path: Path) -> None:
-    written = _measure(tmp_path, "tiny-flux", "as by default", trace_side=-64)
-    assert [speed["way"] for speed in written["speeds"]] == [STOCK, OURS + "as by default"]
-    assert list(written["left_out"]) == ["as by default"]
-    assert written["runs"] == []
+def test_a_failing_measurement_does_not_affect_the_others(tmp_path: Path) -> None:
+    content = _measure(tmp_path, "tiny-flux", "as by default", trace_side=-64)
+    assert [speed["way"] for speed in content["speeds"]] == [STOCK, OURS + "as by default"]
+    assert list(content["left_out"]) == ["as by default"]
+    assert content["runs"] == []
 
 
-def test_models_too_large_for_a_cpu_are_refused_there() -> None:
-    with pytest.raises(ConfigurationError, match="'sdxl' is for a GPU; on a CPU 'tiny-sdxl'"):
-        contest("sdxl", make_settings())
+def test_models_too_large_for_a_cpu_are_errors() -> None:
+    with pytest.raises(ConfigurationError, match="'sdxl' is for a GPU; on a CPU use 'tiny-sdxl'"):
+        load_comparison("sdxl", make_settings())
 
 
 def test_a_plan_follows_the_command_line_and_the_device() -> None:
     assert plan_for("flux-dev", "cuda", None, None, None) == PLANS["flux-dev"]
-    asked = plan_for("sdxl", "cuda", 20, 2, ("compile",))
-    assert (asked.steps, asked.crowd, asked.trace_batch, asked.variants) == (20, 2, 2, ("compile",))
-    assert asked.trace_side == 512
+    custom = plan_for("sdxl", "cuda", 20, 2, ("compile",))
+    assert (custom.steps, custom.batch_size, custom.trace_batch, custom.variants) == (20, 2, 2, ("compile",))
+    assert custom.trace_side == 512
     on_cpu = plan_for("tiny-flux", "cpu", None, None, None).variants
     assert on_cpu[-1] == "as by default"
     assert not any("compile" in variant or "all" in variant for variant in on_cpu)
@@ -153,65 +173,71 @@ def _run(model: str, policy: str, factor: float) -> Run:
     return Run(model, "mixed", 1.5, 0, policy, figures, 1)
 
 
-def _speed(way: str, alone_s: float, crowd_per_s: float, rows: float) -> Speed:
-    return Speed(way, alone_s, 0.5, crowd_per_s, 0.5, rows)
+def _speed(way: str, alone_s: float, batch_images_per_s: float, rows: float) -> Speed:
+    return Speed(way, alone_s, 0.5, batch_images_per_s, 0.5, rows)
 
 
-def test_goals_tell_what_is_met_and_by_which_way() -> None:
+def test_goals_name_the_fastest_variant() -> None:
     runs = [_run("sdxl 512x512", "sequential", 1), _run("sdxl 512x512", "step", 1.5)]
     speeds = [_speed(STOCK, 0.5, 9, 2), _speed(OURS + "compile", 1.1, 1, 2), _speed(OURS + "slow", 2, 1, 2)]
-    stages = [Share(PASS, 9, 9, 0, 0), Share(TEXT, 1, 0.9, 0.1, 0.02), Share(DECODING, 1, 0.7, 0.3, 0.04)]
-    found = {gate.what: gate for gate in goals("sdxl", PLANS["sdxl"], speeds, runs, stages)}
-    lone, throughput, short, held = found
-    assert "1024x1024 in 30 steps" in lone
-    assert "(HyperGen, compile)" in lone
-    assert [(gate.measured, gate.reached) for gate in found.values()] == [
+    stages = [
+        Share(FORWARD, 9, 9, 0, 0),
+        Share(PROMPT_ENCODING, 1, 0.9, 0.1, 0.02),
+        Share(DECODING, 1, 0.7, 0.3, 0.04),
+    ]
+    gates = {gate.what: gate for gate in goals("sdxl", PLANS["sdxl"], speeds, runs, stages)}
+    single, throughput, short, holding_up = gates
+    assert "1024x1024 in 30 steps" in single
+    assert "(HyperGen, compile)" in single
+    assert [(gate.measured, gate.reached) for gate in gates.values()] == [
         (1.1, True),
         (1.5, True),
         (1.5, False),
         (pytest.approx(0.06), False),
     ]
-    assert ("throughput" in throughput, "short jobs" in short, "holds up" in held) == (True, True, True)
-    assert unanswered("sdxl", list(found.values())) == []
+    assert "throughput" in throughput
+    assert "short jobs" in short
+    assert "hold up" in holding_up
+    assert unmeasured_goals("sdxl", list(gates.values())) == []
 
 
-def test_a_crowd_counts_only_in_passes_of_enough_rows() -> None:
+def test_the_batch_goal_needs_enough_rows() -> None:
     small, large = _speed(OURS + "a", 1, 9, 4), _speed(OURS + "b", 1, 6, 16)
     (gate,) = goals("sd15", PLANS["sd15"], [small, large], [], [])
     assert (gate.measured, gate.reached) == (6, True)
     assert list(goals("sd15", PLANS["sd15"], [small], [], [])) == []
-    assert len(unanswered("sd15", [])) == 4
-    assert unanswered("sd15", [gate]) == unanswered("sd15", [])[1:]
+    assert len(unmeasured_goals("sd15", [])) == 4
+    assert unmeasured_goals("sd15", [gate]) == unmeasured_goals("sd15", [])[1:]
 
 
-def test_goals_are_for_the_steps_that_they_name_and_for_published_models() -> None:
+def test_goals_need_the_planned_steps_and_a_published_model() -> None:
     speeds = [_speed(OURS + "compile", 1, 1, 8)]
     short = plan_for("sdxl", "cuda", 4, None, None)
     assert list(goals("sdxl", short, speeds, [], [])) == []
     assert list(goals("tiny-sdxl", PLANS["sdxl"], speeds, [], [])) == []
 
 
-def test_only_what_the_engine_waits_for_between_passes_holds_them_up() -> None:
+def test_only_stages_on_the_engine_thread_hold_up_forward_passes() -> None:
     spans = [
-        Span(PASS, 0, 1, True),
-        Span(TEXT, 1, 1.5, True),
-        Span(PASS, 1.5, 3, True),
-        Span(FILE, 2, 5, False),
+        Span(FORWARD, 0, 1, True),
+        Span(PROMPT_ENCODING, 1, 1.5, True),
+        Span(FORWARD, 1.5, 3, True),
+        Span(FILE_ENCODING, 2, 5, False),
         Span(DECODING, 2.75, 3.25, True),
-        Span(PASS, 4, 5, True),
-        Span(DECODING, 5, 6, True),  # the last picture's: nothing is left to hold up
+        Span(FORWARD, 4, 5, True),
+        Span(DECODING, 5, 6, True),  # after the last forward pass
     ]
-    found = {share.stage: share for share in shares(spans)}
-    assert (found[TEXT].holding_up_s, found[TEXT].holding_up) == (0.5, 0.1)
-    assert (found[DECODING].seconds, found[DECODING].holding_up_s) == (1.5, 0.25)
-    assert (found[FILE].seconds, found[FILE].holding_up_s) == (3, 0)
-    assert found[PASS].holding_up_s == 0
+    by_stage = {share.stage: share for share in shares(spans)}
+    assert (by_stage[PROMPT_ENCODING].holding_up_s, by_stage[PROMPT_ENCODING].holding_up) == (0.5, 0.1)
+    assert (by_stage[DECODING].seconds, by_stage[DECODING].holding_up_s) == (1.5, 0.25)
+    assert (by_stage[FILE_ENCODING].seconds, by_stage[FILE_ENCODING].holding_up_s) == (3, 0)
+    assert by_stage[FORWARD].holding_up_s == 0
 
 
-def test_the_floor_counts_the_rows_of_a_picture() -> None:
+def test_the_shortest_time_counts_all_rows_of_an_image() -> None:
     assert Work(100, rows=2, forward_flops=30, decode_flops=50).floor_s(steps=10) == 6.5
 
 
-def test_the_settings_that_are_compared_are_those_of_the_engine() -> None:
+def test_variants_are_valid_engine_settings() -> None:
     for changes in VARIANTS.values():
         EngineSettings.model_validate(changes)
