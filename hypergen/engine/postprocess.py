@@ -29,7 +29,8 @@ class DecodedImage:
 
     Attributes:
         pixels: uint8, shape (H, W, 3), on the CPU; valid after `done`.
-        finite: whether latents and decoded image are free of NaN and Inf; bool, shape (2,), valid after `done`.
+        finite: whether latents and decoded image are free of NaN and Inf; bool, shape (2,), valid after
+            `done`.
         done: when the copies from a CUDA device are complete; None if they already are.
     """
 
