@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.probe import synchronize
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.engine.batched_euler import advance_all
@@ -27,7 +28,7 @@ from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.scheduler import batch_key, next_batch
-from hypergen.engine.warmup import generate_once
+from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import RequestError
 from hypergen.events import EngineStatus, Progress, RequestState, Started
 from hypergen.lora.batched_lora import Loras
@@ -68,6 +69,7 @@ class Engine:
     Args:
         clock: seconds, for the time of forward passes and of waiting; a benchmark passes CPU time.
         encoders: executor that encodes image files; None: threads of its own.
+        buckets: row counts that were chosen in earlier runs.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
         encoders: Executor | None = None,
+        buckets: BucketStore | None = None,
     ) -> None:
         apply_optimizations(family, settings)
         self.family = family
@@ -107,7 +110,7 @@ class Engine:
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
-        self.shape_profiles = ShapeProfiles(family, settings, clock)
+        self.shape_profiles = ShapeProfiles(family, settings, clock, buckets)
 
     def add_request(self, request: GenerationRequest) -> None:
         """Add a request and start to load its LoRAs."""
@@ -134,6 +137,7 @@ class Engine:
             state="ready",
             device=self.family.device.type,
             determinism=self.shape_profiles.verdicts(),
+            row_counts=self.shape_profiles.row_counts(),
             forwards=self._forwards,
             image_steps=self._image_steps,
         )
@@ -145,7 +149,11 @@ class Engine:
         Raises:
             GenerationError: the model cannot generate an image.
         """
-        state = generate_once(self.family, self.family.model_info(self.model_id), self.shape_profiles)
+        request = warm_up_request(self.family.model_info(self.model_id))
+        state = self.family.prepare(request, 0, self.family.encode_prompts(request))
+        deque(self.shape_profiles.probe_minimum(state), maxlen=0)
+        while state.remaining_steps:
+            state.advance(self._run_forward([state])[0])
         self._postprocessor.encode(state, self._postprocessor.decode(state))
 
     def close(self) -> None:
@@ -297,12 +305,13 @@ class Engine:
         Returns:
             One prediction of shape (1, C, h, w) per image.
         """
+        costs = self.shape_profiles.costs[batch_key(batch[0]).shared]
+        rows = costs.padded(sum(state.rows for state in batch))
         started = self._clock()
-        predictions = denoise(self.family, batch)
+        predictions = denoise(self.family, batch, rows)
         synchronize(predictions[0])
         self._forward_s = self._clock() - started
-        rows = sum(state.rows for state in batch)
-        self.shape_profiles.costs[batch_key(batch[0]).shared].record(rows, self._forward_s)
+        costs.record(rows, self._forward_s)
         self._forwards += 1
         self._image_steps += len(batch)
         shared = len({state.request.id for state in batch}) > 1

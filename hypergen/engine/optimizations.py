@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergen.config import Attention, EngineSettings
 from hypergen.denoising.denoising_state import ModelInputs
-from hypergen.engine.warmup import warm_up_request
+from hypergen.engine.warmup import rows_per_image
 from hypergen.errors import ModelError
 from hypergen.models.cfg import map_rows
 from hypergen.models.family import Family
@@ -48,7 +48,7 @@ def apply_optimizations(family: Family, settings: EngineSettings) -> None:
         graphs = settings.compile == "graphs"
         torch._dynamo.config.recompile_limit = _MAX_COMPILED_SHAPES
         compile_network(family.denoiser, graphs=graphs)
-        forward = _padded_to_bucket(forward, _rows_per_image(family), copy=graphs)
+        forward = _padded_to_bucket(forward, rows_per_image(family), copy=graphs)
     if settings.attention is not None:
         forward = _with_attention(forward, settings.attention, device)
     _replace_forward(family, forward)
@@ -70,13 +70,6 @@ def compile_network(network: Any, *, graphs: bool) -> None:
 def bucket_size(rows: int, min_rows: int = 2) -> int:
     """The row count that a compiled forward pass is padded to: `min_rows` (1 or 2), 2, 4, 8 ..."""
     return max(min_rows, 1 << (rows - 1).bit_length())
-
-
-@torch.inference_mode()
-def _rows_per_image(family: Family) -> int:
-    """Rows of an image with default parameters. If 1, as for FLUX, padding to 2 would double the cost."""
-    request = warm_up_request(family.model_info(""))
-    return family.prepare(request, 0, family.encode_prompts(request)).rows
 
 
 def _padded_to_bucket(forward: Forward, min_rows: int, copy: bool) -> Forward:

@@ -44,6 +44,7 @@ class CostCurve:
     Args:
         max_rows: the most rows that fit in memory, as far as known.
         row_counts: the only row counts that may be used, because the probe found them bit-exact; None: any.
+            A batch is padded to the next of them.
     """
 
     max_rows: int
@@ -78,9 +79,12 @@ class CostCurve:
             efficient *= 2
         return min(max(efficient, 2), self.max_rows)  # a guided image takes two rows
 
-    def allows(self, rows: int) -> bool:
-        """Whether a forward pass may have this many rows. One image alone is always allowed."""
-        return self.row_counts is None or rows in self.row_counts or rows <= 2
+    def padded(self, rows: int) -> int:
+        """The row count of a forward pass for a batch of this many rows.
+
+        One image alone is always allowed: with more rows than any of `row_counts` it runs without padding.
+        """
+        return min((count for count in self.row_counts or () if count >= rows), default=rows)
 
     def seconds_per_row(self) -> float:
         """The cost of a row in the most efficient batch; 0 before the first measurement."""
@@ -125,6 +129,4 @@ def next_batch(
         if fits and batch_key(state) == key:
             batch.append(state)
             free_rows -= state.rows
-    while not costs[key.shared].allows(sum(state.rows for state in batch)):
-        batch.pop()
     return batch

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+import torch
 
-from hypergen.denoising.denoising_state import DenoisingState
-from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.model_info import ModelInfo
-from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 
 
-def generate_once(family: Family, model_info: ModelInfo, shape_profiles: ShapeProfiles) -> DenoisingState:
-    """Probe the default size and generate the latents of an image of it."""
-    request = warm_up_request(model_info)
-    state = family.prepare(request, 0, family.encode_prompts(request))
-    deque(shape_profiles.probe_minimum(state), maxlen=0)
-    while state.remaining_steps:
-        state.advance(denoise(family, [state])[0])
-    return state
+@torch.inference_mode()
+def rows_per_image(family: Family) -> int:
+    """Rows of an image with default parameters: 2 with guidance, else 1, as for FLUX."""
+    request = warm_up_request(family.model_info(""))
+    return family.prepare(request, 0, family.encode_prompts(request)).rows
 
 
 def warm_up_request(model_info: ModelInfo) -> GenerationRequest:

@@ -15,12 +15,13 @@ from hypergen.models.family import Family
 ForwardInputs = tuple[Tensor, Tensor, ModelInputs]
 
 
-def denoise(family: Family, states: Sequence[DenoisingState]) -> list[Tensor]:
+def denoise(family: Family, states: Sequence[DenoisingState], row_count: int = 0) -> list[Tensor]:
     """Predictions of shape (1, C, h, w), one for each state, with classifier-free guidance applied.
 
     Args:
         states: of one group, so of one `batch_key_extra`.
         family: its `forward` is called once.
+        row_count: pad the batch to this many rows with copies of its last row.
     """
     guided = [state for state in states if state.guided]
     latents = {state: state.model_input() for state in states}
@@ -28,6 +29,9 @@ def denoise(family: Family, states: Sequence[DenoisingState]) -> list[Tensor]:
     inputs = [t.inputs_at(t.step_index, t.negative) for t in guided if t.negative is not None]
     inputs += [t.inputs_at(t.step_index, t.positive) for t in states]
     rows = [*guided, *states]
+    padding = max(0, row_count - len(rows))
+    rows += rows[-1:] * padding
+    inputs += inputs[-1:] * padding
     with lora_context(family.lora_manager, [t.loras for t in rows]):
         noise_pred = family.forward(
             torch.cat([latents[t] for t in rows]),
@@ -35,7 +39,7 @@ def denoise(family: Family, states: Sequence[DenoisingState]) -> list[Tensor]:
             ModelInputs.stack(inputs),
             batch_key_extra=states[0].batch_key_extra,
         ).split(1)
-    predictions = dict(zip(states, noise_pred[len(guided) :], strict=True))
+    predictions = dict(zip(states, noise_pred[len(guided) :], strict=False))
     for state, unwanted in zip(guided, noise_pred, strict=False):
         # Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, with guidance_scale = w + 1.
         towards = predictions[state] - unwanted

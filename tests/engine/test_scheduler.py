@@ -42,11 +42,11 @@ def test_a_batch_is_filled_up_to_the_efficient_rows(family: Family) -> None:
     assert len(_batch(images, {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}, max_batch_size=3)) == 3
 
 
-def test_only_bit_exact_row_counts_are_used(family: Family) -> None:
-    images = [_state(family, guidance_scale=1.0) for _ in range(7)]
-    seconds = {1: 1.0, 2: 1.0, 4: 1.2, 8: 1.4}
-    assert len(_batch(images, seconds, row_counts=frozenset(seconds))) == 4
-    assert len(_batch(images, seconds)) == 7
+def test_batches_are_padded_to_bit_exact_row_counts() -> None:
+    curve = CostCurve(8, frozenset({2, 4, 8}))
+    assert [curve.padded(rows) for rows in range(1, 9)] == [2, 2, 4, 4, 8, 8, 8, 8]
+    assert CostCurve(8).padded(7) == 7
+    assert CostCurve(1, frozenset({1})).padded(2) == 2  # an image with guidance where rows run alone
 
 
 def test_images_with_and_without_guidance_of_any_sampler_share_a_batch(family: Family) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.engine import Engine
 from hypergen.engine.postprocess import to_pixels
 from hypergen.engine.request_queue import RequestQueue
@@ -72,9 +73,22 @@ def passes_of(family: Family) -> Callable[[], float]:
 class InlineEngine:
     """Draws requests until all of them have ended; `on_event` may submit and cancel more on the way."""
 
-    def __init__(self, family: Family, **settings: Any) -> None:
-        clock = passes_of(family)
-        self.engine = Engine(family, "small", make_settings(**settings), self._report, clock=clock)
+    def __init__(
+        self,
+        family: Family,
+        *,
+        clock: Callable[[], float] | None = None,
+        buckets: BucketStore | None = None,
+        **settings: Any,
+    ) -> None:
+        self.engine = Engine(
+            family,
+            "small",
+            make_settings(**settings),
+            self._report,
+            clock=clock or passes_of(family),
+            buckets=buckets,
+        )
         self._queue = RequestQueue()
         self.images: dict[str, dict[int, ImageFinished]] = {}
         self.errors: dict[str, RequestError] = {}

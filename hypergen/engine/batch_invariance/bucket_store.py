@@ -30,13 +30,15 @@ class BucketStore:
     def get(self, shape: str) -> int | None:
         return self._known.get(shape)
 
-    def put(self, shape: str, bucket: int) -> int:
-        """Keep a bucket; returns that of another engine which was first."""
+    def put(self, shape: str, bucket: int, *, replace: bool = False) -> int:
+        """Keep a bucket; returns that of another engine which was first, unless it is to be replaced."""
         if self._file is not None:
             try:
                 with FileLock(self._file.with_suffix(".lock")):
                     everything = self._read()
-                    bucket = everything.setdefault(self._key, {}).setdefault(shape, bucket)
+                    buckets = everything.setdefault(self._key, {})
+                    bucket = bucket if replace else buckets.get(shape, bucket)
+                    buckets[shape] = bucket
                     temporary = self._file.with_suffix(f".{os.getpid()}")
                     temporary.write_text(json.dumps(everything, indent=1), encoding="utf-8")
                     temporary.replace(self._file)

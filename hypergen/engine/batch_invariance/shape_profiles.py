@@ -9,8 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.probe import BatchInvariance, Probe
 from hypergen.engine.scheduler import BatchKey, CostCurve, batch_key
+from hypergen.engine.warmup import rows_per_image
 from hypergen.events import Verdict
 from hypergen.models.family import Family
 
@@ -30,22 +32,27 @@ class ShapeProfiles:
     _MAX_SHAPES = 256
     # An unfinished probe keeps the inputs of the largest batch on the device.
     _MAX_UNFINISHED = 8
-    # One guided image. A request does not wait until larger batches are probed.
-    _MIN_ROWS = 2
     _MAX_IDLE_FORWARD_S = 0.5
     _END = object()
 
     def __init__(
-        self, family: Family, settings: EngineSettings, clock: Callable[[], float] = time.monotonic
+        self,
+        family: Family,
+        settings: EngineSettings,
+        clock: Callable[[], float] = time.monotonic,
+        buckets: BucketStore | None = None,
     ) -> None:
         self._strict = settings.determinism == "strict"
         self._max_rows = 2 * settings.max_batch_size
         self._compiled = settings.compile != "off"
+        self._on_cpu = family.device.type == "cpu"
         self._batch_invariance = BatchInvariance(
             family,
             enabled=self._strict,
             replace_layers=not self._compiled,
             max_rows=self._max_rows,
+            rows_per_image=2 if self._on_cpu else rows_per_image(family),
+            buckets=buckets,
             clock=clock,
         )
         self._probes: dict[BatchKey, Probe] = {}
@@ -87,7 +94,7 @@ class ShapeProfiles:
         self._probing.add(key)
         try:
             for _ in probe.forwards:
-                if max(probe.seconds, default=0) >= self._MIN_ROWS:
+                if probe.usable:
                     break
                 yield
         finally:
@@ -150,7 +157,17 @@ class ShapeProfiles:
     def limit_rows(self, key: BatchKey, rows: int) -> None:
         """Use smaller batches for a shape and stop its probe, because this many rows do not fit in memory."""
         self._stop(key)
-        self.costs[key].max_rows = max(2, rows // 2)
+        curve = self.costs[key]
+        if self._strict and not self._on_cpu:
+            bucket = self._batch_invariance.limit_bucket(key, rows // 2)
+            logger.warning(
+                "Out of memory with %d rows: this size now uses %d, with other last bits.", rows, bucket
+            )
+            curve.max_rows, curve.row_counts, curve.seconds = bucket, frozenset({bucket}), {}
+            return
+        curve.max_rows = max(2, rows // 2)
+        if curve.row_counts is not None:
+            curve.row_counts = frozenset(count for count in curve.row_counts if count <= curve.max_rows)
 
     def _update_costs(self, key: BatchKey) -> None:
         """Update the cost curve of a shape from its probe."""
@@ -197,6 +214,14 @@ class ShapeProfiles:
     def probes(self) -> Mapping[BatchKey, Probe]:
         """The probe of each shape, finished or not."""
         return self._probes
+
+    def row_counts(self) -> dict[str, tuple[int, ...]]:
+        """Generation size -> the row counts that its batches are padded to; without those that take any."""
+        counts: dict[str, set[int]] = {}
+        for key, probe in list(self._probes.items()):
+            if (curve := self.costs.get(key)) is not None and curve.row_counts is not None:
+                counts.setdefault(f"{probe.width}x{probe.height}", set()).update(curve.row_counts)
+        return {size: tuple(sorted(found)) for size, found in counts.items()}
 
     def verdicts(self) -> dict[str, Verdict]:
         """Generation size, for example "512x512" -> its verdict over all prompt lengths."""

@@ -11,12 +11,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.support.fake_cuda.active import place
 from tests.support.fake_cuda.graphs import FakeGraph
 from tests.support.fake_cuda.streams import FakeStream, current_stream
-from tests.support.fake_cuda.tensors import FakeTensor, fill_with_garbage, is_cuda, is_pinned, unwrap
+from tests.support.fake_cuda.tensors import (
+    FakeTensor,
+    change_tensors,
+    fill_with_garbage,
+    is_cuda,
+    is_pinned,
+    tensors_in,
+    unwrap,
+)
 
 aten = torch.ops.aten
 
@@ -130,7 +137,7 @@ class FakeCuda:
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         ours = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if func is aten._local_scalar_dense.default and ours:
             self.wait_for("item", ours[0])
@@ -171,7 +178,7 @@ class FakeCuda:
         output = func(*unwrap(args), **plain)
         if not (func.is_view or name in _NO_LAUNCH):
             self.count("launches", name)
-        wrapped = tree_map(lambda value: self._wrap(value, ours, stream, func), output)
+        wrapped = change_tensors(lambda value: self._wrap(value, ours, stream, func), output)
         if self.capturing is not None:
             self.capturing.calls.append((func, args, plain, wrapped))
         return wrapped

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from tests.support.fake_cuda.active import current
 from tests.support.fake_cuda.streams import current_stream
-from tests.support.fake_cuda.tensors import FakeTensor, fill_with_garbage, unwrap
+from tests.support.fake_cuda.tensors import FakeTensor, fill_with_garbage, tensors_in, unwrap
 
 
 @dataclass
@@ -31,7 +30,7 @@ class FakeGraph:
         device = current()
         device.capturing = None
         for _, _, _, output in self.calls:
-            for tensor in tree_leaves(output):
+            for tensor in tensors_in(output):
                 if isinstance(tensor, FakeTensor):
                     tensor.memory.stream = None  # nothing ran yet
                     if tensor.owns_memory:
@@ -44,11 +43,11 @@ class FakeGraph:
         stream = current_stream()
         with _disable_current_modes(), torch.no_grad():
             for function, args, kwargs, output in self.calls:
-                for tensor in (*tree_leaves(args), *tree_leaves(kwargs)):
+                for tensor in (*tensors_in(args), *tensors_in(kwargs)):
                     if isinstance(tensor, FakeTensor):
                         device.check_order(tensor, stream, function)
                 new = function(*unwrap(args), **unwrap(kwargs))
-                for old, value in zip(tree_leaves(output), tree_leaves(new), strict=True):
+                for old, value in zip(tensors_in(output), tensors_in(new), strict=True):
                     if isinstance(old, FakeTensor):
                         if old.data_on_cpu is not value and old.owns_memory:
                             old.data_on_cpu.copy_(value)
