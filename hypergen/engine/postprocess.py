@@ -109,7 +109,7 @@ class PostProcessor:
             decoded.done.synchronize()
         if not decoded.finite:
             raise GenerationError("The decoder of this model left the numbers it can draw with.")
-        return encoding.encode(decoded.pixels.numpy(), state.request, state.index, self._model_id)
+        return encoding.encode_image(decoded.pixels.numpy(), state.request, state.index, self._model_id)
 
     def shutdown(self) -> None:
         self.encoders.shutdown()

@@ -87,7 +87,7 @@ class Previewer:
             if image.size != drawn:
                 image = image.resize(drawn, Image.Resampling.BICUBIC)
             # Without the settings: they do not make this picture.
-            data = encoding.encode(np.asarray(image), replace(request, metadata=False), state.index, "")
+            data = encoding.encode_image(np.asarray(image), replace(request, metadata=False), state.index, "")
         except Exception:  # the picture itself will tell why
             logger.exception("A preview of %s could not be written.", request.id)
             return

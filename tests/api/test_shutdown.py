@@ -152,6 +152,6 @@ def test_expired_images_are_removed_without_another_request(
     storage = ImageStorage(lifetime_s=0.01, max_bytes=1000)
     storage.put(b"data", "png", "image/png")
     time.sleep(0.02)
-    storage.drop_old()
+    storage.remove_expired()
     assert not list(tmp_path.glob("*/*"))
     storage.close()

@@ -77,7 +77,7 @@ def test_only_the_masked_half_changes(family: Any) -> None:
     picture = _red_circle(128, 128, (30, 30, 98, 98))
     prompt = "a yellow square on a green background"
     request = _request(picture, prompt=prompt, mask=left_half(128, 128))
-    drawn = pixels_of(encoding.encode(draw_alone(family, request), request, 0, "m"))
+    drawn = pixels_of(encoding.encode_image(draw_alone(family, request), request, 0, "m"))
     assert (drawn[:, 64:] == _array(picture)[:, 64:]).all()
     assert not _near(drawn[:, :56], RED).any()
     assert _near(drawn[:, :56], (34, 160, 60)).mean() > 0.4
@@ -89,6 +89,6 @@ def test_kept_pixels_stay_as_they_are_where_another_size_is_drawn(family: Any) -
     prompt = "a yellow square on a green background"
     request = _request(picture, prompt=prompt, mask=left_half(384, 256), num_inference_steps=4)
     assert family.generation_size(384, 256) != (384, 256)
-    drawn = pixels_of(encoding.encode(draw_alone(family, request), request, 0, "m"))
+    drawn = pixels_of(encoding.encode_image(draw_alone(family, request), request, 0, "m"))
     assert (drawn[:, 192:] == _array(picture)[:, 192:]).all()
     assert np.abs(drawn[:, :192].astype(int) - _array(picture)[:, :192]).mean() > 30
