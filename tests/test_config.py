@@ -10,7 +10,7 @@ from hypergen.config import Settings
 from hypergen.errors import ConfigurationError
 from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
 from hypergen.model_store.hub import HUB_ID
-from hypergen.resolve_models import find_control_models
+from hypergen.resolve_models import find_controlnets
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -60,7 +60,7 @@ def test_every_served_model_file_loads(file: Path) -> None:
     assert None not in entry.defaults.model_dump().values()
     assert list(entry.loras) == LORAS.get(file.name, "").split()
     assert not any(entry.loras.values())  # for the operator to fill in
-    assert find_control_models(entry.controlnet) == entry.controlnet
+    assert find_controlnets(entry.controlnet) == entry.controlnet
 
 
 def test_every_documented_model_has_its_file() -> None:
