@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-# exact: by a probe the rows of a forward pass are batch-invariant; close: they differ in the last bits.
+# exact: the probe found the rows of a forward pass batch-invariant; close: they differ in the last bits.
 Verdict = Literal["exact", "close"]
 
 
@@ -74,14 +74,13 @@ class EngineStatus:
     state: State
     device: str | None = None
     reason: str | None = None
-    determinism: dict[str, Verdict] = field(
-        default_factory=dict[str, Verdict]
-    )  # "512x512" -> verdict of the probe
-    forwards: int = 0  # forward passes since the start of the process of the process
-    image_steps: int = 0  # images in those passes, in total
+    # "512x512" -> the probe's verdict.
+    determinism: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
+    forwards: int = 0  # forward passes since the start of the process
+    image_steps: int = 0  # sum of their batch sizes, in images
     restarts: int = 0
     models: tuple[str, ...] = ()  # ids of the models in memory
-    # Seconds of each stage of the start: imports, weights, warm-up.
+    # Seconds of each stage of the startup: imports, weights, warm-up.
     startup_s: dict[str, float] = field(default_factory=dict[str, float])
 
 

@@ -60,7 +60,7 @@ def find_models(
 
 
 def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:
-    """The same models for a process with another working folder: tags and absolute paths."""
+    """The models as entries for a process with another working folder: tags and absolute paths."""
     return tuple(
         ModelEntry(
             source=model.tags[0],
@@ -79,7 +79,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
 
 
 def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
-    """Settings of a single model from outside its entry, for the same process."""
+    """The flags for a single model, with absolute paths, for a process with another working folder."""
     return {
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
@@ -91,7 +91,7 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     """The entry of each model, with the flags for a single model merged in.
 
     Raises:
-        ConfigurationError: a setting for one model is ambiguous, because several are served.
+        ConfigurationError: a flag for a single model is ambiguous, because several are served.
     """
     entries = settings.models or (ModelEntry(),)
     of_entry = {
@@ -113,7 +113,7 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
-    """The server's settings with the LoRAs and ControlNets of this model, without its refiner."""
+    """The engine settings with the LoRAs and ControlNets of this model, without its refiner."""
     loras = tuple(f"{name}={file}" for name, file in entry.loras.items() if file)
     return engine.model_copy(
         update={

@@ -91,7 +91,7 @@ def test_every_setting_has_a_description_and_survives_the_way_to_a_child(name: s
         ("queue: {max_queue_size: 0}", "queue.max_queue_size"),
         ("queue: {queue_timeout_s: .nan}", "queue.queue_timeout_s"),
         ("server: {public_url: 'ftp://host'}", "server.public_url"),
-        ("- a list", "names and values"),
+        ("- a list", "must be a mapping"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -124,7 +124,7 @@ def test_keys_come_from_the_setting_and_the_file(tmp_path: Path) -> None:
     assert api_keys(settings.server) == ("sk-three", "sk-one", "sk-two")
     assert "sk-three" not in repr(settings)
     file.write_text("# nothing\n")
-    with pytest.raises(ConfigurationError, match="holds no key"):
+    with pytest.raises(ConfigurationError, match="has no key"):
         api_keys(settings.server)
 
 
