@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from hypergen.images import encoding
 from hypergen.models import loading
 from hypergen.request import GenerationRequest, InputImage
-from tests.support.diffusers_edits import left_half, pixels_of
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.diffusers_edits import left_half_mask, pixels_of
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
 RED, BLUE = (220, 38, 38), (40, 70, 220)
@@ -54,7 +54,7 @@ def _array(picture: InputImage) -> np.ndarray:
 def test_a_red_circle_turns_blue_where_it_is(family: Any) -> None:
     picture = _red_circle(96, 96, (9, 30, 48, 69))
     request = _request(picture, prompt="a blue circle on a white background", strength=0.5)
-    drawn, circle = draw_alone(family, request), _near(_array(picture), RED)
+    drawn, circle = generate_alone(family, request), _near(_array(picture), RED)
     assert not _near(drawn, RED).any()
     assert (_near(drawn, BLUE) & circle).sum() > 0.85 * circle.sum()
     assert (_near(drawn, BLUE) & ~circle).sum() < 0.4 * circle.sum()
@@ -76,8 +76,8 @@ def test_more_strength_changes_more(family: Any) -> None:
 def test_only_the_masked_half_changes(family: Any) -> None:
     picture = _red_circle(128, 128, (30, 30, 98, 98))
     prompt = "a yellow square on a green background"
-    request = _request(picture, prompt=prompt, mask=left_half(128, 128))
-    drawn = pixels_of(encoding.encode_image(draw_alone(family, request), request, 0, "m"))
+    request = _request(picture, prompt=prompt, mask=left_half_mask(128, 128))
+    drawn = pixels_of(encoding.encode_image(generate_alone(family, request), request, 0, "m"))
     assert (drawn[:, 64:] == _array(picture)[:, 64:]).all()
     assert not _near(drawn[:, :56], RED).any()
     assert _near(drawn[:, :56], (34, 160, 60)).mean() > 0.4
@@ -87,8 +87,8 @@ def test_kept_pixels_stay_as_they_are_where_another_size_is_drawn(family: Any) -
     """Above its native area the model draws smaller, and the picture is resized."""
     picture = _red_circle(384, 256, (100, 60, 240, 200))
     prompt = "a yellow square on a green background"
-    request = _request(picture, prompt=prompt, mask=left_half(384, 256), num_inference_steps=4)
+    request = _request(picture, prompt=prompt, mask=left_half_mask(384, 256), num_inference_steps=4)
     assert family.generation_size(384, 256) != (384, 256)
-    drawn = pixels_of(encoding.encode_image(draw_alone(family, request), request, 0, "m"))
+    drawn = pixels_of(encoding.encode_image(generate_alone(family, request), request, 0, "m"))
     assert (drawn[:, 192:] == _array(picture)[:, 192:]).all()
     assert np.abs(drawn[:, :192].astype(int) - _array(picture)[:, :192]).mean() > 30

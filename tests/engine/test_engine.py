@@ -25,7 +25,7 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
     long = make_request(num_inference_steps=12, seed=1)
     short = make_request(num_inference_steps=3, sampler="euler", guidance_scale=1.0, seed=2)
     engine = inline(aging=0)
-    engine.know(long)
+    engine.probe_shapes(long)
 
     def join_at_the_third_step(request_id: str, event: Event | RequestError) -> None:
         if request_id == long.id and event == Progress(3, 12):
@@ -47,7 +47,7 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
 def test_each_request_is_told_when_it_starts_how_far_it_is_and_what_was_drawn(inline: MakeEngine) -> None:
     request = make_request(n=2, num_inference_steps=2)
     engine = inline()
-    engine.know(request)
+    engine.probe_shapes(request)
     engine.run(request)
     events = [event for _, event in engine.events]
     assert events[0] == Started()
@@ -60,7 +60,7 @@ def test_image_j_of_a_request_is_the_single_image_of_seed_plus_j(inline: MakeEng
     several = make_request(n=3, seed=40, sampler="euler_a")
     singles = [make_request(seed=40 + j, sampler="euler_a") for j in range(3)]
     engine = inline()
-    engine.know(several)
+    engine.probe_shapes(several)
     engine.run(several, *singles)
     for j, single in enumerate(singles):
         assert engine.data(several, j) == engine.data(single)
@@ -70,7 +70,7 @@ def test_a_cancelled_request_leaves_before_its_next_step(inline: MakeEngine) -> 
     cancelled = make_request(num_inference_steps=50, n=2)
     other = make_request(num_inference_steps=10)
     engine = inline()
-    engine.know(other)
+    engine.probe_shapes(other)
 
     def cancel_once_running(request_id: str, event: Event | RequestError) -> None:
         if request_id == cancelled.id and engine.steps(cancelled) >= 4:
@@ -138,7 +138,7 @@ def test_numbers_that_are_none_fail_their_request_and_no_other(inline: MakeEngin
     undisturbed = inline()
     undisturbed.run(good)
     engine = inline()
-    engine.know(make_request())
+    engine.probe_shapes(make_request())
 
     def spoil(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(2, 4):
@@ -181,7 +181,7 @@ def test_one_image_that_fails_ends_its_request_and_no_other(
     undisturbed = inline()
     undisturbed.run(good)
     engine = inline()
-    engine.know(bad)
+    engine.probe_shapes(bad)
 
     def spoil(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(4, 8):
@@ -292,7 +292,7 @@ def test_requests_that_arrive_together_start_together(inline: MakeEngine) -> Non
     known = make_request(num_inference_steps=1)
     together = [make_request(num_inference_steps=1, seed=seed) for seed in range(8)]
     engine = inline()
-    engine.know(make_request())
+    engine.probe_shapes(make_request())
 
     def submit_the_others(request_id: str, event: Event | RequestError) -> None:
         if request_id == known.id and isinstance(event, ImageFinished):
@@ -310,7 +310,7 @@ def test_prompts_of_unequal_length_do_not_share_a_pass_and_all_finish(inline: Ma
     negative = make_request(num_inference_steps=8, negative_prompt="blurred, ugly, dull " * 5)
     too_long = make_request(num_inference_steps=8, prompt="longer than everything " * 50)
     engine = inline()
-    engine.know(long)
+    engine.probe_shapes(long)
     engine.run(short, long, negative, too_long)
     images = {request.id: engine.images[request.id][0] for request in (short, long, negative, too_long)}
     assert images[short.id].shared_forwards == 0

@@ -59,7 +59,7 @@ def test_without_the_rule_neighbours_change_the_bytes(sd_folder: Path) -> None:
         pytest.skip("on this machine rows do not depend on their neighbours even without the rule")
     alone = make()
     _draw_one_after_another(alone, tested)
-    assert [r.id for r in tested if crowded.trace[r.id] != alone.trace[r.id]]
+    assert [r.id for r in tested if crowded.final_latents[r.id] != alone.final_latents[r.id]]
     # Rounding to 8 bits hides it in most pictures, but not in all.
     assert [r.id for r in tested if crowded.data(r) != alone.data(r)]
 

@@ -99,7 +99,7 @@ def test_what_a_joining_request_has_learned_is_not_forgotten(
     refined = make_request(enable_refiner=True, num_inference_steps=5)
     others = [make_request(width=width, num_inference_steps=1) for width in (72, 80, 88, 96, 104, 112)]
     # One pass of a probe each in turn: these are through when the second stage of the first is half done.
-    engine.know(*others)
+    engine.probe_shapes(*others)
     engine.run(refined, *others)
     assert not engine.errors
     assert len(engine.images) == 7

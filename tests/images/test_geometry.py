@@ -8,11 +8,11 @@ from PIL import Image
 
 from hypergen.images.geometry import request_size_of, resize_to_generation_size, resize_to_request_size
 from tests.images.test_encoding import noise
-from tests.support.diffusers_edits import left_half, picture, to_pillow
+from tests.support.diffusers_edits import left_half_mask, sample_image, to_pillow
 
 
 def test_cropping_reverts_padding() -> None:
-    image = picture(100, 68)
+    image = sample_image(100, 68)
     padded = resize_to_generation_size(image, (104, 72))
     assert padded.shape == (72, 104, 3)
     cropped = resize_to_request_size(Image.fromarray(padded), (100, 68))
@@ -21,13 +21,13 @@ def test_cropping_reverts_padding() -> None:
 
 
 def test_an_input_image_of_another_size_is_resized() -> None:
-    resized = resize_to_generation_size(picture(128, 128), (64, 32))
+    resized = resize_to_generation_size(sample_image(128, 128), (64, 32))
     assert resized.shape == (32, 64, 3)
-    assert abs(resized.mean() - np.asarray(to_pillow(picture(128, 128))).mean()) < 2
+    assert abs(resized.mean() - np.asarray(to_pillow(sample_image(128, 128))).mean()) < 2
 
 
 def test_a_mask_is_enlarged_if_the_generation_size_is_twice_as_large() -> None:
-    resized = resize_to_generation_size(left_half(64, 64), (128, 128))
+    resized = resize_to_generation_size(left_half_mask(64, 64), (128, 128))
     assert resized.shape == (128, 128)
     assert (resized[:, :60] > 250).all()
     assert (resized[:, 68:] < 5).all()

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hypergen.model_store import store
-from tests.support.model_folders import COMMIT, WEIGHTS, files_of, message
+from tests.support.model_folders import COMMIT, WEIGHTS, error_message, files_of
 
 
 @dataclass
@@ -142,17 +142,17 @@ def test_fp16_variants_are_downloaded_for_half_precision(hub: Hub):
 
 
 def test_hub_errors_are_one_line(hub: Hub):
-    assert "owner/other is not on the hub" in message(store.get_or_import, "owner/other")
-    assert "has no revision 'v9'" in message(store.get_or_import, "owner/model", revision="v9")
+    assert "owner/other is not on the hub" in error_message(store.get_or_import, "owner/other")
+    assert "has no revision 'v9'" in error_message(store.get_or_import, "owner/model", revision="v9")
     hub.gated = True
-    gated = message(store.get_or_import, "owner/model")
+    gated = error_message(store.get_or_import, "owner/model")
     assert "owner/model is gated" in gated
     assert "HF_TOKEN" in gated
     del hub.files[f"unet/{WEIGHTS}"]
     hub.gated = False
-    assert "owner/model: unet has only pickle weights" in message(store.get_or_import, "owner/model")
+    assert "owner/model: unet has only pickle weights" in error_message(store.get_or_import, "owner/model")
     del hub.files["model_index.json"]
-    assert "has no model_index.json" in message(store.get_or_import, "owner/model")
+    assert "has no model_index.json" in error_message(store.get_or_import, "owner/model")
     assert store.list_models() == []
 
 
@@ -161,7 +161,7 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         use_endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path, monkeypatch)
-        text = message(store.get_or_import, "owner/model")
+        text = error_message(store.get_or_import, "owner/model")
     assert "owner/model" in text
     assert "not reachable" in text
 
@@ -170,7 +170,7 @@ def test_offline_mode_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in message(store.get_or_import, "owner/model")
+    assert "HF_HUB_OFFLINE" in error_message(store.get_or_import, "owner/model")
     assert hub.requested == []
 
 
@@ -191,7 +191,7 @@ def test_only_files_that_a_checkpoint_lacks_are_downloaded(hub: Hub, folder: Pat
 
 
 def test_a_model_that_is_not_a_refiner_is_refused_before_its_weights_are_downloaded(hub: Hub):
-    assert "is not a refiner" in message(store.get_or_import_refiner, "owner/model")
+    assert "is not a refiner" in error_message(store.get_or_import_refiner, "owner/model")
     assert hub.downloaded() == {"model_index.json"}
     index = json.loads(hub.files["model_index.json"])
     index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"

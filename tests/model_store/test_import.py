@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hypergen.model_store import diffusers_layout, entries, store
-from tests.support.model_folders import ROOT, WEIGHTS, files_of, make_model, message
+from tests.support.model_folders import ROOT, WEIGHTS, error_message, files_of, make_model
 
 
 def test_an_unchanged_folder_is_imported_once(folder: Path):
@@ -57,7 +57,7 @@ def test_without_hard_links_large_models_are_symbolic_links(folder: Path, monkey
     stored = store.get_or_import(str(folder))
     assert (stored.path / "unet" / WEIGHTS).readlink() == folder / "unet" / WEIGHTS
     folder.rename(folder.with_name("elsewhere"))
-    assert f"is missing or has changed since the import; import {folder} again" in message(
+    assert f"is missing or has changed since the import; import {folder} again" in error_message(
         store.find_by_tag, stored.tag
     )
     assert store.list_models() == []
@@ -86,7 +86,7 @@ def test_weights_changed_after_the_import_are_noticed(folder: Path):
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\0")
     os.utime(folder / "unet" / WEIGHTS, ns=(0, 0))
-    assert "is missing or has changed" in message(store.find_by_tag, stored.tag)
+    assert "is missing or has changed" in error_message(store.find_by_tag, stored.tag)
     assert store.get_or_import(str(folder)).tag != stored.tag
 
 

@@ -10,10 +10,10 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from hypergen.model_store import store
 from hypergen.models import loading
-from tests.support.model_folders import make_model, message
+from tests.support.model_folders import error_message, make_model
 from tests.support.original_layout import save_original
 from tests.support.small_models import save_refiner, save_sdxl
-from tests.support.sync_engine import draw_alone, make_request, make_settings
+from tests.support.sync_engine import generate_alone, make_request, make_settings
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,14 @@ def test_a_refiner_is_found_by_folder_tag_and_file(
         loading.load(base, make_settings(refiner=str(path)))
         for path in (refiner, by_folder.path, by_file.path)
     ]
-    images = [draw_alone(family, request) for family in families]
+    images = [generate_alone(family, request) for family in families]
     assert (images[0] == images[1]).all()
     assert (images[0] == images[2]).all()
 
 
 def test_other_models_are_refused_as_refiner(base: Path, tmp_path: Path) -> None:
-    assert "and is a StableDiffusionXLPipeline" in message(store.get_or_import_refiner, str(base))
-    assert "is not a refiner" in message(store.get_or_import_refiner, str(make_model(tmp_path / "sd")))
-    assert "No such folder" in message(store.get_or_import_refiner, str(tmp_path / "none"))
-    assert "Unknown model" in message(store.get_or_import_refiner, "no-such-tag")
-    assert "HF_HUB_OFFLINE" in message(store.get_or_import_refiner, "owner/refiner")
+    assert "and is a StableDiffusionXLPipeline" in error_message(store.get_or_import_refiner, str(base))
+    assert "is not a refiner" in error_message(store.get_or_import_refiner, str(make_model(tmp_path / "sd")))
+    assert "No such folder" in error_message(store.get_or_import_refiner, str(tmp_path / "none"))
+    assert "Unknown model" in error_message(store.get_or_import_refiner, "no-such-tag")
+    assert "HF_HUB_OFFLINE" in error_message(store.get_or_import_refiner, "owner/refiner")

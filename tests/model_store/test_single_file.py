@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from hypergen.model_store import store
 from hypergen.models import loading
 from hypergen.request import GenerationRequest
-from tests.support.model_folders import message
+from tests.support.model_folders import error_message
 from tests.support.original_layout import save_original, save_original_sd3
 from tests.support.small_models import save_flux, save_sd3, save_sdxl
-from tests.support.sync_engine import draw_alone, make_request, make_settings
+from tests.support.sync_engine import generate_alone, make_request, make_settings
 
 _REQUEST = make_request(num_inference_steps=2, negative_prompt="blurred", guidance_scale=4.0)
 
@@ -51,7 +51,7 @@ def _denoiser(folder: Path, name: str, file: Path) -> Path:
 
 
 def _generate(path: Path, request: GenerationRequest = _REQUEST) -> np.ndarray:
-    return draw_alone(loading.load(path, make_settings()), request)
+    return generate_alone(loading.load(path, make_settings()), request)
 
 
 def test_a_checkpoint_generates_the_same_image_as_its_folder(sd_folder: Path, tmp_path: Path) -> None:
@@ -147,13 +147,13 @@ def test_the_configuration_is_found_in_the_cache_of_the_hub(
 
 def test_the_error_for_a_missing_configuration_says_how_to_give_one(sd_folder: Path, tmp_path: Path) -> None:
     file = _original(sd_folder, tmp_path / "model.safetensors")
-    text = message(store.get_or_import, str(file))
+    text = error_message(store.get_or_import, str(file))
     assert "--single-file-config" in text
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in text
     assert "HF_HUB_OFFLINE" in text
-    assert "No such folder" in message(store.get_or_import, str(file), single_file_config="none at all")
+    assert "No such folder" in error_message(store.get_or_import, str(file), single_file_config="none at all")
     (tmp_path / "empty").mkdir()
-    assert "model_index.json is missing" in message(
+    assert "model_index.json is missing" in error_message(
         store.get_or_import, str(file), single_file_config=str(tmp_path / "empty")
     )
 
@@ -162,25 +162,28 @@ def test_a_configuration_of_another_model_is_refused(
     sd_folder: Path, sdxl_folder: Path, sd3_folder: Path, tmp_path: Path
 ) -> None:
     file = _original(sd_folder, tmp_path / "model.safetensors")
-    text = message(store.get_or_import, str(file), single_file_config=str(sdxl_folder))
+    text = error_message(store.get_or_import, str(file), single_file_config=str(sdxl_folder))
     assert "is a checkpoint of a StableDiffusionPipeline" in text
     assert "StableDiffusionXLPipeline" in text
     transformer = _denoiser(sd3_folder, "transformer", tmp_path / "sd3.safetensors")
     bare = _configuration(sd3_folder, tmp_path / "bare")
-    text = message(store.get_or_import, str(transformer), single_file_config=str(bare))
+    text = error_message(store.get_or_import, str(transformer), single_file_config=str(bare))
     assert "has weights for text_encoder, text_encoder_2, vae" in text
-    assert "is only for single-file checkpoints" in message(
+    assert "is only for single-file checkpoints" in error_message(
         store.get_or_import, str(sd_folder), single_file_config=str(sd_folder)
     )
 
 
 def test_files_that_are_not_checkpoints_are_refused(sd_folder: Path, tmp_path: Path) -> None:
     missing = str(tmp_path / "none.safetensors")
-    assert message(store.get_or_import, missing) == f"No such file: {missing}"
-    assert message(store.get_or_import, "models/none.safetensors") == "No such file: models/none.safetensors"
+    assert error_message(store.get_or_import, missing) == f"No such file: {missing}"
+    assert (
+        error_message(store.get_or_import, "models/none.safetensors")
+        == "No such file: models/none.safetensors"
+    )
     truncated = _original(sd_folder, tmp_path / "model.safetensors")
     truncated.write_bytes(truncated.read_bytes()[:-10])
-    assert "model.safetensors is damaged" in message(store.get_or_import, str(truncated))
+    assert "model.safetensors is damaged" in error_message(store.get_or_import, str(truncated))
     for name, tensor, reason in (
         ("lora", "unet.down_blocks.0.attentions.0.to_q.lora_A.weight", "is a LoRA"),
         ("control", "controlnet_cond_embedding.conv_in.weight", "is a ControlNet"),
@@ -188,10 +191,10 @@ def test_files_that_are_not_checkpoints_are_refused(sd_folder: Path, tmp_path: P
     ):
         file = tmp_path / f"{name}.safetensors"
         save_arrays({tensor: np.zeros((4, 4), np.float32)}, file)
-        assert reason in message(store.get_or_import, str(file))
+        assert reason in error_message(store.get_or_import, str(file))
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"")
-    assert "must be a folder or a .safetensors file" in message(store.get_or_import, str(pickle))
+    assert "must be a folder or a .safetensors file" in error_message(store.get_or_import, str(pickle))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_a_file_with_missing_weights_is_refused(sd_folder: Path, tmp_path: Path,
         {name: tensor for name, tensor in weights.items() if name != missing}, tmp_path / "model.safetensors"
     )
     stored = store.get_or_import(str(tmp_path / "model.safetensors"), single_file_config=str(sd_folder))
-    assert "lacks weights" in message(loading.load, stored.path, make_settings())
+    assert "lacks weights" in error_message(loading.load, stored.path, make_settings())
 
 
 def test_loras_in_the_configuration_folder_are_available(
@@ -233,6 +236,6 @@ def test_the_error_for_weights_of_another_shape_is_one_line(sd_folder: Path, tmp
     config = json.loads((other / "unet/config.json").read_text())
     (other / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 64}))
     stored = store.get_or_import(str(file), single_file_config=str(other))
-    text = message(loading.load, stored.path, make_settings())
+    text = error_message(loading.load, stored.path, make_settings())
     assert "cross" in text or "shape" in text, text
     assert str(stored.path) not in text
