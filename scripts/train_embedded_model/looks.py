@@ -108,9 +108,9 @@ def paint_splash(scenes: list[Scene], height: int, width: int, generator: torch.
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     for image, scene in zip(images, scenes, strict=True):
         count = int(torch.randint(*DROPS, (1,), generator=generator))
-        drawn = torch.rand(count, 3, generator=generator)
-        radii = shorter_side * (DROP_RADII[0] + (DROP_RADII[1] - DROP_RADII[0]) * drawn[:, 2] ** 2)
-        centre_x, centre_y = (drawn[:, :2] * torch.tensor([width, height]))[:, :, None, None].unbind(1)
+        samples = torch.rand(count, 3, generator=generator)
+        radii = shorter_side * (DROP_RADII[0] + (DROP_RADII[1] - DROP_RADII[0]) * samples[:, 2] ** 2)
+        centre_x, centre_y = (samples[:, :2] * torch.tensor([width, height]))[:, :, None, None].unbind(1)
         drops = coverage(radii[:, None, None] - torch.hypot(x - centre_x, y - centre_y))
         for number, kind in enumerate(scene.kinds):
             mask = drops[number :: len(scene.kinds)].amax(0)
