@@ -142,7 +142,7 @@ def _from_folders(folder: Path, sources: dict[str, Any], *, always: bool) -> Ite
 
 
 def _from_folder(folder: Path, source: str) -> str:
-    """A source that begins with a dot as an absolute path; others may be hub ids."""
+    """A source that starts with a dot as an absolute path; others may be hub ids."""
     return str(folder / source) if source.startswith("./") or source.startswith("../") else source
 
 

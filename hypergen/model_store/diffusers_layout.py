@@ -106,20 +106,21 @@ def select_files(names: Iterable[str], components: Iterable[str], *, prefer_fp16
     """
     names = list(names)
     files = {name: name for name in names if _TOP_LEVEL_FILES.fullmatch(name)}
-    taken = left = False
+    fp16_taken = fp16_left = False
     for component in components:
         inside = [n.partition("/")[2] for n in names if n.startswith(f"{component}/") and n.count("/") == 1]
         variants = {n: _variant(n) for n in inside}
-        fp16 = any(v == "fp16" and n.endswith(".safetensors") for n, v in variants.items())
-        plain = any(v == "" and n.endswith(".safetensors") for n, v in variants.items())
-        wanted = "fp16" if fp16 and (prefer_fp16 or not plain) else ""
-        taken, left = taken or wanted == "fp16", left or (fp16 and wanted == "")
+        has_fp16 = any(v == "fp16" and n.endswith(".safetensors") for n, v in variants.items())
+        has_plain = any(v == "" and n.endswith(".safetensors") for n, v in variants.items())
+        selected = "fp16" if has_fp16 and (prefer_fp16 or not has_plain) else ""
+        fp16_taken |= selected == "fp16"
+        fp16_left |= has_fp16 and selected == ""
         for name, variant in variants.items():
-            text = Path(name).suffix in {".json", ".txt", ".model"} and ".index." not in name
-            if text or variant == wanted:
-                stored = name if text else _plain_name(name)
+            is_config = Path(name).suffix in {".json", ".txt", ".model"} and ".index." not in name
+            if is_config or variant == selected:
+                stored = name if is_config else _plain_name(name)
                 files[f"{component}/{stored}"] = f"{component}/{name}"
-    return Selection(files, "taken" if taken else "left" if left else "none")
+    return Selection(files, "taken" if fp16_taken else "left" if fp16_left else "none")
 
 
 def require_weights(model: str, component: str, class_name: str, names: Iterable[str]) -> None:

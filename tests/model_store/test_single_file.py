@@ -123,13 +123,13 @@ def test_the_configuration_is_found_next_to_the_file_and_in_the_store(
     file = _original(sd_folder, repository / "v1.safetensors")
     monkeypatch.chdir(repository)
     assert store.get_or_import("v1.safetensors").source == "v1.safetensors"
-    lone = Path(shutil.copy(file, tmp_path / "lone.safetensors"))
+    copied = Path(shutil.copy(file, tmp_path / "copied.safetensors"))
     usual = tmp_path / "stable-diffusion-v1-5/stable-diffusion-v1-5"
     shutil.copytree(sd_folder, usual)
     monkeypatch.chdir(tmp_path)
     store.get_or_import("stable-diffusion-v1-5/stable-diffusion-v1-5")
     shutil.rmtree(usual)
-    assert (_generate(store.get_or_import(str(lone)).path) == _generate(sd_folder)).all()
+    assert (_generate(store.get_or_import(str(copied)).path) == _generate(sd_folder)).all()
 
 
 def test_the_configuration_is_found_in_the_cache_of_the_hub(
