@@ -1,3 +1,3 @@
-"""HyperGen serves open diffusion models behind the image APIs that applications already speak."""
+"""HyperGen serves open diffusion models through the image APIs of OpenAI and Hyperbolic."""
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""The FastAPI app, which joins the API and the engine pool."""
+"""The FastAPI app, which connects the API with the engine pool."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from hypergen.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
-_DROP_OLD_EVERY_S = 10.0
+_REMOVE_EXPIRED_EVERY_S = 10.0
 
 
 def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedModel]) -> FastAPI:
-    """The API over a pool that will serve these models. It starts nothing, because the parent process, a
-    build and the worker all call it.
+    """The API over the pool that serves these models.
+
+    It starts nothing, because the parent process, a build and the worker all call it.
     """
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
     jobs = Jobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
@@ -41,23 +42,23 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         await asyncio.to_thread(remove_folders_of_killed_servers)
-        # These objects stay for ever; each garbage collection of them would block the loop for tens of ms.
+        # Each garbage collection of these permanent objects would block the loop for tens of ms.
         gc.collect()
         gc.freeze()
-        # Closes the rest even if one of them raises.
+        # Every callback runs, even if another one raises.
         async with AsyncExitStack() as closing:
             closing.callback(storage.close)
             closing.push_async_callback(jobs.close)
-            closing.callback(asyncio.create_task(_drop_old_images(storage)).cancel)
+            closing.callback(asyncio.create_task(_remove_expired_images(storage)).cancel)
             yield
 
     app = FastAPI(
         title="HyperGen", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan
     )
-    plain = app.openapi
+    generated_schema = app.openapi
 
     schemas = [schema for endpoint in ENDPOINTS for schema in endpoint.schemas]
-    app.openapi = lambda: openapi.complete(plain(), schemas)
+    app.openapi = lambda: openapi.complete(generated_schema(), schemas)
     app.include_router(create_router(settings, pool, storage, jobs, models))
 
     @app.exception_handler(RequestError)
@@ -81,10 +82,10 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     return app
 
 
-async def _drop_old_images(storage: ImageStorage) -> None:
+async def _remove_expired_images(storage: ImageStorage) -> None:
     while True:
-        await asyncio.sleep(_DROP_OLD_EVERY_S)
+        await asyncio.sleep(_REMOVE_EXPIRED_EVERY_S)
         try:
-            await asyncio.to_thread(storage.drop_old)
-        except Exception:  # the edge of this task: nothing awaits it
+            await asyncio.to_thread(storage.remove_expired)
+        except Exception:  # nothing awaits this task
             logger.exception("Expired images could not be removed.")

@@ -1,4 +1,4 @@
-"""The engine as the HTTP process sees it."""
+"""The interface between the HTTP process and the engines."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from hypergen.request import GenerationRequest
 
 
 class RequestHandle(Protocol):
-    """One submitted request. Its events end with the last `ImageFinished`, or when it is cancelled. They are
-    queued for one consumer. The end of a `with` block cancels the request.
+    """One submitted request, as an iterator of its events for one consumer.
+
+    The events end with the last `ImageFinished`, or when the request is cancelled. The end of a `with` block
+    cancels the request.
 
     Raises:
-        RequestError: instead of the next event, when the request cannot be finished.
+        RequestError: instead of the next event, if the request failed.
     """
 
     state: RequestState
@@ -33,16 +35,16 @@ class RequestHandle(Protocol):
         self.cancel()
 
     def queue_position(self) -> QueuePosition | None:
-        """None if the request does not wait."""
+        """None unless the request is waiting."""
         ...
 
     def cancel(self) -> None:
-        """Remove the request from the queue and the engine at once; does nothing if it has ended."""
+        """Remove the request from the queue and the engine at once; no effect if it has ended."""
         ...
 
 
 class ImageGenerator(Protocol):
-    """The interface of the pool of engine processes to the HTTP process."""
+    """The pool of engine processes, for the HTTP process."""
 
     def model_info(self, name: str | None = None) -> ModelInfo | None:
         """The served model of this name, else the first; None until the models are loaded."""
@@ -55,11 +57,12 @@ class ImageGenerator(Protocol):
     async def submit(
         self, request: GenerationRequest, on_event: Callable[[Event], None] | None = None
     ) -> RequestHandle:
-        """Admit a request. This does not wait for the overflow queue: if the wait there times out, the events
-        raise `QueueFullError`.
+        """Admit a request, without waiting in the overflow queue.
+
+        If the wait in the overflow queue times out, the handle's iterator raises `QueueFullError`.
 
         Args:
-            on_event: called as each event arrives, before it is read.
+            on_event: called when an event arrives, before the consumer reads it.
 
         Raises:
             QueueFullError: the request queue and the overflow queue are full.

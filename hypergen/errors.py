@@ -1,8 +1,8 @@
-"""The one tree of errors. It knows nothing of HTTP: `hypergen/api/errors.py` holds the table of status codes.
+"""The exception hierarchy. It is independent of HTTP; `hypergen/api/errors.py` maps it to status codes.
 
     HyperGenError
-    ├── ConfigurationError          a setting is wrong; the server does not start
-    ├── ModelError                  a model is missing, damaged or of a kind that is not served
+    ├── ConfigurationError          a setting is invalid; the server does not start
+    ├── ModelError                  a model is missing, damaged or not supported
     └── RequestError                sent to the client, with the parameter that caused it
         ├── InvalidRequestError
         ├── AuthenticationError
@@ -11,15 +11,15 @@
         ├── PayloadTooLargeError
         ├── SlowBodyError
         ├── UnsupportedMediaTypeError
-        ├── QueueFullError          come back in `retry_after_s`
-        ├── UnavailableError        loading, recovering or draining: come back in `retry_after_s`
+        ├── QueueFullError          retry after `retry_after_s`
+        ├── UnavailableError        loading, recovering or draining; retry after `retry_after_s`
         ├── DeadlineExceededError
         ├── StorageFullError
         └── GenerationError
             └── OutOfMemoryError
 
-Request errors cross the border between the engine process and the HTTP process as a plain tuple (`pack`,
-`unpack`), so that neither side ever unpickles an exception of a library.
+Between the engine process and the HTTP process, a request error is a plain tuple (`pack`, `unpack`), so that
+neither side unpickles exceptions of libraries.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class HyperGenError(Exception):
 
 
 class ConfigurationError(HyperGenError):
-    """A setting, flag or configuration file is wrong."""
+    """A setting, flag or configuration file is invalid."""
 
 
 class ModelError(HyperGenError):
-    """A model cannot be found, read or served. The message is one line and names what is wrong."""
+    """A model cannot be found, read or served. The message is one line and says why."""
 
 
 class RequestError(HyperGenError):
     """A request that ends without images.
 
     Args:
-        message: for the client; no paths, no traces.
-        param: the field of the request that caused it, in the words of the client's dialect.
+        message: for the client, without paths and tracebacks.
+        param: the request field that caused it, as named in the client's dialect.
         code: machine-readable reason.
-        retry_after_s: whole seconds after which trying again makes sense.
+        retry_after_s: whole seconds after which a retry makes sense.
     """
 
     code = "internal_error"
@@ -77,7 +77,7 @@ class AuthenticationError(RequestError):
 
 
 class ForbiddenError(RequestError):
-    """The server takes no requests of this origin or under this name."""
+    """The server refuses requests of this origin or for this host name."""
 
     code = "forbidden"
 
@@ -89,19 +89,19 @@ class NotFoundError(RequestError):
 
 
 class PayloadTooLargeError(RequestError):
-    """The body is larger than the server reads."""
+    """The body is larger than the limit."""
 
     code = "payload_too_large"
 
 
 class SlowBodyError(RequestError):
-    """The body did not come in time."""
+    """The body did not arrive in time."""
 
     code = "request_timeout"
 
 
 class UnsupportedMediaTypeError(RequestError):
-    """The body is of a kind that the route does not read."""
+    """The route does not support this media type of the body."""
 
     code = "unsupported_media_type"
 
@@ -131,13 +131,13 @@ class StorageFullError(RequestError):
 
 
 class GenerationError(RequestError):
-    """Generation failed for a reason in the server."""
+    """Generation failed because of the server, not because of the request."""
 
     code = "internal_error"
 
 
 class OutOfMemoryError(GenerationError):
-    """The image does not fit into the accelerator's memory even alone."""
+    """The image does not fit into the accelerator's memory, even in a batch of one."""
 
     code = "out_of_memory"
 
@@ -151,9 +151,9 @@ def pack(error: RequestError) -> PackedError:
 
 
 def unpack(packed: PackedError) -> RequestError:
-    """Rebuild what `pack` took apart; a class of another version becomes a GenerationError."""
+    """The error from `pack`; an unknown class name becomes a GenerationError."""
     name, message, param, code, retry_after_s = packed
-    kind = globals().get(name)
-    if not (isinstance(kind, type) and issubclass(kind, RequestError)):
-        kind = GenerationError
-    return kind(message, param=param, code=code, retry_after_s=retry_after_s)
+    error_class = globals().get(name)
+    if not (isinstance(error_class, type) and issubclass(error_class, RequestError)):
+        error_class = GenerationError
+    return error_class(message, param=param, code=code, retry_after_s=retry_after_s)

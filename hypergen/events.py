@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-# exact: by a probe the rows of a forward pass are batch-invariant; close: they differ in the last bits.
+# exact: the probe found the rows of a forward pass batch-invariant; close: they differ in the last bits.
 Verdict = Literal["exact", "close"]
 
 
@@ -82,7 +82,7 @@ class EngineStatus:
     image_steps: int = 0  # images in those passes, in total
     restarts: int = 0
     models: tuple[str, ...] = ()  # ids of the models in memory
-    # Seconds of each stage of the start: imports, weights, warm-up.
+    # Seconds of each stage of the startup: imports, weights, warm-up.
     startup_s: dict[str, float] = field(default_factory=dict[str, float])
 
 

@@ -70,7 +70,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Engine to pool, every second: seconds since the last step began, and the status."""
+    """Engine to pool, every second: seconds since the last step started, and the status."""
 
     step_age_s: float
     status: EngineStatus

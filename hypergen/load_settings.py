@@ -1,4 +1,4 @@
-"""Settings from a file, the environment and flags; later ones override earlier ones."""
+"""Load settings from a file, the environment and flags; later sources override earlier ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def option_name(field: str) -> str:
 
 
 def fields(model: type[BaseModel] = Settings) -> Iterator[tuple[str | None, str, FieldInfo]]:
-    """Every setting as (section, name, field); the section of the top level is None."""
+    """Every setting as (section, name, field); the section is None at the top level."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             for _, inner, inner_field in fields(field.annotation):
@@ -65,7 +65,7 @@ def load_settings(
             continue
         if name not in field_of:
             raise ConfigurationError(
-                f"Unknown environment variable {name}; known are {', '.join(sorted(field_of))}."
+                f"Unknown environment variable {name}; known ones are {', '.join(sorted(field_of))}."
             )
         if value != "":
             given[field_of[name]] = value
@@ -76,7 +76,7 @@ def load_settings(
         if section is None:
             tree[name] = value
         else:
-            tree[section] = {**_names_and_values(tree.get(section), f"Setting '{section}'"), name: value}
+            tree[section] = {**_as_mapping(tree.get(section), f"Setting '{section}'"), name: value}
     try:
         settings = Settings.model_validate({name: value for name, value in tree.items() if value is not None})
     except ValidationError as error:
@@ -87,7 +87,7 @@ def load_settings(
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Flags as environment variables, for `load_settings` in a child process."""
     return {
-        # Paths may contain commas; a host with a port, which is refused, contains the separator of paths.
+        # Paths may contain commas. An invalid host with a port contains the separator of paths.
         PREFIX + option_name(name).upper(): as_text(value, "," if name == "allowed_host" else os.pathsep)
         for name, value in flags.items()
         if value not in (None, ())
@@ -103,27 +103,27 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"The configuration file {file} is not YAML: {' '.join(str(error).split())}"
         ) from None
-    return _names_and_values(tree, f"The configuration file {file}")
+    return _as_mapping(tree, f"The configuration file {file}")
 
 
-def _names_and_values(value: Any, what: str) -> dict[str, Any]:
+def _as_mapping(value: Any, name: str) -> dict[str, Any]:
     """A YAML mapping; an empty file or section becomes an empty one."""
     if value is not None and not isinstance(value, dict):
-        raise ConfigurationError(f"{what} must hold names and values.")
+        raise ConfigurationError(f"{name} must be a mapping of names to values.")
     return cast(dict[str, Any], value or {})
 
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"Unknown setting '{where}'."
-    given = "" if where.endswith("api_key") else f" (given: {first['input']!r})"
-    return f"Setting '{where}': {first['msg'].removeprefix('Value error, ')}{given}."
+        return f"Unknown setting '{name}'."
+    given = "" if name.endswith("api_key") else f" (given: {first['input']!r})"
+    return f"Setting '{name}': {first['msg'].removeprefix('Value error, ')}{given}."
 
 
 def api_keys(server: ServerSettings) -> tuple[str, ...]:
-    """The API keys of the server; none means no authentication.
+    """The API keys of the server; empty without authentication.
 
     Raises:
         ConfigurationError: the key file cannot be read or has no key.
@@ -136,6 +136,6 @@ def api_keys(server: ServerSettings) -> tuple[str, ...]:
             raise ConfigurationError(f"The key file {server.api_key_file} cannot be read: {error}.") from None
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
-            raise ConfigurationError(f"The key file {server.api_key_file} holds no key.")
+            raise ConfigurationError(f"The key file {server.api_key_file} has no key.")
         keys += found
     return tuple(keys)

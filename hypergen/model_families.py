@@ -1,6 +1,6 @@
 """Model families by the pipeline class that `model_index.json` names.
 
-Families are named and not imported here: the torch-free half knows what is served before it downloads.
+Families are named and not imported here, so that the HTTP half can check a model without torch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ FAMILIES: dict[str, str] = {
 
 
 def family_class(pipeline_class: str) -> Any:
-    """Import the family that draws this pipeline class."""
+    """Import the family of this pipeline class."""
     module, _, name = FAMILIES[pipeline_class].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 @functools.cache
 def servable() -> frozenset[str]:
-    """The families' pipeline classes and all others that the installed diffusers names.
+    """The pipeline classes of the families, and all others in the installed diffusers.
 
-    Whether one of the others draws from a prompt alone shows when it is loaded, see `DiffusersPipeline`. Read
-    from the file, since importing diffusers imports torch.
+    Whether one of the others generates from a prompt alone is checked at loading, see `DiffusersPipeline`.
+    The names are parsed from diffusers' source, because importing it imports torch.
     """
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None

@@ -23,7 +23,7 @@ class ModelDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The properties of a loaded model; dialects validate requests against nothing else."""
+    """The properties of a loaded model; dialects validate requests against them alone."""
 
     id: str
     family: str

@@ -27,7 +27,7 @@ def drain_on_sigterm(pool: EnginePool, timeout_s: float) -> None:
 
 
 async def leave_with_parent(launcher: int | None) -> None:
-    """End this process when those that started it have exited, so that no orphan keeps the port.
+    """Terminate this process when its parent processes have exited, so that no orphan keeps the port.
 
     Args:
         launcher: process id of `hypergen serve`, the parent of BentoML's main process, if it was used.

@@ -15,7 +15,7 @@ Preprocessor = Literal["none", "canny"]
 class InputImage:
     """An image that a client sent: decoded, upright, and resized to the requested size.
 
-    `pixels` are rows of bytes from the top left: three per pixel (RGB), one in a mask.
+    `pixels` are rows of bytes from the top left: three per pixel (RGB), one per pixel in a mask.
     """
 
     width: int

@@ -12,13 +12,15 @@ from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.diffusers_layout import check_component
-from hypergen.model_store.hub import HUB_ID, with_revision
+from hypergen.model_store.hub import HUB_ID, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
 
-def find_models(settings: Settings, progress: Callable[[str], None] | None = None) -> tuple[ServedModel, ...]:
+def find_models(
+    settings: Settings, report_progress: Callable[[str], None] | None = None
+) -> tuple[ServedModel, ...]:
     """All models of the settings, imported into the store if necessary; the first is the default.
 
     Raises:
@@ -29,15 +31,17 @@ def find_models(settings: Settings, progress: Callable[[str], None] | None = Non
     own = [settings_of(entry, settings.engine) for entry in entries]
     models: list[ServedModel] = []
     for entry, engine in zip(entries, own, strict=True):
-        stored = store.ensure(
+        stored = store.get_or_import(
             entry.source,
             revision=entry.revision,
             dtype=engine.dtype,
             single_file_config=entry.single_file_config,
             pipelines=servable(),
-            progress=progress,
+            report_progress=report_progress,
         )
-        refiner = store.ensure_refiner(entry.refiner or engine.refiner, dtype=engine.dtype, progress=progress)
+        refiner = store.get_or_import_refiner(
+            entry.refiner or engine.refiner, dtype=engine.dtype, report_progress=report_progress
+        )
         if refiner:  # engines use folders, not the store
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
         open_registry(engine, stored.path)  # reports missing files now, not in the engine
@@ -56,7 +60,7 @@ def find_models(settings: Settings, progress: Callable[[str], None] | None = Non
 
 
 def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:
-    """The same models for a process with another working folder: tags and absolute paths."""
+    """The models as entries for a process with another working folder: tags and absolute paths."""
     return tuple(
         ModelEntry(
             source=model.tags[0],
@@ -67,7 +71,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
                 name: str(Path(file).expanduser().absolute()) if file else None
                 for name, file in entry.loras.items()
             },
-            controlnet=find_control_models(entry.controlnet),
+            controlnet=find_controlnets(entry.controlnet),
             refiner=next(iter(model.tags[1:]), None),
         )
         for entry, model in zip(entries_of(settings), models, strict=True)
@@ -75,11 +79,11 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
 
 
 def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
-    """Settings of a single model from outside its entry, for the same process."""
+    """The flags for a single model, with absolute paths, for a process with another working folder."""
     return {
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
-        "controlnet": find_control_models(engine.controlnet) or None,
+        "controlnet": find_controlnets(engine.controlnet) or None,
     }
 
 
@@ -87,7 +91,7 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     """The entry of each model, with the flags for a single model merged in.
 
     Raises:
-        ConfigurationError: a setting for one model is ambiguous, because several are served.
+        ConfigurationError: a flag for a single model is ambiguous, because several are served.
     """
     entries = settings.models or (ModelEntry(),)
     of_entry = {
@@ -103,18 +107,18 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     given = [*changes, *(name for name, value in of_engine.items() if value)]
     if given:
         raise ConfigurationError(
-            f"'{given[0]}' belongs to one model and several are served: put it into a served-model file."
+            f"'{given[0]}' applies to one model, but several are served; put it into a served-model file."
         )
     return entries
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
-    """The server's settings with the LoRAs and ControlNets of this model, without its refiner."""
+    """The engine settings with the LoRAs and ControlNets of this model, without its refiner."""
     loras = tuple(f"{name}={file}" for name, file in entry.loras.items() if file)
     return engine.model_copy(
         update={
             "lora": (*(with_absolute_path(given) for given in engine.lora), *loras),
-            "controlnet": find_control_models({**engine.controlnet, **entry.controlnet}),
+            "controlnet": find_controlnets({**engine.controlnet, **entry.controlnet}),
         }
     )
 
@@ -125,14 +129,14 @@ def _refuse_equal_names(models: list[ServedModel]) -> None:
         names = {name.casefold() for name in (model.id, *model.aliases)}
         if names & taken:
             raise ConfigurationError(
-                f"Two models are called '{sorted(names & taken)[0]}'; give one another name."
+                f"Two models have the name '{sorted(names & taken)[0]}'; change one of them."
             )
         taken |= names
 
 
-def find_control_models(sources: Mapping[str, str]) -> dict[str, str]:
-    """The same sources with absolute folders; a hub id, which may end in @REVISION, is unchanged, because the
-    engine resolves it.
+def find_controlnets(sources: Mapping[str, str]) -> dict[str, str]:
+    """The same sources with absolute folders. Hub ids, with or without @REVISION, are unchanged: the engine
+    resolves them.
 
     Raises:
         ModelError: a folder does not exist, or is not a complete ControlNet with safetensors weights.
@@ -143,8 +147,8 @@ def find_control_models(sources: Mapping[str, str]) -> dict[str, str]:
         if path.is_dir():
             check_component(path.parent, path.name, "ControlNetModel")
             found[name] = str(path)
-        elif HUB_ID.fullmatch(with_revision(source)[0]):
+        elif HUB_ID.fullmatch(split_revision(source)[0]):
             found[name] = source
         else:
-            raise ModelError(f"Control model '{name}': no such folder: {source}")
+            raise ModelError(f"ControlNet '{name}': no such folder: {source}")
     return found

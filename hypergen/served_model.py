@@ -1,4 +1,4 @@
-"""A served model, resolved and ready to load; the HTTP process and the engines share this description."""
+"""A served model, resolved and ready to load, for the HTTP process and the engines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class ServedModel:
     """The folder, names and settings of a served model.
 
     Attributes:
-        id: as in /v1/models.
+        id: id in /v1/models.
         aliases: other names for requests.
-        tags: in the model store, of the model and of its refiner if it has one.
+        tags: model-store tags of the model and, if it has one, of its refiner.
         path: the model's folder, in diffusers layout.
-        settings: the server's, with the LoRAs, ControlNets and refiner of this model.
-        defaults: values of omitted request fields, by the fields of `ModelDefaults`.
+        settings: the engine settings with the LoRAs, ControlNets and refiner of this model.
+        defaults: field of `ModelDefaults` -> value for requests without it.
     """
 
     id: str

@@ -25,7 +25,7 @@ def _read_pairs(value: Any) -> Any:
         pairs = [str(entry).partition("=") for entry in cast(Sequence[Any], value)]
         value = {name.strip(): source.strip() for name, _, source in pairs}
         if len(value) < len(pairs):
-            raise ValueError("a name is given twice")
+            raise ValueError("must not have a name twice")
     if isinstance(value, Mapping):
         value = cast(Mapping[Any, Any], value)
         for name, source in value.items():
@@ -52,8 +52,8 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         source: hub id, folder or tag of the model store; None is the embedded model.
         revision: branch, tag or commit of a hub model.
-        single_file_config: see the setting of this name.
-        name: its id in /v1/models; None means `source`.
+        single_file_config: as in `Settings`.
+        name: id in /v1/models; None means `source`.
         aliases: other names for requests.
         loras: name -> file. A name without a file is a placeholder and is not offered.
         controlnet: name -> folder or hub id of a ControlNet.
@@ -72,7 +72,7 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
 
 
 def is_model_file(given: str) -> bool:
-    """Whether this is the path of a served-model file and not a model."""
+    """Whether this is the path of a served-model file, by its extension."""
     return given.endswith(_ENDINGS)
 
 
@@ -120,7 +120,7 @@ def _read_file(file: Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"the served-model file {file} must hold names and values")
+        raise ValueError(f"the served-model file {file} must be a mapping of names to values")
     tree = cast(dict[str, Any], tree)
     folder = file.resolve().parent
     for name in ("source", "single_file_config", "refiner"):
@@ -142,7 +142,7 @@ def _from_folders(folder: Path, sources: dict[str, Any], *, always: bool) -> Ite
 
 
 def _from_folder(folder: Path, source: str) -> str:
-    """A source that begins with a dot as an absolute path; others may be hub ids."""
+    """A source that starts with a dot as an absolute path; others may be hub ids."""
     return str(folder / source) if source.startswith("./") or source.startswith("../") else source
 
 

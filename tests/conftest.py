@@ -1,4 +1,4 @@
-"""What many tests share: small models on disk and servers that draw with them."""
+"""Shared fixtures: small models on disk, and servers that serve them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported: threads that spin while they wait slow everything down on a busy machine.
+# Must be set before torch is imported: threads that spin while they wait are slow on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 import hypergen
 from tests.support.live_server import LiveServer, start_server
 
-# A hint that it gives at this import would be printed after pytest's summary.
+# A hint of transformers at this import would be printed after pytest's summary.
 transformers_logging.set_verbosity_error()
 from tests.support.small_models import save_sd
 
@@ -56,7 +56,7 @@ def lora_folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Pa
 def server(
     tmp_path_factory: pytest.TempPathFactory, sd_folder: Path, lora_folder: Path
 ) -> Iterator[LiveServer]:
-    """A server without a key that draws noise quickly, for everything but what pictures show."""
+    """A server without a key and with a fast model with random weights, which generates noise."""
     arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32", "--lora-dir", str(lora_folder))
     with start_server(tmp_path_factory.mktemp("server"), *arguments) as server:
         yield server
@@ -72,17 +72,18 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> I
 
 @pytest.fixture(scope="session")
 def documented_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """The embedded model under the name and the key that the documents use.
+    """A server of the embedded model, with the model name and the key in the documents.
 
-    It draws at most 128x128 and resizes, because samples ask for many pictures of 1024x1024.
+    It generates at most 128x128 and resizes, because the samples request many images of 1024x1024.
     """
     folder = tmp_path_factory.mktemp("documented")
     model = shutil.copytree(Path(hypergen.__file__).parent / "embedded", folder / "embedded")
-    told = json.loads((model / "hypergen.json").read_text(encoding="utf-8"))
-    (model / "hypergen.json").write_text(json.dumps({**told, "max_native_area": 128 * 128}), encoding="utf-8")
-    given = {
+    model_card = json.loads((model / "hypergen.json").read_text(encoding="utf-8"))
+    small_area = {**model_card, "max_native_area": 128 * 128}
+    (model / "hypergen.json").write_text(json.dumps(small_area), encoding="utf-8")
+    environment = {
         "HYPERGEN_SERVED_MODEL_NAME": "stabilityai/stable-diffusion-xl-base-1.0",
         "HYPERGEN_PRICE_RATE": "0.01",
     }
-    with start_server(folder, str(model), environment=given, api_key="sk-hypergen-123456") as server:
+    with start_server(folder, str(model), environment=environment, api_key="sk-hypergen-123456") as server:
         yield server

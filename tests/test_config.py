@@ -10,7 +10,7 @@ from hypergen.config import Settings
 from hypergen.errors import ConfigurationError
 from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
 from hypergen.model_store.hub import HUB_ID
-from hypergen.resolve_models import find_control_models
+from hypergen.resolve_models import find_controlnets
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -60,7 +60,7 @@ def test_every_served_model_file_loads(file: Path) -> None:
     assert None not in entry.defaults.model_dump().values()
     assert list(entry.loras) == LORAS.get(file.name, "").split()
     assert not any(entry.loras.values())  # for the operator to fill in
-    assert find_control_models(entry.controlnet) == entry.controlnet
+    assert find_controlnets(entry.controlnet) == entry.controlnet
 
 
 def test_every_documented_model_has_its_file() -> None:
@@ -91,7 +91,7 @@ def test_every_setting_has_a_description_and_survives_the_way_to_a_child(name: s
         ("queue: {max_queue_size: 0}", "queue.max_queue_size"),
         ("queue: {queue_timeout_s: .nan}", "queue.queue_timeout_s"),
         ("server: {public_url: 'ftp://host'}", "server.public_url"),
-        ("- a list", "names and values"),
+        ("- a list", "must be a mapping"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -124,7 +124,7 @@ def test_keys_come_from_the_setting_and_the_file(tmp_path: Path) -> None:
     assert api_keys(settings.server) == ("sk-three", "sk-one", "sk-two")
     assert "sk-three" not in repr(settings)
     file.write_text("# nothing\n")
-    with pytest.raises(ConfigurationError, match="holds no key"):
+    with pytest.raises(ConfigurationError, match="has no key"):
         api_keys(settings.server)
 
 

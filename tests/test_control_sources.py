@@ -8,7 +8,7 @@ import pytest
 from diffusers import ControlNetModel
 
 from hypergen.errors import ModelError
-from hypergen.resolve_models import find_control_models
+from hypergen.resolve_models import find_controlnets
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_folders_become_whole_paths_and_hub_ids_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    found = find_control_models({"edges": "./edges", "depth": "owner/depth"})
+    found = find_controlnets({"edges": "./edges", "depth": "owner/depth"})
     assert found == {"edges": str(folder.resolve()), "depth": "owner/depth"}
 
 
 def test_a_missing_or_damaged_folder_is_named(folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"Control model 'edges': no such folder: ./nowhere"):
-        find_control_models({"edges": "./nowhere"})
+    with pytest.raises(ModelError, match=r"ControlNet 'edges': no such folder: ./nowhere"):
+        find_controlnets({"edges": "./nowhere"})
     weights = folder / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"edges/diffusion_pytorch_model.safetensors is damaged"):
-        find_control_models({"edges": str(folder)})
+        find_controlnets({"edges": str(folder)})

@@ -55,7 +55,7 @@ HELP = {
         r"--max-batch-size INTEGER images .*?\[default: 8\]",
         r"--queue-timeout FLOAT seconds .*?\[default: 600\]",
         r"--request-timeout FLOAT seconds .*?\[default: 3600\]",
-        r"--controlnet TEXT control model .*?NAME=SOURCE[^\[\]]*--",
+        r"--controlnet TEXT ControlNet .*?NAME=SOURCE[^\[\]]*--",
         r"--determinism \[strict\|fast\] .*?\[default: strict\]",
     ],
     "generate": [

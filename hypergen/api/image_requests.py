@@ -31,7 +31,7 @@ from hypergen.engine_protocol import ImageGenerator, generate_all
 from hypergen.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from hypergen.events import Event, ImageFinished, Preview
 from hypergen.images.decoding import decoding_cancelled
-from hypergen.images.encoding import FORMATS
+from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
@@ -251,7 +251,7 @@ def store(
     storage: ImageStorage, request: GenerationRequest, images: list[ImageFinished], base: str
 ) -> list[str]:
     """Keep the pictures' files; returns their addresses."""
-    kind = FORMATS[request.output_format]
+    kind = OUTPUT_FORMATS[request.output_format]
     return [base + storage.put(image.data, kind.extension, kind.media_type) for image in images]
 
 

@@ -27,7 +27,7 @@ from hypergen.errors import (
     RequestError,
 )
 from hypergen.events import ImageFinished, Progress, Started
-from hypergen.images.encoding import FORMATS
+from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Jobs:
             self._end(job, "failed", GenerationError("The server failed on this job; its log says why."))
 
     async def _collect(self, job: Job, handle: RequestHandle) -> None:
-        kind = FORMATS[job.asked.generation.output_format]
+        kind = OUTPUT_FORMATS[job.asked.generation.output_format]
         async for event in handle:
             if isinstance(event, Started):
                 job.state, job.started_at = "running", time.monotonic()

@@ -17,7 +17,7 @@ from hypergen.api.auth import FILES_PREFIX, OPEN_PATHS
 from hypergen.api.errors import envelope
 from hypergen.api.request_body import MAX_ITEMS
 from hypergen.api.schemas import SCHEMAS, BatchResult, ErrorResponse, ImageJob
-from hypergen.images.encoding import FORMATS
+from hypergen.images.encoding import OUTPUT_FORMATS
 
 EXAMPLE_PROMPT = "a red circle on a blue background"
 # A red square of 8 x 8 pixels, as base64 of a PNG.
@@ -113,7 +113,7 @@ def server_route(operation_id: str, model: type[BaseModel], *statuses: int) -> D
 def image_file() -> Described:
     """The file behind a `url`."""
     file = {"schema": {"type": "string", "format": "binary"}}
-    content = dict.fromkeys((kind.media_type for kind in FORMATS.values()), file)
+    content = dict.fromkeys((kind.media_type for kind in OUTPUT_FORMATS.values()), file)
     answers = {"200": {"description": "The file", "content": content}}
     return {"operationId": "getImageFile", "tags": ["Images"], "responses": answers}
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictBytes, StrictStr, Valid
 
 from hypergen.api.sampler_aliases import public_name
 from hypergen.errors import InvalidRequestError, RequestError
-from hypergen.images.decoding import decode, from_base64, to_picture
+from hypergen.images.decoding import decode, from_base64, to_input_image
 from hypergen.metrics import Price
 from hypergen.model_info import Capability, ModelInfo
 from hypergen.request import ControlInput, GenerationRequest, Preprocessor
@@ -267,7 +267,7 @@ def read_control(
     data = image if isinstance(image, bytes) else from_base64(image, image_param)
     return ControlInput(
         model=model,
-        image=to_picture(decode(data, image_param), *size),
+        image=to_input_image(decode(data, image_param), *size),
         preprocessor=asked.control_preprocessor,
         scale=asked.controlnet_conditioning_scale,
         start=asked.control_guidance_start,

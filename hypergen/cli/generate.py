@@ -16,11 +16,14 @@ from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.events import ImageFinished
-from hypergen.images.encoding import FORMATS
+from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.model_info import ModelInfo
 from hypergen.served_model import ServedModel
 
-_FORMATS = {".jpeg": "jpeg", **{f".{file_format.extension}": name for name, file_format in FORMATS.items()}}
+_FORMATS = {
+    ".jpeg": "jpeg",
+    **{f".{file_format.extension}": name for name, file_format in OUTPUT_FORMATS.items()},
+}
 
 
 def generate_files(

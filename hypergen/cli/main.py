@@ -182,7 +182,7 @@ def import_(source: str | None, **flags: Any) -> None:
     """Import SOURCE into the model store: a hub id, a folder or a file; by default the embedded model."""
     from hypergen.model_store import store
 
-    stored = store.import_model(source, **flags, progress=_print)
+    stored = store.import_model(source, **flags, report_progress=_print)
     click.echo(stored.tag)
 
 

@@ -21,7 +21,7 @@ from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.images.geometry import resize_to_generation_size
-from hypergen.model_store.hub import with_revision
+from hypergen.model_store.hub import split_revision
 from hypergen.request import ControlInput
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype)
         if not isinstance(unet, UNet2DConditionModel):
             raise ModelError("Control models steer models with a UNet; this one has none.")
         try:
-            where, revision = (source, None) if os.path.isdir(source) else with_revision(source)
+            where, revision = (source, None) if os.path.isdir(source) else split_revision(source)
             model: Any = ControlNetModel.from_pretrained(
                 where, revision=revision, torch_dtype=dtype, use_safetensors=True
             )

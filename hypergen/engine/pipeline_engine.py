@@ -100,7 +100,7 @@ class PipelineEngine:
                 if self.model.min_steps == _MAX_MIN_STEPS:
                     raise
             self.model.min_steps += 1
-        encoding.encode(pixels, request, 0, self.model_id)
+        encoding.encode_image(pixels, request, 0, self.model_id)
 
     @torch.inference_mode()
     def step(self) -> float:
@@ -143,7 +143,7 @@ class PipelineEngine:
         started = time.monotonic()
         pixels = self.model.generate(request, index, on_step)
         generated_at = time.monotonic()
-        data = encoding.encode(pixels, request, index, self.model_id)
+        data = encoding.encode_image(pixels, request, index, self.model_id)
         self._report(
             request.id,
             ImageFinished(

@@ -107,7 +107,7 @@ class PostProcessor:
             )
         if not image_finite:
             raise GenerationError("The VAE produced NaN or Inf values; serve the model with --dtype float32.")
-        return encoding.encode(decoded.pixels.numpy(), state.request, state.index, self._model_id)
+        return encoding.encode_image(decoded.pixels.numpy(), state.request, state.index, self._model_id)
 
     def shutdown(self) -> None:
         self.encoders.shutdown()

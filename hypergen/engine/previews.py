@@ -87,7 +87,7 @@ class Previewer:
             if image.size != generation_size:
                 image = image.resize(generation_size, Image.Resampling.BICUBIC)
             # Without metadata: those settings would not reproduce the preview.
-            data = encoding.encode(np.asarray(image), replace(request, metadata=False), state.index, "")
+            data = encoding.encode_image(np.asarray(image), replace(request, metadata=False), state.index, "")
         except Exception:  # Isolate the failure: if encoding fails in general, the final image reports it.
             logger.exception("A preview of request %s could not be encoded.", request.id)
             return

@@ -1,1 +1,1 @@
-"""Pixels to files, and the files behind `url` results. NumPy and Pillow only."""
+"""Decoding and encoding of image files, and storage of `url` results. NumPy and Pillow only."""

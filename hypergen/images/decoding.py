@@ -1,7 +1,7 @@
-"""Pictures that clients send: read from base64 or a file's bytes, decoded, upright, fitted to the asked size.
+"""Input images: from base64 or a file's bytes to upright pixels at the requested size.
 
-Only the bytes say what a file is, never its name or media type; nothing is fetched from an address. Decoding
-takes a second for the largest, so it belongs into a thread.
+Only a file's bytes determine its format, never its name or media type. URLs are not fetched. Decoding the
+largest allowed image takes a second, so callers run it in a thread.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from hypergen.images.geometry import resize_input_image
 from hypergen.images.image_files import TooManyPartsError, pixels_and_orientation
 from hypergen.request import InputImage
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-# By the header, before anything is decoded: a bomb of a few kB would else fill the memory.
+INPUT_FORMATS = ("PNG", "JPEG", "WEBP")
+# Checked in the header, before decoding: a decompression bomb of a few kB would fill the memory.
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 8192
 
-# What stands before the base64 of a `data:` URL; longer ones are no media type.
-_LONGEST_PREFIX = 1024
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.ASCII | re.IGNORECASE)
+# The part of a `data:` URL before its base64; a longer one cannot be a media type.
+_MAX_PREFIX = 1024
+_URL_SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.ASCII | re.IGNORECASE)
 
-
-# EXIF's orientation -> how to turn the image upright.
+# EXIF orientation -> the transposition that makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,23 +39,23 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Set by whoever decodes for a client: the event is set when nobody waits for the image any more.
+# The caller sets the event when the client has disconnected, so that decoding stops.
 decoding_cancelled: ContextVar[threading.Event | None] = ContextVar("decoding_cancelled", default=None)
 
 
 class DecodingCancelledError(Exception):
-    """Nobody waits for the image any more."""
+    """The client has disconnected, so the image is not needed."""
 
 
 def raise_if_cancelled() -> None:
-    """Called between the steps of decoding, and while a file is read."""
+    """Called between the stages of decoding, and while a file is read."""
     cancelled = decoding_cancelled.get()
     if cancelled is not None and cancelled.is_set():
         raise DecodingCancelledError
 
 
-class _Source(BytesIO):
-    """A file that stops when decoding is cancelled; Pillow reads JPEG and PNG in blocks of 64 kB."""
+class _CancellableFile(BytesIO):
+    """Raises on the next read after decoding is cancelled; Pillow reads JPEG and PNG in blocks of 64 kB."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         raise_if_cancelled()
@@ -64,52 +63,50 @@ class _Source(BytesIO):
 
 
 def from_base64(text: str, param: str) -> bytes:
-    """The bytes of a file given as bare base64 or as a `data:` URL; line breaks in it are fine.
+    """The bytes of a file from bare base64 or a `data:` URL; whitespace is ignored.
 
     Raises:
-        InvalidRequestError: it is neither; addresses are not fetched.
+        InvalidRequestError: the text is neither, for example another URL; URLs are not fetched.
     """
-    prefix, comma, _ = text[:_LONGEST_PREFIX].partition(",")
+    prefix, comma, _ = text[:_MAX_PREFIX].partition(",")
     is_data_url = comma and prefix[:5].lower() == "data:" and prefix[-7:].lower() == ";base64"
-    if not is_data_url and _ADDRESS.match(text):
+    if not is_data_url and _URL_SCHEME.match(text):
         raise InvalidRequestError(
-            f"'{param}' must hold the image itself, as base64 or a data: URL with base64; "
-            "addresses are not fetched.",
-            param=param,
+            f"'{param}' must be base64 or a data: URL with base64; other URLs are not fetched.", param=param
         )
     encoded = text[len(prefix) + 1 :] if is_data_url else text
     try:
-        # Not `split`, which makes an object per word: millions of them in a text of line breaks.
+        # Not `split`: text that is mostly line breaks would become millions of objects.
         return base64.b64decode(encoded.encode("ascii").translate(None, b" \t\n\v\f\r"), validate=True)
-    except ValueError:  # also text beyond ASCII
+    except ValueError:  # also raised for text beyond ASCII
         raise InvalidRequestError(f"'{param}' is not valid base64.", param=param) from None
 
 
-def look(data: bytes, param: str) -> Image.Image:
-    """Open a file and check what its header says; nothing is decoded yet.
+def check_header(data: bytes, param: str) -> Image.Image:
+    """Open a file and check its header, without decoding pixels.
 
     Raises:
-        InvalidRequestError: it is no PNG, JPEG or WebP, too large, or of too many parts.
-        DecodingCancelledError: nobody waits for it any more.
+        InvalidRequestError: the file is not PNG, JPEG or WebP, is too large, or has too many parts.
+        DecodingCancelledError: the client has disconnected.
     """
     return _open(data, param)[0]
 
 
 def _open(data: bytes, param: str) -> tuple[Image.Image, int]:
-    """The image, not decoded yet, and its orientation."""
+    """The image, not decoded yet, and its EXIF orientation."""
     raise_if_cancelled()
     try:
         pixels, orientation = pixels_and_orientation(data)
-        image = Image.open(_Source(pixels), formats=FORMATS)
+        image = Image.open(_CancellableFile(pixels), formats=INPUT_FORMATS)
     except DecodingCancelledError:
         raise
     except TooManyPartsError as error:
         raise InvalidRequestError(
-            f"'{param}' has more than {error}; save the image anew.", param=param
+            f"'{param}' has more than {error}; save the image again.", param=param
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(param, "larger than is safe to look at") from None
-    except Exception:  # Pillow's readers raise whatever a broken file makes them stumble over
+        raise _too_large(param, "too large to decode safely") from None
+    except Exception:  # Pillow raises many types for broken files
         raise _unreadable(param) from None
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise _too_large(param, f"{image.width}x{image.height}")
@@ -117,19 +114,19 @@ def _open(data: bytes, param: str) -> tuple[Image.Image, int]:
 
 
 def decode(data: bytes, param: str) -> Image.Image:
-    """The image in a file, upright by its EXIF orientation, as RGB, or RGBA if it has transparency.
+    """Decode a file into RGB, or RGBA if it has transparency, and turn it upright by its EXIF orientation.
 
-    Of an animation it is the first frame. Colour profiles are ignored.
+    The first frame of an animation is used. Colour profiles are ignored.
 
     Raises:
-        InvalidRequestError: the file is unreadable, truncated or too large.
-        DecodingCancelledError: nobody waits for it any more.
+        InvalidRequestError: the file is unreadable, incomplete or too large.
+        DecodingCancelledError: the client has disconnected.
     """
     image, orientation = _open(data, param)
     try:
         image.load()
         raise_if_cancelled()
-        if image.mode.startswith(("I", "F")):  # 16 bits of grey, which a plain conversion would clip
+        if image.mode.startswith(("I", "F")):  # 16-bit greyscale, which `convert("L")` alone would clip
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         mode = "RGBA" if image.has_transparency_data else "RGB"
         if image.mode != mode:
@@ -137,12 +134,12 @@ def decode(data: bytes, param: str) -> Image.Image:
         return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
     except DecodingCancelledError:
         raise
-    except Exception:  # as above
+    except Exception:  # Pillow raises many types for broken files
         raise _unreadable(param) from None
 
 
-def to_picture(image: Image.Image, width: int, height: int) -> InputImage:
-    """A decoded picture at the asked size; what is transparent becomes white."""
+def to_input_image(image: Image.Image, width: int, height: int) -> InputImage:
+    """A decoded image, cropped and resized to the requested size; transparent pixels become white."""
     raise_if_cancelled()
     if image.mode == "RGBA":
         opaque = Image.new("RGB", image.size, "white")
@@ -152,19 +149,19 @@ def to_picture(image: Image.Image, width: int, height: int) -> InputImage:
 
 
 def to_mask(image: Image.Image, width: int, height: int) -> InputImage:
-    """A decoded mask at the asked size: one byte a pixel, 255 where to draw, 0 where to keep.
+    """A decoded mask at the requested size: one byte per pixel, 255 = generate, 0 = keep.
 
-    What is transparent is drawn and what is opaque is kept; in a mask without transparency, what is white is
-    drawn and what is black is kept. What lies between is between.
+    In a mask with transparency, transparent pixels are generated and opaque ones kept. Otherwise white pixels
+    are generated and black ones kept. Values in between blend the two.
     """
     raise_if_cancelled()
-    draw = ImageChops.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
-    return InputImage(width, height, resize_input_image(draw, (width, height)).tobytes())
+    mask = ImageChops.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
+    return InputImage(width, height, resize_input_image(mask, (width, height)).tobytes())
 
 
 def _too_large(param: str, size: str) -> InvalidRequestError:
-    most = f"{MAX_PIXELS // 1_000_000} megapixels and sides of {MAX_SIDE}"
-    return InvalidRequestError(f"'{param}' is {size}; an image may have {most}.", param=param)
+    limit = f"{MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels per side"
+    return InvalidRequestError(f"'{param}' is {size}; the limit is {limit}.", param=param)
 
 
 def _unreadable(param: str) -> InvalidRequestError:

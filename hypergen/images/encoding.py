@@ -1,4 +1,4 @@
-"""Codec: pixels to the bytes of a PNG, JPEG or WebP file that says how it was made."""
+"""Encode pixels as a PNG, JPEG or WebP file, with the generation settings as metadata."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hypergen.images.geometry import resize_to_request_size
 from hypergen.images.png import write_png
 from hypergen.request import GenerationRequest, InputImage
 
-# The name of the picture's settings in PNG text; elsewhere they are the EXIF image description.
+# The keyword of the PNG text chunk; JPEG and WebP have the metadata as EXIF image description.
 METADATA_KEY = "hypergen"
-# Fields of requests that few models have; they stand there when they were given.
-_SELDOM = ("prompt_2", "negative_prompt_2", "enable_refiner")
-# EXIF stands in one JPEG segment of at most 64 KB; some of it goes to the tags around the text.
+# Request fields of few models; in the metadata only if they were given.
+_OPTIONAL_FIELDS = ("prompt_2", "negative_prompt_2", "enable_refiner")
+# EXIF must fit into one JPEG segment of at most 64 KB, with the tags around the text.
 _JPEG_METADATA_BYTES = 65_000
 
 
 @dataclass(frozen=True)
-class Format:
-    """How one output format is written.
+class ImageFormat:
+    """One output format.
 
     Args:
         save: writes an image with a compression of 0 to 100 and its metadata as JSON text, if any.
@@ -43,10 +43,10 @@ def _save_png(image: Image.Image, file: BytesIO, _compression: int, metadata: st
 
 
 def _save_jpeg(image: Image.Image, file: BytesIO, compression: int, metadata: str | None) -> None:
-    # 100 would switch quantisation nearly off; Pillow's manual advises 95 as the most that makes sense, but
-    # the contract wants lower numbers to be smaller all the way, so the number is passed on as it is.
+    # Pillow's manual advises a quality of at most 95. Passed on unchanged, because the API promises that a
+    # lower number gives a smaller file over the whole range.
     if metadata is not None and len(metadata) > _JPEG_METADATA_BYTES:
-        metadata = None  # a prompt that was cut off would tell of another picture
+        metadata = None  # a truncated prompt would describe a different image
     image.save(file, "JPEG", quality=max(compression, 1), exif=_exif(metadata))
 
 
@@ -62,41 +62,43 @@ def _exif(metadata: str | None) -> bytes:
     return exif.tobytes()
 
 
-FORMATS: dict[str, Format] = {
-    "png": Format("png", "image/png", _save_png),
-    "jpeg": Format("jpg", "image/jpeg", _save_jpeg),
-    "webp": Format("webp", "image/webp", _save_webp),
+OUTPUT_FORMATS: dict[str, ImageFormat] = {
+    "png": ImageFormat("png", "image/png", _save_png),
+    "jpeg": ImageFormat("jpg", "image/jpeg", _save_jpeg),
+    "webp": ImageFormat("webp", "image/webp", _save_webp),
 }
 
 
-def encode(pixels: np.ndarray, request: GenerationRequest, index: int, model_id: str) -> bytes:
+def encode_image(pixels: np.ndarray, request: GenerationRequest, index: int, model_id: str) -> bytes:
     """The file of image `index` of a request.
 
+    The pixels are cropped or resized to the requested size. With a mask, the input image is then composited
+    over its kept region; grey mask values blend both.
+
     Args:
-        pixels: uint8, shape (drawn height, drawn width, 3); cropped or resized to the size that was asked
-            for. What the request's mask keeps is then put over it, softly where the mask is soft.
+        pixels: uint8, shape (height, width, 3), at the generation size.
     """
     image = resize_to_request_size(Image.fromarray(pixels), (request.width, request.height))
     if request.image is not None and request.mask is not None:
         image = Image.composite(image, _to_image(request.image), _to_image(request.mask))
     file = BytesIO()
-    metadata = json.dumps(_determinants(request, index, model_id)) if request.metadata else None
-    FORMATS[request.output_format].save(image, file, request.output_compression, metadata)
+    metadata = json.dumps(_metadata(request, index, model_id)) if request.metadata else None
+    OUTPUT_FORMATS[request.output_format].save(image, file, request.output_compression, metadata)
     return file.getvalue()
 
 
-def _to_image(picture: InputImage) -> Image.Image:
-    size = (picture.width, picture.height)
-    return Image.frombytes("L" if len(picture.pixels) == size[0] * size[1] else "RGB", size, picture.pixels)
+def _to_image(image: InputImage) -> Image.Image:
+    size = (image.width, image.height)
+    return Image.frombytes("L" if len(image.pixels) == size[0] * size[1] else "RGB", size, image.pixels)
 
 
-def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict[str, Any]:
-    """What determines this image and nothing else: no n, time, request id or dialect. So image j of n has the
-    same bytes as the single image with its seed.
+def _metadata(request: GenerationRequest, index: int, model_id: str) -> dict[str, Any]:
+    """Every setting that determines this image, but no n, time, request id or dialect. So image j of n has
+    the same bytes as a single image with its seed.
     """
     loras = {name: weight for name, weight in request.loras if weight != 0}
-    unwanted = request.negative_prompt or request.negative_prompt_2
-    true_cfg_scale = request.true_cfg_scale if unwanted else None
+    has_negative_prompt = request.negative_prompt or request.negative_prompt_2
+    true_cfg_scale = request.true_cfg_scale if has_negative_prompt else None
     return {
         "model": model_id,
         "prompt": request.prompt,
@@ -109,23 +111,23 @@ def _determinants(request: GenerationRequest, index: int, model_id: str) -> dict
         "seed": request.seed + index,
         **({} if true_cfg_scale is None else {"true_cfg_scale": true_cfg_scale}),
         **({"loras": loras} if loras else {}),
-        **{name: value for name in _SELDOM if (value := getattr(request, name))},
-        **_conditions(request),
+        **{name: value for name in _OPTIONAL_FIELDS if (value := getattr(request, name))},
+        **_input_image_metadata(request),
     }
 
 
-def _conditions(request: GenerationRequest) -> dict[str, Any]:
-    """The pictures that an image was made from, by the SHA-256 of their pixels, and how."""
-    conditions: dict[str, Any] = {}
+def _input_image_metadata(request: GenerationRequest) -> dict[str, Any]:
+    """The input images, each as the SHA-256 of its pixels, with their settings."""
+    metadata: dict[str, Any] = {}
     if request.image is not None:
-        conditions |= {"image": _digest(request.image), "strength": request.strength}
+        metadata |= {"image": _digest(request.image), "strength": request.strength}
     if request.mask is not None:
-        conditions["mask"] = _digest(request.mask)
+        metadata["mask"] = _digest(request.mask)
     if request.control is not None:
         control = {field.name: getattr(request.control, field.name) for field in fields(request.control)}
-        conditions["control"] = {**control, "image": _digest(request.control.image)}
-    return conditions
+        metadata["control"] = {**control, "image": _digest(request.control.image)}
+    return metadata
 
 
-def _digest(picture: InputImage) -> str:
-    return hashlib.sha256(picture.pixels).hexdigest()
+def _digest(image: InputImage) -> str:
+    return hashlib.sha256(image.pixels).hexdigest()

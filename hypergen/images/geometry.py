@@ -1,4 +1,4 @@
-"""Geometry: input image -> the size that was requested -> the size at which a model generates, and back.
+"""Geometry: from an input image's size to the requested size to the generation size, and back.
 
 Sizes are (width, height) and boxes (left, top, right, bottom), in pixels, as in Pillow.
 """
@@ -13,14 +13,12 @@ from hypergen.request import InputImage
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 
-# Widths and heights of requests are multiples of it.
+# Requested widths and heights are multiples of it.
 SIZE_MULTIPLE = 8
 
 
 def request_size_of(size: Size, min_side: int, max_side: int) -> Size:
-    """An input image's own size, rounded down to one that can be requested; scaled where it is beyond the
-    limits.
-    """
+    """An input image's size, scaled into the limits and rounded down to `SIZE_MULTIPLE`."""
     largest = max_side // SIZE_MULTIPLE * SIZE_MULTIPLE
     scale = min(1.0, max_side / max(size))
     scale = max(scale, min_side / min(size))
@@ -31,9 +29,9 @@ def request_size_of(size: Size, min_side: int, max_side: int) -> Size:
 
 
 def resize_input_image(image: Image.Image, size: Size) -> Image.Image:
-    """The middle of an input image in the requested shape, so that nothing is distorted, at that size.
+    """Crop an input image around its centre to the requested aspect ratio, and resize it.
 
-    Where `request_size_of` may have rounded its size down, it is only cropped, so that its pixels stay.
+    If the size only differs by the rounding of `request_size_of`, it is cropped without resampling.
     """
     if all(0 <= own - side < SIZE_MULTIPLE for own, side in zip(image.size, size, strict=True)):
         return image.crop(_centred(size, image.size))
@@ -48,9 +46,10 @@ def resize_input_image(image: Image.Image, size: Size) -> Image.Image:
 
 
 def resize_to_generation_size(image: InputImage, size: Size) -> np.ndarray:
-    """The inverse of `resize_to_request_size`: what this puts in a place, that takes from the same place.
+    """The inverse of `resize_to_request_size`: it pads where that crops, at the same offsets.
 
-    Where the generation size is a little larger, the edges are repeated outwards; else it is resized.
+    If the generation size is less than twice as large, the edges are repeated outwards. Otherwise the image
+    is resized.
 
     Returns:
         uint8, shape (height, width, 3), or (height, width) of a mask.
@@ -67,8 +66,10 @@ def resize_to_generation_size(image: InputImage, size: Size) -> np.ndarray:
 
 
 def resize_to_request_size(image: Image.Image, size: Size) -> Image.Image:
-    """A generated image at the size that was requested: cropped where that is a little smaller, as a request
-    is rounded up to the model's multiple; else resized.
+    """A generated image at the requested size.
+
+    It is cropped if the requested size is a little smaller, because sizes are rounded up to the model's
+    multiple. Otherwise it is resized.
     """
     if image.size == size:
         return image
@@ -77,7 +78,7 @@ def resize_to_request_size(image: Image.Image, size: Size) -> Image.Image:
 
 
 def _request_box(request_size: Size, generation_size: Size) -> Box | None:
-    """Where a generated image holds what was requested; None: everywhere, at another scale."""
+    """The box of the requested image in a generated one; None if it must be resized instead."""
     sides = zip(request_size, generation_size, strict=True)
     if all(requested <= generated < 2 * requested for requested, generated in sides):
         return _centred(request_size, generation_size)

@@ -1,7 +1,7 @@
-"""PNG files, written in a third of the time that Pillow takes.
+"""A PNG encoder that takes a third of Pillow's time.
 
-Pillow tries five filters on every row; that alone is most of the time it takes. Here every row is stored as
-its difference to the one above, which suits pictures nearly as well, and zlib looks for runs only.
+Pillow tries five filters on every row, which takes most of its time. This encoder always uses the filter
+"Up", the difference to the row above, which compresses images nearly as well. zlib only searches for runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _UP = 2  # filter type: minus the pixel above, modulo 256
 
 
 def write_png(pixels: np.ndarray, texts: Mapping[str, str]) -> bytes:
-    """The file of an RGB picture.
+    """The file of an RGB image.
 
     Args:
         pixels: uint8, shape (height, width, 3).
@@ -41,6 +41,6 @@ def write_png(pixels: np.ndarray, texts: Mapping[str, str]) -> bytes:
     )
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    checksum = zlib.crc32(data, zlib.crc32(kind))
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+def _chunk(chunk_type: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(data, zlib.crc32(chunk_type))
+    return struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", checksum)

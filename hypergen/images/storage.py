@@ -1,4 +1,4 @@
-"""Storage: the files behind `url` results, kept for a while under names that nobody can guess."""
+"""Storage: the files of `url` results, kept for a limited time under random names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypergen.errors import StorageFullError
 
 try:
     import fcntl
-except ImportError:  # Windows: folders of killed servers stay there
+except ImportError:  # Windows: folders of killed servers are not removed
     fcntl = None
 
 _PREFIX = "hypergen-images-"
@@ -27,7 +27,7 @@ _PREFIX = "hypergen-images-"
 class StoredImage:
     path: Path
     media_type: str
-    size: int
+    size: int  # bytes
     expires_at: float  # monotonic seconds
 
 
@@ -35,8 +35,8 @@ class ImageStorage:
     """A private folder with an index in memory. All methods may be called from any thread.
 
     Args:
-        lifetime_s: how long a file can be fetched.
-        max_bytes: how much the folder holds; the oldest files go first.
+        lifetime_s: seconds for which a file can be fetched.
+        max_bytes: size of the folder; beyond it, the oldest files are removed.
     """
 
     def __init__(self, lifetime_s: float, max_bytes: int) -> None:
@@ -46,13 +46,13 @@ class ImageStorage:
         self._images: OrderedDict[str, StoredImage] = OrderedDict()
         self._lock = threading.Lock()
         self._folder: Path | None = None
-        self._descriptor: int | None = None  # of the folder, with a lock on it
+        self._descriptor: int | None = None  # holds the lock on the folder
 
     def put(self, data: bytes, extension: str, media_type: str) -> str:
-        """Keep a file; returns its name, with 192 random bits.
+        """Store a file; returns its name, with 192 random bits.
 
         Raises:
-            StorageFullError: the disk has no room or cannot be written.
+            StorageFullError: the disk is full or not writable.
         """
         name = f"{secrets.token_urlsafe(24)}.{extension}"
         path: Path | None = None
@@ -63,34 +63,34 @@ class ImageStorage:
             if path is not None:
                 _remove(path)
             raise StorageFullError(
-                "The picture cannot be stored for its url; ask for response_format 'b64_json'.",
+                "The image cannot be stored for a url result; use response_format 'b64_json'.",
                 param="response_format",
             ) from None
         with self._lock:
             self._images[name] = StoredImage(path, media_type, len(data), time.monotonic() + self._lifetime_s)
             self._bytes += len(data)
-            self._drop_old()
+            self._remove_expired()
         return name
 
     def get(self, name: str) -> StoredImage | None:
-        """A stored file by its name; the name is looked up, never joined to a path."""
+        """The stored file of this name. The name is only a key in the index, never part of a path."""
         with self._lock:
-            self._drop_old()
+            self._remove_expired()
             stored = self._images.get(name)
         return stored if stored is not None and stored.path.is_file() else None
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a stored file; None also when its time ends in this moment."""
+        """The bytes of a stored file; None if the name is unknown or the file has just expired."""
         stored = self.get(name)
         try:
             return None if stored is None else stored.path.read_bytes()
         except FileNotFoundError:
             return None
 
-    def drop_old(self) -> None:
-        """Remove files whose time is over; to be called every now and then."""
+    def remove_expired(self) -> None:
+        """Remove files older than `lifetime_s`; called periodically."""
         with self._lock:
-            self._drop_old()
+            self._remove_expired()
 
     def close(self) -> None:
         """Remove every file."""
@@ -103,9 +103,8 @@ class ImageStorage:
             self._bytes = 0
 
     def _make_folder(self) -> Path:
-        """The folder, made on first use, because building or importing the service must leave no trace; and
-        made again when whoever tidies up temporary files took it away. A lock on it says that its server
-        runs.
+        """The folder. It is created on first use, because building or importing the service must create no
+        files, and again after a cleanup of temporary files. The lock on it marks its server as running.
         """
         with self._lock:
             if self._folder is None:
@@ -113,7 +112,7 @@ class ImageStorage:
             while self._descriptor is None or not self._folder.is_dir():
                 self._unlock()
                 self._folder.mkdir(mode=0o700, exist_ok=True)
-                # Between these two lines another server that starts may take it for a killed one's.
+                # Another server that starts between these two lines may remove the folder: hence the loop.
                 self._descriptor = os.open(self._folder, os.O_RDONLY)
                 _lock(self._descriptor)
             return self._folder
@@ -123,12 +122,12 @@ class ImageStorage:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _drop_old(self) -> None:
+    def _remove_expired(self) -> None:
         now = time.monotonic()
         while self._images:
             name, oldest = next(iter(self._images.items()))
-            alone = len(self._images) == 1
-            if oldest.expires_at > now and (self._bytes <= self._max_bytes or alone):
+            is_last = len(self._images) == 1
+            if oldest.expires_at > now and (self._bytes <= self._max_bytes or is_last):
                 return
             del self._images[name]
             self._bytes -= oldest.size
@@ -136,17 +135,16 @@ class ImageStorage:
 
 
 def _remove(path: Path) -> None:
-    """What cannot be removed must not fail the request that happens to come by."""
-    with suppress(OSError):
+    with suppress(OSError):  # the current request must not fail because of another one's file
         path.unlink()
 
 
 def remove_folders_of_killed_servers() -> None:
-    """Remove what servers left behind that were killed and could not close their storage."""
+    """Remove the folders of servers that were killed before they could close their storage."""
     for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-        except OSError:  # another user's, or gone
+        except OSError:  # another user's, or removed meanwhile
             continue
         try:
             if _lock(descriptor):
@@ -156,7 +154,7 @@ def remove_folders_of_killed_servers() -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take a lock that lasts as long as the process, however it ends; False if another process has it."""
+    """Take a lock that the system releases when the process ends; False if another process has it."""
     if fcntl is None:
         return False
     try:

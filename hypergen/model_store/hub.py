@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: which files of which commit, and every failure told in one line."""
+"""Models of the Hugging Face hub: commits, files, downloads; failures become one-line ModelErrors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TIMEOUT_S = 10
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model at one commit; a branch that moves meanwhile changes nothing.
+    """A model at one commit, and its selected files.
 
     Args:
-        size_bytes: of the selected files, as the hub tells it; 0 when it does not.
+        size_bytes: size of the selected files; 0 if the hub does not report it.
     """
 
     repo: str
@@ -36,43 +36,47 @@ class HubModel:
     size_bytes: int
 
 
-def with_revision(source: str) -> tuple[str, str | None]:
-    """Hub id and revision of `owner/name@revision`; None where it ends without one."""
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Hub id and revision of `owner/name@revision`; None without a revision."""
     repo, at, revision = source.partition("@")
     return repo, revision if at and revision else None
 
 
-def look_up(repo: str, *, revision: str | None, half: bool, check: Callable[[Path], None]) -> HubModel:
-    """Pin the revision to a commit and choose the files; fetches only `model_index.json`, which `check` may
-    refuse.
+def resolve_hub_model(
+    repo: str, *, revision: str | None, prefer_fp16: bool, check: Callable[[Path], None]
+) -> HubModel:
+    """Resolve the revision to a commit and select the files; downloads only `model_index.json`.
+
+    Args:
+        check: raises a ModelError if the model of this `model_index.json` cannot be served.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    with _told_in_one_line(repo, revision):
+    with _one_line_errors(repo, revision):
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
         commit = str(info.sha)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
         if PIPELINE_FILE not in sizes:
             raise ModelError(
-                f"{repo} on the hub has no {PIPELINE_FILE}: HyperGen serves models in diffusers layout."
+                f"{repo} on the hub has no {PIPELINE_FILE}; HyperGen serves models in diffusers layout."
             )
         pipeline_file = hf_hub_download(repo, PIPELINE_FILE, revision=commit, etag_timeout=TIMEOUT_S)
     check(Path(pipeline_file))
     components = read_components(Path(pipeline_file), repo)
     for component, class_name in components.items():
-        inside = [name for name in sizes if name.startswith(f"{component}/")]
-        require_weights(repo, component, class_name, inside)
-    selection = select_files(sizes, components, half=half)
+        names = [name for name in sizes if name.startswith(f"{component}/")]
+        require_weights(repo, component, class_name, names)
+    selection = select_files(sizes, components, prefer_fp16=prefer_fp16)
     size_bytes = sum(sizes[name] for name in selection.files.values())
     return HubModel(repo, commit, selection, size_bytes)
 
 
 def download(model: HubModel) -> Path:
-    """Fetch the selected files into the hub's own cache, where parts of an earlier try are found again."""
+    """Download the selected files into the hub's cache; an interrupted download is resumed."""
     from huggingface_hub import snapshot_download
 
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in model.selection.files.values()]
-    with _told_in_one_line(model.repo, model.commit):
+    with _one_line_errors(model.repo, model.commit):
         folder = snapshot_download(
             model.repo, revision=model.commit, allow_patterns=patterns, etag_timeout=TIMEOUT_S
         )
@@ -80,8 +84,8 @@ def download(model: HubModel) -> Path:
 
 
 def cached_folders(repo: str) -> list[Path]:
-    """Where the hub's own cache has what was downloaded of a model: first the commit that `main` was last
-    known to be, then the latest. Nothing is asked or fetched.
+    """Snapshots of a model in the hub's cache, without network access: first the last known commit of `main`,
+    then the newest.
     """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.file_download import repo_folder_name
@@ -93,29 +97,30 @@ def cached_folders(repo: str) -> list[Path]:
 
 
 @contextmanager
-def _told_in_one_line(repo: str, revision: str | None) -> Iterator[None]:
+def _one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Raise every failure of the hub as a ModelError of one line."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.GatedRepoError:
         raise ModelError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN to a "
+            f"{repo} is gated; accept its licence at https://huggingface.co/{repo} and set HF_TOKEN to a "
             "token of that account."
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
-            f"{repo} is not on the hub, or is private: check the name, or set HF_TOKEN to a token that may "
-            "read it."
+            f"{repo} is not on the hub, or is private; check the name, or set HF_TOKEN to a token with "
+            "access to it."
         ) from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{repo} has no revision '{revision}' on the hub.") from None
     except errors.OfflineModeIsEnabled:
         raise ModelError(
-            f"{repo} is not in the model store, and HF_HUB_OFFLINE forbids asking the hub."
+            f"{repo} is not in the model store, and HF_HUB_OFFLINE forbids requests to the hub."
         ) from None
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]  hub's HTTP library's
-        raise ModelError(f"{repo} cannot be fetched: {_reason(error)}") from None
+        raise ModelError(f"{repo} cannot be downloaded: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -126,11 +131,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         return f"the hub answered {status}" + (
-            "; set HF_TOKEN to a token that may read it." if status in (401, 403) else "."
+            "; set HF_TOKEN to a token with access to it." if status in (401, 403) else "."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return f"{error.strerror} ({error.filename})"
     return (
         f"the hub is not reachable ({type(error).__name__}). "
-        "Without a network, serve a folder or a model of the store."
+        "Without a network, serve a folder or a model in the store."
     )

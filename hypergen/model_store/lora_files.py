@@ -1,7 +1,6 @@
-"""Registry: which LoRAs a server offers, by name, and which file each is. It reads headers, no tensors.
+"""The LoRA registry: the names and files of the LoRAs that a server offers. It reads headers, no tensors.
 
-The operator decides which LoRAs exist: files given one by one, files below given folders, and those in the
-folder `loras` of the model itself.
+The operator chooses them: single files, files in given folders, and files in the folder `loras` of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hypergen.model_store.diffusers_layout import LORAS, safetensors_header
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-# In every answer to a name or path that is not offered, so that none tells whether a file is there.
+# The same message for every unknown name or path, so that it does not reveal whether a file exists.
 NOT_OFFERED = "must name a LoRA this server offers."
 _NAME = re.compile(r"\w[\w .()+-]{0,99}(/\w[\w .()+-]{0,99}){0,7}")
 
@@ -31,9 +30,9 @@ class LoraRegistry:
     """Names and files.
 
     Attributes:
-        files: name -> file; names of files in folders are their paths there, without the ending.
-        folders: whose files requests may also give by path, real paths.
-        default: what requests get that name no LoRA.
+        files: name -> file; the name of a file in a folder is its relative path without the extension.
+        folders: real paths of folders whose files requests may also name by path.
+        default: the LoRA of requests that name none.
     """
 
     files: dict[str, Path] = field(default_factory=dict[str, Path])
@@ -41,10 +40,10 @@ class LoraRegistry:
     default: str | None = None
 
     def path_of(self, name: str) -> Path:
-        """The file of a name that `name_of` gave.
+        """The file of a name from `name_of`.
 
         Raises:
-            InvalidRequestError: there is none.
+            InvalidRequestError: there is no such file.
         """
         path = self.files.get(name)
         if path is None and _NAME.fullmatch(name):
@@ -56,45 +55,44 @@ class LoraRegistry:
 
 
 def open_registry(settings: EngineSettings, model_folder: Path | None) -> LoraRegistry:
-    """Look for everything that the settings and the model offer.
+    """Collect the LoRAs of the settings and of the model.
 
     Raises:
-        ConfigurationError: a file or folder is not there, or two LoRAs have one name.
+        ConfigurationError: a file or folder does not exist, or two LoRAs have the same name.
     """
     for given in (*settings.lora, *map(str, settings.lora_dir)):
-        if os.pathsep in given:  # which separates them in the environment
-            raise ConfigurationError(f"The path of a LoRA must not hold '{os.pathsep}': {given}.")
+        if os.pathsep in given:  # the separator of a list in the environment
+            raise ConfigurationError(f"The path of a LoRA must not contain '{os.pathsep}': {given}.")
     files: dict[str, Path] = {}
     default: str | None = None
     for given in settings.lora:
         name, path = split_name(given)
         if name is None:
             if default is not None:
-                raise ConfigurationError("Only one LoRA can be without a name: it is the server's default.")
+                raise ConfigurationError("Only one LoRA can have no name; it is the server's default.")
             default = name = path.stem
         if not _NAME.fullmatch(name):
-            raise ConfigurationError(f"'{name}' is no name for a LoRA; give --lora NAME={path}.")
+            raise ConfigurationError(f"'{name}' is not a valid LoRA name; use --lora NAME={path}.")
         if path.suffix != SUFFIX or not path.is_file():
-            raise ConfigurationError(f"--lora {given}: there is no such {SUFFIX} file.")
+            raise ConfigurationError(f"--lora {given}: no such {SUFFIX} file.")
         _add(files, name, path)
     folders: list[Path] = []
     for given_folder in settings.lora_dir:
         folder = given_folder.expanduser()
         if not folder.is_dir():
-            raise ConfigurationError(f"--lora-dir {folder}: there is no such folder.")
+            raise ConfigurationError(f"--lora-dir {folder}: no such folder.")
         folders.append(folder.resolve())
         for name, path in _scan(folders[-1]).items():
             if _inside(path, (folders[-1],)):
                 _add(files, name, path)
     if model_folder is not None and (model_folder / LORAS).is_dir():
-        # What the operator gave wins over what came with the model. Files of a model in the store may be
-        # links to where they lie.
+        # The operator's LoRAs override those of the model. In the store, the model's files may be links.
         files = {**_scan(model_folder / LORAS), **files}
     return LoraRegistry(files, tuple(folders), default)
 
 
 def split_name(given: str) -> tuple[str | None, Path]:
-    """`NAME=PATH`, or a path alone; a path with a slash before its first `=` has no name."""
+    """Split `NAME=PATH`; the name is None for a path alone, which may have `=` after a slash."""
     name, equals, path = given.partition("=")
     if equals and os.sep not in name and not name.startswith("."):
         return name, Path(path).expanduser()
@@ -102,19 +100,19 @@ def split_name(given: str) -> tuple[str | None, Path]:
 
 
 def with_absolute_path(given: str) -> str:
-    """The same for a process with another working folder."""
+    """The same setting with an absolute path, for a process with another working folder."""
     name, path = split_name(given)
     return str(path.absolute()) if name is None else f"{name}={path.absolute()}"
 
 
 def name_of(given: str, names: tuple[str, ...], folders: tuple[str, ...]) -> str | None:
-    """The name of a LoRA that a request gives by name or by a path inside one of the folders; None: neither.
+    """The name of a LoRA that a request gives by name or by a path in one of the folders; None if unknown.
 
-    Looks at the file system only where the text alone says that it lies inside a folder.
+    The file system is only accessed for paths that can be inside a folder.
     """
     if given in names:
         return given
-    # Whether something is elsewhere must not show, not even in how long the answer takes.
+    # A client must not learn whether other files exist, not even by response times.
     if "\0" in given or ".." in Path(given).parts or not given.endswith(SUFFIX) or len(given) > 4096:
         return None
     roots = tuple(Path(folder) for folder in folders)
@@ -131,7 +129,7 @@ def name_of(given: str, names: tuple[str, ...], folders: tuple[str, ...]) -> str
 
 
 def _inside(path: Path, roots: tuple[Path, ...]) -> Path | None:
-    """The real path of a regular safetensors file inside a folder, links resolved; else None."""
+    """The real path of a regular safetensors file inside one of the roots, links resolved; else None."""
     try:
         found = path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError):
@@ -145,7 +143,9 @@ def _scan(folder: Path) -> dict[str, Path]:
     for file in sorted(folder.rglob(f"*{SUFFIX}")):
         name = file.relative_to(folder).as_posix().removesuffix(SUFFIX)
         if not _NAME.fullmatch(name):
-            logger.warning("%s is left out: rename the file to letters, digits, spaces and ._()+-.", file)
+            logger.warning(
+                "Skipping %s: its name may only have letters, digits, spaces and the characters ._()+-", file
+            )
         elif file.is_file():
             found[name] = file
     return found
@@ -153,13 +153,13 @@ def _scan(folder: Path) -> dict[str, Path]:
 
 def _add(files: dict[str, Path], name: str, path: Path) -> None:
     if name in files and files[name].resolve() != path.resolve():
-        raise ConfigurationError(f"Two LoRAs are called {name}: {files[name]} and {path}.")
+        raise ConfigurationError(f"Two LoRAs have the name {name}: {files[name]} and {path}.")
     files[name] = path
 
 
 @dataclass(frozen=True)
 class LoraSummary:
-    """What the header of a LoRA file tells: `hypergen loras` shows it."""
+    """Properties of a LoRA file from its header, for `hypergen loras`."""
 
     model: str
     layout: str
@@ -181,14 +181,14 @@ def summarise(path: Path) -> LoraSummary:
         if any(part in key for part in (".lora_A.", ".lora_down.", ".lora.down.", "_lora.down."))
     }
     if not downs:
-        raise ModelError(f"{path.name} holds no LoRA.")
+        raise ModelError(f"{path.name} has no LoRA layers.")
     kohya = any(key.startswith(("lora_unet_", "lora_te")) for key in downs)
     ranks = tuple(sorted({shape[0] for shape in downs.values() if shape}))
     return LoraSummary(_model(downs), "kohya" if kohya else "diffusers", ranks, path.stat().st_size)
 
 
 def _model(downs: dict[str, list[int]]) -> str:
-    """The family that the layers belong to, by their names and the width of the text they attend to."""
+    """The model family, detected by layer names and the width of the prompt embeddings."""
     if any(
         "single_blocks" in key or "double_blocks" in key or "single_transformer_blocks" in key
         for key in downs

@@ -1,8 +1,8 @@
-"""Checkpoints in one file: where the configuration comes from that such a file lacks.
+"""Single-file checkpoints: find the configuration and the components that the file lacks.
 
-A file has weights and no word on how to use them. `diffusers` keeps that in folders: configurations,
-vocabularies, the scheduler, and the parts that a file may leave out, as most of FLUX leave out all but the
-transformer. The file and what it lacks become one entry of the model store.
+A checkpoint has only weights, and sometimes not all of them: most FLUX files have only the transformer. The
+configurations, vocabularies, scheduler and missing components come from a folder in diffusers layout. Both
+become one entry of the model store.
 """
 
 from __future__ import annotations
@@ -19,41 +19,49 @@ from hypergen.model_store.diffusers_layout import (
     OPTIONAL,
     PIPELINE_FILE,
     Selection,
-    missing_parts,
+    missing_components,
     pipeline_class_of,
     read_components,
     safetensors_header,
     select_in_folder,
 )
-from hypergen.model_store.hub import HUB_ID, cached_folders, download, look_up
+from hypergen.model_store.hub import HUB_ID, cached_folders, download, resolve_hub_model
 
 SUFFIX = ".safetensors"
-# From the name of a model to its folder, where it is on this machine already.
-Find = Callable[[str], Path | None]
+# Returns the folder of a model that is on this machine, else None.
+FindLocalFolder = Callable[[str], Path | None]
+ReportProgress = Callable[[str], None]
 
 
 def select(
-    given: str, configuration: str | None, half: bool, find: Find, say: Callable[[str], None]
+    given: str,
+    configuration: str | None,
+    prefer_fp16: bool,
+    find_local_folder: FindLocalFolder,
+    report_progress: ReportProgress,
 ) -> tuple[Path, Selection]:
-    """The files that make a model of a checkpoint: a folder with configuration, and what to take from there.
+    """The configuration folder of a checkpoint, and the files to store: selected ones and the checkpoint.
 
     Args:
-        given: the file.
-        configuration: folder, hub id or tag of the store that the operator named; absent: looked for.
-        half: see `select_files`.
+        given: the checkpoint file.
+        configuration: folder, hub id or store tag from --single-file-config; None: searched next to the file,
+            in the store and on the hub.
+        prefer_fp16: see `select_files`.
 
     Raises:
-        ModelError: the file is no whole checkpoint, or nothing that would make a model of it is at hand.
+        ModelError: the file is not a complete checkpoint, or its configuration is not found.
     """
     file = Path(os.path.expanduser(given)).absolute()
     if file.suffix != SUFFIX:
-        raise ModelError(f"{given} is no folder and no {SUFFIX} file: only these are loaded.")
+        raise ModelError(f"{given} must be a folder or a {SUFFIX} file.")
     checkpoint = read_checkpoint(safetensors_header(file, str(file.parent), file.name), given)
-    folder = _named(configuration, checkpoint, half, find, say) if configuration else None
-    folder = folder or _beside(file, checkpoint) or find(checkpoint.usual_source)
+    folder = None
+    if configuration:
+        folder = _given_folder(configuration, checkpoint, prefer_fp16, find_local_folder, report_progress)
+    folder = folder or _folder_next_to(file, checkpoint) or find_local_folder(checkpoint.usual_source)
     if folder is None:
         try:
-            folder = _from_hub(checkpoint.usual_source, checkpoint, half, say)
+            folder = _hub_folder(checkpoint.usual_source, checkpoint, prefer_fp16, report_progress)
         except ModelError as error:
             raise ModelError(
                 f"{given} needs the configuration of its model, usually {checkpoint.usual_source}; give a "
@@ -62,31 +70,35 @@ def select(
     pipeline_class = pipeline_class_of(folder, str(folder))
     if pipeline_class not in checkpoint.pipelines:
         raise ModelError(
-            f"{given} is of a {checkpoint.pipelines[0]}, and the configuration in {folder} of a "
-            f"{pipeline_class}."
+            f"{given} is a checkpoint of a {checkpoint.pipelines[0]}, but the configuration in {folder} is "
+            f"of a {pipeline_class}."
         )
-    lacking = missing_parts(folder, checkpoint.components)
-    if lacking:
+    missing = missing_components(folder, checkpoint.components)
+    if missing:
         raise ModelError(
-            f"{given} holds no {', '.join(lacking)}, and {folder} no weights for it; give a whole model with "
+            f"Neither {given} nor {folder} has weights for {', '.join(missing)}; give a complete model with "
             "--single-file-config."
         )
-    selection = _without_weights(select_in_folder(folder, half=half), checkpoint.components)
+    selection = _without_weights(select_in_folder(folder, prefer_fp16=prefer_fp16), checkpoint.components)
     return folder, replace(selection, files={**selection.files, CHECKPOINT: str(file)})
 
 
-def _named(
-    configuration: str, checkpoint: Checkpoint, half: bool, find: Find, say: Callable[[str], None]
+def _given_folder(
+    configuration: str,
+    checkpoint: Checkpoint,
+    prefer_fp16: bool,
+    find_local_folder: FindLocalFolder,
+    report_progress: ReportProgress,
 ) -> Path:
-    if (folder := find(configuration)) is not None:
+    if (folder := find_local_folder(configuration)) is not None:
         return folder
     if HUB_ID.fullmatch(configuration):
-        return _from_hub(configuration, checkpoint, half, say)
+        return _hub_folder(configuration, checkpoint, prefer_fp16, report_progress)
     raise ModelError(f"No such folder, hub id or store tag for --single-file-config: {configuration}")
 
 
-def _beside(file: Path, checkpoint: Checkpoint) -> Path | None:
-    """Its own folder, as in repositories that publish both, or one of the file's name."""
+def _folder_next_to(file: Path, checkpoint: Checkpoint) -> Path | None:
+    """The file's own folder, as in repositories that publish both, or a folder with the file's name."""
     for folder in (file.parent, file.with_suffix("")):
         if (folder / PIPELINE_FILE).is_file() and pipeline_class_of(folder, str(folder)) in (
             checkpoint.pipelines
@@ -95,22 +107,26 @@ def _beside(file: Path, checkpoint: Checkpoint) -> Path | None:
     return None
 
 
-def _from_hub(repo: str, checkpoint: Checkpoint, half: bool, say: Callable[[str], None]) -> Path:
-    """The folder in the hub's cache, which is asked first; only what the checkpoint lacks is downloaded."""
+def _hub_folder(
+    repo: str, checkpoint: Checkpoint, prefer_fp16: bool, report_progress: ReportProgress
+) -> Path:
+    """The model's folder in the hub's cache; files that are neither cached nor in the checkpoint are
+    downloaded.
+    """
     for folder in cached_folders(repo):
-        parts = read_components(folder / PIPELINE_FILE, repo).keys() - {OPTIONAL}
-        there = all((folder / part).is_dir() for part in parts)
-        if there and not missing_parts(folder, checkpoint.components):
+        components = read_components(folder / PIPELINE_FILE, repo).keys() - {OPTIONAL}
+        has_folders = all((folder / component).is_dir() for component in components)
+        if has_folders and not missing_components(folder, checkpoint.components):
             return folder
-    say(f"Asking the hub about {repo}")
-    model = look_up(repo, revision=None, half=half, check=lambda _: None)
+    report_progress(f"Looking up {repo} on the hub")
+    model = resolve_hub_model(repo, revision=None, prefer_fp16=prefer_fp16, check=lambda _: None)
     selection = _without_weights(model.selection, checkpoint.components)
-    say(f"Downloading what the checkpoint lacks of {repo}: {len(selection.files)} files")
+    report_progress(f"Downloading the files of {repo} that the checkpoint lacks: {len(selection.files)}")
     return download(replace(model, selection=selection))
 
 
 def _without_weights(selection: Selection, components: Collection[str]) -> Selection:
-    """A selection less the weights of parts that come from elsewhere."""
+    """A selection without the weights of these components."""
 
     def is_weights(name: str) -> bool:
         return name.endswith(".safetensors") or ".index." in name

@@ -1,8 +1,9 @@
-"""The model store: everything that is served lies in BentoML's store, imported from a folder or the hub.
+"""The model store: every served model is an entry of BentoML's store.
 
-Weights are hard links where the file system allows; else copies when the model is small; else symbolic links,
-which serve a large model where it lies (a Bento built from such an entry still gets the files: BentoML
-follows links).
+Models are imported from a folder, a checkpoint file or the hub.
+
+Weights are hard links if the file system allows. Otherwise small models are copied, and large ones become
+symbolic links to their folder. A Bento built from such an entry has the files, because BentoML follows links.
 """
 
 from __future__ import annotations
@@ -29,40 +30,46 @@ from hypergen.model_store.diffusers_layout import (
     select_in_folder,
 )
 from hypergen.model_store.diffusers_layout import check_folder as check_folder
-from hypergen.model_store.entries import StoredModel, build, lock, read, store_folder
-from hypergen.model_store.hub import HUB_ID, download, look_up
+from hypergen.model_store.entries import StoredModel, import_lock, open_entry, store_folder, write_entry
+from hypergen.model_store.hub import HUB_ID, download, resolve_hub_model
+from hypergen.model_store.single_file import ReportProgress
 
 EMBEDDED_NAME = "hypergen-tiny"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
 _REFINER = "StableDiffusionXLImg2ImgPipeline"
 
-Progress = Callable[[str], None]
 PipelineCheck = Callable[[Path], None]
 
 
-def ensure(
+def get_or_import(
     model: str | None,
     *,
     revision: str | None = None,
     dtype: str | None = None,
     single_file_config: str | None = None,
     pipelines: Collection[str] | None = None,
-    progress: Progress | None = None,
+    report_progress: ReportProgress | None = None,
 ) -> StoredModel:
-    """Get a model from the store, importing it first where it is not there.
+    """Get a model from the store; a model that is not in the store is imported first.
 
-    A hub model that is in the store is taken as it is, without asking the hub; `import_model` asks.
+    A stored hub model is used without a request to the hub. `import_model` checks the hub for a newer commit.
 
     Args:
-        revision: of a hub model: branch, tag or commit; other kinds of model have none.
+        model: folder, checkpoint file, hub id or store tag; None is the embedded model.
+        revision: branch, tag or commit of a hub model.
         dtype: "float16" and "bfloat16" prefer fp16 variants of weights.
-        single_file_config: what a checkpoint in one file takes its configuration from, see `single_file`.
-        pipelines: the pipeline classes that can be served; others are refused, before their weights are
-            downloaded.
+        single_file_config: source of a single-file checkpoint's configuration, see `single_file`.
+        pipelines: supported pipeline classes; others are refused before their weights are downloaded.
+        report_progress: called with one line per stage, for example "Downloading ...".
+
+    Raises:
+        ModelError: the model is unknown, damaged or not supported.
     """
     check = partial(require_pipeline, model or EMBEDDED_NAME, pipelines)
-    say = progress or (lambda _: None)
-    return _resolve(model, revision, dtype, single_file_config, check, say, ask_hub=False)
+    report_progress = report_progress or _ignore
+    return _resolve(
+        model, revision, dtype, single_file_config, check, report_progress, check_for_update=False
+    )
 
 
 def import_model(
@@ -71,49 +78,52 @@ def import_model(
     revision: str | None = None,
     dtype: str | None = None,
     single_file_config: str | None = None,
-    progress: Progress | None = None,
+    report_progress: ReportProgress | None = None,
 ) -> StoredModel:
-    """Bring the source's present state into the store; what is there already is not copied again."""
+    """Import the source's current state; an unchanged source is not imported again."""
     check = partial(require_pipeline, source or EMBEDDED_NAME, None)
-    say = progress or (lambda _: None)
-    return _resolve(source, revision, dtype, single_file_config, check, say, ask_hub=True)
+    report_progress = report_progress or _ignore
+    return _resolve(
+        source, revision, dtype, single_file_config, check, report_progress, check_for_update=True
+    )
 
 
-def ensure_refiner(
-    refiner: str | None, *, dtype: str | None = None, progress: Progress | None = None
+def get_or_import_refiner(
+    refiner: str | None, *, dtype: str | None = None, report_progress: ReportProgress | None = None
 ) -> StoredModel | None:
-    """Get the refiner of the settings from the store like a model, if there is to be one.
+    """`get_or_import` for the refiner in the settings; None without one.
 
     Raises:
-        ModelError: also when it is no refiner; of a hub model that is known before its weights are fetched.
+        ModelError: also if it is not a refiner; for a hub model, before its weights are downloaded.
     """
 
     def check(pipeline_file: Path) -> None:
         found = pipeline_class_of(pipeline_file.parent, str(refiner))
         if found != _REFINER:
-            raise ModelError(f"{refiner} is a {found}, and no refiner, which is a {_REFINER}.")
+            raise ModelError(f"{refiner} is not a refiner: it must be a {_REFINER}, and is a {found}.")
 
     if refiner is None:
         return None
-    return _resolve(refiner, None, dtype, None, check, progress or (lambda _: None), ask_hub=False)
+    report_progress = report_progress or _ignore
+    return _resolve(refiner, None, dtype, None, check, report_progress, check_for_update=False)
 
 
 def local_folder(model: str | None) -> Path | None:
-    """Where the files of a model lie on this machine; None: it would have to be downloaded first."""
+    """The folder of a model that is on this machine; None if it must be downloaded."""
     if model is None or model == EMBEDDED_NAME:
         return EMBEDDED_FOLDER
     if os.path.isdir(path := os.path.expanduser(model)):
         return Path(path)
     with suppress(ModelError):
-        return find(model).path
+        return find_by_tag(model).path
     return next((stored.path for stored in list_models() if stored.source == model), None)
 
 
-def find(tag: str) -> StoredModel:
-    """Look up "name:version", "name:latest" or "name"; the latest is the newest whole entry."""
+def find_by_tag(tag: str) -> StoredModel:
+    """Look up "name:version", "name:latest" or "name"; the latest is the newest undamaged entry."""
     name, _, version = tag.lower().partition(":")
     if version not in ("", "latest") and (store_folder() / name / version).is_dir():
-        return read(f"{name}:{version}")
+        return open_entry(f"{name}:{version}")
     versions = [stored for stored in list_models() if stored.tag.startswith(f"{name}:")]
     if version not in ("", "latest") or not versions:
         raise ModelError(_unknown(tag))
@@ -121,11 +131,11 @@ def find(tag: str) -> StoredModel:
 
 
 def list_models() -> list[StoredModel]:
-    """Every whole model of the store in diffusers layout, newest first."""
+    """Every undamaged model of the store in diffusers layout, newest first."""
     found: list[StoredModel] = []
     for folder in store_folder().glob("*/*/"):
         with suppress(ModelError):
-            found.append(read(f"{folder.parent.name}:{folder.name}"))
+            found.append(open_entry(f"{folder.parent.name}:{folder.name}"))
     return sorted(found, key=lambda stored: stored.created, reverse=True)
 
 
@@ -135,70 +145,77 @@ def _resolve(
     dtype: str | None,
     single_file_config: str | None,
     check: PipelineCheck,
-    say: Progress,
+    report_progress: ReportProgress,
     *,
-    ask_hub: bool,
+    check_for_update: bool,
 ) -> StoredModel:
-    half = dtype in ("float16", "bfloat16")
+    prefer_fp16 = dtype in ("float16", "bfloat16")
     path = os.path.expanduser(given or "")  # Path.expanduser raises for unknown users
     if given is None or given == EMBEDDED_NAME:
-        stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, half, say)
+        stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, prefer_fp16, report_progress)
     elif os.path.isdir(path):
-        stored = _import_folder(Path(path), given, half, say)
+        stored = _import_folder(Path(path), given, prefer_fp16, report_progress)
     elif os.path.isfile(path):
-        stored = _import_single_file(given, single_file_config, half, say)
+        stored = _import_single_file(given, single_file_config, prefer_fp16, report_progress)
     elif given.endswith(single_file.SUFFIX):
         raise ModelError(f"No such file: {given}")
     elif given.startswith(("/", ".", "~")):
         raise ModelError(f"No such folder: {given}")
     elif "/" not in given:
-        stored = find(given)
+        stored = find_by_tag(given)
     elif HUB_ID.fullmatch(given):
-        stored = None if ask_hub else _find_hub_model(given, revision, half)
-        stored = stored or _import_hub_model(given, revision, half, check, say)
+        stored = None if check_for_update else _find_hub_model(given, revision, prefer_fp16)
+        stored = stored or _import_hub_model(given, revision, prefer_fp16, check, report_progress)
     else:
         raise ModelError(_unknown(given))
     if single_file_config is not None and not (stored.path / CHECKPOINT).is_file():
-        raise ModelError(f"--single-file-config is for a model in one file, which {given} is not.")
+        raise ModelError(f"--single-file-config is only for single-file checkpoints; {given} is not one.")
     check_folder(stored.path)
     check(stored.path / PIPELINE_FILE)
     return stored
 
 
-def _import_folder(folder: Path, source: str, half: bool, say: Progress) -> StoredModel:
+def _import_folder(
+    folder: Path, source: str, prefer_fp16: bool, report_progress: ReportProgress
+) -> StoredModel:
     check_folder(folder)
     folder = folder.resolve()
-    selection = select_in_folder(folder, half=half)
-    embedded = source == EMBEDDED_NAME
-    version = digest(folder, selection, of_contents=embedded)
-    name = EMBEDDED_NAME if embedded else _store_name(folder.name)
-    stored = _import(f"{name}:{version}", source, folder, selection, {}, say)
+    selection = select_in_folder(folder, prefer_fp16=prefer_fp16)
+    is_embedded = source == EMBEDDED_NAME
+    version = digest(folder, selection, of_contents=is_embedded)
+    name = EMBEDDED_NAME if is_embedded else _store_name(folder.name)
+    stored = _import(f"{name}:{version}", source, folder, selection, {}, report_progress)
     return replace(stored, source=source)
 
 
-def _import_single_file(given: str, configuration: str | None, half: bool, say: Progress) -> StoredModel:
-    folder, selection = single_file.select(given, configuration, half, local_folder, say)
+def _import_single_file(
+    given: str, configuration: str | None, prefer_fp16: bool, report_progress: ReportProgress
+) -> StoredModel:
+    folder, selection = single_file.select(given, configuration, prefer_fp16, local_folder, report_progress)
     file = Path(selection.files[CHECKPOINT])
     tag = f"{_store_name(file.stem)}:{digest(folder, selection, of_contents=False)}"
-    stored = _import(tag, given, folder, selection, {"origin": str(file)}, say)
+    stored = _import(tag, given, folder, selection, {"origin": str(file)}, report_progress)
     return replace(stored, source=given)
 
 
 def _import_hub_model(
-    repo: str, revision: str | None, half: bool, check: PipelineCheck, say: Progress
+    repo: str, revision: str | None, prefer_fp16: bool, check: PipelineCheck, report_progress: ReportProgress
 ) -> StoredModel:
-    say(f"Asking the hub about {repo}")
-    model = look_up(repo, revision=revision, half=half, check=check)
+    report_progress(f"Looking up {repo} on the hub")
+    model = resolve_hub_model(repo, revision=revision, prefer_fp16=prefer_fp16, check=check)
     version = model.commit[:12] + ("-fp16" if model.selection.fp16 == "taken" else "")
     tag = f"{_store_name(repo)}:{version}"
     with suppress(ModelError):
-        return read(tag)
-    say(f"Downloading {repo}: {len(model.selection.files)} files, {model.size_bytes / 1e9:.1f} GB")
+        return open_entry(tag)
+    report_progress(
+        f"Downloading {repo}: {len(model.selection.files)} files, {model.size_bytes / 1e9:.1f} GB"
+    )
+    # The keys and values are stored in existing entries, so they must not change.
     metadata = {"revision": model.commit, "asked_revision": revision or "", "fp16": model.selection.fp16}
-    return _import(tag, repo, download(model), model.selection, metadata, say)
+    return _import(tag, repo, download(model), model.selection, metadata, report_progress)
 
 
-def _find_hub_model(repo: str, revision: str | None, half: bool) -> StoredModel | None:
+def _find_hub_model(repo: str, revision: str | None, prefer_fp16: bool) -> StoredModel | None:
     import bentoml
 
     for stored in list_models():
@@ -206,32 +223,41 @@ def _find_hub_model(repo: str, revision: str | None, half: bool) -> StoredModel 
         if stored.source != repo or "revision" not in metadata:
             continue
         revisions = [metadata["asked_revision"]] + ([metadata["revision"]] if revision else [])
-        suits = metadata["fp16"] == "none" or (metadata["fp16"] == "taken") == half
-        if (revision or "") in revisions and suits:
+        has_dtype = metadata["fp16"] == "none" or (metadata["fp16"] == "taken") == prefer_fp16
+        if (revision or "") in revisions and has_dtype:
             return stored
     return None
 
 
 def _import(
-    tag: str, source: str, folder: Path, selection: Selection, metadata: dict[str, Any], say: Progress
+    tag: str,
+    source: str,
+    folder: Path,
+    selection: Selection,
+    metadata: dict[str, Any],
+    report_progress: ReportProgress,
 ) -> StoredModel:
-    """Make the entry once, however many processes ask for it at the same time."""
+    """Write the entry unless it exists; only one of several processes does so."""
     with suppress(ModelError):
-        return read(tag)
+        return open_entry(tag)
     name = tag.partition(":")[0]
     try:
-        with lock(name, say):
+        with import_lock(name, report_progress):
             with suppress(ModelError):
-                return read(tag)
-            say(f"Importing {source} as {tag}")
-            build(tag, folder, selection, {"source": source, "origin": str(folder), **metadata})
+                return open_entry(tag)
+            report_progress(f"Importing {source} as {tag}")
+            write_entry(tag, folder, selection, {"source": source, "origin": str(folder), **metadata})
     except OSError as error:
         raise ModelError(f"{source} cannot be imported: {error}") from error
-    return read(tag)
+    return open_entry(tag)
+
+
+def _ignore(_: str) -> None:
+    """No progress reports."""
 
 
 def _store_name(given: str) -> str:
-    """What BentoML allows as a name: [a-z0-9._-], at most 63, and not the embedded model's own."""
+    """A name that BentoML allows: [a-z0-9._-], at most 63 letters. The embedded model's name is reserved."""
     name = re.sub(r"[^a-z0-9._-]+", "-", given.lower().replace("/", "--")).strip("._-") or "model"
     if len(name) > 63:
         name = f"{name[:54]}-{hashlib.sha256(given.encode()).hexdigest()[:8]}"
@@ -240,6 +266,6 @@ def _store_name(given: str) -> str:
 
 def _unknown(given: str) -> str:
     tags = [stored.tag for stored in list_models()]
-    has = f"it has {', '.join(tags[:5])}{' ...' if len(tags) > 5 else ''}" if tags else "it is empty"
-    would_work = f"a hub id (owner/name), a folder, or a tag of the model store (name:version; {has})"
-    return f"Unknown model '{given}': give {would_work}."
+    known_tags = f"it has {', '.join(tags[:5])}{' ...' if len(tags) > 5 else ''}" if tags else "it is empty"
+    accepted = f"a hub id (owner/name), a folder, or a tag of the model store (name:version; {known_tags})"
+    return f"Unknown model '{given}': it must be {accepted}."

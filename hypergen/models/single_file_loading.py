@@ -18,7 +18,7 @@ from hypergen.model_store.diffusers_layout import (
     CHECKPOINT,
     OPTIONAL_IN_CHECKPOINTS,
     PIPELINE_FILE,
-    parts_in_checkpoint,
+    components_in_checkpoint,
     read_components,
 )
 
@@ -39,7 +39,7 @@ def load_checkpoint(pipeline_class: Any, path: Path, dtype: torch.dtype, left_ou
         ModelError: file and configuration do not fit together.
     """
     index = json.loads((path / PIPELINE_FILE).read_text(encoding="utf-8"))
-    inside = parts_in_checkpoint(path)
+    inside = components_in_checkpoint(path)
     given: dict[str, Any] = dict(left_out)
     for name in read_components(path / PIPELINE_FILE, str(path)):
         if name not in given and any((path / name).glob("*.safetensors")):

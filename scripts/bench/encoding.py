@@ -42,10 +42,10 @@ def measure() -> list[Encoding]:
     measured: list[Encoding] = []
     for name, pixels in images.items():
         seconds: list[float] = []
-        file = encoding.encode(pixels, request, 0, "benchmark")  # warm-up: allocates memory
+        file = encoding.encode_image(pixels, request, 0, "benchmark")  # warm-up: allocates memory
         for _ in range(_REPEATS):
             started = time.thread_time()
-            encoding.encode(pixels, request, 0, "benchmark")
+            encoding.encode_image(pixels, request, 0, "benchmark")
             seconds.append(time.thread_time() - started)
         measured.append(Encoding(name, statistics.median(seconds) * 1000, len(file) / 1e6))
     return measured

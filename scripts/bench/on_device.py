@@ -269,7 +269,7 @@ def forwards_of(live: LiveEngine) -> list[dict[str, Any]]:
                     "rows": rows,
                     "seconds": probe.seconds.get(rows),
                     "exact": rows not in probe.differing,
-                    "serves": curve.allows(rows),
+                    "serves": curve.padded(rows) == rows,
                     "verdict": probe.verdict,
                 }
             )

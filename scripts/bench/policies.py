@@ -116,7 +116,7 @@ class StaticBatching:
             width=self.side,
         ).images
         return [
-            encoding.encode(np.asarray(image), request_for(job, self.side), 0, "benchmark")
+            encoding.encode_image(np.asarray(image), request_for(job, self.side), 0, "benchmark")
             for image, job in zip(images, jobs, strict=True)
         ]
 

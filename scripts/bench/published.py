@@ -27,7 +27,7 @@ from tests.support.random_models import (
     RandomModel,
     bytewise_tokenizer,
     clip_config,
-    drawn_on,
+    default_device,
     letterwise_tokenizer,
     sd_scheduler,
 )
@@ -52,7 +52,7 @@ class RandomXL:
         """A diffusers pipeline; the weights only depend on device and dtype."""
         tokenizer, tokenizer_2 = bytewise_tokenizer(), bytewise_tokenizer()
         tokenizer_2.pad_token = "!"
-        with drawn_on(device, dtype):
+        with default_device(device, dtype):
             text_encoder = CLIPTextModel(clip_config(tokenizer, self.text_encoder)).eval()
             second = CLIPTextModelWithProjection(clip_config(tokenizer_2, self.text_encoder_2)).eval()
             unet = UNet2DConditionModel(sample_size=self.latent_side, **self.unet).eval()
@@ -91,7 +91,7 @@ class RandomFlux:
     def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """A diffusers pipeline; the weights only depend on device and dtype."""
         tokenizer = bytewise_tokenizer()
-        with drawn_on(device, dtype):
+        with default_device(device, dtype):
             text_encoder = CLIPTextModel(clip_config(tokenizer, self.text_encoder)).eval()
             second = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **self.text_encoder_2)).eval()
             transformer = FluxTransformer2DModel(patch_size=1, guidance_embeds=True, **self.transformer)

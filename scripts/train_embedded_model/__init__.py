@@ -1,1 +1,1 @@
-"""Train the tiny text-to-image model that HyperGen carries with it, from nothing, on two CPU cores."""
+"""Train HyperGen's embedded text-to-image model from random weights, on two CPU cores."""

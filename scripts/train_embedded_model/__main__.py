@@ -1,4 +1,4 @@
-"""Run every stage of the training, each from its last checkpoint: python -m scripts.train_embedded_model."""
+"""Run every training stage, each from its last checkpoint: python -m scripts.train_embedded_model."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import click
 import torch
 
 from .assemble import assemble
-from .continuing import take_apart
+from .continuing import unpack_model
 from .lora import train_lora
 from .text_encoder import train_text_encoder
 from .unet import train_unet
@@ -18,11 +18,11 @@ from .vae import train_vae
 
 TEXT_STEPS = 600
 VAE_STEPS = 2400
-# In this order two processes end at about the same time.
+# In this order, two processes finish at about the same time.
 LORA_STEPS = {"Pixel_Art": 1800, "Crayons": 1400, "Paint_Splash": 900, "Logo": 600}
 
-# By default glibc gives large blocks back to the kernel and asks for them again at every step: half of the
-# time went to page faults. These keep them. Waiting threads sleep, since the cores are often shared.
+# By default glibc returns large blocks to the kernel and requests them again at every step: half of the time
+# went to page faults. These settings keep the blocks. Waiting threads sleep, because cores are often shared.
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -35,7 +35,7 @@ ALLOCATOR = {
 
 @click.command()
 @click.option(
-    "--folder", type=Path, default=Path("build/embedded"), show_default=True, help="checkpoints, pictures"
+    "--folder", type=Path, default=Path("build/embedded"), show_default=True, help="checkpoints and images"
 )
 @click.option(
     "--output", type=Path, default=Path("hypergen/embedded"), show_default=True, help="the finished model"
@@ -43,17 +43,17 @@ ALLOCATOR = {
 @click.option(
     "--continue-from",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="a finished model, into a new folder: repeats the last round of its UNet, and its LoRAs",
+    help="a finished model; repeats the last round of its UNet and its LoRAs in a new folder",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-# More would leave threads without a share: a step has twelve crops, or eight of the largest latents.
+# With more threads some would have no share: a step has twelve crops, or eight of the largest latents.
 @click.option("--threads", type=click.IntRange(1, 4), default=2, show_default=True)
 def main(folder: Path, output: Path, continue_from: Path | None, device: str, threads: int) -> None:
-    """Train text encoder, autoencoder, UNet and LoRAs, then assemble them; 97 minutes on two quiet cores."""
+    """Train text encoder, VAE, UNet and LoRAs, then assemble them; 97 minutes on two idle cores."""
     torch.set_num_threads(threads)
     if continue_from:
-        take_apart(continue_from, folder)
-    # A finished part is never made again: the later ones depend on its exact numbers.
+        unpack_model(continue_from, folder)
+    # A finished part is never trained again, because the later parts depend on its exact weights.
     if not (folder / "text" / "text_encoder").exists():
         train_text_encoder(folder / "text", TEXT_STEPS, device)
     if not (folder / "vae" / "vae").exists():
@@ -64,7 +64,7 @@ def main(folder: Path, output: Path, continue_from: Path | None, device: str, th
 
 
 def train_loras(folder: Path, device: str, processes: int) -> None:
-    """Train several at once: they take less than two cores each, and have nothing in common."""
+    """Train the LoRAs in parallel: each uses less than two cores, and they are independent."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
         runs = [pool.submit(train_lora, name, folder, steps, device) for name, steps in LORA_STEPS.items()]

@@ -1,4 +1,4 @@
-"""Write the trained parts as the folder that is shipped: python -m scripts.train_embedded_model.assemble."""
+"""Assemble the trained parts into the shipped folder: python -m scripts.train_embedded_model.assemble."""
 
 import json
 import shutil
@@ -10,9 +10,9 @@ import torch
 from .pipeline import load_text_encoder, load_vae, make_pipeline
 from .unet import load_unet
 
-LARGEST_FOLDER = 13_000_000  # bytes; what the package may carry, LoRAs not counted
+LARGEST_FOLDER = 13_000_000  # bytes; limit for the package, without LoRAs
 LARGEST_LORA = 1_000_000  # bytes
-# What saving adds to configurations about the machine it ran on.
+# Keys about the machine that saving adds to configurations.
 PRIVATE_KEYS = ("_name_or_path", "is_local", "local_files_only")
 
 
@@ -23,7 +23,7 @@ def assemble(folder: Path, output: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(output)
     for name in ("vocab.json", "merges.txt"):  # transformers 5 saves tokenizer.json alone
         shutil.copy(folder / "text" / "tokenizer" / name, output / "tokenizer")
-    # Without a dtype asked for, diffusers loads its parts in float32, but transformers 5 follows this key.
+    # By default diffusers loads its components in float32, but transformers 5 follows this key.
     edit_json(output / "text_encoder" / "config.json", {"dtype": "float32"})
     for config in (output / "model_index.json", *output.glob("*/*config.json")):
         edit_json(config, {})
@@ -31,17 +31,17 @@ def assemble(folder: Path, output: Path) -> None:
     loras.mkdir(exist_ok=True)
     for weights in (folder / "loras").glob("*.safetensors"):
         shutil.copyfile(weights, loras / weights.name)
-        assert weights.stat().st_size < LARGEST_LORA, f"{weights.name} is larger than the package may carry."
+        assert weights.stat().st_size < LARGEST_LORA, f"{weights.name} is too large for the package."
     for weights in output.rglob("*.safetensors"):
         weights.chmod(0o644)  # safetensors writes files that only their owner can read
     files = [file for file in output.rglob("*") if file.is_file() and file.parent != loras]
     size = sum(file.stat().st_size for file in files)
     print(f"{output}: {size:,} bytes without LoRAs")
-    assert size <= LARGEST_FOLDER, "The model is larger than the package may carry."
+    assert size <= LARGEST_FOLDER, "The model is too large for the package."
 
 
 def edit_json(path: Path, changes: dict[str, str]) -> None:
-    """Change keys of a configuration, and drop those that tell of this machine."""
+    """Change keys of a configuration, and remove those about this machine."""
     content = json.loads(path.read_text()) | changes
     content = {key: value for key, value in content.items() if key not in PRIVATE_KEYS}
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -53,7 +53,7 @@ def edit_json(path: Path, changes: dict[str, str]) -> None:
 )
 @click.option("--output", type=Path, default=Path("hypergen/embedded"), show_default=True)
 def main(folder: Path, output: Path) -> None:
-    """Assemble a model, of a finished UNet or of its last checkpoint."""
+    """Assemble a model from the UNet's last checkpoint, finished or not."""
     assemble(folder, output)
 
 

@@ -1,4 +1,4 @@
-"""Say what a scene shows, and note what was said: the text encoder learns from the notes."""
+"""Captions of scenes, with labels of what they mention: the text encoder is trained on the labels."""
 
 import random
 import string
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .scenes import COLOURS, COUNTS, POSITIONS, RELATIONS, SHAPES, SIZES, STYLES, Kind, Scene
 
-# The first way to say a thing is the plain one; a way that is listed twice is said twice as often.
+# The first synonym is used in plain captions; one that is listed twice is used twice as often.
 SYNONYMS = {
     "small": ("small", "tiny", "little"),
     "large": ("large", "big", "huge"),
@@ -30,7 +30,7 @@ BACKGROUNDS = (
     " with {0} background",
     ", {1} background",
 )
-PLACES = {
+POSITION_PHRASES = {
     "center": (" in the center", " in the middle"),
     "left": (" on the left", " on the left side"),
     "right": (" on the right", " on the right side"),
@@ -60,7 +60,7 @@ QUALITIES = (
     "sharp",
 )
 
-# What can be said of each field of a scene; the empty word stands for "not said".
+# The possible values of each field of a scene; "" means that the caption does not mention the field.
 FIELDS: dict[str, tuple[str, ...]] = {
     "count": COUNTS,
     "relation": ("", *RELATIONS),
@@ -81,73 +81,73 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Caption:
-    """A text, and the word that it says for each field of FIELDS (fields not said are missing)."""
+    """A text, and the value that it mentions for fields of FIELDS; fields may be missing."""
 
     text: str
-    said: dict[str, str]
+    values: dict[str, str]
 
     @property
     def labels(self) -> list[int]:
-        """The index of each field's word."""
-        return [words.index(self.said.get(field, "")) for field, words in FIELDS.items()]
+        """The index of each field's value in FIELDS."""
+        return [options.index(self.values.get(field, "")) for field, options in FIELDS.items()]
 
 
 def plain_caption(scene: Scene) -> str:
-    """Say everything, in the plainest words: "a red circle on a blue background"."""
+    """Describe everything in the simplest words: "a red circle on a blue background"."""
     parts = [
         noun_phrase(kind, scene.count if which == 1 else 1, {}) for which, kind in enumerate(scene.kinds, 1)
     ]
-    link = {word: ways[0] for word, ways in SYNONYMS.items()}.get(scene.relation, "")
+    link = {word: synonyms[0] for word, synonyms in SYNONYMS.items()}.get(scene.relation, "")
     return (
         f" {link} ".join(parts)
-        + place_phrase(scene.position, 0)
+        + position_phrase(scene.position, 0)
         + f" on {article(scene.background)} background"
     )
 
 
 def random_caption(scene: Scene, rng: random.Random) -> Caption:
-    """Say a scene in one of many ways, now and then leaving out what the picture does not need."""
-    ways = {word: rng.choice(synonyms) for word, synonyms in SYNONYMS.items()}
-    leave_out = 0.3 if rng.random() < 0.12 else 0.0
-    said = {"relation": scene.relation}
+    """Describe a scene with random wording; sometimes shapes, colours or the background are omitted."""
+    wording = {word: rng.choice(synonyms) for word, synonyms in SYNONYMS.items()}
+    omission_rate = 0.3 if rng.random() < 0.12 else 0.0
+    values = {"relation": scene.relation}
     parts = []
     for which, kind in enumerate(scene.kinds, 1):
         count = scene.count if which == 1 else 1
-        colour = "" if rng.random() < leave_out else kind.colour
-        shape = "" if rng.random() < leave_out else kind.shape
+        colour = "" if rng.random() < omission_rate else kind.colour
+        shape = "" if rng.random() < omission_rate else kind.shape
         style = "" if kind.style == "solid" and rng.random() < 0.95 else kind.style
-        words = {"shape": shape, "colour": colour, "style": style, "size": kind.size}
-        said |= {f"{field}{which}": word for field, word in words.items()}
-        parts.append(noun_phrase(Kind(shape, colour, style, kind.size), count, ways))
-    said["count"] = COUNTS[scene.count]
-    text = f" {ways.get(scene.relation, '')} ".join(parts)
-    said["position"] = scene.position
-    text += place_phrase(scene.position, rng.randrange(2))
+        mentioned = {"shape": shape, "colour": colour, "style": style, "size": kind.size}
+        values |= {f"{field}{which}": value for field, value in mentioned.items()}
+        parts.append(noun_phrase(Kind(shape, colour, style, kind.size), count, wording))
+    values["count"] = COUNTS[scene.count]
+    text = f" {wording.get(scene.relation, '')} ".join(parts)
+    values["position"] = scene.position
+    text += position_phrase(scene.position, rng.randrange(2))
     if rng.random() > 0.08:
-        said["background"] = scene.background
-        colour = ways.get(scene.background, scene.background)
+        values["background"] = scene.background
+        colour = wording.get(scene.background, scene.background)
         plain = rng.choice(("plain ", "solid ")) if rng.random() < 0.1 else ""
         text += rng.choice(BACKGROUNDS).format(article(plain + colour), plain + colour)
-    return Caption(decorate(text, rng), said)
+    return Caption(decorate(text, rng), values)
 
 
-def noun_phrase(kind: Kind, count: int, ways: dict[str, str]) -> str:
-    """Name one or several objects, "a large striped red circle", "three shapes"; no empty word is said."""
-    style = "" if kind.style == "solid" and not ways else kind.style
-    words = [ways.get(word, word) for word in (kind.size, style, kind.colour) if word]
+def noun_phrase(kind: Kind, count: int, wording: dict[str, str]) -> str:
+    """Describe objects of one kind: "a large striped red circle", "three shapes"."""
+    style = "" if kind.style == "solid" and not wording else kind.style
+    words = [wording.get(word, word) for word in (kind.size, style, kind.colour) if word]
     words.append(kind.shape or "shape")
     if count > 1:
         words[-1] += "es" if words[-1].endswith("s") else "s"
-        return " ".join([ways.get(COUNTS[count], COUNTS[count]), *words])
+        return " ".join([wording.get(COUNTS[count], COUNTS[count]), *words])
     return article(" ".join(words))
 
 
-def place_phrase(position: str, way: int) -> str:
-    """Say where the only object is, if the scene names a place."""
+def position_phrase(position: str, choice: int) -> str:
+    """The phrase for a position, such as " in the center"; empty for an open position."""
     if not position:
         return ""
-    ways = PLACES.get(position, (f" in the {position}", f" in the {position} corner"))
-    return ways[way % len(ways)]
+    phrases = POSITION_PHRASES.get(position, (f" in the {position}", f" in the {position} corner"))
+    return phrases[choice % len(phrases)]
 
 
 def article(phrase: str) -> str:
@@ -155,7 +155,7 @@ def article(phrase: str) -> str:
 
 
 def decorate(text: str, rng: random.Random) -> str:
-    """Add what people write around a subject and what changes nothing in the picture."""
+    """Add text that users write around a subject and that does not change the image."""
     if rng.random() < 0.1:
         text = text.removeprefix("an ").removeprefix("a ")
     if rng.random() < 0.2:
@@ -168,7 +168,7 @@ def decorate(text: str, rng: random.Random) -> str:
 
 
 def with_unknown_word(text: str, rng: random.Random) -> str:
-    """Put a word of random letters into one caption in eight, so that unknown words come to mean nothing."""
+    """Insert a word of random letters into one caption in eight, so that unknown words are ignored."""
     if rng.random() > 0.12:
         return text
     words = text.split(" ")

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/embedded-model.md: python -m scripts.train_embedded_model.gallery."""
+"""Generate the images of docs/embedded-model.md: python -m scripts.train_embedded_model.gallery."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .looks import LOOKS
 from .lora_score import load_loras
-from .pipeline import draw
+from .pipeline import generate
 from .progress import image_grid
 
 COLUMNS = 8
@@ -82,40 +82,40 @@ MIX = ("Pixel_Art", "Logo")
 @click.option("--model", type=Path, default=Path("hypergen/embedded"), show_default=True)
 @click.option("--output", type=Path, default=Path("docs/embedded-model"), show_default=True)
 def main(model: Path, output: Path) -> None:
-    """Draw the grids and strips, each picture from its place in the grid as the seed."""
+    """Generate the image grids; the seed of an image is its index in the grid."""
     output.mkdir(parents=True, exist_ok=True)
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
 
     def save(images: list[Tensor] | Tensor, columns: int, name: str) -> None:
-        pictures = images if isinstance(images, Tensor) else torch.cat(images)
-        image_grid(pictures, columns).save(output / f"{name}.webp", quality=85, method=6)
+        batch = images if isinstance(images, Tensor) else torch.cat(images)
+        image_grid(batch, columns).save(output / f"{name}.webp", quality=85, method=6)
 
     for side in (256, 128):
-        save(draw(pipeline, list(PROMPTS), side, side), COLUMNS, f"prompts-{side}")
-    # Columns are the settings; each row is one prompt from one seed.
+        save(generate(pipeline, list(PROMPTS), side, side), COLUMNS, f"prompts-{side}")
+    # Columns are the settings; each row has one prompt and one seed.
     for guidance_scale in (2.0, 4.0):
         columns = [
-            draw(pipeline, list(FEW), 128, 128, num_inference_steps=steps, guidance_scale=guidance_scale)
+            generate(pipeline, list(FEW), 128, 128, num_inference_steps=steps, guidance_scale=guidance_scale)
             for steps in STEPS
         ]
-        save(lora_context(columns), len(columns), f"steps-guidance-{guidance_scale:g}")
-    columns = [draw(pipeline, list(FEW), 128, 128, guidance_scale=scale) for scale in GUIDANCE_SCALES]
-    save(lora_context(columns), len(columns), "guidance")
-    save([draw(pipeline, [prompt] * SEEDS, 128, 128) for prompt in FEW], SEEDS, "seeds")
+        save(side_by_side(columns), len(columns), f"steps-guidance-{guidance_scale:g}")
+    columns = [generate(pipeline, list(FEW), 128, 128, guidance_scale=scale) for scale in GUIDANCE_SCALES]
+    save(side_by_side(columns), len(columns), "guidance")
+    save([generate(pipeline, [prompt] * SEEDS, 128, 128) for prompt in FEW], SEEDS, "seeds")
     load_loras(pipeline, model / "loras")
     prompts = list(LORA_PROMPTS)
     for name in LOOKS:
         rows = []
         for scale in SCALES:
             pipeline.set_adapters([name], [scale])
-            rows.append(draw(pipeline, prompts, 256, 256))
+            rows.append(generate(pipeline, prompts, 256, 256))
         save(rows, len(prompts), name)
     pipeline.set_adapters(list(MIX), [1.0, 1.0])
-    save(draw(pipeline, prompts, 256, 256), len(prompts), "mix")
+    save(generate(pipeline, prompts, 256, 256), len(prompts), "mix")
 
 
-def lora_context(columns: list[Tensor]) -> Tensor:
-    """Columns of pictures as one batch, row after row."""
+def side_by_side(columns: list[Tensor]) -> Tensor:
+    """Columns of images as one batch in row-major order."""
     return torch.stack(columns, dim=1).flatten(0, 1)
 
 

@@ -1,7 +1,7 @@
-"""Train the LoRAs: the same scenes in another look, told to the frozen UNet by small matrices beside its own.
+"""Train the LoRAs on the scenes in another look, with a frozen UNet.
 
-The UNet's first level, where single latents are decided, has convolutions and no other layers to adapt. With
-linear layers alone 0.18 of Pixel_Art's edges at most lay on its grid after 200 steps, with convolutions 0.33.
+The UNet's first level, which determines single latents, has only convolutions. After 200 steps, at most 0.18
+of Pixel_Art's edges were on its grid with LoRAs for linear layers alone, 0.33 with convolutions.
 """
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
@@ -38,12 +38,12 @@ SHAPES = {
 }
 
 
-class LoraManager(nn.Module):
-    """The LoRA of a UNet as a part of a run: only its own matrices are kept in checkpoints."""
+class LoraWeights(nn.Module):
+    """The LoRA of a UNet as a part of a run, so that checkpoints have only its weights."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
-        self.inner = [unet]  # in a list, so that the frozen weights are no part of this module
+        self.inner = [unet]  # in a list, so that the frozen weights are not a submodule
 
     def state_dict(self) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return get_peft_model_state_dict(self.inner[0])
@@ -53,18 +53,18 @@ class LoraManager(nn.Module):
 
 
 def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
-    """Train one look's LoRA for the parts in `folder` and save it as `folder`/loras/`name`.safetensors."""
+    """Train the LoRA of one look for the parts in `folder`; saves `folder`/loras/`name`.safetensors."""
     torch.manual_seed(SEED)
     tokenizer, text_encoder = load_text_encoder(folder / "text")
     vae, unet = load_vae(folder / "vae").to(device), load_unet(folder / "unet").to(device)
-    run, params, optimizer = begin_lora_run(name, folder, unet, steps)
+    run, params, optimizer = start_lora_run(name, folder, unet, steps)
     rng = random.Random(SEED + run.step)
     generator = torch.Generator().manual_seed(SEED + run.step)
 
-    def draw(scenes: list[Scene], height: int, width: int) -> Tensor:
-        return LOOKS[name].draw(scenes, height, width, generator)
+    def render_scenes(scenes: list[Scene], height: int, width: int) -> Tensor:
+        return LOOKS[name].render(scenes, height, width, generator)
 
-    replay = Replay(vae, tokenizer, text_encoder.to(device), rng.getrandbits(32), device, draw)
+    replay = Replay(vae, tokenizer, text_encoder.to(device), rng.getrandbits(32), device, render_scenes)
     share = Share(unet, replay)
     for step in run:
         for group in optimizer.param_groups:
@@ -82,10 +82,10 @@ def train_lora(name: str, folder: Path, steps: int, device: str) -> None:
     )
 
 
-def begin_lora_run(
+def start_lora_run(
     name: str, folder: Path, unet: UNet2DConditionModel, steps: int
 ) -> tuple[Run, list[nn.Parameter], torch.optim.Optimizer]:
-    """Give the UNet a LoRA to train; its run is that of its checkpoint if there is one."""
+    """Add a trainable LoRA to the UNet; the run continues from its checkpoint if there is one."""
     unet.add_adapter(
         LoraConfig(
             r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LINEAR_LAYERS + CONVOLUTIONS
@@ -93,5 +93,5 @@ def begin_lora_run(
     )
     params = [param for param in unet.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, LEARNING_RATE, weight_decay=0)
-    run = Run(folder / "loras" / name, steps, {"lora": LoraManager(unet), "adamw": optimizer})
+    run = Run(folder / "loras" / name, steps, {"lora": LoraWeights(unet), "adamw": optimizer})
     return run, params, optimizer

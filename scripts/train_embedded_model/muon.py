@@ -1,6 +1,6 @@
-"""Muon: momentum whose matrices are made orthogonal before each update.
+"""The Muon optimizer: momentum with orthogonalized updates.
 
-In about the same number of steps it brought the autoencoder and the UNet further than AdamW did.
+With about the same number of steps, the VAE and the UNet became better than with AdamW.
 Source, also of the coefficients of the Newton-Schulz iteration: Keller Jordan,
 https://kellerjordan.github.io/posts/muon.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-AT_ONCE = 8  # matrices: many small ones cost little then, and there are enough parts for the threads
+MATRICES_PER_BATCH = 8  # small matrices are cheaper in batches, and there are enough batches for the threads
 
 
 class Muon(Optimizer):
-    """Updates parameters of two or more dimensions, seen as matrices of output x everything else.
+    """Updates parameters of two or more dimensions, reshaped to matrices of output x all other dimensions.
 
-    With `workers`, its threads divide the matrices among them.
+    With `workers`, batches of matrices are updated in parallel by its threads.
     """
 
     def __init__(
@@ -37,25 +37,25 @@ class Muon(Optimizer):
         self.workers = workers
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  no closure here
-        in_turn = self.workers.map if self.workers else map
+        map_batches = self.workers.map if self.workers else map
         for group in self.param_groups:
-            list(in_turn(partial(self.update, group), batches(group["params"])))
+            list(map_batches(partial(self.update, group), batches(group["params"])))
 
-    @torch.no_grad()  # here, not around the step: it holds for one thread only
+    @torch.no_grad()  # not on `step`: it only applies to the current thread
     def update(self, group: dict[str, Any], params: list[Parameter]) -> None:
-        """Update matrices of one shape, which go through the iteration as one batch."""
+        """Update matrices of one shape as one batch."""
         shape = matrix_shape(params[0])
-        # This gives the update the size of AdamW's (Liu et al. 2025, arXiv:2502.16982).
+        # Updates as large as AdamW's (Liu et al. 2025, arXiv:2502.16982).
         scale = group["lr"] * 0.2 * max(shape) ** 0.5
         updates = orthogonalise(
-            torch.stack([self.look_ahead(p, group["momentum"]).reshape(shape) for p in params])
+            torch.stack([self.nesterov(p, group["momentum"]).reshape(shape) for p in params])
         )
         for param, update in zip(params, updates, strict=True):
             param.mul_(1 - group["lr"] * group["weight_decay"])
             param.add_(update.view_as(param), alpha=-scale)
 
-    def look_ahead(self, param: Parameter, momentum: float) -> Tensor:
-        """Fold the gradient into the running mean and return the Nesterov direction."""
+    def nesterov(self, param: Parameter, momentum: float) -> Tensor:
+        """Add the gradient to the running mean and return the Nesterov direction."""
         assert param.grad is not None
         state = self.state[param]
         if "mean" not in state:
@@ -65,13 +65,13 @@ class Muon(Optimizer):
 
 
 def batches(params: Iterable[Parameter]) -> Iterator[list[Parameter]]:
-    """Matrices of one shape together, a few at once."""
+    """Batches of matrices with the same shape."""
     same_shape: dict[tuple[int, int], list[Parameter]] = defaultdict(list)
     for param in params:
         same_shape[matrix_shape(param)].append(param)
-    for alike in same_shape.values():
-        for start in range(0, len(alike), AT_ONCE):
-            yield alike[start : start + AT_ONCE]
+    for matrices in same_shape.values():
+        for start in range(0, len(matrices), MATRICES_PER_BATCH):
+            yield matrices[start : start + MATRICES_PER_BATCH]
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def muon_and_adamw(
     except_for: tuple[str, ...],
     workers: Executor | None = None,
 ) -> list[Optimizer]:
-    """Give the matrices to Muon; the rest, and layers with a name of `except_for`, to AdamW."""
+    """Muon for the matrices; AdamW for other parameters, and for layers whose name contains `except_for`."""
     matrices, others = [], []
     for name, param in model.named_parameters():
         is_hidden_matrix = param.ndim >= 2 and not any(part in name for part in except_for)
@@ -108,7 +108,7 @@ def muon_and_adamw(
 
 
 def set_learning_rates(optimizers: list[Optimizer], fraction: float) -> None:
-    """Set every learning rate to a fraction of the one it began with."""
+    """Set every learning rate to a fraction of its initial value."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * fraction

@@ -1,4 +1,4 @@
-"""Put the trained parts together as an ordinary Stable Diffusion pipeline."""
+"""Build a Stable Diffusion pipeline from the trained parts, and generate images with it."""
 
 from pathlib import Path
 
@@ -16,13 +16,12 @@ GUIDANCE_SCALE = 4.0
 
 
 def new_scheduler() -> DDIMScheduler:
-    """The noise that the UNet is trained on, and the sampler that is saved with it.
+    """The noise schedule of the training, and the scheduler that is saved with the model.
 
     beta_end is 0.02 rather than Stable Diffusion's 0.012: at the last timestep sqrt(alpha_bar) is then 0.015,
-    not 0.068, so almost nothing of the background's brightness is left to see and the first step draws it
-    from the prompt alone. The rescaling to zero terminal SNR (arXiv:2305.08891) would be exact, but Heun,
-    KDPM2, LMS and the single-step DPM++ do not know it and then start from too little noise; with these betas
-    every sampler agrees.
+    not 0.068. So the background's brightness is almost invisible there, and the first step takes it from the
+    prompt alone. Zero terminal SNR (arXiv:2305.08891) would be exact, but diffusers' Heun, KDPM2, LMS and
+    singlestep DPM++ do not support it and start with too little noise. With these betas all samplers agree.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -62,7 +61,7 @@ def make_pipeline(
 
 
 @torch.no_grad()
-def draw(
+def generate(
     pipeline: StableDiffusionPipeline,
     prompts: list[str],
     height: int,
@@ -73,16 +72,17 @@ def draw(
     seeds: list[int] | None = None,
     batch_size: int = 8,
 ) -> Tensor:
-    """Draw prompts, each from its index as the seed unless `seeds` are given.
+    """Generate one image per prompt; by default the seed of an image is its index.
 
-    The pictures have the shape (B, 3, height, width), lie in -1..1 and are on the CPU.
+    Returns:
+        float32, shape (B, 3, height, width), in -1..1, on the CPU.
     """
     seeds = seeds or list(range(len(prompts)))
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        drawn = pipeline(
+        output = pipeline(
             prompts[batch],
             negative_prompt=negative_prompts[batch] if negative_prompts else None,
             height=height,
@@ -92,6 +92,6 @@ def draw(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
             output_type="pt",
         )
-        assert isinstance(drawn, StableDiffusionPipelineOutput)
-        images.append(torch.as_tensor(drawn.images).cpu().float() * 2 - 1)
+        assert isinstance(output, StableDiffusionPipelineOutput)
+        images.append(torch.as_tensor(output.images).cpu().float() * 2 - 1)
     return torch.cat(images)

@@ -1,4 +1,4 @@
-"""The loop around every stage: a progress bar, a loss curve, and checkpoints to go on from after a stop."""
+"""The training loop of every stage: progress bar, loss curve, and checkpoints to resume from."""
 
 import json
 import os
@@ -24,10 +24,10 @@ class Stateful(Protocol):
 
 
 class Run:
-    """Counts a stage's steps, from the checkpoint in its folder if there is one.
+    """The steps of a stage, resumed from the checkpoint in its folder if there is one.
 
-    Iterating gives the step numbers; `report` takes that step's loss. `seconds` and `cpu_seconds` are those
-    of all the sittings together.
+    Iterating gives the step numbers; `report` takes that step's loss. `seconds` and `cpu_seconds` are sums
+    over all processes that worked on the run.
     """
 
     def __init__(self, folder: Path, steps: int, parts: dict[str, Stateful]):
@@ -41,7 +41,7 @@ class Run:
             self.load()
         if self.step > steps:
             raise ValueError(
-                f"{self.checkpoint} has done {self.step} steps of {steps}: it is of another recipe."
+                f"{self.checkpoint} is at step {self.step} of {steps}; it is from another recipe."
             )
 
     @property
@@ -58,7 +58,7 @@ class Run:
                     self.save()
 
     def report(self, loss: Tensor) -> None:
-        """Take this step's loss for the bar and the curve."""
+        """Record this step's loss for the progress bar and the curve."""
         self.losses.append(loss.item())
         if len(self.losses) == POINT_EVERY:
             mean = sum(self.losses) / POINT_EVERY
@@ -75,9 +75,9 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save({"run": own, **state}, temporary)
-        os.replace(temporary, self.checkpoint)  # a stop while saving must not cost the last checkpoint
+        os.replace(temporary, self.checkpoint)  # keeps the last checkpoint if saving is interrupted
         (self.folder / "run.json").write_text(json.dumps(own))
-        draw_curve(self.curve).save(self.folder / "loss.png")
+        plot_curve(self.curve).save(self.folder / "loss.png")
 
     def load(self) -> None:
         state = torch.load(self.checkpoint)
@@ -87,13 +87,13 @@ class Run:
 
 
 def rising_then_falling(step: int, steps: int, warmup: int, flat: float) -> float:
-    """The learning rate's course: warm up, stay flat for a share of the steps, then fall evenly."""
+    """Learning rate schedule: linear warmup, constant for a share of the steps, then linear decay."""
     done = step / steps
     return min(1, (step + 1) / warmup) * min(1, max(0.02, (1 - done) / (1 - flat)))
 
 
-def draw_curve(curve: list[tuple[int, float]], width: int = 640, height: int = 360) -> Image.Image:
-    """Plot losses on a logarithmic axis between their smallest and largest."""
+def plot_curve(curve: list[tuple[int, float]], width: int = 640, height: int = 360) -> Image.Image:
+    """Plot losses on a logarithmic axis."""
     image = Image.new("RGB", (width, height), "white")
     if len(curve) < 2:
         return image
@@ -110,7 +110,7 @@ def draw_curve(curve: list[tuple[int, float]], width: int = 640, height: int = 3
 
 
 def image_grid(images: Tensor, columns: int) -> Image.Image:
-    """Lay pictures of shape (B, 3, H, W) in -1..1 side by side."""
+    """Arrange images of shape (B, 3, H, W) in -1..1 in a grid."""
     rows = images.split(columns)
     blank = torch.ones_like(images[0])
     lines = [torch.cat([*row, *[blank] * (columns - len(row))], dim=2) for row in rows]

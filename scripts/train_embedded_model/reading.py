@@ -1,7 +1,7 @@
-"""Read a picture's pixels: which background, and which objects of which colours and shapes.
+"""Detect the background and the objects of an image, with their colours and shapes.
 
-No learned judge: background from the border, objects as connected regions that differ from it, colours by the
-nearest of the palette, shapes by overlap with the ten outlines.
+There is no learned model. The background is taken from the border. Objects are connected regions that differ
+from it. Colours are the nearest ones of the palette, and shapes those of the ten outlines that overlap most.
 """
 
 import functools
@@ -14,18 +14,17 @@ from torch.nn import functional
 from .render import DISTANCES, PALETTE, coverage
 from .scenes import LARGEST_ANGLE
 
-DIFFERENT = (
-    0.35  # distance of colours in -1..1 from which a pixel is not background; the palette's are > 0.6 apart
-)
-SMALLEST_AREA = 0.005  # of the picture; a fifth of the smallest object that the score asks for
+# Colour distance in -1..1 from which a pixel is not background; the palette's colours are > 0.6 apart.
+DIFFERENT = 0.35
+SMALLEST_AREA = 0.005  # of the image; a fifth of the smallest object in the score's prompts
 LEAST_OVERLAP = 0.75
 GRID = 64
-REACH = 1.25  # how far the grid for shapes reaches, in square roots of the object's area
+REACH = 1.25  # half the side of the grid for shapes, in square roots of the object's area
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One object found. x and y are fractions of the picture's sides; shape is "" if it is like none."""
+    """A detected object. x and y are fractions of the image's sides; shape is "" if none matches."""
 
     colour: str
     shape: str
@@ -34,21 +33,21 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DetectedScene:
     background: str
     blobs: tuple[Blob, ...]
 
 
-def read(image: Tensor) -> Reading:
-    """Read a picture of shape (3, H, W) in -1..1."""
+def detect_scene(image: Tensor) -> DetectedScene:
+    """Detect background and objects in an image of shape (3, H, W) in -1..1."""
     background = background_of(image)
     regions = connected_regions((image - background[:, None, None]).norm(dim=0) > DIFFERENT)
-    blobs = [read_blob(image, background, region) for region in regions]
-    return Reading(nearest_colour(background), tuple(blobs))
+    blobs = [describe_blob(image, background, region) for region in regions]
+    return DetectedScene(nearest_colour(background), tuple(blobs))
 
 
 def background_of(image: Tensor) -> Tensor:
-    """The middling colour of the border."""
+    """The median colour of the border."""
     edge = max(1, image.shape[1] // 64)
     rows = torch.cat([image[:, :edge], image[:, -edge:]], dim=1).flatten(1)
     columns = torch.cat([image[..., :edge], image[..., -edge:]], dim=2).flatten(1)
@@ -56,23 +55,23 @@ def background_of(image: Tensor) -> Tensor:
 
 
 def connected_regions(mask: Tensor) -> list[Tensor]:
-    """The regions of a mask that are not specks, each as a mask."""
+    """The regions of a mask with at least the smallest area, each as a mask."""
     numbers = region_numbers(mask)
-    found, areas = numbers.unique(return_counts=True)
-    large = found[areas > SMALLEST_AREA * mask.numel()]
+    unique_numbers, areas = numbers.unique(return_counts=True)
+    large = unique_numbers[areas > SMALLEST_AREA * mask.numel()]
     return [torch.zeros_like(mask).masked_scatter(mask, numbers == number) for number in large]
 
 
 def region_areas(mask: Tensor) -> Tensor:
-    """The pixels of every region of a mask."""
+    """The number of pixels in each region of a mask."""
     return region_numbers(mask).unique(return_counts=True)[1]
 
 
 def region_numbers(mask: Tensor) -> Tensor:
-    """A number for each pixel of a mask, the same for those that hang together.
+    """A number for each pixel of a mask, the same for connected pixels.
 
-    Pixels start with the number of their run within a row; columns and rows in turn take the largest number
-    in each of their runs until nothing changes.
+    Pixels start with the number of their run within a row. Columns and rows alternately take the largest
+    number in each of their runs, until nothing changes.
     """
     across, down = number_runs(mask), number_runs(mask.T).T
     numbers = across[mask]
@@ -86,17 +85,18 @@ def region_numbers(mask: Tensor) -> Tensor:
 
 
 def number_runs(mask: Tensor) -> Tensor:
-    """Number the unbroken runs of every row, all differently; zero outside."""
+    """Number the runs of every row, each with a unique number; zero outside."""
     starts = mask.clone()
     starts[:, 1:] &= ~mask[:, :-1]
     return starts.flatten().cumsum(0).view(mask.shape) * mask
 
 
-def read_blob(image: Tensor, background: Tensor, region: Tensor) -> Blob:
+def describe_blob(image: Tensor, background: Tensor, region: Tensor) -> Blob:
     colour = image[:, region].median(dim=1).values
-    # How far each pixel is on the way from the background's colour to the object's.
-    way = colour - background
-    share = torch.einsum("chw,c->hw", image - background[:, None, None], way) / way.square().sum()
+    # The position of each pixel between the colours of the background (0) and of the object (1).
+    direction = colour - background
+    share = torch.einsum("chw,c->hw", image - background[:, None, None], direction)
+    share = share / direction.square().sum()
     soft_mask = share.clamp(0, 1) * region
     height, width = soft_mask.shape
     area = soft_mask.sum()
@@ -126,10 +126,10 @@ def unit_grid() -> Tensor:
 
 @functools.cache
 def shape_outlines() -> tuple[list[str], Tensor]:
-    """Every shape at the angles that scenes have, as soft masks of one area and centre, with their names."""
+    """Names and soft masks of every shape at the angles in scenes, with equal areas and centres."""
     angles = torch.linspace(-LARGEST_ANGLE, LARGEST_ANGLE, 5).tolist()
-    looks = [(shape, angle) for shape in DISTANCES for angle in angles]
-    return [shape for shape, _ in looks], torch.stack([outline(*look) for look in looks])
+    pairs = [(shape, angle) for shape in DISTANCES for angle in angles]
+    return [shape for shape, _ in pairs], torch.stack([outline(*pair) for pair in pairs])
 
 
 def outline(shape: str, angle: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Draw scenes as pixels with signed distances, many pictures at once."""
+"""Render batches of scenes by signed distance functions."""
 
 import math
 from collections import defaultdict
@@ -25,7 +25,7 @@ def triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def star(x: Tensor, y: Tensor) -> Tensor:
-    """Fold the plane into one of ten sectors, where the star is one straight edge."""
+    """Fold the plane into one of ten sectors, in which the star is one straight edge."""
     sector = 2 * math.pi / 5
     angle = (torch.remainder(torch.atan2(x, -y) + sector / 2, sector) - sector / 2).abs()
     radius = torch.hypot(x, y)
@@ -40,7 +40,7 @@ def diamond(x: Tensor, y: Tensor) -> Tensor:
 
 
 def heart(x: Tensor, y: Tensor) -> Tensor:
-    """Inigo Quilez' sdHeart (MIT), https://iquilezles.org/articles/distfunctions2d, in our units."""
+    """Inigo Quilez' sdHeart (MIT), https://iquilezles.org/articles/distfunctions2d, in these units."""
     scale = 1.7
     x, y = x.abs() / scale, (0.92 - y) / scale
     lobe = torch.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
@@ -82,23 +82,25 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def render(scenes: list[Scene], height: int, width: int) -> Tensor:
-    """Draw scenes in height x width pixels: float32 of shape (B, 3, height, width) in -1..1."""
+    """Render scenes at height x width pixels: float32, shape (B, 3, height, width), in -1..1."""
     images = torch.stack([PALETTE[scene.background] for scene in scenes])[:, :, None, None]
     images = images.expand(-1, -1, height, width).clone()
-    # The things of one layer and one look are drawn together; later layers cover earlier ones.
-    looks: dict[tuple[int, str, str], list[int]] = defaultdict(list)
+    # Things of one layer, shape and style are rendered together; later layers cover earlier ones.
+    scene_indices: dict[tuple[int, str, str], list[int]] = defaultdict(list)
     for index, scene in enumerate(scenes):
         for layer, thing in enumerate(scene.things):
-            looks[layer, thing.kind.shape, thing.kind.style].append(index)
-    for (layer, shape, style), indices in looks.items():
+            scene_indices[layer, thing.kind.shape, thing.kind.style].append(index)
+    for (layer, shape, style), indices in scene_indices.items():
         things = [scenes[index].things[layer] for index in indices]
-        mask, colour = draw(things, shape, style, height, width)
+        mask, colour = render_things(things, shape, style, height, width)
         images[indices] = torch.lerp(images[indices], colour, mask)
     return images
 
 
-def draw(things: list[Thing], shape: str, style: str, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Draw things of one shape and style: how much of each pixel they cover, and their colours there."""
+def render_things(
+    things: list[Thing], shape: str, style: str, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Coverage and colour of each pixel by things of one shape and style."""
     shorter_side = min(height, width)
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     geometry = torch.tensor(
@@ -123,7 +125,7 @@ def draw(things: list[Thing], shape: str, style: str, height: int, width: int) -
 
 
 def texture(style: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """How much of the second colour a textured thing shows at each pixel, 0..1."""
+    """The share of a textured thing's second colour at each pixel, 0..1."""
     if style == "gradient":
         return ((y / radius + 1) / 2).clamp(0, 1)
     period = (radius * 0.42).clamp_min(7)
@@ -139,5 +141,5 @@ def texture(style: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def coverage(distance_inside: Tensor) -> Tensor:
-    """Soften an edge over one pixel."""
+    """Anti-alias an edge over one pixel."""
     return (distance_inside + 0.5).clamp(0, 1)

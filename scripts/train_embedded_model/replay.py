@@ -1,4 +1,4 @@
-"""Keep encoded pictures and captions to train on more than once, for encoding is a good part of a step."""
+"""Replay buffer of encoded images and captions, because encoding takes a large part of a step."""
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
 # pyright: reportAttributeAccessIssue=false
@@ -20,15 +20,15 @@ from .scenes import Scene, possible_scenes, training_scene
 from .text_encoder import tokenize
 
 CAPACITY = 4000  # samples of each shape, for each thread
-FRESH = 0.06  # of a batch are newly drawn before each step, so that a sample is seen some 17 times
+FRESH = 0.06  # share of a batch that is rendered before each step, so that a sample is used about 17 times
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Encoded pictures of a caption, and the caption.
+    """Encoded images of a caption, and its prompt embeddings.
 
-    `latents` have the shape (places, 4, height, width): a picture for each of OPEN_PLACES, in that order,
-    where the caption leaves the place of its object open, else one. `prompt_embeds`: (77, 128), bfloat16.
+    `latents`: shape (positions, 4, height, width). If the caption leaves its object's position open, there is
+    one image for each of OPEN_POSITIONS, in that order; else one. `prompt_embeds`: (77, 128), bfloat16.
     """
 
     latents: Tensor
@@ -36,7 +36,7 @@ class Sample:
 
 
 class Replay:
-    """Samples by the height and width of their latents; nothing held out is in it."""
+    """Samples by the height and width of their latents, without held-out combinations."""
 
     def __init__(
         self,
@@ -45,15 +45,15 @@ class Replay:
         text_encoder: CLIPTextModel,
         seed: int,
         device: str,
-        draw: Callable[[list[Scene], int, int], Tensor] = render,
+        render_scenes: Callable[[list[Scene], int, int], Tensor] = render,
     ):
         self.vae, self.tokenizer, self.text_encoder, self.device = vae, tokenizer, text_encoder, device
-        self.draw = draw
+        self.render_scenes = render_scenes
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.pools: dict[tuple[int, int], list[Sample]] = defaultdict(list)
 
     def batch(self, size: int, height: int, width: int) -> list[Sample]:
-        """Renew a part of a pool, then draw samples from it."""
+        """Replace a part of a pool, then choose random samples from it."""
         pool = self.pools[height, width]
         whole, rest = divmod(FRESH * size, 1)
         fresh = int(whole) + (self.rng.random() < rest)
@@ -62,15 +62,19 @@ class Replay:
 
     @torch.no_grad()
     def renew(self, pool: list[Sample], count: int, height: int, width: int) -> None:
-        """Put newly drawn scenes into a pool, in place of random ones once it is full."""
+        """Add newly rendered scenes to a pool; in a full pool they replace random samples."""
         if not count:
             return
         scenes = [training_scene(self.rng) for _ in range(count)]
         texts = [with_unknown_word(random_caption(scene, self.rng).text, self.rng) for scene in scenes]
         possible = [possible_scenes(scene) for scene in scenes]
-        images = self.draw(list(chain.from_iterable(possible)), 8 * height, 8 * width).to(self.device)
+        images = self.render_scenes(list(chain.from_iterable(possible)), 8 * height, 8 * width).to(
+            self.device
+        )
         latents = self.vae.encode(images).latent_dist.mode().split([len(each) for each in possible])
-        prompt_embeds = self.embed(texts).bfloat16()  # half the memory; the text encoder's noise is larger
+        prompt_embeds = self.embed(
+            texts
+        ).bfloat16()  # half the memory; the rounding is below the text encoder's own noise
         for sample in map(Sample, latents, prompt_embeds):
             if len(pool) < CAPACITY:
                 pool.append(sample)
@@ -79,5 +83,5 @@ class Replay:
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
-        """prompt_embeds of shape (B, 77, 128)."""
+        """Prompt embeddings, shape (B, 77, 128)."""
         return self.text_encoder(tokenize(self.tokenizer, texts).to(self.device)).last_hidden_state

@@ -1,4 +1,4 @@
-"""Draw the same held-out prompts with every sampler: python -m scripts.train_embedded_model.samplers."""
+"""Score the same held-out prompts with every sampler: python -m scripts.train_embedded_model.samplers."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from .captions import plain_caption
-from .pipeline import draw
+from .pipeline import generate
 from .progress import image_grid
 from .score import held_out_scenes, score
 
@@ -37,9 +37,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 @click.option("--model", type=Path, default=Path("hypergen/embedded"), show_default=True)
 @click.option("--size", type=int, default=128, show_default=True)
 @click.option("--steps", type=int, default=20, show_default=True)
-@click.option("--samples", type=Path, help="a picture of all images, one row a sampler")
+@click.option("--samples", type=Path, help="file for a grid of all images, one row per sampler")
 def main(model: Path, size: int, steps: int, samples: Path | None) -> None:
-    """Score every sampler, made from the model's own scheduler configuration."""
+    """Score every sampler, configured from the model's own scheduler."""
     scenes = held_out_scenes(PROMPTS)
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     config = pipeline.scheduler.config
@@ -50,7 +50,7 @@ def main(model: Path, size: int, steps: int, samples: Path | None) -> None:
     for name, (scheduler, options) in SAMPLERS.items():
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(config, **options)
         prompts = [plain_caption(scene) for scene in scenes]
-        images = draw(pipeline, prompts, size, size, num_inference_steps=steps)
+        images = generate(pipeline, prompts, size, size, num_inference_steps=steps)
         table = score(scenes, images)
         values = (table[row] for row in ("background", "object colour", "single, everything", "group, count"))
         print(f"| {name} |" + "".join(f" {value:.2f} |" for value in values), flush=True)

@@ -1,4 +1,4 @@
-"""Random scenes of coloured shapes: the only world that the embedded model knows."""
+"""Random scenes of coloured shapes: the training data of the embedded model."""
 
 import math
 import random
@@ -35,25 +35,30 @@ POSITIONS = {
     "bottom right": (0.74, 0.74),
 }
 
-# Radii are fractions of the picture's shorter side, by what the caption says of the size. Objects that share
-# a picture stay at least one latent (8 pixels) apart at 128 pixels: closer ones run into each other when
-# drawn.
+# Radii are fractions of the image's shorter side, by the size in the caption. At 128 pixels, objects of one
+# image are at least one latent (8 pixels) apart: closer ones merge in generated images.
 RADII_PLACED = {"": (0.18, 0.22), "small": (0.12, 0.15), "large": (0.23, 0.24)}
 RADII_IN_GROUP = {"": (0.14, 0.16), "small": (0.10, 0.12), "large": (0.17, 0.18)}
 RADII_IN_PAIR = {"": (0.15, 0.18), "small": (0.10, 0.12), "large": (0.20, 0.21)}
 
-OPEN_PLACES = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))  # right and down from the middle, as on a die
+OPEN_POSITIONS = (
+    (0, 0),
+    (-1, -1),
+    (-1, 1),
+    (1, -1),
+    (1, 1),
+)  # x to the right and y down from the middle, as on a die
 
 LARGEST_ANGLE = 0.1  # radians: enough to vary, too little to make a diamond of a square
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a single object without a named place varies, by what the caption says of its size.
+    """The variation of a single object with an open position, by the size in the caption.
 
-    `radii` are in shorter sides. It stands in the middle or, where there are `stops`, by chance in one of
-    OPEN_PLACES, which count in stops, shares of either side; from there it is at most `jitter` away, and
-    turned by at most `angle` radians. `singles` is the share of scenes that have a single object.
+    `radii` are in shorter sides. The object is in the middle or, with `stops`, randomly in one of
+    OPEN_POSITIONS; their unit is a stop, a share of either side. From there it is moved by at most `jitter`
+    and rotated by at most `angle` radians. `singles` is the share of scenes with a single object.
     """
 
     radii: dict[str, tuple[float, float]]
@@ -67,11 +72,10 @@ STEADY = Spread(
     {"": (0.26, 0.34), "small": (0.15, 0.19), "large": (0.40, 0.45)},
     {"": 0.05, "small": 0.08, "large": 0.02},
 )
-# Pictures of one caption differ by where the object stands: in one of five places, of which most overlap.
-# What one holds is decided beside the others then, where convolutions see it; of places far apart, two were
-# filled at once. Sizes and angles that vary as well are too much for this UNet. Stops are whole latents (two
-# at 128x128, four at 256x256, for large objects half of that), so that the latents of all places are the
-# same, shifted.
+# Images of one caption differ by the object's position: one of five, most of which overlap. Convolutions then
+# see all of them at once; with positions far apart, the UNet filled two. Varying sizes and angles as well is
+# too much for this UNet. Stops are whole latents (two at 128x128, four at 256x256, for large objects half of
+# that), so that the latents of all positions are the same, shifted.
 OVERLAPPING = Spread(
     {"": (0.28, 0.28), "small": (0.17, 0.17), "large": (0.42, 0.42)},
     {"": 0.0, "small": 0.0, "large": 0.0},
@@ -86,16 +90,16 @@ GROUPS = {
     4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
 }
 
-# What is drawn worst is trained on most: thin parts, hexagons (small ones become circles), and objects near
-# their background in colour.
+# Scenes that the model generates worst are trained more often: thin parts, hexagons (small ones become
+# circles), and objects whose colour is close to the background's.
 HARD = ("star", "cross", "ring", "moon", "hexagon")
 CLOSE = 125  # distance of two colours in RGB, of 442; the closest two of the palette are 82 apart
-EASY_SHARE = 0.55  # of the other scenes, how many are kept
+EASY_SHARE = 0.55  # share of the other scenes that is kept
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a caption can say of an object; the empty size is the usual one."""
+    """The properties of an object that a caption can mention; the size "" is the usual one."""
 
     shape: str
     colour: str
@@ -105,7 +109,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object. x and y are fractions of the picture's sides, radius of the shorter side."""
+    """One rendered object. x and y are fractions of the image's sides, radius of the shorter side."""
 
     kind: Kind
     x: float
@@ -126,17 +130,17 @@ class Scene:
 
     @property
     def count(self) -> int:
-        """How many things there are of the first kind."""
+        """The number of things of the first kind."""
         return 1 if self.relation else len(self.things)
 
     @property
-    def stands_anywhere(self) -> bool:
-        """Whether it is a single object whose place the caption does not name."""
+    def has_open_position(self) -> bool:
+        """Whether it is a single object without a position in the caption."""
         return len(self.things) == 1 and not self.position
 
     @property
     def held_out(self) -> bool:
-        """Whether any thing has a combination that is kept out of the UNet's training."""
+        """Whether a thing has a combination that is excluded from the UNet's training."""
         return any(is_held_out(kind.shape, kind.colour, self.background) for kind in self.kinds)
 
     @property
@@ -147,20 +151,20 @@ class Scene:
 
 
 def is_held_out(shape: str, colour: str, background: str) -> bool:
-    """Keep one combination in eleven for the score, spread evenly over shapes, colours and backgrounds."""
+    """Whether a combination is reserved for the score: one in eleven, evenly over shapes and colours."""
     colours = list(COLOURS)
     return (7 * SHAPES.index(shape) + 5 * colours.index(colour) + 3 * colours.index(background)) % 11 == 0
 
 
 def random_scene(rng: random.Random, spread: Spread = STEADY) -> Scene:
-    """Draw a scene of any layout; textured objects are a small share of it."""
+    """A random scene of any layout; a small share of the objects is textured."""
     others = 1 - spread.singles
     (layout,) = rng.choices(("single", "group", "pair"), (spread.singles, 0.52 * others, 0.48 * others))
     return single(rng, spread) if layout == "single" else {"group": group, "pair": pair}[layout](rng)
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """Draw a scene that has no held-out combination, more often one that is hard to draw."""
+    """A random scene without held-out combinations; difficult ones are more frequent."""
     while True:
         scene = random_scene(rng, OVERLAPPING)
         if not scene.held_out and (scene.is_hard or rng.random() < EASY_SHARE):
@@ -168,7 +172,7 @@ def training_scene(rng: random.Random) -> Scene:
 
 
 def single(rng: random.Random, spread: Spread = STEADY) -> Scene:
-    """One object, mostly around the middle."""
+    """One object, usually near the middle."""
     background = rng.choice(list(COLOURS))
     kind = random_kind(rng, background)
     placed = kind.size != "large" and rng.random() < 0.25
@@ -176,23 +180,23 @@ def single(rng: random.Random, spread: Spread = STEADY) -> Scene:
         position = rng.choice(list(POSITIONS))
         thing = place(rng, kind, POSITIONS[position], rng.uniform(*RADII_PLACED[kind.size]), 0.02)
         return Scene(background, (kind,), (thing,), position=position)
-    return Scene(background, (kind,), (anywhere(rng, kind, spread),))
+    return Scene(background, (kind,), (in_open_position(rng, kind, spread),))
 
 
-def anywhere(rng: random.Random, kind: Kind, spread: Spread) -> Thing:
-    """A single object whose place is not named."""
+def in_open_position(rng: random.Random, kind: Kind, spread: Spread) -> Thing:
+    """A single object with an open position."""
     radius = rng.uniform(*spread.radii[kind.size])
     x, y = POSITIONS["center"]
     if spread.stops:
         stop = spread.stops[kind.size]
-        across, down = rng.choice(OPEN_PLACES)
+        across, down = rng.choice(OPEN_POSITIONS)
         x, y = x + stop * across, y + stop * down
     return place(rng, kind, (x, y), radius, spread.jitter[kind.size], spread.angle)
 
 
 def possible_scenes(scene: Scene) -> list[Scene]:
-    """A scene with its object in each of OPEN_PLACES if its caption leaves the place open, else as it is."""
-    if not scene.stands_anywhere:
+    """The scene with its object in each of OPEN_POSITIONS if its position is open, else the scene alone."""
+    if not scene.has_open_position:
         return [scene]
     (thing,) = scene.things
     assert OVERLAPPING.stops
@@ -200,7 +204,7 @@ def possible_scenes(scene: Scene) -> list[Scene]:
     x, y = POSITIONS["center"]
     return [
         replace(scene, things=(replace(thing, x=x + stop * across, y=y + stop * down),))
-        for across, down in OPEN_PLACES
+        for across, down in OPEN_POSITIONS
     ]
 
 
@@ -215,7 +219,7 @@ def group(rng: random.Random) -> Scene:
 
 
 def pair(rng: random.Random) -> Scene:
-    """Two objects of different colours, side by side or one above the other."""
+    """Two objects of different colours, next to each other or one above the other."""
     background = rng.choice(list(COLOURS))
     first = random_kind(rng, background)
     second = random_kind(rng, background, first.colour)
@@ -236,7 +240,7 @@ def pair(rng: random.Random) -> Scene:
 
 
 def random_kind(rng: random.Random, *other_colours: str) -> Kind:
-    """Draw an object's looks, in a colour that is none of the others."""
+    """Random properties of an object, in a colour that is not among the others."""
     colour = rng.choice([name for name in COLOURS if name not in other_colours])
     style = "solid" if rng.random() < 0.88 else rng.choice(STYLES[1:])
     (size,) = rng.choices(SIZES, (0.7, 0.15, 0.15))
@@ -251,7 +255,7 @@ def place(
     spread: float,
     angle: float = LARGEST_ANGLE,
 ) -> Thing:
-    """Put an object near a centre, at most `spread` away on either axis, turned by at most `angle`."""
+    """An object at most `spread` from a centre on either axis, rotated by at most `angle`."""
     x, y = (value + rng.uniform(-spread, spread) for value in centre)
     return Thing(kind, x, y, radius, rng.uniform(-angle, angle))
 

@@ -1,4 +1,4 @@
-"""Score the model on combinations it never saw: python -m scripts.train_embedded_model.score."""
+"""Score the model on held-out combinations: python -m scripts.train_embedded_model.score."""
 
 import random
 import time
@@ -10,9 +10,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from torch import Tensor
 
 from .captions import plain_caption
-from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw
+from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, generate
 from .progress import image_grid
-from .reading import Blob, Reading, read
+from .reading import Blob, DetectedScene, detect_scene
 from .render import render
 from .scenes import Scene, group, is_held_out, pair, single
 
@@ -20,7 +20,7 @@ SEED = 4
 COUNTED_FROM = 2
 PROMPTS = {"single": 90, "group": 60, "pair": 60}
 FEW_STEPS, FEW_STEPS_GUIDANCE = 4, 2.0
-# The share that each verdict must reach before weights are shipped.
+# Minimum share of each verdict for weights to be shipped.
 GATES = {
     "background": 0.99,
     "object colour": 0.98,
@@ -34,7 +34,7 @@ FEW_STEPS_GATE = 0.9
 
 
 def held_out_scenes(prompts: dict[str, int]) -> list[Scene]:
-    """Different scenes of plain objects of the usual size, with no combination that training draws."""
+    """Different scenes of plain objects of the usual size, with held-out combinations only."""
     rng = random.Random(SEED)
     layouts = {"single": single, "group": group, "pair": pair}
     scenes: list[Scene] = []
@@ -42,27 +42,27 @@ def held_out_scenes(prompts: dict[str, int]) -> list[Scene]:
         found: list[Scene] = []
         while len(found) < count:
             scene = layouts[layout](rng)
-            is_turn = (
-                layout != "group" or scene.count == COUNTED_FROM + len(found) % 3
-            )  # two, three, four, two ...
-            if is_wanted(scene) and is_turn and plain_caption(scene) not in map(plain_caption, found):
+            # Counts in groups alternate: two, three, four, two ...
+            has_next_count = layout != "group" or scene.count == COUNTED_FROM + len(found) % 3
+            is_candidate = has_next_count and is_plain_and_held_out(scene)
+            if is_candidate and plain_caption(scene) not in map(plain_caption, found):
                 found.append(scene)
         scenes += found
     return scenes
 
 
-def is_wanted(scene: Scene) -> bool:
+def is_plain_and_held_out(scene: Scene) -> bool:
     plain = all(kind.style == "solid" and not kind.size for kind in scene.kinds) and not scene.position
     return plain and all(is_held_out(kind.shape, kind.colour, scene.background) for kind in scene.kinds)
 
 
-def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """What of the scene the picture shows, by the names of the score table's rows."""
-    background = reading.background == scene.background
-    counted = len(reading.blobs) == len(scene.things)
+def judge(scene: Scene, detected: DetectedScene) -> dict[str, bool]:
+    """Verdicts about an image, by the row names of the score table."""
+    background = detected.background == scene.background
+    counted = len(detected.blobs) == len(scene.things)
     if scene.relation:
         first, second = scene.kinds
-        blobs = in_order(reading.blobs, scene.relation)
+        blobs = in_order(detected.blobs, scene.relation)
         coloured = counted and [blob.colour for blob in blobs] == [first.colour, second.colour]
         shaped = coloured and [blob.shape for blob in blobs] == [first.shape, second.shape]
         return {
@@ -71,8 +71,8 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
             "pair, everything": background and shaped,
         }
     (kind,) = scene.kinds
-    coloured = bool(reading.blobs) and all(blob.colour == kind.colour for blob in reading.blobs)
-    shaped = bool(reading.blobs) and all(blob.shape == kind.shape for blob in reading.blobs)
+    coloured = bool(detected.blobs) and all(blob.colour == kind.colour for blob in detected.blobs)
+    shaped = bool(detected.blobs) and all(blob.shape == kind.shape for blob in detected.blobs)
     everything = background and counted and coloured and shaped
     verdicts = {"background": background, "object colour": coloured}
     if scene.count < COUNTED_FROM:
@@ -88,8 +88,8 @@ def in_order(blobs: tuple[Blob, ...], relation: str) -> list[Blob]:
 
 
 def score(scenes: list[Scene], images: Tensor) -> dict[str, float]:
-    """The share of pictures for which each verdict is true, of those that it applies to."""
-    verdicts = [judge(scene, read(image)) for scene, image in zip(scenes, images, strict=True)]
+    """The share of images for which each verdict is true, among those it applies to."""
+    verdicts = [judge(scene, detect_scene(image)) for scene, image in zip(scenes, images, strict=True)]
     rows = dict.fromkeys(row for verdict in verdicts for row in verdict)
     return {row: mean([verdict[row] for verdict in verdicts if row in verdict]) for row in rows}
 
@@ -99,7 +99,7 @@ def mean(values: list[bool]) -> float:
 
 
 def wrong_scenes(scenes: list[Scene]) -> list[Scene]:
-    """For each scene another one of its layout with which its picture has nothing in common."""
+    """For each scene another one with the same layout and different objects and background."""
     return [next(other for other in scenes if differ(scene, other)) for scene in scenes]
 
 
@@ -119,7 +119,7 @@ def few_steps_row(guidance_scale: float) -> str:
 
 
 def print_table(columns: dict[str, dict[str, float]], gates: dict[str, float]) -> None:
-    """Print rows by columns in Markdown, with the least that each row must reach."""
+    """Print a Markdown table with the gate of each row."""
     print("| |" + "".join(f" {name} |" for name in columns) + " gate |")
     print("|---|" + "---|" * (len(columns) + 1))
     for row in next(iter(columns.values())):
@@ -140,10 +140,10 @@ def print_table(columns: dict[str, dict[str, float]], gates: dict[str, float]) -
     "--size", type=int, multiple=True, default=(256, 128), show_default=True, help="pixels of each side"
 )
 @click.option("--first-seed", default=0, show_default=True, help="of the first prompt; the next has the next")
-@click.option("--samples", type=Path, help="a folder for the pictures, in the order of the prompts")
+@click.option("--samples", type=Path, help="folder for the images, in the order of the prompts")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def main(model: Path, size: tuple[int, ...], first_seed: int, samples: Path | None, device: str) -> None:
-    """Draw two hundred held-out prompts at each size, the single objects also in few steps, and print the
+    """Generate two hundred held-out prompts at each size, single objects also in few steps, and print the
     table."""
     scenes = held_out_scenes(PROMPTS)
     singles = scenes[: PROMPTS["single"]]
@@ -152,10 +152,10 @@ def main(model: Path, size: tuple[int, ...], first_seed: int, samples: Path | No
     columns: dict[str, dict[str, float]] = {}
     for side in size:
         started = time.monotonic()
-        images = draw(pipeline, [plain_caption(scene) for scene in scenes], side, side, seeds=seeds)
+        images = generate(pipeline, [plain_caption(scene) for scene in scenes], side, side, seeds=seeds)
         column = score(scenes, images)
         for guidance_scale in (FEW_STEPS_GUIDANCE, GUIDANCE_SCALE):
-            quick = draw(
+            quick = generate(
                 pipeline,
                 [plain_caption(scene) for scene in singles],
                 side,
@@ -170,21 +170,19 @@ def main(model: Path, size: tuple[int, ...], first_seed: int, samples: Path | No
         if samples:
             samples.mkdir(parents=True, exist_ok=True)
             image_grid(images, 15).save(samples / f"{side}.png")
-    print(
-        f"{len(scenes)} prompts, {NUM_INFERENCE_STEPS} steps, guidance {GUIDANCE_SCALE:g} unless it says so\n"
-    )
+    print(f"{len(scenes)} prompts; by default {NUM_INFERENCE_STEPS} steps, guidance {GUIDANCE_SCALE:g}\n")
     print_table(columns, GATES | {few_steps_row(FEW_STEPS_GUIDANCE): FEW_STEPS_GATE})
-    print_reader_check(scenes, size)
+    print_detector_check(scenes, size)
 
 
-def print_reader_check(scenes: list[Scene], sizes: tuple[int, ...]) -> None:
-    """Print how the score judges pictures that the renderer drew, by their own captions and by wrong ones."""
-    drawn = [render(scenes, side, side) for side in sizes]
+def print_detector_check(scenes: list[Scene], sizes: tuple[int, ...]) -> None:
+    """Print the score of rendered images with their own captions and with wrong ones."""
+    rendered = [render(scenes, side, side) for side in sizes]
     right, wrong = (
-        [share for images in drawn for share in score(asked, images).values()]
-        for asked in (scenes, wrong_scenes(scenes))
+        [share for images in rendered for share in score(expected, images).values()]
+        for expected in (scenes, wrong_scenes(scenes))
     )
-    print(f"Of rendered pictures at least {min(right):.2f} are right, of wrong captions {max(wrong):.2f}.")
+    print(f"Rendered images score at least {min(right):.2f}, with wrong captions at most {max(wrong):.2f}.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Train the text encoder to know what captions say, before there is any picture.
+"""Train the text encoder to represent the fields of captions, before the UNet.
 
-Learnt together with a UNet, a text encoder this small needs many times the steps. Here probes read each field
-of the scene (count, colours, shapes, ...) from its output and are thrown away; the encoder then stays frozen.
+Trained together with a UNet, a text encoder this small needs many times the steps. Here probes predict each
+field of the scene (count, colours, shapes, ...) from its output. The probes are discarded, and the encoder
+stays frozen.
 """
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
@@ -28,24 +29,24 @@ FULL_LENGTH = 77
 
 
 class Probes(nn.Module):
-    """One learnt query per field attends to the encoder's output and classifies what it finds there."""
+    """A classifier per field: a learnt query attends to the encoder's output, then a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queries = nn.Parameter(0.3 * torch.randn(len(FIELDS), WIDTH))
         self.keys = nn.Linear(WIDTH, WIDTH)
         self.values = nn.Linear(WIDTH, WIDTH)
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(words)) for words in FIELDS.values())
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(values)) for values in FIELDS.values())
 
     def forward(self, prompt_embeds: Tensor) -> list[Tensor]:
-        """Logits for each field from embeddings of shape (B, length, WIDTH)."""
+        """Logits for each field from prompt embeddings of shape (B, length, WIDTH)."""
         weights = (self.queries @ self.keys(prompt_embeds).mT / WIDTH**0.5).softmax(-1)
-        found = weights @ self.values(prompt_embeds)
-        return [head(found[:, index]) for index, head in enumerate(self.heads)]
+        attended = weights @ self.values(prompt_embeds)
+        return [head(attended[:, index]) for index, head in enumerate(self.heads)]
 
 
 def train_text_encoder(folder: Path, steps: int, device: str) -> None:
-    """Make the tokenizer, then train and save the text encoder, both in `folder`."""
+    """Train the tokenizer and the text encoder, and save both in `folder`."""
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(folder / "tokenizer")
     text_encoder, probes = new_text_encoder(tokenizer).to(device), Probes().to(device)
@@ -58,7 +59,7 @@ def train_text_encoder(folder: Path, steps: int, device: str) -> None:
         cosine = 0.5 * (1 + math.cos(math.pi * done)) + 0.005
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, (step + 1) / 100) * cosine
-        # No caption is longer than 36 tokens; the padding up to 77 can be learnt at the end.
+        # No caption has more than 36 tokens; padding up to 77 is learnt at the end.
         input_ids, labels = random_batch(tokenizer, rng, BATCH_SIZE, 36 if done < 0.7 else FULL_LENGTH)
         logits = probes(text_encoder(input_ids.to(device)).last_hidden_state)
         targets = labels.to(device).unbind(1)
@@ -94,14 +95,14 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def random_batch(
     tokenizer: CLIPTokenizer, rng: random.Random, size: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Captions as token ids of shape (size, length), and what they say as labels of shape (size, fields)."""
+    """Random captions: token ids of shape (size, length) and labels of shape (size, fields)."""
     captions = [random_caption(random_scene(rng), rng) for _ in range(size)]
     texts = [with_unknown_word(caption.text, rng) for caption in captions]
     return tokenize(tokenizer, texts, length), torch.tensor([caption.labels for caption in captions])
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int = FULL_LENGTH) -> Tensor:
-    """Token ids as the pipeline makes them."""
+    """Token ids as in the pipeline."""
     return tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -111,7 +112,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int = FULL_LENG
 def accuracy(
     text_encoder: CLIPTextModel, probes: Probes, tokenizer: CLIPTokenizer, rng: random.Random, device: str
 ) -> dict[str, float]:
-    """How often the probes are right on a thousand fresh captions, by field."""
+    """The accuracy of the probes on a thousand new captions, by field."""
     input_ids, labels = random_batch(tokenizer, rng, 1000, FULL_LENGTH)
     logits = probes(text_encoder(input_ids.to(device)).last_hidden_state)
     right = torch.stack([field.argmax(1) for field in logits], dim=1).cpu() == labels

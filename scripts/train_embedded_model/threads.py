@@ -1,7 +1,7 @@
-"""Divide a step of training among threads, each with a share of the batch, from rendering to gradients.
+"""Data-parallel training steps: each thread has a share of the batch, from rendering to gradients.
 
-Threads that meet once a step lose less to waiting than threads that divide every operation, above all where
-other work wants the cores too.
+Threads that synchronize once per step wait less than threads that divide every operation, especially on
+busy cores.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ def step_together(
     optimizers: Sequence[Optimizer],
     max_norm: float,
 ) -> Tensor:
-    """Take one step by the mean of the shares' gradients, and return their mean loss.
+    """Run one optimizer step with the mean gradient of all shares; returns their mean loss.
 
-    Each of `compute_losses` computes that of its share, and all shares have the same size.
+    Each of `compute_losses` returns the loss of one share. All shares have the same size.
     """
     params = list(model.parameters())
 
@@ -30,7 +30,7 @@ def step_together(
         loss = compute_loss()
         return loss.detach(), torch.autograd.grad(loss, params)
 
-    # In the order of the shares, whichever is ready first: sums of three or more numbers depend on it.
+    # `map` returns shares in order, not by completion: sums of three or more numbers depend on the order.
     shares = list(workers.map(differentiate, compute_losses))
     for param, first, *others in zip(params, *(grads for _, grads in shares), strict=True):
         param.grad = sum(others, first) / len(shares)

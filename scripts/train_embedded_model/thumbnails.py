@@ -1,11 +1,11 @@
-"""Start the autoencoder as a thumbnail maker: 8x8 averages in, their nearest-neighbour enlargement out.
+"""Initial weights of the VAE: latents are 8x8 averages, and decoding is nearest-neighbour enlargement.
 
-From random weights the autoencoder spends most of a CPU's budget on finding this answer (13 dB after 200
-steps); from here it starts at it and learns what thumbnails lack (22 dB after 500).
+From random weights the VAE needs most of the CPU time to reach this (13 dB after 200 steps). From these
+weights it only learns what thumbnails lack (22 dB after 500).
 
-The trunk's first eight channels carry +RGB, -RGB and two constants. Every residual branch starts at zero. The
-constants are so large that they alone decide the statistics of the single-group norms, which then only scale;
-and silu(a) - silu(-a) = a makes the output head linear in RGB.
+The first eight channels hold +RGB, -RGB and two constants. Every residual branch starts at zero. The
+constants are so large that they alone determine the statistics of the single-group norms, which then only
+scale. silu(a) - silu(-a) = a makes the output linear in RGB.
 """
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
@@ -27,7 +27,7 @@ CARRIED = 8
 
 @torch.no_grad()
 def start_as_thumbnails(vae: AutoencoderKL) -> None:
-    """Set the weights of an autoencoder with one norm group, in place."""
+    """Set the weights of a VAE with one norm group, in place."""
     for half in (vae.encoder, vae.decoder):
         for module in half.modules():
             if isinstance(module, ResnetBlock2D):
@@ -38,14 +38,14 @@ def start_as_thumbnails(vae: AutoencoderKL) -> None:
                     carry(module.conv_shortcut)
             elif isinstance(module, Downsample2D | Upsample2D):
                 carry(module.conv, average=isinstance(module, Downsample2D))
-        start_head_and_tail(half)
+        init_input_and_output(half)
     for conv, channels in ((vae.quant_conv, 8), (vae.post_quant_conv, 4)):
         conv.weight.copy_(torch.eye(channels)[:, :, None, None])
         conv.bias.zero_()
 
 
-def start_head_and_tail(half: Encoder | Decoder) -> None:
-    """Spread RGB into the carried channels at the entrance, and gather it again at the exit."""
+def init_input_and_output(half: Encoder | Decoder) -> None:
+    """Copy RGB into the carried channels in `conv_in`, and back to RGB in `conv_out`."""
     conv_in, conv_out = half.conv_in, half.conv_out
     conv_in.weight[:CARRIED] = 0
     conv_in.bias.zero_()
@@ -61,7 +61,7 @@ def start_head_and_tail(half: Encoder | Decoder) -> None:
 
 
 def carry(conv: nn.Conv2d, average: bool = False) -> None:
-    """Hand the carried channels on unchanged, or averaged over 2x2 pixels where the layer strides."""
+    """Copy the carried channels, or average them over 2x2 pixels in a layer with stride 2."""
     middle = conv.weight.shape[2] // 2
     conv.weight[:CARRIED] = 0
     conv.bias.zero_()
@@ -70,11 +70,11 @@ def carry(conv: nn.Conv2d, average: bool = False) -> None:
             conv.weight[channel, channel, :2, :2] = 0.25
         else:
             conv.weight[channel, channel, middle, middle] = 1
-    conv.weight[CARRIED:, 6:CARRIED] = 0  # the constants feed no other channel
+    conv.weight[CARRIED:, 6:CARRIED] = 0  # the constants must not affect other channels
 
 
 def undo_norm(norm: nn.GroupNorm) -> None:
-    """Weigh a norm so that it gives the colours back at their size, and the constants much smaller."""
+    """Set a norm's weights so that colours keep their scale, and constants become much smaller."""
     weight = math.sqrt(2 * CONSTANT**2 / norm.num_channels + 0.3)
     norm.weight.fill_(weight)
     norm.weight[6:CARRIED] = 0.05 * weight

@@ -1,4 +1,4 @@
-"""Make a small CLIP tokenizer from captions."""
+"""Train a small CLIP tokenizer on captions."""
 
 import json
 import random
@@ -13,15 +13,15 @@ from .scenes import random_scene
 SEED = 2
 CAPTIONS = 20_000
 START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's own way to cut text into words, clip/simple_tokenizer.py in openai/CLIP (MIT).
+# CLIP's pattern for words, clip/simple_tokenizer.py in openai/CLIP (MIT).
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """Learn byte pairs from captions and save them in CLIP's files.
 
-    transformers 5 writes tokenizer.json alone; readers of the older layout want vocab.json and merges.txt, so
-    both are written, and tokenizer.json comes from them.
+    transformers 5 only writes tokenizer.json. vocab.json and merges.txt are written as well, for readers of
+    the older layout, and tokenizer.json is created from them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merges = learn_merges()

@@ -1,4 +1,4 @@
-"""Train the UNet to take the noise from latents, given a caption."""
+"""Train the UNet to denoise latents, given a caption."""
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
 # pyright: reportArgumentType=false
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .denoising import PURE_NOISE_SHARE, Share
 from .muon import muon_and_adamw, set_learning_rates
-from .pipeline import draw, load_text_encoder, load_vae, make_pipeline
+from .pipeline import generate, load_text_encoder, load_vae, make_pipeline
 from .progress import Run, image_grid, rising_then_falling
 from .replay import Replay
 from .threads import step_together
@@ -35,17 +35,17 @@ SAMPLES = (
     "a blue moon left of a red cross on a gray background",
 )
 
-# Heights and widths of the latents, with weights by which they are drawn. Small latents come first, for a
-# picture of 16x16 costs a quarter of one of 32x32; yet what was learnt there does not carry over by itself
-# (with a twentieth of the steps at 32x32, counts were right at 128 pixels and wrong at 256; with none at 8x8,
-# most pictures of 64 pixels showed nothing at all).
+# Heights and widths of latents, with their sampling weights. Small latents come first, because a 16x16 latent
+# costs a quarter of a 32x32 one. But the UNet does not generalize to other sizes by itself: with a twentieth
+# of the steps at 32x32, counts were right at 128 pixels and wrong at 256; with none at 8x8, most images of 64
+# pixels were empty.
 SMALL_FIRST = {
     (16, 16): 0.55,
     **dict.fromkeys([(16, 24), (24, 16), (12, 20), (20, 12)], 0.04),
     (32, 32): 0.21,
     **dict.fromkeys([(24, 40), (40, 24)], 0.04),
 }
-# Sizes that were missing here were drawn worse than their neighbours: shapes at 256x192, counts at 144x208.
+# Sizes that were missing here became worse than similar ones: shapes at 256x192, counts at 144x208.
 LARGE_LATER = {
     (8, 8): 0.03,
     **dict.fromkeys([(8, 16), (16, 8), (12, 12)], 0.01),
@@ -62,9 +62,9 @@ LARGE_LATER = {
 
 @dataclass(frozen=True)
 class Round:
-    """A part of the training: its steps, the sizes of its latents, and how far its learning rate rises.
+    """A phase of the training: its steps, latent sizes, and peak learning rate.
 
-    `blend` and `pure_noise` are those of `Share.loss`.
+    `blend` and `pure_noise` are arguments of `Share.loss`.
     """
 
     steps: int
@@ -74,8 +74,7 @@ class Round:
     pure_noise: float = 0.0
 
 
-# What noise alone leads to is learnt last: with that from the first step on, the shapes of single objects at
-# 256x256 stayed rough.
+# Pure noise is trained last: with it from the first step, shapes of single objects at 256x256 stayed rough.
 ROUNDS = (
     Round(2000, SMALL_FIRST),
     Round(5000, LARGE_LATER, blend=0.5),
@@ -87,58 +86,56 @@ LAST_ROUND = TOTAL_STEPS - ROUNDS[-1].steps  # its first step
 
 
 def train_unet(folder: Path, device: str, threads: int) -> None:
-    """Train the UNet of the parts beside `folder`; what counts is its average."""
+    """Train the UNet with the parts in the parent of `folder`; its moving average is the result."""
     tokenizer, text_encoder = load_text_encoder(folder.parent / "text")
     vae = load_vae(folder.parent / "vae")
     torch.manual_seed(SEED)
     unet = new_unet().to(device)
     workers = ThreadPoolExecutor(threads)
-    run, average, optimizers = begin_run(folder, unet, workers)
+    run, average, optimizers = start_run(folder, unet, workers)
     rng = random.Random(SEED + run.step)
     vae.to(device)
     text_encoder.to(device)
     shares = []
     for _ in range(threads):
-        tokenizer = copy.deepcopy(tokenizer)  # one tokenizer must not be used by two threads at once
+        tokenizer = copy.deepcopy(tokenizer)  # tokenizers are not thread-safe
         replay = Replay(vae, tokenizer, text_encoder, rng.getrandbits(32), device)
         shares.append(Share(unet, replay))
     torch.set_num_threads(1)
     with workers:
         for step in run:
-            part, _ = round_of(step)
+            current, _ = round_of(step)
             set_learning_rates(optimizers, rate_of(step))
-            ((height, width),) = rng.choices(list(part.shapes), list(part.shapes.values()))
+            ((height, width),) = rng.choices(list(current.shapes), list(current.shapes.values()))
             share_size = LATENTS_PER_STEP // (height * width * threads)
             compute_losses = [
-                partial(share.loss, share_size, height, width, part.blend, part.pure_noise)
+                partial(share.loss, share_size, height, width, current.blend, current.pure_noise)
                 for share in shares
             ]
             run.report(step_together(workers, compute_losses, unet, optimizers, max_norm=2.0))
             average.update_parameters(unet)
             if (step + 1) % SAMPLE_EVERY == 0:
                 pipeline = make_pipeline(average.module, vae, tokenizer, text_encoder)
-                images = draw(pipeline, list(SAMPLES), 256, 256, num_inference_steps=10)
+                images = generate(pipeline, list(SAMPLES), 256, 256, num_inference_steps=10)
                 image_grid(images, 4).save(folder / f"samples_{step + 1}.png")
 
 
 def rate_of(step: int) -> float:
-    """The learning rate falls to nothing over the first two rounds, and again, from less, in each later one.
+    """The learning rate decays over the first two rounds, and again, from a lower peak, in each later one.
 
-    Restarts are from Loshchilov & Hutter 2017, arXiv:1608.03983.
+    Restarts as in Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
     falls_after = ROUNDS[0].steps + ROUNDS[1].steps
     if step < falls_after:
         return rising_then_falling(step, falls_after, warmup=40, flat=0.4)
-    part, done = round_of(step)
-    return part.rate * rising_then_falling(done, part.steps, warmup=40, flat=0.3)
+    current, done = round_of(step)
+    return current.rate * rising_then_falling(done, current.steps, warmup=40, flat=0.3)
 
 
-def begin_run(
+def start_run(
     folder: Path, unet: UNet2DConditionModel, workers: Executor | None = None
 ) -> tuple[Run, AveragedModel, list[torch.optim.Optimizer]]:
-    """The run of a UNet, its average and its optimizers, as the checkpoint in `folder` has them if there is
-    one.
-    """
+    """The run of a UNet, its moving average and its optimizers, from the checkpoint in `folder` if any."""
     optimizers = muon_and_adamw(unet, 2e-3, 2e-3, except_for=("conv_in", "conv_out"), workers=workers)
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     parts = {"unet": unet, "average": average, "muon": optimizers[0], "adamw": optimizers[1]}
@@ -146,16 +143,16 @@ def begin_run(
 
 
 def round_of(step: int) -> tuple[Round, int]:
-    """The round that a step is of, and which of its steps it is."""
-    for part in ROUNDS:
-        if step < part.steps:
-            return part, step
-        step -= part.steps
-    raise ValueError("There are no more rounds.")
+    """The round of a step, and the number of the step within it."""
+    for each in ROUNDS:
+        if step < each.steps:
+            return each, step
+        step -= each.steps
+    raise ValueError("The step is after the last round.")
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Stable Diffusion's UNet with three narrow levels: 3.8 M parameters, zero as its first answer."""
+    """Stable Diffusion's UNet with three narrow levels: 3.8 M parameters; its initial output is zero."""
     unet = UNet2DConditionModel(
         sample_size=32,
         in_channels=4,
@@ -165,7 +162,7 @@ def new_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=4,  # the number of heads, whatever the name says (diffusers issue 2011)
+        attention_head_dim=4,  # actually the number of heads (diffusers issue 2011)
         norm_num_groups=4,
     )
     torch.nn.init.zeros_(unet.conv_out.weight)
@@ -174,7 +171,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
-    """The averaged UNet of a checkpoint."""
+    """The averaged UNet from a checkpoint."""
     unet = new_unet()
     average = AveragedModel(unet)
     average.load_state_dict(torch.load(folder / "checkpoint.pt")["average"])

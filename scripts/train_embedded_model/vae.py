@@ -1,4 +1,4 @@
-"""Train the autoencoder: pictures of 8x8 pixels a latent, four latent channels."""
+"""Train the VAE: 8x8 pixels per latent, four latent channels."""
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalCall=false
@@ -25,16 +25,16 @@ from .thumbnails import start_as_thumbnails
 SEED = 1
 CROP = 64
 CROPS = 12
-LATENT_NOISE = 0.05  # the decoder must bear what is left of the UNet's errors
+LATENT_NOISE = 0.05  # makes the decoder robust against the UNet's errors
 POSTERIOR_STD = 0.03
 
 
 def train_vae(folder: Path, steps: int, device: str, threads: int) -> None:
-    """Train, whiten and save the autoencoder in `folder`."""
+    """Train, whiten and save the VAE in `folder`."""
     torch.manual_seed(SEED)
     vae = new_vae().to(device)
     workers = ThreadPoolExecutor(threads)
-    # Layers that touch pixels or latents have columns of very different size, which Muon would make equal.
+    # Layers at pixels or latents have columns of very different norms, which Muon would make equal.
     optimizers = muon_and_adamw(vae, 7e-4, 2e-3, except_for=("conv_in", "conv_out", "quant"), workers=workers)
     run = Run(folder, steps, {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]})
     rng = random.Random(SEED + run.step)
@@ -59,7 +59,7 @@ def train_vae(folder: Path, steps: int, device: str, threads: int) -> None:
 
 
 def new_vae() -> AutoencoderKL:
-    """A Stable Diffusion autoencoder, narrow, without attention, started as a thumbnail maker."""
+    """A narrow Stable Diffusion VAE without attention, initialized by `start_as_thumbnails`."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -78,20 +78,20 @@ def new_vae() -> AutoencoderKL:
 
 
 class Share:
-    """One thread's share of every batch: its own crops and its own noise, the common autoencoder."""
+    """One thread's share of every batch: its own crops and noise, and the common VAE."""
 
     def __init__(self, vae: AutoencoderKL, seed: int, crops: int):
         self.vae, self.crops = vae, crops
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
     def loss(self, size: int) -> Tensor:
-        """The loss of crops of `size` x `size` pictures."""
+        """The loss of crops of `size` x `size` images."""
         images = random_crops(self.rng, self.crops, size).to(self.vae.device)
         return reconstruction_loss(self.vae, images, self.generator)
 
 
 def random_crops(rng: random.Random, count: int, size: int) -> Tensor:
-    """Cut squares out of rendered scenes, each around some part of a thing: background teaches little."""
+    """Square crops of rendered scenes, each around a part of a thing, because background teaches little."""
     scenes = [random_scene(rng) for _ in range(count)]
     images = render(scenes, size, size)
     return torch.stack([crop_near_a_thing(rng, *pair) for pair in zip(images, scenes, strict=True)])
@@ -108,7 +108,7 @@ def crop_near_a_thing(rng: random.Random, image: Tensor, scene: Scene) -> Tensor
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
-    """L1 + L2 + the difference of the edges, and a weak pull of the latents to zero mean and unit size."""
+    """L1 + L2 + the L1 of edges, and a weak penalty for latents without zero mean and unit variance."""
     latents = vae.quant_conv(vae.encoder(images))[:, :4]
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     noisy_latents = latents + LATENT_NOISE * noise
@@ -127,10 +127,10 @@ def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Gen
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, images: Tensor) -> None:
-    """Give each latent channel zero mean and unit size, so that scaling_factor 1 is right for all of them.
+    """Give each latent channel zero mean and unit variance, so that scaling_factor is 1.
 
-    The map goes into the 1x1 convolutions on either side of the latents, where it costs nothing. The
-    posterior's deviation becomes a constant, for it was not trained.
+    The transformation is merged into the 1x1 convolutions before and after the latents. The posterior's
+    standard deviation becomes a constant, because it was not trained.
     """
     latents = vae.quant_conv(vae.encoder(images))[:, :4]
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -144,5 +144,5 @@ def whiten(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 def psnr(images: Tensor, decoded: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in -1..1."""
+    """Peak signal-to-noise ratio in dB of images in -1..1."""
     return 10 * math.log10(4 / functional.mse_loss(decoded, images).item())

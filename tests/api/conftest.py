@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.health_latency import Probe
+from tests.support.health_latency import HealthLatency
 from tests.support.http_client import GENERATIONS, QUICK, client_of
 from tests.support.live_server import LiveServer, start_server
 
@@ -39,7 +39,7 @@ class TightServer:
     health_while_loading: httpx.Response
     refusal_while_loading: httpx.Response
     models_while_loading: httpx.Response
-    probe_while_loading: Probe
+    probe_while_loading: HealthLatency
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +71,8 @@ def start_tight_server(folder: Path, model: Path) -> Iterator[TightServer]:
         health = client.get("/health")
         refusal = client.post(GENERATIONS, json=QUICK)
         models = client.get("/v1/models")
-        probe = Probe()
+        probe = HealthLatency()
         until = time.monotonic() + 60
-        while probe.look(client)["status"] != "healthy" and time.monotonic() < until:
+        while probe.request_health(client)["status"] != "healthy" and time.monotonic() < until:
             pass
         yield TightServer(server, client, health, refusal, models, probe)

@@ -11,12 +11,12 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.support.http_client import GENERATIONS, QUICK, draw
+from tests.support.http_client import GENERATIONS, QUICK, generate
 
 
 def test_an_answer_tells_what_was_drawn(client: httpx.Client) -> None:
     before = int(time.time())
-    answer = draw(client, n=2, size="128x64", seed=3)
+    answer = generate(client, n=2, size="128x64", seed=3)
     assert set(answer) == {"created", "data", "size", "quality", "background", "output_format", "usage"}
     assert type(answer["created"]) is int
     assert before <= answer["created"] <= time.time()
@@ -28,7 +28,7 @@ def test_an_answer_tells_what_was_drawn(client: httpx.Client) -> None:
 
 
 def test_usage_counts_tokens(client: httpx.Client) -> None:
-    usage = draw(client, n=2, prompt="abc")["usage"]
+    usage = generate(client, n=2, prompt="abc")["usage"]
     assert usage == {
         "input_tokens": 3,  # the small model reads byte by byte
         "output_tokens": 2 * 8 * 8,
@@ -55,9 +55,9 @@ def test_usage_counts_tokens(client: httpx.Client) -> None:
 def test_quality_is_told_in_openais_words_and_changes_no_pixel(
     client: httpx.Client, asked: str | None, told: str
 ) -> None:
-    answer = draw(client, seed=1, quality=asked)
+    answer = generate(client, seed=1, quality=asked)
     assert answer["quality"] == told
-    assert answer["data"][0]["b64_json"] == draw(client, seed=1)["data"][0]["b64_json"]
+    assert answer["data"][0]["b64_json"] == generate(client, seed=1)["data"][0]["b64_json"]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_quality_is_told_in_openais_words_and_changes_no_pixel(
 def test_keys_that_were_not_asked_for_are_absent(
     client: httpx.Client, asked: dict[str, Any], keys: set[str]
 ) -> None:
-    answer = draw(client, n=2, **asked)
+    answer = generate(client, n=2, **asked)
     for item in answer["data"]:
         assert set(item) & {"b64_json", "url"} == keys
     assert None not in [value for item in answer["data"] for value in item.values()]
@@ -80,12 +80,12 @@ def test_keys_that_were_not_asked_for_are_absent(
 
 
 def test_url_and_base64_hold_the_same_bytes(client: httpx.Client) -> None:
-    for item in draw(client, n=3)["data"]:
+    for item in generate(client, n=3)["data"]:
         assert httpx.get(item["url"]).content == base64.b64decode(item["b64_json"], validate=True)
 
 
 def test_a_public_url_stands_before_the_name_of_the_picture(tight: TightServer) -> None:
-    url = draw(tight.client)["data"][0]["url"]
+    url = generate(tight.client)["data"][0]["url"]
     assert url.startswith("https://pictures.example/hypergen/v1/images/files/")
 
 

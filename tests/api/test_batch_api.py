@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.http_client import JSON, QUICK, SLOW, assert_error, draw_bytes
+from tests.support.http_client import JSON, QUICK, SLOW, assert_error, generate_files
 
 
 def generate(client: httpx.Client, *items: dict[str, Any]) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def test_items_are_drawn_as_the_openai_route_draws_them(client: httpx.Client) ->
     assert result["status"] == 200
     assert [image["seed"] for image in result["images"]] == [6, 7]
     data = [base64.b64decode(image["b64_json"]) for image in result["images"]]
-    assert data == draw_bytes(client, seed=6, n=2, output_format="webp")
+    assert data == generate_files(client, seed=6, n=2, output_format="webp")
 
 
 def test_an_item_fails_alone(client: httpx.Client) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from tests.api.conftest import TightServer
-from tests.support.http_client import QUICK, draw, draw_bytes
+from tests.support.http_client import QUICK, generate, generate_files
 
 FORMATS = ["png", "jpeg", "webp"]
 
@@ -29,10 +29,10 @@ def test_each_picture_of_a_request_equals_the_single_one_with_its_seed(
     client: httpx.Client, output_format: str
 ) -> None:
     fields = {"output_format": output_format, "num_inference_steps": 3}
-    answer = draw(client, n=4, seed=100, **fields)
+    answer = generate(client, n=4, seed=100, **fields)
     assert [item["seed"] for item in answer["data"]] == [100, 101, 102, 103]
     together = [item["b64_json"] for item in answer["data"]]
-    alone = [draw(client, seed=100 + index, **fields)["data"][0]["b64_json"] for index in range(4)]
+    alone = [generate(client, seed=100 + index, **fields)["data"][0]["b64_json"] for index in range(4)]
     assert together == alone
     assert len(set(together)) == 4
 
@@ -40,22 +40,22 @@ def test_each_picture_of_a_request_equals_the_single_one_with_its_seed(
 @pytest.mark.parametrize("sampler", [None, "euler_a", "dpmpp_2m_sde"])
 def test_the_same_seed_draws_the_same_bytes(client: httpx.Client, sampler: str | None) -> None:
     fields = {"seed": 2**40, "sampler": sampler, "num_inference_steps": 3}
-    assert draw_bytes(client, **fields) == draw_bytes(client, **fields)
+    assert generate_files(client, **fields) == generate_files(client, **fields)
 
 
 def test_every_seed_of_an_answer_can_be_asked_for(client: httpx.Client) -> None:
-    assert [item["seed"] for item in draw(client, n=2, seed=2**63 - 2)["data"]] == [2**63 - 2, 2**63 - 1]
+    assert [item["seed"] for item in generate(client, n=2, seed=2**63 - 2)["data"]] == [2**63 - 2, 2**63 - 1]
     refused = client.post("/v1/images/generations", json={"prompt": "a", "n": 2, "seed": 2**63 - 1})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "seed"
 
 
 def test_without_a_seed_pictures_differ_and_tell_theirs(client: httpx.Client) -> None:
-    items = [draw(client)["data"][0] for _ in range(3)]
+    items = [generate(client)["data"][0] for _ in range(3)]
     assert len({item["b64_json"] for item in items}) == 3
     for item in items:
         assert 0 <= item["seed"] < 2**53  # a JavaScript client reads it back exactly
-        assert draw(client, seed=item["seed"])["data"][0]["b64_json"] == item["b64_json"]
+        assert generate(client, seed=item["seed"])["data"][0]["b64_json"] == item["b64_json"]
 
 
 @pytest.mark.parametrize(
@@ -72,27 +72,29 @@ def test_without_a_seed_pictures_differ_and_tell_theirs(client: httpx.Client) ->
 )
 def test_what_was_asked_for_changes_the_pixels(client: httpx.Client, change: dict[str, Any]) -> None:
     fields = {"seed": 7, "num_inference_steps": 3}
-    assert pixels(draw_bytes(client, **fields)[0]) != pixels(draw_bytes(client, **{**fields, **change})[0])
+    assert pixels(generate_files(client, **fields)[0]) != pixels(
+        generate_files(client, **{**fields, **change})[0]
+    )
 
 
 @pytest.mark.parametrize(
     "change", [{"style": "vivid"}, {"user": "u"}, {"model": "m"}, {"negative_prompt": ""}]
 )
 def test_what_has_no_effect_changes_no_byte(client: httpx.Client, change: dict[str, Any]) -> None:
-    assert draw_bytes(client, seed=7) == draw_bytes(client, seed=7, **change)
+    assert generate_files(client, seed=7) == generate_files(client, seed=7, **change)
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_the_file_is_of_the_format_asked_for(client: httpx.Client, output_format: str) -> None:
-    data = draw_bytes(client, output_format=output_format)[0]
+    data = generate_files(client, output_format=output_format)[0]
     assert Image.open(BytesIO(data)).format == output_format.upper()
-    assert draw(client, output_format=output_format)["output_format"] == output_format
+    assert generate(client, output_format=output_format)["output_format"] == output_format
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_a_lower_compression_number_makes_a_smaller_file(client: httpx.Client, output_format: str) -> None:
     sizes = [
-        len(draw_bytes(client, seed=1, output_format=output_format, output_compression=number)[0])
+        len(generate_files(client, seed=1, output_format=output_format, output_compression=number)[0])
         for number in (0, 20, 50, 80, 95, 100)
     ]
     assert sizes == sorted(set(sizes))
@@ -107,7 +109,7 @@ def test_a_file_says_what_determines_it(client: httpx.Client, output_format: str
         "sampler": "ddim",
         "size": "72x64",
     }
-    data = draw_bytes(client, n=2, output_format=output_format, **fields)[1]
+    data = generate_files(client, n=2, output_format=output_format, **fields)[1]
     settings = settings_in(data)
     assert settings == {
         "model": client.get("/v1/models").json()["data"][0]["id"],
@@ -125,9 +127,9 @@ def test_a_file_says_what_determines_it(client: httpx.Client, output_format: str
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_the_longest_prompts_fit_into_every_format(client: httpx.Client, output_format: str) -> None:
     # In a JPEG at most 64 KB of settings have room; such prompts are drawn all the same.
-    data = draw_bytes(client, prompt="🦊" * 32000, negative_prompt="ü" * 32000, output_format=output_format)[
-        0
-    ]
+    data = generate_files(
+        client, prompt="🦊" * 32000, negative_prompt="ü" * 32000, output_format=output_format
+    )[0]
     settings = settings_in(data)
     if output_format == "jpeg":
         assert settings is None
@@ -138,14 +140,14 @@ def test_the_longest_prompts_fit_into_every_format(client: httpx.Client, output_
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_a_server_can_leave_the_settings_out_of_its_files(tight: TightServer, output_format: str) -> None:
-    data = draw_bytes(tight.client, seed=1, output_format=output_format)[0]
+    data = generate_files(tight.client, seed=1, output_format=output_format)[0]
     assert settings_in(data) is None
     assert not Image.open(BytesIO(data)).getexif()
     assert b"red circle" not in data
 
 
 def test_the_settings_in_the_file_change_no_pixel(client: httpx.Client, tight: TightServer) -> None:
-    told, untold = draw_bytes(client, seed=1)[0], draw_bytes(tight.client, seed=1)[0]
+    told, untold = generate_files(client, seed=1)[0], generate_files(tight.client, seed=1)[0]
     assert told != untold
     assert pixels(told) == pixels(untold)
 

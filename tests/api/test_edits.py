@@ -15,7 +15,7 @@ from hypergen.errors import InvalidRequestError
 from hypergen.request import GenerationRequest
 from tests.api.conftest import TightServer
 from tests.api.test_multipart_form import form_of
-from tests.support.full_capability_model import ABLE, SETTINGS
+from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
 from tests.support.http_client import QUICK, assert_error
 from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient
 from tests.support.live_server import LiveServer
@@ -33,7 +33,7 @@ def in_json(data: bytes) -> dict[str, str]:
 def edit(**fields: Any) -> GenerationRequest:
     body = {"prompt": "a", "images": [in_json(PICTURE)], **fields}
     body = {name: value for name, value in body.items() if value is not None}
-    return openai_edits.to_edit(body, ABLE, SETTINGS, "id").generation
+    return openai_edits.to_edit(body, FULL_MODEL_INFO, SETTINGS, "id").generation
 
 
 def refusal(**fields: Any) -> InvalidRequestError:
@@ -50,7 +50,7 @@ def test_the_form_and_json_make_the_same_request() -> None:
             [("image", ("a", PICTURE)), ("mask", ("m", MASK))],
             {name: str(value) for name, value in fields.items()},
         ),
-        ABLE,
+        FULL_MODEL_INFO,
         SETTINGS,
         "id",
     ).generation
@@ -153,16 +153,16 @@ def test_missing_fields_are_named() -> None:
 
 def test_a_variation_needs_no_prompt() -> None:
     body = form_of([("image", ("a", PICTURE))], {"n": "2", "size": "256x256"})
-    request = openai_edits.to_variation(body, ABLE, SETTINGS, "id").generation
+    request = openai_edits.to_variation(body, FULL_MODEL_INFO, SETTINGS, "id").generation
     assert (request.n, request.width, request.strength) == (2, 256, 0.7)
     assert request.image is not None
     assert request.mask is None
 
 
 def test_a_model_that_draws_from_prompts_only_says_so() -> None:
-    fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
+    fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
     for capabilities, field in ((frozenset(), "images"), (frozenset({"image"}), "mask")):
-        plain = type(ABLE)(**{**fields, "capabilities": capabilities})
+        plain = type(FULL_MODEL_INFO)(**{**fields, "capabilities": capabilities})
         body = {"prompt": "a", "images": [in_json(PICTURE)], "mask": in_json(MASK)}
         with pytest.raises(InvalidRequestError, match="Stable Diffusion") as raised:
             openai_edits.to_edit(body, plain, SETTINGS, "id")

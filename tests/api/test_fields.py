@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.http_client import GENERATIONS, JSON, QUICK, as_json, assert_error, draw
+from tests.support.http_client import GENERATIONS, JSON, QUICK, as_json, assert_error, generate
 
 NOT_A_STRING = [True, 1, 1.5, [], {}]
 NOT_AN_INTEGER = [True, 1.5, "2", "", [], {}]
@@ -87,7 +87,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(
 
 @pytest.mark.parametrize(("field", "value"), pairs(ACCEPTED))
 def test_a_good_value_is_drawn(client: httpx.Client, field: str, value: Any) -> None:
-    answer = draw(client, **{field: value})
+    answer = generate(client, **{field: value})
     assert len(answer["data"]) == (value if field == "n" else 1)
 
 
@@ -149,7 +149,8 @@ def test_unknown_fields_are_ignored_and_reach_nothing(client: httpx.Client) -> N
         "generator": 1,
     }
     assert (
-        draw(client, seed=5)["data"][0]["b64_json"] == draw(client, seed=5, **strange)["data"][0]["b64_json"]
+        generate(client, seed=5)["data"][0]["b64_json"]
+        == generate(client, seed=5, **strange)["data"][0]["b64_json"]
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.http_client import GENERATIONS, QUICK, assert_error, client_of, draw
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, client_of, generate
 from tests.support.live_server import LiveServer
 
 
@@ -28,7 +28,7 @@ def keyed(keyed_server: LiveServer) -> Iterator[httpx.Client]:
 def test_a_picture_is_fetched_without_the_key(
     keyed: httpx.Client, output_format: str, extension: str, media_type: str
 ) -> None:
-    item = draw(keyed, output_format=output_format)["data"][0]
+    item = generate(keyed, output_format=output_format)["data"][0]
     assert item["url"].endswith(extension)
     response = httpx.get(item["url"])
     assert response.status_code == 200
@@ -40,7 +40,7 @@ def test_a_picture_is_fetched_without_the_key(
 
 
 def test_head_tells_a_pictures_size(keyed: httpx.Client) -> None:
-    url = draw(keyed)["data"][0]["url"]
+    url = generate(keyed)["data"][0]["url"]
     response = httpx.head(url)
     assert response.status_code == 200
     assert response.content == b""
@@ -49,7 +49,7 @@ def test_head_tells_a_pictures_size(keyed: httpx.Client) -> None:
 
 
 def test_a_part_of_a_picture_can_be_fetched(keyed: httpx.Client) -> None:
-    url = draw(keyed)["data"][0]["url"]
+    url = generate(keyed)["data"][0]["url"]
     response = httpx.get(url, headers={"Range": "bytes=1-3"})
     assert (response.status_code, response.content) == (206, b"PNG")
     assert_error(httpx.get(url, headers={"Range": "bytes=99999999-"}), 416)
@@ -73,13 +73,13 @@ def test_unknown_names_are_not_found(keyed: httpx.Client, name: str) -> None:
 
 
 def test_every_picture_has_a_long_name_of_its_own(keyed: httpx.Client) -> None:
-    names = [item["url"].rpartition("/")[2] for item in draw(keyed, n=5, seed=1)["data"]]
+    names = [item["url"].rpartition("/")[2] for item in generate(keyed, n=5, seed=1)["data"]]
     assert len(set(names)) == 5
     assert min(len(name.partition(".")[0]) for name in names) >= 32
 
 
 def test_without_a_disk_for_urls_pictures_still_come_as_base64(keyed: httpx.Client) -> None:
-    name = draw(keyed)["data"][0]["url"].rpartition("/")[2]
+    name = generate(keyed)["data"][0]["url"].rpartition("/")[2]
     folder = next(file.parent for file in Path(tempfile.gettempdir()).glob(f"hypergen-images-*/{name}"))
     shutil.rmtree(folder)
     folder.write_bytes(b"in the way")
@@ -89,16 +89,16 @@ def test_without_a_disk_for_urls_pictures_still_come_as_base64(keyed: httpx.Clie
         assert "b64_json" in message
         assert str(folder) not in response.text
         assert response.headers["x-should-retry"] == "false"
-        assert draw(keyed, response_format="b64_json")["data"]
+        assert generate(keyed, response_format="b64_json")["data"]
         assert_error(keyed.get(f"/v1/images/files/{name}"), 404)
     finally:
         folder.unlink()
-    assert httpx.get(draw(keyed)["data"][0]["url"]).status_code == 200
+    assert httpx.get(generate(keyed)["data"][0]["url"]).status_code == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
 def test_pictures_can_only_be_read(keyed: httpx.Client, method: str) -> None:
-    url = draw(keyed)["data"][0]["url"]
+    url = generate(keyed)["data"][0]["url"]
     assert_error(httpx.request(method, url), 401)
     assert_error(keyed.request(method, url), 405)
     assert httpx.get(url).status_code == 200

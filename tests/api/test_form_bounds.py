@@ -15,7 +15,7 @@ from hypergen.api.dialects import openai_edits
 from hypergen.api.multipart_form import _to_body  # pyright: ignore[reportPrivateUsage]  its own parser, without HTTP
 from hypergen.errors import InvalidRequestError, PayloadTooLargeError
 from tests.api.test_multipart_form import PICTURE, form_of, read
-from tests.support.full_capability_model import ABLE, SETTINGS
+from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
 from tests.support.parser_costs import growth, memory, refusal
 
 END = b"--b--\r\n"
@@ -109,7 +109,7 @@ def test_an_object_in_a_form_may_have_64_entries(in_json: bool) -> None:
             else [(f"loras[{name}]", (None, str(weight))) for name, weight in loras.items()]
         )
         body = form_of([("image", ("a", PICTURE)), ("prompt", (None, "a")), *text])
-        openai_edits.to_edit(body, ABLE, SETTINGS, "id")
+        openai_edits.to_edit(body, FULL_MODEL_INFO, SETTINGS, "id")
 
     for count, message in ((64, "must name a LoRA"), (65, "may have at most 64 entries")):
         with pytest.raises(InvalidRequestError, match=message) as raised:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.support.http_client import GENERATIONS, QUICK, assert_error, client_of, draw
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, client_of, generate
 from tests.support.image_files import as_file, gradient
 from tests.support.live_server import LiveServer
 
@@ -87,7 +87,7 @@ def test_pages_of_the_same_site_are_served(client: httpx.Client, site: str) -> N
 
 
 def test_other_sites_may_show_stored_images(client: httpx.Client) -> None:
-    url = draw(client)["data"][0]["url"]
+    url = generate(client)["data"][0]["url"]
     assert httpx.get(url, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
 
 
@@ -128,6 +128,6 @@ def test_every_answer_says_that_its_type_is_not_to_be_guessed(
         client.post("/generate", json={}),
         client.get("/v1/models", headers={"Host": "evil.example"}),
         httpx.get(keyed_server.url + "/v1/models"),
-        httpx.get(draw(client)["data"][0]["url"]),
+        httpx.get(generate(client)["data"][0]["url"]),
     ):
         assert response.headers.get_list("x-content-type-options") == ["nosniff"], response.url

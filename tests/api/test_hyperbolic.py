@@ -14,7 +14,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.conftest import TightServer
-from tests.support.http_client import JSON, as_json, assert_error, client_of, draw_bytes
+from tests.support.http_client import JSON, as_json, assert_error, client_of, generate_files
 from tests.support.image_files import as_base64, as_file, gradient
 from tests.support.live_server import LiveServer
 from tests.support.response_schemas import validate
@@ -160,7 +160,7 @@ def test_the_same_settings_give_the_same_file_in_both_dialects(client: httpx.Cli
     ours = draw(
         client, seed=5, steps=3, cfg_scale=4, width=64, height=128, negative_prompt="blue", sampler="heun"
     )
-    theirs = draw_bytes(
+    theirs = generate_files(
         client,
         seed=5,
         num_inference_steps=3,

@@ -14,12 +14,12 @@ from hypergen.metrics import Price
 from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.request import GenerationRequest
 from tests.api.test_hyperbolic import BODY, PICTURE
-from tests.support.full_capability_model import ABLE, SETTINGS
+from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
 from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient
 
 
 def request_of(**fields: Any) -> GenerationRequest:
-    return hyperbolic.to_request({**BODY, **fields}, ABLE, SETTINGS, "id").generation
+    return hyperbolic.to_request({**BODY, **fields}, FULL_MODEL_INFO, SETTINGS, "id").generation
 
 
 def refusal(**fields: Any) -> InvalidRequestError:
@@ -31,11 +31,11 @@ def refusal(**fields: Any) -> InvalidRequestError:
 
 def test_absent_values_are_the_documents_unless_the_model_was_made_for_others() -> None:
     bare = {"model_name": "x", "prompt": "a"}
-    usual = hyperbolic.to_request(bare, ABLE, SETTINGS, "id").generation
+    usual = hyperbolic.to_request(bare, FULL_MODEL_INFO, SETTINGS, "id").generation
     assert (usual.num_inference_steps, usual.guidance_scale) == (30, 7.5)
     assert (usual.width, usual.height, usual.n, usual.seed_given) == (1024, 1024, 1, False)
     turbo = ModelDefaults(num_inference_steps=4, guidance_scale=1.0, width=512, height=512)
-    fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
+    fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
     quick = hyperbolic.to_request(bare, ModelInfo(**{**fields, "defaults": turbo}), SETTINGS, "id").generation
     assert (quick.num_inference_steps, quick.guidance_scale, quick.width) == (4, 1.0, 512)
 
@@ -68,7 +68,7 @@ def test_other_sizes_beyond_2048_are_refused() -> None:
     small = ServerSettings.model_validate({"max_side": 512})
     for width, height in ((1664, 2432), (520, 64)):
         with pytest.raises(InvalidRequestError):
-            hyperbolic.to_request({**BODY, "width": width, "height": height}, ABLE, small, "id")
+            hyperbolic.to_request({**BODY, "width": width, "height": height}, FULL_MODEL_INFO, small, "id")
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_the_price_is_that_of_the_documents_table(width: int, steps: int, told: 
     assert price(request_of(width=width, height=width, steps=steps), 0.01) == pytest.approx(float(told))
     rated = ServerSettings.model_validate({"price_rate": 0.01})
     body = {**BODY, "width": width, "height": width, "steps": steps}
-    asked = hyperbolic.to_request(body, ABLE, rated, "id")
+    asked = hyperbolic.to_request(body, FULL_MODEL_INFO, rated, "id")
     assert asked.headers == {"x-hypergen-price": told}
-    assert asked.price == Price(ABLE.id, price(asked.generation, 0.01))
+    assert asked.price == Price(FULL_MODEL_INFO.id, price(asked.generation, 0.01))
 
 
 def test_pictures_are_priced_each() -> None:
@@ -123,15 +123,17 @@ def test_what_only_some_models_have_reaches_those() -> None:
 
 
 def test_a_true_cfg_scale_is_for_the_models_that_have_one() -> None:
-    fields = {name: getattr(ABLE, name) for name in ABLE.__slots__}
-    flux = ModelInfo(**{**fields, "family": "flux", "capabilities": ABLE.capabilities | {"true_cfg_scale"}})
+    fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
+    flux = ModelInfo(
+        **{**fields, "family": "flux", "capabilities": FULL_MODEL_INFO.capabilities | {"true_cfg_scale"}}
+    )
     for dialect, body in ((hyperbolic, BODY), (openai_images, {"prompt": "a cat"})):
         for scale in (1, 2.5, 20):
             request = dialect.to_request({**body, "true_cfg_scale": scale}, flux, SETTINGS, "id").generation
             assert request.true_cfg_scale == scale
         assert dialect.to_request(body, flux, SETTINGS, "id").generation.true_cfg_scale is None
         with pytest.raises(InvalidRequestError, match="FLUX does") as raised:
-            dialect.to_request({**body, "true_cfg_scale": 4.0}, ABLE, SETTINGS, "id")
+            dialect.to_request({**body, "true_cfg_scale": 4.0}, FULL_MODEL_INFO, SETTINGS, "id")
         assert raised.value.param == "true_cfg_scale"
         assert raised.value.code == "unsupported_parameter"
 
@@ -192,7 +194,7 @@ def test_flux_draws_from_no_picture_whatever_the_model_can() -> None:
     ],
 )
 def test_what_the_engine_finds_is_told_by_the_clients_name(found: str, param: str) -> None:
-    asked = hyperbolic.to_request(BODY, ABLE, SETTINGS, "id")
+    asked = hyperbolic.to_request(BODY, FULL_MODEL_INFO, SETTINGS, "id")
     error = asked.with_client_field_names(InvalidRequestError("It is too much.", param=found))
     assert (error.param, error.message) == (param, f"'{param}': It is too much.")
     assert asked.with_client_field_names(InvalidRequestError("It is too much.")).message == "It is too much."

@@ -16,11 +16,11 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from hypergen.images.decoding import (
     DecodingCancelledError,
+    check_header,
     decode,
     decoding_cancelled,
-    look,
+    to_input_image,
     to_mask,
-    to_picture,
 )
 from hypergen.images.image_files import pixels_and_orientation
 from tests.support.image_files import as_file, gradient
@@ -82,8 +82,8 @@ def message(data: bytes) -> str:
 
 def test_a_jpeg_of_100_scans_is_read_and_of_101_refused_before_it_is_decoded() -> None:
     assert decode(with_scans(100), "mask").size == (96, 64)
-    assert message(with_scans(101)) == "'mask' has more than 100 scans; save the image anew."
-    assert refusal(lambda: look(with_scans(101), "mask"))
+    assert message(with_scans(101)) == "'mask' has more than 100 scans; save the image again."
+    assert refusal(lambda: check_header(with_scans(101), "mask"))
 
 
 def test_scans_of_a_thumbnail_do_not_count() -> None:
@@ -94,7 +94,7 @@ def test_scans_of_a_thumbnail_do_not_count() -> None:
 def test_2000_segments_of_a_jpeg_are_read_at_most() -> None:
     assert decode(in_jpeg(segment(0xE5) * 1900), "image").size == (96, 64)
     assert (
-        message(in_jpeg(segment(0xE5) * 2000)) == "'mask' has more than 2,000 segments; save the image anew."
+        message(in_jpeg(segment(0xE5) * 2000)) == "'mask' has more than 2,000 segments; save the image again."
     )
     assert "segments" in message(in_jpeg(segment(0xFE) * 1_000_000))
 
@@ -102,7 +102,9 @@ def test_2000_segments_of_a_jpeg_are_read_at_most() -> None:
 @pytest.mark.parametrize("kind", [b"abCd", b"tEXt", b"IDAT"])
 def test_50_000_chunks_of_a_png_are_read_at_most(kind: bytes) -> None:
     assert decode(in_png(chunk(kind) * 49_000), "image").size == (96, 64)
-    assert message(in_png(chunk(kind) * 50_000)) == "'mask' has more than 50,000 chunks; save the image anew."
+    assert (
+        message(in_png(chunk(kind) * 50_000)) == "'mask' has more than 50,000 chunks; save the image again."
+    )
     behind = PNG[:-12] + chunk(kind) * 50_000 + PNG[-12:]
     assert "chunks" in message(behind)
 
@@ -212,12 +214,12 @@ class CountedEvent(threading.Event):
 @pytest.mark.parametrize(
     "step",
     [
-        lambda: look(PNG, "image"),
+        lambda: check_header(PNG, "image"),
         lambda: decode(PNG, "image"),
-        lambda: to_picture(gradient(), 64, 64),
+        lambda: to_input_image(gradient(), 64, 64),
         lambda: to_mask(gradient(), 64, 64),
     ],
-    ids=["look", "decode", "to_picture", "to_mask"],
+    ids=["check_header", "decode", "to_input_image", "to_mask"],
 )
 def test_every_step_stops_when_decoding_is_cancelled(step: Callable[[], object]) -> None:
     cancelled = threading.Event()

@@ -23,7 +23,7 @@ from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import NotFoundError, QueueFullError, UnavailableError
 from hypergen.images.storage import ImageStorage
 from tests.api.conftest import TightServer
-from tests.support.http_client import QUICK, SLOW, assert_error, draw
+from tests.support.http_client import QUICK, SLOW, assert_error, generate
 from tests.support.live_server import LiveServer
 from tests.support.sync_engine import make_request
 
@@ -69,7 +69,7 @@ def test_a_job_ends_with_what_the_request_would_have_answered(client: httpx.Clie
     done = wait(client, job, ended)[-1]
     assert done["status"] == "succeeded"
     assert done["progress"] == {"step": 2, "steps": 2}
-    direct = draw(client, **fields)
+    direct = generate(client, **fields)
     result = done["result"]
     assert set(result) == set(direct)
     assert [(item["b64_json"], item["seed"]) for item in result["data"]] == [

@@ -7,7 +7,7 @@ import time
 
 import httpx
 
-from tests.support.http_client import assert_error, draw
+from tests.support.http_client import assert_error, generate
 from tests.support.live_server import LiveServer
 
 
@@ -53,7 +53,7 @@ def test_a_long_path_is_cut_off(server: LiveServer, client: httpx.Client) -> Non
 
 
 def test_prompts_and_queries_are_not_logged(server: LiveServer, client: httpx.Client) -> None:
-    draw(client, prompt="a very private prompt", negative_prompt="another private prompt")
+    generate(client, prompt="a very private prompt", negative_prompt="another private prompt")
     client.post("/v1/images/generations", json={"prompt": "a third private prompt", "n": 99})
     client.get("/v1/models", params={"api_key": "private"})
     assert "private" not in server.log()

@@ -9,13 +9,13 @@ import httpx
 import pytest
 
 from hypergen.images.encoding import METADATA_KEY
-from tests.support.http_client import GENERATIONS, QUICK, assert_error, draw, draw_image
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, generate, generate_image
 
 SEEDED = {"seed": 3, "response_format": "b64_json"}
 
 
 def _file(client: httpx.Client, **fields: object) -> str:
-    return draw(client, **SEEDED, **fields)["data"][0]["b64_json"]
+    return generate(client, **SEEDED, **fields)["data"][0]["b64_json"]
 
 
 def test_a_name_a_path_and_an_object_draw_the_same(client: httpx.Client, lora_folder: Path) -> None:
@@ -29,7 +29,7 @@ def test_a_name_a_path_and_an_object_draw_the_same(client: httpx.Client, lora_fo
 
 
 def test_a_picture_tells_which_loras_made_it(client: httpx.Client) -> None:
-    image = draw_image(client, lora_path="style", lora_scale=0.5)
+    image = generate_image(client, lora_path="style", lora_scale=0.5)
     metadata = json.loads(image.info[METADATA_KEY])
     assert metadata["loras"] == {"style": 0.5}
 

@@ -8,14 +8,14 @@ import uuid
 import httpx
 
 from hypergen.bentoml_integration.metric_paths import OTHER, endpoint_name
-from tests.support.http_client import draw
+from tests.support.http_client import generate
 from tests.support.live_server import LiveServer
 
 
 def test_requests_are_counted_by_endpoint_and_never_by_path(server: LiveServer) -> None:
     secret = uuid.uuid4().hex
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        draw(client, size="64x64")
+        generate(client, size="64x64")
         for path in (f"/{secret}", f"/v1/models/{secret}", f"/v1/images/files/{secret}", f"/livez/{secret}"):
             assert client.get(path).status_code == 404
         assert client.post(f"/v1/images/generations/{secret}").status_code == 404

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.support.http_client import assert_error, draw_bytes
+from tests.support.http_client import assert_error, generate_files
 from tests.support.live_server import LiveServer
 
 
@@ -87,7 +87,7 @@ def test_the_official_client_draws(server: LiveServer, client: httpx.Client) -> 
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
     assert len({item.b64_json for item in answer.data}) == 2
     fields = {"n": 2, "size": "64x64", "output_format": "webp", **extra}
-    pictures = draw_bytes(client, prompt="a red circle", **fields)
+    pictures = generate_files(client, prompt="a red circle", **fields)
     assert [httpx.get(item.url or "").content for item in answer.data] == pictures
 
 

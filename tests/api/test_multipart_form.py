@@ -12,7 +12,7 @@ from starlette.requests import Request
 from hypergen.api.dialects import openai_edits
 from hypergen.api.multipart_form import read_form
 from hypergen.errors import InvalidRequestError
-from tests.support.full_capability_model import ABLE, SETTINGS
+from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
 from tests.support.image_files import as_file, gradient
 
 PICTURE = as_file(gradient(96, 64))
@@ -111,7 +111,7 @@ def test_text_is_utf_8_or_what_the_form_says() -> None:
 def test_text_that_is_no_number_is_refused_by_its_field(value: str) -> None:
     body = form_of([("image", ("a", PICTURE))], {"prompt": "a", "n": value})
     with pytest.raises(InvalidRequestError) as raised:
-        openai_edits.to_edit(body, ABLE, SETTINGS, "id")
+        openai_edits.to_edit(body, FULL_MODEL_INFO, SETTINGS, "id")
     assert raised.value.param == "n"
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.api.test_hyperbolic import BODY, PATH
-from tests.support.http_client import GENERATIONS, QUICK, draw
+from tests.support.http_client import GENERATIONS, QUICK, generate
 from tests.support.response_schemas import validate
 
 # The operation of Hyperbolic's OpenAPI file, as its clients were generated from it.
@@ -128,7 +128,7 @@ def test_every_field_has_a_description(description: dict[str, Any]) -> None:
 
 
 def test_answers_are_what_the_description_says(client: httpx.Client, description: dict[str, Any]) -> None:
-    validate(draw(client, n=2), schema(description, "ImagesResponse"))
+    validate(generate(client, n=2), schema(description, "ImagesResponse"))
     validate(client.post(PATH, json=BODY).json(), schema(description, "ImageGenerationResponse"))
     validate(client.post(PATH, json={}).json(), schema(description, "ErrorResponse"))
     validate(client.get("/v1/models").json(), schema(description, "ModelList"))

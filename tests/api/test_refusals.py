@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.api.conftest import TightServer
-from tests.support.http_client import GENERATIONS, SLOW, assert_error, draw
+from tests.support.http_client import GENERATIONS, SLOW, assert_error, generate
 from tests.support.live_server import LiveServer
 
 
@@ -59,7 +59,7 @@ def test_the_official_client_does_not_repeat_a_request_that_took_too_long(tight:
 
 def test_the_room_of_refused_requests_is_free_again(tight: TightServer, crowd: object) -> None:
     assert crowd
-    draw(tight.client)
+    generate(tight.client)
     assert tight.client.get("/health").json()["queue_size"] == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hypergen.errors import InvalidRequestError
-from hypergen.images.decoding import decode, from_base64, to_mask, to_picture
+from hypergen.images.decoding import decode, from_base64, to_input_image, to_mask
 from hypergen.request import InputImage
 from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient, png_header
 
@@ -28,7 +28,7 @@ def difference(picture: InputImage, image: Image.Image) -> float:
 
 @pytest.mark.parametrize(("kind", "least"), [("PNG", 0), ("JPEG", 3), ("WEBP", 3)])
 def test_the_file_type_is_told_by_the_bytes(kind: str, least: float) -> None:
-    picture = to_picture(decode(as_file(gradient(), kind), "image"), 96, 64)
+    picture = to_input_image(decode(as_file(gradient(), kind), "image"), 96, 64)
     assert difference(picture, gradient()) <= least
 
 
@@ -42,7 +42,7 @@ def test_what_is_no_readable_picture_is_refused_by_its_parameter(data: bytes) ->
 
 @pytest.mark.parametrize("size", [(8000, 5130), (10_000, 10_000), (30_000, 30_000), (8, 1_000_000)])
 def test_what_is_too_large_is_refused_for_its_size(size: tuple[int, int]) -> None:
-    with pytest.raises(InvalidRequestError, match="40 megapixels and sides of 8192"):
+    with pytest.raises(InvalidRequestError, match="40 megapixels and 8192 pixels"):
         decode(png_header(*size), "image")
 
 
@@ -50,20 +50,20 @@ def test_what_is_too_large_is_refused_for_its_size(size: tuple[int, int]) -> Non
 def test_ordinary_kinds_of_pictures_are_read(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
     image = gradient(mode=mode)
-    picture = to_picture(decode(as_file(image, kind), "image"), 96, 64)
+    picture = to_input_image(decode(as_file(image, kind), "image"), 96, 64)
     assert difference(picture, image) < 3
 
 
 def test_sixteen_bits_of_grey_are_scaled_and_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 96 * 64).reshape(64, 96).astype(np.uint16)
-    picture = to_picture(decode(as_file(Image.fromarray(ramp)), "image"), 96, 64)
+    picture = to_input_image(decode(as_file(Image.fromarray(ramp)), "image"), 96, 64)
     assert np.abs(pixels(picture)[:, :, 0] - ramp / 257).max() <= 1
 
 
 def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
     image.paste((10, 20, 30, 255), (0, 0, 32, 64))
-    seen = pixels(to_picture(decode(as_file(image), "image"), 64, 64))
+    seen = pixels(to_input_image(decode(as_file(image), "image"), 64, 64))
     assert seen[0, 0].tolist() == [10, 20, 30]
     assert seen[0, 63].tolist() == [255, 255, 255]
 
@@ -75,7 +75,7 @@ def test_pictures_are_turned_upright_by_their_orientation(kind: str) -> None:
     lying = as_file(gradient().rotate(90, expand=True), kind, exif=exif.tobytes())
     image = decode(lying, "image")
     assert image.size == (96, 64)
-    assert difference(to_picture(image, 96, 64), gradient()) < 4
+    assert difference(to_input_image(image, 96, 64), gradient()) < 4
 
 
 def test_broken_exif_does_not_spoil_a_picture() -> None:
@@ -87,24 +87,24 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
     frames = [gradient(), Image.new("RGB", (96, 64), "white")]
     for kind in ("PNG", "WEBP"):
         data = as_file(frames[0], kind, save_all=True, append_images=frames[1:])
-        assert difference(to_picture(decode(data, "image"), 96, 64), gradient()) < 3
+        assert difference(to_input_image(decode(data, "image"), 96, 64), gradient()) < 3
 
 
 def test_a_picture_of_another_shape_is_cut_and_not_distorted() -> None:
-    fitted = pixels(to_picture(gradient(200, 100), 64, 64))
-    middle = pixels(to_picture(gradient(200, 100).crop((50, 0, 150, 100)), 64, 64))
+    fitted = pixels(to_input_image(gradient(200, 100), 64, 64))
+    middle = pixels(to_input_image(gradient(200, 100).crop((50, 0, 150, 100)), 64, 64))
     assert np.array_equal(fitted, middle)
 
 
 def test_pixels_stay_as_they_are_where_only_the_edge_is_cut() -> None:
     image = Image.effect_noise((101, 79), 90).convert("RGB")
-    fitted = pixels(to_picture(image, 96, 72))
+    fitted = pixels(to_input_image(image, 96, 72))
     assert np.array_equal(fitted, np.asarray(image)[3:75, 2:98])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 20)])
 def test_every_size_can_be_fitted(size: tuple[int, int]) -> None:
-    assert len(to_picture(Image.new("RGB", size, "red"), 64, 72).pixels) == 64 * 72 * 3
+    assert len(to_input_image(Image.new("RGB", size, "red"), 64, 72).pixels) == 64 * 72 * 3
 
 
 def test_transparent_is_drawn_and_opaque_is_kept() -> None:

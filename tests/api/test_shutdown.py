@@ -22,9 +22,9 @@ from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
 from tests.support.http_client import GENERATIONS as GENERATIONS_PATH
-from tests.support.http_client import QUICK, SLOW, assert_error, draw
+from tests.support.http_client import QUICK, SLOW, assert_error, generate
 from tests.support.live_server import LiveServer, start_server
-from tests.support.sync_engine import make_settings, served
+from tests.support.sync_engine import make_settings, served_model
 
 
 def test_a_drain_answers_everybody_with_the_same_503(tmp_path: Path, sd_folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_images_of_a_killed_worker_are_removed_at_the_next_start(tmp_path: Path,
         tmp_path / "server", str(sd_folder), "--device", "cpu", environment=environment
     ) as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            draw(client)
+            generate(client)
         (left,) = temporary.glob("hypergen-images-*")
         (worker,) = _workers(server)
         worker.kill()
@@ -96,7 +96,7 @@ async def test_jobs_older_than_their_lifetime_do_not_stop_the_shutdown(
     """The lifespan of the app ends, and with it the storage and a job that runs."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
-    await pool.start([served(sd_folder)])
+    await pool.start([served_model(sd_folder)])
     try:
         async with asyncio.timeout(60):
             while pool.status().state != "ready":  # noqa: ASYNC110  what is awaited happens in another process
@@ -131,7 +131,7 @@ async def test_the_storage_is_closed_although_the_jobs_cannot_be(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     settings = Settings.model_validate({})
-    app = create_app(settings, EnginePool(settings, accelerators=[{}]), [served(tmp_path)])
+    app = create_app(settings, EnginePool(settings, accelerators=[{}]), [served_model(tmp_path)])
     closed = threading.Event()
     monkeypatch.setattr(ImageStorage, "close", lambda _: closed.set())
 
@@ -152,6 +152,6 @@ def test_expired_images_are_removed_without_another_request(
     storage = ImageStorage(lifetime_s=0.01, max_bytes=1000)
     storage.put(b"data", "png", "image/png")
     time.sleep(0.02)
-    storage.drop_old()
+    storage.remove_expired()
     assert not list(tmp_path.glob("*/*"))
     storage.close()

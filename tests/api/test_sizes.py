@@ -13,7 +13,7 @@ from hypergen.api.validation import default_size
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.model_info import ModelDefaults, ModelInfo
-from tests.support.http_client import GENERATIONS, QUICK, assert_error, draw, draw_image
+from tests.support.http_client import GENERATIONS, QUICK, assert_error, generate, generate_image
 
 DESCRIPTION = ModelInfo(
     id="m",
@@ -109,15 +109,15 @@ def test_the_documented_maxima_are_within_the_work_of_one_request() -> None:
 def test_the_file_has_exactly_the_size_asked_for(
     client: httpx.Client, width: int, height: int, output_format: str
 ) -> None:
-    image = draw_image(client, size=f"{width}x{height}", output_format=output_format)
+    image = generate_image(client, size=f"{width}x{height}", output_format=output_format)
     assert image.size == (width, height)
     assert image.mode == "RGB"
 
 
 @pytest.mark.parametrize("fields", [{}, {"size": "auto"}])
 def test_without_a_size_the_models_own_is_drawn(client: httpx.Client, fields: dict[str, Any]) -> None:
-    assert draw(client, **fields)["size"] == "128x128"
-    assert draw_image(client, **fields).size == (128, 128)
+    assert generate(client, **fields)["size"] == "128x128"
+    assert generate_image(client, **fields).size == (128, 128)
 
 
 def test_a_server_may_allow_less_than_the_models_own_size_and_steps() -> None:

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.api.conftest import TightServer, start_tight_server
-from tests.support.health_latency import Probe, assert_prompt
-from tests.support.http_client import GENERATIONS, QUICK, SLOW, assert_error, client_of, draw
+from tests.support.health_latency import HealthLatency, assert_prompt
+from tests.support.http_client import GENERATIONS, QUICK, SLOW, assert_error, client_of, generate
 from tests.support.image_files import as_data_url, as_file, gradient
 from tests.support.live_server import LiveServer
 
@@ -48,10 +48,10 @@ def test_a_client_that_hangs_up_frees_its_place_and_the_engine(server: LiveServe
 
 
 def test_clients_that_hang_up_leave_the_others_alone(server: LiveServer, client: httpx.Client) -> None:
-    alone = draw(client, seed=3, num_inference_steps=20)["data"][0]["b64_json"]
+    alone = generate(client, seed=3, num_inference_steps=20)["data"][0]["b64_json"]
     with ThreadPoolExecutor(3) as pool:
         leaving = [pool.submit(leave, server, 0.3) for _ in range(3)]
-        beside = draw(client, seed=3, num_inference_steps=20)["data"][0]["b64_json"]
+        beside = generate(client, seed=3, num_inference_steps=20)["data"][0]["b64_json"]
         for each in leaving:
             each.result()
     assert beside == alone
@@ -66,19 +66,19 @@ def test_pictures_beyond_the_memory_for_them_are_refused(tight: TightServer) -> 
     tight.client.delete(f"/v1/images/jobs/{job['id']}")
     assert "input images" in assert_error(response, 429, code="rate_limit_exceeded")
     assert 1 <= int(response.headers["retry-after"]) <= 60
-    draw(tight.client)  # one without pictures
+    generate(tight.client)  # one without pictures
     assert tight.client.post("/v1/images/edits", json={**body, "num_inference_steps": 1}).status_code == 200
 
 
 def test_health_answers_at_once_while_pictures_are_drawn(server: LiveServer, client: httpx.Client) -> None:
-    def probe_drawing() -> Probe:
-        probe = Probe()
+    def probe_drawing() -> HealthLatency:
+        probe = HealthLatency()
         queue_sizes: set[int] = set()
         with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.url) as looking:
             body = {**QUICK, "num_inference_steps": 60}
             drawing = [pool.submit(client.post, GENERATIONS, json=body) for _ in range(8)]
-            while len(probe.answers_s) < 200 or not all(each.done() for each in drawing):
-                queue_sizes.add(probe.look(looking)["queue_size"])
+            while len(probe.response_times_s) < 200 or not all(each.done() for each in drawing):
+                queue_sizes.add(probe.request_health(looking)["queue_size"])
         assert {each.result().status_code for each in drawing} == {200}
         assert max(queue_sizes) == 8
         return probe
@@ -91,11 +91,11 @@ def test_health_answers_at_once_while_the_model_loads(
 ) -> None:
     probes = [tight.probe_while_loading]
 
-    def probe_loading() -> Probe:
+    def probe_loading() -> HealthLatency:
         if probes:
             return probes.pop()
         with start_tight_server(tmp_path_factory.mktemp("again"), sd_folder) as another:
             return another.probe_while_loading
 
-    assert len(tight.probe_while_loading.answers_s) > 20
+    assert len(tight.probe_while_loading.response_times_s) > 20
     assert_prompt(probe_loading)

@@ -21,14 +21,14 @@ from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest
 from tests.support.diffusers_edits import (
     assert_same,
-    draw,
-    left_half,
-    picture,
+    generate_with_diffusers,
+    left_half_mask,
     pixels_of,
-    sizes_of_passes,
+    record_rows,
+    sample_image,
     to_pillow,
 )
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings, prepare_image
 
 
 def random_control_model(parts: dict[str, Any], seed: int) -> Any:
@@ -67,7 +67,7 @@ def controlled(sd_folder: Path, sources: dict[str, str]) -> Any:
 def _request(model: str = "edges", **changes: Any) -> GenerationRequest:
     names = ("scale", "start", "end", "preprocessor")
     options = {name: changes.pop(name) for name in names if name in changes}
-    control = ControlInput(model=model, image=picture(seed=4), **options)
+    control = ControlInput(model=model, image=sample_image(seed=4), **options)
     given: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0, **changes}
     return make_request(control=control, **given)
 
@@ -77,7 +77,7 @@ def _expected(
 ) -> np.ndarray:
     control = request.control
     assert control is not None
-    return draw(
+    return generate_with_diffusers(
         kind(**parts, controlnet=models[control.model]),
         request,
         controlnet_conditioning_scale=control.scale,
@@ -102,7 +102,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(
         assert request.control is not None
         image = to_pillow(request.control.image)
         expected = _expected(StableDiffusionControlNetPipeline, parts, models, request, image=image)
-        assert_same(draw_alone(controlled, request), expected)
+        assert_same(generate_alone(controlled, request), expected)
         assert_same(pixels_of(crowd.data(request)), expected)
 
 
@@ -110,17 +110,19 @@ def test_it_goes_together_with_a_picture_and_a_mask(
     parts: dict[str, Any], models: dict[str, Any], controlled: Any
 ) -> None:
     """The window is then one of the steps that are left."""
-    request = _request(image=picture(), strength=0.8, num_inference_steps=5, start=0.3, end=0.8)
+    request = _request(image=sample_image(), strength=0.8, num_inference_steps=5, start=0.3, end=0.8)
     assert request.control is not None
     control_image = to_pillow(request.control.image)
-    given = {"image": to_pillow(picture()), "control_image": control_image, "strength": request.strength}
+    given = {"image": to_pillow(sample_image()), "control_image": control_image, "strength": request.strength}
     kind: Any = StableDiffusionControlNetImg2ImgPipeline
-    assert_same(draw_alone(controlled, request), _expected(kind, parts, models, request, **given))
+    assert_same(generate_alone(controlled, request), _expected(kind, parts, models, request, **given))
 
-    masked = _request(image=picture(), mask=left_half(), strength=0.8, num_inference_steps=5, end=0.8)
+    masked = _request(
+        image=sample_image(), mask=left_half_mask(), strength=0.8, num_inference_steps=5, end=0.8
+    )
     kind = StableDiffusionControlNetInpaintPipeline
-    expected = _expected(kind, parts, models, masked, **given, mask_image=to_pillow(left_half()))
-    assert_same(draw_alone(controlled, masked), expected)
+    expected = _expected(kind, parts, models, masked, **given, mask_image=to_pillow(left_half_mask()))
+    assert_same(generate_alone(controlled, masked), expected)
 
 
 def test_rows_of_one_control_model_share_a_pass_whatever_their_scales_and_windows(controlled: Any) -> None:
@@ -134,8 +136,8 @@ def test_rows_of_one_control_model_share_a_pass_whatever_their_scales_and_window
     for request in requests:
         alone[request.id].run(request)
     crowd = InlineEngine(controlled)
-    crowd.know(requests[0], plain)
-    rows, stop_recording = sizes_of_passes(controlled)
+    crowd.probe_shapes(requests[0], plain)
+    rows, stop_recording = record_rows(controlled)
     crowd.run(*requests, plain)
     stop_recording()
     assert max(rows) == 4  # of three images, one of them guided
@@ -144,13 +146,13 @@ def test_rows_of_one_control_model_share_a_pass_whatever_their_scales_and_window
 
 
 def test_scale_and_window_count_and_outside_of_them_nothing_changes(controlled: Any) -> None:
-    plain = draw_alone(controlled, make_request(guidance_scale=1.0))
-    none, weak, strong = (draw_alone(controlled, _request(scale=scale)) for scale in (0.0, 0.5, 2.0))
+    plain = generate_alone(controlled, make_request(guidance_scale=1.0))
+    none, weak, strong = (generate_alone(controlled, _request(scale=scale)) for scale in (0.0, 0.5, 2.0))
     changes = [np.abs(drawn.astype(int) - plain).mean() for drawn in (none, weak, strong)]
     assert changes[0] == 0
     assert changes[0] < changes[1] < changes[2]
     # A window between two steps holds none of them.
-    assert (draw_alone(controlled, _request(start=0.3, end=0.45)) == plain).all()
+    assert (generate_alone(controlled, _request(start=0.3, end=0.45)) == plain).all()
 
 
 def test_the_probe_covers_the_control_model(controlled: Any) -> None:
@@ -164,7 +166,7 @@ def test_the_probe_covers_the_control_model(controlled: Any) -> None:
         ),
         with_kwargs=True,
     )
-    engine.know(_request())
+    engine.probe_shapes(_request())
     hook.remove()
     pictures, scales = max(seen, key=lambda inputs: len(inputs[0]))
     assert len(pictures) == 2 * engine.engine.settings.max_batch_size
@@ -230,7 +232,7 @@ def test_canny_draws_edges_before_the_control_model_reads_them(controlled: Any) 
     # The rectangle of the picture ends at a third of the width.
     assert image[0, 0, 18:30, 19:23].any(dim=1).float().mean() > 0.8
     assert (
-        draw_alone(controlled, _request(preprocessor="canny")) != draw_alone(controlled, _request())
+        generate_alone(controlled, _request(preprocessor="canny")) != generate_alone(controlled, _request())
     ).any()
 
 
@@ -243,15 +245,17 @@ def test_in_half_precision_it_is_the_stock_picture_within_one_of_255(
         sd_folder, controlnet=model, dtype=dtype, safety_checker=None
     )
     family: Any = loading.load(sd_folder, make_settings(controlnet=sources, dtype="bfloat16"))
-    request = _request(image=picture(), mask=left_half(), strength=0.8, scale=0.7, sampler="euler_a")
+    request = _request(
+        image=sample_image(), mask=left_half_mask(), strength=0.8, scale=0.7, sampler="euler_a"
+    )
     assert request.control is not None
-    expected = draw(
+    expected = generate_with_diffusers(
         stock,
         request,
-        image=to_pillow(picture()),
-        mask_image=to_pillow(left_half()),
+        image=to_pillow(sample_image()),
+        mask_image=to_pillow(left_half_mask()),
         control_image=to_pillow(request.control.image),
         controlnet_conditioning_scale=0.7,
         strength=0.8,
     )
-    assert np.abs(draw_alone(family, request).astype(int) - expected).mean() <= 1
+    assert np.abs(generate_alone(family, request).astype(int) - expected).mean() <= 1

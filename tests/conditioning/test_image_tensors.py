@@ -6,13 +6,13 @@ import numpy as np
 
 from hypergen.conditioning.image_tensors import to_image, to_mask
 from hypergen.images.geometry import resize_to_generation_size
-from tests.support.diffusers_edits import left_half
+from tests.support.diffusers_edits import left_half_mask
 
 
 def test_a_mask_is_split_at_half() -> None:
-    assert to_mask(resize_to_generation_size(left_half(64, 64), (64, 64))).mean() == 0.5
-    assert to_mask(resize_to_generation_size(left_half(64, 64, drawn=127), (64, 64))).max() == 0
-    assert to_mask(resize_to_generation_size(left_half(128, 128), (32, 32))).mean() == 0.5
+    assert to_mask(resize_to_generation_size(left_half_mask(64, 64), (64, 64))).mean() == 0.5
+    assert to_mask(resize_to_generation_size(left_half_mask(64, 64, value=127), (64, 64))).max() == 0
+    assert to_mask(resize_to_generation_size(left_half_mask(128, 128), (32, 32))).mean() == 0.5
 
 
 def test_pixels_reach_from_minus_one_to_one() -> None:

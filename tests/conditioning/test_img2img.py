@@ -11,8 +11,14 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.scheduler import batch_key
 from hypergen.request import GenerationRequest
-from tests.support.diffusers_edits import assert_same, draw, picture, pixels_of, to_pillow
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, prepare_image
+from tests.support.diffusers_edits import (
+    assert_same,
+    generate_with_diffusers,
+    pixels_of,
+    sample_image,
+    to_pillow,
+)
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, prepare_image
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +28,7 @@ def stock(parts: dict[str, Any]) -> Any:
 
 def _request(**changes: Any) -> GenerationRequest:
     given: dict[str, Any] = {"strength": 0.7, "num_inference_steps": 5, "guidance_scale": 1.0, **changes}
-    return make_request(**{"image": picture(given.get("width", 64), given.get("height", 64)), **given})
+    return make_request(**{"image": sample_image(given.get("width", 64), given.get("height", 64)), **given})
 
 
 def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) -> None:
@@ -34,8 +40,10 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) ->
     crowd.run(*requests)
     for request in requests:
         assert request.image is not None
-        expected = draw(stock, request, image=to_pillow(request.image), strength=request.strength)
-        assert_same(draw_alone(family, request), expected)
+        expected = generate_with_diffusers(
+            stock, request, image=to_pillow(request.image), strength=request.strength
+        )
+        assert_same(generate_alone(family, request), expected)
         assert_same(pixels_of(crowd.data(request)), expected)
 
 
@@ -46,7 +54,7 @@ def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) ->
     for engine, request in zip(alone, (changed, drawn), strict=True):
         engine.run(request)
     crowd = InlineEngine(family)
-    crowd.know(drawn)
+    crowd.probe_shapes(drawn)
     crowd.run(changed, drawn)
     for engine, request in zip(alone, (changed, drawn), strict=True):
         assert crowd.images[request.id][0].shared_forwards > 0
@@ -77,11 +85,11 @@ def test_pictures_of_one_request_are_encoded_once_and_differ(
     encoded: list[Any] = []
     encode = family.vae.encode
     monkeypatch.setattr(family.vae, "encode", lambda image: encoded.append(image) or encode(image))
-    request = _request(n=2, image=picture(seed=77))
+    request = _request(n=2, image=sample_image(seed=77))
     engine, single = InlineEngine(family), InlineEngine(family)
     engine.run(request)
     assert [len(image) for image in encoded] == [1]
-    second = _request(image=picture(seed=77), seed=request.seed + 1)
+    second = _request(image=sample_image(seed=77), seed=request.seed + 1)
     single.run(second)
     assert engine.data(request, 1) == single.data(second)
     assert engine.data(request, 0) != engine.data(request, 1)
@@ -89,7 +97,7 @@ def test_pictures_of_one_request_are_encoded_once_and_differ(
 
 def test_a_picture_stays_in_its_place_where_a_larger_one_is_drawn(family: Any) -> None:
     """The drawn size is the next multiple of 8; what is cut from its middle is where the picture was."""
-    small = picture(100, 68)
+    small = sample_image(100, 68)
     padded = np.pad(np.asarray(to_pillow(small)), ((2, 2), (2, 2), (0, 0)), mode="edge")
     large = type(small)(104, 72, padded.tobytes())
     cut = _request(width=100, height=68, image=small, guidance_scale=3.0)
@@ -100,7 +108,7 @@ def test_a_picture_stays_in_its_place_where_a_larger_one_is_drawn(family: Any) -
 
 
 def test_the_file_says_which_picture_it_was_made_from(family: Any) -> None:
-    one, other = _request(strength=0.2), _request(strength=0.2, image=picture(seed=5))
+    one, other = _request(strength=0.2), _request(strength=0.2, image=sample_image(seed=5))
     drawn = make_request()
     engine = InlineEngine(family)
     engine.run(one, other, drawn)

@@ -15,8 +15,15 @@ from hypergen.engine.scheduler import batch_key
 from hypergen.errors import InvalidRequestError
 from hypergen.models import loading
 from hypergen.request import GenerationRequest, InputImage
-from tests.support.diffusers_edits import assert_same, draw, left_half, picture, pixels_of, to_pillow
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
+from tests.support.diffusers_edits import (
+    assert_same,
+    generate_with_diffusers,
+    left_half_mask,
+    pixels_of,
+    sample_image,
+    to_pillow,
+)
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings, prepare_image
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +44,13 @@ def inpainting_folder(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFa
 def _request(**changes: Any) -> GenerationRequest:
     given: dict[str, Any] = {"strength": 0.7, "num_inference_steps": 5, "guidance_scale": 1.0, **changes}
     size = (given.get("width", 64), given.get("height", 64))
-    return make_request(**{"image": picture(*size), "mask": left_half(*size), **given})
+    return make_request(**{"image": sample_image(*size), "mask": left_half_mask(*size), **given})
 
 
 def _expected(stock: Any, request: GenerationRequest) -> np.ndarray:
     assert request.image is not None
     assert request.mask is not None
-    return draw(
+    return generate_with_diffusers(
         stock,
         request,
         image=to_pillow(request.image),
@@ -63,7 +70,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) ->
     for request in requests:
         assert request.image is not None
         expected = _expected(stock, request)
-        assert_same(draw_alone(family, request), expected)
+        assert_same(generate_alone(family, request), expected)
         kept, half = np.asarray(to_pillow(request.image)), request.width // 2
         drawn = pixels_of(crowd.data(request))
         assert (drawn[:, half:] == kept[:, half:]).all()
@@ -75,7 +82,7 @@ def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) ->
     assert batch_key(prepare_image(family, request)) == batch_key(prepare_image(family, other))
     alone, crowd = InlineEngine(family), InlineEngine(family)
     alone.run(request)
-    crowd.know(other)
+    crowd.probe_shapes(other)
     crowd.run(request, other)
     assert crowd.images[request.id][0].shared_forwards > 0
     assert crowd.data(request) == alone.data(request)
@@ -83,7 +90,7 @@ def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) ->
 
 def test_a_soft_mask_blends(family: Any) -> None:
     """128 of 255 is drawn in latent space, and lies half over the picture in the end."""
-    hard, soft = _request(), _request(mask=left_half(drawn=128))
+    hard, soft = _request(), _request(mask=left_half_mask(value=128))
     engine = InlineEngine(family)
     engine.run(hard, soft)
     assert hard.image is not None
@@ -93,7 +100,7 @@ def test_a_soft_mask_blends(family: Any) -> None:
 
 
 def test_a_mask_without_a_picture_is_refused(family: Any) -> None:
-    request = make_request(mask=left_half())
+    request = make_request(mask=left_half_mask())
     engine = InlineEngine(family)
     engine.run(request)
     error = engine.errors[request.id]
@@ -118,5 +125,5 @@ def test_a_model_that_reads_the_mask_draws_as_the_stock_pipeline(inpainting_fold
     for request, changes in requests:
         values = {name: getattr(request, name) for name in GenerationRequest.__slots__}
         expected = _expected(stock, GenerationRequest(**{**values, **changes}))
-        assert_same(draw_alone(family, request), expected)
+        assert_same(generate_alone(family, request), expected)
         assert_same(pixels_of(crowd.data(request))[:, :32], expected[:, :32])

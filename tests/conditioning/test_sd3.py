@@ -20,17 +20,17 @@ from hypergen.engine.postprocess import to_pixels
 from hypergen.models import loading
 from hypergen.request import GenerationRequest
 from tests.support.compare_with_diffusers import (
-    assert_drawn_as_by_stock,
+    assert_matches_diffusers,
     common_arguments,
-    draw_one_after_another,
-    sampler_of,
+    generate_one_at_a_time,
+    use_sampler,
 )
-from tests.support.diffusers_edits import assert_same, left_half, picture, pixels_of, to_pillow
+from tests.support.diffusers_edits import assert_same, left_half_mask, pixels_of, sample_image, to_pillow
 from tests.support.small_models import save_sd3
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings, prepare_image
 
 _CHANGED = make_request(
-    image=picture(), strength=0.7, num_inference_steps=5, negative_prompt="blurred", seed=11
+    image=sample_image(), strength=0.7, num_inference_steps=5, negative_prompt="blurred", seed=11
 )
 
 
@@ -53,7 +53,7 @@ def family(folder: Path) -> Any:
 def _draw(pipeline: Any, request: GenerationRequest, **arguments: Any) -> Any:
     assert request.image is not None
     pipeline.set_progress_bar_config(disable=True)
-    with sampler_of(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
+    with use_sampler(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
         return pipeline(
             request.prompt,
             negative_prompt=request.negative_prompt,
@@ -74,20 +74,20 @@ def test_every_picture_is_that_of_the_stock_pipeline(parts: dict[str, Any], fami
         # Less than a step is one step, as in diffusers.
         replace(_CHANGED, id="less than a step", strength=0.05),
     ]
-    assert_drawn_as_by_stock(family, requests, lambda request: np.asarray(_draw(pipeline, request)))
+    assert_matches_diffusers(family, requests, lambda request: np.asarray(_draw(pipeline, request)))
 
 
 def test_what_a_mask_keeps_is_put_back_as_in_the_stock_pipeline(parts: dict[str, Any], family: Any) -> None:
     """The stock pipeline forgets the shift of the latents when it decodes, so its latents are compared."""
     pipeline = StableDiffusion3InpaintPipeline(**parts)
-    masked = replace(_CHANGED, mask=left_half())
+    masked = replace(_CHANGED, mask=left_half_mask())
     requests = [
         masked,
         replace(masked, id="heun", sampler="heun", seed=3),
         replace(masked, id="whole", strength=1.0, guidance_scale=1.0),
     ]
-    lone, crowd = draw_one_after_another(family, requests), InlineEngine(family)
-    crowd.know(*requests)
+    lone, crowd = generate_one_at_a_time(family, requests), InlineEngine(family)
+    crowd.probe_shapes(*requests)
     crowd.run(*requests)
     for request in requests:
         assert request.image is not None
@@ -96,7 +96,7 @@ def test_what_a_mask_keeps_is_put_back_as_in_the_stock_pipeline(parts: dict[str,
         state = prepare_image(family, request)
         with torch.inference_mode():
             stock = to_pixels(family.decode(replace(state, latents=latents[None]))).numpy()
-        assert_same(draw_alone(family, request), stock)
+        assert_same(generate_alone(family, request), stock)
         drawn, kept = pixels_of(crowd.data(request)), np.asarray(to_pillow(request.image))
         assert (drawn[:, 32:] == kept[:, 32:]).all()
         assert_same(drawn[:, :32], stock[:, :32])
@@ -107,14 +107,14 @@ def test_what_a_mask_keeps_is_put_back_as_in_the_stock_pipeline(parts: dict[str,
 def test_more_strength_changes_more(family: Any) -> None:
     """Measured from the least change there is: a random decoder does not give back what was encoded."""
     requests = [replace(_CHANGED, num_inference_steps=10, strength=s) for s in (0.1, 0.3, 0.6, 1.0)]
-    pictures = [draw_alone(family, request).astype(int) for request in requests]
+    pictures = [generate_alone(family, request).astype(int) for request in requests]
     changes = [np.abs(drawn - pictures[0]).mean() for drawn in pictures]
     assert changes == sorted(changes)
     assert len(set(changes)) == len(requests)
 
 
 def test_nothing_is_drawn_without_strength_and_the_picture_comes_back(family: Any) -> None:
-    sent = picture(72, 88)
+    sent = sample_image(72, 88)
     request = replace(_CHANGED, image=sent, width=72, height=88, strength=0.0)
     engine = InlineEngine(family)
     engine.run(request)

@@ -18,10 +18,17 @@ from diffusers import (
 from hypergen.models import loading
 from hypergen.request import ControlInput
 from tests.conditioning.test_controlnet import random_control_model
-from tests.support.diffusers_edits import assert_same, draw, left_half, picture, pixels_of, to_pillow
-from tests.support.lora_files import save_lora, stock_picture
+from tests.support.diffusers_edits import (
+    assert_same,
+    generate_with_diffusers,
+    left_half_mask,
+    pixels_of,
+    sample_image,
+    to_pillow,
+)
+from tests.support.lora_files import save_lora, stock_image
 from tests.support.small_models import save_sdxl
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings
 
 _STEPS = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "blurred"}
 
@@ -54,19 +61,19 @@ def family(base: Path, parts: dict[str, Any], lora: Path, tmp_path_factory: pyte
 def test_pictures_masks_and_control_models_are_those_of_the_stock_pipelines(
     family: Any, parts: dict[str, Any]
 ) -> None:
-    sent, mask = picture(), left_half()
-    control = ControlInput(model="edges", image=picture(seed=4), scale=0.8, start=0.0, end=0.6)
+    sent, mask = sample_image(), left_half_mask()
+    control = ControlInput(model="edges", image=sample_image(seed=4), scale=0.8, start=0.0, end=0.6)
     text = make_request(**_STEPS)
     from_picture = make_request(**_STEPS, image=sent, strength=0.6)
     inside = make_request(**_STEPS, image=sent, mask=mask, strength=0.9)
     controlled = make_request(**_STEPS, control=control)
     size = {"width": 64, "height": 64}
     stock = {
-        text.id: draw(StableDiffusionXLPipeline(**parts), text, **size),
-        from_picture.id: draw(
+        text.id: generate_with_diffusers(StableDiffusionXLPipeline(**parts), text, **size),
+        from_picture.id: generate_with_diffusers(
             StableDiffusionXLImg2ImgPipeline(**parts), from_picture, image=to_pillow(sent), strength=0.6
         ),
-        controlled.id: draw(
+        controlled.id: generate_with_diffusers(
             StableDiffusionXLControlNetPipeline(**parts, controlnet=family.control_models["edges"]),
             controlled,
             image=to_pillow(control.image),
@@ -74,7 +81,7 @@ def test_pictures_masks_and_control_models_are_those_of_the_stock_pipelines(
             control_guidance_end=0.6,
             **size,
         ),
-        inside.id: draw(
+        inside.id: generate_with_diffusers(
             StableDiffusionXLInpaintPipeline(**parts),
             inside,
             image=to_pillow(sent),
@@ -83,11 +90,11 @@ def test_pictures_masks_and_control_models_are_those_of_the_stock_pipelines(
             **size,
         ),
     }
-    assert_same(draw_alone(family, inside), stock[inside.id])
+    assert_same(generate_alone(family, inside), stock[inside.id])
     crowd = InlineEngine(family)
     crowd.run(text, from_picture, controlled, inside)
     for request in (text, from_picture, controlled):
-        assert_same(draw_alone(family, request), stock[request.id])
+        assert_same(generate_alone(family, request), stock[request.id])
         assert_same(pixels_of(crowd.data(request)), stock[request.id])
     kept = pixels_of(crowd.data(inside))[:, 32:]
     assert (kept == np.asarray(to_pillow(sent))[:, 32:]).all()
@@ -99,7 +106,7 @@ def test_a_lora_draws_what_diffusers_draws_with_it(base: Path, family: Any, lora
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     stock = np.asarray(
-        stock_picture(
+        stock_image(
             pipeline,
             [(lora, 0.7)],
             prompt=request.prompt,
@@ -111,9 +118,9 @@ def test_a_lora_draws_what_diffusers_draws_with_it(base: Path, family: Any, lora
             generator=torch.Generator().manual_seed(request.seed),
         )
     )
-    assert_same(draw_alone(family, request), stock)
+    assert_same(generate_alone(family, request), stock)
     crowd = InlineEngine(family)
-    crowd.know(request, plain)
+    crowd.probe_shapes(request, plain)
     crowd.run(request, plain)
     assert crowd.images[request.id][0].shared_forwards > 0
     assert_same(pixels_of(crowd.data(request)), stock)

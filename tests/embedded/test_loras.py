@@ -1,4 +1,4 @@
-"""The LoRAs load in stock diffusers and each gives its own look."""
+"""The LoRAs load in diffusers, and each changes the look of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from scripts.train_embedded_model.looks import LOOKS, framed
-from scripts.train_embedded_model.pipeline import draw
+from scripts.train_embedded_model.pipeline import generate
 from scripts.train_embedded_model.render import render
 from scripts.train_embedded_model.score import held_out_scenes
 
-# PEFT says this of every adapter after the first.
+# PEFT warns about every LoRA after the first.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -23,7 +23,9 @@ PROMPTS = ["a red circle on a blue background", "two green stars on a white back
 
 @pytest.fixture(scope="module")
 def plain() -> Tensor:
-    return draw(StableDiffusionPipeline.from_pretrained(EMBEDDED), PROMPTS, 256, 256, num_inference_steps=10)
+    return generate(
+        StableDiffusionPipeline.from_pretrained(EMBEDDED), PROMPTS, 256, 256, num_inference_steps=10
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,50 +41,52 @@ def pipeline() -> Iterator[StableDiffusionPipeline]:
 
 @pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("name", LOOKS)
-def test_a_look_is_told_from_plain_pictures_by_its_pixels(name: str, size: int) -> None:
+def test_a_look_is_detected_only_in_images_that_have_it(name: str, size: int) -> None:
     look = LOOKS[name]
     scenes = held_out_scenes({"single": 20, "group": 10, "pair": 10})
-    drawn = look.draw(scenes, size, size, torch.Generator().manual_seed(0))
-    assert sum(look.measure(image) >= look.least for image in drawn) >= 0.99 * len(scenes)
-    assert sum(look.measure(image) >= look.least for image in render(scenes, size, size)) <= 0.1 * len(scenes)
+    images = look.render(scenes, size, size, torch.Generator().manual_seed(0))
+    assert sum(look.measure(image) >= look.threshold for image in images) >= 0.99 * len(scenes)
+    assert sum(look.measure(image) >= look.threshold for image in render(scenes, size, size)) <= 0.1 * len(
+        scenes
+    )
 
 
 @pytest.mark.parametrize("size", [128, 256])
-def test_drops_are_told_inside_a_frame_too(size: int) -> None:
+def test_drops_are_detected_inside_a_frame(size: int) -> None:
     look = LOOKS["Paint_Splash"]
     scenes = held_out_scenes({"single": 20, "group": 10, "pair": 10})
-    drawn = look.draw(scenes, size, size, torch.Generator().manual_seed(0))
-    found = [look.measure(image) >= look.least for image in framed(drawn, scenes)]
+    images = look.render(scenes, size, size, torch.Generator().manual_seed(0))
+    found = [look.measure(image) >= look.threshold for image in framed(images, scenes)]
     assert sum(found) >= 0.95 * len(scenes)
     plain = framed(render(scenes, size, size), scenes)
-    assert not any(look.measure(image) >= look.least for image in plain)
+    assert not any(look.measure(image) >= look.threshold for image in plain)
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_a_lora_gives_its_look_and_only_at_its_scale(
+def test_images_have_the_look_only_with_the_lora(
     name: str, pipeline: StableDiffusionPipeline, plain: Tensor
 ) -> None:
     look = LOOKS[name]
     pipeline.set_adapters([name], [1.0])
-    images = draw(pipeline, PROMPTS, 256, 256, num_inference_steps=10)
-    assert all(look.measure(image) >= look.least for image in images)
-    assert not any(look.measure(image) >= look.least for image in plain)
+    images = generate(pipeline, PROMPTS, 256, 256, num_inference_steps=10)
+    assert all(look.measure(image) >= look.threshold for image in images)
+    assert not any(look.measure(image) >= look.threshold for image in plain)
 
 
-def test_at_scale_zero_nothing_is_left_of_any_lora(pipeline: StableDiffusionPipeline, plain: Tensor) -> None:
+def test_at_scale_zero_images_are_unchanged(pipeline: StableDiffusionPipeline, plain: Tensor) -> None:
     pipeline.set_adapters(list(LOOKS), [0.0] * len(LOOKS))
-    assert torch.equal(draw(pipeline, PROMPTS, 256, 256, num_inference_steps=10), plain)
+    assert torch.equal(generate(pipeline, PROMPTS, 256, 256, num_inference_steps=10), plain)
 
 
-def test_two_loras_mix(pipeline: StableDiffusionPipeline) -> None:
+def test_two_loras_can_be_combined(pipeline: StableDiffusionPipeline) -> None:
     names = ["Pixel_Art", "Logo"]
     pipeline.set_adapters(names, [1.0, 1.0])
-    images = draw(pipeline, PROMPTS[:1], 256, 256, num_inference_steps=10)
-    assert all(LOOKS[name].measure(images[0]) >= LOOKS[name].least for name in names)
+    images = generate(pipeline, PROMPTS[:1], 256, 256, num_inference_steps=10)
+    assert all(LOOKS[name].measure(images[0]) >= LOOKS[name].threshold for name in names)
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_a_lora_is_small_and_for_the_unet_alone(name: str) -> None:
+def test_a_lora_is_small_and_only_for_the_unet(name: str) -> None:
     file = EMBEDDED / "loras" / f"{name}.safetensors"
     assert file.stat().st_size < 1_000_000
     with safe_open(file, "pt") as weights:

@@ -1,4 +1,4 @@
-"""The embedded model is an ordinary small diffusers folder that draws what it is asked for."""
+"""The embedded model is a small diffusers folder, and its images match their prompts."""
 
 import logging
 import warnings
@@ -11,9 +11,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.utils import logging as diffusers_logging
 
 from scripts.train_embedded_model.captions import plain_caption
-from scripts.train_embedded_model.features import colours, draw_as_served, mean_difference
-from scripts.train_embedded_model.pipeline import draw, new_scheduler
-from scripts.train_embedded_model.reading import Reading, read
+from scripts.train_embedded_model.features import colours, generate_as_served, mean_difference
+from scripts.train_embedded_model.pipeline import generate, new_scheduler
+from scripts.train_embedded_model.reading import DetectedScene, detect_scene
 from scripts.train_embedded_model.score import held_out_scenes, score
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -54,7 +54,7 @@ def test_the_folder_is_small_and_complete() -> None:
 def test_it_loads_in_one_dtype_without_a_warning(
     options: dict[str, torch.dtype], caplog: pytest.LogCaptureFixture
 ) -> None:
-    transformers.utils.logging.enable_propagation()  # else their warnings never reach caplog
+    transformers.utils.logging.enable_propagation()  # otherwise caplog gets no warnings
     diffusers_logging.enable_propagation()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -71,9 +71,9 @@ def test_its_scheduler_is_the_one_it_was_trained_with(tmp_path: Path) -> None:
     assert (EMBEDDED / "scheduler" / name).read_text() == (tmp_path / name).read_text()
 
 
-def test_it_draws_held_out_combinations(pipeline: StableDiffusionPipeline) -> None:
+def test_it_generates_held_out_combinations(pipeline: StableDiffusionPipeline) -> None:
     scenes = held_out_scenes({"single": 8, "group": 6, "pair": 4})
-    table = score(scenes, draw(pipeline, [plain_caption(scene) for scene in scenes], 128, 128))
+    table = score(scenes, generate(pipeline, [plain_caption(scene) for scene in scenes], 128, 128))
     assert table["background"] == 1
     assert table["object colour"] >= 0.9
     assert table["single, everything"] >= 0.85
@@ -84,25 +84,25 @@ def test_it_draws_held_out_combinations(pipeline: StableDiffusionPipeline) -> No
 def test_a_few_steps_are_enough(pipeline: StableDiffusionPipeline) -> None:
     scenes = held_out_scenes({"single": 16})
     prompts = [plain_caption(scene) for scene in scenes]
-    images = draw(pipeline, prompts, 128, 128, num_inference_steps=4, guidance_scale=2)
+    images = generate(pipeline, prompts, 128, 128, num_inference_steps=4, guidance_scale=2)
     assert score(scenes, images)["single, everything"] >= 0.85
 
 
 @pytest.mark.parametrize(("height", "width"), [(160, 96), (256, 192)])
-def test_oblong_pictures_keep_colour_background_and_count(
+def test_oblong_images_have_the_right_colour_background_and_count(
     pipeline: StableDiffusionPipeline, height: int, width: int
 ) -> None:
     scenes = held_out_scenes({"single": 4, "group": 3})
-    images = draw(pipeline, [plain_caption(scene) for scene in scenes], height, width)
+    images = generate(pipeline, [plain_caption(scene) for scene in scenes], height, width)
     table = score(scenes, images)
     assert table["background"] == 1
     assert table["object colour"] >= 0.85
     assert table["group, count"] >= 0.65
 
 
-def test_small_pictures_keep_colour_background_and_count(pipeline: StableDiffusionPipeline) -> None:
+def test_small_images_have_the_right_colour_background_and_count(pipeline: StableDiffusionPipeline) -> None:
     scenes = held_out_scenes({"single": 4, "group": 6})
-    images = draw_as_served(pipeline, [plain_caption(scene) for scene in scenes], 64, 64)
+    images = generate_as_served(pipeline, [plain_caption(scene) for scene in scenes], 64, 64)
     assert images.shape[2:] == (64, 64)
     table = score(scenes, images)
     assert table["background"] == 1
@@ -115,33 +115,37 @@ def test_other_words_and_capitals_do_no_harm(pipeline: StableDiffusionPipeline) 
         "a photo of a red circle on a blue background, high quality",
         "A RED CIRCLE ON A BLUE BACKGROUND",
     ]
-    assert [seen(read(image)) for image in draw(pipeline, prompts, 128, 128)] == [
+    assert [seen(detect_scene(image)) for image in generate(pipeline, prompts, 128, 128)] == [
         ("blue", [("red", "circle")])
     ] * 2
 
 
-def seen(reading: Reading) -> tuple[str, list[tuple[str, str]]]:
+def seen(reading: DetectedScene) -> tuple[str, list[tuple[str, str]]]:
     return reading.background, [(blob.colour, blob.shape) for blob in reading.blobs]
 
 
-def test_the_same_seed_draws_the_same_bytes_and_another_seed_another_picture(
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_image(
     pipeline: StableDiffusionPipeline,
 ) -> None:
-    first, again = (draw(pipeline, ["a white square on a green background"] * 2, 128, 128) for _ in range(2))
+    first, again = (
+        generate(pipeline, ["a white square on a green background"] * 2, 128, 128) for _ in range(2)
+    )
     assert torch.equal(first, again)
     assert (first[0] - first[1]).abs().mean() / 2 > 0.002
 
 
-def test_pictures_of_one_prompt_differ_by_a_twentieth_of_the_range(
+def test_images_of_one_prompt_differ_by_a_twentieth_of_the_range(
     pipeline: StableDiffusionPipeline,
 ) -> None:
     prompts = [plain_caption(scene) for scene in held_out_scenes({"single": 6})]
-    assert mean_difference([draw(pipeline, [prompt] * 4, 128, 128) for prompt in prompts]) >= 0.05
+    assert mean_difference([generate(pipeline, [prompt] * 4, 128, 128) for prompt in prompts]) >= 0.05
 
 
-def test_a_negative_prompt_takes_away_what_it_names(pipeline: StableDiffusionPipeline) -> None:
+def test_a_negative_prompt_removes_its_colour(pipeline: StableDiffusionPipeline) -> None:
     prompts = ["a large shape on a white background"] * 8
-    before = [colours(image) for image in draw(pipeline, prompts, 128, 128)]
-    named = [next(iter(sorted(found)), "red") for found in before]
-    after = [colours(image) for image in draw(pipeline, prompts, 128, 128, negative_prompts=named)]
-    assert sum(colour in found for colour, found in zip(named, after, strict=True)) <= 1
+    before = [colours(image) for image in generate(pipeline, prompts, 128, 128)]
+    negative_prompts = [next(iter(sorted(found)), "red") for found in before]
+    after = [
+        colours(image) for image in generate(pipeline, prompts, 128, 128, negative_prompts=negative_prompts)
+    ]
+    assert sum(colour in found for colour, found in zip(negative_prompts, after, strict=True)) <= 1

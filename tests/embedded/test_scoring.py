@@ -1,4 +1,4 @@
-"""The score reads what is in a picture: right captions pass it and wrong ones do not."""
+"""The score of rendered scenes: full with the right captions, low with wrong ones."""
 
 import random
 
@@ -13,51 +13,53 @@ SCENES = held_out_scenes(PROMPTS)
 
 
 @pytest.mark.parametrize("size", [128, 256])
-def test_rendered_scenes_score_full_marks(size: int) -> None:
+def test_rendered_scenes_have_the_full_score(size: int) -> None:
     assert min(score(SCENES, render(SCENES, size, size)).values()) >= 0.99
 
 
-def test_captions_of_other_pictures_score_next_to_nothing() -> None:
+def test_wrong_captions_have_a_low_score() -> None:
     assert max(score(wrong_scenes(SCENES), render(SCENES, 128, 128)).values()) <= 0.1
 
 
-def test_one_object_too_many_is_not_right() -> None:
+def test_an_additional_object_is_wrong() -> None:
     singles, pairs = held_out_scenes({"single": 10}), held_out_scenes({"pair": 10})
     assert score(singles, render(pairs, 128, 128))["single, everything"] == 0
 
 
-def test_the_score_asks_only_for_combinations_that_training_never_draws() -> None:
+def test_the_score_uses_only_held_out_combinations() -> None:
     rng = random.Random(0)
     trained = [training_scene(rng) for _ in range(5000)]
     combinations = {(kind.shape, kind.colour, scene.background) for scene in trained for kind in scene.kinds}
-    asked = {(kind.shape, kind.colour, scene.background) for scene in SCENES for kind in scene.kinds}
-    assert not asked & combinations
+    scored = {(kind.shape, kind.colour, scene.background) for scene in SCENES for kind in scene.kinds}
+    assert not scored & combinations
     assert len(combinations) > 1000
 
 
-def test_the_score_asks_two_hundred_different_prompts() -> None:
+def test_the_score_has_two_hundred_different_prompts() -> None:
     assert len({plain_caption(scene) for scene in SCENES}) == len(SCENES) >= 200
 
 
-def test_training_draws_more_often_what_is_hard_to_draw() -> None:
+def test_training_has_more_difficult_scenes() -> None:
     rng = random.Random(0)
-    shares = [sum(draw(rng).is_hard for _ in range(1000)) / 1000 for draw in (random_scene, training_scene)]
+    shares = [
+        sum(sample(rng).is_hard for _ in range(1000)) / 1000 for sample in (random_scene, training_scene)
+    ]
     assert shares[1] > shares[0] + 0.1
 
 
-def test_a_plain_caption_says_everything_about_a_scene() -> None:
+def test_different_scenes_have_different_plain_captions() -> None:
     captions = [plain_caption(scene) for scene in SCENES]
     assert len(set(captions)) == len(SCENES)
     assert all(" on a" in caption and "background" in caption for caption in captions)
 
 
-def test_labels_of_a_caption_are_what_its_scene_shows() -> None:
+def test_labels_of_a_caption_match_its_scene() -> None:
     rng = random.Random(0)
     for scene in (random_scene(rng) for _ in range(200)):
-        said = {
-            field: words[label]
-            for (field, words), label in zip(FIELDS.items(), random_caption(scene, rng).labels, strict=True)
+        values = {
+            field: options[label]
+            for (field, options), label in zip(FIELDS.items(), random_caption(scene, rng).labels, strict=True)
         }
-        assert said["background"] in ("", scene.background)
-        assert said["colour1"] in ("", scene.kinds[0].colour)
-        assert said["relation"] == scene.relation
+        assert values["background"] in ("", scene.background)
+        assert values["colour1"] in ("", scene.kinds[0].colour)
+        assert values["relation"] == scene.relation

@@ -1,4 +1,4 @@
-"""The training's own parts, on what it is given to go on from: the shipped model."""
+"""The parts of the training, continued from the shipped model."""
 
 import random
 import time
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from scripts.train_embedded_model.assemble import assemble
 from scripts.train_embedded_model.captions import plain_caption
-from scripts.train_embedded_model.continuing import take_apart
-from scripts.train_embedded_model.denoising import Share, add_noise, latents_at, places_told_by
+from scripts.train_embedded_model.continuing import unpack_model
+from scripts.train_embedded_model.denoising import Share, add_noise, latents_at, positions_from_noise
 from scripts.train_embedded_model.looks import LOOKS
-from scripts.train_embedded_model.muon import AT_ONCE, muon_and_adamw, orthogonalise
+from scripts.train_embedded_model.muon import MATRICES_PER_BATCH, muon_and_adamw, orthogonalise
 from scripts.train_embedded_model.pipeline import load_text_encoder, load_vae
 from scripts.train_embedded_model.progress import Run
 from scripts.train_embedded_model.replay import Replay, Sample
-from scripts.train_embedded_model.scenes import OPEN_PLACES, OVERLAPPING, pair, possible_scenes, single
+from scripts.train_embedded_model.scenes import OPEN_POSITIONS, OVERLAPPING, pair, possible_scenes, single
 from scripts.train_embedded_model.threads import step_together
 from scripts.train_embedded_model.unet import LAST_ROUND, ROUNDS, TOTAL_STEPS, load_unet, rate_of, round_of
 from scripts.train_embedded_model.vae import Share as VaeShare
@@ -33,7 +33,7 @@ EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training") / "parts"
-    take_apart(EMBEDDED, folder)
+    unpack_model(EMBEDDED, folder)
     return folder
 
 
@@ -43,7 +43,7 @@ def workers() -> Iterator[Executor]:
         yield workers
 
 
-def test_a_model_taken_apart_and_put_together_has_the_same_weights(parts: Path, tmp_path: Path) -> None:
+def test_an_unpacked_and_reassembled_model_has_the_same_weights(parts: Path, tmp_path: Path) -> None:
     assemble(parts, tmp_path)
     for weights in tmp_path.glob("*/*.safetensors"):
         shipped, again = (
@@ -53,7 +53,7 @@ def test_a_model_taken_apart_and_put_together_has_the_same_weights(parts: Path, 
         assert all(torch.equal(value, again[name]) for name, value in shipped.items())
 
 
-def test_the_loras_go_on_from_what_they_are(parts: Path) -> None:
+def test_the_loras_continue_from_the_shipped_weights(parts: Path) -> None:
     for name in LOOKS:
         run = torch.load(parts / "loras" / name / "checkpoint.pt")
         shipped = load_file(EMBEDDED / "loras" / f"{name}.safetensors")
@@ -61,102 +61,102 @@ def test_the_loras_go_on_from_what_they_are(parts: Path) -> None:
         assert all(torch.equal(value.half(), shipped[f"unet.{key}"]) for key, value in run["lora"].items())
 
 
-def test_the_unet_goes_on_with_its_last_round(parts: Path) -> None:
+def test_the_unet_continues_with_its_last_round(parts: Path) -> None:
     step = torch.load(parts / "unet" / "checkpoint.pt")["run"]["step"]
     last = ROUNDS[-1]
     assert round_of(step) == (last, 0)
     assert round_of(TOTAL_STEPS - 1) == (last, last.steps - 1)
     assert round_of(step - 1) == (ROUNDS[-2], ROUNDS[-2].steps - 1)
-    assert rate_of(step) == pytest.approx(last.rate / 40)  # warming up, for the optimizers begin anew
+    assert rate_of(step) == pytest.approx(last.rate / 40)  # warmup, because the optimizers restart
     assert rate_of(step + 40) == last.rate
 
 
-def test_a_checkpoint_of_more_steps_than_there_are_is_not_taken_for_finished(parts: Path) -> None:
+def test_a_checkpoint_with_too_many_steps_is_refused(parts: Path) -> None:
     with pytest.raises(ValueError, match="another recipe"):
         Run(parts / "unet", LAST_ROUND - 1, {})
 
 
-def test_parts_that_are_there_are_not_lost(parts: Path) -> None:
+def test_unpacking_into_an_existing_folder_is_refused(parts: Path) -> None:
     with pytest.raises(FileExistsError):
-        take_apart(EMBEDDED, parts)
+        unpack_model(EMBEDDED, parts)
 
 
 def sign(number: float) -> int:
     return (number > 0) - (number < 0)
 
 
-def test_an_object_in_another_of_its_places_has_the_same_caption() -> None:
+def test_open_positions_have_the_same_caption() -> None:
     rng = random.Random(0)
     for scene in (single(rng, OVERLAPPING) for _ in range(100)):
         possible = possible_scenes(scene)
         assert {plain_caption(other) for other in possible} == {plain_caption(scene)}
         assert scene in possible
-        if scene.stands_anywhere:
+        if scene.has_open_position:
             things = [other.things[0] for other in possible]
-            assert [(sign(thing.x - 0.5), sign(thing.y - 0.5)) for thing in things] == list(OPEN_PLACES)
+            assert [(sign(thing.x - 0.5), sign(thing.y - 0.5)) for thing in things] == list(OPEN_POSITIONS)
         else:
             assert len(possible) == 1
     assert all(len(possible_scenes(pair(rng))) == 1 for _ in range(20))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 32)])
-def test_noise_tells_the_place_of_an_object(height: int, width: int) -> None:
+def test_noise_determines_the_position_of_an_object(height: int, width: int) -> None:
     noise = torch.randn(2000, 4, height, width, generator=torch.Generator().manual_seed(0))
 
-    def told_by(noise: Tensor) -> list[tuple[int, int]]:
-        return [OPEN_PLACES[index] for index in places_told_by(noise)]
+    def positions(noise: Tensor) -> list[tuple[int, int]]:
+        return [OPEN_POSITIONS[index] for index in positions_from_noise(noise)]
 
-    found = told_by(noise)
-    shares = [found.count(place) / len(found) for place in OPEN_PLACES]
-    assert min(shares) > 0.17  # each of the five is as likely
+    found = positions(noise)
+    shares = [found.count(position) / len(found) for position in OPEN_POSITIONS]
+    assert min(shares) > 0.17  # all five are equally likely
     assert max(shares) < 0.23
-    assert told_by(noise.flip(3)) == [(-right, down) for right, down in found]
-    assert told_by(noise.flip(2)) == [(right, -down) for right, down in found]
+    assert positions(noise.flip(3)) == [(-right, down) for right, down in found]
+    assert positions(noise.flip(2)) == [(right, -down) for right, down in found]
     noise[:, 0, height // 2 :, width // 2 :] += 1
-    assert told_by(noise).count((1, 1)) > 1900
+    assert positions(noise).count((1, 1)) > 1900
 
 
-def test_the_place_that_noise_tells_is_taken_where_it_is_open() -> None:
+def test_latents_of_an_open_position_are_selected() -> None:
     latents, prompt_embeds = torch.randn(5, 4, 8, 8), torch.zeros(77, 128)
-    for place in range(5):
-        assert torch.equal(latents_at(Sample(latents, prompt_embeds), place), latents[place])
-        assert torch.equal(latents_at(Sample(latents[:1], prompt_embeds), place), latents[0])
+    for position in range(5):
+        assert torch.equal(latents_at(Sample(latents, prompt_embeds), position), latents[position])
+        assert torch.equal(latents_at(Sample(latents[:1], prompt_embeds), position), latents[0])
 
 
-def test_the_velocity_leads_to_the_latents_from_wherever_they_strayed() -> None:
-    latents, strayed, noise = torch.randn(3, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+def test_the_velocity_leads_to_the_latents_with_any_displacement() -> None:
+    latents, displacement, noise = torch.randn(3, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     alpha_squared = torch.linspace(0.01, 0.99, 6)[:, None, None, None]
-    for away in (torch.zeros_like(strayed), strayed):
-        noisy_latents, velocity = add_noise(latents, away, noise, alpha_squared)
+    for offset in (torch.zeros_like(displacement), displacement):
+        noisy_latents, velocity = add_noise(latents, offset, noise, alpha_squared)
         found = alpha_squared.sqrt() * noisy_latents - (1 - alpha_squared).sqrt() * velocity
         assert torch.allclose(found, latents, atol=1e-4)
-    unstrayed, _ = add_noise(latents, torch.zeros_like(strayed), noise, alpha_squared)
-    assert torch.allclose(noisy_latents - unstrayed, alpha_squared.sqrt() * strayed, atol=1e-5)
+    undisplaced, _ = add_noise(latents, torch.zeros_like(displacement), noise, alpha_squared)
+    assert torch.allclose(noisy_latents - undisplaced, alpha_squared.sqrt() * displacement, atol=1e-5)
 
 
-def test_the_unet_meets_noise_alone_as_sampling_begins(parts: Path) -> None:
+def test_a_share_of_the_batch_is_pure_noise_at_the_last_timestep(parts: Path) -> None:
     tokenizer, text_encoder = load_text_encoder(parts / "text")
     replay = Replay(load_vae(parts / "vae"), tokenizer, text_encoder, 0, "cpu")
     unet = load_unet(parts / "unet")
-    met: list[tuple[Tensor, Tensor]] = []
-    unet.register_forward_pre_hook(lambda _, inputs: met.append(inputs[:2]))
+    inputs_seen: list[tuple[Tensor, Tensor]] = []
+    unet.register_forward_pre_hook(lambda _, inputs: inputs_seen.append(inputs[:2]))
     share = Share(unet, replay)
     for _ in range(10):
-        replay.generator.manual_seed(len(met))
+        replay.generator.manual_seed(len(inputs_seen))
         share.loss(16, 8, 8, pure_noise=0.15)
-    drawn = [torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(10)]
+    noises = [torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(10)]
     same = [
         torch.equal(x, y)
-        for (latents, _), noise in zip(met, drawn, strict=True)
+        for (latents, _), noise in zip(inputs_seen, noises, strict=True)
         for x, y in zip(latents, noise, strict=True)
     ]
-    timesteps = torch.cat([timesteps for _, timesteps in met])
+    timesteps = torch.cat([timesteps for _, timesteps in inputs_seen])
     assert 0.1 < sum(same) / len(same) < 0.2  # of 160
     assert set(timesteps[torch.tensor(same)].tolist()) == {999}
 
 
 @pytest.mark.parametrize("blend", [0.0, 0.5])
-def test_a_step_of_training_leads_on_from_the_finished_model(parts: Path, blend: float) -> None:
+def test_the_finished_model_has_a_low_loss_and_gradients(parts: Path, blend: float) -> None:
     tokenizer, text_encoder = load_text_encoder(parts / "text")
     replay = Replay(load_vae(parts / "vae"), tokenizer, text_encoder, 0, "cpu")
     unet = load_unet(parts / "unet").requires_grad_(True)
@@ -167,7 +167,7 @@ def test_a_step_of_training_leads_on_from_the_finished_model(parts: Path, blend:
     assert all(parameter.grad is not None for parameter in unet.parameters())
 
 
-def test_threads_that_share_a_step_take_it_by_the_mean_of_their_gradients(workers: Executor) -> None:
+def test_a_step_uses_the_mean_gradient_of_all_threads(workers: Executor) -> None:
     layer = nn.Linear(3, 1, bias=False)
     before = layer.weight.detach().clone()
     inputs = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([3.0, 4.0, 0.0])]
@@ -180,7 +180,9 @@ def test_threads_that_share_a_step_take_it_by_the_mean_of_their_gradients(worker
 
 
 @pytest.mark.parametrize("slowest", range(3))
-def test_gradients_are_added_in_the_same_order_whoever_is_last(workers: Executor, slowest: int) -> None:
+def test_gradients_are_summed_in_the_same_order_whichever_thread_is_slowest(
+    workers: Executor, slowest: int
+) -> None:
     layer = nn.Linear(1, 1, bias=False)
     before = layer.weight.detach().clone()
 
@@ -189,7 +191,7 @@ def test_gradients_are_added_in_the_same_order_whoever_is_last(workers: Executor
             time.sleep(0.1)
         return layer(torch.tensor([x])).sum()
 
-    # In float32 this sum is 0 in the order of the shares, and 1 where the middle one comes last.
+    # In float32 this sum is 0 in the order of the shares, and 1 if the middle one is added last.
     compute_losses = [partial(loss, index, x) for index, x in enumerate((1e8, 1.0, -1e8))]
     step_together(
         workers, compute_losses, layer, [torch.optim.SGD(layer.parameters(), lr=1.0)], max_norm=100.0
@@ -197,10 +199,10 @@ def test_gradients_are_added_in_the_same_order_whoever_is_last(workers: Executor
     assert torch.equal(layer.weight, before)
 
 
-def test_muon_steps_the_same_whoever_works(workers: Executor) -> None:
+def test_muon_gives_the_same_result_with_and_without_workers(workers: Executor) -> None:
     def updated(workers: Executor | None) -> list[Tensor]:
         torch.manual_seed(0)
-        layers = nn.ModuleList(nn.Linear(16, 24) for _ in range(2 * AT_ONCE + 3))
+        layers = nn.ModuleList(nn.Linear(16, 24) for _ in range(2 * MATRICES_PER_BATCH + 3))
         optimizers = muon_and_adamw(layers, 1e-2, 1e-2, except_for=(), workers=workers)
         for _ in range(2):
             for param in layers.parameters():
@@ -220,7 +222,7 @@ def test_muons_updates_have_singular_values_near_one() -> None:
     assert 0.5 < values.min() < values.max() < 1.3
 
 
-def test_threads_train_the_autoencoder_the_same_way_every_time(workers: Executor) -> None:
+def test_training_the_vae_with_threads_is_deterministic(workers: Executor) -> None:
     def trained() -> tuple[list[float], nn.Module]:
         torch.manual_seed(0)
         vae = new_vae()

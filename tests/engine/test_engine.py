@@ -25,7 +25,7 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
     long = make_request(num_inference_steps=12, seed=1)
     short = make_request(num_inference_steps=3, sampler="euler", guidance_scale=1.0, seed=2)
     engine = inline(aging=0)
-    engine.know(long)
+    engine.probe_shapes(long)
 
     def submit_at_step_3(request_id: str, event: Event | RequestError) -> None:
         if request_id == long.id and event == Progress(3, 12):
@@ -47,7 +47,7 @@ def test_images_join_and_leave_between_steps(inline: MakeEngine) -> None:
 def test_events_report_start_progress_and_images(inline: MakeEngine) -> None:
     request = make_request(n=2, num_inference_steps=2)
     engine = inline()
-    engine.know(request)
+    engine.probe_shapes(request)
     engine.run(request)
     events = [event for _, event in engine.events]
     assert events[0] == Started()
@@ -60,7 +60,7 @@ def test_image_j_of_a_request_equals_a_single_image_with_seed_plus_j(inline: Mak
     several = make_request(n=3, seed=40, sampler="euler_a")
     singles = [make_request(seed=40 + j, sampler="euler_a") for j in range(3)]
     engine = inline()
-    engine.know(several)
+    engine.probe_shapes(several)
     engine.run(several, *singles)
     for j, single in enumerate(singles):
         assert engine.data(several, j) == engine.data(single)
@@ -70,7 +70,7 @@ def test_a_cancelled_request_stops_before_its_next_step(inline: MakeEngine) -> N
     cancelled = make_request(num_inference_steps=50, n=2)
     other = make_request(num_inference_steps=10)
     engine = inline()
-    engine.know(other)
+    engine.probe_shapes(other)
 
     def cancel_once_running(request_id: str, event: Event | RequestError) -> None:
         if request_id == cancelled.id and engine.steps(cancelled) >= 4:
@@ -137,7 +137,7 @@ def test_nan_latents_fail_only_their_request(inline: MakeEngine) -> None:
     reference = inline()
     reference.run(good)
     engine = inline()
-    engine.know(make_request())
+    engine.probe_shapes(make_request())
 
     def break_it(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(2, 4):
@@ -179,7 +179,7 @@ def test_a_failing_image_fails_only_its_request(inline: MakeEngine, broken: str,
     reference = inline()
     reference.run(good)
     engine = inline()
-    engine.know(bad)
+    engine.probe_shapes(bad)
 
     def break_it(request_id: str, event: Event | RequestError) -> None:
         if request_id == bad.id and event == Progress(4, 8):
@@ -288,7 +288,7 @@ def test_requests_that_arrive_together_share_batches(inline: MakeEngine) -> None
     known = make_request(num_inference_steps=1)
     together = [make_request(num_inference_steps=1, seed=seed) for seed in range(8)]
     engine = inline()
-    engine.know(make_request())
+    engine.probe_shapes(make_request())
 
     def submit_others(request_id: str, event: Event | RequestError) -> None:
         if request_id == known.id and isinstance(event, ImageFinished):
@@ -306,7 +306,7 @@ def test_prompts_of_different_lengths_do_not_share_a_batch(inline: MakeEngine) -
     negative = make_request(num_inference_steps=8, negative_prompt="blurred, ugly, dull " * 5)
     too_long = make_request(num_inference_steps=8, prompt="longer than everything " * 50)
     engine = inline()
-    engine.know(long)
+    engine.probe_shapes(long)
     engine.run(short, long, negative, too_long)
     images = {request.id: engine.images[request.id][0] for request in (short, long, negative, too_long)}
     assert images[short.id].shared_forwards == 0

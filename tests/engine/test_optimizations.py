@@ -25,7 +25,7 @@ def _engine(folder: Path, **settings: Any) -> InlineEngine:
 def _latents(engine: InlineEngine, requests: list[GenerationRequest]) -> list[np.ndarray]:
     engine.run(*requests)
     assert engine.errors == {}
-    return [np.frombuffer(engine.trace[request.id], dtype=np.float32) for request in requests]
+    return [np.frombuffer(engine.final_latents[request.id], dtype=np.float32) for request in requests]
 
 
 def _requests() -> list[GenerationRequest]:
@@ -98,7 +98,7 @@ def test_a_transformer_is_compiled_by_block_and_runs_one_image_in_one_row(tmp_pa
         denoiser.register_forward_pre_hook(
             lambda _module, _inputs, kwargs: rows.append(kwargs["hidden_states"].shape[0]), with_kwargs=True
         )
-        engine.know(requests[0])
+        engine.probe_shapes(requests[0])
         assert {1, 2} <= set(rows) <= {1, 2, 4, 8}
         rows.clear()
         (alone,) = _latents(engine, requests[:1])

@@ -23,7 +23,7 @@ from hypergen.engine_protocol import RequestHandle, generate_all
 from hypergen.errors import GenerationError, RequestError, UnavailableError
 from hypergen.events import ImageFinished, Progress, Started, State
 from hypergen.request import GenerationRequest, InputImage
-from tests.support.sync_engine import make_request, make_settings, served
+from tests.support.sync_engine import make_request, make_settings, served_model
 
 _TIMEOUT_S = 120  # for a busy machine; usually a tenth is enough
 
@@ -34,7 +34,7 @@ async def _pool(
 ) -> AsyncGenerator[EnginePool, None]:
     values = {"engine": make_settings(**settings), "queue": {"max_queue_size": queue}}
     pool = EnginePool(Settings.model_validate(values), accelerators=[{}] * engines)
-    await pool.start([served(folder, **settings)])
+    await pool.start([served_model(folder, **settings)])
     pids = pool.engine_pids()
     try:
         await _until(lambda: all(engine.state == state for engine in pool.status().engines))
@@ -368,7 +368,7 @@ async def test_an_engine_that_cannot_load_does_not_fail_the_others(
 ) -> None:
     settings = Settings.model_validate({"engine": make_settings()})
     pool = EnginePool(settings, accelerators=[{}, {"PYTHONHOME": "/nowhere"}])
-    await pool.start([served(sd_folder)])
+    await pool.start([served_model(sd_folder)])
     try:
         states: set[State] = set()
 

@@ -17,7 +17,7 @@ from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_client.prestart import VARIABLE, PrestartedEngine, attach
 from hypergen.engine_protocol import generate_all
-from tests.support.sync_engine import make_request, make_settings, served
+from tests.support.sync_engine import make_request, make_settings, served_model
 
 
 async def _until_ready(pool: EnginePool) -> None:
@@ -34,7 +34,7 @@ async def test_the_pool_attaches_to_a_prestarted_engine_and_restarts_it_after_a_
     engine_pid = int(prestarted.environment[VARIABLE].partition(":")[0])
     pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
     try:
-        await pool.start([served(sd_folder)])
+        await pool.start([served_model(sd_folder)])
         assert pool.engine_pids() == [engine_pid]
         assert not os.path.exists(prestarted.environment[VARIABLE].partition(":")[2])  # noqa: ASYNC240
         await _until_ready(pool)

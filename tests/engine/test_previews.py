@@ -16,7 +16,7 @@ from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.previews import LatentToRgb, pred_original_sample, preview_steps
 from hypergen.events import ImageFinished, Preview
 from hypergen.models import loading
-from tests.support.diffusers_edits import picture
+from tests.support.diffusers_edits import sample_image
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -60,7 +60,7 @@ def test_each_preview_is_closer_to_the_image_and_none_changes_it(sampler: str | 
 def test_image_to_image_has_as_many_previews(sampler: str | None) -> None:
     engine = InlineEngine(loading.load(EMBEDDED, make_settings()))
     request = make_request(
-        image=picture(), strength=0.5, num_inference_steps=8, n=2, partial_images=3, sampler=sampler
+        image=sample_image(), strength=0.5, num_inference_steps=8, n=2, partial_images=3, sampler=sampler
     )
     engine.run(request)
     previews = [(event.index, event.number) for _, event in engine.events if isinstance(event, Preview)]
@@ -76,7 +76,7 @@ def test_a_failing_preview_does_not_fail_the_image() -> None:
         hook.remove()
         raise RuntimeError("out of memory")
 
-    engine.know(request)
+    engine.probe_shapes(request)
     decoder: Any = family.decoder
     hook = decoder.decoder.register_forward_pre_hook(fail)
     engine.run(request)

@@ -103,7 +103,7 @@ def test_shapes_of_a_request_in_preparation_are_not_evicted(
     refined = make_request(enable_refiner=True, num_inference_steps=5)
     others = [make_request(width=width, num_inference_steps=1) for width in (72, 80, 88, 96, 104, 112)]
     # Round-robin: the probes of these are done while the refiner's probe is only half done.
-    engine.know(*others)
+    engine.probe_shapes(*others)
     engine.run(refined, *others)
     assert not engine.errors
     assert len(engine.images) == 7

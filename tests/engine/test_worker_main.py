@@ -21,7 +21,7 @@ from hypergen.engine.model_manager import ModelManager
 from hypergen.engine_client.engine_process import Supervisor
 from hypergen.errors import unpack
 from hypergen.events import EngineStatus, Preview, Started
-from tests.support.sync_engine import make_request, served
+from tests.support.sync_engine import make_request
 
 _INVALID_PICKLE = (3).to_bytes(8, "big") + b"abc"
 
@@ -69,7 +69,7 @@ def test_an_engine_that_cannot_read_a_message_exits_with_code_13(sd_folder: Path
         arguments = ["-P", "-m", "hypergen.engine.worker_main", str(theirs.fileno())]
         with subprocess.Popen([sys.executable, *arguments], pass_fds=[theirs.fileno()]) as engine:
             try:
-                ipc.send(ours, ipc.Start((served(sd_folder),)))
+                ipc.send(ours, ipc.Start((served_model(sd_folder),)))
                 ours.sendall(_INVALID_PICKLE)
                 assert engine.wait(60) == 13
             finally:

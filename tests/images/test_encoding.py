@@ -1,4 +1,4 @@
-"""Pixels to files."""
+"""Encoding of image files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypergen.images.encoding import FORMATS, encode
+from hypergen.images.encoding import OUTPUT_FORMATS, encode_image
 from hypergen.request import ControlInput, GenerationRequest, InputImage
 
 
@@ -35,56 +35,56 @@ def noise(width: int = 64, height: int = 64) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 40), (8, 1), (1, 8), (1, 1), (2432, 1664)])
-def test_a_png_holds_exactly_the_pixels(width: int, height: int) -> None:
+def test_a_png_has_exactly_the_given_pixels(width: int, height: int) -> None:
     pixels = noise(width, height)
-    data = encode(pixels, request(width, height), 0, "m")
+    data = encode_image(pixels, request(width, height), 0, "m")
     Image.open(BytesIO(data)).verify()  # checksums and chunks
     image = Image.open(BytesIO(data))
     assert (image.format, image.mode) == ("PNG", "RGB")
     assert np.array_equal(np.asarray(image), pixels)
 
 
-def test_a_png_of_a_cropped_picture_holds_its_pixels() -> None:
+def test_a_larger_image_is_cropped_in_the_middle() -> None:
     pixels = noise(80, 72)
-    image = Image.open(BytesIO(encode(pixels, request(64, 64), 0, "m")))
+    image = Image.open(BytesIO(encode_image(pixels, request(64, 64), 0, "m")))
     assert np.array_equal(np.asarray(image), pixels[4:68, 8:72])
 
 
-def test_metadata_in_a_png_is_read_back_whatever_the_letters() -> None:
+def test_png_metadata_can_hold_any_characters() -> None:
     prompt = 'ein "roter" Kreis \u2014 \u5186 \U0001f534 \x00 \ud800'
-    image = Image.open(BytesIO(encode(noise(), request(prompt=prompt), 0, "m")))
+    image = Image.open(BytesIO(encode_image(noise(), request(prompt=prompt), 0, "m")))
     assert json.loads(image.info["hypergen"])["prompt"] == prompt
 
 
-def test_a_smooth_picture_makes_a_small_png() -> None:
+def test_a_smooth_image_makes_a_small_png() -> None:
     ramp = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3))
-    assert len(encode(ramp, request(256, 256), 0, "m")) < 2000
+    assert len(encode_image(ramp, request(256, 256), 0, "m")) < 2000
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_what_its_name_says(name: str) -> None:
-    image = Image.open(BytesIO(encode(noise(), request(output_format=name), 0, "m")))
+@pytest.mark.parametrize("name", OUTPUT_FORMATS)
+def test_a_file_has_the_format_and_media_type_of_its_name(name: str) -> None:
+    image = Image.open(BytesIO(encode_image(noise(), request(output_format=name), 0, "m")))
     assert image.format == name.upper()
-    assert image.get_format_mimetype() == FORMATS[name].media_type
+    assert image.get_format_mimetype() == OUTPUT_FORMATS[name].media_type
     assert image.size == (64, 64)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OUTPUT_FORMATS)
 @pytest.mark.parametrize("metadata", [True, False])
-def test_the_same_pixels_make_the_same_bytes(name: str, metadata: bool) -> None:
-    files = {encode(noise(), request(output_format=name, metadata=metadata), 0, "m") for _ in range(3)}
+def test_encoding_is_deterministic(name: str, metadata: bool) -> None:
+    files = {encode_image(noise(), request(output_format=name, metadata=metadata), 0, "m") for _ in range(3)}
     assert len(files) == 1
 
 
-def test_metadata_is_of_the_image_and_not_of_its_request() -> None:
-    of_many = encode(noise(), request(n=4, id="a", seed_given=False), 2, "m")
-    assert of_many == encode(noise(), request(id="b", seed=7), 0, "m")
-    assert json.loads(Image.open(BytesIO(of_many)).info["hypergen"])["seed"] == 7
+def test_metadata_of_image_j_is_that_of_a_single_image_with_its_seed() -> None:
+    third = encode_image(noise(), request(n=4, id="a", seed_given=False), 2, "m")
+    assert third == encode_image(noise(), request(id="b", seed=7), 0, "m")
+    assert json.loads(Image.open(BytesIO(third)).info["hypergen"])["seed"] == 7
 
 
-_SENT = InputImage(64, 64, bytes(3 * 64 * 64))
-# Another value for everything in a request that determines a picture.
-_OTHERS: dict[str, Any] = {
+_INPUT_IMAGE = InputImage(64, 64, bytes(3 * 64 * 64))
+# A different value for every field that determines an image.
+_CHANGED_VALUES: dict[str, Any] = {
     "prompt": "a blue circle",
     "negative_prompt": "blurred",
     "width": 56,
@@ -100,11 +100,11 @@ _OTHERS: dict[str, Any] = {
     "image": InputImage(64, 64, b"\1" * (3 * 64 * 64)),
     "strength": 0.5,
     "mask": InputImage(64, 64, bytes(64 * 64)),
-    "control": ControlInput(model="canny", image=_SENT),
+    "control": ControlInput(model="canny", image=_INPUT_IMAGE),
     "loras": (("style", 0.5),),
 }
-# How it is answered, or told elsewhere.
-_NOT_TOLD = {
+# Fields that do not change the pixels, or that the metadata has under another name.
+_NOT_IN_METADATA = {
     "id",
     "seed_given",
     "n",
@@ -116,23 +116,26 @@ _NOT_TOLD = {
 }
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(GenerationRequest) if f.name not in _NOT_TOLD])
-def test_metadata_tells_everything_that_determines_a_picture(field: str) -> None:
-    plain = request(image=_SENT, negative_prompt="grainy")
-    changed = replace(plain, **{field: _OTHERS[field]})
-    told = [Image.open(BytesIO(encode(noise(), one, 0, "m"))).info["hypergen"] for one in (plain, changed)]
-    assert told[0] != told[1]
+@pytest.mark.parametrize(
+    "field", [f.name for f in fields(GenerationRequest) if f.name not in _NOT_IN_METADATA]
+)
+def test_metadata_has_every_field_that_determines_an_image(field: str) -> None:
+    original = request(image=_INPUT_IMAGE, negative_prompt="grainy")
+    changed = replace(original, **{field: _CHANGED_VALUES[field]})
+    files = [encode_image(noise(), each, 0, "m") for each in (original, changed)]
+    metadata = [Image.open(BytesIO(file)).info["hypergen"] for file in files]
+    assert metadata[0] != metadata[1]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_without_metadata_a_file_holds_nothing_but_the_picture(name: str) -> None:
-    image = Image.open(BytesIO(encode(noise(), request(output_format=name, metadata=False), 0, "m")))
+@pytest.mark.parametrize("name", OUTPUT_FORMATS)
+def test_without_metadata_a_file_has_only_pixels(name: str) -> None:
+    image = Image.open(BytesIO(encode_image(noise(), request(output_format=name, metadata=False), 0, "m")))
     assert not image.getexif()
     assert not {"exif", "hypergen", "comment"} & set(image.info)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OUTPUT_FORMATS)
 @pytest.mark.parametrize("length", [60_000, 64_500, 65_000, 65_536, 200_000])
-def test_metadata_of_any_length_makes_a_file(name: str, length: int) -> None:
-    data = encode(noise(), request(output_format=name, prompt="a" * length), 0, "m")
+def test_metadata_of_any_length_gives_a_readable_file(name: str, length: int) -> None:
+    data = encode_image(noise(), request(output_format=name, prompt="a" * length), 0, "m")
     Image.open(BytesIO(data)).load()

@@ -91,7 +91,7 @@ def test_an_image_has_the_same_bytes_alone_and_among_other_loras(family: Any, sd
     crowded.run(*first, on_event=bring_more)
     shared = [crowded.images[request.id][0].shared_forwards > 0 for request in tested]
     assert sum(shared) >= len(tested) - 2
-    assert [r.loras for r in tested if crowded.trace[r.id] != alone.trace[r.id]] == []
+    assert [r.loras for r in tested if crowded.final_latents[r.id] != alone.final_latents[r.id]] == []
     assert [r.loras for r in tested if crowded.data(r) != alone.data(r)] == []
 
     never = InlineEngine(loading.load(sd_folder, make_settings()))
@@ -109,14 +109,14 @@ def test_weight_zero_is_the_base_model(family: Any) -> None:
     engine = InlineEngine(family)
     engine.run(nothing, base, real)
     assert engine.data(nothing) == engine.data(base)
-    assert engine.trace[real.id] != engine.trace[base.id]
+    assert engine.final_latents[real.id] != engine.final_latents[base.id]
 
 
 @torch.inference_mode()
 def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
     """Passes of any rows: what the trials of the layers promise."""
     lora_manager: LoraManager = family.lora_manager
-    InlineEngine(family).know(make_request())  # replaces the layers
+    InlineEngine(family).probe_shapes(make_request())  # replaces the layers
     rows = random_rows(prepare_image(family, make_request()), 9, torch.Generator().manual_seed(0))
     loras = [lora_manager.load(_CHOICES[row % len(_CHOICES)]) for row in range(9)]
 

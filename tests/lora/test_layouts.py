@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.lora.manager import LoraManager, lora_context
-from tests.support.lora_files import adapter
+from tests.support.lora_files import random_lora
 from tests.support.random_models import SMALL_VAE
 from tests.support.sync_engine import make_settings
 
@@ -120,8 +120,8 @@ def _pair(name: str, out: int, inside: int, rank: int, alpha: float, seed: int) 
 
 
 def _sdxl_peft(pipeline: Any) -> State:
-    second = adapter(pipeline.text_encoder_2, 4, ["q_proj"], 2, 1.0)
-    state = {f"unet.{key}": v for key, v in adapter(pipeline.unet, 4, ["to_q", "to_k"], 1).items()}
+    second = random_lora(pipeline.text_encoder_2, 4, ["q_proj"], 2, 1.0)
+    state = {f"unet.{key}": v for key, v in random_lora(pipeline.unet, 4, ["to_q", "to_k"], 1).items()}
     return {**state, **{f"text_encoder_2.{key}": value for key, value in second.items()}}
 
 
@@ -140,7 +140,7 @@ def _sdxl_kohya(_: Any) -> State:
 
 
 def _flux_peft(pipeline: Any) -> State:
-    state = adapter(
+    state = random_lora(
         pipeline.transformer, 4, ["to_q", "add_k_proj", "proj_mlp", "norm1.linear", "linear_1"], 1
     )
     return {f"transformer.{key}": value for key, value in state.items()}

@@ -77,11 +77,14 @@ def test_names_come_from_flags_folders_and_the_model(place: Path, tmp_path: Path
         ({"lora": ["{0}/nothing.safetensors"]}, "no such .safetensors file"),
         ({"lora": ["x={0}/pickle.bin"]}, "no such .safetensors file"),
         ({"lora_dir": ["{0}/nothing"]}, "no such folder"),
-        ({"lora": ["a\nb={0}/ink.safetensors"]}, "is no name"),
-        ({"lora": ["={0}/ink.safetensors"]}, "is no name"),
+        ({"lora": ["a\nb={0}/ink.safetensors"]}, "is not a valid LoRA name"),
+        ({"lora": ["={0}/ink.safetensors"]}, "is not a valid LoRA name"),
         ({"lora": ["{0}/ink.safetensors", "{0}/inside.safetensors"]}, "Only one"),
-        ({"lora": ["ink={0}/styles/oil paint.safetensors"], "lora_dir": ["{0}"]}, "Two LoRAs are called ink"),
-        ({"lora_dir": ["{0}:{0}"]}, "must not hold ':'"),
+        (
+            {"lora": ["ink={0}/styles/oil paint.safetensors"], "lora_dir": ["{0}"]},
+            "Two LoRAs have the name ink",
+        ),
+        ({"lora_dir": ["{0}:{0}"]}, "must not contain ':'"),
     ],
 )
 def test_settings_that_cannot_be_are_told_at_the_start(
@@ -244,5 +247,5 @@ def test_a_header_tells_what_a_file_is_for(
 ) -> None:
     found = summarise(_file(tmp_path / "a.safetensors", shapes))
     assert (found.model, found.layout, found.ranks) == (model, layout, ranks)
-    with pytest.raises(ModelError, match="holds no LoRA"):
+    with pytest.raises(ModelError, match="has no LoRA layers"):
         summarise(_file(tmp_path / "b.safetensors", {"unet.conv_in.weight": [1]}))

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 
 from hypergen.models import loading
 from hypergen.models.family import Family
-from tests.support.lora_files import ATTENTION, EVERYTHING, TEXT, save_kohya, save_lora, stock_picture
-from tests.support.sync_engine import draw_alone, make_request, make_settings
+from tests.support.lora_files import ATTENTION, EVERYTHING, TEXT, save_kohya, save_lora, stock_image
+from tests.support.sync_engine import generate_alone, make_request, make_settings
 
 CASES = {
     "attention": ("attention",),
@@ -62,7 +62,7 @@ def test_a_picture_is_that_of_diffusers(
     request = make_request(
         negative_prompt="blurred", loras=tuple(zip(names, weights, strict=True)), num_inference_steps=3
     )
-    expected = stock_picture(
+    expected = stock_image(
         pipeline,
         [(loras / f"{name}.safetensors", weight) for name, weight in zip(names, weights, strict=True)],
         prompt=request.prompt,
@@ -73,9 +73,9 @@ def test_a_picture_is_that_of_diffusers(
         guidance_scale=request.guidance_scale,
         generator=torch.Generator().manual_seed(request.seed),
     )
-    picture = draw_alone(family, request)
+    picture = generate_alone(family, request)
     difference = np.abs(picture.astype(int) - np.asarray(expected).astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.001
-    base = draw_alone(family, make_request(negative_prompt="blurred", num_inference_steps=3))
+    base = generate_alone(family, make_request(negative_prompt="blurred", num_inference_steps=3))
     assert (np.abs(base.astype(int) - picture.astype(int)) > 1).mean() > 0.02

@@ -1,4 +1,4 @@
-"""Every test has a BentoML home of its own, and a folder to import."""
+"""Each test has its own BentoML home and a model folder to import."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("BENTOML_HOME", str(home))
     monkeypatch.setenv("BENTOML_DO_NOT_TRACK", "True")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what BentoML and its dependencies say of each other at import
+        warnings.simplefilter("ignore")  # warnings of BentoML and its dependencies at import
         import bentoml.models
         from bentoml._internal.configuration.containers import BentoMLContainer
         from bentoml._internal.models import ModelStore

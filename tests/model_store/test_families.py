@@ -1,4 +1,4 @@
-"""The layouts of all families are whole models to the store, and all of their files are stored."""
+"""The store accepts the layouts of all families as complete models, and stores all of their files."""
 
 from __future__ import annotations
 
@@ -43,4 +43,4 @@ def test_every_file_of_a_family_is_stored(tmp_path: Path, pipeline_class: str) -
     assert json.loads((folder / PIPELINE_FILE).read_text())["_class_name"] == pipeline_class
     check_folder(folder)
     require_pipeline("model", FAMILIES, folder / PIPELINE_FILE)
-    assert select_in_folder(folder, half=False).files.keys() == files_of(folder)
+    assert select_in_folder(folder, prefer_fp16=False).files.keys() == files_of(folder)

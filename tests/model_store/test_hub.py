@@ -1,4 +1,4 @@
-"""Models of the hub, from a small server that speaks its endpoints."""
+"""Models of the hub, from a small local server with the same endpoints."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import pytest
 from safetensors.numpy import save_file
 
 from hypergen.model_store import store
-from tests.support.model_folders import COMMIT, WEIGHTS, files_of, message
+from tests.support.model_folders import COMMIT, WEIGHTS, error_message, files_of
 
 
 @dataclass
 class Hub:
-    """What the stand-in serves, and what was asked of it."""
+    """The files of the fake hub, and the paths that were requested."""
 
     files: dict[str, bytes]
     gated: bool = False
     commit: str = COMMIT
-    asked: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        self.asked.append(path)
+    def respond(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        self.requested.append(path)
         parts = path.partition("?")[0].strip("/").split("/")
         if "owner/model" not in path:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
@@ -54,8 +54,10 @@ class Hub:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         return 200, {"ETag": f'"{etag(content)}"', "X-Repo-Commit": self.commit}, content
 
-    def fetched(self) -> set[str]:
-        return {path.partition(f"/resolve/{self.commit}/")[2] for path in self.asked if "/resolve/" in path}
+    def downloaded(self) -> set[str]:
+        return {
+            path.partition(f"/resolve/{self.commit}/")[2] for path in self.requested if "/resolve/" in path
+        }
 
 
 def etag(content: bytes) -> str:
@@ -74,7 +76,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            status, headers, body = hub.answer(self.path)
+            status, headers, body = hub.respond(self.path)
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
@@ -82,7 +84,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_HEAD = do_GET  # noqa: N815  the name that http.server looks for
+        do_HEAD = do_GET  # noqa: N815  http.server needs this name
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -96,7 +98,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def use_endpoint(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_ENDPOINT and HF_HUB_CACHE, which huggingface_hub reads once, at its import."""
+    """Set HF_ENDPOINT and HF_HUB_CACHE, which huggingface_hub only reads at import."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -106,51 +108,51 @@ def use_endpoint(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
-def test_only_the_needed_files_come_from_the_hub(hub: Hub, folder: Path):
-    said: list[str] = []
-    stored = store.ensure("owner/model", progress=said.append)
+def test_only_needed_files_are_downloaded(hub: Hub, folder: Path):
+    lines: list[str] = []
+    stored = store.get_or_import("owner/model", report_progress=lines.append)
     needed = files_of(folder) - {"unet/diffusion_pytorch_model.bin", "model.ckpt", "run.py"}
-    assert hub.fetched() == needed
+    assert hub.downloaded() == needed
     assert files_of(stored.path) == needed | {"model.yaml"}
     assert stored.tag == f"owner--model:{COMMIT[:12]}"
     assert stored.source == "owner/model"
-    assert [line.split()[0] for line in said] == ["Asking", "Downloading", "Importing"]
+    assert [line.split()[0] for line in lines] == ["Looking", "Downloading", "Importing"]
     assert (stored.path / "unet" / WEIGHTS).stat().st_nlink > 1
 
 
-def test_a_stored_hub_model_needs_no_hub_until_it_is_imported_again(hub: Hub):
-    first = store.ensure("owner/model")
-    hub.asked.clear()
-    assert store.ensure("owner/model") == first
-    assert store.ensure("owner/model", dtype="float16") == first
-    assert store.ensure("owner/model", revision=COMMIT) == first
-    assert hub.asked == []
+def test_a_stored_hub_model_is_used_without_requests_until_it_is_imported_again(hub: Hub):
+    first = store.get_or_import("owner/model")
+    hub.requested.clear()
+    assert store.get_or_import("owner/model") == first
+    assert store.get_or_import("owner/model", dtype="float16") == first
+    assert store.get_or_import("owner/model", revision=COMMIT) == first
+    assert hub.requested == []
     hub.commit = COMMIT[::-1]
-    assert store.ensure("owner/model", revision="v1").tag == f"owner--model:{COMMIT[::-1][:12]}"
-    assert store.ensure("owner/model") == first
-    assert store.import_model("owner/model") == store.find(f"owner--model:{COMMIT[::-1][:12]}")
+    assert store.get_or_import("owner/model", revision="v1").tag == f"owner--model:{COMMIT[::-1][:12]}"
+    assert store.get_or_import("owner/model") == first
+    assert store.import_model("owner/model") == store.find_by_tag(f"owner--model:{COMMIT[::-1][:12]}")
 
 
-def test_the_hub_gives_fp16_variants_for_half_precision(hub: Hub):
+def test_fp16_variants_are_downloaded_for_half_precision(hub: Hub):
     hub.files["unet/diffusion_pytorch_model.fp16.safetensors"] = hub.files[f"unet/{WEIGHTS}"]
-    half = store.ensure("owner/model", dtype="bfloat16")
+    half = store.get_or_import("owner/model", dtype="bfloat16")
     assert half.tag == f"owner--model:{COMMIT[:12]}-fp16"
-    assert f"unet/{WEIGHTS}" not in hub.fetched()
-    assert store.ensure("owner/model").tag == f"owner--model:{COMMIT[:12]}"
+    assert f"unet/{WEIGHTS}" not in hub.downloaded()
+    assert store.get_or_import("owner/model").tag == f"owner--model:{COMMIT[:12]}"
 
 
-def test_failures_of_the_hub_are_one_line(hub: Hub):
-    assert "owner/other is not on the hub" in message(store.ensure, "owner/other")
-    assert "has no revision 'v9'" in message(store.ensure, "owner/model", revision="v9")
+def test_hub_errors_are_one_line(hub: Hub):
+    assert "owner/other is not on the hub" in error_message(store.get_or_import, "owner/other")
+    assert "has no revision 'v9'" in error_message(store.get_or_import, "owner/model", revision="v9")
     hub.gated = True
-    gated = message(store.ensure, "owner/model")
+    gated = error_message(store.get_or_import, "owner/model")
     assert "owner/model is gated" in gated
     assert "HF_TOKEN" in gated
     del hub.files[f"unet/{WEIGHTS}"]
     hub.gated = False
-    assert "owner/model: unet has only pickle weights" in message(store.ensure, "owner/model")
+    assert "owner/model: unet has only pickle weights" in error_message(store.get_or_import, "owner/model")
     del hub.files["model_index.json"]
-    assert "has no model_index.json" in message(store.ensure, "owner/model")
+    assert "has no model_index.json" in error_message(store.get_or_import, "owner/model")
     assert store.list_models() == []
 
 
@@ -159,7 +161,7 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         use_endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path, monkeypatch)
-        text = message(store.ensure, "owner/model")
+        text = error_message(store.get_or_import, "owner/model")
     assert "owner/model" in text
     assert "not reachable" in text
 
@@ -168,29 +170,32 @@ def test_offline_mode_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in message(store.ensure, "owner/model")
-    assert hub.asked == []
+    assert "HF_HUB_OFFLINE" in error_message(store.get_or_import, "owner/model")
+    assert hub.requested == []
 
 
-def test_a_checkpoint_takes_from_the_hub_only_what_it_lacks(hub: Hub, folder: Path, tmp_path: Path):
+def test_only_files_that_a_checkpoint_lacks_are_downloaded(hub: Hub, folder: Path, tmp_path: Path):
     file = tmp_path / "unet.safetensors"
     save_file({"conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)}, file)
-    stored = store.ensure(str(file), single_file_config="owner/model")
-    left_out = {f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.bin", "model.ckpt", "run.py"}
-    assert hub.fetched() == files_of(folder) - left_out
-    assert files_of(stored.path) == files_of(folder) - left_out | {"model.yaml", "checkpoint.safetensors"}
+    stored = store.get_or_import(str(file), single_file_config="owner/model")
+    not_downloaded = {f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.bin", "model.ckpt", "run.py"}
+    assert hub.downloaded() == files_of(folder) - not_downloaded
+    assert files_of(stored.path) == files_of(folder) - not_downloaded | {
+        "model.yaml",
+        "checkpoint.safetensors",
+    }
     assert (stored.path / "checkpoint.safetensors").read_bytes() == file.read_bytes()
-    hub.asked.clear()
-    assert store.ensure(str(file), single_file_config="owner/model") == stored
-    assert hub.asked == []
+    hub.requested.clear()
+    assert store.get_or_import(str(file), single_file_config="owner/model") == stored
+    assert hub.requested == []
 
 
-def test_a_refiner_is_looked_at_before_its_weights_are_fetched(hub: Hub):
-    assert "and no refiner" in message(store.ensure_refiner, "owner/model")
-    assert hub.fetched() == {"model_index.json"}
+def test_a_model_that_is_not_a_refiner_is_refused_before_its_weights_are_downloaded(hub: Hub):
+    assert "is not a refiner" in error_message(store.get_or_import_refiner, "owner/model")
+    assert hub.downloaded() == {"model_index.json"}
     index = json.loads(hub.files["model_index.json"])
     index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
     hub.files["model_index.json"], hub.commit = json.dumps(index).encode(), COMMIT[::-1]
-    refiner = store.ensure_refiner("owner/model")
+    refiner = store.get_or_import_refiner("owner/model")
     assert refiner is not None
     assert refiner.source == "owner/model"

@@ -1,4 +1,4 @@
-"""The refiner of the settings: named as models are, and kept in the store like them."""
+"""The refiner in the settings: it is named and stored like a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from hypergen.model_store import store
 from hypergen.models import loading
-from tests.support.model_folders import make_model, message
+from tests.support.model_folders import error_message, make_model
 from tests.support.original_layout import save_original
 from tests.support.small_models import save_refiner, save_sdxl
-from tests.support.sync_engine import draw_alone, make_request, make_settings
+from tests.support.sync_engine import generate_alone, make_request, make_settings
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +26,21 @@ def refiner(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return save_refiner(tmp_path_factory.mktemp("models") / "small-refiner", base)
 
 
-def test_it_is_found_by_folder_tag_and_file(
+def test_a_refiner_is_found_by_folder_tag_and_file(
     base: Path, refiner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = Path(shutil.copytree(refiner, tmp_path / "owner/refiner"))
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner, text_encoder=None, tokenizer=None)
     file = save_original(pipeline, repository / "refiner.safetensors")
     monkeypatch.chdir(tmp_path)
-    by_folder = store.ensure_refiner("owner/refiner")
+    by_folder = store.get_or_import_refiner("owner/refiner")
     assert by_folder is not None
-    by_tag, by_name = store.ensure_refiner(by_folder.tag), store.ensure_refiner("refiner")
+    by_tag, by_name = store.get_or_import_refiner(by_folder.tag), store.get_or_import_refiner("refiner")
     assert by_tag is not None
     assert by_name is not None
     assert by_tag.path == by_name.path == by_folder.path
-    assert store.ensure_refiner(None) is None
-    by_file = store.ensure_refiner(str(file))
+    assert store.get_or_import_refiner(None) is None
+    by_file = store.get_or_import_refiner(str(file))
     assert by_file is not None
 
     request = make_request(num_inference_steps=6, enable_refiner=True)
@@ -48,14 +48,14 @@ def test_it_is_found_by_folder_tag_and_file(
         loading.load(base, make_settings(refiner=str(path)))
         for path in (refiner, by_folder.path, by_file.path)
     ]
-    drawn = [draw_alone(family, request) for family in families]
-    assert (drawn[0] == drawn[1]).all()
-    assert (drawn[0] == drawn[2]).all()
+    images = [generate_alone(family, request) for family in families]
+    assert (images[0] == images[1]).all()
+    assert (images[0] == images[2]).all()
 
 
-def test_what_is_no_refiner_is_told_as_such(base: Path, tmp_path: Path) -> None:
-    assert "is a StableDiffusionXLPipeline, and no refiner" in message(store.ensure_refiner, str(base))
-    assert "and no refiner" in message(store.ensure_refiner, str(make_model(tmp_path / "sd")))
-    assert "No such folder" in message(store.ensure_refiner, str(tmp_path / "none"))
-    assert "Unknown model" in message(store.ensure_refiner, "no-such-tag")
-    assert "HF_HUB_OFFLINE" in message(store.ensure_refiner, "owner/refiner")
+def test_other_models_are_refused_as_refiner(base: Path, tmp_path: Path) -> None:
+    assert "and is a StableDiffusionXLPipeline" in error_message(store.get_or_import_refiner, str(base))
+    assert "is not a refiner" in error_message(store.get_or_import_refiner, str(make_model(tmp_path / "sd")))
+    assert "No such folder" in error_message(store.get_or_import_refiner, str(tmp_path / "none"))
+    assert "Unknown model" in error_message(store.get_or_import_refiner, "no-such-tag")
+    assert "HF_HUB_OFFLINE" in error_message(store.get_or_import_refiner, "owner/refiner")

@@ -1,4 +1,4 @@
-"""Several models from flags, the environment and files: what is asked for, and what is an error at start."""
+"""Several models from flags, the environment and files, and configuration errors at startup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _write(folder: Path, text: str, name: str = "model.yaml") -> Path:
     return file
 
 
-def test_a_served_model_file_says_everything_about_a_model(tmp_path: Path, sd_folder: Path) -> None:
+def test_a_served_model_file_sets_all_properties_of_a_model(tmp_path: Path, sd_folder: Path) -> None:
     shutil.copy(LORA, tmp_path / "logo.safetensors")
     file = _write(
         tmp_path,
@@ -38,7 +38,7 @@ def test_a_served_model_file_says_everything_about_a_model(tmp_path: Path, sd_fo
     assert model.settings.lora == (f"Logo={tmp_path / 'logo.safetensors'}",)
 
 
-def test_models_survive_the_way_to_a_child(tmp_path: Path, sd_folder: Path) -> None:
+def test_models_are_the_same_in_a_child_process(tmp_path: Path, sd_folder: Path) -> None:
     file = _write(tmp_path, f"source: {sd_folder}\naliases: [other]\ndefaults: {{guidance_scale: 2}}\n")
     settings = load_settings(flags={"models": (str(file), "hypergen-tiny")})
     found = find_models(settings)
@@ -53,7 +53,7 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
     one = _write(tmp_path, f"source: {sd_folder}\n")
     file = _write(tmp_path, f"models: [{one}, {{source: hypergen-tiny, name: tiny}}]\n", "server.yaml")
     assert [model.id for model in find_models(load_settings(file))] == [str(sd_folder), "tiny"]
-    # What is said later in the order of sources is what counts.
+    # The environment overrides the file, and flags override both.
     by_environment = load_settings(file, environment={"HYPERGEN_MODELS": "hypergen-tiny"})
     by_flag = load_settings(file, flags={"models": ("hypergen-tiny",)})
     by_name_alone = load_settings(_write(tmp_path, "models: hypergen-tiny\n", "single.yaml"))
@@ -62,16 +62,16 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("models", "flags", "words"),
+    ("models", "flags", "message"),
     [
-        (["hypergen-tiny", "hypergen-tiny"], {}, "Two models are called 'hypergen-tiny'"),
+        (["hypergen-tiny", "hypergen-tiny"], {}, "Two models have the name 'hypergen-tiny'"),
         (
             [{"source": "hypergen-tiny", "aliases": ["X"]}, {"source": "hypergen-tiny", "name": "x"}],
             {},
             "'x'",
         ),
-        (["hypergen-tiny", {"name": "b"}], {"refiner": "/there"}, "'refiner' belongs to one model"),
-        (["hypergen-tiny", {"name": "b"}], {"served_model_name": "c"}, "'name' belongs to one"),
+        (["hypergen-tiny", {"name": "b"}], {"refiner": "/there"}, "'refiner' applies to one model"),
+        (["hypergen-tiny", {"name": "b"}], {"served_model_name": "c"}, "'name' applies to one"),
         (["/nowhere.yaml"], {}, "/nowhere.yaml cannot be read: No such file"),
         ([{"sorce": "x"}], {}, "Unknown setting 'models.0.sorce'"),
         ([{"defaults": {"width": 65}}], {}, "models.0.defaults.width"),
@@ -79,17 +79,17 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
         ([{"refiner": "/nowhere"}], {}, "No such folder: /nowhere"),
     ],
 )
-def test_what_is_wrong_is_one_clear_line(models: list[object], flags: dict[str, object], words: str) -> None:
+def test_errors_are_one_line(models: list[object], flags: dict[str, object], message: str) -> None:
     with pytest.raises(HyperGenError) as raised:
         find_models(load_settings(flags={**flags, "models": models}))
-    assert words in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_shipped_file_is_found_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_settings(flags={"models": ("embedded.yaml",)}).models[0].source == "hypergen-tiny"
-    _write(tmp_path, "source: other\n", "embedded.yaml")  # one's own comes first
+    _write(tmp_path, "source: other\n", "embedded.yaml")  # a local file has precedence
     assert load_settings(flags={"models": ("embedded.yaml",)}).models[0].source == "other"
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load_settings(flags={"models": ("elsewhere/embedded.yaml",)})

@@ -19,16 +19,16 @@ from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 from tests.support.compare_with_diffusers import (
     assert_close_in_half_precision,
-    assert_drawn_as_by_stock,
+    assert_matches_diffusers,
     assert_same,
     common_arguments,
-    picture,
-    sampler_of,
+    pixels_of,
     stock_pipeline,
+    use_sampler,
 )
-from tests.support.lora_files import ATTENTION, adapter, stock_picture
+from tests.support.lora_files import ATTENTION, random_lora, stock_image
 from tests.support.small_models import save_flux
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings, prepare_image
 
 _REQUEST = make_request(num_inference_steps=5, guidance_scale=3.5, width=96, height=64, seed=11)
 _LENGTH = {"dev": 512, "schnell": 256}
@@ -54,7 +54,7 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _stock_picture(pipeline: Any, variant: str, request: GenerationRequest) -> np.ndarray:
-    with sampler_of(pipeline, Sampler(HeunForFlux) if request.sampler == "heun" else None):
+    with use_sampler(pipeline, Sampler(HeunForFlux) if request.sampler == "heun" else None):
         picture = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
@@ -68,7 +68,7 @@ def _stock_picture(pipeline: Any, variant: str, request: GenerationRequest) -> n
 
 
 def _bytes(family: Family, request: GenerationRequest) -> bytes:
-    return draw_alone(family, request).tobytes()
+    return generate_alone(family, request).tobytes()
 
 
 def test_dev_draws_the_stock_pictures(dev: Path) -> None:
@@ -85,7 +85,7 @@ def test_dev_draws_the_stock_pictures(dev: Path) -> None:
         replace(_REQUEST, id="same size", width=64, height=96, seed=3),
     ]
     family = loading.load(dev, make_settings())
-    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(pipeline, "dev", request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_picture(pipeline, "dev", request))
     assert _bytes(family, _REQUEST) != _bytes(family, replace(_REQUEST, guidance_scale=9.0))
     pictures = {request.id: _bytes(family, request) for request in requests}
     assert len({pictures[name] for name in ("negative", "true-cfg", "no-cfg")}) == 3
@@ -100,7 +100,7 @@ def test_schnell_draws_the_stock_pictures(schnell: Path) -> None:
         replace(_REQUEST, id="euler", sampler="euler", negative_prompt="blurred"),
     ]
     family = loading.load(schnell, make_settings())
-    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(pipeline, "schnell", request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_picture(pipeline, "schnell", request))
     assert _bytes(family, _REQUEST) == _bytes(family, replace(_REQUEST, guidance_scale=9.0))
 
 
@@ -123,7 +123,7 @@ def test_sizes_are_cut_out_of_multiples_of_sixteen(dev: Path) -> None:
     )
     engine = InlineEngine(family)
     engine.run(asked, drawn)
-    assert (picture(engine.data(asked)) == picture(engine.data(drawn))[4:92, 4:76]).all()
+    assert (pixels_of(engine.data(asked)) == pixels_of(engine.data(drawn))[4:92, 4:76]).all()
 
 
 def test_words_beyond_the_length_of_t5_are_cut_off_with_a_word_in_the_log(
@@ -140,26 +140,26 @@ def test_half_precision_stays_near_the_stock_picture(dev: Path) -> None:
     pipeline = stock_pipeline(FluxPipeline, dev, dtype=torch.bfloat16)
     family = loading.load(dev, make_settings(dtype="bfloat16"))
     request = replace(_REQUEST, num_inference_steps=3, negative_prompt="blurred")
-    assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, "dev", request))
+    assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, "dev", request))
 
 
 def test_a_lora_draws_what_diffusers_draws_with_it(dev: Path, tmp_path: Path) -> None:
     pipeline = stock_pipeline(FluxPipeline, dev)
     file = tmp_path / "style.safetensors"
-    factors = adapter(pipeline.transformer, 4, ATTENTION, seed=0)
+    factors = random_lora(pipeline.transformer, 4, ATTENTION, seed=0)
     save_file({f"transformer.{name}": factor.contiguous() for name, factor in factors.items()}, file)
     styled = replace(_REQUEST, id="styled", loras=(("style", 0.8),))
     family = loading.load(dev, make_settings(lora=[f"style={file}"]))
     crowd = InlineEngine(family)
     crowd.run(styled, _REQUEST)
     assert crowd.images[styled.id][0].shared_forwards > 0
-    stock = stock_picture(
+    stock = stock_image(
         pipeline,
         [(file, 0.8)],
         prompt=styled.prompt,
         max_sequence_length=_LENGTH["dev"],
         **common_arguments(styled),
     )
-    assert_same(draw_alone(family, styled), np.asarray(stock))
-    assert_same(picture(crowd.data(styled)), np.asarray(stock))
+    assert_same(generate_alone(family, styled), np.asarray(stock))
+    assert_same(pixels_of(crowd.data(styled)), np.asarray(stock))
     assert crowd.data(styled) != crowd.data(_REQUEST)

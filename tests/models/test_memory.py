@@ -22,8 +22,8 @@ from hypergen.model_store.store import EMBEDDED_FOLDER
 from hypergen.models import loading
 from hypergen.models.memory import apply_memory_settings, enable_vae_tiling, pixels_that_fit
 from hypergen.models.sd import StableDiffusion
-from tests.support.compare_with_diffusers import draw_one_after_another
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.compare_with_diffusers import generate_one_at_a_time
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings
 
 _REQUEST = make_request(num_inference_steps=3, negative_prompt="blurred")
 _TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -75,8 +75,8 @@ def test_tiling_is_switched_on_for_pictures_beyond_a_tile(sd_folder: Path) -> No
     plain = loading.load(sd_folder, make_settings())
     tiled = loading.load(sd_folder, make_settings(vae_tiling="on"))
     wide = replace(_REQUEST, width=640, num_inference_steps=1)
-    assert (draw_alone(tiled, _REQUEST) == draw_alone(plain, _REQUEST)).all()
-    assert (draw_alone(tiled, wide) != draw_alone(plain, wide)).any()
+    assert (generate_alone(tiled, _REQUEST) == generate_alone(plain, _REQUEST)).all()
+    assert (generate_alone(tiled, wide) != generate_alone(plain, wide)).any()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_networks_take_turns_and_draw_the_same(sd_folder: Path) -> None:
     family = StableDiffusion(pipeline, {}, make_settings())
     there.clear()
     plain = loading.load(sd_folder, make_settings())
-    assert (draw_alone(family, _REQUEST) == draw_alone(plain, _REQUEST)).all()
+    assert (generate_alone(family, _REQUEST) == generate_alone(plain, _REQUEST)).all()
     assert there == ["text_encoder", "unet", "vae"]
     assert device_of(pipeline.unet) == torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_offloaded_models_wait_in_memory_and_draw_the_same(sd_folder: Path) -> N
     for offload in ("off", "model"):
         settings = EngineSettings.model_validate({"device": "cuda", "dtype": "float32", "offload": offload})
         family: Any = loading.load(sd_folder, settings)
-        drawn.append(draw_alone(family, _REQUEST))
+        drawn.append(generate_alone(family, _REQUEST))
         assert family.unet.device.type == ("cuda" if offload == "off" else "cpu")
         assert family.model_info("").device == "cuda"
     assert (drawn[0] == drawn[1]).all()
@@ -156,11 +156,11 @@ def test_weights_of_8_bits_draw_nearly_the_same_and_keep_their_promise(sd_folder
     small: Any = loading.load(sd_folder, make_settings(quantization=kind))
     layers = [layer for layer in small.unet.modules() if isinstance(layer, nn.Linear)]
     assert not any(type(layer.weight) in (torch.Tensor, nn.Parameter) for layer in layers)
-    difference = np.abs(draw_alone(small, _REQUEST).astype(int) - draw_alone(plain, _REQUEST))
+    difference = np.abs(generate_alone(small, _REQUEST).astype(int) - generate_alone(plain, _REQUEST))
     assert 0 < difference.mean() < 5
     requests = [_REQUEST, replace(_REQUEST, id="other", seed=3, guidance_scale=1.0)]
-    lone, crowd = draw_one_after_another(small, requests), InlineEngine(small)
-    crowd.know(*requests)
+    lone, crowd = generate_one_at_a_time(small, requests), InlineEngine(small)
+    crowd.probe_shapes(*requests)
     crowd.run(*requests)
     for request in requests:
         assert crowd.data(request) == lone.data(request)

@@ -20,11 +20,11 @@ from tests.support.compare_with_diffusers import (
     CHUNK,
     assert_same,
     common_arguments,
-    draw_one_after_another,
+    generate_one_at_a_time,
     stock_pipeline,
 )
 from tests.support.small_models import save_flux, save_sd3, save_sdxl
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings, prepare_image
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings, prepare_image
 
 _REQUEST = make_request(prompt="a cat", negative_prompt="(blurred:1.2)", num_inference_steps=3)
 
@@ -96,9 +96,9 @@ def test_a_weighted_word_is_moved_away_from_the_empty_prompt(stock: Any, family:
         picture = stock(
             prompt_embeds=embeds, negative_prompt_embeds=empty, **common_arguments(request)
         ).images[0]
-    assert_same(draw_alone(family, request), np.asarray(picture))
+    assert_same(generate_alone(family, request), np.asarray(picture))
     assert (
-        draw_alone(family, request) != draw_alone(family, replace(request, prompt="a cat sat down"))
+        generate_alone(family, request) != generate_alone(family, replace(request, prompt="a cat sat down"))
     ).any()
 
 
@@ -110,8 +110,8 @@ def test_weights_of_one_and_escapes_change_no_byte(sd_folder: Path, family: Any)
         (r"a \(cat\)", "a (cat)"),
         (f"{CHUNK} (a cat:1.00)", f"{CHUNK} a cat"),
     ):
-        drawn = draw_alone(family, replace(_REQUEST, prompt=marked, negative_prompt=None))
-        assert (drawn == draw_alone(plain, replace(_REQUEST, prompt=bare, negative_prompt=None))).all()
+        drawn = generate_alone(family, replace(_REQUEST, prompt=marked, negative_prompt=None))
+        assert (drawn == generate_alone(plain, replace(_REQUEST, prompt=bare, negative_prompt=None))).all()
 
 
 def test_marks_are_text_without_the_setting(sd_folder: Path) -> None:
@@ -129,8 +129,8 @@ def test_weighted_prompts_of_any_length_share_passes_and_keep_their_bytes(family
         replace(_REQUEST, id="long", prompt=f"(a cat:1.4) {CHUNK} [a dog]"),
         replace(_REQUEST, id="long too", prompt=f"{CHUNK} (a dog:0.2)", seed=3),
     ]
-    lone, crowd = draw_one_after_another(family, requests), InlineEngine(family)
-    crowd.know(*requests)
+    lone, crowd = generate_one_at_a_time(family, requests), InlineEngine(family)
+    crowd.probe_shapes(*requests)
     crowd.run(*requests)
     for request in requests:
         assert crowd.data(request) == lone.data(request)

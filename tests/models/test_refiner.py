@@ -17,14 +17,14 @@ from hypergen.models.family import Family
 from hypergen.request import ControlInput, GenerationRequest
 from tests.conditioning.test_controlnet import random_control_model
 from tests.support.compare_with_diffusers import (
-    assert_drawn_as_by_stock,
+    assert_matches_diffusers,
     common_arguments,
-    sampler_of,
     stock_pipeline,
+    use_sampler,
 )
-from tests.support.diffusers_edits import picture
+from tests.support.diffusers_edits import sample_image
 from tests.support.small_models import save_refiner, save_sdxl
-from tests.support.sync_engine import draw_alone, make_request, make_settings, prepare_image
+from tests.support.sync_engine import generate_alone, make_request, make_settings, prepare_image
 
 _REFINED = make_request(
     num_inference_steps=8, negative_prompt="blurred", width=96, height=64, seed=11, enable_refiner=True
@@ -55,7 +55,7 @@ def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: P
     def draw(request: GenerationRequest) -> np.ndarray:
         sampler = SAMPLERS[request.sampler] if request.sampler else None
         texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        with sampler_of(stock_base, sampler), sampler_of(stock_refiner, sampler):
+        with use_sampler(stock_base, sampler), use_sampler(stock_refiner, sampler):
             if not request.enable_refiner:
                 return np.asarray(stock_base(**texts, **common_arguments(request)).images[0])
             latents = stock_base(
@@ -75,7 +75,7 @@ def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: P
         replace(_REFINED, id="unguided", guidance_scale=1.0),
         replace(_REFINED, id="without", enable_refiner=False),
     ]
-    assert_drawn_as_by_stock(family, requests, draw)
+    assert_matches_diffusers(family, requests, draw)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -85,22 +85,24 @@ def test_every_sampler_changes_hands(family: Family, sampler: str) -> None:
     state = prepare_image(family, refined)
     assert state.next_denoiser is not None
     assert state.remaining_steps == prepare_image(family, plain).remaining_steps
-    assert (draw_alone(family, refined) != draw_alone(family, plain)).any()
+    assert (generate_alone(family, refined) != generate_alone(family, plain)).any()
 
 
 def test_a_single_step_is_the_base_models(family: Family) -> None:
     refined = replace(_REFINED, num_inference_steps=1)
-    assert (draw_alone(family, refined) == draw_alone(family, replace(refined, enable_refiner=False))).all()
+    assert (
+        generate_alone(family, refined) == generate_alone(family, replace(refined, enable_refiner=False))
+    ).all()
 
 
 def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: Path, tmp_path: Path) -> None:
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
     random_control_model(pipeline.components, 1).save_pretrained(tmp_path)
     family = loading.load(base, make_settings(refiner=str(refiner), controlnet={"edges": str(tmp_path)}))
-    control = ControlInput(model="edges", image=picture(seed=4))
-    plain = draw_alone(family, _REFINED)
-    assert (draw_alone(family, replace(_REFINED, control=control)) != plain).any()
-    assert (draw_alone(family, replace(_REFINED, control=replace(control, scale=0.0))) == plain).all()
+    control = ControlInput(model="edges", image=sample_image(seed=4))
+    plain = generate_alone(family, _REFINED)
+    assert (generate_alone(family, replace(_REFINED, control=control)) != plain).any()
+    assert (generate_alone(family, replace(_REFINED, control=replace(control, scale=0.0))) == plain).all()
 
 
 def test_what_cannot_refine_is_refused_at_the_start(base: Path, refiner: Path, sd_folder: Path) -> None:

@@ -17,7 +17,7 @@ from hypergen.models import loading
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 from tests.support.compare_with_diffusers import assert_close_in_half_precision
-from tests.support.sync_engine import InlineEngine, draw_alone, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -85,7 +85,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family)
     shared = 0
     for request in requests:
         expected = _stock_picture(stock, request)
-        _assert_same(draw_alone(family, request), expected)
+        _assert_same(generate_alone(family, request), expected)
         _assert_same(np.asarray(Image.open(io.BytesIO(crowd.data(request)))), expected)
         shared += crowd.images[request.id][0].shared_forwards > 0
     assert shared >= len(requests) - 1
@@ -108,7 +108,7 @@ def test_half_precision_stays_near_the_stock_picture(folder: Path, dtype: str) -
     pipeline.set_progress_bar_config(disable=True)
     family = loading.load(folder, make_settings(dtype=dtype))
     for request in _requests(None):
-        assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, request))
+        assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, request))
 
 
 def test_a_decoder_that_overflows_gives_no_black_picture(folder: Path) -> None:

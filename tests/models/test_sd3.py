@@ -19,14 +19,14 @@ from hypergen.request import GenerationRequest
 from tests.support.compare_with_diffusers import (
     CHUNK,
     assert_close_in_half_precision,
-    assert_drawn_as_by_stock,
+    assert_matches_diffusers,
     assert_same,
     common_arguments,
-    sampler_of,
     stock_pipeline,
+    use_sampler,
 )
 from tests.support.small_models import save_sd3
-from tests.support.sync_engine import draw_alone, make_request, make_settings
+from tests.support.sync_engine import generate_alone, make_request, make_settings
 
 _GUIDED = make_request(
     num_inference_steps=5, guidance_scale=6.0, negative_prompt="blurred", width=96, height=64, seed=11
@@ -49,7 +49,7 @@ def family(folder: Path) -> Family:
 
 
 def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
-    with sampler_of(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
+    with use_sampler(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
         picture = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
@@ -69,7 +69,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family)
         replace(_GUIDED, id="heun", sampler="heun"),
         replace(_GUIDED, id="euler", sampler="euler", guidance_scale=2.0),
     ]
-    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(stock, request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_picture(stock, request))
 
 
 @pytest.mark.parametrize("version", ["3", "3.5"])
@@ -79,7 +79,7 @@ def test_a_model_without_t5_draws_the_stock_picture(tmp_path: Path, version: Any
     # A scheduler that shifts with the size, as finetunes have.
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    drawn = draw_alone(loading.load(folder, make_settings()), _GUIDED)
+    drawn = generate_alone(loading.load(folder, make_settings()), _GUIDED)
     assert_same(drawn, _stock_picture(pipeline, _GUIDED))
 
 
@@ -120,7 +120,7 @@ def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: F
             ).images[0]
         )
 
-    assert_drawn_as_by_stock(family, [long, long_too], draw)
+    assert_matches_diffusers(family, [long, long_too], draw)
 
 
 def test_what_it_says_of_itself(family: Family) -> None:
@@ -135,4 +135,4 @@ def test_half_precision_stays_near_the_stock_picture(folder: Path) -> None:
     pipeline = stock_pipeline(StableDiffusion3Pipeline, folder, dtype=torch.bfloat16)
     family = loading.load(folder, make_settings(dtype="bfloat16"))
     request = replace(_GUIDED, num_inference_steps=3)
-    assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, request))
+    assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, request))

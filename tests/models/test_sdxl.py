@@ -19,14 +19,14 @@ from hypergen.request import GenerationRequest
 from tests.support.compare_with_diffusers import (
     CHUNK,
     assert_close_in_half_precision,
-    assert_drawn_as_by_stock,
+    assert_matches_diffusers,
     assert_same,
     common_arguments,
-    sampler_of,
     stock_pipeline,
+    use_sampler,
 )
 from tests.support.small_models import save_sdxl
-from tests.support.sync_engine import draw_alone, make_request, make_settings
+from tests.support.sync_engine import generate_alone, make_request, make_settings
 
 _GUIDED = make_request(
     num_inference_steps=5, guidance_scale=6.0, negative_prompt="blurred", width=96, height=64, seed=11
@@ -49,7 +49,7 @@ def family(base: Path) -> Family:
 
 
 def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
-    with sampler_of(pipeline, SAMPLERS[request.sampler] if request.sampler else None):
+    with use_sampler(pipeline, SAMPLERS[request.sampler] if request.sampler else None):
         picture = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
@@ -69,7 +69,7 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family)
         replace(_GUIDED, id="unguided", guidance_scale=1.0, num_inference_steps=7),
         *(replace(_GUIDED, id=name, sampler=name, num_inference_steps=4) for name in samplers),
     ]
-    assert_drawn_as_by_stock(family, requests, lambda request: _stock_picture(stock, request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_picture(stock, request))
 
 
 def test_the_layout_of_ssd_draws_the_stock_picture(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_layout_of_ssd_draws_the_stock_picture(tmp_path: Path) -> None:
     # Without forced zeros, an absent negative prompt is the empty one.
     for request in (_GUIDED, replace(_GUIDED, negative_prompt=None)):
         family = loading.load(folder, make_settings())
-        assert_same(draw_alone(family, request), _stock_picture(pipeline, request))
+        assert_same(generate_alone(family, request), _stock_picture(pipeline, request))
 
 
 def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: Family) -> None:
@@ -118,7 +118,7 @@ def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: F
             ).images[0]
         )
 
-    assert_drawn_as_by_stock(family, [long, long_2], draw)
+    assert_matches_diffusers(family, [long, long_2], draw)
 
 
 @pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
@@ -129,7 +129,7 @@ def test_half_precision_stays_near_the_stock_picture(base: Path, dtype: str) -> 
     # In float16 the decoder of SDXL would overflow.
     assert family.vae.dtype == (torch.float32 if dtype == "float16" else torch.bfloat16)
     request = replace(_GUIDED, num_inference_steps=3)
-    assert_close_in_half_precision(draw_alone(family, request), _stock_picture(pipeline, request))
+    assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, request))
 
 
 def test_turbo_draws_in_four_steps_without_guidance(tmp_path: Path, family: Family) -> None:
@@ -139,4 +139,4 @@ def test_turbo_draws_in_four_steps_without_guidance(tmp_path: Path, family: Fami
     assert family.model_info("base").capabilities == {"prompt_2", "negative_prompt", "image", "mask", "loras"}
     pipeline = stock_pipeline(StableDiffusionXLPipeline, tmp_path / "turbo")
     request = replace(_GUIDED, num_inference_steps=4, guidance_scale=1.0)
-    assert_same(draw_alone(turbo, request), _stock_picture(pipeline, request))
+    assert_same(generate_alone(turbo, request), _stock_picture(pipeline, request))

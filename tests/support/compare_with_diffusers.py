@@ -1,4 +1,4 @@
-"""What the tests of the families have in common: diffusers' picture, ours alone, and ours in a crowd."""
+"""Comparisons of a family's images, alone and in a batch, with those of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 from tests.support.sync_engine import InlineEngine
 
-# Exactly a chunk of CLIP's for a tokenizer that knows only letters: 75 tokens.
+# Exactly one CLIP chunk, 75 tokens, with a tokenizer of single letters.
 CHUNK = " ".join(["which", "spans", "words"] * 5)
 
 
@@ -29,19 +29,19 @@ def stock_pipeline(pipeline_class: Any, folder: Any, **options: Any) -> Any:
 
 
 @contextmanager
-def sampler_of(pipeline: Any, sampler: Sampler | None) -> Iterator[None]:
-    """The pipeline with another scheduler; None leaves its own."""
-    published = pipeline.scheduler
+def use_sampler(pipeline: Any, sampler: Sampler | None) -> Iterator[None]:
+    """Replace the pipeline's scheduler inside the block; None keeps it."""
+    original = pipeline.scheduler
     if sampler is not None:
-        pipeline.scheduler = sampler.scheduler.from_config(published.config, **sampler.overrides)
+        pipeline.scheduler = sampler.scheduler.from_config(original.config, **sampler.overrides)
     try:
         yield
     finally:
-        pipeline.scheduler = published
+        pipeline.scheduler = original
 
 
 def common_arguments(request: GenerationRequest) -> dict[str, Any]:
-    """What every pipeline's call is told in the same words."""
+    """Arguments that all pipelines have."""
     return {
         "width": request.width,
         "height": request.height,
@@ -51,46 +51,49 @@ def common_arguments(request: GenerationRequest) -> dict[str, Any]:
     }
 
 
-def picture(data: bytes) -> np.ndarray:
+def pixels_of(data: bytes) -> np.ndarray:
+    """Pixels of an image file, uint8, shape (height, width, 3)."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def assert_same(picture: np.ndarray, stock: np.ndarray) -> None:
-    difference = np.abs(picture.astype(int) - stock.astype(int))
+def assert_same(pixels: np.ndarray, stock: np.ndarray) -> None:
+    """Equal to a diffusers image, except for at most 0.1 % of the values, which may differ by 1 of 255."""
+    difference = np.abs(pixels.astype(int) - stock.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.001
 
 
-def assert_drawn_as_by_stock(
+def assert_matches_diffusers(
     family: Family,
     requests: Sequence[GenerationRequest],
-    draw_with_stock: Callable[[GenerationRequest], np.ndarray],
+    generate_with_stock: Callable[[GenerationRequest], np.ndarray],
 ) -> None:
-    """Every picture is diffusers', drawn alone and in a crowd; both are the same file, byte for byte."""
-    lone = draw_one_after_another(family, requests)
-    crowd = InlineEngine(family)
-    crowd.know(*requests)
-    crowd.run(*requests)
-    assert set(crowd.engine.status().determinism.values()) == {"exact"}
+    """Every image equals that of diffusers, and is the same file when generated alone and in a batch."""
+    alone = generate_one_at_a_time(family, requests)
+    batched = InlineEngine(family)
+    batched.probe_shapes(*requests)
+    batched.run(*requests)
+    assert set(batched.engine.status().determinism.values()) == {"exact"}
     for request in requests:
-        assert_same(picture(lone.data(request)), draw_with_stock(request))
-        assert crowd.data(request) == lone.data(request)
-        assert crowd.images[request.id][0].shared_forwards > 0, request
-        assert lone.images[request.id][0].shared_forwards == 0
+        assert_same(pixels_of(alone.data(request)), generate_with_stock(request))
+        assert batched.data(request) == alone.data(request)
+        assert batched.images[request.id][0].shared_forwards > 0, request
+        assert alone.images[request.id][0].shared_forwards == 0
 
 
-def assert_close_in_half_precision(picture: np.ndarray, stock: np.ndarray) -> None:
-    assert np.abs(picture.astype(int) - stock.astype(int)).mean() <= 1
-    assert stock.std() > 10  # it is a picture, and not all of one colour
+def assert_close_in_half_precision(pixels: np.ndarray, stock: np.ndarray) -> None:
+    assert np.abs(pixels.astype(int) - stock.astype(int)).mean() <= 1
+    assert stock.std() > 10  # not a uniform colour
 
 
-def draw_one_after_another(family: Family, requests: Sequence[GenerationRequest]) -> InlineEngine:
+def generate_one_at_a_time(family: Family, requests: Sequence[GenerationRequest]) -> InlineEngine:
+    """Run an engine that gets each request after the last step of the one before."""
     engine = InlineEngine(family)
-    coming = iter(requests[1:])
+    remaining = iter(requests[1:])
 
-    def bring_the_next(_id: str, event: Event | RequestError) -> None:
-        if isinstance(event, Progress) and event.step == event.steps and (request := next(coming, None)):
+    def submit_next(_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, Progress) and event.step == event.steps and (request := next(remaining, None)):
             engine.submit(request)
 
-    engine.run(requests[0], on_event=bring_the_next)
+    engine.run(requests[0], on_event=submit_next)
     return engine

@@ -1,11 +1,11 @@
-"""A model that has everything, as far as a request can tell."""
+"""Model info with every capability, to validate requests without a model."""
 
 from __future__ import annotations
 
 from hypergen.config import ServerSettings
 from hypergen.model_info import ModelDefaults, ModelInfo
 
-ABLE = ModelInfo(
+FULL_MODEL_INFO = ModelInfo(
     id="m",
     family="sdxl",
     defaults=ModelDefaults(num_inference_steps=50, guidance_scale=7.5, width=1024, height=1024),

@@ -1,4 +1,4 @@
-"""Small pipelines of two kinds that HyperGen has no family for, with random weights."""
+"""Small diffusers pipelines without a family in HyperGen, with random weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.support.random_models import SMALL_VAE
 _TEXT_DIM = 32
 
 
-def _text() -> tuple[Any, Any]:
-    """T5's tokenizer over single letters, and an encoder of two layers."""
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
-    tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+def _t5() -> tuple[Any, Any]:
+    """A T5 tokenizer of single letters, and a T5 encoder with two layers."""
+    tokens = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
+    tokenizer = T5Tokenizer(vocab=[(token, -float(i)) for i, token in enumerate(tokens)], extra_ids=0)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=_TEXT_DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4
     )
@@ -33,9 +33,9 @@ def _text() -> tuple[Any, Any]:
 
 
 def save_pixart(folder: Path) -> Path:
-    """PixArt-Sigma: tells of its steps in diffusers' older way."""
+    """PixArt-Sigma, whose pipeline has the older `callback` argument."""
     torch.manual_seed(0)
-    tokenizer, text_encoder = _text()
+    tokenizer, text_encoder = _t5()
     transformer = PixArtTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=8,
@@ -51,16 +51,16 @@ def save_pixart(folder: Path) -> Path:
         text_encoder,
         AutoencoderKL(**SMALL_VAE).eval(),
         transformer.eval(),
-        DPMSolverMultistepScheduler(),  # pyright: ignore[reportArgumentType]  its enum is of names
+        DPMSolverMultistepScheduler(),  # pyright: ignore[reportArgumentType]  annotated as an enum
     )
     pipeline.save_pretrained(folder)
     return folder
 
 
 def save_cogview(folder: Path) -> Path:
-    """CogView3-Plus: tells of its steps at their end."""
+    """CogView3-Plus, whose pipeline has `callback_on_step_end`."""
     torch.manual_seed(0)
-    tokenizer, text_encoder = _text()
+    tokenizer, text_encoder = _t5()
     transformer = CogView3PlusTransformer2DModel(
         in_channels=4,
         out_channels=4,

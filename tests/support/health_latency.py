@@ -1,4 +1,4 @@
-"""How soon `/health` answers, told apart from how busy the machine is."""
+"""Response times of `/health`, corrected for the load of the machine."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any
 
 import httpx
 
-# The promise of /health, in seconds: 99 of 100 answers within this, also while pictures are drawn and while
-# the model loads. A quiet machine needs a few milliseconds.
+# The promised 99th percentile of /health's response times, also while images are generated and the model
+# loads. An idle machine needs a few milliseconds.
 PROMISED_P99_S = 0.1
 PAUSE_S = 0.01
 ATTEMPTS = 6
 
 
 @dataclass
-class Probe:
-    """How long `/health` took to answer, and how much too late this process woke from its sleeps."""
+class HealthLatency:
+    """Response times of `/health`, and by how much this process overslept before each request."""
 
-    answers_s: list[float] = field(default_factory=list)
-    late_s: list[float] = field(default_factory=list)
+    response_times_s: list[float] = field(default_factory=list)
+    oversleeps_s: list[float] = field(default_factory=list)
 
-    def look(self, client: httpx.Client) -> Any:
-        """What /health says, after a short sleep."""
-        asleep = time.perf_counter()
+    def request_health(self, client: httpx.Client) -> Any:
+        """Sleep, then return the body of /health."""
+        sleep_start = time.perf_counter()
         time.sleep(PAUSE_S)
         started = time.perf_counter()
         health = client.get("/health").json()
-        self.answers_s.append(time.perf_counter() - started)
-        self.late_s.append(started - asleep - PAUSE_S)
+        self.response_times_s.append(time.perf_counter() - started)
+        self.oversleeps_s.append(started - sleep_start - PAUSE_S)
         return health
 
     @property
     def is_prompt(self) -> bool:
-        """A busy machine lets processes wait for a core: the server before its answer and this one after it
-        may each wait as long as this one did after its sleeps.
+        """On a busy machine the server and this process may each wait for a core, as long as this process did
+        after its sleeps.
         """
-        return p99(self.answers_s) < PROMISED_P99_S + 2 * p99(self.late_s)
+        return p99(self.response_times_s) < PROMISED_P99_S + 2 * p99(self.oversleeps_s)
 
     def __str__(self) -> str:
-        return f"p99 {p99(self.answers_s):.3f} s, own sleeps {p99(self.late_s):.3f} s late"
+        return f"p99 {p99(self.response_times_s):.3f} s, overslept by {p99(self.oversleeps_s):.3f} s"
 
 
-def assert_prompt(attempt: Callable[[], Probe]) -> None:
-    """One attempt of six must be prompt: a server that blocks does so in each, a busy machine does not."""
-    slow: list[str] = []
-    while len(slow) < ATTEMPTS:
-        probe = attempt()
-        if probe.is_prompt:
+def assert_prompt(attempt: Callable[[], HealthLatency]) -> None:
+    """One of six attempts must be prompt: a blocking server fails all of them, a busy machine does not."""
+    failures: list[str] = []
+    while len(failures) < ATTEMPTS:
+        latency = attempt()
+        if latency.is_prompt:
             return
-        slow.append(str(probe))
-    raise AssertionError("; ".join(slow))
+        failures.append(str(latency))
+    raise AssertionError("; ".join(failures))
 
 
 def p99(seconds: list[float]) -> float:

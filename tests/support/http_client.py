@@ -1,4 +1,4 @@
-"""What the tests of the HTTP half say to a server, and how they read its answers."""
+"""Requests to a test server, and checks of its responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from tests.support.live_server import LiveServer
 
 GENERATIONS = "/v1/images/generations"
-# One step at the small model's native size, which was probed when it was loaded: some milliseconds.
+# One step at the small model's native size, which is probed at loading: some milliseconds.
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 1}
 # Far longer than any test waits.
 SLOW: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 150, "n": 10}
@@ -21,35 +21,36 @@ JSON = {"Content-Type": "application/json"}
 ANY = object()
 
 
-def draw(client: httpx.Client, **fields: Any) -> dict[str, Any]:
-    """The answer to a request that must succeed."""
+def generate(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    """The response body of a request that must succeed."""
     response = client.post(GENERATIONS, json={**QUICK, **fields})
     assert response.status_code == 200, response.text
     return response.json()
 
 
-def draw_bytes(client: httpx.Client, **fields: Any) -> list[bytes]:
-    """The files that a request draws."""
-    answer = draw(client, response_format="b64_json", **fields)
-    return [base64.b64decode(item["b64_json"], validate=True) for item in answer["data"]]
+def generate_files(client: httpx.Client, **fields: Any) -> list[bytes]:
+    """The image files of a request that must succeed."""
+    body = generate(client, response_format="b64_json", **fields)
+    return [base64.b64decode(item["b64_json"], validate=True) for item in body["data"]]
 
 
-def draw_image(client: httpx.Client, **fields: Any) -> Image.Image:
-    image = Image.open(BytesIO(draw_bytes(client, **fields)[0]))
+def generate_image(client: httpx.Client, **fields: Any) -> Image.Image:
+    """The first image of a request that must succeed."""
+    image = Image.open(BytesIO(generate_files(client, **fields)[0]))
     image.load()
     return image
 
 
 def as_json(body: dict[str, Any]) -> bytes:
-    """JSON in ASCII: httpx would refuse characters that UTF-8 cannot carry."""
+    """JSON in ASCII, because httpx refuses characters that UTF-8 cannot encode."""
     return json.dumps(body).encode()
 
 
 def assert_error(response: Any, status: int, param: Any = ANY, code: Any = ANY) -> str:
-    """Whether it is this error in the one body that every error has; returns its message.
+    """Check status and body of an error; returns its message.
 
     Args:
-        response: of httpx, or of the HTTP client that the official client brings along.
+        response: of httpx, or of the official client's HTTP client.
     """
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
@@ -73,7 +74,7 @@ def assert_error(response: Any, status: int, param: Any = ANY, code: Any = ANY) 
 
 
 def client_of(server: LiveServer, **headers: str) -> httpx.Client:
-    """A client that shows the server's key, if it has one."""
+    """A client with the server's API key, if it has one."""
     if server.api_key:
         headers = {"Authorization": f"Bearer {server.api_key}", **headers}
     return httpx.Client(base_url=server.url, headers=headers, timeout=120)

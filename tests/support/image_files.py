@@ -1,4 +1,4 @@
-"""Pictures as files that tests send."""
+"""Image files that tests send."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image
 
 
 def gradient(width: int = 96, height: int = 64, mode: str = "RGB") -> Image.Image:
-    """A picture without symmetry: red grows to the right, green downwards."""
+    """An image without symmetry: red increases to the right, green downwards."""
     red = Image.linear_gradient("L").rotate(90).resize((width, height))
     green = Image.linear_gradient("L").resize((width, height))
     return Image.merge("RGB", (red, green, Image.new("L", (width, height), 40))).convert(mode)
 
 
-def as_file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def as_file(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     file = BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -32,10 +32,11 @@ def as_data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of which only the header is there: it says any size in a few bytes."""
+    """A PNG with a header of any size but no pixels."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    def chunk(chunk_type: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(chunk_type + data)
+        return len(data).to_bytes(4) + chunk_type + data + checksum.to_bytes(4)
 
     header = width.to_bytes(4) + height.to_bytes(4) + bytes((8, 2, 0, 0, 0))
     return (
@@ -48,7 +49,7 @@ def png_header(width: int, height: int) -> bytes:
 
 BROKEN: dict[str, bytes] = {
     "empty": b"",
-    "text": b"not a picture",
+    "text": b"not an image",
     "truncated png": as_file(gradient())[:-300],
     "truncated jpeg": as_file(gradient(200, 200), "JPEG")[:2000],
     "truncated webp": as_file(gradient(200, 200), "WEBP")[:500],
@@ -57,9 +58,9 @@ BROKEN: dict[str, bytes] = {
     "bmp": as_file(gradient(), "BMP"),
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>',
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
-    "a bomb": png_header(30_000, 30_000),
+    "decompression bomb": png_header(30_000, 30_000),
     "41 megapixels": png_header(8000, 5130),
     "2^31 pixels wide": png_header(2**31 - 1, 1),
-    "a long line": png_header(1_000_000, 8),
+    "long line": png_header(1_000_000, 8),
     "no pixels": png_header(0, 0),
 }

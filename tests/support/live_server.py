@@ -1,4 +1,4 @@
-"""The real server as a test starts it: `hypergen serve` in a process with a store and a port of its own."""
+"""A real server for tests: `hypergen serve` in a process, with its own model store and port."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import psutil
 
 @dataclass(frozen=True)
 class LiveServer:
-    """A running server: its address, its processes and what it printed."""
+    """A running server: its address, processes and log."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -30,7 +30,7 @@ class LiveServer:
     clients: list[openai.OpenAI] = field(default_factory=list[openai.OpenAI])
 
     def openai(self, **options: Any) -> openai.OpenAI:
-        """The official client, without retries unless the test asks for them."""
+        """The official client, by default without retries."""
         options = {"max_retries": 0, "timeout": 120, **options}
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key or "unused", **options)
         self.clients.append(client)
@@ -43,14 +43,14 @@ class LiveServer:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def wait_until_running(self) -> None:
-        """Until the engine works on a request."""
+        """Wait until the engine runs a request."""
         until = time.monotonic() + 60
         while not self.health()["running"]:
-            assert time.monotonic() < until, "no request came to the engine"
+            assert time.monotonic() < until, "the engine got no request"
             time.sleep(0.01)
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of the server, the engines too."""
+        """Every process of the server, including engines."""
         main = psutil.Process(self.process.pid)
         return [main, *main.children(recursive=True)]
 
@@ -59,9 +59,9 @@ class LiveServer:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @contextmanager
@@ -73,21 +73,21 @@ def start_server(
     api_key: str | None = None,
     wait: bool = True,
 ) -> Iterator[LiveServer]:
-    """`hypergen serve ARGUMENTS` until the block is left.
+    """Run `hypergen serve ARGUMENTS` until the end of the block.
 
     Args:
         folder: an empty folder for the model store and the log.
-        wait: until the model is loaded.
+        wait: wait until the model is loaded, not only until the server responds.
     """
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     command = [*program, *arguments, "--port", str(port)]
-    given = {**os.environ, "BENTOML_HOME": str(folder / "bentoml"), **(environment or {})}
+    variables = {**os.environ, "BENTOML_HOME": str(folder / "bentoml"), **(environment or {})}
     if api_key:
-        given["HYPERGEN_API_KEY"] = api_key
+        variables["HYPERGEN_API_KEY"] = api_key
     log_file = folder / "server.log"
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=given, cwd=folder)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=folder)
     server = LiveServer(f"http://127.0.0.1:{port}", process, log_file, api_key)
     try:
         _wait_for(server, loaded=wait)
@@ -100,8 +100,8 @@ def start_server(
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
-            for survivor in processes:
-                survivor.kill()
+            for remaining in processes:
+                remaining.kill()
             raise
 
 
@@ -109,7 +109,7 @@ def _wait_for(server: LiveServer, loaded: bool) -> None:
     until = time.monotonic() + 120
     while time.monotonic() < until:
         if server.process.poll() is not None:
-            raise AssertionError(f"The server ended with {server.process.returncode}:\n{server.log()}")
+            raise AssertionError(f"The server exited with {server.process.returncode}:\n{server.log()}")
         try:
             status = server.health()["status"]
         except (httpx.HTTPError, ValueError):

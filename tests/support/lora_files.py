@@ -1,4 +1,4 @@
-"""LoRA files made with PEFT: random factors for real layers, in the layouts that downloads have."""
+"""LoRA files from PEFT: random weights for real layers, in the layouts of published files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -20,17 +20,17 @@ EVERYTHING = (*ATTENTION, *CONVOLUTIONS, "ff.net.0.proj", "ff.net.2", "proj_in",
 TEXT = ("q_proj", "v_proj", "fc1")
 
 
-def adapter(
+def random_lora(
     module: Any, rank: int, targets: Sequence[str], seed: int, strength: float = 0.3, **config: Any
 ) -> dict[str, Tensor]:
-    """PEFT's state of a new adapter, all its factors random."""
+    """PEFT's state dict of a new LoRA with random weights."""
     module = copy.deepcopy(module)
     module.add_adapter(LoraConfig(r=rank, target_modules=list(targets), **{"lora_alpha": rank, **config}))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator) * strength / rank**0.5
-            # A magnitude is near the norm of the weights that it stands for.
+            # DoRA's magnitudes must stay near the norms of the weights.
             parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
     return get_peft_model_state_dict(module)
 
@@ -46,14 +46,14 @@ def save_lora(
     alpha: float | None = None,
     **config: Any,
 ) -> Path:
-    """A file as diffusers writes it; with an alpha of its own, its settings stand in the header."""
+    """A file in diffusers' layout; with `alpha`, its settings are in the header."""
     settings: dict[str, Any] = {}
     if alpha is not None:
         config["lora_alpha"] = alpha
         settings = {f"unet.{key}": value for key, value in _settings(rank, targets, config).items()}
-    state = {f"unet.{k}": v for k, v in adapter(pipeline.unet, rank, targets, seed, **config).items()}
+    state = {f"unet.{k}": v for k, v in random_lora(pipeline.unet, rank, targets, seed, **config).items()}
     if text:
-        encoder = adapter(pipeline.text_encoder, rank, text, seed, 1.0)
+        encoder = random_lora(pipeline.text_encoder, rank, text, seed, 1.0)
         state |= {f"text_encoder.{key}": value for key, value in encoder.items()}
     header = {"lora_adapter_metadata": json.dumps(settings)} if settings else None
     save_file({key: value.contiguous() for key, value in state.items()}, file, header)
@@ -65,8 +65,8 @@ def _settings(rank: int, targets: Sequence[str], config: dict[str, Any]) -> dict
 
 
 def save_kohya(file: Path, pipeline: Any, *, rank: int, targets: Sequence[str], alpha: float) -> Path:
-    """The same as Kohya's scripts write it, with its alphas beside the factors."""
-    state = {f"unet.{k}": v for k, v in adapter(pipeline.unet, rank, targets, 5).items()}
+    """A file in the layout of Kohya's scripts, with an `alpha` tensor per layer."""
+    state = {f"unet.{k}": v for k, v in random_lora(pipeline.unet, rank, targets, 5).items()}
     kohya = {key: value.contiguous() for key, value in convert_state_dict_to_kohya(state).items()}
     for key in [key for key in kohya if key.endswith("lora_down.weight")]:
         kohya[key.replace("lora_down.weight", "alpha")] = torch.tensor(alpha)
@@ -74,8 +74,8 @@ def save_kohya(file: Path, pipeline: Any, *, rank: int, targets: Sequence[str], 
     return file
 
 
-def stock_picture(pipeline: Any, loras: Sequence[tuple[Path, float]], **call: Any) -> Any:
-    """What diffusers draws with the files, as its documentation says."""
+def stock_image(pipeline: Any, loras: Sequence[tuple[Path, float]], **call: Any) -> Any:
+    """The image of a diffusers pipeline with these LoRAs, loaded as in its documentation."""
     for file, _ in loras:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=file.stem)
     pipeline.set_adapters([file.stem for file, _ in loras], [weight for _, weight in loras])
@@ -83,11 +83,3 @@ def stock_picture(pipeline: Any, loras: Sequence[tuple[Path, float]], **call: An
         return pipeline(**call).images[0]
     finally:
         pipeline.unload_lora_weights()
-
-
-def damage(file: Path, target: Path, change: Any) -> Path:
-    """A copy of a file whose tensors were changed."""
-    state = load_file(file)
-    change(state)
-    save_file(state, target)
-    return target

@@ -1,4 +1,4 @@
-"""Small model folders, and how the tests read stores and errors."""
+"""Small model folders, and helpers for tests of the model store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def make_model(folder: Path, index: dict[str, Any] = INDEX) -> Path:
-    """A folder in diffusers layout whose weights are a few numbers."""
+    """A folder in diffusers layout with tiny weights."""
     folder.mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "README.md").write_text("A model.")
@@ -47,9 +47,9 @@ def files_of(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
-def message(run: Any, *arguments: Any, **options: Any) -> str:
-    """The one line that a call fails with."""
-    with pytest.raises(ModelError) as caught:
-        run(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def error_message(function: Any, *arguments: Any, **options: Any) -> str:
+    """The one-line message of the ModelError that a call raises."""
+    with pytest.raises(ModelError) as raised:
+        function(*arguments, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)

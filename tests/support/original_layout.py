@@ -1,5 +1,6 @@
-"""Weights under the names that they were published with, for Stable Diffusion 1.x, 2.x and XL: what
-diffusers offloader into its own when it loads a file.
+"""Checkpoints in the original layout of Stable Diffusion 1.x, 2.x, XL and 3, which diffusers converts.
+
+The tables map diffusers' tensor names to the original ones.
 """
 
 from __future__ import annotations
@@ -78,15 +79,15 @@ _JOINT = {
 
 
 def save_original(pipeline: Any, file: Path, *, second_version: bool = False) -> Path:
-    """One file with the UNet, the autoencoder and the text encoders of a pipeline.
+    """One file with the UNet, the VAE and the text encoders of a pipeline.
 
     Args:
-        second_version: as Stable Diffusion 2.x, whose text encoder is OpenCLIP's.
+        second_version: the layout of Stable Diffusion 2.x, with an OpenCLIP text encoder.
     """
     tensors = _prefixed("model.diffusion_model.", _unet(pipeline.unet))
     tensors |= _prefixed("first_stage_model.", _vae(pipeline.vae))
     second = getattr(pipeline, "text_encoder_2", None)
-    if pipeline.text_encoder is None:  # a refiner's
+    if pipeline.text_encoder is None:  # a refiner
         tensors |= _prefixed("conditioner.embedders.0.model.", _open_clip(second))
     elif second_version:
         tensors |= _prefixed("cond_stage_model.model.", _open_clip(pipeline.text_encoder))
@@ -110,40 +111,40 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 def _unet(unet: Any) -> dict[str, Tensor]:
-    """Blocks are numbered through: resnets with their attentions, and samplers as blocks of their own on the
-    way down and as the last part of a block on the way up.
+    """The original numbers blocks consecutively. A block has a resnet and its attention; downsamplers are
+    separate blocks, upsamplers the last layer of a block.
     """
     layers = unet.config.layers_per_block + 1
-    places = dict(_UNET)
+    prefixes = dict(_UNET)
     for number in range(len(unet.down_blocks)):
         for layer in range(layers - 1):
             block = f"input_blocks.{1 + layers * number + layer}"
-            places[f"down_blocks.{number}.resnets.{layer}"] = f"{block}.0"
-            places[f"down_blocks.{number}.attentions.{layer}"] = f"{block}.1"
-        places[f"down_blocks.{number}.downsamplers.0.conv"] = f"input_blocks.{layers * (number + 1)}.0.op"
+            prefixes[f"down_blocks.{number}.resnets.{layer}"] = f"{block}.0"
+            prefixes[f"down_blocks.{number}.attentions.{layer}"] = f"{block}.1"
+        prefixes[f"down_blocks.{number}.downsamplers.0.conv"] = f"input_blocks.{layers * (number + 1)}.0.op"
     for number, up in enumerate(unet.up_blocks):
         for layer in range(layers):
-            places[f"up_blocks.{number}.resnets.{layer}"] = f"output_blocks.{layers * number + layer}.0"
-            places[f"up_blocks.{number}.attentions.{layer}"] = f"output_blocks.{layers * number + layer}.1"
+            prefixes[f"up_blocks.{number}.resnets.{layer}"] = f"output_blocks.{layers * number + layer}.0"
+            prefixes[f"up_blocks.{number}.attentions.{layer}"] = f"output_blocks.{layers * number + layer}.1"
         last, part = layers * (number + 1) - 1, 2 if hasattr(up, "attentions") else 1
-        places[f"up_blocks.{number}.upsamplers.0.conv"] = f"output_blocks.{last}.{part}.conv"
+        prefixes[f"up_blocks.{number}.upsamplers.0.conv"] = f"output_blocks.{last}.{part}.conv"
     tensors: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
-        place = next(place for place in places if name.startswith(f"{place}."))
-        inside = name.removeprefix(place)
-        if ".resnets." in place:
-            inside = _renamed(inside, _UNET_RESNET)
-        tensors[places[place] + inside] = tensor
+        prefix = next(prefix for prefix in prefixes if name.startswith(f"{prefix}."))
+        suffix = name.removeprefix(prefix)
+        if ".resnets." in prefix:
+            suffix = _renamed(suffix, _UNET_RESNET)
+        tensors[prefixes[prefix] + suffix] = tensor
     return tensors
 
 
 def _vae(vae: Any) -> dict[str, Tensor]:
-    """The decoder's blocks are counted from the picture's side."""
+    """The original counts the decoder's blocks from the pixels' side."""
     last = len(vae.config.up_block_types) - 1
     tensors: dict[str, Tensor] = {}
     for name, tensor in vae.state_dict().items():
         if ".attentions." in name and name.endswith(("_q.weight", "_k.weight", "_v.weight", "0.weight")):
-            tensor = tensor[:, :, None, None]  # a convolution over one pixel
+            tensor = tensor[:, :, None, None]  # a 1x1 convolution
         old = _renamed(name, _VAE)
         for number in range(last + 1):
             old = old.replace(f"encoder.down_blocks.{number}.", f"encoder.down.{number}.")
@@ -154,11 +155,11 @@ def _vae(vae: Any) -> dict[str, Tensor]:
 
 
 def _clip(encoder: Any) -> dict[str, Tensor]:
-    return _prefixed("transformer.", _whole_names(encoder))
+    return _prefixed("transformer.", _full_names(encoder))
 
 
-def _whole_names(encoder: Any) -> dict[str, Tensor]:
-    """transformers leaves the first part out for encoders without a projection."""
+def _full_names(encoder: Any) -> dict[str, Tensor]:
+    """Add the prefix "text_model.", which encoders without a projection lack in transformers."""
     return {
         name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor
         for name, tensor in encoder.state_dict().items()
@@ -166,8 +167,8 @@ def _whole_names(encoder: Any) -> dict[str, Tensor]:
 
 
 def _open_clip(encoder: Any) -> dict[str, Tensor]:
-    """Queries, keys and values are one matrix, and the projection stands the other way round."""
-    weights = _whole_names(encoder)
+    """Queries, keys and values are one matrix, and the projection is transposed."""
+    weights = _full_names(encoder)
     tensors: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         old = _renamed(name, _OPEN_CLIP)
@@ -182,7 +183,7 @@ def _open_clip(encoder: Any) -> dict[str, Tensor]:
 
 
 def save_original_sd3(pipeline: Any, file: Path) -> Path:
-    """One file with Stable Diffusion 3's transformer and autoencoder, without text encoders."""
+    """One file with Stable Diffusion 3's transformer and VAE, without text encoders."""
     tensors = _prefixed("model.diffusion_model.", _joint_transformer(pipeline.transformer))
     tensors |= _prefixed("first_stage_model.", _vae(pipeline.vae))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
@@ -206,8 +207,8 @@ def _joint_transformer(transformer: Any) -> dict[str, Tensor]:
                 tensor, old = torch.cat(parts), name.replace(query, "qkv")
         if name.startswith("transformer_blocks."):
             block = "context_block" if "_context." in name or "add" in name else "x_block"
-            _, number, inside = old.split(".", 2)
-            old = f"joint_blocks.{number}.{block}.{inside}"
+            _, number, suffix = old.split(".", 2)
+            old = f"joint_blocks.{number}.{block}.{suffix}"
         if name.startswith("proj_out."):
             old = f"final_layer.linear.{name.removeprefix('proj_out.')}"
         tensors[_renamed(old, _JOINT)] = tensor

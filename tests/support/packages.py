@@ -1,4 +1,4 @@
-"""Clients that are not part of the environment: fetched when a test wants them, kept in ignored folders."""
+"""Client packages outside the environment: installed on first use, into ignored folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CACHE = ROOT / ".cache"
 
 
 def python_packages(*requirements: str) -> Path:
-    """A folder with just these packages, for PYTHONPATH; what they need comes from the environment."""
+    """A folder with these packages alone, for PYTHONPATH; their dependencies are in the environment."""
     folder = CACHE / "-".join(requirements).replace("==", "-")
     if not folder.is_dir():
         new = folder.with_name(f"{folder.name}.new")
@@ -26,7 +26,7 @@ def python_packages(*requirements: str) -> Path:
 
 
 def node_packages(folder: Path) -> str:
-    """The path of node, after the packages that the folder's lock file names were installed there."""
+    """Install the packages of the folder's lock file into it; returns the path of node."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         pytest.skip("node and npm are not installed")

@@ -1,4 +1,4 @@
-"""What reading costs: how it grows with the input, and the most memory that it takes."""
+"""Time and memory of a parser, relative to the size of its input."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _NOISE_S = 3e-3
 
 
 def growth(read: Callable[[bytes], object], make: Callable[[int], bytes], size: int) -> float:
-    """CPU time for an input of twice the size over that for the size, each the best of five: 2 is linear,
-    4 quadratic. A refusal is an answer too.
+    """CPU time for twice the size divided by that for the size, each the best of five: 2 is linear, 4
+    quadratic. Inputs may also be refused.
     """
     costs = [min(_cpu_s(read, make(length)) for _ in range(5)) for length in (size, 2 * size)]
     return (costs[1] + _NOISE_S) / (costs[0] + _NOISE_S)
 
 
 def memory(read: Callable[[bytes], object], data: bytes) -> float:
-    """The most memory that was allocated meanwhile, in sizes of the input, which is not counted."""
+    """The peak of allocated memory, divided by the size of the input, which is not counted."""
     tracemalloc.start()
     try:
         with suppress(RequestError):
@@ -32,14 +32,14 @@ def memory(read: Callable[[bytes], object], data: bytes) -> float:
 
 
 def _cpu_s(read: Callable[[bytes], object], data: bytes) -> float:
-    began_s = time.thread_time()
+    started_s = time.thread_time()
     with suppress(RequestError):
         read(data)
-    return time.thread_time() - began_s
+    return time.thread_time() - started_s
 
 
 def refusal(read: Callable[[], object]) -> RequestError | None:
-    """How the client is told that its input will not do; None: it will. Any other exception is a fault."""
+    """The error for the client, or None if the input is accepted. Other exceptions are bugs."""
     try:
         read()
     except (InvalidRequestError, PayloadTooLargeError) as error:

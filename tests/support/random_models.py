@@ -1,4 +1,4 @@
-"""Models with random weights: the shapes and costs of real ones, without their files."""
+"""Models with random weights: shapes and costs of real models, without their files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A Stable Diffusion whose weights are drawn at random.
+    """A Stable Diffusion with random weights.
 
     Attributes:
-        latent_side: height and width of the latents it is measured at; a picture has 8 times as many pixels.
-        unet, vae, text_encoder: what differs from the classes' defaults.
+        latent_side: height and width of the latents; an image has 8 times as many pixels.
+        unet, vae, text_encoder: arguments that differ from the classes' defaults.
     """
 
     latent_side: int
@@ -29,13 +29,13 @@ class RandomModel:
 
     @property
     def side(self) -> int:
-        """Height and width of a picture, in pixels."""
+        """Height and width of an image, in pixels."""
         return 8 * self.latent_side
 
     def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The stock pipeline, always with the same weights for one device and precision."""
+        """A diffusers pipeline; the weights only depend on device and dtype."""
         tokenizer = bytewise_tokenizer()
-        with drawn_on(device, dtype):
+        with default_device(device, dtype):
             unet = UNet2DConditionModel(
                 sample_size=self.latent_side,
                 cross_attention_dim=self.text_encoder["hidden_size"],
@@ -56,27 +56,29 @@ class RandomModel:
 
 
 @contextmanager
-def drawn_on(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Networks that are made inside have their weights there from the start: as float32 on the CPU the large
-    ones would not fit.
+def default_device(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Create the networks inside the block on this device, with this dtype and seed 0.
+
+    Large ones would not fit into main memory as float32.
     """
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
+    previous_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous_dtype)
 
 
 def clip_config(tokenizer: Any, changes: dict[str, Any]) -> CLIPTextConfig:
-    marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return CLIPTextConfig(**{"vocab_size": len(tokenizer), **marks, **changes})
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special_tokens = {name: getattr(tokenizer, name) for name in names}
+    return CLIPTextConfig(**{"vocab_size": len(tokenizer), **special_tokens, **changes})
 
 
 def sd_scheduler() -> Any:
-    """Euler's, as Stable Diffusion up to XL is trained."""
+    """The Euler scheduler with the training schedule of Stable Diffusion up to XL."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -87,18 +89,18 @@ def sd_scheduler() -> Any:
 
 
 def bytewise_tokenizer() -> Any:
-    """CLIP's tokenizer with a vocabulary of single bytes: nothing to download, every text has tokens."""
+    """A CLIP tokenizer with a vocabulary of single bytes: no download, and tokens for every text."""
     letters = list(bytes_to_unicode().values())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
 def letterwise_tokenizer() -> Any:
-    """T5's tokenizer with a vocabulary of single letters."""
+    """A T5 tokenizer with a vocabulary of single letters."""
     letters = [("▁", -2.0), *((chr(code), -3.0) for code in range(33, 127))]
-    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=[*marks, *letters], extra_ids=0)
+    special_tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*special_tokens, *letters], extra_ids=0)
 
 
 SMALL_VAE: dict[str, Any] = {
@@ -113,7 +115,7 @@ _THREE_LEVELS: dict[str, Any] = {
 }
 
 RANDOM_MODELS: dict[str, RandomModel] = {
-    # 1.5 million weights that draw noise of 1024x1024, PNG files as large as they get: for measuring HTTP.
+    # 1.5 million weights, which generate noise at 1024x1024, so the largest PNG files: for measuring HTTP.
     "tiny": RandomModel(
         latent_side=128,
         unet={
@@ -131,7 +133,7 @@ RANDOM_MODELS: dict[str, RandomModel] = {
             "num_attention_heads": 4,
         },
     ),
-    # 8.8 million weights over 8x8 latents: most of a pass is overhead, as for a GPU at 512x512.
+    # 8.8 million weights, 8x8 latents: mostly overhead in a forward pass, as on a GPU at 512x512.
     "small": RandomModel(
         latent_side=8,
         unet={"block_out_channels": (64, 128, 192), "layers_per_block": 1, **_THREE_LEVELS},
@@ -143,7 +145,7 @@ RANDOM_MODELS: dict[str, RandomModel] = {
             "num_attention_heads": 4,
         },
     ),
-    # 51.5 million over 16x16: more rows cost what they cost alone, as for a GPU at 1024x1024.
+    # 51.5 million weights, 16x16 latents: time is proportional to rows, as on a GPU at 1024x1024.
     "medium": RandomModel(
         latent_side=16,
         unet={"block_out_channels": (128, 256, 384), "layers_per_block": 2, **_THREE_LEVELS},

@@ -1,4 +1,4 @@
-"""Whether a value is what a JSON schema says: as much of JSON Schema as the schemas here use."""
+"""Validation of a value against a JSON schema; only the keywords that HyperGen's schemas use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-KNOWN = {
+KEYWORDS = {
     "type",
     "properties",
     "required",
@@ -36,14 +36,14 @@ KNOWN = {
 
 
 def validate(value: Any, schema: dict[str, Any], at: str = "$") -> None:
-    """Fail at the first place where the value is not what the schema says."""
-    assert set(schema) <= KNOWN, f"{at}: the check does not know {set(schema) - KNOWN}"
+    """Raise an AssertionError at the first mismatch, with its JSON path."""
+    assert set(schema) <= KEYWORDS, f"{at}: unsupported keywords {set(schema) - KEYWORDS}"
     if "anyOf" in schema:
-        assert any(_fits(value, option) for option in schema["anyOf"]), f"{at}: {value!r}"
+        assert any(_is_valid(value, option) for option in schema["anyOf"]), f"{at}: {value!r}"
     if "type" in schema:
         is_boolean = isinstance(value, bool)
-        assert isinstance(value, TYPES[schema["type"]]), f"{at}: {value!r} is no {schema['type']}"
-        assert is_boolean == (schema["type"] == "boolean"), f"{at}: {value!r} is no {schema['type']}"
+        assert isinstance(value, TYPES[schema["type"]]), f"{at}: {value!r} must be {schema['type']}"
+        assert is_boolean == (schema["type"] == "boolean"), f"{at}: {value!r} must be {schema['type']}"
     if "enum" in schema:
         assert value in schema["enum"], f"{at}: {value!r}"
     if "const" in schema:
@@ -54,7 +54,7 @@ def validate(value: Any, schema: dict[str, Any], at: str = "$") -> None:
         assert value <= schema["maximum"], f"{at}: {value!r}"
     if isinstance(value, dict):
         for name in schema.get("required", []):
-            assert name in value, f"{at}: no {name}"
+            assert name in value, f"{at}: {name} is missing"
         for name, inner in schema.get("properties", {}).items():
             if name in value:
                 validate(value[name], inner, f"{at}.{name}")
@@ -64,7 +64,7 @@ def validate(value: Any, schema: dict[str, Any], at: str = "$") -> None:
             validate(item, schema.get("items", {}), f"{at}[{position}]")
 
 
-def _fits(value: Any, schema: dict[str, Any]) -> bool:
+def _is_valid(value: Any, schema: dict[str, Any]) -> bool:
     try:
         validate(value, schema)
     except AssertionError:

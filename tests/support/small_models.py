@@ -1,4 +1,4 @@
-"""Small models with random weights: real modules, real files, nothing downloaded."""
+"""Small models with random weights: real modules and files, without downloads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 
 def save_sd(folder: Path, prediction_type: Prediction = "epsilon", sample_size: int = 16) -> Path:
-    """A Stable Diffusion pipeline of about 1.5 million weights, with the scheduler of SD 1.x or 2.x."""
+    """A Stable Diffusion 1.x or 2.x with about 1.5 million weights."""
     pipeline = replace(RANDOM_MODELS["tiny"], latent_side=sample_size).pipeline()
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -58,7 +58,7 @@ _XL_SCHEDULE: dict[str, Any] = {
 }
 _XL_UNETS: dict[str, dict[str, Any]] = {
     "base": {"transformer_layers_per_block": (1, 2)},
-    # Fewer blocks, and not the same ones on the way up.
+    # Fewer layers, no middle block, and different layers in the up blocks.
     "ssd": {
         "transformer_layers_per_block": [1, [1]],
         "reverse_transformer_layers_per_block": [[2, 1], 1],
@@ -70,7 +70,7 @@ _XL_UNETS: dict[str, dict[str, Any]] = {
 def save_sdxl(
     folder: Path, layout: Literal["base", "ssd"] = "base", *, turbo: bool = False, zeros: bool = True
 ) -> Path:
-    """A Stable Diffusion XL of about a million weights; native size 128x128.
+    """A Stable Diffusion XL with about a million weights; native size 128x128.
 
     Args:
         zeros: `force_zeros_for_empty_prompt`.
@@ -87,7 +87,7 @@ def save_sdxl(
         text_encoder=CLIPTextModel(_clip_config(tokenizer, 32)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 48, projection_dim=40)).eval(),
         tokenizer=tokenizer,
-        tokenizer_2=_other_padding(),
+        tokenizer_2=_second_tokenizer(),
         unet=_xl_unet(32 + 48, 40 + 6 * 8, **_XL_UNETS[layout]),
         scheduler=scheduler,
         force_zeros_for_empty_prompt=zeros,
@@ -97,9 +97,9 @@ def save_sdxl(
 
 
 def save_refiner(folder: Path, base: Path) -> Path:
-    """The refiner of `save_sdxl`'s model in `base`, with its autoencoder and one encoder of its own."""
+    """A refiner for the model in `base`, with that model's VAE and its own text encoder."""
     torch.manual_seed(1)
-    tokenizer = _other_padding()
+    tokenizer = _second_tokenizer()
     base_pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
     pipeline: Any = StableDiffusionXLImg2ImgPipeline(
         vae=base_pipeline.vae,
@@ -119,7 +119,7 @@ def save_refiner(folder: Path, base: Path) -> Path:
 def _xl_unet(cross_attention_dim: int, embedding_dim: int, **layers: Any) -> Any:
     """
     Args:
-        embedding_dim: of the pooled prompt and what is told of sizes, side by side.
+        embedding_dim: width of the pooled prompt embeddings and the size embeddings, concatenated.
     """
     return UNet2DConditionModel(
         sample_size=16,
@@ -139,9 +139,9 @@ def _xl_unet(cross_attention_dim: int, embedding_dim: int, **layers: Any) -> Any
 
 
 def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
-    """A FLUX.1 of a hundred thousand weights: dev reads the guidance, and shifts its steps with the size."""
+    """A FLUX.1 with a hundred thousand weights; dev has guidance embeddings and dynamic shifting."""
     torch.manual_seed(0)
-    dev = variant == "dev"
+    is_dev = variant == "dev"
     tokenizer = bytewise_tokenizer()
     pipeline: Any = FluxPipeline(
         transformer=FluxTransformer2DModel(
@@ -154,14 +154,14 @@ def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
             joint_attention_dim=32,
             pooled_projection_dim=24,
             axes_dims_rope=(4, 6, 6),
-            guidance_embeds=dev,
+            guidance_embeds=is_dev,
         ).eval(),
         vae=_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=CLIPTextModel(_clip_config(tokenizer, 24)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=_t5_encoder(32),
         tokenizer_2=letterwise_tokenizer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if is_dev else 1.0, use_dynamic_shifting=is_dev),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -170,15 +170,15 @@ def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
 def save_sd3(
     folder: Path, *, t5: bool = True, version: Literal["3", "3.5"] = "3.5", channels: int = 4
 ) -> Path:
-    """A Stable Diffusion 3 of a hundred thousand weights; native size 128x128.
+    """A Stable Diffusion 3 with a hundred thousand weights; native size 128x128.
 
     Args:
-        version: 3.5 normalises queries and keys, and its medium variant attends twice in some blocks.
-        channels: of the latents; diffusers' pipeline for masks knows no other number than 16.
+        version: 3.5 has normalized queries and keys, and in its medium variant dual attention layers.
+        channels: latent channels; diffusers' inpainting pipeline needs 16.
     """
     torch.manual_seed(0)
     tokenizer = bytewise_tokenizer()
-    newer: dict[str, Any] = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+    sd35_options: dict[str, Any] = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
     pipeline: Any = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=16,
@@ -192,13 +192,13 @@ def save_sd3(
             joint_attention_dim=64,
             pooled_projection_dim=24 + 32,
             pos_embed_max_size=24,
-            **(newer if version == "3.5" else {}),
+            **(sd35_options if version == "3.5" else {}),
         ).eval(),
         vae=_flow_vae(latent_channels=channels, scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer, 24, projection_dim=24)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 32, projection_dim=32)).eval(),
-        tokenizer_2=_other_padding(),
+        tokenizer_2=_second_tokenizer(),
         text_encoder_3=_t5_encoder(64) if t5 else None,  # pyright: ignore[reportArgumentType]  optional
         tokenizer_3=letterwise_tokenizer() if t5 else None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -224,8 +224,8 @@ def _t5_encoder(hidden_size: int) -> Any:
     return T5EncoderModel(config).eval()
 
 
-def _other_padding() -> Any:
-    """The second encoder's tokenizer fills with "!" where the first one fills with the end."""
+def _second_tokenizer() -> Any:
+    """The tokenizer of the second text encoder: it pads with "!" instead of the end token."""
     tokenizer = bytewise_tokenizer()
     tokenizer.pad_token = "!"
     return tokenizer

@@ -1,4 +1,4 @@
-"""An engine in the test's own thread: what happens between steps is decided by events, not by clocks."""
+"""An engine in the test's thread: tests submit and cancel between steps by events, not by time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _numbers = itertools.count()
 
 
 def make_request(**changes: Any) -> GenerationRequest:
-    """A small quick request with an id of its own."""
+    """A small, fast request with a unique id."""
     values: dict[str, Any] = {
         "id": f"request-{next(_numbers)}",
         "prompt": "a cat",
@@ -47,31 +47,31 @@ def make_settings(**changes: Any) -> EngineSettings:
     return EngineSettings.model_validate({"device": "cpu", "dtype": "float32", **changes})
 
 
-def served(folder: Path, **changes: Any) -> ServedModel:
-    """The model in a folder as a pool wants it."""
+def served_model(folder: Path, **changes: Any) -> ServedModel:
+    """The model in a folder, for a pool."""
     return ServedModel(id="small", path=folder, settings=make_settings(**changes))
 
 
-PASS_S = 0.03
-_passes: WeakKeyDictionary[nn.Module, list[None]] = WeakKeyDictionary()
+FORWARD_S = 0.03
+_forwards: WeakKeyDictionary[nn.Module, list[None]] = WeakKeyDictionary()
 
 
-def passes_of(family: Family) -> Callable[[], float]:
-    """A clock that moves with the passes of a denoiser.
+def forward_clock(family: Family) -> Callable[[], float]:
+    """A clock that advances by `FORWARD_S` with each forward pass of the denoiser.
 
-    All of them take as long then, larger ones draw more in it, and who shares one does not depend on how busy
-    the machine is.
+    So every forward pass takes the same time, larger batches are more efficient, and batches do not depend on
+    the load of the machine.
     """
     denoiser = family.denoiser
-    if denoiser not in _passes:
-        made = _passes[denoiser] = []
-        denoiser.register_forward_pre_hook(lambda *_: made.append(None))
-    made = _passes[denoiser]
-    return lambda: PASS_S * len(made)
+    if denoiser not in _forwards:
+        forwards = _forwards[denoiser] = []
+        denoiser.register_forward_pre_hook(lambda *_: forwards.append(None))
+    forwards = _forwards[denoiser]
+    return lambda: FORWARD_S * len(forwards)
 
 
 class InlineEngine:
-    """Draws requests until all of them have ended; `on_event` may submit and cancel more on the way."""
+    """Runs requests until all of them have ended; `on_event` may submit and cancel others."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class InlineEngine:
             "small",
             make_settings(**settings),
             self._report,
-            clock=clock or passes_of(family),
+            clock=clock or forward_clock(family),
             buckets=buckets,
         )
         self._queue = RequestQueue()
@@ -94,25 +94,26 @@ class InlineEngine:
         self.errors: dict[str, RequestError] = {}
         self.progress: list[tuple[str, int]] = []
         self.events: list[tuple[str, Event | RequestError]] = []
-        self.trace: dict[str, bytes] = {}  # the last latents of each request's first image, bit by bit
-        self._open: dict[str, int] = {}
+        # Request id -> final latents of its first image.
+        self.final_latents: dict[str, bytes] = {}
+        self._unfinished: dict[str, int] = {}  # request id -> number of images
         self._on_event: Callable[[str, Event | RequestError], None] = lambda _id, _event: None
 
     @torch.inference_mode()
-    def know(self, *requests: GenerationRequest) -> None:
-        """Prove every size of a pass for the shapes of these requests, as if they had been served before."""
+    def probe_shapes(self, *requests: GenerationRequest) -> None:
+        """Probe all batch sizes for the shapes of these requests, as if they had been served before."""
         for request in requests:
             for _ in self.engine.shape_profiles.probe_minimum(prepare_image(self.engine.family, request)):
                 pass
         self.engine.shape_profiles.finish_probes()
 
     def submit(self, request: GenerationRequest) -> None:
-        self._open[request.id] = request.n
+        self._unfinished[request.id] = request.n
         self._queue.submit(request)
 
     def cancel(self, request: GenerationRequest) -> None:
         self._queue.cancel(request.id)
-        self._open.pop(request.id, None)
+        self._unfinished.pop(request.id, None)
 
     def run(
         self,
@@ -124,8 +125,8 @@ class InlineEngine:
         for request in requests:
             self.submit(request)
         sleep_s = 0.0
-        while self._open:
-            # Threads that encode files end requests without a message.
+        while self._unfinished:
+            # Encoding threads finish requests without a message to the queue.
             sleep_s = self.step(min(sleep_s, 0.01))
         self.step()
         self.engine.close()
@@ -142,41 +143,41 @@ class InlineEngine:
         return self.images[request.id][index].data
 
     def steps(self, request: GenerationRequest) -> int:
-        """Steps that the request has taken so far."""
+        """Steps of the request so far."""
         return max((step for request_id, step in self.progress if request_id == request.id), default=0)
 
     def state(self, request: GenerationRequest) -> DenoisingState:
-        """A running image of the request, to be tampered with."""
-        return next(t for t in self.engine._running if t.request.id == request.id)
+        """The state of a running image of the request, for tests to change."""
+        return next(state for state in self.engine._running if state.request.id == request.id)
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:
         self.events.append((request_id, event))
         if isinstance(event, Progress):
             self.progress.append((request_id, event.step))
             if event.step == event.steps:
-                state = next(t for t in self.engine._decode_queue if t.request.id == request_id)
-                self.trace[request_id] = state.latents.cpu().numpy().tobytes()
+                state = next(each for each in self.engine._decode_queue if each.request.id == request_id)
+                self.final_latents[request_id] = state.latents.cpu().numpy().tobytes()
         self._on_event(request_id, event)
         if isinstance(event, RequestError):
             self.errors[request_id] = event
-            self._open.pop(request_id, None)
+            self._unfinished.pop(request_id, None)
         elif isinstance(event, ImageFinished):
             images = self.images.setdefault(request_id, {})
             images[event.index] = event
-            if len(images) == self._open.get(request_id):
-                self._open.pop(request_id, None)
+            if len(images) == self._unfinished.get(request_id):
+                self._unfinished.pop(request_id, None)
 
 
 def prepare_image(family: Family, request: GenerationRequest, index: int = 0) -> DenoisingState:
-    """One image before its first step."""
+    """The state of one image before its first step."""
     loading = family.load_loras(request)
     loras = () if loading is None else loading.result()
     return family.prepare(request, index, family.encode_prompts(request, loras), loras)
 
 
 @torch.inference_mode()
-def draw_alone(family: Family, request: GenerationRequest, index: int = 0) -> Any:
-    """Pixels of one image, by the family alone: no engine, no neighbours."""
+def generate_alone(family: Family, request: GenerationRequest, index: int = 0) -> Any:
+    """Pixels of one image, uint8, shape (height, width, 3), without an engine and in a batch of one."""
     state = prepare_image(family, request, index)
     while state.remaining_steps:
         state.advance(denoise(family, [state])[0])

@@ -37,7 +37,7 @@ from hypergen.api.validation import (
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.events import ImageFinished
-from hypergen.images.decoding import decode, from_base64, to_picture
+from hypergen.images.decoding import decode, from_base64, to_input_image
 from hypergen.metrics import Price
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
@@ -152,7 +152,7 @@ def to_request(
             message = "FLUX does not start from an 'image'; leave it out or name another model."
             raise InvalidRequestError(message, param="image", code="unsupported_parameter")
         check_capability("image", "image", description)
-        picture = to_picture(decode(from_base64(asked.image, "image"), "image"), width, height)
+        picture = to_input_image(decode(from_base64(asked.image, "image"), "image"), width, height)
     names = ("controlnet_image", "controlnet_name")
     request = GenerationRequest(
         id=request_id,

@@ -28,7 +28,7 @@ from hypergen.api.openapi import EXAMPLE_IMAGE, EXAMPLE_PROMPT, media, request_b
 from hypergen.api.validation import SMALLEST_SIDE, check_capability, validate
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.images.decoding import decode, from_base64, look, to_mask, to_picture
+from hypergen.images.decoding import check_header, decode, from_base64, to_input_image, to_mask
 from hypergen.images.geometry import request_size_of
 from hypergen.model_info import ModelInfo
 
@@ -64,7 +64,7 @@ def to_edit(
     if "mask" in body:
         check_capability("mask", "mask", description)
     for source in sources[1:]:
-        look(source, param)
+        check_header(source, param)
     image = decode(sources[0], param)
     own_size = request_size_of(image.size, SMALLEST_SIDE, settings.max_side)
     drawing = openai_images.resolve(
@@ -75,7 +75,7 @@ def to_edit(
     usual = _STRENGTH if mask is None else 1.0
     generation = replace(
         drawing.generation,
-        image=to_picture(image, *size),
+        image=to_input_image(image, *size),
         mask=None if mask is None else to_mask(mask, *size),
         strength=usual if asked.strength is None else asked.strength,
     )
@@ -87,7 +87,7 @@ def to_variation(
 ) -> ImagesRequest:
     """Check a variation, which is an edit with a neutral prompt; a mask is looked at, and not used."""
     if "mask" in body:
-        look(_file(body["mask"], "mask"), "mask")
+        check_header(_file(body["mask"], "mask"), "mask")
     fields = {name: value for name, value in body.items() if name != "mask"}
     return to_edit({"prompt": NEUTRAL_PROMPT, **fields}, description, settings, request_id)
 
