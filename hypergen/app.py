@@ -28,7 +28,7 @@ from hypergen.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
-_REMOVE_EXPIRED_EVERY_S = 10.0
+_CLEANUP_INTERVAL_S = 10.0
 
 
 def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedModel]) -> FastAPI:
@@ -55,10 +55,9 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     app = FastAPI(
         title="HyperGen", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan
     )
-    generated_schema = app.openapi
-
+    fastapi_openapi = app.openapi
     schemas = [schema for endpoint in ENDPOINTS for schema in endpoint.schemas]
-    app.openapi = lambda: openapi.complete(generated_schema(), schemas)
+    app.openapi = lambda: openapi.complete(fastapi_openapi(), schemas)
     app.include_router(create_router(settings, pool, storage, jobs, models))
 
     @app.exception_handler(RequestError)
@@ -84,8 +83,8 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
 
 async def _remove_expired_images(storage: ImageStorage) -> None:
     while True:
-        await asyncio.sleep(_REMOVE_EXPIRED_EVERY_S)
+        await asyncio.sleep(_CLEANUP_INTERVAL_S)
         try:
             await asyncio.to_thread(storage.remove_expired)
-        except Exception:  # nothing awaits this task
+        except Exception:  # Isolate the failure: nothing awaits this task.
             logger.exception("Expired images could not be removed.")

@@ -146,7 +146,7 @@ async def test_a_body_that_stalls_is_given_up(
     monkeypatch: pytest.MonkeyPatch, sent: int, status: int
 ) -> None:
     """Here after 20 ms, and 1 ms more for every 10 bytes; the rest of the body comes after 200 ms."""
-    monkeypatch.setattr(request_body, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(request_body, "_STALL_TIMEOUT_S", 0.02)
     pieces = [b"a" * sent, b"a"]
 
     async def receive() -> Message:

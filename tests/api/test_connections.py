@@ -31,7 +31,7 @@ class HastyProtocol(GuardedProtocol):
 
     head_timeout_s = 0.5
     write_timeout_s = 0.5
-    look_every_s = 0.1
+    check_interval_s = 0.1
     max_connections = 5
 
 

@@ -164,7 +164,9 @@ def test_a_model_that_draws_from_prompts_only_says_so() -> None:
     for capabilities, field in ((frozenset(), "images"), (frozenset({"image"}), "mask")):
         plain = type(FULL_MODEL_INFO)(**{**fields, "capabilities": capabilities})
         body = {"prompt": "a", "images": [in_json(PICTURE)], "mask": in_json(MASK)}
-        with pytest.raises(InvalidRequestError, match="Stable Diffusion") as raised:
+        with pytest.raises(
+            InvalidRequestError, match=r"is not supported by the served model \(sdxl\)"
+        ) as raised:
             openai_edits.to_edit(body, plain, SETTINGS, "id")
         assert (raised.value.param, raised.value.code) == (field, "unsupported_parameter")
 

@@ -179,7 +179,7 @@ async def test_jobs_that_are_refused_side_by_side_are_refused_all() -> None:
     """There is room for one, and each that ends makes room for the next while it is still being refused."""
     settings = Settings.model_validate({})
     pool = EnginePool(settings, accelerators=[{}])  # not started: it refuses at once
-    jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, most=1)
+    jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, max_jobs=1)
     request = make_request()
     refusals = await asyncio.gather(
         *(jobs.submit(endpoints.GENERATIONS, ValidatedRequest(request), deadline=1e9) for _ in range(8)),

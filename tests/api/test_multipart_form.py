@@ -10,6 +10,7 @@ import pytest
 from starlette.requests import Request
 
 from hypergen.api.dialects import openai_edits
+from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.multipart_form import read_form
 from hypergen.errors import InvalidRequestError
 from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
@@ -32,7 +33,7 @@ def read(content: bytes, content_type: str) -> dict[str, Any]:
 
     headers = [(b"content-type", content_type.encode())]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
-    return asyncio.run(read_form(Request(scope, receive), openai_edits.EditBody))
+    return asyncio.run(read_form(Request(scope, receive), openai_edits.EditBody, IMAGE_FIELDS))
 
 
 def test_images_come_under_every_name_that_clients_use_in_the_order_of_their_numbers() -> None:

@@ -102,7 +102,7 @@ async def test_jobs_older_than_their_lifetime_do_not_stop_the_shutdown(
             while pool.status().state != "ready":  # noqa: ASYNC110  what is awaited happens in another process
                 await asyncio.sleep(0.02)
         storage = ImageStorage(60, 1_000_000)
-        jobs = Jobs(pool, storage, lifetime_s=0.0, most=10)
+        jobs = Jobs(pool, storage, lifetime_s=0.0, max_jobs=10)
         description = pool.model_info()
         assert description
         deadline = asyncio.get_running_loop().time() + 60
