@@ -17,7 +17,13 @@ from starlette.responses import Response
 from hypergen import __version__
 from hypergen.api import openapi
 from hypergen.api.dialects.endpoints import ENDPOINTS
-from hypergen.api.errors import CLIENT_GONE, ClientGoneError, envelope, json_response, to_response
+from hypergen.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ClientDisconnectedError,
+    envelope,
+    json_response,
+    to_response,
+)
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import create_router
 from hypergen.config import Settings
@@ -64,9 +70,9 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     async def request_error(_: Request, error: RequestError) -> Response:
         return to_response(error)
 
-    @app.exception_handler(ClientGoneError)
-    async def client_gone(_: Request, __: ClientGoneError) -> Response:
-        return Response(status_code=CLIENT_GONE)
+    @app.exception_handler(ClientDisconnectedError)
+    async def client_disconnected(_: Request, __: ClientDisconnectedError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, __: RequestValidationError) -> Response:

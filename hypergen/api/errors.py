@@ -52,10 +52,10 @@ _CODES = {
 _NOT_RETRYABLE = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
 # Raised before the whole body is read, so the connection cannot carry another request.
 _CLOSING = (AuthenticationError, ForbiddenError, PayloadTooLargeError, SlowBodyError)
-CLIENT_GONE = 499  # nginx's number for a client that disconnected; only the log shows it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, only for the log
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client disconnected before its response."""
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -18,7 +18,8 @@ from starlette.responses import Response, StreamingResponse
 from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import IMAGE_FIELDS
-from hypergen.api.errors import ClientGoneError
+from hypergen.api.disconnects import client_disconnected, run_until_disconnect
+from hypergen.api.errors import ClientDisconnectedError
 from hypergen.api.hosts import is_named_host
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import OutgoingResponse
@@ -28,7 +29,7 @@ from hypergen.api.sse import EventStream
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator, generate_all
-from hypergen.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from hypergen.errors import InvalidRequestError, UnavailableError
 from hypergen.events import Event, ImageFinished, Preview
 from hypergen.images.decoding import decoding_cancelled
 from hypergen.images.encoding import OUTPUT_FORMATS
@@ -40,14 +41,13 @@ logger = logging.getLogger(__name__)
 
 # Two threads: a decoded image of 40 megapixels takes 160 MB.
 _DECODING_THREADS = ThreadPoolExecutor(2, "decode")
-_Result = TypeVar("_Result")
 
 
 async def read_body(request: Request, endpoint: Endpoint, settings: Settings) -> dict[str, Any]:
     """The fields of a body: JSON, or a form if the endpoint accepts one.
 
     Raises:
-        ClientGoneError: the client disconnected before the end of the body.
+        ClientDisconnectedError: the client disconnected before the end of the body.
         RequestError: the body is malformed, too large, or of an unsupported media type.
     """
     max_text_bytes = int(settings.server.max_text_body_mb * 1e6)
@@ -56,7 +56,7 @@ async def read_body(request: Request, endpoint: Endpoint, settings: Settings) ->
             return await read_form(request, endpoint.form, IMAGE_FIELDS, max_text_bytes)
         return await read_json_object(request, endpoint.form is not None, max_text_bytes, IMAGE_FIELDS)
     except ClientDisconnect:
-        raise ClientGoneError from None
+        raise ClientDisconnectedError from None
 
 
 async def parse_request(
@@ -73,7 +73,7 @@ async def parse_request(
     A body with input images is parsed in a thread, because decoding them takes long.
 
     Raises:
-        ClientGoneError: the client disconnected.
+        ClientDisconnectedError: the client disconnected.
         RequestError: the body is invalid, or the deadline has passed.
     """
     arguments = (body, model_info, settings.server, request_id)
@@ -178,7 +178,7 @@ async def generate_images(
         deadline: time of the event loop's clock.
 
     Raises:
-        ClientGoneError: the client disconnected.
+        ClientDisconnectedError: the client disconnected.
         DeadlineExceededError: the deadline has passed.
     """
     generating = asyncio.ensure_future(generate_all(generator, request))
@@ -196,7 +196,7 @@ async def stream_events(
     """Submit a request; the response streams its events.
 
     Raises:
-        ClientGoneError: the client disconnected before the first event.
+        ClientDisconnectedError: the client disconnected before the first event.
         RequestError: the request was rejected, or failed before its first event.
     """
 
@@ -215,33 +215,6 @@ async def stream_events(
             raise validated.with_client_field_names(error) from None
         raise
     return EventStream(event, handle, to_sse_event, outgoing, deadline)
-
-
-async def run_until_disconnect(
-    work: asyncio.Future[_Result], disconnected: Awaitable[object], deadline: float
-) -> _Result:
-    """The result of `work`, which is cancelled if the client disconnects or the deadline passes.
-
-    Args:
-        disconnected: returns when the client has disconnected.
-        deadline: time of the event loop's clock.
-
-    Raises:
-        ClientGoneError: the client disconnected.
-        DeadlineExceededError: the deadline has passed.
-    """
-    disconnecting = asyncio.ensure_future(disconnected)
-    try:
-        timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.wait([work, disconnecting], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        if disconnecting.done():
-            raise ClientGoneError
-        raise DeadlineExceededError("The request did not finish before its deadline.")
-    finally:
-        await _cancel(work)
-        await _cancel(disconnecting)
 
 
 def server_timing(images: list[ImageFinished]) -> str:
@@ -297,19 +270,3 @@ def _warn_unknown_host() -> None:
     logger.warning(
         "Responses have no url: the Host of requests is not allowed by --public-url or --allowed-host."
     )
-
-
-async def client_disconnected(request: Request) -> None:
-    """Return when the client has disconnected; the body must have been read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancel(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it has released its resources."""
-    if not task.done():
-        task.cancel()
-        # Not `await task`: its CancelledError would look like a cancellation of the current task.
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()

@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from hypergen.api import openapi
 from hypergen.api.dialects.endpoints import EDITS, ENDPOINTS, VARIATIONS
+from hypergen.api.disconnects import client_disconnected
 from hypergen.api.errors import json_response, to_json
 from hypergen.api.image_requests import (
     chunked_json_response,
-    client_disconnected,
     parse_request,
     read_body,
     require_model,

@@ -82,9 +82,9 @@ class OuterMiddleware:
                 raise limit.error
             async with timeout:
                 await self._app(scope, limit.receive, response.send)
-        except errors.ClientGoneError:
+        except errors.ClientDisconnectedError:
             if not response.started:
-                await response.send_client_gone()
+                await response.send_client_closed_request()
         except Exception as error:  # Isolate the failure: only this request fails.
             if timeout.expired() and isinstance(error, TimeoutError):
                 error = _deadline_exceeded()
@@ -202,9 +202,9 @@ class _Response:
         )
         await self._send({"type": "http.response.body", "body": response.body})
 
-    async def send_client_gone(self) -> None:
+    async def send_client_closed_request(self) -> None:
         """A status for the log; BentoML also waits for a response."""
-        await self._send_instead(Response(status_code=errors.CLIENT_GONE))
+        await self._send_instead(Response(status_code=errors.CLIENT_CLOSED_REQUEST))
 
     def log(self) -> None:
         if self._scope["path"] in OPEN_PATHS:  # probes come every few seconds

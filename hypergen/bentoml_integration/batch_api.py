@@ -18,7 +18,7 @@ from pydantic import Field, PrivateAttr, RootModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api.dialects.endpoints import GENERATIONS, IMAGE_FIELDS
-from hypergen.api.errors import CLIENT_GONE, ClientGoneError, error_body, status_of
+from hypergen.api.errors import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, error_body, status_of
 from hypergen.api.image_requests import generate_images, parse_request, require_model
 from hypergen.api.request_body import MAX_ITEMS, JsonBounds
 from hypergen.api.responses import write
@@ -84,7 +84,7 @@ class BatchContext:
         """The whole body as one chunk.
 
         Raises:
-            ClientGoneError: the client disconnected.
+            ClientDisconnectedError: the client disconnected.
             RequestError: the body exceeds the bounds of JSON bodies.
         """
         bounds, chunks = JsonBounds(self._max_text_bytes, IMAGE_FIELDS), list[bytes]()
@@ -92,7 +92,7 @@ class BatchContext:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ClientGoneError
+                raise ClientDisconnectedError
             chunks.append(message.get("body", b""))
             bounds.feed(chunks[-1])
             more = message.get("more_body", False)
@@ -139,8 +139,8 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
         images = await generate_images(
             generator, validated.generation, item.wait_for_disconnect(), item.deadline
         )
-    except ClientGoneError:
-        return BatchResult(status=CLIENT_GONE, images=[])
+    except ClientDisconnectedError:
+        return BatchResult(status=CLIENT_CLOSED_REQUEST, images=[])
     except Exception as error:  # Isolate the failure: only this item fails.
         if not isinstance(error, RequestError):
             logger.exception("%s of the batchable API failed.", item_id)
