@@ -15,8 +15,9 @@ from bentoml.models import BentoModel
 
 from hypergen import log_setup
 from hypergen.api.middleware import OuterMiddleware
+from hypergen.api.schemas import BatchResult
 from hypergen.app import create_app
-from hypergen.bentoml_integration.batch_api import ClientWatch, NativeItems, NativeResult, generate_item
+from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService
 from hypergen.engine_client.pool import EnginePool
 from hypergen.load_settings import api_keys, load_settings
@@ -62,7 +63,7 @@ class HyperGen:
     @bentoml.api(
         batchable=True, max_batch_size=max(2, settings.engine.max_batch_size), max_latency_ms=86_400_000
     )
-    async def generate(self, items: NativeItems) -> list[NativeResult]:
+    async def generate(self, items: BatchItems) -> list[BatchResult]:
         """Generate every item; its fields are those of POST /v1/images/generations."""
         return await asyncio.gather(*(generate_item(pool, settings, item) for item in items))
 
@@ -79,7 +80,7 @@ HyperGen.add_asgi_middleware(
     settings=settings,
 )
 HyperGen.add_asgi_middleware(
-    ClientWatch,  # pyright: ignore[reportArgumentType]  the same
+    BatchContext,  # pyright: ignore[reportArgumentType]  the same
     path="/generate",
     max_text_bytes=int(settings.server.max_text_body_mb * 1e6),
 )

@@ -17,7 +17,13 @@ from starlette.responses import Response
 from hypergen import __version__
 from hypergen.api import openapi
 from hypergen.api.dialects.endpoints import ENDPOINTS
-from hypergen.api.errors import CLIENT_GONE, ClientGoneError, envelope, json_response, to_response
+from hypergen.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ClientDisconnectedError,
+    envelope,
+    json_response,
+    to_response,
+)
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import create_router
 from hypergen.config import Settings
@@ -28,7 +34,7 @@ from hypergen.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
-_REMOVE_EXPIRED_EVERY_S = 10.0
+_CLEANUP_INTERVAL_S = 10.0
 
 
 def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedModel]) -> FastAPI:
@@ -55,19 +61,18 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     app = FastAPI(
         title="HyperGen", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan
     )
-    generated_schema = app.openapi
-
+    fastapi_openapi = app.openapi
     schemas = [schema for endpoint in ENDPOINTS for schema in endpoint.schemas]
-    app.openapi = lambda: openapi.complete(generated_schema(), schemas)
+    app.openapi = lambda: openapi.complete(fastapi_openapi(), schemas)
     app.include_router(create_router(settings, pool, storage, jobs, models))
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> Response:
         return to_response(error)
 
-    @app.exception_handler(ClientGoneError)
-    async def client_gone(_: Request, __: ClientGoneError) -> Response:
-        return Response(status_code=CLIENT_GONE)
+    @app.exception_handler(ClientDisconnectedError)
+    async def client_disconnected(_: Request, __: ClientDisconnectedError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, __: RequestValidationError) -> Response:
@@ -84,8 +89,8 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
 
 async def _remove_expired_images(storage: ImageStorage) -> None:
     while True:
-        await asyncio.sleep(_REMOVE_EXPIRED_EVERY_S)
+        await asyncio.sleep(_CLEANUP_INTERVAL_S)
         try:
             await asyncio.to_thread(storage.remove_expired)
-        except Exception:  # nothing awaits this task
+        except Exception:  # Isolate the failure: nothing awaits this task.
             logger.exception("Expired images could not be removed.")

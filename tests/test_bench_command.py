@@ -1,4 +1,4 @@
-"""`hypergen bench URL`: what it sends, what it measures and what it reports."""
+"""`hypergen bench URL`: requests, measurements and reports."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def finished(latency_s: float, error: str | None = None, **body: object) -> benc
 
 @contextmanager
 def barrier_server(barrier: Barrier) -> Iterator[str]:
-    """A server that answers nobody before everybody that the barrier counts has come."""
+    """A server that responds only after the barrier's number of requests has arrived."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -67,7 +67,7 @@ def barrier_server(barrier: Barrier) -> Iterator[str]:
         thread.join()
 
 
-def test_arrivals_have_the_rate_and_follow_from_the_seed_alone() -> None:
+def test_arrivals_have_the_rate_and_depend_only_on_the_seed() -> None:
     planned = bench.plan_requests(rate=4, requests=4001, seed=1, prompts=["a"])
     times = [request.arrival_s for request in planned]
     assert times[0] == 0
@@ -81,7 +81,7 @@ def test_arrivals_have_the_rate_and_follow_from_the_seed_alone() -> None:
     assert times != [r.arrival_s for r in bench.plan_requests(rate=4, requests=4001, seed=2, prompts=["a"])]
 
 
-def test_only_the_fields_that_are_asked_for_are_sent() -> None:
+def test_only_fields_with_values_are_sent() -> None:
     (plain,) = bench.plan_requests(rate=1, requests=1, seed=7, prompts=["a"])
     assert plain.body == {"prompt": "a"}
     planned = bench.plan_requests(
@@ -138,13 +138,13 @@ def test_the_endpoint_of_an_address_or_a_base_url(url: str, endpoint: str) -> No
         ["http://x", "--prompt", "a", "--prompts", __file__],
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments: list[str]) -> None:
+def test_invalid_arguments_are_rejected(arguments: list[str]) -> None:
     with pytest.raises(ConfigurationError):
         run(*arguments)
     assert run("http://x", "--steps", "20,many").exit_code == 2
 
 
-def test_a_plot_without_matplotlib_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_without_matplotlib_is_rejected_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigurationError, match=r"needs matplotlib: pip install 'hypergen\[bench\]'"):
         run("http://x", "--plot", "a.png")
@@ -170,7 +170,7 @@ def test_a_server_is_measured(server: LiveServer, tmp_path: Path) -> None:
         assert image.format == "PNG"
 
 
-def test_errors_are_counted_by_kind_and_a_part_of_them_is_no_failure(server: LiveServer) -> None:
+def test_errors_are_counted_by_class_and_a_partial_failure_exits_with_0(server: LiveServer) -> None:
     mix = ("--sizes", "64x64,65x64", "--steps", "2", "--seed", "3")
     result = run(server.url, "--rate", "inf", "--requests", "12", *mix)
     assert result.exit_code == 0, result.output
@@ -179,7 +179,7 @@ def test_errors_are_counted_by_kind_and_a_part_of_them_is_no_failure(server: Liv
     assert "size" in error
 
 
-def test_it_fails_if_every_request_failed(
+def test_the_exit_code_is_1_if_every_request_failed(
     server: LiveServer, keyed_server: LiveServer, tmp_path: Path
 ) -> None:
     url, file = f"http://127.0.0.1:{free_port()}", tmp_path / "bench.json"
@@ -189,15 +189,15 @@ def test_it_fails_if_every_request_failed(
     report = json.loads(file.read_text(encoding="utf-8"))
     assert report["rate"] == "inf"
     assert report["summary"]["p99_s"] is None
-    refused = run(f"{server.url}/v2", "--requests", "1")
-    assert refused.exit_code == 1
-    assert "Error: HTTP 404 (1 of 1)" in refused.stdout
+    result = run(f"{server.url}/v2", "--requests", "1")
+    assert result.exit_code == 1
+    assert "Error: HTTP 404 (1 of 1)" in result.stdout
     few = ("--requests", "1", "--sizes", "64x64", "--steps", "2")
     assert "Error: HTTP 401 (1 of 1)" in run(keyed_server.url, *few, "--api-key", "wrong").stdout
     assert run(keyed_server.url, *few, "--api-key", "sk-right-key").exit_code == 0
 
 
-def test_every_request_is_sent_whatever_is_unfinished(tmp_path: Path) -> None:
+def test_every_request_is_sent_without_waiting_for_others(tmp_path: Path) -> None:
     # More than the connections that httpx opens by default.
     with barrier_server(Barrier(120)) as url:
         file = tmp_path / "bench.json"
@@ -248,7 +248,7 @@ def test_ctrl_c_prints_what_was_measured(tmp_path: Path) -> None:
     assert len(json.loads(file.read_text(encoding="utf-8"))["results"]) == 1
 
 
-def test_the_servers_text_cannot_write_to_the_terminal() -> None:
+def test_control_characters_of_the_server_are_not_printed() -> None:
     written = io.StringIO()
     result = bench.Result(0, 0, 1, 1, {}, 0, "HTTP 500", "[red]\x1b[31mno\nimage")
     bench.print_results([result], Console(file=written, markup=False, highlight=False))

@@ -1,4 +1,4 @@
-"""Settings: where they come from, which wins, and what is an error at start."""
+"""Settings: sources, precedence, and errors at startup."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_defaults_are_those_of_the_documents() -> None:
     assert settings.models == ()
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("queue: {max_queue_size: 1, queue_timeout_s: 1}\nserver: {port: 1001}\n")
     environment = {"HYPERGEN_CONFIG": str(file), "HYPERGEN_QUEUE_TIMEOUT": "2", "HYPERGEN_PORT": "1002"}
@@ -63,16 +63,16 @@ def test_every_served_model_file_loads(file: Path) -> None:
     assert find_controlnets(entry.controlnet) == entry.controlnet
 
 
-def test_every_documented_model_has_its_file() -> None:
+def test_every_documented_model_has_a_file() -> None:
     files = {file.name: str(file) for file in CONFIGS.glob("*.yaml")}
     entries = dict(zip(files, load_settings(flags={"models": tuple(files.values())}).models, strict=True))
     for name, file in DOCUMENTED.items():
-        called = [of for of, entry in entries.items() if name in (entry.name, *entry.aliases)]
-        assert called == [file]
+        found = [path for path, entry in entries.items() if name in (entry.name, *entry.aliases)]
+        assert found == [file]
 
 
 @pytest.mark.parametrize("name", sorted(name for _, name, _ in fields()))
-def test_every_setting_has_a_description_and_survives_the_way_to_a_child(name: str) -> None:
+def test_every_setting_has_a_description_and_round_trips_through_the_environment(name: str) -> None:
     section, _, field = next(entry for entry in fields() if entry[1] == name)
     assert field.description
     defaults = Settings.model_validate({}).model_dump()
@@ -83,7 +83,7 @@ def test_every_setting_has_a_description_and_survives_the_way_to_a_child(name: s
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("qeue: {}", "Unknown setting 'qeue'"),
         ("model: hypergen-tiny", "Unknown setting 'model'"),
@@ -95,23 +95,23 @@ def test_every_setting_has_a_description_and_survives_the_way_to_a_child(name: s
         ("a: [", "is not YAML"),
     ],
 )
-def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_file_gets_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     with pytest.raises(ConfigurationError) as raised:
         load_settings(file)
-    assert words in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_misspelt_variable_is_an_error_but_those_of_kubernetes_are_not() -> None:
+def test_an_unknown_variable_is_an_error_but_those_of_kubernetes_are_ignored() -> None:
     with pytest.raises(ConfigurationError, match="HYPERGEN_QUEUE_SIZE"):
         load_settings(environment={"HYPERGEN_QUEUE_SIZE": "1"})
     kubernetes = {"HYPERGEN_PORT": "tcp://10.0.0.1:80", "HYPERGEN_SERVICE_HOST": "10.0.0.1"}
     assert load_settings(environment=kubernetes).server.port == 8000
 
 
-def test_a_wrong_key_never_stands_in_the_message() -> None:
+def test_an_invalid_key_is_not_in_the_error_message() -> None:
     with pytest.raises(ConfigurationError) as raised:
         load_settings(flags={"api_key": ["sk-secret"]})
     assert "sk-secret" not in str(raised.value)
@@ -131,22 +131,22 @@ def test_keys_come_from_the_setting_and_the_file(tmp_path: Path) -> None:
 def test_named_sources_come_from_flags_the_environment_and_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("engine: {controlnet: {edges: owner/edges, depth: /models/depth}}\n")
-    wanted = {"edges": "owner/edges", "depth": "/models/depth"}
-    assert load_settings(file).engine.controlnet == wanted
+    expected = {"edges": "owner/edges", "depth": "/models/depth"}
+    assert load_settings(file).engine.controlnet == expected
     flags = {"controlnet": ("edges=owner/edges", "depth=/models/depth")}
-    assert load_settings(flags=flags).engine.controlnet == wanted
-    environment = environment_of({"controlnet": wanted})
+    assert load_settings(flags=flags).engine.controlnet == expected
+    environment = environment_of({"controlnet": expected})
     assert environment == {"HYPERGEN_CONTROLNET": "edges=owner/edges,depth=/models/depth"}
-    assert load_settings(environment=environment).engine.controlnet == wanted
+    assert load_settings(environment=environment).engine.controlnet == expected
 
 
-@pytest.mark.parametrize("given", ["edges", "=owner/edges", "edges=", "edges=a/b,edges=c/d"])
-def test_a_named_source_is_a_name_and_a_source(given: str) -> None:
+@pytest.mark.parametrize("value", ["edges", "=owner/edges", "edges=", "edges=a/b,edges=c/d"])
+def test_a_named_source_is_a_name_and_a_source(value: str) -> None:
     with pytest.raises(ConfigurationError, match=r"engine\.controlnet.*(NAME=SOURCE|twice)"):
-        load_settings(environment={"HYPERGEN_CONTROLNET": given})
+        load_settings(environment={"HYPERGEN_CONTROLNET": value})
 
 
-def test_a_named_source_has_no_comma_since_the_environment_could_not_hold_it(tmp_path: Path) -> None:
+def test_a_named_source_with_a_comma_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("engine: {controlnet: {edges: '/models/a,b'}}\n")
     with pytest.raises(ConfigurationError, match="without commas"):
@@ -166,6 +166,6 @@ def test_allowed_hosts_given_as_flags_reach_the_service() -> None:
     assert load_settings(environment=environment).server.allowed_host == ("a.example", "b.example")
 
 
-def test_allowed_hosts_stand_with_commas_between_them() -> None:
+def test_allowed_hosts_are_separated_by_commas() -> None:
     settings = load_settings(environment={"HYPERGEN_ALLOWED_HOST": "a.example, B.example."})
     assert settings.server.allowed_host == ("a.example", "b.example")

@@ -1,4 +1,4 @@
-"""Control models are looked at before anything is loaded."""
+"""ControlNet folders are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_folders_become_whole_paths_and_hub_ids_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_become_absolute_paths_and_hub_ids_are_unchanged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder.parent)
     found = find_controlnets({"edges": "./edges", "depth": "owner/depth"})
     assert found == {"edges": str(folder.resolve()), "depth": "owner/depth"}
 
 
-def test_a_missing_or_damaged_folder_is_named(folder: Path) -> None:
+def test_the_error_names_a_missing_or_damaged_folder(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"ControlNet 'edges': no such folder: ./nowhere"):
         find_controlnets({"edges": "./nowhere"})
     weights = folder / "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""The command line, as a shell runs it."""
+"""The command line, run as a subprocess."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ HELP = {
 
 
 @pytest.mark.parametrize("command", HELP)
-def test_help_names_options_units_and_defaults(tmp_path: Path, command: str) -> None:
+def test_help_has_options_units_and_defaults(tmp_path: Path, command: str) -> None:
     result = hypergen(tmp_path, command, "--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
@@ -80,7 +80,7 @@ def test_help_names_options_units_and_defaults(tmp_path: Path, command: str) -> 
         assert re.search(pattern, text), pattern
 
 
-def test_generate_draws_the_same_bytes_as_a_server(
+def test_generate_writes_the_same_bytes_as_a_server(
     tmp_path: Path, sd_folder: Path, server: LiveServer
 ) -> None:
     model = ("-m", str(sd_folder), "--device", "cpu", "--dtype", "float32")
@@ -96,7 +96,7 @@ def test_generate_draws_the_same_bytes_as_a_server(
         assert (tmp_path / f"cat-{index}.png").read_bytes() == base64.b64decode(image.b64_json or "")
 
 
-def test_generate_draws_with_the_loras_that_it_is_given(
+def test_generate_uses_the_given_loras(
     tmp_path: Path, sd_folder: Path, lora_folder: Path, server: LiveServer
 ) -> None:
     options = ("-m", str(sd_folder), "--device", "cpu", "--dtype", "float32", "--steps", "2", "--seed", "5")
@@ -109,7 +109,7 @@ def test_generate_draws_with_the_loras_that_it_is_given(
     assert (tmp_path / "cat.png").read_bytes() == base64.b64decode(served.data[0].b64_json or "")
 
 
-def test_loras_are_listed_and_missing_ones_end_the_start(
+def test_loras_are_listed_and_missing_files_are_an_error(
     tmp_path: Path, sd_folder: Path, lora_folder: Path
 ) -> None:
     listed = hypergen(tmp_path, "loras", str(sd_folder), "--lora-dir", str(lora_folder))
@@ -123,7 +123,7 @@ def test_loras_are_listed_and_missing_ones_end_the_start(
     assert_one_line_error(missing, "nothing.safetensors")
 
 
-def test_generate_says_what_is_wrong_in_one_line(tmp_path: Path, sd_folder: Path) -> None:
+def test_generate_prints_errors_in_one_line(tmp_path: Path, sd_folder: Path) -> None:
     model = ("-m", str(sd_folder))
     assert_one_line_error(hypergen(tmp_path, "generate", "a", *model, "-o", "a.gif"), "a.gif", ".png")
     wrong = hypergen(tmp_path, "generate", "a", *model, "-o", "a.png", "--steps", "151")
@@ -141,7 +141,7 @@ def test_a_model_is_imported_listed_and_served_by_its_tag(tmp_path: Path, sd_fol
         assert server.openai().models.list().data[0].id == tag
 
 
-def test_serve_refuses_within_seconds_what_cannot_work(tmp_path: Path, sd_folder: Path) -> None:
+def test_serve_rejects_invalid_arguments_within_seconds(tmp_path: Path, sd_folder: Path) -> None:
     started = time.monotonic()
     assert_one_line_error(hypergen(tmp_path, "serve", "nosuch"), "nosuch", "folder", "tag")
     assert_one_line_error(hypergen(tmp_path, "serve", "./nosuch"), "./nosuch")
@@ -157,7 +157,7 @@ def test_serve_refuses_within_seconds_what_cannot_work(tmp_path: Path, sd_folder
     assert time.monotonic() - started < 60
 
 
-def test_serve_refuses_a_pipeline_that_it_has_no_family_for(tmp_path: Path, sd_folder: Path) -> None:
+def test_serve_rejects_an_unknown_pipeline_class(tmp_path: Path, sd_folder: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(sd_folder, folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -165,7 +165,7 @@ def test_serve_refuses_a_pipeline_that_it_has_no_family_for(tmp_path: Path, sd_f
     assert_one_line_error(hypergen(tmp_path, "serve", str(folder)), "NonsensePipeline", "diffusers")
 
 
-def test_serve_ends_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -> None:
+def test_serve_exits_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -> None:
     folder = tmp_path / "odd"
     shutil.copytree(sd_folder, folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
@@ -175,7 +175,7 @@ def test_serve_ends_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -
     assert str(tmp_path) not in result.stderr.splitlines()[-1]
 
 
-def test_a_relative_key_file_is_found_from_any_folder(tmp_path: Path, sd_folder: Path) -> None:
+def test_a_relative_key_file_is_resolved(tmp_path: Path, sd_folder: Path) -> None:
     (tmp_path / "keys.txt").write_text("sk-from-the-file\n")
     arguments = (str(sd_folder), "--device", "cpu", "--api-key-file", "keys.txt")
     with start_server(tmp_path, *arguments) as server:
@@ -185,14 +185,14 @@ def test_a_relative_key_file_is_found_from_any_folder(tmp_path: Path, sd_folder:
         assert httpx.get(models, headers=key).status_code == 200
 
 
-def test_a_reloading_server_starts_again_when_the_source_changes(tmp_path: Path, sd_folder: Path) -> None:
+def test_reload_restarts_the_server_when_the_source_changes(tmp_path: Path, sd_folder: Path) -> None:
     with start_server(tmp_path, str(sd_folder), "--device", "cpu", "--reload") as server:
         before = server.engine().pid
         source = Path(__file__).parents[1] / "hypergen" / "__init__.py"
         touched_at = -math.inf
         until = time.monotonic() + 120
         while time.monotonic() < until:
-            # Again now and then: the watcher may begin to look after the server is ready.
+            # Repeated, because the file watcher may start after the server is ready.
             if time.monotonic() - touched_at > 25:
                 source.touch()
                 touched_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""The README's first screen: its commands and its example, run as they stand there."""
+"""The commands and the example of the README, run unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def embedded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """The embedded model, served by the README's own command."""
+    """The embedded model, served by the README's command."""
     with start_server(tmp_path_factory.mktemp("readme"), program=[str(ROOT / "scripts" / "serve")]) as server:
         yield server
 
@@ -30,7 +30,7 @@ def example() -> str:
 
 
 def colour(image: Image.Image, x: float, y: float) -> tuple[int, int, int]:
-    """The colour at a place given in parts of width and height."""
+    """The colour at a position, given as fractions of width and height."""
     pixel = image.convert("RGB").getpixel((int(x * (image.width - 1)), int(y * (image.height - 1))))
     assert isinstance(pixel, tuple)
     return pixel[0], pixel[1], pixel[2]
@@ -44,7 +44,7 @@ def is_blue(pixel: tuple[int, int, int]) -> bool:
     return pixel[2] > 150 and max(pixel[:2]) < 120
 
 
-def test_the_example_draws_a_red_circle_on_a_blue_background(
+def test_the_example_generates_a_red_circle_on_a_blue_background(
     embedded_server: LiveServer, tmp_path: Path
 ) -> None:
     code = example()
@@ -57,19 +57,17 @@ def test_the_example_draws_a_red_circle_on_a_blue_background(
         assert all(is_blue(colour(image, x, y)) for x in (0.02, 0.98) for y in (0.02, 0.98))
 
 
-def test_the_readme_shows_the_picture_that_its_example_draws(
-    embedded_server: LiveServer, tmp_path: Path
-) -> None:
-    """Up to 2 of 255 in the mean: the picture was drawn on another machine, whose last bits may differ."""
+def test_the_readme_shows_the_image_of_its_example(embedded_server: LiveServer, tmp_path: Path) -> None:
+    """The mean difference is at most 2 of 255, because last bits may differ between machines."""
     code = example().replace("http://127.0.0.1:8000", embedded_server.url)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
-    with Image.open(tmp_path / "circle.png") as drawn, Image.open(ROOT / "docs" / "circle.png") as shown:
-        differences = [abs(a - b) for a, b in zip(drawn.tobytes(), shown.tobytes(), strict=True)]
+    with Image.open(tmp_path / "circle.png") as generated, Image.open(ROOT / "docs" / "circle.png") as shown:
+        differences = [abs(a - b) for a, b in zip(generated.tobytes(), shown.tobytes(), strict=True)]
     assert sum(differences) / len(differences) <= 2
 
 
-def test_a_large_picture_has_the_asked_size_and_shows_the_prompt(embedded_server: LiveServer) -> None:
-    """Drawn at the nearest native shape and resized."""
+def test_a_large_image_has_the_requested_size_and_shows_the_prompt(embedded_server: LiveServer) -> None:
+    """Generated at the nearest native size and resized."""
     import base64
     from io import BytesIO
 
@@ -83,12 +81,12 @@ def test_a_large_picture_has_the_asked_size_and_shows_the_prompt(embedded_server
         assert is_blue(colour(image, 0.02, 0.02))
 
 
-def test_the_served_model_and_its_defaults_are_the_embedded_ones(embedded_server: LiveServer) -> None:
+def test_the_embedded_model_is_served_by_default(embedded_server: LiveServer) -> None:
     assert embedded_server.openai().models.list().data[0].id == "hypergen-tiny"
     assert embedded_server.health()["engines"][0]["determinism"].keys() >= {"256x256"}
 
 
-def test_both_commands_are_in_the_readme_and_say_what_they_do() -> None:
+def test_both_commands_are_in_the_readme_and_have_a_description() -> None:
     for name in ("serve", "test"):
         assert f"scripts/{name} " in README
         second_line = (ROOT / "scripts" / name).read_text(encoding="utf-8").splitlines()[1]

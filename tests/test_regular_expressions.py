@@ -1,4 +1,4 @@
-"""No regular expression of ours can take more time than its text is long."""
+"""No regular expression of the package has nested repeats, which may take exponential time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from re import _constants, _parser  # pyright: ignore[reportAttributeAccessIssue]  the only parser there is
+from re import _constants, _parser  # pyright: ignore[reportAttributeAccessIssue]  the only parser
 from typing import Any
 
 import pytest
@@ -19,12 +19,12 @@ REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 
 
 def patterns() -> Iterator[tuple[str, str]]:
-    """Where each literal pattern stands, and the pattern."""
+    """The location and text of each literal pattern."""
     for file in sorted(ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
-            given = [keyword.value for keyword in node.keywords if keyword.arg == "pattern"]
+            values = [keyword.value for keyword in node.keywords if keyword.arg == "pattern"]
             function = node.func
             if (
                 isinstance(function, ast.Attribute)
@@ -32,22 +32,22 @@ def patterns() -> Iterator[tuple[str, str]]:
                 and isinstance(function.value, ast.Name)
                 and function.value.id == "re"
             ):
-                given += node.args[:1]
-            for value in given:
+                values += node.args[:1]
+            for value in values:
                 text = literal(value)
                 if text is not None:
                     yield f"{file.relative_to(ROOT)}:{node.lineno}", text
 
 
 def literal(value: ast.expr) -> str | None:
-    """A text in the code; of an f-string, what is fixed, with a letter for each hole."""
+    """The value of a string literal; in an f-string, each placeholder becomes a letter."""
     if isinstance(value, ast.JoinedStr):
         return "".join(literal(part) or "x" for part in value.values)
     return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
 
 
 def nests_repeats(pattern: str) -> bool:
-    """Whether something that may repeat without end holds another repeat of varying length."""
+    """Whether an unbounded repeat contains another repeat of variable length."""
     return any(
         most == _constants.MAXREPEAT and any(low != high for low, high, _ in repeats(body))
         for _, most, body in repeats(_parser.parse(pattern))
@@ -55,7 +55,7 @@ def nests_repeats(pattern: str) -> bool:
 
 
 def repeats(tree: Any) -> Iterator[tuple[int, int, Any]]:
-    """Least, most and body of every repeat, at every depth."""
+    """Minimum, maximum and body of every repeat, at every depth."""
     if isinstance(tree, (list, tuple, _parser.SubPattern)):
         items = list(tree)
         if len(items) == 2 and items[0] in REPEATS:
@@ -64,16 +64,16 @@ def repeats(tree: Any) -> Iterator[tuple[int, int, Any]]:
             yield from repeats(item)
 
 
-@pytest.mark.parametrize(("place", "pattern"), list(patterns()))
-def test_no_pattern_repeats_a_repeat(place: str, pattern: str) -> None:
-    assert not nests_repeats(pattern), f"{place}: {pattern}"
+@pytest.mark.parametrize(("location", "pattern"), list(patterns()))
+def test_no_pattern_has_nested_repeats(location: str, pattern: str) -> None:
+    assert not nests_repeats(pattern), f"{location}: {pattern}"
 
 
 def test_the_patterns_are_found() -> None:
     found = dict(patterns())
     assert len(found) > 15
-    assert any(place.startswith("config.py") for place in found)
-    assert any(place.startswith("api/multipart_form.py") for place in found)
+    assert any(location.startswith("config.py") for location in found)
+    assert any(location.startswith("api/multipart_form.py") for location in found)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_patterns_are_found() -> None:
         r"((\s*,)\d)+",
     ],
 )
-def test_known_bad_patterns_are_refused(pattern: str) -> None:
+def test_known_bad_patterns_are_detected(pattern: str) -> None:
     assert re.compile(pattern)
     assert nests_repeats(pattern)
 

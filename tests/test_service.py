@@ -1,4 +1,4 @@
-"""The BentoML service: what it declares, its native API, and its processes."""
+"""The BentoML service: its declaration, its batchable API, and its processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 ITEM = {"prompt": "a cat", "seed": 1, "num_inference_steps": 4, "size": "64x64"}
 
 
-def draw(server: LiveServer, body: dict[str, Any]) -> httpx.Response:
+def generate(server: LiveServer, body: dict[str, Any]) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=120)
 
 
@@ -36,46 +36,46 @@ def test_importing_the_service_imports_no_torch(tmp_path: Path, sd_folder: Path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system has no /proc")
-def test_no_http_side_process_maps_libtorch_while_an_image_is_drawn(server: LiveServer) -> None:
+def test_no_http_process_maps_libtorch_while_an_image_is_generated(server: LiveServer) -> None:
     body = {**ITEM, "num_inference_steps": 150, "n": 4}
-    drawing = threading.Thread(target=draw, args=(server, body))
-    drawing.start()
+    generating = threading.Thread(target=generate, args=(server, body))
+    generating.start()
     server.wait_until_running()
     maps = {p.pid: Path(f"/proc/{p.pid}/maps").read_text() for p in server.processes()}
     assert server.health()["running"] == 1
-    drawing.join()
+    generating.join()
     mapping = {pid for pid, text in maps.items() if "libtorch" in text}
     assert mapping == {server.engine().pid}
     assert len(maps) >= 4  # hypergen serve, bentoml's main process, its worker, the engine
 
 
-def test_the_native_api_draws_the_same_bytes_and_one_bad_item_fails_alone(server: LiveServer) -> None:
+def test_the_batchable_api_generates_the_same_bytes_and_items_fail_independently(server: LiveServer) -> None:
     with bentoml.SyncHTTPClient(server.url) as client:
         good, bad, other = client.generate(items=[ITEM, {**ITEM, "n": 99}, {**ITEM, "seed": 2}])  # pyright: ignore
     assert (good["status"], bad["status"], other["status"]) == (200, 400, 200)
     assert bad["error"]["param"] == "n"
-    mounted = draw(server, {**ITEM, "response_format": "b64_json"}).json()["data"][0]["b64_json"]
-    assert base64.b64decode(good["images"][0]["b64_json"]) == base64.b64decode(mounted)
+    expected = generate(server, {**ITEM, "response_format": "b64_json"}).json()["data"][0]["b64_json"]
+    assert base64.b64decode(good["images"][0]["b64_json"]) == base64.b64decode(expected)
     assert good["images"][0]["seed"] == 1
 
 
-def test_lone_native_calls_are_within_50_ms_of_the_mounted_route(server: LiveServer) -> None:
-    native: list[float] = []
-    mounted: list[float] = []
+def test_single_batchable_calls_are_within_50_ms_of_the_openai_route(server: LiveServer) -> None:
+    batchable: list[float] = []
+    openai_route: list[float] = []
     body = {**ITEM, "response_format": "b64_json"}
     with bentoml.SyncHTTPClient(server.url) as client, httpx.Client() as http:
-        for _ in range(30):  # in offloader, so that whatever else the machine does hits both
+        for _ in range(30):  # alternating, so that other load on the machine affects both
             started = time.perf_counter()
             client.generate(items=[body])  # pyright: ignore[reportAttributeAccessIssue]  made from the schema
             between = time.perf_counter()
             http.post(f"{server.url}/v1/images/generations", json=body).raise_for_status()
-            native.append(between - started)
-            mounted.append(time.perf_counter() - between)
-    assert statistics.median(native) - statistics.median(mounted) < 0.050
+            batchable.append(between - started)
+            openai_route.append(time.perf_counter() - between)
+    assert statistics.median(batchable) - statistics.median(openai_route) < 0.050
 
 
-def test_native_calls_are_not_shed_and_their_batches_overlap(server: LiveServer) -> None:
-    """40 calls are five times the largest batch; the stock dispatcher answers most of them with 503."""
+def test_batchable_calls_are_not_shed_and_their_batches_overlap(server: LiveServer) -> None:
+    """40 calls are five times the maximum batch size; the stock dispatcher rejects most of them with 503."""
     finished: list[tuple[int, int]] = []
 
     with bentoml.SyncHTTPClient(server.url, timeout=120) as client:
@@ -97,7 +97,7 @@ def test_native_calls_are_not_shed_and_their_batches_overlap(server: LiveServer)
     assert finished[0][0] != 0  # a short call in a later batch ended before the long one of the first
 
 
-def test_what_is_adjusted_in_bentoml_is_still_there() -> None:
+def test_the_patched_internals_of_bentoml_exist() -> None:
     from bentoml._internal.marshal.dispatcher import CorkDispatcher, NonBlockSema
 
     dispatcher = CorkDispatcher(
@@ -107,7 +107,7 @@ def test_what_is_adjusted_in_bentoml_is_still_there() -> None:
     assert isinstance(dispatcher._sema, NonBlockSema)
 
 
-def test_bentoml_serve_serves_the_same_thing(tmp_path: Path, server: LiveServer, sd_folder: Path) -> None:
+def test_bentoml_serve_gives_the_same_responses(tmp_path: Path, server: LiveServer, sd_folder: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(f"models: {sd_folder}\nengine: {{device: cpu, dtype: float32}}\n")
     port = free_port()
@@ -126,7 +126,7 @@ def test_bentoml_serve_serves_the_same_thing(tmp_path: Path, server: LiveServer,
                 time.sleep(0.2)
         assert httpx.get(f"{other.url}/readyz").status_code == 200
         body = {**ITEM, "response_format": "b64_json"}
-        assert draw(other, body).json()["data"] == draw(server, body).json()["data"]
+        assert generate(other, body).json()["data"] == generate(server, body).json()["data"]
         assert other.openai().models.list().data[0].id == server.openai().models.list().data[0].id
     finally:
         process.terminate()
@@ -147,16 +147,16 @@ def test_killing_a_main_process_leaves_no_orphan(tmp_path: Path, sd_folder: Path
         server.process.wait(15)
 
 
-def test_a_second_signal_ends_everything_now(tmp_path: Path, sd_folder: Path) -> None:
+def test_a_second_signal_kills_all_processes(tmp_path: Path, sd_folder: Path) -> None:
     with start_server(tmp_path, str(sd_folder), "--device", "cpu") as server:
         body = {**ITEM, "num_inference_steps": 150, "n": 10, "size": "512x512"}
 
-        def draw_in_vain() -> None:
+        def generate_until_killed() -> None:
             with pytest.raises(httpx.HTTPError):
-                draw(server, body)
+                generate(server, body)
 
-        drawing = threading.Thread(target=draw_in_vain)
-        drawing.start()
+        generating = threading.Thread(target=generate_until_killed)
+        generating.start()
         server.wait_until_running()
         processes = server.processes()
         server.process.send_signal(signal.SIGTERM)
@@ -166,17 +166,17 @@ def test_a_second_signal_ends_everything_now(tmp_path: Path, sd_folder: Path) ->
         server.process.wait(15)
         _, alive = psutil.wait_procs([p for p in processes if p.pid != server.process.pid], timeout=15)
         assert alive == []
-        drawing.join(15)
+        generating.join(15)
 
 
 def test_sigterm_lets_accepted_requests_finish(tmp_path: Path, sd_folder: Path) -> None:
-    answers: list[httpx.Response] = []
+    responses: list[httpx.Response] = []
     with start_server(tmp_path, str(sd_folder), "--device", "cpu") as server:
         body = {**ITEM, "num_inference_steps": 150, "response_format": "b64_json"}
-        drawing = threading.Thread(target=lambda: answers.append(draw(server, body)))
-        drawing.start()
+        generating = threading.Thread(target=lambda: responses.append(generate(server, body)))
+        generating.start()
         server.wait_until_running()
         server.process.send_signal(signal.SIGTERM)
-        drawing.join(60)
-        assert [answer.status_code for answer in answers] == [200]
+        generating.join(60)
+        assert [response.status_code for response in responses] == [200]
         assert server.process.wait(30) == 0

@@ -1,12 +1,12 @@
-"""The documents as a map: each question of docs/architecture.md finds its file, each link leads somewhere.
+"""Documentation: the search words of docs/architecture.md find their files, and links are valid.
 
-A question is found by its own words if its search word is one of them (spaces, hyphens, underscores, case and
-brackets aside) and leads to the file in one of two ways:
+A search word must be part of its question (ignoring spaces, hyphens, underscores, case and brackets), and it
+must find the file in one of two ways:
 
-- by name: the word is whole words of the file's or its folder's name, and at most five files are found so;
+- by name: it consists of whole words of the file's or its folder's name, and finds at most five files;
 - by content: the file is the first of `grep -rlF WORD hypergen --include=*.py`, in sorted order.
 
-At least 20 of the 24 must be; the others are found only by the word that the table gives.
+This must hold for at least 20 of the 24 questions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def table() -> list[Row]:
     return [Row(question, ROOT / file, word) for question, file, word in rows]
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower())
 
 
@@ -42,20 +42,20 @@ def found_by_name(word: str) -> list[Path]:
     def names(path: Path) -> list[str]:
         return [path.stem, *path.parent.relative_to(ROOT).parts[1:]]
 
-    return [path for path in PACKAGE if any(f"_{plain(word)}_" in f"_{name}_" for name in names(path))]
+    return [path for path in PACKAGE if any(f"_{normalize(word)}_" in f"_{name}_" for name in names(path))]
 
 
 def first_by_content(word: str) -> Path | None:
     return next((path for path in PACKAGE if word in path.read_text(encoding="utf-8")), None)
 
 
-def is_found_by_its_own_words(row: Row) -> bool:
+def is_found_by_question(row: Row) -> bool:
     named = found_by_name(row.word)
-    leads_there = (row.file in named and len(named) <= 5) or first_by_content(row.word) == row.file
-    return plain(row.word) in plain(row.question) and leads_there
+    finds_file = (row.file in named and len(named) <= 5) or first_by_content(row.word) == row.file
+    return normalize(row.word) in normalize(row.question) and finds_file
 
 
-def test_there_are_24_questions_and_each_search_word_leads_to_its_file() -> None:
+def test_there_are_24_questions_and_each_search_word_finds_its_file() -> None:
     assert len(table()) == 24
     for row in table():
         assert row.file.is_file(), row
@@ -63,12 +63,12 @@ def test_there_are_24_questions_and_each_search_word_leads_to_its_file() -> None
 
 
 def test_most_questions_are_found_by_their_own_words() -> None:
-    missed = [row.question for row in table() if not is_found_by_its_own_words(row)]
+    missed = [row.question for row in table() if not is_found_by_question(row)]
     assert len(missed) <= 4, missed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_documents_lead_to_files(page: Path) -> None:
+def test_links_between_documents_are_valid(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
         if not re.match(r"[a-z]+:", target):
@@ -77,6 +77,6 @@ def test_links_between_documents_lead_to_files(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_that_documents_name_exist(page: Path) -> None:
-    """From the repository's folder, or from the package's where a page leaves `hypergen/` out."""
+    """Paths are relative to the repository, or to the package if a page omits `hypergen/`."""
     for path in re.findall(r"`([\w.]+/[\w/.]+\.py)`", page.read_text(encoding="utf-8")):
         assert any((folder / path).is_file() for folder in (ROOT, ROOT / "hypergen")), path

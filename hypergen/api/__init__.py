@@ -1,1 +1,1 @@
-"""The HTTP half: no torch, no engine, only the Protocol `ImageGenerator`."""
+"""The HTTP API. It imports no torch and no engine, only the Protocol `ImageGenerator`."""

@@ -1,4 +1,4 @@
-"""Errors over HTTP: the one table of status codes and the one body that every reader understands."""
+"""Errors over HTTP: the table of status codes, and the error body."""
 
 from __future__ import annotations
 
@@ -48,49 +48,52 @@ _CODES = {
     413: "payload_too_large",
     415: "unsupported_media_type",
 }
-# These would fail again, and the official clients would otherwise send them three times in all.
-_FINAL = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
-# The body of these was not read to its end, so the connection cannot carry another request.
+# A retry would fail again; without the header the official clients send such a request three times.
+_NOT_RETRYABLE = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
+# Raised before the whole body is read, so the connection cannot carry another request.
 _CLOSING = (AuthenticationError, ForbiddenError, PayloadTooLargeError, SlowBodyError)
-CLIENT_GONE = 499  # nobody reads it; the number is nginx's and stands in the log
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, only for the log
 
 
-class ClientGoneError(Exception):
-    """The client hung up before its answer."""
+class ClientDisconnectedError(Exception):
+    """The client disconnected before its response."""
 
 
 def status_of(error: RequestError) -> int:
-    """The status code of an error, or of the nearest of its bases that the table has."""
-    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+    """The status code of an error's class, or of its nearest base class in the table."""
+    return next((STATUS[base] for base in type(error).__mro__ if base in STATUS), 500)
 
 
 def envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The error body: `error` for OpenAI's clients and Hyperbolic's, `detail` for the HyperGen documents."""
+    """The error body: `error` as in OpenAI's and Hyperbolic's APIs, `detail` as in the HyperGen documents."""
     if status < 500:
-        kind = _TYPES.get(status, "invalid_request_error")
+        error_type = _TYPES.get(status, "invalid_request_error")
     else:
-        kind = _SERVER_TYPES.get(status, "internal_error")
+        error_type = _SERVER_TYPES.get(status, "internal_error")
     code = code or _CODES.get(status, "invalid_request" if status < 500 else "internal_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
+    return {
+        "error": {"message": message, "type": error_type, "param": param, "code": code},
+        "detail": message,
+    }
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """The error body of an error."""
+    """The body for an error."""
     return envelope(status_of(error), error.message, error.param, error.code)
 
 
 def to_response(error: RequestError) -> Response:
-    """An error as the client gets it."""
+    """The response for an error."""
     body = error_body(error)
     headers: dict[str, str] = {}
     if isinstance(error, AuthenticationError):
-        # LiteLLM finds the reason in `error.message` by OpenAI's words; the HyperGen documents fix `detail`.
+        # LiteLLM matches OpenAI's text in `error.message`; the HyperGen documents specify `detail`.
         body["error"]["message"] = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY'."
         body["detail"] = "Invalid API key"
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    if isinstance(error, _FINAL) or error.code == "poison":
+    if isinstance(error, _NOT_RETRYABLE) or error.code == "poison":
         headers["x-should-retry"] = "false"
     if isinstance(error, _CLOSING):
         headers["Connection"] = "close"
@@ -102,5 +105,5 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 def to_json(body: Any) -> bytes:
-    """JSON in ASCII: a prompt may hold characters that UTF-8 cannot carry."""
+    """JSON in ASCII, because a prompt may contain lone surrogates, which UTF-8 cannot encode."""
     return json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")

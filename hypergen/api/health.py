@@ -1,4 +1,4 @@
-"""The body of /health: the state of the server, its queue, its models and its engines."""
+"""The body of /health: the state of the server, the queue, the models and the engines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypergen.served_model import ServedModel
 def health_body(
     generator: ImageGenerator, status: ServerStatus, models: Sequence[ServedModel], device: str
 ) -> dict[str, Any]:
-    """What /health answers.
+    """The body of /health.
 
     Args:
-        device: the one in the settings, told until an engine has chosen.
+        device: the setting; reported until an engine has chosen its device.
     """
     return {
         "status": "healthy" if status.state == "ready" else status.state,
@@ -35,23 +35,23 @@ def health_body(
     }
 
 
-def _model(model: ServedModel, info: ModelInfo | None, status: ServerStatus) -> dict[str, Any]:
+def _model(model: ServedModel, model_info: ModelInfo | None, status: ServerStatus) -> dict[str, Any]:
     return {
         "id": model.id,
         "aliases": list(model.aliases),
-        "family": info.family if info else None,
+        "family": model_info.family if model_info else None,
         "in_memory": any(model.id in engine.models for engine in status.engines),
-        **_capabilities(info),
+        **_capabilities(model_info),
     }
 
 
-def _capabilities(info: ModelInfo | None) -> dict[str, Any]:
-    """What requests to a model may use; empty until it is loaded."""
+def _capabilities(model_info: ModelInfo | None) -> dict[str, Any]:
+    """Samplers, capabilities, LoRAs and ControlNets of a model; empty until it is loaded."""
     return {
-        "samplers": list(info.samplers) if info else [],
-        "options": sorted(info.capabilities) if info else [],
-        "loras": list(info.loras) if info else [],
-        "control_models": list(info.control_models) if info else [],
+        "samplers": list(model_info.samplers) if model_info else [],
+        "options": sorted(model_info.capabilities) if model_info else [],
+        "loras": list(model_info.loras) if model_info else [],
+        "control_models": list(model_info.control_models) if model_info else [],
     }
 
 

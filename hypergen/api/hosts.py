@@ -1,6 +1,4 @@
-"""Which names this server goes by: what a web page may not do through a browser, and whose name stands in
-`url` results.
-"""
+"""Host names of this server: protection against other web sites, and the hosts allowed in `url` results."""
 
 from __future__ import annotations
 
@@ -17,17 +15,19 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(:[0-9]{1,5}
 
 
 def is_own_host(host: str, server: ServerSettings) -> bool:
-    """Whether a Host header names this server: as the address that it listens on, loopback, any IP address,
-    `allowed_host` or `public_url`. Names of others would let a web page reach it by DNS rebinding, and
-    addresses can not be rebound.
+    """Whether a Host header names this server: the address that it listens on, loopback, any IP address,
+    `allowed_host` or `public_url`.
+
+    Any other name could be a web page that uses DNS rebinding. IP addresses cannot be rebound.
     """
     name = _name_in(host)
     return name is not None and (_is_named(name, server) or _address(name) is not None)
 
 
 def is_named_host(host: str, server: ServerSettings, local_address: str | None) -> bool:
-    """Whether the operator named this host, so that it may stand in answers: as `is_own_host`, but of the IP
-    addresses only loopback and the one that the connection came to, which the server was bound to.
+    """Whether the operator named this host, so that responses may contain it.
+
+    As `is_own_host`, but of the IP addresses only loopback and the local address of the connection.
     """
     name = _name_in(host)
     if name is None:
@@ -38,41 +38,41 @@ def is_named_host(host: str, server: ServerSettings, local_address: str | None) 
     )
 
 
-def refuse_strangers(
+def reject_cross_site(
     method: str, path: str, headers: Iterable[tuple[bytes, bytes]], server: ServerSettings
 ) -> None:
-    """For servers without a key: refuse what a web page of another site sends through somebody's browser.
+    """For servers without a key: reject requests that a page of another site sends through a browser.
 
     Raises:
-        ForbiddenError: the Host is none of this server's, or the request comes from a page of another site.
-            Stored images may be shown by other sites; their names cannot be guessed.
+        ForbiddenError: the Host is not this server's, or the request comes from a page of another site.
+            Other sites may show stored images, whose names cannot be guessed.
     """
-    given = [
+    relevant = [
         (name, value.decode("latin-1"))
         for name, value in headers
         if name in (b"host", b"origin", b"sec-fetch-site")
     ]
-    hosts = [value for name, value in given if name == b"host"]
+    hosts = [value for name, value in relevant if name == b"host"]
     if len(hosts) > 1 or not all(is_own_host(host, server) for host in hosts):
         raise ForbiddenError(
-            "The Host header names another server. Name this one with --allowed-host or --public-url, "
+            "The Host header does not name this server. Allow it with --allowed-host or --public-url, "
             "or set an API key.",
             code="forbidden_host",
         )
     is_file = path.startswith(FILES_PREFIX) and method in ("GET", "HEAD")
-    # Browsers say the site of a page only to https and loopback, and the origin of a POST to everybody.
-    is_foreign = (
-        any(not _is_own_origin(value, hosts, server) for name, value in given if name == b"origin")
-        or (b"sec-fetch-site", "cross-site") in given
+    # Browsers send Sec-Fetch-Site only to https and loopback, but the Origin of a POST to every server.
+    is_cross_site = (
+        any(not _is_own_origin(value, hosts, server) for name, value in relevant if name == b"origin")
+        or (b"sec-fetch-site", "cross-site") in relevant
     )
-    if is_foreign and not is_file:
+    if is_cross_site and not is_file:
         raise ForbiddenError(
-            "Pages of other sites may not use this server without an API key.", code="cross_site"
+            "Pages of other sites cannot use this server without an API key.", code="cross_site"
         )
 
 
 def _is_own_origin(origin: str, hosts: list[str], server: ServerSettings) -> bool:
-    """Whether a page comes from this server or this machine; "null" does not."""
+    """Whether an Origin is this server or this machine; "null" is not."""
     host = origin.partition("://")[2]
     name = _name_in(host)
     if name is None:
@@ -88,7 +88,7 @@ def _is_named(name: str, server: ServerSettings) -> bool:
 
 
 def _name_in(host: str) -> str | None:
-    """The host without its port; None if it is none."""
+    """The host without its port; None if it is malformed."""
     match = _HOST.fullmatch(host)
     return None if match is None else match[1].strip("[]").rstrip(".").lower()
 

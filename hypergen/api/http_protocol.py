@@ -1,8 +1,7 @@
-"""uvicorn's HTTP/1.1 protocol with limits on what a connection may cost: time for a request's head, time
-without a byte of an answer taken, and a number of connections.
+"""uvicorn's HTTP/1.1 protocol with limits for slow and many connections, for which uvicorn has no settings.
 
-uvicorn has no settings for these. The
-service's `bentoml_integration/dispatcher.py` chooses it.
+The limits are a time for a request's head, a time in which the client must read, and a number of connections.
+`bentoml_integration/dispatcher.py` selects this protocol.
 """
 
 from __future__ import annotations
@@ -21,45 +20,45 @@ try:
 except ImportError:  # Windows, which has no such limit
     resource = None
 
-# No client sends such chunks; a size that wraps around in a proxy before us may hide a second request.
+# No client sends larger chunks. A size that overflows in a proxy may smuggle a second request.
 _MAX_CHUNK_BYTES = 2**31
-_MOST_CONNECTIONS = 10_000
-# h11 takes a microsecond for each byte of a body in chunks of one, and reads are 256 kB by default.
+_MAX_CONNECTIONS = 10_000
+# h11 takes 1 us per byte for a body in chunks of one byte; asyncio reads 256 kB at a time by default.
 _READ_BYTES = 16 * 1024
-# In `scope["extensions"]`: ends the connection at once; what was not sent is dropped.
+# Key in `scope["extensions"]`: a function that closes the connection at once and drops unsent bytes.
 ABORT = "hypergen.abort"
 
 
-def _connections_that_fit() -> int:
-    """How many connections there may be beside the files and sockets that the process itself needs."""
+def _default_max_connections() -> int:
+    """The file descriptor limit without the descriptors that the process itself needs."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
     if descriptors < 0:  # no limit
-        return _MOST_CONNECTIONS
-    return min(_MOST_CONNECTIONS, max(16, descriptors - min(128, descriptors // 4)))
+        return _MAX_CONNECTIONS
+    return min(_MAX_CONNECTIONS, max(16, descriptors - min(128, descriptors // 4)))
 
 
 class GuardedProtocol(H11Protocol):
-    """One connection, which is looked at every now and then: does it still move?
+    """One connection, with timeouts that are checked every `check_interval_s`.
 
     Attributes:
-        head_timeout_s: from the connection, or the answer before, to the end of a request's head.
-        write_timeout_s: in which a client takes no byte of its answer.
-        drain_timeout_s: in which a client that was answered early may send the rest of its body.
-        max_connections: beyond so many, the one that has waited longest for a request is ended.
+        head_timeout_s: from the connection, or the previous response, to the end of a request's head.
+        write_timeout_s: how long a client may read nothing of its response.
+        drain_timeout_s: how long a client may send the rest of its body after an early response.
+        max_connections: beyond this number the connection that has been idle longest is closed.
     """
 
     head_timeout_s = 20.0
     write_timeout_s = 60.0
-    look_every_s = 5.0
+    check_interval_s = 5.0
     drain_timeout_s = 120.0
-    max_connections = _connections_that_fit()
+    max_connections = _default_max_connections()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.waiting_since = self.loop.time()  # for a request's head
-        self._unsent = 0
-        self._sent_at = self.waiting_since
-        self._look: asyncio.TimerHandle | None = None
+        self.idle_since = self.loop.time()  # for a request's head
+        self._unsent_bytes = 0
+        self._progress_at = self.idle_since
+        self._timer: asyncio.TimerHandle | None = None
         app = self.app
 
         async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,76 +69,75 @@ class GuardedProtocol(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being received or answered."""
+        """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         if hasattr(transport, "max_size"):  # asyncio's own
             transport.max_size = _READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
-        self._look = self.loop.call_later(self.look_every_s, self._look_again)
-        self._make_room()
+        self._timer = self.loop.call_later(self.check_interval_s, self._check_timeouts)
+        self._enforce_connection_limit()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._look is not None:
-            self._look.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         super().connection_lost(exc)
-        self.app = cast(Any, None)  # breaks a cycle, so that all of it goes with the connection
+        self.app = cast(Any, None)  # breaks a reference cycle, so that the memory is freed at once
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        reader = self.conn._reader  # pyright: ignore[reportPrivateUsage]  h11 does not tell a chunk's size
+        reader = self.conn._reader  # pyright: ignore[reportPrivateUsage]  h11 does not expose the chunk size
         if getattr(reader, "_bytes_in_chunk", 0) > _MAX_CHUNK_BYTES:
-            self.send_400_response("The body has a chunk of more than 2 GiB.")
+            self.send_400_response("A chunk of the body is larger than 2 GiB.")
 
     def send_400_response(self, msg: str) -> None:
-        """The one error body, for what is no HTTP. A connection whose answer has begun is only closed."""
+        """Send the error body for malformed HTTP. If the response has started, only close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = to_json(envelope(400, msg, code="invalid_http"))
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
             headers += [(b"content-length", b"%d" % len(body)), (b"x-content-type-options", b"nosniff")]
-            answer = (
+            response = (
                 h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             )
-            for event in answer:
+            for event in response:
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def on_response_complete(self) -> None:
-        self.waiting_since = self.loop.time()
+        self.idle_since = self.loop.time()
         super().on_response_complete()
 
     def resume_writing(self) -> None:
-        self._sent_at = self.loop.time()
+        self._progress_at = self.loop.time()
         super().resume_writing()
 
-    def _look_again(self) -> None:
+    def _check_timeouts(self) -> None:
         now = self.loop.time()
-        if self.transport.get_protocol() is not self:  # a WebSocket, which the service refuses by itself
+        if self.transport.get_protocol() is not self:  # a WebSocket, which the middleware rejects
             return
         unsent = self.transport.get_write_buffer_size()
-        if unsent == 0 or unsent < self._unsent:
-            self._sent_at = now
-        self._unsent = unsent
-        if now - self._sent_at >= self.write_timeout_s:
+        if unsent == 0 or unsent < self._unsent_bytes:
+            self._progress_at = now
+        self._unsent_bytes = unsent
+        if now - self._progress_at >= self.write_timeout_s:
             self.transport.abort()
             return
         timeout_s = self.head_timeout_s if self.conn.their_state is h11.IDLE else self.drain_timeout_s
-        if self.idle and now - self.waiting_since >= timeout_s:
+        if self.idle and now - self.idle_since >= timeout_s:
             self.transport.close()
-        self._look = self.loop.call_later(self.look_every_s, self._look_again)
+        self._timer = self.loop.call_later(self.check_interval_s, self._check_timeouts)
 
-    def _make_room(self) -> None:
-        """End the connection that has waited longest for a request when there are too many; without such a
-        one, the new connection.
-        """
+    def _enforce_connection_limit(self) -> None:
+        """Beyond the limit, close the connection that has been idle longest, or this one if none is idle."""
         if len(self.connections) <= self.max_connections:
             return
-        connections = cast(set[Any], self.connections)  # WebSockets too, which are refused at once
-        there = [c for c in connections if isinstance(c, GuardedProtocol) and not c.transport.is_closing()]
-        if len(there) <= self.max_connections:
+        connections = cast(set[Any], self.connections)  # also WebSockets, which are rejected at once
+        guarded = (connection for connection in connections if isinstance(connection, GuardedProtocol))
+        open_connections = [connection for connection in guarded if not connection.transport.is_closing()]
+        if len(open_connections) <= self.max_connections:
             return
-        idle = (connection for connection in there if connection.idle and connection is not self)
-        min(idle, key=lambda connection: connection.waiting_since, default=self).transport.abort()
+        idle = (connection for connection in open_connections if connection.idle and connection is not self)
+        min(idle, key=lambda connection: connection.idle_since, default=self).transport.abort()

@@ -1,4 +1,4 @@
-"""From a checked request to its answer: draw, notice a client that leaves, keep what gets a `url`."""
+"""The handler of image requests: it parses the body, generates the images and builds the response."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -18,17 +18,18 @@ from starlette.responses import Response, StreamingResponse
 from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import IMAGE_FIELDS
-from hypergen.api.errors import ClientGoneError
+from hypergen.api.disconnects import client_disconnected, run_until_disconnect
+from hypergen.api.errors import ClientDisconnectedError
 from hypergen.api.hosts import is_named_host
 from hypergen.api.multipart_form import is_form, read_form
-from hypergen.api.outgoing_answers import Outgoing
+from hypergen.api.outgoing_answers import OutgoingResponse
 from hypergen.api.request_body import read_json_object
 from hypergen.api.responses import iter_chunks, write
 from hypergen.api.sse import EventStream
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator, generate_all
-from hypergen.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from hypergen.errors import InvalidRequestError, UnavailableError
 from hypergen.events import Event, ImageFinished, Preview
 from hypergen.images.decoding import decoding_cancelled
 from hypergen.images.encoding import OUTPUT_FORMATS
@@ -38,208 +39,189 @@ from hypergen.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-# A decoded picture of 40 megapixels takes 160 MB, so only two are decoded at a time.
-_DECODERS = ThreadPoolExecutor(2, "decode")
-_Result = TypeVar("_Result")
+# Two threads: a decoded image of 40 megapixels takes 160 MB.
+_DECODING_THREADS = ThreadPoolExecutor(2, "decode")
 
 
 async def read_body(request: Request, endpoint: Endpoint, settings: Settings) -> dict[str, Any]:
-    """The fields of a request, from JSON or from a form where the endpoint takes one.
+    """The fields of a body: JSON, or a form if the endpoint accepts one.
 
     Raises:
-        ClientGoneError: the client hung up before the end of its body.
+        ClientDisconnectedError: the client disconnected before the end of the body.
+        RequestError: the body is malformed, too large, or of an unsupported media type.
     """
     max_text_bytes = int(settings.server.max_text_body_mb * 1e6)
     try:
         if endpoint.form is not None and is_form(request):
-            return await read_form(request, endpoint.form, max_text_bytes)
+            return await read_form(request, endpoint.form, IMAGE_FIELDS, max_text_bytes)
         return await read_json_object(request, endpoint.form is not None, max_text_bytes, IMAGE_FIELDS)
     except ClientDisconnect:
-        raise ClientGoneError from None
+        raise ClientDisconnectedError from None
 
 
 async def parse_request(
     endpoint: Endpoint,
     body: dict[str, Any],
-    description: ModelInfo,
+    model_info: ModelInfo,
     settings: Settings,
     request_id: str,
-    until_client_left: Callable[[], Awaitable[object]],
+    wait_for_disconnect: Callable[[], Awaitable[object]],
     deadline: float,
 ) -> ValidatedRequest:
-    """Check a body and resolve its defaults; input images in it are decoded in a thread, until the client
-    leaves or the time is over.
+    """Validate a body and resolve its defaults.
+
+    A body with input images is parsed in a thread, because decoding them takes long.
 
     Raises:
-        ClientGoneError: nobody waits for the answer any more.
-        RequestError: the body is not right, or the deadline passed.
+        ClientDisconnectedError: the client disconnected.
+        RequestError: the body is invalid, or the deadline has passed.
     """
-    arguments = (body, description, settings.server, request_id)
+    arguments = (body, model_info, settings.server, request_id)
     if endpoint.image_fields.isdisjoint(body):
         return endpoint.to_request(*arguments)
     cancelled = threading.Event()
     context = contextvars.copy_context()
     context.run(decoding_cancelled.set, cancelled)
     decoding = asyncio.get_running_loop().run_in_executor(
-        _DECODERS, lambda: context.run(endpoint.to_request, *arguments)
+        _DECODING_THREADS, lambda: context.run(endpoint.to_request, *arguments)
     )
     try:
-        return await unless_client_leaves(decoding, until_client_left(), deadline)
+        return await run_until_disconnect(decoding, wait_for_disconnect(), deadline)
     finally:
         cancelled.set()
 
 
-async def answer(
+async def handle_image_request(
     request: Request,
     endpoint: Endpoint,
     settings: Settings,
     generator: ImageGenerator,
     storage: ImageStorage,
 ) -> Response:
-    """One image request, from its body to its answer."""
+    """Handle one image request, from its body to its response."""
     started = time.monotonic()
     require_model(generator)
     body = await read_body(request, endpoint, settings)
-    description = require_model(generator, body.get(endpoint.model_field))
+    model_info = require_model(generator, body.get(endpoint.model_field))
     deadline: float = request.state.deadline
-    until_client_left = partial(disconnected, request)
-    asked = await parse_request(
-        endpoint, body, description, settings, request.state.request_id, until_client_left, deadline
+    wait_for_disconnect = partial(client_disconnected, request)
+    validated = await parse_request(
+        endpoint, body, model_info, settings, request.state.request_id, wait_for_disconnect, deadline
     )
-    body.clear()  # input images in base64 would be held as long as the request waits
+    body.clear()  # or the base64 of input images would stay in memory while the request waits
     request.state.body.release()
-    base = url_base(request, settings, asked)  # before anything is generated that could not be answered
-    outgoing: Outgoing = request.state.outgoing
-    if endpoint.to_sse_event is not None and asked.stream:
-        to_sse_event = partial(endpoint.to_sse_event, asked.without_input_images(), int(time.time()))
-        return await stream(generator, asked, to_sse_event, until_client_left, deadline, outgoing)
+    base = url_base(request, settings, validated)  # before generation, because it may reject the request
+    outgoing: OutgoingResponse = request.state.outgoing
+    if endpoint.to_sse_event is not None and validated.stream:
+        to_sse_event = partial(endpoint.to_sse_event, validated.without_input_images(), int(time.time()))
+        return await stream_events(
+            generator, validated, to_sse_event, wait_for_disconnect, deadline, outgoing
+        )
     try:
-        images = await draw(generator, asked.generation, until_client_left(), deadline)
+        images = await generate_images(generator, validated.generation, wait_for_disconnect(), deadline)
     except InvalidRequestError as error:
-        raise asked.with_client_field_names(error) from None
-    asked = asked.without_input_images()
-    if asked.price is not None:
-        asked.price.count()
-    urls = None if base is None else await asyncio.to_thread(store, storage, asked.generation, images, base)
-    pieces = await write(endpoint.to_response, asked, images, urls, int(time.time()))
+        raise validated.with_client_field_names(error) from None
+    validated = validated.without_input_images()
+    if validated.price is not None:
+        validated.price.count()
+    urls = None
+    if base is not None:
+        urls = await asyncio.to_thread(store_images, storage, validated.generation, images, base)
+    pieces = await write(endpoint.to_response, validated, images, urls, int(time.time()))
     response = chunked_json_response(pieces, outgoing)
     response.headers["openai-processing-ms"] = str(max(1, round((time.monotonic() - started) * 1000)))
     shared = ",".join(str(image.shared_forwards) for image in images)
     response.headers["x-hypergen-shared-forwards"] = shared
     response.headers["server-timing"] = server_timing(images)
-    response.headers.update(asked.headers)
+    response.headers.update(validated.headers)
     return response
 
 
-def chunked_json_response(pieces: list[bytes], outgoing: Outgoing) -> StreamingResponse:
-    """A JSON answer that is sent in slices."""
+def chunked_json_response(pieces: list[bytes], outgoing: OutgoingResponse) -> StreamingResponse:
+    """A JSON response that is sent in chunks."""
     size = sum(len(piece) for piece in pieces)
-    outgoing.hold(size)
+    outgoing.add_pending(size)
     response = StreamingResponse(iter_chunks(pieces), media_type="application/json")
     response.headers["content-length"] = str(size)
     return response
 
 
 def require_model(generator: ImageGenerator, name: object = None) -> ModelInfo:
-    """What requests are checked against: the served model of this name, else the first.
+    """The served model of this name, else the first.
 
     Args:
-        name: as it stands in a body that was not checked.
+        name: the unvalidated field of a body.
 
     Raises:
-        UnavailableError: the models are not loaded yet, or could not be.
+        UnavailableError: the models are still loading, or loading failed.
     """
-    description = generator.model_info(name if isinstance(name, str) else None)
-    if description is None:
+    model_info = generator.model_info(name if isinstance(name, str) else None)
+    if model_info is None:
         state = generator.status().state
-        words = {"failed": "The model could not be loaded; /health says why."}
-        raise UnavailableError(words.get(state, "The model is still loading."), code=state, retry_after_s=5)
-    return description
+        messages = {"failed": "The model could not be loaded; /health has the reason."}
+        raise UnavailableError(
+            messages.get(state, "The model is still loading."), code=state, retry_after_s=5
+        )
+    return model_info
 
 
-async def draw(
+async def generate_images(
     generator: ImageGenerator,
     request: GenerationRequest,
-    until_client_left: Awaitable[object],
+    disconnected: Awaitable[object],
     deadline: float,
 ) -> list[ImageFinished]:
-    """Draw all pictures unless the client leaves or the time is over; either frees the place at once.
+    """Generate all images; cancel the request if the client disconnects or the deadline passes.
 
     Args:
-        deadline: by the event loop's clock.
+        disconnected: returns when the client has disconnected.
+        deadline: time of the event loop's clock.
 
     Raises:
-        ClientGoneError: nobody waits for the answer any more.
-        DeadlineExceededError: the request took longer than the server allows.
+        ClientDisconnectedError: the client disconnected.
+        DeadlineExceededError: the deadline has passed.
     """
-    drawing = asyncio.ensure_future(generate_all(generator, request))
-    return await unless_client_leaves(drawing, until_client_left, deadline)
+    generating = asyncio.ensure_future(generate_all(generator, request))
+    return await run_until_disconnect(generating, disconnected, deadline)
 
 
-async def stream(
+async def stream_events(
     generator: ImageGenerator,
-    asked: ValidatedRequest,
+    validated: ValidatedRequest,
     to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
-    until_client_left: Callable[[], Awaitable[object]],
+    wait_for_disconnect: Callable[[], Awaitable[object]],
     deadline: float,
-    outgoing: Outgoing,
+    outgoing: OutgoingResponse,
 ) -> Response:
-    """Submit a request, then answer with its events as they come.
+    """Submit a request; the response streams its events.
 
     Raises:
-        ClientGoneError: nobody waits for the answer any more.
-        RequestError: it was refused, or failed before its first event.
+        ClientDisconnectedError: the client disconnected before the first event.
+        RequestError: the request was rejected, or failed before its first event.
     """
 
-    def hold(event: Event) -> None:
-        """A client that reads slowly holds memory, which is counted, and never the engine."""
+    def count(event: Event) -> None:
+        """Count the event's memory until it is sent: a slow client must not slow down the engine."""
         if isinstance(event, Preview | ImageFinished):
-            outgoing.hold(len(event.data))
+            outgoing.add_pending(len(event.data))
 
-    handle = await generator.submit(asked.generation, on_event=hold)
+    handle = await generator.submit(validated.generation, on_event=count)
     try:
         first = asyncio.ensure_future(anext(handle))
-        event = await unless_client_leaves(first, until_client_left(), deadline)
+        event = await run_until_disconnect(first, wait_for_disconnect(), deadline)
     except BaseException as error:
         handle.cancel()
         if isinstance(error, InvalidRequestError):
-            raise asked.with_client_field_names(error) from None
+            raise validated.with_client_field_names(error) from None
         raise
     return EventStream(event, handle, to_sse_event, outgoing, deadline)
 
 
-async def unless_client_leaves(
-    work: asyncio.Future[_Result], until_client_left: Awaitable[object], deadline: float
-) -> _Result:
-    """What the work gives; it is cancelled when the client leaves or the time is over.
-
-    Args:
-        deadline: by the event loop's clock.
-
-    Raises:
-        ClientGoneError: nobody waits for the answer any more.
-        DeadlineExceededError: the time is over.
-    """
-    leaving = asyncio.ensure_future(until_client_left)
-    try:
-        timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.wait([work, leaving], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        if leaving.done():
-            raise ClientGoneError
-        raise DeadlineExceededError("The request was not finished within its time.")
-    finally:
-        await _cancel(work)
-        await _cancel(leaving)
-
-
 def server_timing(images: list[ImageFinished]) -> str:
-    """The `Server-Timing` header: milliseconds in the engine and in its encoding threads.
+    """The `Server-Timing` header: milliseconds in the engine and in the encoding threads.
 
-    Both are of the picture that was finished last, because the answer waited for it and pictures of one
-    request are drawn and encoded side by side: what the request took beyond their sum was spent on HTTP, in
-    the queue before the engine, and on waiting for an encoding thread.
+    Both are those of the image that finished last, because images of one request run in parallel. The rest of
+    the request's time was spent on HTTP, in the request queue, and on waiting for an encoding thread.
 
     Source: https://www.w3.org/TR/server-timing/.
     """
@@ -247,24 +229,24 @@ def server_timing(images: list[ImageFinished]) -> str:
     return f"engine;dur={last.engine_s * 1000:.1f}, encode;dur={last.encode_s * 1000:.1f}"
 
 
-def store(
+def store_images(
     storage: ImageStorage, request: GenerationRequest, images: list[ImageFinished], base: str
 ) -> list[str]:
-    """Keep the pictures' files; returns their addresses."""
-    kind = OUTPUT_FORMATS[request.output_format]
-    return [base + storage.put(image.data, kind.extension, kind.media_type) for image in images]
+    """Store the image files; returns their URLs."""
+    file_format = OUTPUT_FORMATS[request.output_format]
+    return [base + storage.put(image.data, file_format.extension, file_format.media_type) for image in images]
 
 
-def url_base(request: Request, settings: Settings, asked: ValidatedRequest) -> str | None:
-    """What comes before a stored image's name in `url` results: the public URL, else scheme, host and port
-    that the request came to. None for answers without addresses: where none are asked for, and where the
-    operator has not named that host, because whoever sends a strange one could have its address given to
-    others.
+def url_base(request: Request, settings: Settings, validated: ValidatedRequest) -> str | None:
+    """The URL before a stored image's name: the public URL, else scheme, host and port of the request.
+
+    None if the response has no `url`: only base64 was requested, or the operator did not name the host of the
+    request. A client that forges the Host header could otherwise put its own address into responses.
 
     Raises:
-        InvalidRequestError: only addresses are asked for, and there are none.
+        InvalidRequestError: only a `url` was requested, and the operator did not name the host.
     """
-    if asked.response_format == "b64_json":
+    if validated.response_format == "b64_json":
         return None
     if settings.server.public_url:
         return settings.server.public_url.rstrip("/") + FILES_PREFIX
@@ -272,11 +254,11 @@ def url_base(request: Request, settings: Settings, asked: ValidatedRequest) -> s
     local_address, _ = request.scope.get("server") or (None, None)
     if is_named_host(host, settings.server, local_address):
         return f"{request.scope['scheme']}://{host}{FILES_PREFIX}"
-    _warn_of_host()
-    if asked.response_format == "url":
+    _warn_unknown_host()
+    if validated.response_format == "url":
         raise InvalidRequestError(
-            "'response_format' url: this server does not know itself by the Host of this request, which "
-            "--public-url or --allowed-host would name; ask for 'b64_json'.",
+            "'response_format' url is not possible: the Host of this request is not allowed by --public-url "
+            "or --allowed-host. Use 'b64_json'.",
             param="response_format",
             code="invalid_host",
         )
@@ -284,23 +266,7 @@ def url_base(request: Request, settings: Settings, asked: ValidatedRequest) -> s
 
 
 @cache
-def _warn_of_host() -> None:
+def _warn_unknown_host() -> None:
     logger.warning(
-        "Requests come to a host that neither --public-url nor --allowed-host names: answers have no url."
+        "Responses have no url: the Host of requests is not allowed by --public-url or --allowed-host."
     )
-
-
-async def disconnected(request: Request) -> None:
-    """Return when the client has left; its body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancel(task: asyncio.Future[Any]) -> None:
-    """End a task and wait until it has left what it held."""
-    if not task.done():
-        task.cancel()
-        # Not `await task`: its CancelledError could not be told from one that is meant for this task.
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()

@@ -1,7 +1,6 @@
-"""Jobs: image requests that are answered later, for work longer than a proxy's patience.
+"""Asynchronous jobs: image requests whose result is fetched later, for work beyond a proxy's timeout.
 
-A job lives in this process's memory and is gone with it; its pictures lie with those behind `url` results,
-and live as long.
+Jobs are kept in this process's memory. Their images are in the storage of `url` results, with its lifetime.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 @dataclass(eq=False)
 class Job:
-    """One request, its state, and in the end the names of its pictures."""
+    """One request, its state, and the names of its stored images."""
 
     id: str
     endpoint: Endpoint
-    asked: ValidatedRequest
+    validated: ValidatedRequest
     created: int
-    handle: RequestHandle | None  # None when it has ended: it would hold memory
+    handle: RequestHandle | None  # None after the end, to free its memory
     state: JobState = "queued"
     step: int = 0
     steps: int | None = None
@@ -58,18 +57,18 @@ class Job:
         return self.ended_at is not None
 
     def seconds_left(self) -> float | None:
-        """How long the rest takes at the pace of the steps so far."""
+        """Estimate from the mean time of the steps so far; None before the first step."""
         if not self.step or self.steps is None:
             return None
         return (time.monotonic() - self.started_at) / self.step * (self.steps - self.step)
 
 
 class Jobs:
-    """The jobs of this server. Belongs to one event loop.
+    """The jobs of this server, for one event loop.
 
     Args:
-        lifetime_s: how long a job can be asked for after its end.
-        most: jobs that are kept; the ones that ended first go first.
+        lifetime_s: seconds for which a job is kept after its end.
+        max_jobs: limit on kept jobs; for a new one, the job that ended first is removed.
     """
 
     def __init__(
@@ -77,51 +76,51 @@ class Jobs:
         generator: ImageGenerator,
         storage: ImageStorage,
         lifetime_s: float,
-        most: int,
+        max_jobs: int,
     ) -> None:
         self._generator = generator
         self._storage = storage
         self._lifetime_s = lifetime_s
-        self._most = most
+        self._max_jobs = max_jobs
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
-    async def submit(self, endpoint: Endpoint, asked: ValidatedRequest, deadline: float) -> Job:
-        """Take a checked request on.
+    async def submit(self, endpoint: Endpoint, validated: ValidatedRequest, deadline: float) -> Job:
+        """Create a job.
 
         Args:
-            deadline: when it must be finished, by the event loop's clock.
+            deadline: time of the event loop's clock.
 
         Raises:
-            QueueFullError: there is no room for one more, here or in the queue.
-            UnavailableError: the engine is not there.
+            QueueFullError: too many unfinished jobs, or the request queue is full.
+            UnavailableError: no engine is ready.
         """
-        self._forget_old()
-        if len(self._jobs) >= self._most and not self._forget_one():
+        self._remove_expired()
+        if len(self._jobs) >= self._max_jobs and not self._remove_oldest_ended():
             raise QueueFullError(
-                f"There are {self._most} unfinished jobs. Try again later.", retry_after_s=60
+                f"There are {self._max_jobs} unfinished jobs. Try again later.", retry_after_s=60
             )
-        handle = await self._generator.submit(asked.generation)
-        job = Job(f"job_{uuid.uuid4().hex}", endpoint, asked, int(time.time()), handle)
+        handle = await self._generator.submit(validated.generation)
+        job = Job(f"job_{uuid.uuid4().hex}", endpoint, validated, int(time.time()), handle)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, handle, deadline))
         return job
 
     def get(self, job_id: str) -> Job:
-        """Raises NotFoundError when the job is unknown or its time is over."""
-        self._forget_old()
+        """Raises NotFoundError if the job is unknown or has expired."""
+        self._remove_expired()
         job = self._jobs.get(job_id)
         if job is None:
-            raise NotFoundError("There is no such job, or its time is over.")
+            raise NotFoundError("The job does not exist or has expired.")
         return job
 
     async def cancel(self, job_id: str) -> Job:
-        """End a job at the next step; one that has ended stays as it is."""
+        """Cancel a job at the next step; no effect if it has ended."""
         job = self.get(job_id)
         await self._stop(job)
         return job
 
     async def close(self) -> None:
-        """End all jobs, also those whose time is over."""
+        """Cancel all jobs, also those that have expired."""
         await asyncio.gather(*(self._stop(job) for job in self._jobs.values()), return_exceptions=True)
 
     async def _stop(self, job: Job) -> None:
@@ -129,50 +128,51 @@ class Jobs:
             job.task.cancel()
             with suppress(asyncio.CancelledError):
                 await job.task
-        if not job.ended:  # cancelled before its first step in the event loop
+        if not job.ended:  # the task was cancelled before it ran
             self._end(job, "cancelled")
 
     def status(self, job: Job) -> dict[str, Any]:
-        """The job as its client sees it, without the result."""
-        told: dict[str, Any] = {
+        """The body for the client, without the result."""
+        body: dict[str, Any] = {
             "id": job.id,
             "object": "image.job",
             "status": job.state,
             "created": job.created,
         }
         if job.state == "queued":
-            waiting = job.handle.queue_position() if job.handle else None
-            if waiting is not None:
-                told["position"] = waiting.position
-            left = waiting.expected_s if waiting else None
+            queued = job.handle.queue_position() if job.handle else None
+            if queued is not None:
+                body["position"] = queued.position
+            left = queued.expected_s if queued else None
         else:
             left = job.seconds_left() if job.state == "running" else None
         if job.steps is not None:
-            told["progress"] = {"step": job.step, "steps": job.steps}
+            body["progress"] = {"step": job.step, "steps": job.steps}
         if left is not None:
-            told["expected_s"] = round(left, 1)
+            body["expected_s"] = round(left, 1)
         if job.error is not None:
-            told["error"] = {**error_body(job.error)["error"], "status": status_of(job.error)}
-        return told
+            body["error"] = {**error_body(job.error)["error"], "status": status_of(job.error)}
+        return body
 
     def result(self, job: Job, base: str | None) -> list[bytes]:
-        """The answer that the request would have had, as JSON in pieces; reads files, so it belongs into a
-        thread.
+        """The response of the request's own route, as pieces of JSON.
+
+        Runs in a thread, because it reads files.
 
         Args:
-            base: what comes before a stored picture's name in its `url`; None: there are no addresses.
+            base: the URL before a stored image's name; None: without `url`.
 
         Raises:
-            NotFoundError: the pictures' time is over, or newer ones took their room.
+            NotFoundError: the images have expired, or newer ones replaced them.
         """
         images: list[ImageFinished] = []
         for image, name in job.images:
             data = self._storage.read(name)
             if data is None:
-                raise NotFoundError("The images of this job are gone; their time is over.")
+                raise NotFoundError("The images of this job have expired.")
             images.append(replace(image, data=data))
         urls = None if base is None else [base + name for _, name in job.images]
-        return job.endpoint.to_response(job.asked, images, urls, job.created)
+        return job.endpoint.to_response(job.validated, images, urls, job.created)
 
     async def _run(self, job: Job, handle: RequestHandle, deadline: float) -> None:
         try:
@@ -182,46 +182,50 @@ class Jobs:
         except asyncio.CancelledError:
             self._end(job, "cancelled")
         except TimeoutError:
-            self._end(job, "failed", DeadlineExceededError("The job was not finished within its time."))
+            self._end(job, "failed", DeadlineExceededError("The job did not finish before its deadline."))
         except RequestError as error:
-            self._end(job, "failed", job.asked.with_client_field_names(error))
-        except Exception:  # the outer edge: nobody else waits for this task
+            self._end(job, "failed", job.validated.with_client_field_names(error))
+        except Exception:  # Isolate the failure: nothing awaits this task.
             logger.exception("%s failed.", job.id)
-            self._end(job, "failed", GenerationError("The server failed on this job; its log says why."))
+            self._end(job, "failed", GenerationError("The server failed on this job; see its log."))
 
     async def _collect(self, job: Job, handle: RequestHandle) -> None:
-        kind = OUTPUT_FORMATS[job.asked.generation.output_format]
+        file_format = OUTPUT_FORMATS[job.validated.generation.output_format]
         async for event in handle:
             if isinstance(event, Started):
                 job.state, job.started_at = "running", time.monotonic()
             elif isinstance(event, Progress):
                 job.step, job.steps = event.step, event.steps
             elif isinstance(event, ImageFinished):
-                name = await asyncio.to_thread(self._storage.put, event.data, kind.extension, kind.media_type)
+                name = await asyncio.to_thread(
+                    self._storage.put, event.data, file_format.extension, file_format.media_type
+                )
                 job.images.append((replace(event, data=b""), name))
-        if len(job.images) != job.asked.generation.n:
+        if len(job.images) != job.validated.generation.n:
             raise GenerationError("The engine ended the job before all images were generated.")
-        if job.asked.price is not None:
-            job.asked.price.count()
-        job.images.sort(key=lambda picture: picture[0].index)
+        if job.validated.price is not None:
+            job.validated.price.count()
+        job.images.sort(key=lambda stored: stored[0].index)
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()
         if job.handle is not None:
             job.handle.cancel()
             job.handle = None
-        job.asked = job.asked.without_input_images()
-        if job.id in self._jobs:  # so that those that have ended stand in that order
+        job.validated = job.validated.without_input_images()
+        if job.id in self._jobs:  # keeps ended jobs in the order of their end
             self._jobs.move_to_end(job.id)
 
-    def _forget_old(self) -> None:
+    def _remove_expired(self) -> None:
         before = time.monotonic() - self._lifetime_s
-        old = [job.id for job in self._jobs.values() if job.ended_at is not None and job.ended_at < before]
-        for job_id in old:
+        expired = [
+            job.id for job in self._jobs.values() if job.ended_at is not None and job.ended_at < before
+        ]
+        for job_id in expired:
             del self._jobs[job_id]
 
-    def _forget_one(self) -> bool:
-        """Make room; False if no job has ended."""
+    def _remove_oldest_ended(self) -> bool:
+        """Remove the job that ended first; False if no job has ended."""
         first = next((job.id for job in self._jobs.values() if job.ended), None)
         if first is not None:
             del self._jobs[first]

@@ -1,5 +1,6 @@
-"""The outermost middleware: every request gets an id and a deadline, shows its key, stays within the limits
-of bodies, and when it fails gets the one error body, also where BentoML's own routes would answer otherwise.
+"""The outermost middleware: request id, deadline, key check, body limits, and the error body.
+
+It also covers BentoML's own routes, whose errors it rewrites into the error body.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api import errors
 from hypergen.api.auth import OPEN_PATHS, BearerAuth
-from hypergen.api.hosts import refuse_strangers
+from hypergen.api.hosts import reject_cross_site
 from hypergen.api.http_protocol import ABORT
-from hypergen.api.outgoing_answers import Outgoing, OutgoingMemory
+from hypergen.api.outgoing_answers import OutgoingMemory, OutgoingResponse
 from hypergen.api.request_body import BodyLimit, BodyMemory
-from hypergen.api.responses import SLICE_BYTES, iter_chunks
+from hypergen.api.responses import CHUNK_BYTES, iter_chunks
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, RequestError
 
 logger = logging.getLogger(__name__)
 
-# BentoML's name and version are nobody's business.
+# These would reveal BentoML and its version.
 _HIDDEN_HEADERS = ("server", "x-bentoml-request-id")
 
 
 class OuterMiddleware:
-    """Pure ASGI, because a middleware of another kind breaks streams and hides disconnects.
+    """Pure ASGI, because Starlette's `BaseHTTPMiddleware` breaks streams and hides disconnects.
 
-    Puts into the request's state its `request_id`, its `deadline` (by the loop's clock), its `body`
-    (`BodyLimit`) and what it has `outgoing`.
+    It sets in the request's state: `request_id`, `deadline` (of the event loop's clock), `body` (`BodyLimit`)
+    and `outgoing` (`OutgoingResponse`).
     """
 
-    # What is being done when the deadline passes gets this long to say so itself.
+    # Time after the deadline in which the handler can raise its own DeadlineExceededError.
     _GRACE_S = 1.0
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], settings: Settings) -> None:
@@ -57,7 +58,7 @@ class OuterMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
-        if scope["type"] != "http":  # no route speaks WebSocket
+        if scope["type"] != "http":  # no route supports WebSockets
             return await send({"type": "websocket.close", "code": 1008})
         request_id = f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
@@ -66,53 +67,56 @@ class OuterMiddleware:
         limit = BodyLimit(scope, receive, self._max_body_bytes, self._bodies)
         timeout = asyncio.timeout_at(deadline + self._GRACE_S)
 
-        def cut() -> None:
-            with suppress(RuntimeError):  # the answer has ended in this moment
+        def abort() -> None:
+            with suppress(RuntimeError):  # the timeout has already ended
                 timeout.reschedule(loop.time())
 
-        outgoing = self._outgoing.open(cut)
+        outgoing = self._outgoing.open(abort)
         scope["state"] |= {"deadline": deadline, "body": limit, "outgoing": outgoing}
-        answer = _Answer(scope, send, limit, outgoing)
+        response = _Response(scope, send, limit, outgoing)
         try:
             self._auth.check(scope["method"], scope["path"], scope["headers"])
             if not self._keyed:
-                refuse_strangers(scope["method"], scope["path"], scope["headers"], self._server)
+                reject_cross_site(scope["method"], scope["path"], scope["headers"], self._server)
             if limit.error:
                 raise limit.error
             async with timeout:
-                await self._app(scope, limit.receive, answer.send)
-        except errors.ClientGoneError:
-            if not answer.started:
-                await answer.client_left()
-        except Exception as error:  # the outer edge of the HTTP half
+                await self._app(scope, limit.receive, response.send)
+        except errors.ClientDisconnectedError:
+            if not response.started:
+                await response.send_client_closed_request()
+        except Exception as error:  # Isolate the failure: only this request fails.
             if timeout.expired() and isinstance(error, TimeoutError):
-                error = _too_late()
+                error = _deadline_exceeded()
             elif not isinstance(error, RequestError):
                 logger.exception("%s failed.", request_id)
-            if not answer.started:
-                await answer.replace(scope, receive, error)
-            elif not timeout.expired() or not await self._abort(scope, request_id):
+            if not response.started:
+                await response.send_exception(scope, receive, error)
+            elif not timeout.expired() or not await self._abort_connection(scope, request_id):
                 raise error
         finally:
             limit.release()
             self._outgoing.close(outgoing)
-            answer.log()
+            response.log()
 
-    async def _abort(self, scope: Scope, request_id: str) -> bool:
-        """End the connection of an answer that has begun and cannot be finished; False where nothing can."""
+    async def _abort_connection(self, scope: Scope, request_id: str) -> bool:
+        """Close the connection of an unfinished response; False if the server does not support it."""
         abort = scope.get("extensions", {}).get(ABORT)
         if abort is None:
             return False
-        logger.warning("%s: the connection is closed, its answer was not taken or not finished.", request_id)
+        logger.warning(
+            "%s: closed the connection; the response was not finished, or the client did not read it.",
+            request_id,
+        )
         abort()
-        await asyncio.sleep(0)  # lets the server see it, which would else miss the end of the answer
+        await asyncio.sleep(0)  # until uvicorn has seen the disconnect, or it reports an unfinished response
         return True
 
 
-class _Answer:
-    """One response on its way out: gets its headers, and its body too if it is an error in another shape."""
+class _Response:
+    """One response: adds headers, and replaces error bodies that do not have our format."""
 
-    def __init__(self, scope: Scope, send: Send, limit: BodyLimit, outgoing: Outgoing) -> None:
+    def __init__(self, scope: Scope, send: Send, limit: BodyLimit, outgoing: OutgoingResponse) -> None:
         self._scope = scope
         self._send = send
         self._limit = limit
@@ -120,7 +124,7 @@ class _Answer:
         self._request_id: str = scope["state"]["request_id"]
         self._arrived = time.monotonic()
         self._status = 0
-        self._held: Message | None = None  # the start of an error response, until its body was seen
+        self._error_start: Message | None = None  # of an error response, until its body is complete
         self._body = b""
         self.started = False
 
@@ -128,36 +132,36 @@ class _Answer:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             if self._status >= 400:
-                self._held = message
+                self._error_start = message
                 return
             await self._start(message)
-        elif self._held is None:
+        elif self._error_start is None:
             await self._send_body(message.get("body", b""), message.get("more_body", False))
         else:
             self._body += message.get("body", b"")
             if not message.get("more_body"):
-                await self._send_error(self._held)
+                await self._send_error(self._error_start)
 
     async def _send_body(self, body: bytes, more_body: bool) -> None:
-        """In slices that a slow client can be waited for between: BentoML's routes answer in one piece."""
+        """Send a body in chunks, which shows the progress of a slow client; BentoML sends one large chunk."""
         size = len(body)
-        if size > SLICE_BYTES:
-            self._outgoing.hold(size)
+        if size > CHUNK_BYTES:
+            self._outgoing.add_pending(size)
             async for piece in iter_chunks([body]):
                 size -= len(piece)
                 if size:
                     await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-                    self._outgoing.moved()
+                    self._outgoing.record_progress()
                 else:
                     body = piece
         await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
-        self._outgoing.moved()
+        self._outgoing.record_progress()
 
-    async def replace(self, scope: Scope, receive: Receive, error: Exception) -> None:
-        """Answer an exception that nobody answered."""
-        self._held, self._body = None, b""
+    async def send_exception(self, scope: Scope, receive: Receive, error: Exception) -> None:
+        """Respond to an exception that no handler caught."""
+        self._error_start, self._body = None, b""
         if not isinstance(error, RequestError):
-            body = errors.envelope(500, "The server failed on this request; its log says why.")
+            body = errors.envelope(500, "The server failed on this request; see its log.")
             await errors.json_response(body, 500)(scope, receive, self.send)
         else:
             await errors.to_response(error)(scope, receive, self.send)
@@ -173,39 +177,39 @@ class _Answer:
         await self._send(message)
 
     async def _send_error(self, start: Message) -> None:
-        self._held = None
+        self._error_start = None
         body = self._body
         error = self._limit.error
         late = asyncio.get_running_loop().time() >= self._scope["state"]["deadline"]
-        if late and start["status"] >= 500:  # BentoML answers what it cancelled in its own way
-            await self._answer_instead(errors.to_response(_too_late()))
+        if late and start["status"] >= 500:  # BentoML's own error for a cancelled request
+            await self._send_instead(errors.to_response(_deadline_exceeded()))
             return
-        # A stranger learns of the key first.
+        # A 401 takes precedence over the error of the body.
         if error and start["status"] not in (401, errors.status_of(error)):
-            await self._answer_instead(errors.to_response(error))
+            await self._send_instead(errors.to_response(error))
             return
-        is_probe = self._scope["path"] in OPEN_PATHS  # these tell a state, not an error
-        if not _has_our_shape(body) and not is_probe and self._scope["method"] != "HEAD":
-            await self._answer_instead(_in_our_shape(start["status"], body))
+        is_probe = self._scope["path"] in OPEN_PATHS  # their 503 is a state, not an error
+        if not _has_error_body(body) and not is_probe and self._scope["method"] != "HEAD":
+            await self._send_instead(_to_error_response(start["status"], body))
             return
         await self._start(start)
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _answer_instead(self, response: Response) -> None:
+    async def _send_instead(self, response: Response) -> None:
         self._status = response.status_code
         await self._start(
             {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         )
         await self._send({"type": "http.response.body", "body": response.body})
 
-    async def client_left(self) -> None:
-        """Nobody reads it, but BentoML waits for an answer."""
-        await self._answer_instead(Response(status_code=errors.CLIENT_GONE))
+    async def send_client_closed_request(self) -> None:
+        """A status for the log; BentoML also waits for a response."""
+        await self._send_instead(Response(status_code=errors.CLIENT_CLOSED_REQUEST))
 
     def log(self) -> None:
         if self._scope["path"] in OPEN_PATHS:  # probes come every few seconds
             return
-        # Escaped: a path may hold line feeds and terminal codes, and must not forge a line of the log.
+        # Escaped, because line feeds and terminal codes in a path could forge log lines.
         path = self._scope["path"].encode("unicode_escape").decode("ascii")[:200]
         milliseconds = (time.monotonic() - self._arrived) * 1000
         logger.info(
@@ -213,27 +217,27 @@ class _Answer:
         )
 
 
-def _too_late() -> DeadlineExceededError:
-    return DeadlineExceededError("The request was not finished within its time.")
+def _deadline_exceeded() -> DeadlineExceededError:
+    return DeadlineExceededError("The request did not finish before its deadline.")
 
 
-def _has_our_shape(body: bytes) -> bool:
+def _has_error_body(body: bytes) -> bool:
     try:
         return isinstance(json.loads(body)["error"]["message"], str)
     except (ValueError, TypeError, KeyError):
         return False
 
 
-def _in_our_shape(status: int, body: bytes) -> Response:
-    """What BentoML says, as far as it is meant for clients, in the one error body."""
-    message = {404: "Not found.", 405: "Method not allowed."}.get(status, "The request was refused.")
+def _to_error_response(status: int, body: bytes) -> Response:
+    """BentoML's error in our error body, as far as its message is meant for clients."""
+    message = {404: "Not found.", 405: "Method not allowed."}.get(status, "The request was rejected.")
     with suppress(ValueError, LookupError, TypeError):
-        said: Any = json.loads(body)
-        if isinstance(said, list):
-            said = cast(list[Any], said)[0]
-        message = said["error"] if isinstance(said["error"], str) else message
-        first: Any = said["detail"][0]  # pydantic's; the line before names only its internal class
+        content: Any = json.loads(body)
+        if isinstance(content, list):
+            content = cast(list[Any], content)[0]
+        message = content["error"] if isinstance(content["error"], str) else message
+        first: Any = content["detail"][0]  # pydantic's error; `error` names only its internal class
         message = f"{'.'.join(map(str, first['loc'])) or 'The body'}: {first['msg']}."
     if status >= 500:
-        message = "The server failed on this request; its log says why."
+        message = "The server failed on this request; see its log."
     return errors.json_response(errors.envelope(status, message), status)

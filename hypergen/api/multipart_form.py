@@ -1,12 +1,12 @@
-"""Reading multipart forms: the same fields as JSON, with pictures as files.
+"""Parsing of multipart forms: the same fields as JSON, with images as files.
 
-Forms carry only text, so numbers and booleans are recognised by the type of their field.
+A form has only text, so numbers and booleans are converted by the type of their field.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from functools import cache
 from typing import Any, cast
 
@@ -23,17 +23,16 @@ from hypergen.errors import InvalidRequestError, UnsupportedMediaTypeError
 MAX_INPUT_IMAGES = 16
 _MAX_FILES = 32
 _MAX_FIELDS = 200
-# The base64 of a picture may stand in a field; the limit of the whole body is what counts.
+# A field may contain the base64 of an image, so only the limit of the whole body counts.
 _MAX_FIELD_BYTES = 2**30
 
-# Beside the parts' own; what looks like a boundary is looked at byte by byte.
+# For the parts and the end. The parser goes byte by byte after everything that looks like a boundary.
 _MAX_BOUNDARIES = _MAX_FILES + _MAX_FIELDS + 1
 _MAX_HEADER_BYTES = 1024
-# Others may be decoded in time that grows with the square of the text, such as punycode.
+# Others, such as punycode, may take quadratic time to decode.
 _CHARSETS = {"utf-8", "ascii", "iso8859-1", "iso8859-15", "cp1252"}
 
 _IMAGE = re.compile(r"image(?:\[([0-9]{0,3})\])?", re.ASCII)
-_IMAGES = {"mask", "control_image", "controlnet_image", "images"}
 _NESTED = re.compile(r"([^\[\]]{1,100})\[([^\[\]]{0,100})\]")
 _INTEGER = re.compile(r"-?[0-9]{1,20}", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
@@ -41,24 +40,27 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser, which also notices a form that was cut off, and text in another encoding
-    than the form says, which Starlette would take for Latin-1, and bounds headers and texts.
+    """Starlette's parser with limits for headers and text.
+
+    It also detects a truncated form, and text that is not in the form's charset, which Starlette decodes as
+    Latin-1.
     """
 
     ended = False
 
-    def __init__(self, request: Request, max_text_bytes: int) -> None:
+    def __init__(self, request: Request, image_fields: Collection[str], max_text_bytes: int) -> None:
         content_type = request.headers["content-type"]
-        if len(content_type) > _MAX_HEADER_BYTES:  # its options are read in time that grows with their square
+        if len(content_type) > _MAX_HEADER_BYTES:  # its options take quadratic time to parse
             raise MultiPartException(f"Its content type is longer than {_MAX_HEADER_BYTES:,} bytes.")
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         super().__init__(
             request.headers,
-            _with_few_boundaries(request.stream(), boundary),
+            _limit_boundaries(request.stream(), boundary),
             max_files=_MAX_FILES,
             max_fields=_MAX_FIELDS,
             max_part_size=_MAX_FIELD_BYTES,
         )
+        self._image_fields = image_fields
         self._max_text_bytes = max_text_bytes
         self._text_bytes = 0
 
@@ -68,17 +70,20 @@ class _Parser(MultiPartParser):
             raise MultiPartException(f"A header of a part is longer than {_MAX_HEADER_BYTES:,} bytes.")
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._current_part.file is None and not _is_image(self._current_part.field_name):
+        if self._current_part.file is None and not self._is_image(self._current_part.field_name):
             self._text_bytes += end - start
             if self._text_bytes > self._max_text_bytes:
                 raise text_too_large(self._max_text_bytes)
         super().on_part_data(data, start, end)
 
+    def _is_image(self, name: str) -> bool:
+        return name in self._image_fields or _IMAGE.fullmatch(name) is not None
+
     def on_end(self) -> None:
         self.ended = True
 
     def close(self) -> None:
-        """Remove what was read from the disk, also of a part that was cut off."""
+        """Delete temporary files, also of a truncated part."""
         for file in self._files_to_close_on_error:
             file.close()
 
@@ -89,12 +94,12 @@ class _Parser(MultiPartParser):
             try:
                 self._current_part.data.decode(self._charset)
             except UnicodeDecodeError:
-                raise MultiPartException("Text is not in the encoding of the form.") from None
+                raise MultiPartException("Text is not in the encoding that the form declares.") from None
         super().on_part_end()
 
 
-async def _with_few_boundaries(stream: AsyncGenerator[bytes], boundary: bytes) -> AsyncGenerator[bytes]:
-    """The same chunks, as long as the boundary stands in them as often as parts may, and without padding."""
+async def _limit_boundaries(stream: AsyncGenerator[bytes], boundary: bytes) -> AsyncGenerator[bytes]:
+    """The same chunks; raises if they contain too many boundaries, or a boundary with padding."""
     delimiter, found, end = b"\r\n--" + boundary, 0, b""
     async for chunk in stream:
         seen = end + chunk
@@ -102,13 +107,9 @@ async def _with_few_boundaries(stream: AsyncGenerator[bytes], boundary: bytes) -
         if found > _MAX_BOUNDARIES:
             raise MultiPartException(f"It has more than {_MAX_BOUNDARIES} parts.")
         if any(delimiter + padding in seen for padding in (b" ", b"\t")):
-            raise MultiPartException("Its boundary has spaces behind it.")
+            raise MultiPartException("Its boundary is followed by spaces.")
         end = seen[-len(delimiter) :]
         yield chunk
-
-
-def _is_image(name: str) -> bool:
-    return name in _IMAGES or _IMAGE.fullmatch(name) is not None
 
 
 def is_form(request: Request) -> bool:
@@ -116,40 +117,43 @@ def is_form(request: Request) -> bool:
 
 
 async def read_form(
-    request: Request, fields: type[BaseModel], max_text_bytes: int = MAX_TEXT_BYTES
+    request: Request,
+    fields: type[BaseModel],
+    image_fields: Collection[str],
+    max_text_bytes: int = MAX_TEXT_BYTES,
 ) -> dict[str, Any]:
-    """A multipart form as the body that JSON would have, with files as bytes.
+    """A multipart form as a JSON-like body, with files as bytes.
 
-    `image`, `image[]` and `image[0]` become the list `image`, in this order, also where there are none;
-    `name[key]` becomes an entry of the object `name`. Empty text and `null` count as not given, because a
-    form cannot say null.
+    `image`, `image[]` and `image[0]` become the list `image`, sorted by number; it is empty without them.
+    `name[key]` becomes an entry of the object `name`. Empty text and `null` mean null.
 
     Args:
-        fields: whose types tell what text is a number.
-        max_text_bytes: of all fields together that are no files and no input images.
+        fields: the model whose field types decide the conversion of text.
+        image_fields: fields with input images, which may be larger than text.
+        max_text_bytes: limit for all text together, without input images.
 
     Raises:
-        PayloadTooLargeError: there is more text.
-        InvalidRequestError: the form is broken or cut off, has too many parts, or a field twice.
+        PayloadTooLargeError: too much text.
+        InvalidRequestError: the form is malformed or truncated, has too many parts, or has a field twice.
         UnsupportedMediaTypeError: the body is compressed.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaTypeError("Compressed request bodies are not read.")
+        raise UnsupportedMediaTypeError("Compressed request bodies are not supported.")
     try:
-        parser = _Parser(request, max_text_bytes)
+        parser = _Parser(request, image_fields, max_text_bytes)
         form = await parser.parse()
     except MultiPartException as error:
         too_many = error.message.startswith("Too many files")
         raise InvalidRequestError(
-            f"'image': {error.message}" if too_many else f"The form cannot be read: {error.message}",
+            f"'image': {error.message}" if too_many else f"The form is malformed: {error.message}",
             param="image" if too_many else None,
             code="invalid_form",
         ) from None
-    except (MultipartParseError, ValueError):  # also a charset that Python knows and text cannot have
-        raise InvalidRequestError("The form cannot be read.", code="invalid_form") from None
+    except (MultipartParseError, ValueError):  # also codecs that are not text encodings
+        raise InvalidRequestError("The form is malformed.", code="invalid_form") from None
     try:
         if not parser.ended:
-            raise InvalidRequestError("The form is cut off.", code="invalid_form")
+            raise InvalidRequestError("The form is truncated.", code="invalid_form")
         items = [
             (name, await value.read() if isinstance(value, UploadFile) else value)
             for name, value in form.multi_items()
@@ -160,7 +164,7 @@ async def read_form(
 
 
 def _to_body(items: list[tuple[str, str | bytes]], fields: type[BaseModel]) -> dict[str, Any]:
-    kinds = _kinds(fields)
+    types = _json_types(fields)
     body: dict[str, Any] = {}
     images: list[tuple[int, str | bytes]] = []
     for name, value in items:
@@ -171,46 +175,46 @@ def _to_body(items: list[tuple[str, str | bytes]], fields: type[BaseModel]) -> d
         elif match := _NESTED.fullmatch(name):
             inner = body.setdefault(match[1], {})
             if not isinstance(inner, dict) or match[2] in inner:
-                if match[1] not in kinds:  # unknown fields are ignored, whatever they are
+                if match[1] not in types:  # unknown fields are ignored
                     continue
-                raise _twice(match[1])
-            cast(dict[str, Any], inner)[match[2]] = _typed(value, {"number"})
+                raise _duplicate_field(match[1])
+            cast(dict[str, Any], inner)[match[2]] = _convert(value, {"number"})
         elif name in body:
-            if name in kinds or name == "mask":
-                raise _twice(name)
+            if name in types or name == "mask":
+                raise _duplicate_field(name)
         else:
-            body[name] = _typed(value, kinds.get(name, set()))
+            body[name] = _convert(value, types.get(name, set()))
     if images or "images" not in body:
         body["image"] = [value for _, value in sorted(images, key=lambda image: image[0])]
     return body
 
 
 @cache
-def _kinds(fields: type[BaseModel]) -> dict[str, set[str]]:
-    """Field to the JSON types that it takes."""
+def _json_types(fields: type[BaseModel]) -> dict[str, set[str]]:
+    """Field name -> its JSON types."""
     schemas: dict[str, dict[str, Any]] = fields.model_json_schema()["properties"]
     return {
-        name: {option.get("type", "") for option in (schema, *schema.get("anyOf", []))}
+        name: {variant.get("type", "") for variant in (schema, *schema.get("anyOf", []))}
         for name, schema in schemas.items()
     }
 
 
-def _typed(value: str | bytes, kinds: set[str]) -> Any:
-    """Text as what it says if the field takes that; what does not fit stays text and is refused later."""
+def _convert(value: str | bytes, types: set[str]) -> Any:
+    """Convert text to one of the field's types; otherwise it stays text, and validation rejects it."""
     if isinstance(value, bytes):
         return value
-    if "integer" in kinds and _INTEGER.fullmatch(value):
+    if "integer" in types and _INTEGER.fullmatch(value):
         return int(value)
-    if kinds & {"integer", "number"} and _NUMBER.fullmatch(value):
+    if types & {"integer", "number"} and _NUMBER.fullmatch(value):
         return to_number(value)
-    if "object" in kinds and value.startswith("{"):  # how OpenAPI says that a form holds an object
+    if "object" in types and value.startswith("{"):  # OpenAPI's encoding of objects in forms
         data = value.encode()
         JsonBounds(len(data)).feed(data)
         return parse_json_object(data)
-    if "boolean" in kinds:
+    if "boolean" in types:
         return _BOOLEANS.get(value, value)
     return value
 
 
-def _twice(name: str) -> InvalidRequestError:
+def _duplicate_field(name: str) -> InvalidRequestError:
     return InvalidRequestError(f"The form has the field '{name}' twice.", param=name, code="invalid_form")

@@ -1,7 +1,7 @@
-"""What /openapi.json says of the routes: bodies, answers, errors and examples.
+"""Helpers for /openapi.json: bodies, responses, errors and examples.
 
-Bodies come from the dialects' own fields, so that ranges stand in one place. They are those of the documents:
-what this server and its model allow of them stands in /health.
+Body schemas are generated from the dialects' pydantic models. Their ranges are those of the documented APIs;
+a server may allow less.
 """
 
 from __future__ import annotations
@@ -29,102 +29,106 @@ _ERRORS = {
     401: ("Unauthorized", "No key, a wrong key, or another scheme than Bearer.", None),
     403: (
         "Forbidden",
-        "Without a key: the Host is none of this server's, or a page of another site asks.",
+        "Without a key: the Host is not this server's, or the request comes from a page of another site.",
         None,
     ),
-    404: ("Not Found", "There is no such path, model, picture or job.", None),
-    408: ("Request Timeout", "The body came too slowly.", None),
-    413: ("Payload Too Large", "The body is larger than the server reads.", None),
-    415: ("Unsupported Media Type", "The body is of another kind, or compressed.", None),
+    404: ("Not Found", "The path, model, image or job does not exist.", None),
+    408: ("Request Timeout", "The body arrived too slowly.", None),
+    413: ("Payload Too Large", "The body exceeds the size limit.", None),
+    415: ("Unsupported Media Type", "The media type is unsupported, or the body is compressed.", None),
     429: (
         "Too Many Requests",
-        "The queue and the door are full; `Retry-After` says when to come back.",
+        "The request queue and the overflow queue are full; retry after `Retry-After` seconds.",
         None,
     ),
-    500: ("Internal Server Error", "Drawing failed.", None),
-    503: ("Service Unavailable", "Loading, recovering or shutting down; `Retry-After` says when.", None),
+    500: ("Internal Server Error", "Generation failed.", None),
+    503: (
+        "Service Unavailable",
+        "Loading, recovering or shutting down; retry after `Retry-After` seconds.",
+        None,
+    ),
     504: ("Gateway Timeout", "The request took longer than the server allows.", None),
-    507: ("Insufficient Storage", "No room for a `url`; `b64_json` needs none.", None),
+    507: ("Insufficient Storage", "No disk space for a `url`; use `b64_json`.", None),
 }
 GENERATION_ERRORS = (400, 401, 408, 413, 415, 429, 500, 503, 504, 507)
-Described = dict[str, Any]
+Json = dict[str, Any]
 
 
-def request_body(content: Described) -> Described:
+def request_body(content: Json) -> Json:
     return {"required": True, "content": content}
 
 
-def media(schema: Described, example: object) -> Described:
+def media(schema: Json, example: object) -> Json:
     return {"schema": schema, "example": example}
 
 
-def reference(model: type[BaseModel]) -> Described:
-    """A named schema; `complete` must be given the model."""
+def reference(model: type[BaseModel]) -> Json:
+    """A reference to a named schema; pass the model to `complete` too."""
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def responses(model: type[BaseModel], description: str, stream: Described | None = None) -> Described:
-    """The answers of a route that generates images.
+def responses(model: type[BaseModel], description: str, stream: Json | None = None) -> Json:
+    """The responses of a route that generates images.
 
     Args:
-        stream: the media of its server-sent events; absent: it has none.
+        stream: the media type object of its server-sent events; None: no streaming.
     """
-    content: Described = {"application/json": {"schema": reference(model)}}
+    content: Json = {"application/json": {"schema": reference(model)}}
     if stream is not None:
         content["text/event-stream"] = stream
     return {"200": {"description": description, "content": content}, **_errors(GENERATION_ERRORS)}
 
 
-def create_job(bodies: Iterable[Described], form: Described) -> Described:
-    """The route that begins a job.
+def create_job(bodies: Iterable[Json], form: Json) -> Json:
+    """The route that creates a job.
 
     Args:
-        bodies: the JSON schemas that it takes; the fields say which of them it is.
-        form: the media of its form.
+        bodies: the JSON schemas that it accepts; the fields of a body decide which one applies.
+        form: the media type object of its form.
     """
     example = {"prompt": EXAMPLE_PROMPT, "n": 10}
     content = {"application/json": media({"anyOf": list(bodies)}, example), "multipart/form-data": form}
-    described = job("Begin a job", "createImageJob", 202, GENERATION_ERRORS)
+    operation = job("Create a job", "createImageJob", 202, GENERATION_ERRORS)
     return {
-        **described,
-        "description": "Takes the body of every route that generates images, but does not stream.",
+        **operation,
+        "description": "Accepts the body of any route that generates images, without streaming.",
         "requestBody": request_body(content),
     }
 
 
-def job(summary: str, operation_id: str, status: int = 200, errors: Sequence[int] = (401, 404)) -> Described:
-    """One route of jobs."""
-    answer = {"description": summary, "content": {"application/json": {"schema": reference(ImageJob)}}}
+def job(summary: str, operation_id: str, status: int = 200, errors: Sequence[int] = (401, 404)) -> Json:
+    """A route of jobs."""
+    response = {"description": summary, "content": {"application/json": {"schema": reference(ImageJob)}}}
     return {
         "operationId": operation_id,
         "summary": summary,
         "tags": ["Jobs"],
-        "responses": {str(status): answer, **_errors(errors)},
+        "responses": {str(status): response, **_errors(errors)},
     }
 
 
-def server_route(operation_id: str, model: type[BaseModel], *statuses: int) -> Described:
-    """A route about the server: its answer's schema, with each of the statuses."""
+def server_route(operation_id: str, model: type[BaseModel], *statuses: int) -> Json:
+    """A route about the server, with one response schema for all statuses."""
     content = {"application/json": {"schema": reference(model)}}
-    answers = {str(status): {"description": model.__name__, "content": content} for status in statuses}
-    return {"operationId": operation_id, "tags": ["Server"], "responses": answers}
+    by_status = {str(status): {"description": model.__name__, "content": content} for status in statuses}
+    return {"operationId": operation_id, "tags": ["Server"], "responses": by_status}
 
 
-def image_file() -> Described:
-    """The file behind a `url`."""
+def image_file() -> Json:
+    """The route of a stored image."""
     file = {"schema": {"type": "string", "format": "binary"}}
-    content = dict.fromkeys((kind.media_type for kind in OUTPUT_FORMATS.values()), file)
-    answers = {"200": {"description": "The file", "content": content}}
-    return {"operationId": "getImageFile", "tags": ["Images"], "responses": answers}
+    content = dict.fromkeys((file_format.media_type for file_format in OUTPUT_FORMATS.values()), file)
+    by_status = {"200": {"description": "The image file", "content": content}}
+    return {"operationId": "getImageFile", "tags": ["Images"], "responses": by_status}
 
 
-def complete(schema: Described, models: Sequence[type[BaseModel]]) -> Described:
-    """FastAPI's description with what all routes share: the key, the errors, the named schemas.
+def complete(schema: Json, models: Sequence[type[BaseModel]]) -> Json:
+    """Add the parts that all routes share: security, errors, named schemas, BentoML's routes.
 
     Args:
-        models: those that the dialects refer to.
+        models: the schemas that the dialects refer to.
     """
-    schema = deepcopy(schema)  # FastAPI keeps its own for the next time
+    schema = deepcopy(schema)  # FastAPI caches the original
     named = models_json_schema(
         [(model, "validation") for model in (*SCHEMAS, *models)], ref_template="#/components/schemas/{model}"
     )[1]
@@ -135,63 +139,67 @@ def complete(schema: Described, models: Sequence[type[BaseModel]]) -> Described:
     schema["paths"] |= _bentoml_paths()
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # bad parameters are 400 here
+            operation["responses"].pop("422", None)  # invalid parameters get 400 here
             is_open = path in OPEN_PATHS or path.startswith(FILES_PREFIX)
             operation["security"] = [] if is_open else [{"BearerAuth": []}]
             statuses = {int(status) for status in operation["responses"]} - {200, 202}
             statuses |= ({404} if "{" in path else set()) | ({403} if is_open else {401, 403})
             if path not in OPEN_PATHS:
-                # Also those that stand there already: FastAPI drops what is null from their examples.
+                # Also the existing ones, because FastAPI drops null values from their examples.
                 operation["responses"].update(_errors(sorted(statuses)))
     return schema
 
 
-def _errors(statuses: Iterable[int]) -> Described:
-    described: Described = {}
+def _errors(statuses: Iterable[int]) -> Json:
+    by_status: Json = {}
     for status in statuses:
         title, meaning, param = _ERRORS[status]
         content = media(reference(ErrorResponse), envelope(status, meaning, param))
-        described[str(status)] = {"description": title, "content": {"application/json": content}}
-    return described
+        by_status[str(status)] = {"description": title, "content": {"application/json": content}}
+    return by_status
 
 
-def _bentoml_paths() -> Described:
-    """The routes that BentoML serves beside ours: its batchable API, its probes and its metrics."""
-    counters = "BentoML's, and hypergen_price_total"
+def _bentoml_paths() -> Json:
+    """BentoML's own routes: its batchable API, its health probes and its metrics."""
     return {
         "/generate": {"post": _generate()},
-        "/metrics": {"get": _text("metrics", "Counters for Prometheus", counters)},
-        "/livez": {"get": _probe("livez", "Whether the process should be kept")},
-        "/healthz": {"get": _probe("healthz", "The same as /livez")},
-        "/readyz": {"get": _probe("readyz", "Whether requests can be drawn")},
+        "/metrics": {
+            "get": _text("metrics", "Prometheus metrics", "BentoML's metrics and hypergen_price_total")
+        },
+        "/livez": {"get": _probe("livez", "Liveness probe")},
+        "/healthz": {"get": _probe("healthz", "Liveness probe, as /livez")},
+        "/readyz": {"get": _probe("readyz", "Readiness probe")},
     }
 
 
-def _generate() -> Described:
-    item = {"type": "object", "description": "the fields of a generation, checked one by one"}
+def _generate() -> Json:
+    item = {
+        "type": "object",
+        "description": "the fields of POST /v1/images/generations; each item is validated separately",
+    }
     items = {"type": "array", "items": item, "maxItems": MAX_ITEMS}
     body = {"type": "object", "properties": {"items": items}, "required": ["items"]}
-    answer = media(
+    results = media(
         {"type": "array", "items": reference(BatchResult)},
         [{"status": 200, "images": [{"b64_json": EXAMPLE_IMAGE, "seed": 7}], "error": None}],
     )
-    errors: Described = {str(status): {} for status in (400, 413, 415, 500)}
+    errors: Json = {str(status): {} for status in (400, 413, 415, 500)}
     example = {"items": [{"prompt": EXAMPLE_PROMPT, "seed": 7}]}
     return {
         "operationId": "generate",
-        "summary": "BentoML's batchable API: many items, each of which may fail alone",
+        "summary": "BentoML's batchable API: many items, which fail independently",
         "tags": ["BentoML"],
         "requestBody": request_body({"application/json": media(body, example)}),
-        "responses": {"200": {"description": "One result for each", "content": {"application/json": answer}}}
+        "responses": {"200": {"description": "One result per item", "content": {"application/json": results}}}
         | errors,
     }
 
 
-def _text(operation_id: str, summary: str, description: str, *statuses: int) -> Described:
+def _text(operation_id: str, summary: str, description: str, *statuses: int) -> Json:
     content = {"text/plain": {"schema": {"type": "string"}}}
-    answers = {str(status): {"description": description, "content": content} for status in (200, *statuses)}
-    return {"operationId": operation_id, "summary": summary, "tags": ["BentoML"], "responses": answers}
+    by_status = {str(status): {"description": description, "content": content} for status in (200, *statuses)}
+    return {"operationId": operation_id, "summary": summary, "tags": ["BentoML"], "responses": by_status}
 
 
-def _probe(operation_id: str, summary: str) -> Described:
-    return _text(operation_id, summary, "the status alone says it", 503)
+def _probe(operation_id: str, summary: str) -> Json:
+    return _text(operation_id, summary, "only the status matters", 503)

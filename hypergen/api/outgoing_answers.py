@@ -1,4 +1,4 @@
-"""Outgoing: the memory of finished images whose clients have not taken them yet, with a limit."""
+"""A limit on the memory of responses that slow clients have not read yet."""
 
 from __future__ import annotations
 
@@ -8,56 +8,60 @@ from dataclasses import dataclass, field
 
 
 @dataclass(eq=False)
-class Outgoing:
-    """One answer on its way.
+class OutgoingResponse:
+    """One response that is being sent.
 
     Args:
-        cut: ends the request.
+        abort: ends the request.
     """
 
     memory: OutgoingMemory
-    cut: Callable[[], None]
-    held_bytes: int = 0
-    moved_at: float = field(default_factory=time.monotonic)
+    abort: Callable[[], None]
+    pending_bytes: int = 0  # not read by the client yet
+    progress_at: float = field(default_factory=time.monotonic)
 
-    def hold(self, size: int) -> None:
-        """So many bytes more wait for the client; others may have to go for them."""
-        if not self.held_bytes:  # until now there was nothing to take
-            self.moved()
-        self.held_bytes += size
-        self.memory.make_room(self)
+    def add_pending(self, size: int) -> None:
+        """Count more bytes that wait for the client; may abort other responses."""
+        if not self.pending_bytes:  # the client had nothing to read before
+            self.record_progress()
+        self.pending_bytes += size
+        self.memory.enforce_limit(self)
 
-    def taken(self, size: int) -> None:
-        self.held_bytes -= size
+    def remove_pending(self, size: int) -> None:
+        self.pending_bytes -= size
 
-    def moved(self) -> None:
-        """The client took something."""
-        self.moved_at = time.monotonic()
+    def record_progress(self) -> None:
+        """The client has read something."""
+        self.progress_at = time.monotonic()
 
 
 class OutgoingMemory:
-    """All answers of a server. Beyond the limit, the ones whose clients have taken nothing for the longest
-    time are cut, but not the one that just came.
+    """All responses of a server.
+
+    Beyond the limit, the response whose client has read nothing for the longest time is aborted, except the
+    latest one.
     """
 
     def __init__(self, max_bytes: float) -> None:
         self._max_bytes = max_bytes
-        self._answers: set[Outgoing] = set()
+        self._responses: set[OutgoingResponse] = set()
 
-    def open(self, cut: Callable[[], None]) -> Outgoing:
-        """An answer, to be closed when it has ended."""
-        answer = Outgoing(self, cut)
-        self._answers.add(answer)
-        return answer
+    def open(self, abort: Callable[[], None]) -> OutgoingResponse:
+        """Register a response; `close` removes it."""
+        response = OutgoingResponse(self, abort)
+        self._responses.add(response)
+        return response
 
-    def close(self, answer: Outgoing) -> None:
-        self._answers.discard(answer)
+    def close(self, response: OutgoingResponse) -> None:
+        self._responses.discard(response)
 
-    def make_room(self, latest: Outgoing) -> None:
-        while sum(answer.held_bytes for answer in self._answers) > self._max_bytes:
-            others = [answer for answer in self._answers if answer is not latest and answer.held_bytes]
+    def enforce_limit(self, latest: OutgoingResponse) -> None:
+        while sum(response.pending_bytes for response in self._responses) > self._max_bytes:
+            others = [
+                response for response in self._responses if response is not latest and response.pending_bytes
+            ]
             if not others:
                 return
-            slowest = min(others, key=lambda answer: answer.moved_at)
-            self._answers.discard(slowest)
-            slowest.cut()
+            slowest = min(others, key=lambda response: response.progress_at)
+            self._responses.discard(slowest)
+            slowest.abort()

@@ -1,4 +1,4 @@
-"""Routes: the paths of the API, each from the raw request to the answer."""
+"""The routes of the API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import json_response
 from hypergen.api.health import health_body
-from hypergen.api.image_requests import answer
+from hypergen.api.image_requests import handle_image_request
 from hypergen.api.job_routes import add_job_routes
 from hypergen.api.jobs import Jobs
 from hypergen.api.schemas import Health, Model, ModelList
@@ -34,34 +34,32 @@ _FILE_HEADERS = {
     "Cache-Control": "private, max-age=3600, immutable",
     "Content-Security-Policy": "sandbox; default-src 'none'",
 }
-
-
-_GONE = "There is no such image, or its time is over."
+_IMAGE_NOT_FOUND = "The image does not exist or has expired."
 
 
 class StoredFile(FileResponse):
-    """A stored image, whose time may end between its look-up and its first byte."""
+    """A stored image, which may expire between its look-up and its first byte."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held: list[Message] = []
+        delayed: list[Message] = []
         started = False
 
-        async def send_when_open(message: Message) -> None:
+        async def send_after_open(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":  # comes before the file is opened
-                held.append(message)
+            if message["type"] == "http.response.start":  # sent before the file is opened
+                delayed.append(message)
                 return
             started = True
-            while held:
-                await send(held.pop())
+            while delayed:
+                await send(delayed.pop())
             await send(message)
 
         try:
-            await super().__call__(scope, receive, send_when_open)
+            await super().__call__(scope, receive, send_after_open)
         except (FileNotFoundError, RuntimeError):
             if started:
                 raise
-            raise NotFoundError(_GONE) from None
+            raise NotFoundError(_IMAGE_NOT_FOUND) from None
 
 
 def create_router(
@@ -77,7 +75,7 @@ def create_router(
     def add(endpoint: Endpoint) -> None:
         @router.post(endpoint.path, openapi_extra=endpoint.openapi)
         async def create_images(request: Request) -> Response:
-            return await answer(request, endpoint, settings, generator, storage)
+            return await handle_image_request(request, endpoint, settings, generator, storage)
 
     for endpoint in ENDPOINTS:
         add(endpoint)
@@ -85,7 +83,7 @@ def create_router(
 
     @router.get(
         "/v1/models",
-        summary="The models of this server",
+        summary="List the served models",
         openapi_extra=openapi.server_route("listModels", ModelList, 200),
     )
     async def list_models() -> Response:
@@ -93,13 +91,13 @@ def create_router(
 
     @router.get(
         "/v1/models/{model:path}",
-        summary="One model",
+        summary="Get a model",
         openapi_extra=openapi.server_route("retrieveModel", Model, 200),
     )
     async def get_model(model: str) -> Response:
-        # Ids may start with a slash, which a proxy or client may have dropped or doubled.
-        model_id = next((known.id for known in models if known.id.strip("/") == model.strip("/")), None)
-        model_id = model_id or next((known.id for known in models if model in known.aliases), None)
+        # An id may start with a slash, which a proxy or client may drop or double.
+        model_id = next((served.id for served in models if served.id.strip("/") == model.strip("/")), None)
+        model_id = model_id or next((served.id for served in models if model in served.aliases), None)
         if model_id is None:
             raise NotFoundError(
                 f"This server has no model '{model[:100]}'.", param="model", code="model_not_found"
@@ -108,17 +106,19 @@ def create_router(
 
     @router.head(FILES_PREFIX + "{name}", include_in_schema=False)
     @router.get(
-        FILES_PREFIX + "{name}", summary="A picture, without a key", openapi_extra=openapi.image_file()
+        FILES_PREFIX + "{name}",
+        summary="Get a stored image (no key needed)",
+        openapi_extra=openapi.image_file(),
     )
     async def get_file(name: str) -> Response:
         stored = storage.get(name)
         if stored is None:
-            raise NotFoundError(_GONE)
+            raise NotFoundError(_IMAGE_NOT_FOUND)
         return StoredFile(stored.path, media_type=stored.media_type, headers=_FILE_HEADERS)
 
     @router.get(
         "/health",
-        summary="How the server is, without a key",
+        summary="State of the server, its queue and its models (no key needed)",
         openapi_extra=openapi.server_route("health", Health, 200, 503),
     )
     async def health() -> Response:
@@ -132,8 +132,8 @@ def create_router(
         include_in_schema=False,
     )
     async def not_found(request: Request, path: str) -> Response:
-        # This route takes every path, so that BentoML's own pages and plain-text errors do not show; a known
-        # path with another method lands here too. BentoML's routes count up to the mount of this app.
+        # Matches every path, so that BentoML's own pages and plain-text errors are not served. Known paths
+        # with another method also get here. BentoML's routes are those before the mount of this app.
         outer = takewhile(lambda route: not isinstance(route, Mount), request.scope["router"].routes)
         methods: set[str] = set()
         for route in [*outer, *request.app.router.routes, *router.routes]:
@@ -142,7 +142,7 @@ def create_router(
         if methods:
             headers = {"Allow": ", ".join(sorted(methods))}
             raise HTTPException(405, f"{request.method} is not allowed here", headers)
-        raise NotFoundError("There is no such path; /docs lists those that there are.")
+        raise NotFoundError("The path does not exist; /docs lists all paths.")
 
     return router
 

@@ -1,10 +1,10 @@
-"""Sampler names as other programs write them: "DPM++ 2M Karras", "Euler a", "k_heun", "UniPC"."""
+"""Aliases of sampler names in other programs: "DPM++ 2M Karras", "Euler a", "k_heun", "UniPC"."""
 
 from __future__ import annotations
 
 import re
 
-_SAME = {
+_ALIASES = {
     "dpm2": "kdpm2",
     "dpm_2": "kdpm2",
     "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
@@ -17,10 +17,12 @@ _SAME = {
 }
 
 
-_LONGEST = 100  # letters; what is longer is no name
+_MAX_CHARACTERS = 100  # the rest is ignored
 
 
 def public_name(name: str) -> str:
-    """Our name for a sampler; what is unknown comes back in our way of writing."""
-    plain = "_".join(re.findall(r"[a-z0-9]+", name[:_LONGEST].lower().replace("++", "pp"))).removeprefix("k_")
-    return _SAME.get(plain, plain)
+    """Our name for a sampler; an unknown name is only normalized."""
+    normalized = "_".join(
+        re.findall(r"[a-z0-9]+", name[:_MAX_CHARACTERS].lower().replace("++", "pp"))
+    ).removeprefix("k_")
+    return _ALIASES.get(normalized, normalized)

@@ -1,6 +1,6 @@
-"""The answers that all dialects share, as models from which /openapi.json is made.
+"""Response schemas that all dialects share, for /openapi.json.
 
-Answers are not checked against them: those with images are megabytes, and are written in pieces.
+Responses are not validated against them, because those with images are megabytes and written in pieces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hypergen.api.errors import envelope
 
-_Seconds = Field(description="seconds since 1970")
+_Seconds = Field(description="Unix time in seconds")
 
 
 class ErrorDetail(BaseModel):
@@ -54,7 +54,7 @@ class Health(BaseModel):
     model: str = Field(description="the first of the models")
     models: list[ServedModelHealth]
     device: str
-    queue_size: int = Field(description="requests accepted and unfinished")
+    queue_size: int = Field(description="unfinished requests")
 
 
 class JobProgress(BaseModel):
@@ -71,22 +71,22 @@ class ImageJob(BaseModel):
     object: Literal["image.job"]
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
     created: int = _Seconds
-    position: int | None = Field(None, description="waiting requests that came before")
+    position: int | None = Field(None, description="number of requests before it in the queue")
     progress: JobProgress | None = None
-    expected_s: float | None = Field(None, description="seconds until it is done, estimated")
-    result: dict[str, object] | None = Field(None, description="what the request's own route would answer")
+    expected_s: float | None = Field(None, description="estimated seconds until the end")
+    result: dict[str, object] | None = Field(None, description="the response of the request's own route")
     error: JobError | None = None
 
 
 class BatchImage(BaseModel):
-    b64_json: str
-    seed: int
+    b64_json: str = Field(description="image file, base64")
+    seed: int = Field(description="seed of this image")
 
 
 class BatchResult(BaseModel):
-    """What became of one item of BentoML's batchable API."""
+    """The result of one item of BentoML's batchable API: images, or the error of the OpenAI route."""
 
-    status: int = Field(description="the status that the item alone would have")
+    status: int = Field(description="HTTP status of the item")
     images: list[BatchImage]
     error: ErrorDetail | None = None
 

@@ -1,7 +1,7 @@
-"""Streaming: pictures as server-sent events, with previews while they are drawn.
+"""Streaming: images and previews as server-sent events.
 
-The answer starts when an engine has begun with the request: what is wrong before is a plain error with its
-own status, what fails later is an event.
+The response starts with the request's first event. Errors before that have their own status; later errors are
+events.
 
 Source: https://html.spec.whatwg.org/multipage/server-sent-events.html and OpenAI's image streaming events.
 """
@@ -16,7 +16,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from hypergen.api.errors import error_body, to_json
-from hypergen.api.outgoing_answers import Outgoing
+from hypergen.api.outgoing_answers import OutgoingResponse
 from hypergen.api.responses import iter_chunks, write
 from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
@@ -24,17 +24,17 @@ from hypergen.events import Event, ImageFinished, Preview
 
 # Proxies close connections that are silent for a minute.
 _PING_S = 15.0
-_PING = b": still drawing\n\n"
+_PING = b": still generating\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """The answer to a request that has begun. When the client leaves, the request is cancelled.
+    """The streaming response to a submitted request, which is cancelled if the client disconnects.
 
     Args:
-        to_sse_event: an event as it is sent, in pieces; runs in a thread.
-        outgoing: what holds the memory of the events that were not sent yet.
-        deadline: by the event loop's clock.
+        to_sse_event: encodes an event, in pieces; runs in a thread.
+        outgoing: counts the memory of events that are not sent yet.
+        deadline: time of the event loop's clock.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class EventStream(StreamingResponse):
         first: Event,
         handle: RequestHandle,
         to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
-        outgoing: Outgoing,
+        outgoing: OutgoingResponse,
         deadline: float,
     ) -> None:
         frames = _frames(first, handle, to_sse_event, outgoing, deadline)
@@ -63,18 +63,18 @@ async def _frames(
     event: Event | None,
     handle: RequestHandle,
     to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
-    outgoing: Outgoing,
+    outgoing: OutgoingResponse,
     deadline: float,
 ) -> AsyncGenerator[bytes, None]:
-    sent: set[tuple[int, int]] = set()  # previews come again when an engine crashed and another began anew
+    sent: set[tuple[int, int]] = set()  # after an engine crash, the retry repeats previews
     try:
         while event is not None:
             if isinstance(event, Preview | ImageFinished):
-                again = isinstance(event, Preview) and (event.index, event.number) in sent
-                if not again:
+                repeated = isinstance(event, Preview) and (event.index, event.number) in sent
+                if not repeated:
                     async for piece in iter_chunks(await write(to_sse_event, event)):
                         yield piece
-                outgoing.taken(len(event.data))
+                outgoing.remove_pending(len(event.data))
             if isinstance(event, Preview):
                 sent.add((event.index, event.number))
             while True:
@@ -86,15 +86,15 @@ async def _frames(
                     yield _PING
     except RequestError as error:
         yield _error(error)
-    except Exception:  # the edge of the HTTP half: the status is sent already
-        yield _error(GenerationError("The server failed on this request; its log says why."))
+    except Exception:  # The status is already sent, so the client gets an error event.
+        yield _error(GenerationError("The server failed on this request; see its log."))
         raise
 
 
 def _wait_s(deadline: float) -> float:
     left = deadline - asyncio.get_running_loop().time()
     if left <= 0:
-        raise DeadlineExceededError("The request was not finished within its time.")
+        raise DeadlineExceededError("The request did not finish before its deadline.")
     return min(_PING_S, left)
 
 

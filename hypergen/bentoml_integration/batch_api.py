@@ -1,7 +1,7 @@
 """BentoML's batchable API: each item has the fields of an OpenAI request and gets one result.
 
-BentoML passes on a batch without the requests of its items, and so without their clients. Therefore an item
-stores its request's state when it is parsed, in the context of the request.
+BentoML passes on a batch without the HTTP requests of its items. Therefore an item stores the state of its
+request when it is parsed, in the context of the request.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, PrivateAttr, RootModel
+from pydantic import Field, PrivateAttr, RootModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api.dialects.endpoints import GENERATIONS, IMAGE_FIELDS
-from hypergen.api.errors import CLIENT_GONE, ClientGoneError, error_body, status_of
-from hypergen.api.image_requests import draw, parse_request, require_model
+from hypergen.api.errors import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, error_body, status_of
+from hypergen.api.image_requests import generate_images, parse_request, require_model
 from hypergen.api.request_body import MAX_ITEMS, JsonBounds
 from hypergen.api.responses import write
+from hypergen.api.schemas import BatchImage, BatchResult, ErrorDetail
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Call:
-    """State shared by the items of one native request: whether the client disconnected, and the deadline."""
+    """State of one request, shared by its items: whether the client disconnected, and the deadline."""
 
     disconnected: asyncio.Event
     deadline: float
@@ -41,8 +42,8 @@ class _Call:
 _CALL: ContextVar[_Call] = ContextVar("call")
 
 
-class ClientWatch:
-    """ASGI middleware that gives the items of a native request its disconnect event and deadline.
+class BatchContext:
+    """ASGI middleware that provides the items of a request with its disconnect event and deadline.
 
     It accepts only JSON within the bounds: BentoML also parses other bodies, and fails on some of them.
     """
@@ -83,7 +84,7 @@ class ClientWatch:
         """The whole body as one chunk.
 
         Raises:
-            ClientGoneError: the client disconnected.
+            ClientDisconnectedError: the client disconnected.
             RequestError: the body exceeds the bounds of JSON bodies.
         """
         bounds, chunks = JsonBounds(self._max_text_bytes, IMAGE_FIELDS), list[bytes]()
@@ -91,7 +92,7 @@ class ClientWatch:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ClientGoneError
+                raise ClientDisconnectedError
             chunks.append(message.get("body", b""))
             bounds.feed(chunks[-1])
             more = message.get("more_body", False)
@@ -105,7 +106,7 @@ def _is_json(scope: Scope) -> bool:
     ]
 
 
-class NativeItem(RootModel[dict[str, Any]]):
+class BatchItem(RootModel[dict[str, Any]]):
     """The fields of an OpenAI request, validated by the dialect, so that each item fails alone."""
 
     _call: _Call = PrivateAttr(default_factory=_CALL.get)
@@ -119,52 +120,42 @@ class NativeItem(RootModel[dict[str, Any]]):
         return self._call.deadline
 
 
-NativeItems = Annotated[list[NativeItem], Field(max_length=MAX_ITEMS)]
+BatchItems = Annotated[list[BatchItem], Field(max_length=MAX_ITEMS)]
 
 
-class NativeImage(BaseModel):
-    """One image."""
+async def generate_item(generator: ImageGenerator, settings: Settings, item: BatchItem) -> BatchResult:
+    """Generate one item of a batch.
 
-    b64_json: str = Field(description="the file, base64")
-    seed: int = Field(description="the seed that generates this image alone")
-
-
-class NativeResult(BaseModel):
-    """The result of one item: images, or the status and error of the OpenAI route."""
-
-    status: int = 200
-    images: list[NativeImage] = []
-    error: dict[str, Any] | None = None
-
-
-async def generate_item(generator: ImageGenerator, settings: Settings, item: NativeItem) -> NativeResult:
-    """Generate one item of a batch. It fails alone: an exception would fail the whole batch."""
+    Errors are returned, because an exception would fail the whole batch.
+    """
+    item_id = f"item_{uuid.uuid4().hex}"
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
         model_info = require_model(generator, body.get(GENERATIONS.model_field))
-        item_id = f"item_{uuid.uuid4().hex}"
-        request = await parse_request(
+        validated = await parse_request(
             GENERATIONS, body, model_info, settings, item_id, item.wait_for_disconnect, item.deadline
         )
-        request.refuse_stream()
-        images = await draw(generator, request.generation, item.wait_for_disconnect(), item.deadline)
-    except ClientGoneError:
-        return NativeResult(status=CLIENT_GONE)
-    except Exception as error:  # the edge of the HTTP process, for one item
+        validated.reject_stream()
+        images = await generate_images(
+            generator, validated.generation, item.wait_for_disconnect(), item.deadline
+        )
+    except ClientDisconnectedError:
+        return BatchResult(status=CLIENT_CLOSED_REQUEST, images=[])
+    except Exception as error:  # Isolate the failure: only this item fails.
         if not isinstance(error, RequestError):
-            logger.exception("An item of the native API failed.")
+            logger.exception("%s of the batchable API failed.", item_id)
             error = GenerationError("The server failed on this item; see its log.")
         return _failed(error)
-    return NativeResult(images=await write(_with_base64, images))
+    return BatchResult(status=200, images=await write(_to_base64, images))
 
 
-def _with_base64(images: list[ImageFinished]) -> list[NativeImage]:
-    """The images as in the response; takes milliseconds per megabyte."""
+def _to_base64(images: list[ImageFinished]) -> list[BatchImage]:
+    """The images for the response; takes milliseconds per megabyte."""
     return [
-        NativeImage(b64_json=base64.b64encode(image.data).decode("ascii"), seed=image.seed)
-        for image in images
+        BatchImage(b64_json=base64.b64encode(image.data).decode("ascii"), seed=image.seed) for image in images
     ]
 
 
-def _failed(error: RequestError) -> NativeResult:
-    return NativeResult(status=status_of(error), error=error_body(error)["error"])
+def _failed(error: RequestError) -> BatchResult:
+    detail = ErrorDetail.model_validate(error_body(error)["error"])
+    return BatchResult(status=status_of(error), images=[], error=detail)

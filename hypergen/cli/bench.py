@@ -1,7 +1,7 @@
 """`hypergen bench URL`: an open-loop load generator for any server with OpenAI's images API.
 
-Open loop: a request is sent at its planned time, whatever is unfinished. Latency counts from that time and
-not from the send, so that a client that falls behind hides no delay ("coordinated omission", Gil Tene, 2013).
+Open loop: a request is sent at its planned time, even if earlier ones are unfinished. Latency counts from
+that time, not from the send, so that a slow client hides no delay ("coordinated omission", Gil Tene, 2013).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ async def send_requests(
 ) -> None:
     """Send each request at its time; results are reported as they finish."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    # A connection limit would close the loop. With keep-alive a request may use a connection being closed.
+    # A connection limit would make it a closed loop. With keep-alive, a request may use a closing connection.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
         httpx.AsyncClient(headers=headers, limits=limits, timeout=None) as client,

@@ -42,7 +42,7 @@ CONFIG = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main() -> None:
-    """Serve open diffusion models behind the image APIs that applications already speak."""
+    """Serve open diffusion models with OpenAI's and Hyperbolic's image APIs."""
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""Clients of the shared servers, and one more server whose limits are so tight that tests reach them."""
+"""Clients of the shared servers, and a server with tight limits."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ TIGHT = {
     "HYPERGEN_PRICE_RATE": "0.01",
     "HYPERGEN_IMAGE_METADATA": "false",
     "HYPERGEN_ALLOWED_HOST": "images.example, cdn.example",
-    "HYPERGEN_PUBLIC_URL": "https://pictures.example/hypergen/",
+    "HYPERGEN_PUBLIC_URL": "https://public.example/hypergen/",
     "HYPERGEN_SERVED_MODEL_NAME": "owner/small-sd",
 }
 
 
 @dataclass(frozen=True)
 class TightServer:
-    """A server with little room, and how it behaved while its model was still loading."""
+    """A server with tight limits, and its responses while the model was loading."""
 
     server: LiveServer
     client: httpx.Client
     health_while_loading: httpx.Response
-    refusal_while_loading: httpx.Response
+    error_while_loading: httpx.Response
     models_while_loading: httpx.Response
     probe_while_loading: HealthLatency
 
 
 @pytest.fixture(scope="session")
 def client(server: LiveServer) -> Iterator[httpx.Client]:
-    """Of the server without a key."""
+    """A client of the server without a key."""
     with client_of(server) as client:
         yield client
 
@@ -57,11 +57,11 @@ def tight(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator
 
 @contextmanager
 def start_tight_server(folder: Path, model: Path) -> Iterator[TightServer]:
-    """A server with little room until the block is left, asked from its first answer on.
+    """A server with tight limits; sends requests as soon as it responds.
 
     Args:
         folder: an empty folder for the model store and the log.
-        model: the model that it draws with.
+        model: folder of the served model.
     """
     arguments = (str(model), "--device", "cpu", "--dtype", "float32")
     with (
@@ -69,10 +69,10 @@ def start_tight_server(folder: Path, model: Path) -> Iterator[TightServer]:
         client_of(server) as client,
     ):
         health = client.get("/health")
-        refusal = client.post(GENERATIONS, json=QUICK)
+        error = client.post(GENERATIONS, json=QUICK)
         models = client.get("/v1/models")
         probe = HealthLatency()
         until = time.monotonic() + 60
         while probe.request_health(client)["status"] != "healthy" and time.monotonic() < until:
             pass
-        yield TightServer(server, client, health, refusal, models, probe)
+        yield TightServer(server, client, health, error, models, probe)

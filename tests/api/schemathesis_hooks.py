@@ -1,6 +1,6 @@
-"""What schemathesis has to know of this API: what a picture is, and which kind of body it sends in this run.
+"""Hooks for schemathesis: valid images, and the media type of bodies in this run.
 
-Its command line reads this file (SCHEMATHESIS_HOOKS).
+Loaded by its command line (SCHEMATHESIS_HOOKS).
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from PIL import Image
 from schemathesis.transport.serialization import Binary
 
 
-def _file(kind: str) -> bytes:
+def _file(image_format: str) -> bytes:
     file = BytesIO()
-    Image.new("RGB", (64, 64), "red").save(file, kind)
+    Image.new("RGB", (64, 64), "red").save(file, image_format)
     return file.getvalue()
 
 
-FILES = {f"image/{kind}": _file(kind) for kind in ("png", "jpeg", "webp")}
-TEXTS = {kind: base64.b64encode(data).decode() for kind, data in FILES.items()}
+FILES = {f"image/{name}": _file(name) for name in ("png", "jpeg", "webp")}
+TEXTS = {media_type: base64.b64encode(data).decode() for media_type, data in FILES.items()}
 
 schemathesis.openapi.format("byte", st.sampled_from(list(TEXTS.values())))
 schemathesis.openapi.format(
-    "data-url", st.sampled_from([f"data:{kind};base64,{text}" for kind, text in TEXTS.items()])
+    "data-url", st.sampled_from([f"data:{media_type};base64,{text}" for media_type, text in TEXTS.items()])
 )
 schemathesis.openapi.format("binary", st.sampled_from([Binary(data) for data in FILES.values()]))
 
 
 @schemathesis.hook
 def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
-    """Leave JSON or forms: schemathesis 4.32 can put no files into the cases of its coverage phase."""
+    """Keep only JSON or only forms: the coverage phase of schemathesis 4.32 does not support files."""
     kept = os.environ["SCHEMATHESIS_BODIES"]
     for path, operations in list(raw_schema["paths"].items()):
         for method, operation in list(operations.items()):
             content: dict[str, Any] = operation.get("requestBody", {}).get("content", {kept: {}})
-            for kind in set(content) - {kept}:
-                del content[kind]
+            for media_type in set(content) - {kept}:
+                del content[media_type]
             if not content:
                 del raw_schema["paths"][path][method]

@@ -1,4 +1,4 @@
-"""What an answer holds."""
+"""The response body and headers of generations."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tests.api.conftest import TightServer
 from tests.support.http_client import GENERATIONS, QUICK, generate
 
 
-def test_an_answer_tells_what_was_drawn(client: httpx.Client) -> None:
+def test_a_response_describes_the_images(client: httpx.Client) -> None:
     before = int(time.time())
-    answer = generate(client, n=2, size="128x64", seed=3)
-    assert set(answer) == {"created", "data", "size", "quality", "background", "output_format", "usage"}
-    assert type(answer["created"]) is int
-    assert before <= answer["created"] <= time.time()
-    assert answer["size"] == "128x64"
-    assert answer["quality"] == "medium"
-    assert answer["background"] == "opaque"
-    assert answer["output_format"] == "png"
-    assert [item["revised_prompt"] for item in answer["data"]] == [QUICK["prompt"]] * 2
+    body = generate(client, n=2, size="128x64", seed=3)
+    assert set(body) == {"created", "data", "size", "quality", "background", "output_format", "usage"}
+    assert type(body["created"]) is int
+    assert before <= body["created"] <= time.time()
+    assert body["size"] == "128x64"
+    assert body["quality"] == "medium"
+    assert body["background"] == "opaque"
+    assert body["output_format"] == "png"
+    assert [item["revised_prompt"] for item in body["data"]] == [QUICK["prompt"]] * 2
 
 
 def test_usage_counts_tokens(client: httpx.Client) -> None:
     usage = generate(client, n=2, prompt="abc")["usage"]
     assert usage == {
-        "input_tokens": 3,  # the small model reads byte by byte
+        "input_tokens": 3,  # the small model's tokenizer has one token per byte
         "output_tokens": 2 * 8 * 8,
         "total_tokens": 3 + 128,
         "input_tokens_details": {"text_tokens": 3, "image_tokens": 0},
@@ -39,7 +39,7 @@ def test_usage_counts_tokens(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("requested", "returned"),
     [
         (None, "medium"),
         ("auto", "medium"),
@@ -52,16 +52,16 @@ def test_usage_counts_tokens(client: httpx.Client) -> None:
         ("max", "max"),
     ],
 )
-def test_quality_is_told_in_openais_words_and_changes_no_pixel(
-    client: httpx.Client, asked: str | None, told: str
+def test_quality_is_mapped_to_openais_values_and_changes_no_pixel(
+    client: httpx.Client, requested: str | None, returned: str
 ) -> None:
-    answer = generate(client, seed=1, quality=asked)
-    assert answer["quality"] == told
-    assert answer["data"][0]["b64_json"] == generate(client, seed=1)["data"][0]["b64_json"]
+    body = generate(client, seed=1, quality=requested)
+    assert body["quality"] == returned
+    assert body["data"][0]["b64_json"] == generate(client, seed=1)["data"][0]["b64_json"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "keys"),
+    ("fields", "keys"),
     [
         ({}, {"b64_json", "url"}),
         ({"response_format": None}, {"b64_json", "url"}),
@@ -69,33 +69,33 @@ def test_quality_is_told_in_openais_words_and_changes_no_pixel(
         ({"response_format": "url"}, {"url"}),
     ],
 )
-def test_keys_that_were_not_asked_for_are_absent(
-    client: httpx.Client, asked: dict[str, Any], keys: set[str]
+def test_only_the_requested_response_formats_are_present(
+    client: httpx.Client, fields: dict[str, Any], keys: set[str]
 ) -> None:
-    answer = generate(client, n=2, **asked)
-    for item in answer["data"]:
+    body = generate(client, n=2, **fields)
+    for item in body["data"]:
         assert set(item) & {"b64_json", "url"} == keys
-    assert None not in [value for item in answer["data"] for value in item.values()]
-    assert None not in answer.values()
+    assert None not in [value for item in body["data"] for value in item.values()]
+    assert None not in body.values()
 
 
-def test_url_and_base64_hold_the_same_bytes(client: httpx.Client) -> None:
+def test_url_and_base64_have_the_same_bytes(client: httpx.Client) -> None:
     for item in generate(client, n=3)["data"]:
         assert httpx.get(item["url"]).content == base64.b64decode(item["b64_json"], validate=True)
 
 
-def test_a_public_url_stands_before_the_name_of_the_picture(tight: TightServer) -> None:
+def test_image_urls_start_with_the_public_url(tight: TightServer) -> None:
     url = generate(tight.client)["data"][0]["url"]
-    assert url.startswith("https://pictures.example/hypergen/v1/images/files/")
+    assert url.startswith("https://public.example/hypergen/v1/images/files/")
 
 
-def test_image_answers_tell_how_long_they_took(client: httpx.Client) -> None:
+def test_responses_have_the_processing_time(client: httpx.Client) -> None:
     started = time.monotonic()
     response = client.post(GENERATIONS, json=QUICK)
     assert 1 <= int(response.headers["openai-processing-ms"]) <= (time.monotonic() - started) * 1000 + 1
 
 
-def test_image_answers_tell_what_the_engine_took(client: httpx.Client) -> None:
+def test_responses_have_the_engine_and_encoding_times(client: httpx.Client) -> None:
     started = time.monotonic()
     response = client.post(GENERATIONS, json={**QUICK, "n": 3, "output_format": "webp"})
     wall_ms = (time.monotonic() - started) * 1000
@@ -107,7 +107,7 @@ def test_image_answers_tell_what_the_engine_took(client: httpx.Client) -> None:
     assert engine_ms + encode_ms < wall_ms + 1
 
 
-def test_request_ids_are_unique_and_on_every_answer(client: httpx.Client) -> None:
+def test_every_response_has_a_unique_request_id(client: httpx.Client) -> None:
     responses = [client.get("/health") for _ in range(20)]
     responses += [client.get("/nothing"), client.post(GENERATIONS), client.head("/v1/models")]
     responses += [client.post(GENERATIONS, json=QUICK), client.get("/schema.json"), client.get("/livez")]
@@ -117,7 +117,7 @@ def test_request_ids_are_unique_and_on_every_answer(client: httpx.Client) -> Non
     assert all(request_id.startswith("req_") for request_id in ids)
 
 
-def test_answers_do_not_tell_what_serves_them(client: httpx.Client) -> None:
+def test_responses_do_not_reveal_the_server_software(client: httpx.Client) -> None:
     for response in (
         client.get("/health"),
         client.get("/schema.json"),

@@ -1,4 +1,4 @@
-"""The key: in front of everything but probes and pictures."""
+"""The API key, which all routes need except health probes and stored images."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KEY = b"sk-right-key"
 
 
 @pytest.fixture(scope="module")
-def stranger(keyed_server: LiveServer) -> Iterator[httpx.Client]:
-    """A client that has no key."""
+def client_without_key(keyed_server: LiveServer) -> Iterator[httpx.Client]:
+    """A client that sends no key."""
     with httpx.Client(base_url=keyed_server.url, timeout=30) as client:
         yield client
 
@@ -28,7 +28,7 @@ WRONG: dict[str, list[bytes]] = {
     "empty": [b""],
     "no key": [b"Bearer"],
     "wrong": [b"Bearer sk-wrong-key"],
-    "cut off": [b"Bearer sk-right-ke"],
+    "truncated": [b"Bearer sk-right-ke"],
     "too long": [b"Bearer sk-right-keyy"],
     "upper case": [b"Bearer SK-RIGHT-KEY"],
     "bare": [KEY],
@@ -36,7 +36,7 @@ WRONG: dict[str, list[bytes]] = {
     "another scheme": [b"BearerX " + KEY],
     "no space": [b"Bearer" + KEY],
     "twice Bearer": [b"Bearer Bearer " + KEY],
-    "key behind a word": [b"Bearer x " + KEY],
+    "key after another word": [b"Bearer x " + KEY],
     "two keys": [b"Bearer " + KEY + b", Bearer " + KEY],
     "quoted": [b'Bearer "' + KEY + b'"'],
     "two headers": [b"Bearer " + KEY, b"Bearer " + KEY],
@@ -48,11 +48,11 @@ WRONG: dict[str, list[bytes]] = {
 
 
 @pytest.mark.parametrize("values", WRONG.values(), ids=WRONG)
-def test_a_wrong_key_is_refused(stranger: httpx.Client, values: list[bytes]) -> None:
+def test_a_wrong_key_is_rejected(client_without_key: httpx.Client, values: list[bytes]) -> None:
     headers = [(b"Authorization", value) for value in values]
-    response = stranger.post(GENERATIONS, json=QUICK, headers=headers)
+    response = client_without_key.post(GENERATIONS, json=QUICK, headers=headers)
     message = assert_error(response, 401, param=None, code="invalid_api_key")
-    # LiteLLM finds the reason by these words.
+    # LiteLLM matches this text.
     assert message.startswith("Incorrect API key provided")
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert response.headers["www-authenticate"] == "Bearer"
@@ -60,13 +60,16 @@ def test_a_wrong_key_is_refused(stranger: httpx.Client, values: list[bytes]) -> 
 
 
 @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER ", "Bearer  "])
-def test_the_right_key_opens(stranger: httpx.Client, scheme: str) -> None:
-    assert stranger.get("/v1/models", headers={"Authorization": f"{scheme}sk-right-key"}).status_code == 200
+def test_the_right_key_is_accepted(client_without_key: httpx.Client, scheme: str) -> None:
+    assert (
+        client_without_key.get("/v1/models", headers={"Authorization": f"{scheme}sk-right-key"}).status_code
+        == 200
+    )
 
 
-def test_a_key_in_another_place_does_not_open(stranger: httpx.Client) -> None:
+def test_a_key_outside_the_authorization_header_is_ignored(client_without_key: httpx.Client) -> None:
     key = KEY.decode()
-    response = stranger.get(
+    response = client_without_key.get(
         "/v1/models",
         params={"api_key": key, "key": key, "access_token": key},
         headers={"X-Api-Key": key, "Api-Key": key, "Cookie": f"api_key={key}"},
@@ -84,22 +87,22 @@ def test_a_key_in_another_place_does_not_open(stranger: httpx.Client) -> None:
     ],
     ids=str,
 )
-def test_headers_do_not_change_which_path_is_asked_for(
-    stranger: httpx.Client, headers: dict[str, str]
+def test_headers_do_not_change_the_path_that_is_checked(
+    client_without_key: httpx.Client, headers: dict[str, str]
 ) -> None:
-    assert_error(stranger.get("/v1/models", headers=headers), 401)
+    assert_error(client_without_key.get("/v1/models", headers=headers), 401)
 
 
 def routes(client: httpx.Client) -> set[str]:
-    """Every path that the server knows of itself, HyperGen's and BentoML's."""
-    ours = set(client.get("/openapi.json").json()["paths"])
+    """Every documented path, HyperGen's and BentoML's."""
+    documented = set(client.get("/openapi.json").json()["paths"])
     native = {route["route"] for route in client.get("/schema.json").json()["routes"]}
-    assert GENERATIONS in ours
+    assert GENERATIONS in documented
     assert "/generate" in native
-    return ours | native
+    return documented | native
 
 
-def test_every_route_wants_the_key(keyed_server: LiveServer, stranger: httpx.Client) -> None:
+def test_every_route_needs_the_key(keyed_server: LiveServer, client_without_key: httpx.Client) -> None:
     with client_of(keyed_server) as keyed:
         paths = routes(keyed) - {"/health", "/livez", "/healthz", "/readyz"}
     paths = {path.replace("{name}", "x.png").replace("{model}", "m") for path in paths}
@@ -133,7 +136,7 @@ def test_every_route_wants_the_key(keyed_server: LiveServer, stranger: httpx.Cli
     paths |= {"/v1/images/files", "/v1/images/filesx"}
     for path in paths:
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE", "FOO"):
-            response = stranger.request(method, path)
+            response = client_without_key.request(method, path)
             is_file = path.startswith("/v1/images/files/") and method in ("GET", "HEAD")
             assert response.status_code == (404 if is_file else 401), (method, path)
             if method != "HEAD":
@@ -150,7 +153,7 @@ def test_dots_in_a_path_are_not_resolved(keyed_server: LiveServer, path: str) ->
         assert connection.getresponse().status == 401
 
 
-def test_strangers_are_not_asked_for_their_body(keyed_server: LiveServer) -> None:
+def test_clients_without_a_key_get_401_before_they_send_the_body(keyed_server: LiveServer) -> None:
     host, port = keyed_server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         head = [f"POST {GENERATIONS} HTTP/1.1", f"Host: {host}", "Content-Length: 9", "Expect: 100-continue"]
@@ -159,24 +162,24 @@ def test_strangers_are_not_asked_for_their_body(keyed_server: LiveServer) -> Non
 
 
 @pytest.mark.parametrize("path", ["/health", "/livez", "/readyz", "/healthz"])
-def test_probes_are_open(stranger: httpx.Client, path: str) -> None:
-    assert stranger.get(path).status_code == 200
+def test_health_probes_need_no_key(client_without_key: httpx.Client, path: str) -> None:
+    assert client_without_key.get(path).status_code == 200
 
 
-def test_the_key_is_checked_before_the_body_is_read(stranger: httpx.Client) -> None:
+def test_the_key_is_checked_before_the_body_is_read(client_without_key: httpx.Client) -> None:
     bodies = [b"{", b"[" * 100_000, b"a" * 30_000_000]
     for body in bodies:
-        assert_error(stranger.post(GENERATIONS, content=body, headers=JSON), 401)
-    # The body was not read to its end, so the connection cannot carry another request.
-    assert stranger.post(GENERATIONS, content=b"{").headers["connection"] == "close"
+        assert_error(client_without_key.post(GENERATIONS, content=body, headers=JSON), 401)
+    # The body was not read completely, so the connection cannot carry another request.
+    assert client_without_key.post(GENERATIONS, content=b"{").headers["connection"] == "close"
 
 
-def test_without_a_key_any_header_opens(client: httpx.Client) -> None:
+def test_a_server_without_a_key_ignores_the_header(client: httpx.Client) -> None:
     for value in ("Bearer x", "Basic x", "x"):
         assert client.get("/v1/models", headers={"Authorization": value}).status_code == 200
 
 
-def test_the_key_stands_in_no_log_and_on_no_command_line(keyed_server: LiveServer) -> None:
+def test_the_key_is_not_in_the_log_or_on_a_command_line(keyed_server: LiveServer) -> None:
     assert KEY.decode() not in keyed_server.log()
     assert not [p for p in keyed_server.processes() if KEY.decode() in " ".join(p.cmdline())]
     assert "HYPERGEN_API_KEY" not in keyed_server.engine().environ()

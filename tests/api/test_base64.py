@@ -1,4 +1,4 @@
-"""Input images as base64: every text has an answer, at a cost that grows with its size alone."""
+"""Decoding of base64 input images: arbitrary text, and time and memory proportional to the size."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def read(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("make", TEXTS.values(), ids=TEXTS)
-def test_base64_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[int], bytes]) -> None:
+def test_decoding_base64_takes_time_and_memory_proportional_to_its_size(make: Callable[[int], bytes]) -> None:
     assert growth(read, make, 2_000_000) < 3
     assert memory(read, make(1_000_000)) < 6
 
 
-def test_a_media_type_of_1000_letters_is_read_and_a_longer_one_is_refused() -> None:
+def test_a_media_type_of_1000_letters_is_accepted_and_a_longer_one_rejected() -> None:
     assert from_base64("data:" + "a" * 1000 + ";base64,YWJj", "image") == b"abc"
     with pytest.raises(InvalidRequestError):
         from_base64("data:" + "a" * 1024 + ";base64,YWJj", "image")
@@ -45,18 +45,18 @@ def test_a_media_type_of_1000_letters_is_read_and_a_longer_one_is_refused() -> N
 
 @settings(derandomize=True, max_examples=50, deadline=None)
 @given(st.text() | st.text("data:;base64,= \nA/+%"))
-def test_text_is_base64_or_refused_by_its_parameter(text: str) -> None:
+def test_arbitrary_text_is_decoded_or_rejected_with_its_param(text: str) -> None:
     error = refusal(lambda: from_base64(text, "mask"))
     assert error is None or (error.param == "mask" and "'mask'" in error.message)
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
 @given(st.binary())
-def test_what_was_encoded_is_read(data: bytes) -> None:
+def test_encoded_bytes_are_decoded(data: bytes) -> None:
     assert from_base64(base64.encodebytes(data).decode(), "image") == data
 
 
-def test_a_sampler_name_of_megabytes_costs_no_memory() -> None:
+def test_a_sampler_name_of_megabytes_uses_no_memory() -> None:
     name = "a." * 1_000_000
     tracemalloc.start()
     assert len(public_name(name)) < 200

@@ -1,4 +1,4 @@
-"""BentoML's own batchable route, POST /generate, beside the OpenAI one."""
+"""BentoML's batchable API, POST /generate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def generate(client: httpx.Client, *items: dict[str, Any]) -> list[dict[str, Any
     return response.json()
 
 
-def test_items_are_drawn_as_the_openai_route_draws_them(client: httpx.Client) -> None:
+def test_items_generate_the_same_bytes_as_the_openai_route(client: httpx.Client) -> None:
     (result,) = generate(client, {**QUICK, "seed": 6, "n": 2, "output_format": "webp", "style": None})
     assert result["status"] == 200
     assert [image["seed"] for image in result["images"]] == [6, 7]
@@ -27,7 +27,7 @@ def test_items_are_drawn_as_the_openai_route_draws_them(client: httpx.Client) ->
     assert data == generate_files(client, seed=6, n=2, output_format="webp")
 
 
-def test_an_item_fails_alone(client: httpx.Client) -> None:
+def test_items_fail_independently(client: httpx.Client) -> None:
     good, bad, also_bad = generate(client, QUICK, {**QUICK, "n": 99}, {})
     assert (good["status"], len(good["images"])) == (200, 1)
     assert (bad["status"], bad["error"]["param"]) == (400, "n")
@@ -36,7 +36,7 @@ def test_an_item_fails_alone(client: httpx.Client) -> None:
 
 
 def test_a_small_call_does_not_wait_for_a_large_one(client: httpx.Client) -> None:
-    """Both come in the same moment, in which the stock dispatcher would make one batch of them."""
+    """Both arrive at the same time; the stock dispatcher would put them into one batch."""
     large = {**QUICK, "num_inference_steps": 60, "n": 4}
     ended: list[str] = []
 
@@ -76,17 +76,19 @@ def test_no_items_give_no_results(client: httpx.Client) -> None:
     ],
     ids=lambda value: ascii(value)[:30],
 )
-def test_a_bad_body_gets_the_one_error_body(client: httpx.Client, body: bytes, message: str) -> None:
+def test_an_invalid_body_gets_the_error_body(client: httpx.Client, body: bytes, message: str) -> None:
     assert assert_error(client.post("/generate", content=body, headers=JSON), 400).startswith(message)
 
 
-@pytest.mark.parametrize("kind", ["application/vnd.bentoml+pickle", "multipart/form-data", "text/plain", ""])
-def test_only_json_is_read(client: httpx.Client, kind: str) -> None:
-    response = client.post("/generate", content=b'{"items": []}', headers={"Content-Type": kind})
+@pytest.mark.parametrize(
+    "media_type", ["application/vnd.bentoml+pickle", "multipart/form-data", "text/plain", ""]
+)
+def test_only_json_is_accepted(client: httpx.Client, media_type: str) -> None:
+    response = client.post("/generate", content=b'{"items": []}', headers={"Content-Type": media_type})
     assert_error(response, 415, code="unsupported_media_type")
 
 
-def test_items_of_a_client_that_hangs_up_leave_the_queue(client: httpx.Client) -> None:
+def test_a_disconnect_cancels_the_items_of_a_client(client: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         client.post("/generate", json={"items": [SLOW, SLOW]}, timeout=1)
     until = time.monotonic() + 10

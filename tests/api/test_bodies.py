@@ -1,4 +1,4 @@
-"""Request bodies: only strict JSON, and only so much of it."""
+"""Request bodies: strict JSON, and limits on size and time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.support.http_client import GENERATIONS, JSON, QUICK, assert_error
 
 GOOD = json.dumps(QUICK).encode()
 
-NOT_ONE_JSON_OBJECT = {
+INVALID_BODIES = {
     "empty": b"",
     "blank": b"  ",
     "list": b'[{"prompt": "a"}]',
     "text": b'"a"',
     "null": b"null",
-    "cut off": GOOD[:-1],
+    "truncated": GOOD[:-1],
     "two documents": GOOD + GOOD,
     "something after": GOOD + b"x",
     "single quotes": b"{'prompt': 'a'}",
@@ -35,7 +35,7 @@ NOT_ONE_JSON_OBJECT = {
     "trailing comma": b'{"prompt": "a",}',
     "BOM": b"\xef\xbb\xbf" + GOOD,
     "UTF-16": GOOD.decode().encode("utf-16"),
-    "UTF-16 without a mark": GOOD.decode().encode("utf-16-le"),
+    "UTF-16 without a BOM": GOOD.decode().encode("utf-16-le"),
     "UTF-32": GOOD.decode().encode("utf-32"),
     "broken UTF-8": b'{"prompt": "\xff\xfe"}',
     "surrogates as UTF-8": b'{"prompt": "\xed\xa0\x80"}',
@@ -54,8 +54,8 @@ NOT_ONE_JSON_OBJECT = {
 }
 
 
-@pytest.mark.parametrize("body", NOT_ONE_JSON_OBJECT.values(), ids=NOT_ONE_JSON_OBJECT)
-def test_what_is_not_one_json_object_is_refused(client: httpx.Client, body: bytes) -> None:
+@pytest.mark.parametrize("body", INVALID_BODIES.values(), ids=INVALID_BODIES)
+def test_anything_but_one_json_object_is_rejected(client: httpx.Client, body: bytes) -> None:
     assert_error(client.post(GENERATIONS, content=body, headers=JSON), 400, param=None, code="invalid_json")
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_one_json_object_is_refused(client: httpx.Client, body: byte
         "application/vnd.bentoml+pickle",
     ],
 )
-def test_other_media_types_are_refused(client: httpx.Client, media_type: str | None) -> None:
+def test_other_media_types_are_rejected(client: httpx.Client, media_type: str | None) -> None:
     headers = {} if media_type is None else {"Content-Type": media_type}
     response = client.post(GENERATIONS, content=GOOD, headers=headers)
     assert_error(response, 415, code="unsupported_media_type")
@@ -87,17 +87,17 @@ def test_json_is_recognised_by_its_media_type(client: httpx.Client, media_type: 
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "GZIP"])
-def test_compressed_bodies_are_refused(client: httpx.Client, encoding: str) -> None:
+def test_compressed_bodies_are_rejected(client: httpx.Client, encoding: str) -> None:
     headers = {**JSON, "Content-Encoding": encoding}
     response = client.post(GENERATIONS, content=gzip.compress(GOOD), headers=headers)
     assert_error(response, 415, code="unsupported_media_type")
 
 
-def test_49_000_fields_are_read_and_51_000_refused(client: httpx.Client) -> None:
-    """A field has two tokens, of which a body may have 100,000."""
+def test_49_000_fields_are_accepted_and_51_000_rejected(client: httpx.Client) -> None:
+    """A field has two tokens, and a body may have 100,000."""
     fields = {f"field{number}": number for number in range(51_000)}
-    refused = client.post(GENERATIONS, json={**QUICK, **fields})
-    assert_error(refused, 400, param=None, code="invalid_json")
+    response = client.post(GENERATIONS, json={**QUICK, **fields})
+    assert_error(response, 400, param=None, code="invalid_json")
     fewer = dict(list(fields.items())[:49_000])
     assert client.post(GENERATIONS, json={**QUICK, **fewer}).status_code == 200
 
@@ -111,7 +111,7 @@ def chunks(size: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("path", [GENERATIONS, "/generate", "/v1/nothing"])
-def test_a_body_too_large_by_its_header_is_refused(tight: TightServer, path: str) -> None:
+def test_a_too_large_content_length_is_rejected(tight: TightServer, path: str) -> None:
     response = tight.client.post(path, content=b"a" * 100_001, headers=JSON)
     message = assert_error(response, 413, code="payload_too_large")
     assert "100,000" in message
@@ -119,12 +119,12 @@ def test_a_body_too_large_by_its_header_is_refused(tight: TightServer, path: str
 
 
 @pytest.mark.parametrize("path", [GENERATIONS, "/generate"])
-def test_a_body_too_large_by_its_bytes_is_refused(tight: TightServer, path: str) -> None:
+def test_a_too_large_chunked_body_is_rejected(tight: TightServer, path: str) -> None:
     response = tight.client.post(path, content=chunks(200_000), headers=JSON)
     assert_error(response, 413, code="payload_too_large")
 
 
-def test_a_body_just_within_the_limit_is_read(tight: TightServer) -> None:
+def test_a_body_at_the_limit_is_accepted(tight: TightServer) -> None:
     filling = {**QUICK, "other": ""}
     filling["other"] = "a" * (100_000 - len(json.dumps(filling)))
     body = json.dumps(filling).encode()
@@ -133,7 +133,7 @@ def test_a_body_just_within_the_limit_is_read(tight: TightServer) -> None:
     assert tight.client.post(GENERATIONS, content=chunks(99_000), headers=JSON).status_code != 413
 
 
-def test_8_mb_are_read_with_an_input_image_and_refused_without(client: httpx.Client) -> None:
+def test_8_mb_are_accepted_with_an_input_image_and_rejected_without(client: httpx.Client) -> None:
     assert client.post(GENERATIONS, json={**QUICK, "image": "a" * 8_000_000}).status_code == 200
     response = client.post(GENERATIONS, json={**QUICK, "other": "a" * 8_000_000})
     message = assert_error(response, 413, code="payload_too_large")
@@ -142,11 +142,9 @@ def test_8_mb_are_read_with_an_input_image_and_refused_without(client: httpx.Cli
 
 
 @pytest.mark.parametrize(("sent", "status"), [(0, 408), (1000, 408), (5000, 200)])
-async def test_a_body_that_stalls_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, sent: int, status: int
-) -> None:
-    """Here after 20 ms, and 1 ms more for every 10 bytes; the rest of the body comes after 200 ms."""
-    monkeypatch.setattr(request_body, "_PATIENCE_S", 0.02)
+async def test_a_body_that_stalls_times_out(monkeypatch: pytest.MonkeyPatch, sent: int, status: int) -> None:
+    """The timeout is 20 ms plus 1 ms per 10 bytes; the rest of the body arrives after 200 ms."""
+    monkeypatch.setattr(request_body, "_STALL_TIMEOUT_S", 0.02)
     pieces = [b"a" * sent, b"a"]
 
     async def receive() -> Message:
@@ -158,14 +156,14 @@ async def test_a_body_that_stalls_is_given_up(
         assert len(await Request(scope, receive).body()) == sent + 1
         await Response()(scope, receive, send)
 
-    answers: list[Message] = []
+    messages: list[Message] = []
 
     async def send(message: Message) -> None:
-        answers.append(message)
+        messages.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     await OuterMiddleware(app, (), Settings.model_validate({}))(scope, receive, send)
-    assert answers[0]["status"] == status
+    assert messages[0]["status"] == status
     if status == 408:
-        assert (b"connection", b"close") in [(name.lower(), value) for name, value in answers[0]["headers"]]
-        assert json.loads(answers[1]["body"])["error"]["code"] == "request_timeout"
+        assert (b"connection", b"close") in [(name.lower(), value) for name, value in messages[0]["headers"]]
+        assert json.loads(messages[1]["body"])["error"]["code"] == "request_timeout"

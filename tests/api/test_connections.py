@@ -1,4 +1,4 @@
-"""Connections that send too little, take too little, or are too many, on a real server of their own."""
+"""Timeouts and limits of connections, on a uvicorn server per test."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ HALF_HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 MEGABYTES = 32  # more than the buffers of both sides
 
 
-class HastyProtocol(GuardedProtocol):
-    """The same with less patience."""
+class ShortTimeouts(GuardedProtocol):
+    """The same with short timeouts."""
 
     head_timeout_s = 0.5
     write_timeout_s = 0.5
-    look_every_s = 0.1
+    check_interval_s = 0.1
     max_connections = 5
 
 
-async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """As many megabytes as the path says."""
+async def _respond(scope: Scope, receive: Receive, send: Send) -> None:
+    """Respond with as many megabytes as the path says."""
     megabytes = int(scope["path"].strip("/") or 0)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     for _ in range(megabytes):
@@ -46,12 +46,12 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 @asynccontextmanager
 async def _server(
-    protocol: type[GuardedProtocol] = HastyProtocol, app: ASGIApp = _answer
+    protocol: type[GuardedProtocol] = ShortTimeouts, app: ASGIApp = _respond
 ) -> AsyncGenerator[tuple[uvicorn.Server, int], None]:
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", http=protocol)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110  uvicorn tells nobody
+    while not server.started:  # noqa: ASYNC110  uvicorn has no event for it
         await asyncio.sleep(0.01)
     try:
         yield server, server.servers[0].sockets[0].getsockname()[1]
@@ -61,7 +61,7 @@ async def _server(
 
 
 async def _until_closed(reader: asyncio.StreamReader) -> bytes:
-    """What came before the end."""
+    """The bytes until the connection is closed."""
     async with asyncio.timeout(20):
         try:
             return await reader.read()
@@ -70,7 +70,7 @@ async def _until_closed(reader: asyncio.StreamReader) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", HALF_HEAD], ids=["nothing", "half a head"])
-async def test_a_connection_without_a_whole_head_is_closed(sent: bytes) -> None:
+async def test_a_connection_with_an_incomplete_head_is_closed(sent: bytes) -> None:
     async with _server() as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(sent)
@@ -78,22 +78,22 @@ async def test_a_connection_without_a_whole_head_is_closed(sent: bytes) -> None:
         writer.close()
 
 
-async def test_a_head_that_comes_byte_by_byte_is_closed() -> None:
+async def test_a_connection_that_sends_its_head_byte_by_byte_is_closed() -> None:
     async with _server() as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
-        async def drip() -> None:
+        async def send_slowly() -> None:
             for byte in HALF_HEAD * 1000:
                 writer.write(bytes([byte]))
                 await asyncio.sleep(0.05)
 
-        dripping = asyncio.create_task(drip())
+        sending = asyncio.create_task(send_slowly())
         assert await _until_closed(reader) == b""
-        dripping.cancel()
+        sending.cancel()
         writer.close()
 
 
-async def test_half_a_head_after_an_answer_is_closed() -> None:
+async def test_a_connection_with_an_incomplete_second_head_is_closed() -> None:
     async with _server() as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -103,7 +103,7 @@ async def test_half_a_head_after_an_answer_is_closed() -> None:
         writer.close()
 
 
-async def test_a_client_that_takes_nothing_of_its_answer_is_disconnected() -> None:
+async def test_a_client_that_does_not_read_its_response_is_disconnected() -> None:
     async with _server() as (server, port):
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
         writer.write(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % MEGABYTES)
@@ -115,8 +115,8 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_disconnected() -> No
         writer.transport.abort()
 
 
-async def test_an_answer_in_one_piece_ends_with_the_time_of_its_request() -> None:
-    """BentoML's routes answer so; a client that takes a little now and then does not stall."""
+async def test_a_response_in_one_chunk_ends_at_the_deadline_of_its_request() -> None:
+    """BentoML's routes send one chunk; a client that reads a little at a time does not stall."""
     settings = Settings.model_validate({"queue": {"request_timeout_s": 0.5}})
     app = OuterMiddleware(Response(bytes(MEGABYTES * 1_000_000)), (), settings)
     async with _server(GuardedProtocol, app) as (server, port):
@@ -129,14 +129,14 @@ async def test_an_answer_in_one_piece_ends_with_the_time_of_its_request() -> Non
         writer.transport.abort()
 
 
-async def test_an_answer_in_one_piece_is_whole() -> None:
+async def test_a_response_in_one_chunk_is_complete() -> None:
     app = OuterMiddleware(Response(bytes(range(256)) * 100_000), (), Settings.model_validate({}))
     async with _server(GuardedProtocol, app) as (_, port), httpx.AsyncClient() as client:
         assert (await client.get(f"http://127.0.0.1:{port}/")).content == bytes(range(256)) * 100_000
 
 
-async def test_a_slow_client_gets_its_whole_answer() -> None:
-    """It takes ten times as long as a client may stall."""
+async def test_a_slow_client_gets_its_complete_response() -> None:
+    """Reading takes ten times the write timeout."""
     async with _server() as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
         writer.write(b"GET /%d HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % MEGABYTES)
@@ -148,7 +148,7 @@ async def test_a_slow_client_gets_its_whole_answer() -> None:
         writer.close()
 
 
-async def test_beyond_the_limit_the_oldest_idle_connection_makes_room() -> None:
+async def test_beyond_the_limit_the_connection_that_is_idle_longest_is_closed() -> None:
     class FiveConnections(GuardedProtocol):
         max_connections = 5
 
@@ -161,12 +161,12 @@ async def test_beyond_the_limit_the_oldest_idle_connection_makes_room() -> None:
             assert (await client.get(f"http://127.0.0.1:{port}/")).status_code == 200
             assert await _until_closed(idle[0][0]) == b""
             assert len(server.server_state.connections) == 5
-        assert len(await busy_reader.read(1_000_000)) > 0  # what is being answered goes on
+        assert len(await busy_reader.read(1_000_000)) > 0  # the running response continues
         for _, writer in (*idle, (busy_reader, busy)):
             writer.transport.abort()
 
 
-async def test_websockets_do_not_break_the_limit() -> None:
+async def test_websockets_do_not_break_the_connection_limit() -> None:
     class TwoConnections(GuardedProtocol):
         max_connections = 2
 
@@ -185,23 +185,23 @@ async def test_websockets_do_not_break_the_limit() -> None:
 
 
 async def test_a_closed_connection_is_freed_at_once() -> None:
-    kept: list[weakref.ref[GuardedProtocol]] = []
+    protocols: list[weakref.ref[GuardedProtocol]] = []
 
-    class Remembered(GuardedProtocol):
+    class TrackedProtocol(GuardedProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
-            kept.append(weakref.ref(self))
+            protocols.append(weakref.ref(self))
             super().connection_made(transport)
 
     gc.disable()
     try:
-        async with _server(Remembered) as (server, port):
+        async with _server(TrackedProtocol) as (server, port):
             async with httpx.AsyncClient() as client:
                 assert (await client.get(f"http://127.0.0.1:{port}/")).status_code == 200
             async with asyncio.timeout(20):
                 while server.server_state.connections:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
-            assert [reference() for reference in kept] == [None]
+            assert [reference() for reference in protocols] == [None]
     finally:
         gc.enable()
 
@@ -211,28 +211,28 @@ CHUNKED += "Transfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("size", ["F" * 16, "F" * 20, "F" * 40, "80001000", "-1", "0x10", "1 1", ""])
-def test_a_chunk_size_that_overflows_is_answered_at_once(server: LiveServer, size: str) -> None:
-    """The body's own patience is 30 s."""
+def test_a_chunk_size_that_overflows_is_rejected_at_once(server: LiveServer, size: str) -> None:
+    """The timeout of the body is 30 s."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(f"{CHUNKED}{size}\r\nabc".encode())
-        answer = b""
+        response = b""
         while data := connection.recv(65536):
-            answer += data
-    head, _, body = answer.partition(b"\r\n\r\n")
+            response += data
+    head, _, body = response.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert b"x-content-type-options: nosniff" in head
     assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
-def test_no_more_connections_are_kept_than_descriptors_allow() -> None:
+def test_the_connection_limit_is_below_the_descriptor_limit() -> None:
     assert GuardedProtocol.max_connections < 1_000_000
     assert GuardedProtocol.max_connections >= 16
 
 
-def _chunks_without_end(server: LiveServer, path: str, size: int) -> bytes:
-    """The answer to so many bytes of a chunked body whose end never comes."""
+def _send_endless_chunks(server: LiveServer, path: str, size: int) -> bytes:
+    """The response to this many bytes of a chunked body without end."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(CHUNKED.replace("/v1/images/generations", path).encode())
@@ -242,6 +242,6 @@ def _chunks_without_end(server: LiveServer, path: str, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits", "/generate"])
-def test_a_chunked_body_is_refused_as_soon_as_it_passes_the_limit(server: LiveServer, path: str) -> None:
-    """1 MB is for bodies without input images, also where those are read."""
-    assert _chunks_without_end(server, path, 1_001_000).startswith(b"HTTP/1.1 413")
+def test_a_chunked_body_is_rejected_as_soon_as_it_exceeds_the_limit(server: LiveServer, path: str) -> None:
+    """The limit is 1 MB for bodies without input images, also on routes that accept them."""
+    assert _send_endless_chunks(server, path, 1_001_000).startswith(b"HTTP/1.1 413")

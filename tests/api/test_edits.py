@@ -1,4 +1,4 @@
-"""POST /v1/images/edits and /v1/images/variations: forms and JSON, and how their pictures are read."""
+"""POST /v1/images/edits and /v1/images/variations: forms, JSON, and their input images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.live_server import LiveServer
 
 EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
-PICTURE = as_file(gradient(96, 64))
+INPUT_IMAGE = as_file(gradient(96, 64))
 MASK = as_file(Image.new("RGBA", (96, 64), (0, 0, 0, 0)))
 
 
@@ -31,12 +31,12 @@ def in_json(data: bytes) -> dict[str, str]:
 
 
 def edit(**fields: Any) -> GenerationRequest:
-    body = {"prompt": "a", "images": [in_json(PICTURE)], **fields}
+    body = {"prompt": "a", "images": [in_json(INPUT_IMAGE)], **fields}
     body = {name: value for name, value in body.items() if value is not None}
     return openai_edits.to_edit(body, FULL_MODEL_INFO, SETTINGS, "id").generation
 
 
-def refusal(**fields: Any) -> InvalidRequestError:
+def rejection(**fields: Any) -> InvalidRequestError:
     with pytest.raises(InvalidRequestError) as raised:
         edit(**fields)
     assert str(raised.value.param) in raised.value.message
@@ -47,7 +47,7 @@ def test_the_form_and_json_make_the_same_request() -> None:
     fields = {"prompt": "a", "seed": 5, "n": 2, "strength": 0.5, "size": "64x128"}
     from_form = openai_edits.to_edit(
         form_of(
-            [("image", ("a", PICTURE)), ("mask", ("m", MASK))],
+            [("image", ("a", INPUT_IMAGE)), ("mask", ("m", MASK))],
             {name: str(value) for name, value in fields.items()},
         ),
         FULL_MODEL_INFO,
@@ -59,55 +59,57 @@ def test_the_form_and_json_make_the_same_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "drawn"),
+    ("input_size", "expected"),
     [((96, 64), (96, 64)), ((101, 79), (96, 72)), ((30, 90), (64, 192)), ((4096, 1024), (2048, 512))],
 )
-def test_without_a_size_the_pictures_own_is_drawn(sent: tuple[int, int], drawn: tuple[int, int]) -> None:
+def test_the_default_size_is_that_of_the_input_image(
+    input_size: tuple[int, int], expected: tuple[int, int]
+) -> None:
     for size in (None, "auto"):
-        request = edit(images=[in_json(as_file(gradient(*sent)))], size=size)
+        request = edit(images=[in_json(as_file(gradient(*input_size)))], size=size)
         assert request.image is not None
-        assert (request.width, request.height) == (request.image.width, request.image.height) == drawn
+        assert (request.width, request.height) == (request.image.width, request.image.height) == expected
 
 
-def test_a_size_that_is_asked_for_is_drawn() -> None:
+def test_input_images_are_resized_to_the_requested_size() -> None:
     request = edit(size="128x256", mask=in_json(MASK))
     assert request.image is not None
     assert request.mask is not None
-    for picture in (request.image, request.mask):
-        assert (picture.width, picture.height) == (request.width, request.height) == (128, 256)
+    for image in (request.image, request.mask):
+        assert (image.width, image.height) == (request.width, request.height) == (128, 256)
 
 
-def test_strength_is_what_was_asked_or_what_suits() -> None:
+def test_strength_defaults_to_0_7_and_with_a_mask_to_1() -> None:
     assert edit().strength == 0.7
     assert edit(mask=in_json(MASK)).strength == 1.0
     assert edit(mask=in_json(MASK), strength=0.3).strength == 0.3
     assert edit(strength=0).strength == 0
 
 
-def test_the_mask_draws_where_it_is_transparent() -> None:
+def test_transparent_pixels_of_the_mask_are_generated() -> None:
     half = Image.new("RGBA", (96, 64), (0, 0, 0, 255))
     half.paste((0, 0, 0, 0), (0, 0, 48, 64))
     mask = edit(mask=in_json(as_file(half))).mask
     assert mask is not None
-    seen = np.frombuffer(mask.pixels, np.uint8).reshape(64, 96)
-    assert (seen[:, :48] == 255).all()
-    assert (seen[:, 48:] == 0).all()
+    values = np.frombuffer(mask.pixels, np.uint8).reshape(64, 96)
+    assert (values[:, :48] == 255).all()
+    assert (values[:, 48:] == 0).all()
 
 
-def test_of_several_pictures_the_first_is_the_base() -> None:
+def test_only_the_first_input_image_is_used() -> None:
     others = [in_json(as_file(Image.new("RGB", (20, 20), "red")))] * 15
-    assert edit(images=[in_json(PICTURE), *others], seed=1) == edit(seed=1)
-    assert refusal(images=[in_json(PICTURE), in_json(b"x")]).param == "images"
+    assert edit(images=[in_json(INPUT_IMAGE), *others], seed=1) == edit(seed=1)
+    assert rejection(images=[in_json(INPUT_IMAGE), in_json(b"x")]).param == "images"
 
 
 @pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
-def test_a_picture_that_cannot_be_read_is_refused(data: bytes) -> None:
-    assert refusal(images=[in_json(data)]).param == "images"
-    assert refusal(images=None, image=[data]).param == "image"
-    assert refusal(mask=in_json(data)).param == "mask"
+def test_an_unreadable_image_is_rejected(data: bytes) -> None:
+    assert rejection(images=[in_json(data)]).param == "images"
+    assert rejection(images=None, image=[data]).param == "image"
+    assert rejection(mask=in_json(data)).param == "mask"
 
 
-REFUSED: dict[str, list[Any]] = {
+REJECTED: dict[str, list[Any]] = {
     "images": [
         [],
         "x",
@@ -122,14 +124,14 @@ REFUSED: dict[str, list[Any]] = {
         [{"image_url": "https://[::1]/x.png"}],
         [{"image_url": "file:///etc/passwd"}],
         [{"file_id": "file-1"}],
-        [{"file_id": "file-1", **in_json(PICTURE)}],
-        [in_json(PICTURE)] * 17,
+        [{"file_id": "file-1", **in_json(INPUT_IMAGE)}],
+        [in_json(INPUT_IMAGE)] * 17,
     ],
     "mask": ["x", 1, {}, [in_json(MASK)], in_json(as_file(gradient(64, 64))), {"image_url": "https://x/"}],
     "strength": [-0.1, 1.1, "1", True],
     "input_fidelity": ["", "medium", 1],
     "markup": ["<x/>"],
-    "image": [[PICTURE]],
+    "image": [[INPUT_IMAGE]],
     "n": [0, 11, 1.5],
     "size": ["100x100", "8x8", "x", "4096x4096"],
     "prompt": [" ", 1],
@@ -139,32 +141,34 @@ REFUSED: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values]
+    ("field", "value"), [(field, value) for field, values in REJECTED.items() for value in values]
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: Any) -> None:
-    assert refusal(**{field: value}).param == field
+def test_an_invalid_value_is_rejected_with_its_param(field: str, value: Any) -> None:
+    assert rejection(**{field: value}).param == field
 
 
-def test_missing_fields_are_named() -> None:
-    assert refusal(prompt=None).code == refusal(images=None).code == "missing_required_parameter"
-    assert refusal(prompt=None).param == "prompt"
-    assert refusal(images=None).param == "images"
+def test_missing_fields_are_rejected_with_their_param() -> None:
+    assert rejection(prompt=None).code == rejection(images=None).code == "missing_required_parameter"
+    assert rejection(prompt=None).param == "prompt"
+    assert rejection(images=None).param == "images"
 
 
 def test_a_variation_needs_no_prompt() -> None:
-    body = form_of([("image", ("a", PICTURE))], {"n": "2", "size": "256x256"})
+    body = form_of([("image", ("a", INPUT_IMAGE))], {"n": "2", "size": "256x256"})
     request = openai_edits.to_variation(body, FULL_MODEL_INFO, SETTINGS, "id").generation
     assert (request.n, request.width, request.strength) == (2, 256, 0.7)
     assert request.image is not None
     assert request.mask is None
 
 
-def test_a_model_that_draws_from_prompts_only_says_so() -> None:
+def test_unsupported_image_fields_are_rejected() -> None:
     fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
     for capabilities, field in ((frozenset(), "images"), (frozenset({"image"}), "mask")):
         plain = type(FULL_MODEL_INFO)(**{**fields, "capabilities": capabilities})
-        body = {"prompt": "a", "images": [in_json(PICTURE)], "mask": in_json(MASK)}
-        with pytest.raises(InvalidRequestError, match="Stable Diffusion") as raised:
+        body = {"prompt": "a", "images": [in_json(INPUT_IMAGE)], "mask": in_json(MASK)}
+        with pytest.raises(
+            InvalidRequestError, match=r"is not supported by the served model \(sdxl\)"
+        ) as raised:
             openai_edits.to_edit(body, plain, SETTINGS, "id")
         assert (raised.value.param, raised.value.code) == (field, "unsupported_parameter")
 
@@ -174,10 +178,10 @@ def test_a_model_that_draws_from_prompts_only_says_so() -> None:
 
 def send(client: httpx.Client, path: str = EDITS, **parts: Any) -> httpx.Response:
     fields = {"prompt": "a", "num_inference_steps": "1"}
-    return client.post(path, data=fields, files={"image": ("upload", PICTURE), **parts})
+    return client.post(path, data=fields, files={"image": ("upload", INPUT_IMAGE), **parts})
 
 
-def test_bad_forms_are_refused_over_http(client: httpx.Client) -> None:
+def test_invalid_forms_are_rejected_over_http(client: httpx.Client) -> None:
     for path in (EDITS, VARIATIONS):
         assert_error(send(client, path, image=("a.png", b"x", "image/png")), 400, param="image")
         assert_error(client.post(path, files={"prompt": (None, "a")}), 400, param="image")
@@ -187,8 +191,8 @@ def test_bad_forms_are_refused_over_http(client: httpx.Client) -> None:
     for path in (EDITS, VARIATIONS):
         assert_error(client.post(path, json=QUICK), 400, param="images", code="missing_required_parameter")
     assert_error(client.post(EDITS, json={**QUICK, "images": []}), 400, param="images")
-    assert_error(client.post(EDITS, files={"image": ("upload", PICTURE)}), 400, param="prompt")
-    many = [("image[]", ("upload", PICTURE))] * 17
+    assert_error(client.post(EDITS, files={"image": ("upload", INPUT_IMAGE)}), 400, param="prompt")
+    many = [("image[]", ("upload", INPUT_IMAGE))] * 17
     assert_error(client.post(EDITS, data={"prompt": "a"}, files=many), 400, param="image")
     assert client.get("/health").json()["queue_size"] == 0
 
@@ -202,15 +206,15 @@ def test_a_form_beyond_the_limit_is_too_large(tight: TightServer) -> None:
 def test_the_official_client_raises_bad_request(server: LiveServer) -> None:
     with server.openai() as client:
         with pytest.raises(openai.BadRequestError) as raised:
-            client.images.edit(image=[("a.png", b"no picture")], prompt="a", mask=("m.png", MASK))
+            client.images.edit(image=[("a.png", b"not an image")], prompt="a", mask=("m.png", MASK))
         assert raised.value.param == "image"
         with pytest.raises(openai.BadRequestError) as raised:
-            client.images.create_variation(image=("a.png", b"no picture"), model="dall-e-2")
+            client.images.create_variation(image=("a.png", b"not an image"), model="dall-e-2")
         assert raised.value.param == "image"
 
 
 @pytest.mark.parametrize("field", ["prompt_2", "negative_prompt_2"])
-def test_generations_take_the_extensions(client: httpx.Client, field: str) -> None:
+def test_generations_accept_the_extensions(client: httpx.Client, field: str) -> None:
     plain = client.post("/v1/images/generations", json={**QUICK, "seed": 1, "response_format": "b64_json"})
     body = {**QUICK, "seed": 1, "response_format": "b64_json", field: "in oil", "enable_refiner": True}
     extended = client.post("/v1/images/generations", json=body)
@@ -223,12 +227,12 @@ def test_generations_take_the_extensions(client: httpx.Client, field: str) -> No
         ({"strength": 2}, "strength"),
         ({"prompt_2": 1}, "prompt_2"),
         ({"enable_refiner": "yes"}, "enable_refiner"),
-        ({"control_image": as_base64(PICTURE)}, "control_image"),
+        ({"control_image": as_base64(INPUT_IMAGE)}, "control_image"),
         ({"control_model": "canny"}, "control_model"),
         ({"controlnet_conditioning_scale": 3}, "controlnet_conditioning_scale"),
     ],
 )
-def test_extensions_are_checked_in_generations(
+def test_extensions_are_validated_in_generations(
     client: httpx.Client, fields: dict[str, Any], param: str
 ) -> None:
     assert_error(client.post("/v1/images/generations", json={**QUICK, **fields}), 400, param=param)

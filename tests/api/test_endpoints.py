@@ -1,4 +1,4 @@
-"""The table of dialects: which endpoint a body belongs to, and which fields hold input images."""
+"""The table of endpoints: which one claims the body of a job, and the fields with input images."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_the_first_endpoint_that_claims_a_body_gets_it(
     assert next(endpoint for endpoint in ENDPOINTS if endpoint.claims(body, is_form)) is expected
 
 
-def test_input_images_are_known_in_the_fields_of_all_endpoints() -> None:
+def test_the_image_fields_of_all_endpoints_are_known() -> None:
     assert {"image", "images", "mask", "control_image", "controlnet_image"} == IMAGE_FIELDS

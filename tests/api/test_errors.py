@@ -1,4 +1,4 @@
-"""Errors that need no picture: unknown paths, wrong methods, and how the official client tells them."""
+"""Errors without generation: unknown paths, wrong methods, and exceptions of the official client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_unknown_paths_are_not_found(client: httpx.Client, method: str, path: st
         ("PUT", "/schema.json", {"GET", "HEAD"}),
     ],
 )
-def test_wrong_methods_are_told_the_right_ones(
+def test_a_wrong_method_gets_405_with_the_allowed_methods(
     client: httpx.Client, method: str, path: str, allowed: set[str]
 ) -> None:
     response = client.request(method, path)
@@ -42,7 +42,7 @@ def test_wrong_methods_are_told_the_right_ones(
     assert set(response.headers["allow"].split(", ")) == allowed
 
 
-def test_methods_that_nobody_knows_are_refused(client: httpx.Client) -> None:
+def test_unknown_methods_are_rejected(client: httpx.Client) -> None:
     for path in ("/v1/models", "/nothing"):
         assert_error(client.request("FOO", path), 405)
 
@@ -81,6 +81,6 @@ def test_the_official_client_raises_not_found(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("method", ["OPTIONS", "TRACE", "QUERY", "PUT"])
-def test_a_path_says_all_the_methods_that_it_takes(client: httpx.Client, method: str) -> None:
+def test_the_allow_header_has_all_methods_of_a_path(client: httpx.Client, method: str) -> None:
     assert client.request(method, "/v1/images/jobs/job_1").headers["allow"] == "DELETE, GET"
     assert client.request(method, "/generate").headers["allow"] == "POST"

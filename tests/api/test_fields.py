@@ -1,4 +1,4 @@
-"""Every field of POST /v1/images/generations: what it takes and what it refuses."""
+"""Valid and invalid values of every field of POST /v1/images/generations."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tests.support.http_client import GENERATIONS, JSON, QUICK, as_json, assert_
 NOT_A_STRING = [True, 1, 1.5, [], {}]
 NOT_AN_INTEGER = [True, 1.5, "2", "", [], {}]
 NOT_A_NUMBER = [True, "2", "", [], {}]
-NOT_OFFERED = ["", "AUTO", "best", 1, True, [], {}]
+NOT_AN_OPTION = ["", "AUTO", "best", 1, True, [], {}]
 
-REFUSED: dict[str, list[Any]] = {
+REJECTED: dict[str, list[Any]] = {
     "prompt": [*NOT_A_STRING, "", " \t\n", "\u00a0", "a" * 32001, ["a"]],
     "model": NOT_A_STRING,
     "n": [*NOT_AN_INTEGER, 0, -1, 11, 2**70],
-    "quality": NOT_OFFERED,
-    "style": [*NOT_OFFERED, "auto"],
-    "background": [*NOT_OFFERED, "transparent"],
-    "moderation": [*NOT_OFFERED, "high"],
-    "output_format": [*NOT_OFFERED, "gif", "svg", "jpg", "PNG"],
+    "quality": NOT_AN_OPTION,
+    "style": [*NOT_AN_OPTION, "auto"],
+    "background": [*NOT_AN_OPTION, "transparent"],
+    "moderation": [*NOT_AN_OPTION, "high"],
+    "output_format": [*NOT_AN_OPTION, "gif", "svg", "jpg", "PNG"],
     "output_compression": [*NOT_AN_INTEGER, -1, 101],
-    "response_format": [*NOT_OFFERED, "b64"],
+    "response_format": [*NOT_AN_OPTION, "b64"],
     "stream": ["true", 1, 0, "", []],
     "partial_images": [*NOT_AN_INTEGER, -1, 4],
     "user": NOT_A_STRING,
@@ -33,7 +33,7 @@ REFUSED: dict[str, list[Any]] = {
     "negative_prompt": [*NOT_A_STRING, "a" * 32001],
     "num_inference_steps": [*NOT_AN_INTEGER, 0, -1, 151, 2**70],
     "guidance_scale": [*NOT_A_NUMBER, 0, 0.99, -1, 20.01, 21, 10**400],
-    # Not of Stable Diffusion, whatever its value.
+    # Unsupported by Stable Diffusion, for any value.
     "true_cfg_scale": [*NOT_A_NUMBER, 0.99, 20.01, 1, 4.0, 20],
     "seed": [*NOT_AN_INTEGER, -1, 2**63, 2**64, 2**70, 1e300, 10**4000],
     "sampler": [*NOT_A_STRING, "", "eular", "Euler 2", "__class__"],
@@ -76,37 +76,35 @@ def pairs(table: dict[str, list[Any]]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("field", "value"), pairs(REFUSED))
-def test_a_bad_value_is_refused_by_the_name_of_its_field(
-    client: httpx.Client, field: str, value: Any
-) -> None:
+@pytest.mark.parametrize(("field", "value"), pairs(REJECTED))
+def test_an_invalid_value_is_rejected_with_its_param(client: httpx.Client, field: str, value: Any) -> None:
     response = client.post(GENERATIONS, content=as_json({**QUICK, field: value}), headers=JSON)
     assert_error(response, 400, param=field)
     assert "openai-processing-ms" not in response.headers
 
 
 @pytest.mark.parametrize(("field", "value"), pairs(ACCEPTED))
-def test_a_good_value_is_drawn(client: httpx.Client, field: str, value: Any) -> None:
-    answer = generate(client, **{field: value})
-    assert len(answer["data"]) == (value if field == "n" else 1)
+def test_a_valid_value_is_accepted(client: httpx.Client, field: str, value: Any) -> None:
+    body = generate(client, **{field: value})
+    assert len(body["data"]) == (value if field == "n" else 1)
 
 
-@pytest.mark.parametrize("field", [field for field in REFUSED if field != "prompt"])
-def test_null_counts_as_not_given(client: httpx.Client, field: str) -> None:
+@pytest.mark.parametrize("field", [field for field in REJECTED if field != "prompt"])
+def test_null_means_absent(client: httpx.Client, field: str) -> None:
     fields = {field: None} if field == "num_inference_steps" else {**QUICK, field: None}
     response = client.post(GENERATIONS, json={**fields, "prompt": "a"})
     assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": None}, {"promt": "a red circle"}])
-def test_a_missing_prompt_is_named(client: httpx.Client, body: dict[str, Any]) -> None:
+def test_a_missing_prompt_is_rejected_with_its_param(client: httpx.Client, body: dict[str, Any]) -> None:
     response = client.post(GENERATIONS, json=body)
     assert_error(response, 400, param="prompt", code="missing_required_parameter")
 
 
 @pytest.mark.parametrize("field", ["n", "seed", "num_inference_steps", "guidance_scale", "lora_scale"])
 @pytest.mark.parametrize("literal", ["1e999", "-1e999", "9" * 4000])
-def test_numbers_past_every_range_are_refused(client: httpx.Client, field: str, literal: str) -> None:
+def test_numbers_beyond_every_range_are_rejected(client: httpx.Client, field: str, literal: str) -> None:
     body = f'{{"prompt": "a", "{field}": {literal}}}'
     assert_error(client.post(GENERATIONS, content=body, headers=JSON), 400, param=field)
 
@@ -114,12 +112,12 @@ def test_numbers_past_every_range_are_refused(client: httpx.Client, field: str, 
 @pytest.mark.parametrize(
     "field", ["prompt", "negative_prompt", "size", "sampler", "quality", "output_format"]
 )
-def test_lone_surrogates_are_refused(client: httpx.Client, field: str) -> None:
+def test_lone_surrogates_are_rejected(client: httpx.Client, field: str) -> None:
     body = as_json({**QUICK, field: "\ud800"})
     assert_error(client.post(GENERATIONS, content=body, headers=JSON), 400, param=field)
 
 
-def test_lora_paths_get_one_answer_whether_or_not_a_file_is_there(
+def test_lora_paths_get_the_same_error_whether_or_not_the_file_exists(
     client: httpx.Client, lora_folder: Path
 ) -> None:
     outside = [str(lora_folder.parent / "x.safetensors"), f"{lora_folder}/../loras/style.safetensors"]
@@ -133,12 +131,12 @@ def test_lora_paths_get_one_answer_whether_or_not_a_file_is_there(
         "C:\\x",
         "\uff0e\uff0e/x",
     ]
-    answers = {client.post(GENERATIONS, json={**QUICK, "lora_path": path}).text for path in paths}
-    assert len(answers) == 1
+    responses = {client.post(GENERATIONS, json={**QUICK, "lora_path": path}).text for path in paths}
+    assert len(responses) == 1
 
 
-def test_unknown_fields_are_ignored_and_reach_nothing(client: httpx.Client) -> None:
-    strange = {
+def test_unknown_fields_are_ignored(client: httpx.Client) -> None:
+    unknown = {
         "complexity": 3,
         "frame_count": "many",
         "svg": {},
@@ -150,11 +148,11 @@ def test_unknown_fields_are_ignored_and_reach_nothing(client: httpx.Client) -> N
     }
     assert (
         generate(client, seed=5)["data"][0]["b64_json"]
-        == generate(client, seed=5, **strange)["data"][0]["b64_json"]
+        == generate(client, seed=5, **unknown)["data"][0]["b64_json"]
     )
 
 
-def test_query_parameters_and_strange_headers_are_ignored(client: httpx.Client) -> None:
+def test_query_parameters_and_unknown_headers_are_ignored(client: httpx.Client) -> None:
     headers = {"X-OpenWebUI-User": "a", "openai-organization": "org", "x-stainless-lang": "python"}
     query = {"api-version": "2024-10-21", "n": "99"}
     response = client.post(GENERATIONS, json=QUICK, params=query, headers=headers)
@@ -162,12 +160,12 @@ def test_query_parameters_and_strange_headers_are_ignored(client: httpx.Client) 
     assert len(response.json()["data"]) == 1
 
 
-def test_a_png_takes_no_compression(client: httpx.Client) -> None:
+def test_png_supports_no_output_compression(client: httpx.Client) -> None:
     response = client.post(GENERATIONS, json={**QUICK, "output_compression": 50})
     assert_error(response, 400, param="output_compression")
 
 
-def test_a_sampler_says_how_many_steps_it_needs(client: httpx.Client) -> None:
+def test_the_error_has_the_minimum_steps_of_a_sampler(client: httpx.Client) -> None:
     response = client.post(GENERATIONS, json={**QUICK, "sampler": "dpmpp_singlestep"})
     message = assert_error(response, 400, param="num_inference_steps")
     assert "at least 2" in message

@@ -1,4 +1,4 @@
-"""The addresses of pictures: open to whoever knows them, and of no use to anybody else."""
+"""URLs of stored images, which need no key but cannot be guessed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def keyed(keyed_server: LiveServer) -> Iterator[httpx.Client]:
     ("output_format", "extension", "media_type"),
     [("png", ".png", "image/png"), ("jpeg", ".jpg", "image/jpeg"), ("webp", ".webp", "image/webp")],
 )
-def test_a_picture_is_fetched_without_the_key(
+def test_a_stored_image_needs_no_key(
     keyed: httpx.Client, output_format: str, extension: str, media_type: str
 ) -> None:
     item = generate(keyed, output_format=output_format)["data"][0]
@@ -39,7 +39,7 @@ def test_a_picture_is_fetched_without_the_key(
     assert response.content == base64.b64decode(item["b64_json"])
 
 
-def test_head_tells_a_pictures_size(keyed: httpx.Client) -> None:
+def test_head_returns_the_size_of_a_stored_image(keyed: httpx.Client) -> None:
     url = generate(keyed)["data"][0]["url"]
     response = httpx.head(url)
     assert response.status_code == 200
@@ -48,7 +48,7 @@ def test_head_tells_a_pictures_size(keyed: httpx.Client) -> None:
     assert int(response.headers["content-length"]) == len(httpx.get(url).content)
 
 
-def test_a_part_of_a_picture_can_be_fetched(keyed: httpx.Client) -> None:
+def test_a_range_of_a_stored_image_can_be_requested(keyed: httpx.Client) -> None:
     url = generate(keyed)["data"][0]["url"]
     response = httpx.get(url, headers={"Range": "bytes=1-3"})
     assert (response.status_code, response.content) == (206, b"PNG")
@@ -72,13 +72,13 @@ def test_unknown_names_are_not_found(keyed: httpx.Client, name: str) -> None:
     assert_error(httpx.get(f"{keyed.base_url}/v1/images/files/{name}".replace("//v1", "/v1")), 404)
 
 
-def test_every_picture_has_a_long_name_of_its_own(keyed: httpx.Client) -> None:
+def test_every_stored_image_has_a_long_unique_name(keyed: httpx.Client) -> None:
     names = [item["url"].rpartition("/")[2] for item in generate(keyed, n=5, seed=1)["data"]]
     assert len(set(names)) == 5
     assert min(len(name.partition(".")[0]) for name in names) >= 32
 
 
-def test_without_a_disk_for_urls_pictures_still_come_as_base64(keyed: httpx.Client) -> None:
+def test_base64_still_works_without_disk_space(keyed: httpx.Client) -> None:
     name = generate(keyed)["data"][0]["url"].rpartition("/")[2]
     folder = next(file.parent for file in Path(tempfile.gettempdir()).glob(f"hypergen-images-*/{name}"))
     shutil.rmtree(folder)
@@ -97,7 +97,7 @@ def test_without_a_disk_for_urls_pictures_still_come_as_base64(keyed: httpx.Clie
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_pictures_can_only_be_read(keyed: httpx.Client, method: str) -> None:
+def test_stored_images_are_read_only(keyed: httpx.Client, method: str) -> None:
     url = generate(keyed)["data"][0]["url"]
     assert_error(httpx.request(method, url), 401)
     assert_error(keyed.request(method, url), 405)

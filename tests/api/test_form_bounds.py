@@ -1,4 +1,4 @@
-"""Forms that were made to cost time or memory."""
+"""Forms that are built to use much time or memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypergen.api.dialects import openai_edits
 from hypergen.api.multipart_form import _to_body  # pyright: ignore[reportPrivateUsage]  its own parser, without HTTP
 from hypergen.errors import InvalidRequestError, PayloadTooLargeError
-from tests.api.test_multipart_form import PICTURE, form_of, read
+from tests.api.test_multipart_form import INPUT_IMAGE, form_of, read
 from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
 from tests.support.parser_costs import growth, memory, refusal
 
@@ -36,8 +36,8 @@ def image(data: bytes) -> bytes:
 
 
 BODIES: dict[str, Callable[[int], bytes]] = {
-    "boundaries with something behind": lambda size: image(b"\r\n--bX" * (size // 6)),
-    "almost last boundaries": lambda size: image(b"\r\n--b-X" * (size // 7)),
+    "boundaries with text behind": lambda size: image(b"\r\n--bX" * (size // 6)),
+    "almost final boundaries": lambda size: image(b"\r\n--b-X" * (size // 7)),
     "starts of boundaries": lambda size: image(b"\r\n--" * (size // 4)),
     "carriage returns": lambda size: image(b"\r" * size),
     "line breaks": lambda size: image(b"\r\n" * (size // 2)),
@@ -45,7 +45,7 @@ BODIES: dict[str, Callable[[int], bytes]] = {
     "line breaks before": lambda size: b"\r\n" * (size // 2) + image(b"x"),
     "hyphens before": lambda size: b"\r\n" + b"-" * size + image(b"x"),
     "parts": lambda size: part("a") * (size // 60) + END,
-    "parts behind the end": lambda size: image(b"x") + part("a") * (size // 60),
+    "parts after the end": lambda size: image(b"x") + part("a") * (size // 60),
     "a header": lambda size: b"--b\r\nX: " + b"a" * size,
     "a header's name": lambda size: b"--b\r\n" + b"a" * size,
     "headers": lambda size: b"--b\r\n" + b"X: y\r\n" * (size // 6),
@@ -59,29 +59,29 @@ BODIES: dict[str, Callable[[int], bytes]] = {
 
 
 @pytest.mark.parametrize("make", BODIES.values(), ids=BODIES)
-def test_a_form_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[int], bytes]) -> None:
+def test_parsing_takes_time_and_memory_proportional_to_the_form_size(make: Callable[[int], bytes]) -> None:
     assert growth(read_parts, make, 500_000) < 3
     assert memory(read_parts, make(1_000_000)) < 8
 
 
 @pytest.mark.parametrize("piece", [b"\r\n--bX" * 300, b"\r\n--b ", b"\r\n--b\t"])
-def test_what_looks_like_300_boundaries_is_refused(piece: bytes) -> None:
-    """Behind each the parser goes byte by byte; a form has at most 233 of them, and nothing behind them."""
-    with pytest.raises(InvalidRequestError, match=r"more than 233 parts|spaces behind") as raised:
+def test_300_false_boundaries_are_rejected(piece: bytes) -> None:
+    """After each the parser goes byte by byte; a form may have 233 of them, without padding."""
+    with pytest.raises(InvalidRequestError, match=r"more than 233 parts|followed by spaces") as raised:
         read_parts(image(b"x" + piece))
     assert raised.value.code == "invalid_form"
 
 
 @pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "unicode_escape", "utf-16", "x", "zlib"])
-def test_text_in_other_encodings_is_refused(charset: str) -> None:
-    """Python decodes punycode in time that grows with the square of the text: 10 s for 0.6 MB."""
+def test_text_in_other_encodings_is_rejected(charset: str) -> None:
+    """Python decodes punycode in quadratic time: 10 s for 0.6 MB."""
     text = part("prompt", b"-" + b"a" * 100_000) + END
     with pytest.raises(InvalidRequestError) as raised:
         read_parts(text, f"; charset={charset}")
     assert raised.value.code == "invalid_form"
 
 
-def test_text_of_a_form_may_have_1_000_000_bytes_together() -> None:
+def test_the_text_of_a_form_may_have_1_000_000_bytes() -> None:
     parts = part("prompt", b"a" * 400_000) + part("other", b"a" * 600_000)
     assert read_parts(parts + END)
     with pytest.raises(PayloadTooLargeError, match="1,000,000 bytes"):
@@ -89,7 +89,7 @@ def test_text_of_a_form_may_have_1_000_000_bytes_together() -> None:
 
 
 @pytest.mark.parametrize("name", ["image", "image[]", "image[2]", "mask", "control_image"])
-def test_an_input_image_may_stand_in_a_larger_text(name: str) -> None:
+def test_an_input_image_may_be_larger_text(name: str) -> None:
     assert read_parts(part(name, b"a" * 2_000_000) + END)
 
 
@@ -108,7 +108,7 @@ def test_an_object_in_a_form_may_have_64_entries(in_json: bool) -> None:
             if in_json
             else [(f"loras[{name}]", (None, str(weight))) for name, weight in loras.items()]
         )
-        body = form_of([("image", ("a", PICTURE)), ("prompt", (None, "a")), *text])
+        body = form_of([("image", ("a", INPUT_IMAGE)), ("prompt", (None, "a")), *text])
         openai_edits.to_edit(body, FULL_MODEL_INFO, SETTINGS, "id")
 
     for count, message in ((64, "must name a LoRA"), (65, "may have at most 64 entries")):
@@ -125,14 +125,14 @@ texts = st.text() | st.text(string.digits + '-.eE{}:,"tru') | st.sampled_from(["
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.lists(st.tuples(names | st.text(), texts | st.binary()), max_size=8))
-def test_any_parts_are_a_body_or_refused(items: list[tuple[str, str | bytes]]) -> None:
+def test_arbitrary_parts_are_converted_or_rejected(items: list[tuple[str, str | bytes]]) -> None:
     assert refusal(lambda: _to_body(items, openai_edits.EditBody)) is None or items
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.data())
-def test_any_bytes_are_a_form_or_refused(data: st.DataObject) -> None:
-    """A form of which a piece is exchanged for any other bytes, or cut out."""
+def test_arbitrary_bytes_are_parsed_or_rejected(data: st.DataObject) -> None:
+    """A form in which a range is removed or replaced by arbitrary bytes."""
     form = part("prompt", b"a") + part("n", b"2") + part("loras[a]", b"1") + image(b"abc")
     start = data.draw(st.integers(0, len(form)))
     end = data.draw(st.integers(start, min(len(form), start + 30)))

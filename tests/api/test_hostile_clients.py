@@ -1,4 +1,4 @@
-"""Clients that take nothing, send nothing or leave, against a running server with few descriptors."""
+"""Clients that read nothing, send nothing or disconnect, and a server with few file descriptors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WITH_FEW_DESCRIPTORS = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[LiveServer]:
-    """With 400 descriptors, a queue of one, and 8 s for a request."""
+    """A server with 400 file descriptors, a queue size of 1 and a request timeout of 8 s."""
     folder = tmp_path_factory.mktemp("hostile")
     arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32", "--max-queue-size", "1")
     program = (sys.executable, "-c", _WITH_FEW_DESCRIPTORS)
@@ -46,7 +46,7 @@ def client(server: LiveServer) -> Iterator[httpx.Client]:
 
 
 def noise(side: int) -> bytes:
-    """A PNG that no encoder makes smaller."""
+    """A PNG of noise, which no encoder can compress."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -69,15 +69,14 @@ def post(connection: socket.socket, path: str, body: dict[str, Any]) -> None:
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
 
-def given_back(**fields: Any) -> dict[str, Any]:
-    """An edit that gives its noisy input image back ten times, about 30 MB, without any work for the
-    engine."""
+def echo_request(**fields: Any) -> dict[str, Any]:
+    """An edit that returns its noisy input image ten times, about 30 MB, without denoising."""
     images = [{"image_url": as_data_url(noise(1024))}]
     return {"prompt": "a", "images": images, "strength": 0, "n": 10, "size": "1024x1024", **fields}
 
 
-def test_five_hundred_strangers_do_not_keep_health_out(server: LiveServer) -> None:
-    """More connections than the server has descriptors, each with half a head."""
+def test_500_idle_connections_do_not_block_health(server: LiveServer) -> None:
+    """More connections than file descriptors, each with an incomplete head."""
     with ExitStack() as stack:
         for _ in range(500):
             connection = stack.enter_context(connect(server))
@@ -85,18 +84,18 @@ def test_five_hundred_strangers_do_not_keep_health_out(server: LiveServer) -> No
         for _ in range(5):
             started = time.monotonic()
             assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
-            assert time.monotonic() - started < 3  # asyncio itself waits a second when descriptors run out
+            assert time.monotonic() - started < 3  # asyncio waits a second if it has no descriptors left
     assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
 
 
-def test_a_stream_that_nobody_reads_ends_with_its_time_and_holds_up_nobody(
+def test_an_unread_stream_ends_at_its_deadline_and_blocks_no_other_client(
     server: LiveServer, client: httpx.Client
 ) -> None:
-    with connect(server, receive_buffer=4096) as mute:
-        post(mute, "/v1/images/edits", given_back(stream=True))
-        assert mute.recv(12) == b"HTTP/1.1 200"
+    with connect(server, receive_buffer=4096) as unread:
+        post(unread, "/v1/images/edits", echo_request(stream=True))
+        assert unread.recv(12) == b"HTTP/1.1 200"
         until = time.monotonic() + TIMEOUT_S
-        while client.get("/health").json()["queue_size"]:  # the only place in the queue is free soon
+        while client.get("/health").json()["queue_size"]:  # the queue is free soon
             assert time.monotonic() < until
             time.sleep(0.05)
         engine = server.engine()
@@ -106,37 +105,37 @@ def test_a_stream_that_nobody_reads_ends_with_its_time_and_holds_up_nobody(
         while client.get("/health").json()["status"] != "healthy":
             time.sleep(0.1)
         assert client.post(GENERATIONS, json=QUICK).status_code == 200
-        # Its own deadline ends it, however little it reads: the connection breaks before the answer's end.
+        # The deadline of the request closes the connection before the end of the response.
         time.sleep(max(0.0, until + 2 - time.monotonic()))
         received = b""
         try:
-            while data := mute.recv(1 << 20):
+            while data := unread.recv(1 << 20):
                 received += data
         except ConnectionError:
             pass
         assert len(received) < 20_000_000
-    assert "was not taken or not finished" in server.log()
+    assert "closed the connection; the response was not finished" in server.log()
 
 
-def test_answers_that_nobody_reads_are_taken_back(tmp_path: Path, sd_folder: Path) -> None:
-    """Forty clients ask for the 42 MB of a job each; the server holds 100 MB of them at most."""
+def test_unread_responses_are_aborted_beyond_the_memory_limit(tmp_path: Path, sd_folder: Path) -> None:
+    """Forty clients request the 42 MB of a job each; the limit is 100 MB."""
     arguments = (str(sd_folder), "--device", "cpu", "--max-input-image-mb", "100")
     with ExitStack() as stack:
         server = stack.enter_context(start_server(tmp_path, *arguments))
         client = stack.enter_context(client_of(server))
-        job = client.post("/v1/images/jobs", json=given_back(response_format="b64_json")).json()
+        job = client.post("/v1/images/jobs", json=echo_request(response_format="b64_json")).json()
         while (state := client.get(f"/v1/images/jobs/{job['id']}").json())["status"] != "succeeded":
             assert state["status"] in ("queued", "running")
             time.sleep(0.1)
         worker = next(p for p in server.processes() if any("_bentoml_impl" in part for part in p.cmdline()))
         before = worker.memory_info().rss
         for _ in range(40):
-            mute = stack.enter_context(connect(server, receive_buffer=4096))
-            mute.sendall(f"GET /v1/images/jobs/{job['id']} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-            assert mute.recv(12) == b"HTTP/1.1 200"
-        # Each answer is made of 32 MB of files beside the 100 MB; without the limit it is 1.7 GB.
+            unread = stack.enter_context(connect(server, receive_buffer=4096))
+            unread.sendall(f"GET /v1/images/jobs/{job['id']} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            assert unread.recv(12) == b"HTTP/1.1 200"
+        # 100 MB of responses, plus 32 MB of files while each is built; 1.7 GB without the limit.
         assert worker.memory_info().rss - before < 600e6
-        # Whoever reads gets all of it.
+        # A client that reads gets the complete response.
         assert len(client.get(f"/v1/images/jobs/{job['id']}").content) > 40_000_000
 
 
@@ -144,19 +143,18 @@ FORM = "multipart/form-data; boundary=x"
 
 
 @pytest.mark.parametrize(
-    ("path", "kind"),
+    ("path", "media_type"),
     [(path, "application/json") for path in (GENERATIONS, "/v1/images/edits", "/v1/images/jobs", "/generate")]
     + [(path, FORM) for path in ("/v1/images/edits", "/v1/images/jobs")],
 )
-def test_a_client_that_leaves_in_its_body_is_one_line_with_499(
-    server: LiveServer, client: httpx.Client, path: str, kind: str
+def test_a_disconnect_during_the_body_is_one_log_line_with_499(
+    server: LiveServer, client: httpx.Client, path: str, media_type: str
 ) -> None:
     before = len(server.log())
-    with connect(server) as leaving:
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
-        )
-        leaving.sendall(head.encode() + b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na')
+    with connect(server) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {media_type}\r\n"
+        head += "Content-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na')
     until = time.monotonic() + 10
     while f"POST {path} 499 " not in server.log()[before:]:
         assert time.monotonic() < until, server.log()[before:]
@@ -166,7 +164,7 @@ def test_a_client_that_leaves_in_its_body_is_one_line_with_499(
     assert len(lines) == 1, lines
 
 
-def test_a_malformed_form_is_one_line(server: LiveServer, client: httpx.Client) -> None:
+def test_a_malformed_form_is_one_log_line(server: LiveServer, client: httpx.Client) -> None:
     before = len(server.log())
     headers = {"Content-Type": FORM}
     assert client.post("/v1/images/edits", content=b"--x\r\nno header\r\n\r\n", headers=headers).is_error

@@ -1,4 +1,4 @@
-"""POST /v1/image/generation as Hyperbolic's two documents describe it."""
+"""POST /v1/image/generation as in Hyperbolic's two documents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.response_schemas import validate
 PATH = "/v1/image/generation"
 BODY: dict[str, Any] = {"model_name": "SDXL1.0-base", "prompt": "a red circle", "steps": 1}
 
-# The answers of Hyperbolic's OpenAPI file, to check ours by.
+# Response schemas of Hyperbolic's OpenAPI file.
 SCHEMAS = yaml.safe_load("""
 ImageGenerationResponse:
   type: object
@@ -47,7 +47,7 @@ ErrorResponse:
 """)
 
 
-def draw(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+def generate(client: httpx.Client, **fields: Any) -> dict[str, Any]:
     response = client.post(PATH, json={**BODY, **fields})
     assert response.status_code == 200, response.text
     return response.json()
@@ -56,9 +56,9 @@ def draw(client: httpx.Client, **fields: Any) -> dict[str, Any]:
 NOT_A_STRING = [True, 1, 1.5, [], {}]
 NOT_AN_INTEGER = [True, 1.5, "2", "", [], {}]
 NOT_A_NUMBER = [True, "2", "", [], {}]
-PICTURE = as_base64(as_file(gradient()))
+INPUT_IMAGE = as_base64(as_file(gradient()))
 
-REFUSED: dict[str, list[Any]] = {
+REJECTED: dict[str, list[Any]] = {
     "model_name": [*NOT_A_STRING, ""],
     "prompt": [*NOT_A_STRING, "", " ", "a" * 32001],
     "negative_prompt": [*NOT_A_STRING, "a" * 32001],
@@ -78,7 +78,7 @@ REFUSED: dict[str, list[Any]] = {
     "strength": [*NOT_A_NUMBER, -0.1, 1.1],
     "lora": [True, "Pixel_Art", ["Pixel_Art"], {"Pixel_Art": 1.0}, {"Pixel_Art": 3}, {"Pixel_Art": "1"}],
     "controlnet_name": [*NOT_A_STRING, "", "canny"],
-    "controlnet_image": [*NOT_A_STRING, PICTURE],
+    "controlnet_image": [*NOT_A_STRING, INPUT_IMAGE],
     "control_preprocessor": ["", "depth", 1],
     "controlnet_conditioning_scale": [*NOT_A_NUMBER, -0.1, 2.1],
     "control_guidance_start": [*NOT_A_NUMBER, -0.1, 1.1],
@@ -110,57 +110,55 @@ def pairs(table: dict[str, list[Any]]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("field", "value"), pairs(REFUSED))
-def test_a_bad_value_is_refused_by_the_name_of_its_field(
-    client: httpx.Client, field: str, value: Any
-) -> None:
+@pytest.mark.parametrize(("field", "value"), pairs(REJECTED))
+def test_an_invalid_value_is_rejected_with_its_param(client: httpx.Client, field: str, value: Any) -> None:
     response = client.post(PATH, content=as_json({**BODY, field: value}), headers=JSON)
     assert_error(response, 400, param=field)
     validate(response.json(), SCHEMAS["ErrorResponse"])
 
 
 @pytest.mark.parametrize(("field", "value"), pairs(ACCEPTED))
-def test_a_good_value_is_drawn(client: httpx.Client, field: str, value: Any) -> None:
-    answer = draw(client, **{field: value})
-    assert len(answer["images"]) == (value if field == "n" else 1)
-    validate(answer, SCHEMAS["ImageGenerationResponse"])
+def test_a_valid_value_is_accepted(client: httpx.Client, field: str, value: Any) -> None:
+    body = generate(client, **{field: value})
+    assert len(body["images"]) == (value if field == "n" else 1)
+    validate(body, SCHEMAS["ImageGenerationResponse"])
 
 
-@pytest.mark.parametrize("field", [field for field in REFUSED if field not in ("model_name", "prompt")])
-def test_null_counts_as_not_given(client: httpx.Client, field: str) -> None:
-    draw(client, **{"steps": 1, field: None} if field != "steps" else {})
+@pytest.mark.parametrize("field", [field for field in REJECTED if field not in ("model_name", "prompt")])
+def test_null_means_absent(client: httpx.Client, field: str) -> None:
+    generate(client, **{"steps": 1, field: None} if field != "steps" else {})
 
 
 @pytest.mark.parametrize("field", ["model_name", "prompt"])
-def test_required_fields_are_named(client: httpx.Client, field: str) -> None:
+def test_missing_required_fields_are_rejected_with_their_param(client: httpx.Client, field: str) -> None:
     response = client.post(PATH, json={name: value for name, value in BODY.items() if name != field})
     assert_error(response, 400, param=field, code="missing_required_parameter")
 
 
-def test_the_answer_has_pictures_seeds_and_the_time(client: httpx.Client) -> None:
+def test_the_response_has_images_seeds_and_the_time(client: httpx.Client) -> None:
     started = time.perf_counter()
-    answer = draw(client, n=3, seed=8, width=64, height=72, steps=4)
+    body = generate(client, n=3, seed=8, width=64, height=72, steps=4)
     wall_s = time.perf_counter() - started
-    assert set(answer) == {"images", "inference_time"}
-    assert 0 < answer["inference_time"] <= wall_s
-    assert [set(image) for image in answer["images"]] == [{"image", "seed"}] * 3
-    assert [image["seed"] for image in answer["images"]] == [8, 9, 10]
-    for image in answer["images"]:
-        picture = Image.open(BytesIO(base64.b64decode(image["image"], validate=True)))
-        assert (picture.format, picture.size) == ("PNG", (64, 72))
+    assert set(body) == {"images", "inference_time"}
+    assert 0 < body["inference_time"] <= wall_s
+    assert [set(image) for image in body["images"]] == [{"image", "seed"}] * 3
+    assert [image["seed"] for image in body["images"]] == [8, 9, 10]
+    for image in body["images"]:
+        generated = Image.open(BytesIO(base64.b64decode(image["image"], validate=True)))
+        assert (generated.format, generated.size) == ("PNG", (64, 72))
 
 
-def test_each_seed_draws_its_picture_alone(client: httpx.Client) -> None:
-    answer = draw(client, n=2)
-    second = answer["images"][1]
-    assert draw(client, seed=second["seed"])["images"][0]["image"] == second["image"]
+def test_each_seed_generates_the_same_image_alone(client: httpx.Client) -> None:
+    body = generate(client, n=2)
+    second = body["images"][1]
+    assert generate(client, seed=second["seed"])["images"][0]["image"] == second["image"]
 
 
 def test_the_same_settings_give_the_same_file_in_both_dialects(client: httpx.Client) -> None:
-    ours = draw(
+    body = generate(
         client, seed=5, steps=3, cfg_scale=4, width=64, height=128, negative_prompt="blue", sampler="heun"
     )
-    theirs = generate_files(
+    files = generate_files(
         client,
         seed=5,
         num_inference_steps=3,
@@ -169,31 +167,31 @@ def test_the_same_settings_give_the_same_file_in_both_dialects(client: httpx.Cli
         negative_prompt="blue",
         sampler="heun",
     )
-    assert [base64.b64decode(image["image"]) for image in ours["images"]] == theirs
+    assert [base64.b64decode(image["image"]) for image in body["images"]] == files
 
 
-def test_errors_have_the_status_codes_of_the_document(client: httpx.Client, keyed_server: LiveServer) -> None:
+def test_errors_have_the_documented_status_codes(client: httpx.Client, keyed_server: LiveServer) -> None:
     for body in (b"[]", b"{", b"", b'{"model_name": NaN}'):
         assert_error(client.post(PATH, content=body, headers=JSON), 400, code="invalid_json")
-    with httpx.Client(base_url=keyed_server.url) as stranger:
-        response = stranger.post(PATH, json=BODY)
+    with httpx.Client(base_url=keyed_server.url) as client_without_key:
+        response = client_without_key.post(PATH, json=BODY)
     assert_error(response, 401)
     validate(response.json(), SCHEMAS["ErrorResponse"])
-    with client_of(keyed_server) as friend:
-        draw(friend)
+    with client_of(keyed_server) as keyed:
+        generate(keyed)
 
 
-def test_the_price_stands_in_a_header_where_a_rate_is_set(tight: TightServer) -> None:
+def test_the_price_is_in_a_header_if_a_rate_is_set(tight: TightServer) -> None:
     response = tight.client.post(PATH, json={**BODY, "width": 128, "height": 128, "steps": 5, "n": 2})
     assert response.status_code == 200
     assert response.headers["x-hypergen-price"] == "0.0000625"
 
 
-def test_prices_are_counted_in_the_metrics_once_the_pictures_are_drawn(tight: TightServer) -> None:
-    before = counted_price(tight.client)
+def test_the_price_metric_counts_finished_images(tight: TightServer) -> None:
+    before = total_price(tight.client)
     body = {**BODY, "width": 128, "height": 128, "steps": 5}
     assert tight.client.post(PATH, json={**body, "n": 2}).status_code == 200
-    assert counted_price(tight.client) - before == pytest.approx(0.0000625)
+    assert total_price(tight.client) - before == pytest.approx(0.0000625)
     assert tight.client.post(PATH, json={**body, "n": 5}).status_code == 400
     job = tight.client.post("/v1/images/jobs", json=body)
     assert job.headers["x-hypergen-price"] == "0.00003125"
@@ -201,11 +199,11 @@ def test_prices_are_counted_in_the_metrics_once_the_pictures_are_drawn(tight: Ti
     while tight.client.get(job.headers["location"]).json()["status"] != "succeeded":
         assert time.monotonic() < until
         time.sleep(0.02)
-    assert counted_price(tight.client) - before == pytest.approx(0.00009375)
+    assert total_price(tight.client) - before == pytest.approx(0.00009375)
 
 
-def counted_price(client: httpx.Client) -> float:
-    """What the metrics say that the served model's pictures cost until now."""
+def total_price(client: httpx.Client) -> float:
+    """The total price of the served model's images in the metrics."""
     families = text_string_to_metric_families(client.get("/metrics").text)
     samples = [sample for family in families for sample in family.samples]
     priced = [sample for sample in samples if sample.name == "hypergen_price_total"]
@@ -213,24 +211,24 @@ def counted_price(client: httpx.Client) -> float:
     return sum(sample.value for sample in priced)
 
 
-def test_no_price_is_told_unless_a_rate_is_set(client: httpx.Client) -> None:
+def test_without_a_rate_there_is_no_price(client: httpx.Client) -> None:
     assert "x-hypergen-price" not in client.post(PATH, json=BODY).headers
     assert "hypergen_price" not in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("model_name", ["FLUX.1-dev", "FLUX.1-schnell", "flux"])
-def test_flux_draws_from_no_picture(client: httpx.Client, model_name: str) -> None:
-    response = client.post(PATH, json={**BODY, "model_name": model_name, "image": PICTURE})
+def test_an_image_with_a_flux_model_name_is_rejected(client: httpx.Client, model_name: str) -> None:
+    response = client.post(PATH, json={**BODY, "model_name": model_name, "image": INPUT_IMAGE})
     assert "FLUX" in assert_error(response, 400, param="image")
 
 
-def test_what_only_some_models_have_changes_nothing_on_the_others(client: httpx.Client) -> None:
+def test_unsupported_optional_fields_are_ignored(client: httpx.Client) -> None:
     fields = {"prompt_2": "in oil", "negative_prompt_2": "blurry", "enable_refiner": True}
-    assert draw(client, seed=4, **fields)["images"] == draw(client, seed=4)["images"]
+    assert generate(client, seed=4, **fields)["images"] == generate(client, seed=4)["images"]
 
 
-def test_what_the_model_lacks_is_refused(client: httpx.Client) -> None:
+def test_unsupported_loras_and_controlnet_are_rejected(client: httpx.Client) -> None:
     assert_error(client.post(PATH, json={**BODY, "lora": {"Pixel_Art": 1}}), 400, param="lora")
-    response = client.post(PATH, json={**BODY, "controlnet_image": PICTURE})
+    response = client.post(PATH, json={**BODY, "controlnet_image": INPUT_IMAGE})
     message = assert_error(response, 400, param="controlnet_image", code="unsupported_parameter")
-    assert "SDXL" in message  # a family that has it
+    assert message == "'controlnet_image' is not supported by the served model (sd)."

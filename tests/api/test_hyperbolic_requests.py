@@ -1,4 +1,4 @@
-"""What Hyperbolic's fields become, for a model that has everything."""
+"""Hyperbolic's fields as a `GenerationRequest`, for a model with all capabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypergen.errors import InvalidRequestError
 from hypergen.metrics import Price
 from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.request import GenerationRequest
-from tests.api.test_hyperbolic import BODY, PICTURE
+from tests.api.test_hyperbolic import BODY, INPUT_IMAGE
 from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
 from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient
 
@@ -22,14 +22,14 @@ def request_of(**fields: Any) -> GenerationRequest:
     return hyperbolic.to_request({**BODY, **fields}, FULL_MODEL_INFO, SETTINGS, "id").generation
 
 
-def refusal(**fields: Any) -> InvalidRequestError:
+def rejection(**fields: Any) -> InvalidRequestError:
     with pytest.raises(InvalidRequestError) as raised:
         request_of(**fields)
     assert str(raised.value.param) in raised.value.message
     return raised.value
 
 
-def test_absent_values_are_the_documents_unless_the_model_was_made_for_others() -> None:
+def test_defaults_are_those_of_the_documents_or_of_the_model() -> None:
     bare = {"model_name": "x", "prompt": "a"}
     usual = hyperbolic.to_request(bare, FULL_MODEL_INFO, SETTINGS, "id").generation
     assert (usual.num_inference_steps, usual.guidance_scale) == (30, 7.5)
@@ -56,15 +56,15 @@ def test_absent_values_are_the_documents_unless_the_model_was_made_for_others() 
         "832x1216",
     ],
 )
-def test_every_resolution_of_the_document_is_taken(size: str) -> None:
+def test_every_documented_resolution_is_accepted(size: str) -> None:
     width, height = map(int, size.split("x"))
     request = request_of(width=width, height=height, n=4, steps=100)
     assert (request.width, request.height) == (width, height)
 
 
-def test_other_sizes_beyond_2048_are_refused() -> None:
+def test_other_sizes_beyond_2048_are_rejected() -> None:
     for width, height in ((2432, 1024), (2432, 2432), (2432, 1656), (1664, 2424)):
-        assert refusal(width=width, height=height).param in ("width", "height")
+        assert rejection(width=width, height=height).param in ("width", "height")
     small = ServerSettings.model_validate({"max_side": 512})
     for width, height in ((1664, 2432), (520, 64)):
         with pytest.raises(InvalidRequestError):
@@ -72,57 +72,57 @@ def test_other_sizes_beyond_2048_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "steps", "told"),
+    ("width", "steps", "expected"),
     [(1024, 25, "0.01"), (1024, 50, "0.02"), (2048, 25, "0.04"), (2048, 50, "0.08"), (512, 25, "0.0025")],
 )
-def test_the_price_is_that_of_the_documents_table(width: int, steps: int, told: str) -> None:
-    assert price(request_of(width=width, height=width, steps=steps), 0.01) == pytest.approx(float(told))
+def test_the_price_equals_that_of_the_documented_table(width: int, steps: int, expected: str) -> None:
+    assert price(request_of(width=width, height=width, steps=steps), 0.01) == pytest.approx(float(expected))
     rated = ServerSettings.model_validate({"price_rate": 0.01})
     body = {**BODY, "width": width, "height": width, "steps": steps}
-    asked = hyperbolic.to_request(body, FULL_MODEL_INFO, rated, "id")
-    assert asked.headers == {"x-hypergen-price": told}
-    assert asked.price == Price(FULL_MODEL_INFO.id, price(asked.generation, 0.01))
+    validated = hyperbolic.to_request(body, FULL_MODEL_INFO, rated, "id")
+    assert validated.headers == {"x-hypergen-price": expected}
+    assert validated.price == Price(FULL_MODEL_INFO.id, price(validated.generation, 0.01))
 
 
-def test_pictures_are_priced_each() -> None:
+def test_the_price_is_per_image() -> None:
     assert price(request_of(width=1024, height=1024, steps=25, n=4), 0.01) == pytest.approx(0.04)
 
 
-def test_a_picture_is_read_and_fitted() -> None:
-    for text in (PICTURE, as_data_url(as_file(gradient(), "JPEG"), "image/jpeg")):
+def test_an_input_image_is_decoded_and_resized() -> None:
+    for text in (INPUT_IMAGE, as_data_url(as_file(gradient(), "JPEG"), "image/jpeg")):
         request = request_of(image=text, width=192, height=128, strength=0.25)
         assert request.image is not None
         assert (request.image.width, request.image.height, request.strength) == (192, 128, 0.25)
         assert len(request.image.pixels) == 192 * 128 * 3
-    assert request_of(image=PICTURE).strength == 0.7
+    assert request_of(image=INPUT_IMAGE).strength == 0.7
 
 
 @pytest.mark.parametrize("data", [*BROKEN.values()], ids=[*BROKEN])
-def test_a_picture_that_cannot_be_read_is_refused(data: bytes) -> None:
-    assert refusal(image=as_base64(data)).param == "image"
+def test_an_unreadable_image_is_rejected(data: bytes) -> None:
+    assert rejection(image=as_base64(data)).param == "image"
 
 
 @pytest.mark.parametrize("text", ["https://example.com/a.png", "file:///etc/passwd", "not base64!", "abc"])
-def test_a_picture_that_is_no_base64_is_refused_and_not_fetched(text: str) -> None:
-    assert refusal(image=text).param == "image"
+def test_an_image_that_is_not_base64_is_rejected_and_not_fetched(text: str) -> None:
+    assert rejection(image=text).param == "image"
 
 
-def test_loras_are_taken_by_name_with_their_weights() -> None:
+def test_loras_are_given_by_name_with_weights() -> None:
     loras = {"Pixel_Art": 0.5, "Logo": 0.5, "Paint_Splash": 0.9}
     assert request_of(lora=loras).loras == tuple(sorted(loras.items()))
     assert request_of(lora={}).loras == ()
-    assert "Sci-fi" in (error := refusal(lora={"Logo": 1, "Sci-fi": 1})).message
+    assert "Sci-fi" in (error := rejection(lora={"Logo": 1, "Sci-fi": 1})).message
     assert error.param == "lora"
     for weight in (-0.1, 2.1, "1", True, None, float("nan")):
-        assert refusal(lora={"Logo": weight}).param == "lora"
+        assert rejection(lora={"Logo": weight}).param == "lora"
 
 
-def test_what_only_some_models_have_reaches_those() -> None:
+def test_optional_capabilities_reach_models_that_have_them() -> None:
     request = request_of(prompt_2="in oil", negative_prompt_2="blurry", enable_refiner=True)
     assert (request.prompt_2, request.negative_prompt_2, request.enable_refiner) == ("in oil", "blurry", True)
 
 
-def test_a_true_cfg_scale_is_for_the_models_that_have_one() -> None:
+def test_true_cfg_scale_is_rejected_by_models_without_it() -> None:
     fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
     flux = ModelInfo(
         **{**fields, "family": "flux", "capabilities": FULL_MODEL_INFO.capabilities | {"true_cfg_scale"}}
@@ -132,16 +132,16 @@ def test_a_true_cfg_scale_is_for_the_models_that_have_one() -> None:
             request = dialect.to_request({**body, "true_cfg_scale": scale}, flux, SETTINGS, "id").generation
             assert request.true_cfg_scale == scale
         assert dialect.to_request(body, flux, SETTINGS, "id").generation.true_cfg_scale is None
-        with pytest.raises(InvalidRequestError, match="FLUX does") as raised:
+        with pytest.raises(InvalidRequestError, match="not supported by the served model") as raised:
             dialect.to_request({**body, "true_cfg_scale": 4.0}, FULL_MODEL_INFO, SETTINGS, "id")
         assert raised.value.param == "true_cfg_scale"
         assert raised.value.code == "unsupported_parameter"
 
 
-def test_a_control_picture_is_read_with_its_options() -> None:
+def test_a_control_image_is_decoded_with_its_options() -> None:
     request = request_of(
         controlnet_name="depth",
-        controlnet_image=PICTURE,
+        controlnet_image=INPUT_IMAGE,
         control_preprocessor="canny",
         controlnet_conditioning_scale=0.5,
         control_guidance_start=0.1,
@@ -156,35 +156,35 @@ def test_a_control_picture_is_read_with_its_options() -> None:
     assert (control.image.width, control.image.height) == (64, 64)
 
 
-def test_an_unknown_sampler_is_told_as_it_was_written() -> None:
-    assert "'DPM++ 9M'" in refusal(sampler="DPM++ 9M").message
+def test_the_error_quotes_an_unknown_sampler() -> None:
+    assert "'DPM++ 9M'" in rejection(sampler="DPM++ 9M").message
 
 
-def test_control_options_as_nobody_gave_them_need_no_picture() -> None:
+def test_control_options_with_default_values_need_no_control_image() -> None:
     assert request_of(control_preprocessor="none", controlnet_conditioning_scale=1.0).control is None
 
 
-def test_contradictory_control_fields_are_refused() -> None:
-    assert refusal(controlnet_name="depth").param == "controlnet_image"
-    assert refusal(controlnet_image=PICTURE).param == "controlnet_name"
+def test_invalid_combinations_of_control_fields_are_rejected() -> None:
+    assert rejection(controlnet_name="depth").param == "controlnet_image"
+    assert rejection(controlnet_image=INPUT_IMAGE).param == "controlnet_name"
     for option in ({"control_preprocessor": "canny"}, {"control_guidance_end": 0.5}):
-        error = refusal(**option)
+        error = rejection(**option)
         assert error.param == "controlnet_image"
         assert f"'{next(iter(option))}'" in error.message
-    assert "canny, depth" in refusal(controlnet_name="x", controlnet_image=PICTURE).message
-    assert refusal(controlnet_name="canny", controlnet_image="x").param == "controlnet_image"
-    fields = {"controlnet_name": "canny", "controlnet_image": PICTURE}
-    assert refusal(**fields, control_guidance_start=0.5, control_guidance_end=0.5).param == (
+    assert "canny, depth" in rejection(controlnet_name="x", controlnet_image=INPUT_IMAGE).message
+    assert rejection(controlnet_name="canny", controlnet_image="x").param == "controlnet_image"
+    fields = {"controlnet_name": "canny", "controlnet_image": INPUT_IMAGE}
+    assert rejection(**fields, control_guidance_start=0.5, control_guidance_end=0.5).param == (
         "control_guidance_start"
     )
 
 
-def test_flux_draws_from_no_picture_whatever_the_model_can() -> None:
-    assert refusal(model_name="FLUX.1-dev", image=PICTURE).param == "image"
+def test_an_image_for_a_flux_model_name_is_rejected() -> None:
+    assert rejection(model_name="FLUX.1-dev", image=INPUT_IMAGE).param == "image"
 
 
 @pytest.mark.parametrize(
-    ("found", "param"),
+    ("engine_param", "param"),
     [
         ("loras", "lora"),
         ("control_model", "controlnet_name"),
@@ -193,8 +193,10 @@ def test_flux_draws_from_no_picture_whatever_the_model_can() -> None:
         ("prompt", "prompt"),
     ],
 )
-def test_what_the_engine_finds_is_told_by_the_clients_name(found: str, param: str) -> None:
-    asked = hyperbolic.to_request(BODY, FULL_MODEL_INFO, SETTINGS, "id")
-    error = asked.with_client_field_names(InvalidRequestError("It is too much.", param=found))
+def test_errors_of_the_engine_use_the_dialects_field_names(engine_param: str, param: str) -> None:
+    validated = hyperbolic.to_request(BODY, FULL_MODEL_INFO, SETTINGS, "id")
+    error = validated.with_client_field_names(InvalidRequestError("It is too much.", param=engine_param))
     assert (error.param, error.message) == (param, f"'{param}': It is too much.")
-    assert asked.with_client_field_names(InvalidRequestError("It is too much.")).message == "It is too much."
+    assert (
+        validated.with_client_field_names(InvalidRequestError("It is too much.")).message == "It is too much."
+    )

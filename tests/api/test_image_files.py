@@ -1,4 +1,4 @@
-"""Input images that were made to cost time or memory."""
+"""Input images that are built to use much time or memory."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def segment(code: int, data: bytes = b"") -> bytes:
     return bytes((0xFF, code)) + (len(data) + 2).to_bytes(2) + data
 
 
-def chunk(kind: bytes, data: bytes = b"") -> bytes:
-    return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+def chunk(chunk_type: bytes, data: bytes = b"") -> bytes:
+    return len(data).to_bytes(4) + chunk_type + data + zlib.crc32(chunk_type + data).to_bytes(4)
 
 
 def in_jpeg(segments: bytes) -> bytes:
@@ -46,7 +46,7 @@ def in_jpeg(segments: bytes) -> bytes:
 
 
 def in_png(chunks: bytes) -> bytes:
-    """Behind the header."""
+    """A PNG with these chunks after its header."""
     return PNG[:33] + chunks + PNG[33:]
 
 
@@ -56,18 +56,18 @@ def in_webp(chunks: bytes) -> bytes:
     return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
-def webp_chunk(kind: bytes, data: bytes = b"") -> bytes:
-    return kind + len(data).to_bytes(4, "little") + data + b"\0" * (len(data) % 2)
+def webp_chunk(chunk_type: bytes, data: bytes = b"") -> bytes:
+    return chunk_type + len(data).to_bytes(4, "little") + data + b"\0" * (len(data) % 2)
 
 
 def with_scans(scans: int, start: bytes = PROGRESSIVE) -> bytes:
-    """A progressive JPEG whose last scan stands there again and again."""
+    """A progressive JPEG whose last scan is repeated."""
     last = start[start.rindex(b"\xff\xda") : -2]
     return start[:-2] + last * (scans - start.count(b"\xff\xda")) + start[-2:]
 
 
 def directory(entries: list[tuple[int, int, int, int]], order: str = "<") -> bytes:
-    """EXIF: tag, type, count and value of each entry."""
+    """EXIF data with a tag, type, count and value per entry."""
     packed = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
     start = b"II*\0" if order == "<" else b"MM\0*"
     return start + struct.pack(f"{order}IH", 8, len(entries)) + packed + bytes(4)
@@ -80,7 +80,7 @@ def message(data: bytes) -> str:
     return error.message
 
 
-def test_a_jpeg_of_100_scans_is_read_and_of_101_refused_before_it_is_decoded() -> None:
+def test_a_jpeg_with_100_scans_is_decoded_and_with_101_rejected_before_decoding() -> None:
     assert decode(with_scans(100), "mask").size == (96, 64)
     assert message(with_scans(101)) == "'mask' has more than 100 scans; save the image again."
     assert refusal(lambda: check_header(with_scans(101), "mask"))
@@ -91,7 +91,7 @@ def test_scans_of_a_thumbnail_do_not_count() -> None:
     assert decode(in_jpeg(thumbnail), "image").size == (96, 64)
 
 
-def test_2000_segments_of_a_jpeg_are_read_at_most() -> None:
+def test_a_jpeg_may_have_2000_segments() -> None:
     assert decode(in_jpeg(segment(0xE5) * 1900), "image").size == (96, 64)
     assert (
         message(in_jpeg(segment(0xE5) * 2000)) == "'mask' has more than 2,000 segments; save the image again."
@@ -99,29 +99,30 @@ def test_2000_segments_of_a_jpeg_are_read_at_most() -> None:
     assert "segments" in message(in_jpeg(segment(0xFE) * 1_000_000))
 
 
-@pytest.mark.parametrize("kind", [b"abCd", b"tEXt", b"IDAT"])
-def test_50_000_chunks_of_a_png_are_read_at_most(kind: bytes) -> None:
-    assert decode(in_png(chunk(kind) * 49_000), "image").size == (96, 64)
+@pytest.mark.parametrize("chunk_type", [b"abCd", b"tEXt", b"IDAT"])
+def test_a_png_may_have_50_000_chunks(chunk_type: bytes) -> None:
+    assert decode(in_png(chunk(chunk_type) * 49_000), "image").size == (96, 64)
     assert (
-        message(in_png(chunk(kind) * 50_000)) == "'mask' has more than 50,000 chunks; save the image again."
+        message(in_png(chunk(chunk_type) * 50_000))
+        == "'mask' has more than 50,000 chunks; save the image again."
     )
-    behind = PNG[:-12] + chunk(kind) * 50_000 + PNG[-12:]
+    behind = PNG[:-12] + chunk(chunk_type) * 50_000 + PNG[-12:]
     assert "chunks" in message(behind)
 
 
-def test_50_000_chunks_of_a_webp_are_read_at_most() -> None:
+def test_a_webp_may_have_50_000_chunks() -> None:
     assert decode(in_webp(webp_chunk(b"abcd") * 49_000), "image").size == (96, 64)
     assert "50,000 chunks" in message(in_webp(webp_chunk(b"abcd") * 50_000))
 
 
-def test_pixels_in_chunks_of_one_byte_are_the_same() -> None:
+def test_a_png_with_chunks_of_one_byte_decodes_to_the_same_pixels() -> None:
     pixels = PNG[PNG.index(b"IDAT") + 4 : -16]
     split = b"".join(chunk(b"IDAT", pixels[at : at + 1]) for at in range(len(pixels)))
     data = PNG[: PNG.index(b"IDAT") - 4] + split + PNG[-12:]
     assert decode(data, "image").tobytes() == gradient().tobytes()
 
 
-def test_compressed_text_of_a_png_is_not_unpacked() -> None:
+def test_compressed_text_of_a_png_is_not_decompressed() -> None:
     bomb = PngImagePlugin.PngInfo()
     bomb.add_text("a", "0" * 100_000_000, zip=True)
     data = as_file(gradient(), pnginfo=bomb)
@@ -129,7 +130,7 @@ def test_compressed_text_of_a_png_is_not_unpacked() -> None:
     assert decode(data, "image").tobytes() == gradient().tobytes()
 
 
-def test_a_second_image_behind_a_jpeg_is_not_looked_at() -> None:
+def test_a_second_image_after_a_jpeg_is_ignored() -> None:
     file = BytesIO()
     gradient().save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 96))] * 200)
     image = decode(file.getvalue(), "image")
@@ -138,7 +139,9 @@ def test_a_second_image_behind_a_jpeg_is_not_looked_at() -> None:
 
 @pytest.mark.parametrize("entries", [1, 20, 5000])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_exif_whose_entries_claim_20_mb_each_costs_no_memory_and_is_obeyed(entries: int, order: str) -> None:
+def test_exif_with_entries_that_claim_20_mb_each_uses_no_memory_and_is_applied(
+    entries: int, order: str
+) -> None:
     turned = 6 if order == "<" else 6 << 16
     exif = directory(
         [(0x9000 + at, 1, 20_000_000, 8) for at in range(entries)] + [(0x0112, 3, 1, turned)], order
@@ -153,7 +156,7 @@ def test_exif_whose_entries_claim_20_mb_each_costs_no_memory_and_is_obeyed(entri
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+def test_every_orientation_is_applied_as_in_pillow(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = as_file(gradient(), exif=exif.tobytes())
@@ -163,15 +166,15 @@ def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> Non
 
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b""]))
-def test_exif_of_any_bytes_is_an_orientation(exif: bytes, start: bytes) -> None:
+def test_exif_of_arbitrary_bytes_gives_an_orientation(exif: bytes, start: bytes) -> None:
     assert 1 <= pixels_and_orientation(in_png(chunk(b"eXIf", start + exif)))[1] <= 8
     assert decode(in_jpeg(segment(0xE1, b"Exif\0\0" + start + exif)), "image")
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.data())
-def test_any_bytes_are_an_image_or_refused_by_their_parameter(data: st.DataObject) -> None:
-    """Files of which a piece is exchanged for any other bytes, or cut out."""
+def test_arbitrary_bytes_are_decoded_or_rejected_with_their_param(data: st.DataObject) -> None:
+    """Files in which a range is removed or replaced by arbitrary bytes."""
     file = data.draw(st.sampled_from(list(FILES.values())))
     start = data.draw(st.integers(0, len(file)))
     end = data.draw(st.integers(start, min(len(file), start + 50)))
@@ -194,13 +197,13 @@ HOSTILE: dict[str, Callable[[int], bytes]] = {
 
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
-def test_an_image_costs_time_and_memory_in_proportion_to_its_size(make: Callable[[int], bytes]) -> None:
+def test_decoding_takes_time_and_memory_proportional_to_the_file_size(make: Callable[[int], bytes]) -> None:
     assert growth(lambda data: decode(data, "image"), make, 1_000_000) < 3
     assert memory(lambda data: decode(data, "image"), make(1_000_000)) < 6
 
 
 class CountedEvent(threading.Event):
-    """Is set after it was asked so many times."""
+    """An event that is set after `is_set` was called this many times."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -235,10 +238,10 @@ def test_every_step_stops_when_decoding_is_cancelled(step: Callable[[], object])
     assert step()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_decoding_stops_after_any_64_kb_that_were_read(kind: str) -> None:
-    """A file of some 3 MB is read in more than 40 blocks; each is the last if the client leaves then."""
-    data = as_file(Image.effect_noise((2000, 1500), 90), kind, quality=100)
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+def test_decoding_can_be_cancelled_after_every_64_kb(image_format: str) -> None:
+    """A file of 3 MB is read in more than 40 blocks; decoding stops after each, if it is cancelled then."""
+    data = as_file(Image.effect_noise((2000, 1500), 90), image_format, quality=100)
 
     def stopped(after: int) -> bool:
         decoding_cancelled.set(CountedEvent(after))
@@ -252,6 +255,6 @@ def test_decoding_stops_after_any_64_kb_that_were_read(kind: str) -> None:
     assert not contextvars.copy_context().run(stopped, 1_000_000)
 
 
-def test_decoding_that_is_not_watched_is_not_cancelled() -> None:
+def test_decoding_without_a_cancel_event_is_not_cancelled() -> None:
     assert decoding_cancelled.get() is None
     assert decode(PNG, "image")

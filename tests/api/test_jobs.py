@@ -1,4 +1,4 @@
-"""Jobs: /v1/images/jobs."""
+"""Asynchronous jobs: /v1/images/jobs."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def submit(client: httpx.Client, **body: Any) -> dict[str, Any]:
 def wait(
     client: httpx.Client, job: dict[str, Any], until: Callable[[dict[str, Any]], bool]
 ) -> list[dict[str, Any]]:
-    """Everything the job said of itself until then."""
-    told: list[dict[str, Any]] = []
+    """All status bodies of the job until the condition holds."""
+    bodies: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60
-    while not told or not until(told[-1]):
-        assert time.monotonic() < deadline, told[-1:]
+    while not bodies or not until(bodies[-1]):
+        assert time.monotonic() < deadline, bodies[-1:]
         response = client.get(f"{PATH}/{job['id']}")
         assert response.status_code == 200, response.text
-        told.append(response.json())
+        bodies.append(response.json())
         time.sleep(0.01)
-    return told
+    return bodies
 
 
 def ended(job: dict[str, Any]) -> bool:
@@ -61,7 +61,7 @@ def running(job: dict[str, Any]) -> bool:
     return "progress" in job
 
 
-def test_a_job_ends_with_what_the_request_would_have_answered(client: httpx.Client) -> None:
+def test_a_job_has_the_result_of_the_direct_request(client: httpx.Client) -> None:
     fields = {**QUICK, "seed": 3, "n": 2, "output_format": "webp"}
     job = submit(client, **fields)
     assert set(job) >= {"id", "object", "status", "created"}
@@ -78,26 +78,26 @@ def test_a_job_ends_with_what_the_request_would_have_answered(client: httpx.Clie
     assert httpx.get(result["data"][1]["url"]).headers["content-type"] == "image/webp"
 
 
-def test_hyperbolics_bodies_get_hyperbolics_answers(client: httpx.Client) -> None:
+def test_hyperbolics_bodies_get_hyperbolics_responses(client: httpx.Client) -> None:
     done = wait(client, submit(client, **HYPERBOLIC, seed=3), ended)[-1]
     direct = client.post("/v1/image/generation", json={**HYPERBOLIC, "seed": 3}).json()
     assert set(done["result"]) == {"images", "inference_time"}
     assert done["result"]["images"] == direct["images"]
 
 
-def test_progress_goes_up_and_the_rest_gets_shorter(client: httpx.Client) -> None:
-    told = wait(client, submit(client, **{**QUICK, "num_inference_steps": 40}), ended)
-    steps = [job["progress"]["step"] for job in told if running(job)]
+def test_progress_increases_and_the_remaining_time_is_estimated(client: httpx.Client) -> None:
+    bodies = wait(client, submit(client, **{**QUICK, "num_inference_steps": 40}), ended)
+    steps = [job["progress"]["step"] for job in bodies if running(job)]
     assert len(set(steps)) > 2
     assert steps == sorted(steps)
-    assert {job["progress"]["steps"] for job in told if running(job)} == {40}
-    expected = [job["expected_s"] for job in told if job["status"] == "running" and "expected_s" in job]
+    assert {job["progress"]["steps"] for job in bodies if running(job)} == {40}
+    expected = [job["expected_s"] for job in bodies if job["status"] == "running" and "expected_s" in job]
     assert expected
     assert min(expected) >= 0
-    assert "expected_s" not in told[-1]
+    assert "expected_s" not in bodies[-1]
 
 
-def test_delete_cancels_and_frees_the_engine(client: httpx.Client) -> None:
+def test_delete_cancels_a_job_and_frees_the_engine(client: httpx.Client) -> None:
     job = submit(client, **SLOW)
     wait(client, job, running)
     response = client.delete(f"{PATH}/{job['id']}")
@@ -107,30 +107,30 @@ def test_delete_cancels_and_frees_the_engine(client: httpx.Client) -> None:
     assert again["status"] == client.get(f"{PATH}/{job['id']}").json()["status"] == "cancelled"
 
 
-def test_a_job_that_takes_too_long_fails_and_says_why(tight: TightServer) -> None:
+def test_a_job_that_exceeds_its_deadline_fails(tight: TightServer) -> None:
     with httpx.Client(base_url=tight.server.url, timeout=60) as client:
         first = submit(client, **SLOW)
         wait(client, first, running)
-        told = wait(client, first, ended)
-    assert told[-1]["status"] == "failed"
-    assert (told[-1]["error"]["status"], told[-1]["error"]["code"]) == (504, "timeout")
-    assert "result" not in told[-1]
+        bodies = wait(client, first, ended)
+    assert bodies[-1]["status"] == "failed"
+    assert (bodies[-1]["error"]["status"], bodies[-1]["error"]["code"]) == (504, "timeout")
+    assert "result" not in bodies[-1]
 
 
-def test_a_full_queue_refuses_jobs_at_once(tight: TightServer) -> None:
-    answers = [tight.client.post(PATH, json=SLOW) for _ in range(4)]
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert refused
-    for answer in refused:
-        assert_error(answer, 429, code="rate_limit_exceeded")
-        assert 1 <= int(answer.headers["retry-after"]) <= 60
-    for answer in answers:
-        if answer.status_code == 202:
-            tight.client.delete(answer.headers["location"])
+def test_a_full_queue_rejects_jobs_at_once(tight: TightServer) -> None:
+    responses = [tight.client.post(PATH, json=SLOW) for _ in range(4)]
+    rejected = [response for response in responses if response.status_code == 429]
+    assert rejected
+    for response in rejected:
+        assert_error(response, 429, code="rate_limit_exceeded")
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+    for response in responses:
+        if response.status_code == 202:
+            tight.client.delete(response.headers["location"])
     assert tight.client.get("/health").json()["queue_size"] == 0
 
 
-def test_only_so_many_jobs_are_kept_and_the_oldest_end_first(tight: TightServer) -> None:
+def test_beyond_the_limit_the_job_that_ended_first_is_removed(tight: TightServer) -> None:
     jobs = []
     for _ in range(4):
         jobs.append(submit(tight.client, **QUICK))
@@ -150,15 +150,13 @@ def test_only_so_many_jobs_are_kept_and_the_oldest_end_first(tight: TightServer)
         ({"prompt": "a", "images": [{"image_url": "https://example.com/x.png"}]}, "images"),
     ],
 )
-def test_bad_bodies_are_refused_before_they_are_jobs(
-    client: httpx.Client, body: dict[str, Any], param: str
-) -> None:
+def test_invalid_bodies_create_no_job(client: httpx.Client, body: dict[str, Any], param: str) -> None:
     assert_error(client.post(PATH, json=body), 400, param=param)
 
 
-def test_bad_forms_are_refused_before_they_are_jobs(client: httpx.Client) -> None:
+def test_invalid_forms_create_no_job(client: httpx.Client) -> None:
     for data in ({}, {"prompt": "a"}):
-        files = {"image": ("upload", b"no picture")}
+        files = {"image": ("upload", b"not an image")}
         assert_error(client.post(PATH, data=data, files=files), 400, param="image")
 
 
@@ -169,26 +167,26 @@ def test_unknown_jobs_are_not_found(client: httpx.Client, method: str, name: str
 
 
 def test_jobs_need_the_key(keyed_server: LiveServer) -> None:
-    with httpx.Client(base_url=keyed_server.url) as stranger:
-        assert_error(stranger.post(PATH, json=QUICK), 401)
-        assert_error(stranger.get(f"{PATH}/job_0"), 401)
-        assert_error(stranger.delete(f"{PATH}/job_0"), 401)
+    with httpx.Client(base_url=keyed_server.url) as client_without_key:
+        assert_error(client_without_key.post(PATH, json=QUICK), 401)
+        assert_error(client_without_key.get(f"{PATH}/job_0"), 401)
+        assert_error(client_without_key.delete(f"{PATH}/job_0"), 401)
 
 
-async def test_jobs_that_are_refused_side_by_side_are_refused_all() -> None:
-    """There is room for one, and each that ends makes room for the next while it is still being refused."""
+async def test_concurrent_jobs_are_all_rejected() -> None:
+    """At most one job is kept, and each that ends makes space for the next during its rejection."""
     settings = Settings.model_validate({})
-    pool = EnginePool(settings, accelerators=[{}])  # not started: it refuses at once
-    jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, most=1)
+    pool = EnginePool(settings, accelerators=[{}])  # not started: it rejects at once
+    jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, max_jobs=1)
     request = make_request()
-    refusals = await asyncio.gather(
+    errors = await asyncio.gather(
         *(jobs.submit(endpoints.GENERATIONS, ValidatedRequest(request), deadline=1e9) for _ in range(8)),
         return_exceptions=True,
     )
-    assert {type(refusal) for refusal in refusals} <= {UnavailableError, QueueFullError}
+    assert {type(error) for error in errors} <= {UnavailableError, QueueFullError}
 
 
-def test_images_that_go_in_the_moment_in_which_they_are_read_are_not_found(
+def test_an_image_that_expires_during_its_read_is_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -196,13 +194,13 @@ def test_images_that_go_in_the_moment_in_which_they_are_read_are_not_found(
     name = storage.put(b"data", "png", "image/png")
     stored = storage.get(name)
     assert stored
-    monkeypatch.setattr(storage, "get", lambda _: stored)  # it was there when it was looked up
+    monkeypatch.setattr(storage, "get", lambda _: stored)  # it existed at the look-up
     stored.path.unlink()
     assert storage.read(name) is None
     storage.close()
 
 
-async def test_a_stored_file_that_goes_before_its_first_byte_is_not_found(tmp_path: Path) -> None:
+async def test_an_image_that_expires_before_its_first_byte_is_not_found(tmp_path: Path) -> None:
     """Removed before its size is read, and between that and its opening."""
     sent: list[Message] = []
 

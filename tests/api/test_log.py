@@ -12,7 +12,7 @@ from tests.support.live_server import LiveServer
 
 
 def logged(server: LiveServer, request_id: str) -> str:
-    """The line of a request; it is written just after the answer."""
+    """The log line of a request, which is written after the response."""
     until = time.monotonic() + 5
     while time.monotonic() < until:
         lines = [line for line in server.log().split("\n") if request_id in line]
@@ -20,10 +20,10 @@ def logged(server: LiveServer, request_id: str) -> str:
             (line,) = lines
             return line
         time.sleep(0.02)
-    raise AssertionError(f"The log says nothing of {request_id}:\n{server.log()}")
+    raise AssertionError(f"No log line has {request_id}:\n{server.log()}")
 
 
-def test_every_request_is_one_line_of_the_log(server: LiveServer, client: httpx.Client) -> None:
+def test_every_request_is_one_log_line(server: LiveServer, client: httpx.Client) -> None:
     for path, status in (("/v1/models", 200), ("/nothing", 404), ("/schema.json", 200)):
         response = client.get(path)
         line = logged(server, response.headers["x-request-id"])
@@ -36,7 +36,7 @@ def test_probes_are_not_logged(server: LiveServer, client: httpx.Client) -> None
     assert not [request_id for request_id in ids if request_id in server.log()]
 
 
-def test_a_path_cannot_forge_a_line_of_the_log(server: LiveServer, client: httpx.Client) -> None:
+def test_a_path_cannot_forge_a_log_line(server: LiveServer, client: httpx.Client) -> None:
     hostile = "/x%0d%0a2026-11-20 FORGED%1b[31m%00%08%c2%85%e2%80%a8%5cn"
     response = client.get(hostile)
     assert_error(response, 404)
@@ -47,7 +47,7 @@ def test_a_path_cannot_forge_a_line_of_the_log(server: LiveServer, client: httpx
     assert "\x1b[31m" not in server.log()
 
 
-def test_a_long_path_is_cut_off(server: LiveServer, client: httpx.Client) -> None:
+def test_a_long_path_is_truncated(server: LiveServer, client: httpx.Client) -> None:
     response = client.get("/" + "a" * 5000)
     assert len(logged(server, response.headers["x-request-id"])) < 400
 

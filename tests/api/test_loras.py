@@ -1,4 +1,4 @@
-"""LoRAs over HTTP: by name, by path, several; and files that the engine finds to be none."""
+"""LoRAs over HTTP: by name, by path, several at once, and damaged files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _file(client: httpx.Client, **fields: object) -> str:
     return generate(client, **SEEDED, **fields)["data"][0]["b64_json"]
 
 
-def test_a_name_a_path_and_an_object_draw_the_same(client: httpx.Client, lora_folder: Path) -> None:
+def test_a_name_a_path_and_an_object_give_the_same_bytes(client: httpx.Client, lora_folder: Path) -> None:
     base = _file(client)
     styled = _file(client, lora_path="style", lora_scale=0.5)
     assert styled != base
@@ -28,16 +28,14 @@ def test_a_name_a_path_and_an_object_draw_the_same(client: httpx.Client, lora_fo
     assert _file(client, loras={}) == base
 
 
-def test_a_picture_tells_which_loras_made_it(client: httpx.Client) -> None:
+def test_the_metadata_of_an_image_has_its_loras(client: httpx.Client) -> None:
     image = generate_image(client, lora_path="style", lora_scale=0.5)
     metadata = json.loads(image.info[METADATA_KEY])
     assert metadata["loras"] == {"style": 0.5}
 
 
 @pytest.mark.parametrize("fields", [{"lora_path": "broken"}, {"loras": {"broken": 1, "style": 1}}])
-def test_a_damaged_file_is_refused_by_the_name_of_the_field(
-    client: httpx.Client, fields: dict[str, object]
-) -> None:
+def test_a_damaged_lora_is_rejected_with_its_param(client: httpx.Client, fields: dict[str, object]) -> None:
     base = _file(client)
     for _ in range(2):
         response = client.post(GENERATIONS, json={**QUICK, **fields})

@@ -1,4 +1,4 @@
-"""GET /v1/models, GET /health, and a picture as the official client sees it."""
+"""GET /v1/models, GET /health, and generation with the official client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.http_client import assert_error, generate_files
 from tests.support.live_server import LiveServer
 
 
-def test_exactly_the_served_model_is_listed(client: httpx.Client, sd_folder: Path) -> None:
+def test_only_the_served_model_is_listed(client: httpx.Client, sd_folder: Path) -> None:
     body = client.get("/v1/models").json()
     assert set(body) == {"object", "data"}
     assert body["object"] == "list"
@@ -36,7 +36,7 @@ def test_the_official_client_reads_the_models(server: LiveServer, tight: TightSe
 @pytest.mark.parametrize(
     "path", ["owner/small-sd", "owner%2Fsmall-sd", "/owner/small-sd", "%2Fowner%2Fsmall-sd"]
 )
-def test_a_model_is_found_by_its_id_in_every_spelling(tight: TightServer, path: str) -> None:
+def test_a_model_is_found_by_its_id_with_escaped_and_extra_slashes(tight: TightServer, path: str) -> None:
     response = tight.client.get(f"/v1/models/{path}")
     assert response.json()["id"] == "owner/small-sd"
 
@@ -49,7 +49,7 @@ def test_other_models_are_not_found(tight: TightServer, name: str) -> None:
     assert_error(tight.client.get(f"/v1/models/{name}"), 404, param="model", code="model_not_found")
 
 
-def test_health_tells_state_model_queue_and_device(client: httpx.Client, sd_folder: Path) -> None:
+def test_health_has_state_model_queue_and_device(client: httpx.Client, sd_folder: Path) -> None:
     response = client.get("/health")
     assert response.status_code == 200
     body = response.json()
@@ -60,7 +60,7 @@ def test_health_tells_state_model_queue_and_device(client: httpx.Client, sd_fold
     assert "euler" in body["samplers"]
 
 
-def test_the_start_is_told_by_stage(server: LiveServer) -> None:
+def test_the_startup_time_is_reported_by_stage(server: LiveServer) -> None:
     (engine,) = server.health()["engines"]
     assert list(engine["startup_s"]) == ["imports", "weights", "warm-up"]
     assert min(engine["startup_s"].values()) > 0
@@ -69,31 +69,29 @@ def test_the_start_is_told_by_stage(server: LiveServer) -> None:
         assert re.search(rf"\b{stage} \d+\.\d", ready)
 
 
-def test_the_official_client_draws(server: LiveServer, client: httpx.Client) -> None:
+def test_the_official_client_generates_images(server: LiveServer, client: httpx.Client) -> None:
     extra = {"seed": 9, "num_inference_steps": 1, "negative_prompt": "blue", "guidance_scale": 2.5}
     with server.openai() as official:
-        answer = official.images.generate(
+        response = official.images.generate(
             prompt="a red circle",
             model="gpt-image-1",
             n=2,
-            size="64x64",  # pyright: ignore[reportArgumentType]  OpenAI's own models draw larger ones only
+            size="64x64",  # pyright: ignore[reportArgumentType]  OpenAI's own models generate only larger images
             quality="high",
             output_format="webp",
             user="somebody",
             extra_body=extra,
         )
-    assert answer.data
-    assert answer.usage
-    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
-    assert len({item.b64_json for item in answer.data}) == 2
+    assert response.data
+    assert response.usage
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    assert len({item.b64_json for item in response.data}) == 2
     fields = {"n": 2, "size": "64x64", "output_format": "webp", **extra}
-    pictures = generate_files(client, prompt="a red circle", **fields)
-    assert [httpx.get(item.url or "").content for item in answer.data] == pictures
+    files = generate_files(client, prompt="a red circle", **fields)
+    assert [httpx.get(item.url or "").content for item in response.data] == files
 
 
-def test_the_servers_own_description_names_its_paths_and_fields(
-    server: LiveServer, client: httpx.Client
-) -> None:
+def test_openapi_json_has_the_paths_and_fields(server: LiveServer, client: httpx.Client) -> None:
     body = client.get("/openapi.json").json()
     assert {"/v1/images/generations", "/v1/models", "/v1/models/{model}", "/health"} <= set(body["paths"])
     content = body["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]

@@ -1,4 +1,4 @@
-"""Reading multipart forms."""
+"""Parsing of multipart forms."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import pytest
 from starlette.requests import Request
 
 from hypergen.api.dialects import openai_edits
+from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.multipart_form import read_form
 from hypergen.errors import InvalidRequestError
 from tests.support.full_capability_model import FULL_MODEL_INFO, SETTINGS
 from tests.support.image_files import as_file, gradient
 
-PICTURE = as_file(gradient(96, 64))
+INPUT_IMAGE = as_file(gradient(96, 64))
 
 
 def form_of(parts: list[Any], data: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A form as httpx sends it and `read_form` reads it, in small pieces."""
+    """A form as httpx sends it, parsed by `read_form` in small chunks."""
     request = httpx.Request("POST", "http://x/", files=parts, data=data)
     return read(request.read(), request.headers["content-type"])
 
@@ -32,10 +33,10 @@ def read(content: bytes, content_type: str) -> dict[str, Any]:
 
     headers = [(b"content-type", content_type.encode())]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
-    return asyncio.run(read_form(Request(scope, receive), openai_edits.EditBody))
+    return asyncio.run(read_form(Request(scope, receive), openai_edits.EditBody, IMAGE_FIELDS))
 
 
-def test_images_come_under_every_name_that_clients_use_in_the_order_of_their_numbers() -> None:
+def test_all_names_of_image_fields_are_accepted_and_sorted_by_number() -> None:
     parts = [("prompt", (None, "a")), ("n", (None, "2"))]
     assert form_of([("image", ("upload", b"1")), *parts])["image"] == [b"1"]
     assert form_of([("image[]", ("a.png", b"1")), *parts, ("image[]", ("b.png", b"2"))])["image"] == [
@@ -46,7 +47,7 @@ def test_images_come_under_every_name_that_clients_use_in_the_order_of_their_num
     assert form_of(numbered) == {"image": [b"1", b"2"], "prompt": "a", "n": 2}
 
 
-def test_text_is_read_by_the_type_of_its_field() -> None:
+def test_text_is_converted_by_the_type_of_its_field() -> None:
     text = {
         "prompt": "42",
         "n": "2",
@@ -72,34 +73,34 @@ def test_text_is_read_by_the_type_of_its_field() -> None:
     }
 
 
-def test_empty_text_and_null_count_as_not_given() -> None:
+def test_empty_text_and_null_mean_absent() -> None:
     assert form_of([("image", ("a", b"1"))], {"model": "", "mask": "null", "user": ""}) == {"image": [b"1"]}
 
 
-def test_unknown_fields_may_come_twice() -> None:
+def test_unknown_fields_may_be_duplicated() -> None:
     parts = [("a", (None, "1")), ("a", (None, "2")), ("b[x]", (None, "1")), ("b[x]", (None, "2"))]
     assert form_of([("prompt", (None, "p")), *parts])["prompt"] == "p"
 
 
-def test_objects_are_read_from_json_too() -> None:
+def test_objects_may_be_json() -> None:
     assert form_of([("loras", (None, '{"a": 0.5}', "application/json"))])["loras"] == {"a": 0.5}
     for text in ('{"a": 0.5', '{"a": 1, "a": 2}', '{"a": NaN}'):
         with pytest.raises(InvalidRequestError):
             form_of([("loras", (None, text))])
 
 
-def test_a_whole_number_is_an_integer_however_it_is_written() -> None:
+def test_integers_may_be_written_as_decimals() -> None:
     form = form_of([("n", (None, "2.0")), ("seed", (None, "1e3"))])
     assert (form["n"], form["seed"]) == (2, 1000)
     assert form_of([("n", (None, "2.5"))])["n"] == 2.5
 
 
-def test_objects_are_read_from_names_with_brackets() -> None:
+def test_objects_may_be_names_with_brackets() -> None:
     parts = [("image", ("a", b"1")), ("a[x]", (None, "0.5")), ("a[y]", (None, "z"))]
     assert form_of(parts) == {"image": [b"1"], "a": {"x": 0.5, "y": "z"}}
 
 
-def test_text_is_utf_8_or_what_the_form_says() -> None:
+def test_text_is_utf_8_or_the_declared_charset() -> None:
     assert form_of([("image", ("a", b"1")), ("prompt", (None, "é"))])["prompt"] == "é"
     latin = PART.replace(b"\na\r", b"\n\xe9\r") + b"--b--\r\n"
     assert read(latin, "multipart/form-data; boundary=b; charset=latin-1")["prompt"] == "é"
@@ -108,8 +109,8 @@ def test_text_is_utf_8_or_what_the_form_says() -> None:
 
 
 @pytest.mark.parametrize("value", ["1.5", "two", "1e3", "\uff12", "0x2", " 2", "1_0", "true", "9" * 30])
-def test_text_that_is_no_number_is_refused_by_its_field(value: str) -> None:
-    body = form_of([("image", ("a", PICTURE))], {"prompt": "a", "n": value})
+def test_text_that_is_not_a_number_is_rejected_with_its_param(value: str) -> None:
+    body = form_of([("image", ("a", INPUT_IMAGE))], {"prompt": "a", "n": value})
     with pytest.raises(InvalidRequestError) as raised:
         openai_edits.to_edit(body, FULL_MODEL_INFO, SETTINGS, "id")
     assert raised.value.param == "n"
@@ -121,15 +122,15 @@ MALFORMED = {
     "empty": (b"", "multipart/form-data; boundary=b"),
     "no boundary": (PART + b"--b--\r\n", "multipart/form-data"),
     "another boundary": (PART + b"--b--\r\n", "multipart/form-data; boundary=c"),
-    "cut off": (PART, "multipart/form-data; boundary=b"),
-    "cut off in the headers": (PART[:30], "multipart/form-data; boundary=b"),
+    "truncated": (PART, "multipart/form-data; boundary=b"),
+    "truncated in the headers": (PART[:30], "multipart/form-data; boundary=b"),
     "no name": (
         BOUNDARY + b"Content-Disposition: form-data\r\n\r\na\r\n--b--\r\n",
         "multipart/form-data; boundary=b",
     ),
     "no headers": (BOUNDARY + b"\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
-    "strange charset": (PART + b"--b--\r\n", "multipart/form-data; boundary=b; charset=undefined"),
-    "twice": (PART + PART + b"--b--\r\n", "multipart/form-data; boundary=b"),
+    "unknown charset": (PART + b"--b--\r\n", "multipart/form-data; boundary=b; charset=undefined"),
+    "duplicate field": (PART + PART + b"--b--\r\n", "multipart/form-data; boundary=b"),
     "endless headers": (
         BOUNDARY
         + b'Content-Disposition: form-data; name="a"\r\n'
@@ -141,13 +142,13 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("content", "content_type"), MALFORMED.values(), ids=MALFORMED)
-def test_a_broken_form_is_refused(content: bytes, content_type: str) -> None:
+def test_a_malformed_form_is_rejected(content: bytes, content_type: str) -> None:
     with pytest.raises(InvalidRequestError) as raised:
         read(content, content_type)
     assert raised.value.code == "invalid_form"
 
 
-def test_too_many_parts_are_refused() -> None:
+def test_too_many_parts_are_rejected() -> None:
     with pytest.raises(InvalidRequestError) as raised:
         form_of([("image[]", ("a", b"x"))] * 33)
     assert raised.value.param == "image"

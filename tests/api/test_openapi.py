@@ -1,4 +1,4 @@
-"""/openapi.json: what it says of the server, and whether that is so."""
+"""/openapi.json: its contents, and whether responses match it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.api.test_hyperbolic import BODY, PATH
 from tests.support.http_client import GENERATIONS, QUICK, generate
 from tests.support.response_schemas import validate
 
-# The operation of Hyperbolic's OpenAPI file, as its clients were generated from it.
+# The operation of Hyperbolic's OpenAPI file, from which clients were generated.
 OPERATION = yaml.safe_load("""
 summary: Hyperbolic Generate An Image
 operationId: generateImage
@@ -50,17 +50,17 @@ RANGES = {"steps": (1, 100), "cfg_scale": (1, 20), "n": (1, 4), "width": (64, 24
 
 
 @pytest.fixture(scope="module")
-def description(client: httpx.Client) -> dict[str, Any]:
+def openapi(client: httpx.Client) -> dict[str, Any]:
     return client.get("/openapi.json").json()
 
 
-def schema(description: dict[str, Any], name: str) -> dict[str, Any]:
-    """A named schema with the schemas that it refers to put in."""
+def schema(openapi: dict[str, Any], name: str) -> dict[str, Any]:
+    """A named schema with all references resolved."""
 
     def resolve(value: Any) -> Any:
         if isinstance(value, dict):
             if "$ref" in value:
-                return resolve(description["components"]["schemas"][value["$ref"].rpartition("/")[2]])
+                return resolve(openapi["components"]["schemas"][value["$ref"].rpartition("/")[2]])
             return {key: resolve(inner) for key, inner in value.items()}
         return [resolve(inner) for inner in value] if isinstance(value, list) else value
 
@@ -73,13 +73,13 @@ def contains(whole: Any, part: Any) -> bool:
     return whole == part
 
 
-def test_hyperbolics_operation_stands_there_as_written(description: dict[str, Any]) -> None:
-    operation = description["paths"][PATH]["post"]
+def test_hyperbolics_operation_is_included(openapi: dict[str, Any]) -> None:
+    operation = openapi["paths"][PATH]["post"]
     assert contains(operation, OPERATION)
     assert operation["security"] == [{"BearerAuth": []}]
     scheme = {"type": "http", "scheme": "bearer", "bearerFormat": "API Key"}
-    assert description["components"]["securitySchemes"]["BearerAuth"] == scheme
-    request = schema(description, "ImageGenerationRequest")
+    assert openapi["components"]["securitySchemes"]["BearerAuth"] == scheme
+    request = schema(openapi, "ImageGenerationRequest")
     assert set(request["required"]) == {"model_name", "prompt"}
     for field, (least, most) in RANGES.items():
         field_schema = request["properties"][field]
@@ -87,8 +87,8 @@ def test_hyperbolics_operation_stands_there_as_written(description: dict[str, An
         assert (options[0]["minimum"], options[0]["maximum"]) == (least, most)
 
 
-def test_every_route_is_named_with_its_errors_and_examples(description: dict[str, Any]) -> None:
-    drawing = {
+def test_every_route_has_a_unique_name_errors_and_examples(openapi: dict[str, Any]) -> None:
+    image_routes = {
         GENERATIONS,
         "/v1/images/edits",
         "/v1/images/variations",
@@ -96,10 +96,10 @@ def test_every_route_is_named_with_its_errors_and_examples(description: dict[str
         "/v1/images/jobs",
     }
     others = {"/v1/models", "/v1/models/{model}", "/health", "/generate", "/metrics", "/livez", "/readyz"}
-    assert drawing | others <= set(description["paths"])
+    assert image_routes | others <= set(openapi["paths"])
     operations = [
         (path, method, operation)
-        for path, methods in description["paths"].items()
+        for path, methods in openapi["paths"].items()
         for method, operation in methods.items()
     ]
     names = [operation["operationId"] for _, _, operation in operations]
@@ -109,16 +109,16 @@ def test_every_route_is_named_with_its_errors_and_examples(description: dict[str
         assert "422" not in operation["responses"]
         if path.startswith("/v1/") and "/files/" not in path:
             assert "401" in operation["responses"]
-    for path in drawing:
-        operation = description["paths"][path]["post"]
+    for path in image_routes:
+        operation = openapi["paths"][path]["post"]
         assert {"400", "401", "413", "415", "429", "500", "503", "504"} <= set(operation["responses"])
         for media in operation["requestBody"]["content"].values():
             assert "example" in media or "examples" in media or media["schema"]["properties"]["image"]
 
 
-def test_every_field_has_a_description(description: dict[str, Any]) -> None:
+def test_every_field_has_a_description(openapi: dict[str, Any]) -> None:
     for path in (GENERATIONS, "/v1/images/edits"):
-        content = description["paths"][path]["post"]["requestBody"]["content"]
+        content = openapi["paths"][path]["post"]["requestBody"]["content"]
         fields = content["application/json"]["schema"]["properties"]
         assert {"prompt", "strength", "prompt_2", "control_image"} <= set(fields)
         assert [name for name, field in fields.items() if not field.get("description")] in (
@@ -127,19 +127,19 @@ def test_every_field_has_a_description(description: dict[str, Any]) -> None:
         )
 
 
-def test_answers_are_what_the_description_says(client: httpx.Client, description: dict[str, Any]) -> None:
-    validate(generate(client, n=2), schema(description, "ImagesResponse"))
-    validate(client.post(PATH, json=BODY).json(), schema(description, "ImageGenerationResponse"))
-    validate(client.post(PATH, json={}).json(), schema(description, "ErrorResponse"))
-    validate(client.get("/v1/models").json(), schema(description, "ModelList"))
-    validate(client.get("/health").json(), schema(description, "Health"))
+def test_responses_match_their_schemas(client: httpx.Client, openapi: dict[str, Any]) -> None:
+    validate(generate(client, n=2), schema(openapi, "ImagesResponse"))
+    validate(client.post(PATH, json=BODY).json(), schema(openapi, "ImageGenerationResponse"))
+    validate(client.post(PATH, json={}).json(), schema(openapi, "ErrorResponse"))
+    validate(client.get("/v1/models").json(), schema(openapi, "ModelList"))
+    validate(client.get("/health").json(), schema(openapi, "Health"))
     job = client.post("/v1/images/jobs", json=QUICK).json()
-    validate(job, schema(description, "ImageJob"))
+    validate(job, schema(openapi, "ImageJob"))
 
 
-def test_examples_of_errors_are_errors(description: dict[str, Any]) -> None:
-    error = schema(description, "ErrorResponse")
-    for methods in description["paths"].values():
+def test_error_examples_match_the_error_schema(openapi: dict[str, Any]) -> None:
+    error = schema(openapi, "ErrorResponse")
+    for methods in openapi["paths"].values():
         for operation in methods.values():
             for status, response in operation["responses"].items():
                 if int(status) >= 400 and "ErrorResponse" in str(response):

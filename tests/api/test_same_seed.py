@@ -1,4 +1,4 @@
-"""The same seed gives the same bytes over HTTP, whatever else the server draws meanwhile."""
+"""The same seed gives the same bytes over HTTP, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tests.support.live_server import LiveServer
 SAMPLERS = ["ddim", "euler_a", "dpmpp_2m_sde", "heun", "unipc", "lcm"]
 
 
-def draw(server: LiveServer, body: dict[str, Any]) -> tuple[bytes, int]:
-    """The picture, and how many of its forward passes it shared with other requests."""
+def generate(server: LiveServer, body: dict[str, Any]) -> tuple[bytes, int]:
+    """The image file, and the number of forward passes that it shared with other requests."""
     url = f"{server.url}/v1/images/generations"
-    answer = httpx.post(url, json={**body, "response_format": "b64_json"}, timeout=120).raise_for_status()
-    shared = int(answer.headers["x-hypergen-shared-forwards"])
-    return base64.b64decode(answer.json()["data"][0]["b64_json"]), shared
+    response = httpx.post(url, json={**body, "response_format": "b64_json"}, timeout=120).raise_for_status()
+    shared = int(response.headers["x-hypergen-shared-forwards"])
+    return base64.b64decode(response.json()["data"][0]["b64_json"]), shared
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_seeded_picture_is_byte_equal_alone_and_in_a_crowd(server: LiveServer, sampler: str) -> None:
+def test_an_image_with_a_seed_is_byte_equal_alone_and_in_a_batch(server: LiveServer, sampler: str) -> None:
     body = {"prompt": "a cat", "size": "64x64", "seed": 11, "num_inference_steps": 8, "sampler": sampler}
-    alone, shared = draw(server, body)
+    alone, shared = generate(server, body)
     assert shared == 0
     rng = random.Random(sampler)
-    leave = threading.Event()
+    stop = threading.Event()
 
-    def crowd() -> None:
-        while not leave.is_set():
-            draw(
+    def generate_others() -> None:
+        while not stop.is_set():
+            generate(
                 server,
                 {
                     "prompt": rng.choice(["a dog", "two birds", "x"]),
@@ -44,14 +44,14 @@ def test_a_seeded_picture_is_byte_equal_alone_and_in_a_crowd(server: LiveServer,
                 },
             )
 
-    neighbours = [threading.Thread(target=crowd) for _ in range(4)]
-    for neighbour in neighbours:
-        neighbour.start()
+    threads = [threading.Thread(target=generate_others) for _ in range(4)]
+    for thread in threads:
+        thread.start()
     try:
-        crowded = [draw(server, body) for _ in range(3)]
+        batched = [generate(server, body) for _ in range(3)]
     finally:
-        leave.set()
-        for neighbour in neighbours:
-            neighbour.join()
-    assert [picture for picture, _ in crowded] == [alone] * 3
-    assert any(shared for _, shared in crowded)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert [image for image, _ in batched] == [alone] * 3
+    assert any(shared for _, shared in batched)

@@ -1,6 +1,6 @@
-"""Schemathesis against /openapi.json: no case fails the server, and every answer is one that is described.
+"""Schemathesis against /openapi.json: no case crashes the server, and every response is documented.
 
-Which cases are refused is not checked: a server may allow less than the documents' ranges.
+Which cases are rejected is not checked, because a server may allow less than the documented ranges.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from tests.support.live_server import LiveServer, start_server
 
 KEY = "sk-fuzzed-key"
 JSON, FORM = "application/json", "multipart/form-data"
-# Phases, and options. Of forms only random ones, see the hooks, and only such as the description allows: in a
-# form without types others are often the same bytes.
+# Phases and options. Forms have only random cases (see the hooks), and only valid ones: a form has no types,
+# so invalid values are often the same bytes.
 RUNS = {
     JSON: ("examples,coverage,fuzzing,stateful", ()),
     FORM: ("fuzzing", ("--include-method", "POST", "--mode", "positive")),
 }
 
 NOT_CHECKED = (
-    # Limits of the server and its model are not described; null counts as not given.
+    # Limits of the server and its model are not in the schema; null means absent.
     *("positive_data_acceptance", "negative_data_rejection"),
-    # It takes DELETE for an end; here it cancels a job, whose state can still be asked for.
+    # The check expects that DELETE removes the resource; here it cancels a job, which can still be read.
     "use_after_free",
 )
 
-# Bodies of edits and jobs take seconds to invent.
+# Bodies of edits and jobs take seconds to generate.
 QUICK = ("--exclude-path", "/v1/images/edits", "--exclude-path", "/v1/images/jobs")
 
 
 @pytest.fixture(scope="module")
 def capped(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[LiveServer]:
-    """A server that draws at most 128x128 and 4 steps."""
+    """A server with at most 128x128 and 4 steps."""
     limits = {"HYPERGEN_MAX_SIDE": "128", "HYPERGEN_MAX_STEPS": "4", "HYPERGEN_PRICE_RATE": "0.01"}
     arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32")
     folder = tmp_path_factory.mktemp("capped")
@@ -46,17 +46,24 @@ def capped(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterato
         yield server
 
 
-def fuzz(server: LiveServer, folder: Path, bodies: str, most: int, phases: str, *options: str) -> int:
-    """Let schemathesis try the server; returns the number of cases.
+def fuzz(server: LiveServer, folder: Path, bodies: str, max_examples: int, phases: str, *options: str) -> int:
+    """Run schemathesis; returns the number of passed cases.
 
     Args:
-        most: random cases for each operation.
+        max_examples: random cases per operation.
     """
     command = [
         *(str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json"),
-        *("--header", f"Authorization: Bearer {KEY}", "--phases", phases, "--max-examples", str(most)),
+        *(
+            "--header",
+            f"Authorization: Bearer {KEY}",
+            "--phases",
+            phases,
+            "--max-examples",
+            str(max_examples),
+        ),
         *("--no-color", "--continue-on-failure", "--seed", "7", "--request-timeout", "60"),
-        *("--suppress-health-check", "all"),  # of how long it takes to find a case
+        *("--suppress-health-check", "all"),  # about slow data generation
         *("--exclude-checks", ",".join(NOT_CHECKED), *RUNS[bodies][1], *options),
     ]
     hooks = {"SCHEMATHESIS_HOOKS": "tests.api.schemathesis_hooks", "SCHEMATHESIS_BODIES": bodies}
@@ -69,12 +76,12 @@ def fuzz(server: LiveServer, folder: Path, bodies: str, most: int, phases: str, 
     return int(found[2])
 
 
-def test_a_few_cases_find_nothing(capped: LiveServer, tmp_path: Path) -> None:
+def test_a_few_cases_find_no_failure(capped: LiveServer, tmp_path: Path) -> None:
     assert fuzz(capped, tmp_path, JSON, 1, "examples,fuzzing", *QUICK) >= 10
 
 
 @pytest.mark.fuzz
 @pytest.mark.timeout(1800)
-def test_1000_cases_find_nothing(capped: LiveServer, tmp_path: Path) -> None:
+def test_1000_cases_find_no_failure(capped: LiveServer, tmp_path: Path) -> None:
     cases = {bodies: fuzz(capped, tmp_path, bodies, 40, phases) for bodies, (phases, _) in RUNS.items()}
     assert sum(cases.values()) >= 1000, cases

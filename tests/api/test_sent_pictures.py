@@ -1,4 +1,4 @@
-"""Pictures that clients send, from bytes to pixels of the asked size."""
+"""Input images, from the bytes of a file to pixels of the requested size."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, g
 ORIENTATION = 0x0112
 
 
-def pixels(picture: InputImage, channels: int = 3) -> np.ndarray:
-    shape = (picture.height, picture.width, channels)
-    return np.frombuffer(picture.pixels, np.uint8).reshape(shape).astype(int)
+def pixels(input_image: InputImage, channels: int = 3) -> np.ndarray:
+    shape = (input_image.height, input_image.width, channels)
+    return np.frombuffer(input_image.pixels, np.uint8).reshape(shape).astype(int)
 
 
-def difference(picture: InputImage, image: Image.Image) -> float:
-    return float(np.abs(pixels(picture) - np.asarray(image.convert("RGB"), int)).mean())
+def difference(input_image: InputImage, image: Image.Image) -> float:
+    return float(np.abs(pixels(input_image) - np.asarray(image.convert("RGB"), int)).mean())
 
 
-@pytest.mark.parametrize(("kind", "least"), [("PNG", 0), ("JPEG", 3), ("WEBP", 3)])
-def test_the_file_type_is_told_by_the_bytes(kind: str, least: float) -> None:
-    picture = to_input_image(decode(as_file(gradient(), kind), "image"), 96, 64)
-    assert difference(picture, gradient()) <= least
+@pytest.mark.parametrize(("image_format", "max_difference"), [("PNG", 0), ("JPEG", 3), ("WEBP", 3)])
+def test_the_file_type_is_detected_by_the_bytes(image_format: str, max_difference: float) -> None:
+    input_image = to_input_image(decode(as_file(gradient(), image_format), "image"), 96, 64)
+    assert difference(input_image, gradient()) <= max_difference
 
 
 @pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
-def test_what_is_no_readable_picture_is_refused_by_its_parameter(data: bytes) -> None:
+def test_an_unreadable_image_is_rejected_with_its_param(data: bytes) -> None:
     with pytest.raises(InvalidRequestError) as raised:
         decode(data, "mask")
     assert raised.value.param == "mask"
@@ -41,92 +41,92 @@ def test_what_is_no_readable_picture_is_refused_by_its_parameter(data: bytes) ->
 
 
 @pytest.mark.parametrize("size", [(8000, 5130), (10_000, 10_000), (30_000, 30_000), (8, 1_000_000)])
-def test_what_is_too_large_is_refused_for_its_size(size: tuple[int, int]) -> None:
+def test_a_too_large_image_is_rejected(size: tuple[int, int]) -> None:
     with pytest.raises(InvalidRequestError, match="40 megapixels and 8192 pixels"):
         decode(png_header(*size), "image")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
-def test_ordinary_kinds_of_pictures_are_read(mode: str) -> None:
-    kind = "JPEG" if mode == "CMYK" else "PNG"
+def test_common_image_modes_are_decoded(mode: str) -> None:
+    image_format = "JPEG" if mode == "CMYK" else "PNG"
     image = gradient(mode=mode)
-    picture = to_input_image(decode(as_file(image, kind), "image"), 96, 64)
-    assert difference(picture, image) < 3
+    input_image = to_input_image(decode(as_file(image, image_format), "image"), 96, 64)
+    assert difference(input_image, image) < 3
 
 
-def test_sixteen_bits_of_grey_are_scaled_and_not_clipped() -> None:
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 96 * 64).reshape(64, 96).astype(np.uint16)
-    picture = to_input_image(decode(as_file(Image.fromarray(ramp)), "image"), 96, 64)
-    assert np.abs(pixels(picture)[:, :, 0] - ramp / 257).max() <= 1
+    input_image = to_input_image(decode(as_file(Image.fromarray(ramp)), "image"), 96, 64)
+    assert np.abs(pixels(input_image)[:, :, 0] - ramp / 257).max() <= 1
 
 
 def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
     image.paste((10, 20, 30, 255), (0, 0, 32, 64))
-    seen = pixels(to_input_image(decode(as_file(image), "image"), 64, 64))
-    assert seen[0, 0].tolist() == [10, 20, 30]
-    assert seen[0, 63].tolist() == [255, 255, 255]
+    values = pixels(to_input_image(decode(as_file(image), "image"), 64, 64))
+    assert values[0, 0].tolist() == [10, 20, 30]
+    assert values[0, 63].tolist() == [255, 255, 255]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_pictures_are_turned_upright_by_their_orientation(kind: str) -> None:
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_the_exif_orientation_is_applied(image_format: str) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = 6  # turned a quarter, as phones store upright photographs
-    lying = as_file(gradient().rotate(90, expand=True), kind, exif=exif.tobytes())
-    image = decode(lying, "image")
+    exif[ORIENTATION] = 6  # rotated by 90 degrees, as phones store portrait photos
+    rotated = as_file(gradient().rotate(90, expand=True), image_format, exif=exif.tobytes())
+    image = decode(rotated, "image")
     assert image.size == (96, 64)
     assert difference(to_input_image(image, 96, 64), gradient()) < 4
 
 
-def test_broken_exif_does_not_spoil_a_picture() -> None:
+def test_broken_exif_is_ignored() -> None:
     data = as_file(gradient(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 40)
     assert decode(data, "image").size == (96, 64)
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [gradient(), Image.new("RGB", (96, 64), "white")]
-    for kind in ("PNG", "WEBP"):
-        data = as_file(frames[0], kind, save_all=True, append_images=frames[1:])
+    for image_format in ("PNG", "WEBP"):
+        data = as_file(frames[0], image_format, save_all=True, append_images=frames[1:])
         assert difference(to_input_image(decode(data, "image"), 96, 64), gradient()) < 3
 
 
-def test_a_picture_of_another_shape_is_cut_and_not_distorted() -> None:
-    fitted = pixels(to_input_image(gradient(200, 100), 64, 64))
+def test_an_image_with_another_aspect_ratio_is_center_cropped() -> None:
+    resized = pixels(to_input_image(gradient(200, 100), 64, 64))
     middle = pixels(to_input_image(gradient(200, 100).crop((50, 0, 150, 100)), 64, 64))
-    assert np.array_equal(fitted, middle)
+    assert np.array_equal(resized, middle)
 
 
-def test_pixels_stay_as_they_are_where_only_the_edge_is_cut() -> None:
+def test_pixels_are_unchanged_if_only_the_edge_is_cropped() -> None:
     image = Image.effect_noise((101, 79), 90).convert("RGB")
-    fitted = pixels(to_input_image(image, 96, 72))
-    assert np.array_equal(fitted, np.asarray(image)[3:75, 2:98])
+    resized = pixels(to_input_image(image, 96, 72))
+    assert np.array_equal(resized, np.asarray(image)[3:75, 2:98])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 20)])
-def test_every_size_can_be_fitted(size: tuple[int, int]) -> None:
+def test_every_size_can_be_resized(size: tuple[int, int]) -> None:
     assert len(to_input_image(Image.new("RGB", size, "red"), 64, 72).pixels) == 64 * 72 * 3
 
 
-def test_transparent_is_drawn_and_opaque_is_kept() -> None:
+def test_transparent_pixels_are_generated_and_opaque_pixels_kept() -> None:
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
     mask.paste((255, 255, 255, 0), (0, 0, 32, 64))
-    seen = pixels(to_mask(decode(as_file(mask), "mask"), 128, 128), 1)
-    assert seen[:, :58].min() == 255
-    assert seen[:, 70:].max() == 0
+    values = pixels(to_mask(decode(as_file(mask), "mask"), 128, 128), 1)
+    assert values[:, :58].min() == 255
+    assert values[:, 70:].max() == 0
 
 
-def test_half_transparent_is_half_drawn() -> None:
+def test_semi_transparent_pixels_are_blended() -> None:
     mask = decode(as_file(Image.new("RGBA", (8, 8), (0, 0, 0, 100))), "mask")
     assert set(to_mask(mask, 64, 64).pixels) == {155}
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "P"])
-def test_without_transparency_white_is_drawn_and_black_is_kept(mode: str) -> None:
+def test_without_transparency_white_is_generated_and_black_kept(mode: str) -> None:
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 64, 32))
-    seen = pixels(to_mask(decode(as_file(mask.convert(mode)), "mask"), 64, 64), 1)
-    assert seen[:32].min() == 255
-    assert seen[32:].max() == 0
+    values = pixels(to_mask(decode(as_file(mask.convert(mode)), "mask"), 64, 64), 1)
+    assert values[:32].min() == 255
+    assert values[32:].max() == 0
 
 
 def test_an_opaque_mask_with_an_alpha_channel_keeps_everything() -> None:
@@ -134,7 +134,7 @@ def test_an_opaque_mask_with_an_alpha_channel_keeps_everything() -> None:
     assert pixels(to_mask(mask, 8, 8), 1).max() == 0
 
 
-def test_base64_is_read_bare_as_a_data_url_and_in_lines() -> None:
+def test_base64_may_be_bare_a_data_url_or_split_into_lines() -> None:
     data = as_file(gradient())
     bare = as_base64(data)
     lines = "\r\n".join(bare[start : start + 76] for start in range(0, len(bare), 76))
@@ -166,12 +166,12 @@ def test_base64_is_read_bare_as_a_data_url_and_in_lines() -> None:
         "YWJj!",
     ],
 )
-def test_other_text_is_refused_and_nothing_is_fetched(text: str) -> None:
+def test_other_text_is_rejected_and_nothing_is_fetched(text: str) -> None:
     with pytest.raises(InvalidRequestError) as raised:
         from_base64(text, "image")
     assert raised.value.param == "image"
 
 
-def test_pictures_are_read_without_torch() -> None:
+def test_images_are_decoded_without_torch() -> None:
     program = "import sys, hypergen.images.decoding; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,4 +1,4 @@
-"""Two models on one server, of which only one fits into memory: names, aliases, defaults and errors."""
+"""Two models on a server with memory for only one: names, aliases, defaults and errors."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def several(
         yield server
 
 
-def _drawn(server: LiveServer, **body: Any) -> tuple[tuple[int, int], bytes]:
-    answer = httpx.post(f"{server.url}/v1/images/generations", json={**_QUICK, **body}, timeout=120)
-    assert answer.status_code == 200, answer.text
-    picture = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
-    return picture.size, picture.tobytes()
+def _generate(server: LiveServer, **body: Any) -> tuple[tuple[int, int], bytes]:
+    response = httpx.post(f"{server.url}/v1/images/generations", json={**_QUICK, **body}, timeout=120)
+    assert response.status_code == 200, response.text
+    image = Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
+    return image.size, image.tobytes()
 
 
-def test_the_list_has_both_and_each_can_be_asked_for(several: LiveServer) -> None:
+def test_both_models_are_listed_and_found_by_name(several: LiveServer) -> None:
     client = several.openai()
     assert [model.id for model in client.models.list().data] == ["owner/first", "second"]
     for name in ("owner/first", "SD1.5"):
@@ -61,17 +61,17 @@ def test_the_list_has_both_and_each_can_be_asked_for(several: LiveServer) -> Non
     assert sum(model["in_memory"] for model in health["models"]) <= 1
 
 
-def test_a_name_or_an_alias_chooses_and_anything_else_is_the_first(several: LiveServer) -> None:
-    first, second = _drawn(several), _drawn(several, model="second")
+def test_a_name_or_alias_selects_a_model_and_other_names_the_first(several: LiveServer) -> None:
+    first, second = _generate(several), _generate(several, model="second")
     assert first[0] == (64, 64)
     assert second[0] == (96, 64)
-    for name, wanted in (("sd2", second), ("gpt-image-1", first), ("OWNER/first", first), ("SD2", second)):
-        assert _drawn(several, model=name) == wanted
-    assert _drawn(several, model="second", size="64x64") != first
+    for name, expected in (("sd2", second), ("gpt-image-1", first), ("OWNER/first", first), ("SD2", second)):
+        assert _generate(several, model=name) == expected
+    assert _generate(several, model="second", size="64x64") != first
 
 
-def test_every_route_knows_the_names(several: LiveServer) -> None:
-    _, second = _drawn(several, model="second", size="64x64", num_inference_steps=4)
+def test_every_route_selects_models_by_name(several: LiveServer) -> None:
+    _, second = _generate(several, model="second", size="64x64", num_inference_steps=4)
     body = {"model_name": "SD2", "prompt": "a cat", "seed": 5, "width": 64, "height": 64, "steps": 4}
     hyperbolic = httpx.post(f"{several.url}/v1/image/generation", json=body, timeout=120).json()
     assert Image.open(io.BytesIO(base64.b64decode(hyperbolic["images"][0]["image"]))).tobytes() == second
@@ -80,16 +80,16 @@ def test_every_route_knows_the_names(several: LiveServer) -> None:
     assert Image.open(io.BytesIO(base64.b64decode(native[0]["images"][0]["b64_json"]))).tobytes() == second
 
 
-def test_requests_for_both_at_once_are_all_drawn(several: LiveServer) -> None:
-    wanted = {name: _drawn(several, model=name) for name in ("SD1.5", "SD2")}
+def test_concurrent_requests_for_both_models_succeed(several: LiveServer) -> None:
+    expected = {name: _generate(several, model=name) for name in ("SD1.5", "SD2")}
     names = ["SD1.5", "SD2"] * 4
     with ThreadPoolExecutor(len(names)) as clients:
-        drawn = list(clients.map(lambda name: _drawn(several, model=name), names))
-    assert drawn == [wanted[name] for name in names]
+        results = list(clients.map(lambda name: _generate(several, model=name), names))
+    assert results == [expected[name] for name in names]
 
 
 @pytest.mark.parametrize("name", [7, ["second"], {"id": "second"}])
-def test_a_name_that_is_no_text_is_refused(several: LiveServer, name: Any) -> None:
-    answer = httpx.post(f"{several.url}/v1/images/generations", json={**_QUICK, "model": name}, timeout=60)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "model"
+def test_a_model_name_that_is_not_a_string_is_rejected(several: LiveServer, name: Any) -> None:
+    response = httpx.post(f"{several.url}/v1/images/generations", json={**_QUICK, "model": name}, timeout=60)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "model"

@@ -1,4 +1,4 @@
-"""What a server leaves, answers and removes when it is stopped or killed."""
+"""Responses and clean-up of a server that is stopped or killed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.support.live_server import LiveServer, start_server
 from tests.support.sync_engine import make_settings, served_model
 
 
-def test_a_drain_answers_everybody_with_the_same_503(tmp_path: Path, sd_folder: Path) -> None:
+def test_all_requests_get_503_at_the_end_of_a_drain(tmp_path: Path, sd_folder: Path) -> None:
     """One request runs, one waits, three are in the overflow queue; the drain time is 3 s."""
     arguments = (str(sd_folder), "--device", "cpu", "--max-queue-size", "1", "--drain-timeout", "3")
     body = {**SLOW, "size": "512x512"}
     with start_server(tmp_path, *arguments) as server, ThreadPoolExecutor(5) as clients:
-        answers = [
+        responses = [
             clients.submit(httpx.post, server.url + GENERATIONS_PATH, json=body, timeout=60) for _ in range(5)
         ]
         until = time.monotonic() + 60
@@ -41,15 +41,15 @@ def test_a_drain_answers_everybody_with_the_same_503(tmp_path: Path, sd_folder: 
             time.sleep(0.05)
         started = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        for answer in answers:
-            assert_error(answer.result(), 503, code="draining")
+        for response in responses:
+            assert_error(response.result(), 503, code="draining")
         assert 2.5 < time.monotonic() - started < 10
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.log()
 
 
 def _workers(server: LiveServer) -> list[psutil.Process]:
-    """The processes that serve HTTP; BentoML starts one again when it is killed."""
+    """The HTTP processes; BentoML restarts a killed one."""
     return [p for p in server.processes() if any("_bentoml_impl" in argument for argument in p.cmdline())]
 
 
@@ -74,12 +74,12 @@ def test_images_of_a_killed_worker_are_removed_at_the_next_start(tmp_path: Path,
     assert not list(temporary.glob("hypergen-*"))
 
 
-def test_folders_of_running_servers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_running_servers_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storage = ImageStorage(lifetime_s=60, max_bytes=1000)
     name = storage.put(b"data", "png", "image/png")
     (tmp_path / "hypergen-images-killed").mkdir()
-    os.mkfifo(tmp_path / "hypergen-images-trap")  # whose opening would wait for ever
+    os.mkfifo(tmp_path / "hypergen-images-trap")  # opening it would block for ever
     remove_folders_of_killed_servers()
     assert storage.read(name) == b"data"
     assert len(list(tmp_path.iterdir())) == 2
@@ -90,27 +90,29 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-async def test_jobs_older_than_their_lifetime_do_not_stop_the_shutdown(
+async def test_expired_jobs_do_not_block_the_shutdown(
     sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lifespan of the app ends, and with it the storage and a job that runs."""
+    """At the end of the app's lifespan the storage is closed and running jobs are cancelled."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
     await pool.start([served_model(sd_folder)])
     try:
         async with asyncio.timeout(60):
-            while pool.status().state != "ready":  # noqa: ASYNC110  what is awaited happens in another process
+            while pool.status().state != "ready":  # noqa: ASYNC110  the state changes in another process
                 await asyncio.sleep(0.02)
         storage = ImageStorage(60, 1_000_000)
-        jobs = Jobs(pool, storage, lifetime_s=0.0, most=10)
-        description = pool.model_info()
-        assert description
+        jobs = Jobs(pool, storage, lifetime_s=0.0, max_jobs=10)
+        model_info = pool.model_info()
+        assert model_info
         deadline = asyncio.get_running_loop().time() + 60
 
         async def submit(request_id: str, **fields: object) -> str:
             body = {**QUICK, **fields}
-            asked = GENERATIONS.to_request(body, description, Settings.model_validate({}).server, request_id)
-            return (await jobs.submit(GENERATIONS, asked, deadline)).id
+            validated = GENERATIONS.to_request(
+                body, model_info, Settings.model_validate({}).server, request_id
+            )
+            return (await jobs.submit(GENERATIONS, validated, deadline)).id
 
         old = jobs.get(await submit("old"))
         assert old.task
@@ -126,7 +128,7 @@ async def test_jobs_older_than_their_lifetime_do_not_stop_the_shutdown(
         await pool.stop()
 
 
-async def test_the_storage_is_closed_although_the_jobs_cannot_be(
+async def test_the_storage_is_closed_if_closing_the_jobs_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -145,7 +147,7 @@ async def test_the_storage_is_closed_although_the_jobs_cannot_be(
     assert closed.is_set()
 
 
-def test_expired_images_are_removed_without_another_request(
+def test_expired_images_are_removed_without_a_new_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The field `size`: its grammar, its limits, and the size of what is drawn."""
+"""The field `size`: its format, its limits, and the size of the generated file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypergen.errors import InvalidRequestError
 from hypergen.model_info import ModelDefaults, ModelInfo
 from tests.support.http_client import GENERATIONS, QUICK, assert_error, generate, generate_image
 
-DESCRIPTION = ModelInfo(
+MODEL_INFO = ModelInfo(
     id="m",
     family="sd",
     defaults=ModelDefaults(num_inference_steps=50, guidance_scale=7.5, width=512, height=512),
@@ -59,18 +59,18 @@ MALFORMED = [
     "9" * 100_000 + "x512",
     f"{2**64}x{2**64}",
 ]
-REFUSED = ["100x100", "1001x1000", "1000x1001", "56x64", "64x56", "8x8", "2056x64", "64x2056", "65536x65536"]
-NOT_TEXT = [True, 512, 512.0, ["512x512"], {"width": 512}]
+REJECTED = ["100x100", "1001x1000", "1000x1001", "56x64", "64x56", "8x8", "2056x64", "64x2056", "65536x65536"]
+NOT_A_STRING = [True, 512, 512.0, ["512x512"], {"width": 512}]
 
 
 @pytest.mark.parametrize("size", MALFORMED, ids=lambda size: ascii(size)[:30])
-def test_a_malformed_size_is_refused_in_the_documented_words(client: httpx.Client, size: str) -> None:
+def test_a_malformed_size_gets_the_documented_message(client: httpx.Client, size: str) -> None:
     message = assert_error(client.post(GENERATIONS, json={**QUICK, "size": size}), 400, param="size")
     assert message == f"Invalid size format: {size[:40]}. Use format like '1024x1024'"
 
 
-@pytest.mark.parametrize("size", [*REFUSED, *NOT_TEXT], ids=str)
-def test_a_size_that_cannot_be_drawn_is_refused(client: httpx.Client, size: Any) -> None:
+@pytest.mark.parametrize("size", [*REJECTED, *NOT_A_STRING], ids=str)
+def test_an_unsupported_size_is_rejected(client: httpx.Client, size: Any) -> None:
     message = assert_error(client.post(GENERATIONS, json={**QUICK, "size": size}), 400, param="size")
     assert "8" in message or "string" in message
 
@@ -87,26 +87,28 @@ def test_a_size_that_cannot_be_drawn_is_refused(client: httpx.Client, size: Any)
         (None, (512, 512)),
     ],
 )
-def test_every_multiple_of_8_within_the_limits_is_taken(size: str | None, expected: tuple[int, int]) -> None:
+def test_every_multiple_of_8_within_the_limits_is_accepted(
+    size: str | None, expected: tuple[int, int]
+) -> None:
     body = {"prompt": "a"} if size is None else {"prompt": "a", "size": size}
     generation = openai_images.to_request(
-        body, DESCRIPTION, ServerSettings.model_validate({}), "id"
+        body, MODEL_INFO, ServerSettings.model_validate({}), "id"
     ).generation
     assert (generation.width, generation.height) == expected
 
 
-def test_the_documented_maxima_are_within_the_work_of_one_request() -> None:
+def test_the_documented_maxima_are_within_the_work_limit() -> None:
     body = {"prompt": "a", "n": 10, "num_inference_steps": 150, "size": "2048x2048"}
-    openai_images.to_request(body, DESCRIPTION, ServerSettings.model_validate({}), "id")
+    openai_images.to_request(body, MODEL_INFO, ServerSettings.model_validate({}), "id")
     with pytest.raises(InvalidRequestError, match="images x steps x megapixels"):
         openai_images.to_request(
-            body, DESCRIPTION, ServerSettings.model_validate({"max_megapixel_steps": 6000}), "id"
+            body, MODEL_INFO, ServerSettings.model_validate({"max_megapixel_steps": 6000}), "id"
         )
 
 
 @pytest.mark.parametrize(("width", "height"), [(72, 136), (136, 72), (64, 64)])
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
-def test_the_file_has_exactly_the_size_asked_for(
+def test_the_file_has_exactly_the_requested_size(
     client: httpx.Client, width: int, height: int, output_format: str
 ) -> None:
     image = generate_image(client, size=f"{width}x{height}", output_format=output_format)
@@ -115,27 +117,29 @@ def test_the_file_has_exactly_the_size_asked_for(
 
 
 @pytest.mark.parametrize("fields", [{}, {"size": "auto"}])
-def test_without_a_size_the_models_own_is_drawn(client: httpx.Client, fields: dict[str, Any]) -> None:
+def test_the_default_size_is_the_models(client: httpx.Client, fields: dict[str, Any]) -> None:
     assert generate(client, **fields)["size"] == "128x128"
     assert generate_image(client, **fields).size == (128, 128)
 
 
-def test_a_server_may_allow_less_than_the_models_own_size_and_steps() -> None:
+def test_server_limits_reduce_the_models_default_size_and_steps() -> None:
     small = ServerSettings.model_validate({"max_side": 128, "max_steps": 4})
-    own = openai_images.to_request({"prompt": "a"}, DESCRIPTION, small, "id").generation
+    own = openai_images.to_request({"prompt": "a"}, MODEL_INFO, small, "id").generation
     assert (own.width, own.height, own.num_inference_steps) == (128, 128, 4)
     body: dict[str, Any] = {"prompt": "a", "model_name": "a"}
-    theirs = hyperbolic.to_request(body, DESCRIPTION, small, "id").generation
+    theirs = hyperbolic.to_request(body, MODEL_INFO, small, "id").generation
     assert (theirs.width, theirs.height, theirs.num_inference_steps) == (128, 128, 4)
     with pytest.raises(InvalidRequestError, match="at most 4") as raised:
-        openai_images.to_request({**body, "num_inference_steps": 5}, DESCRIPTION, small, "id")
+        openai_images.to_request({**body, "num_inference_steps": 5}, MODEL_INFO, small, "id")
     assert raised.value.param == "num_inference_steps"
     with pytest.raises(InvalidRequestError, match="at most 4") as raised:
-        hyperbolic.to_request({**body, "steps": 5}, DESCRIPTION, small, "id")
+        hyperbolic.to_request({**body, "steps": 5}, MODEL_INFO, small, "id")
     assert raised.value.param == "steps"
 
 
 @pytest.mark.parametrize(("width", "height", "expected"), [(1024, 512, (128, 64)), (2048, 64, (128, 64))])
-def test_a_smaller_default_keeps_the_shape(width: int, height: int, expected: tuple[int, int]) -> None:
-    own = replace(DESCRIPTION, defaults=replace(DESCRIPTION.defaults, width=width, height=height))
+def test_a_reduced_default_size_keeps_the_aspect_ratio(
+    width: int, height: int, expected: tuple[int, int]
+) -> None:
+    own = replace(MODEL_INFO, defaults=replace(MODEL_INFO.defaults, width=width, height=height))
     assert default_size(own, 128) == expected

@@ -1,4 +1,4 @@
-"""Streams: previews while a picture is drawn, then the picture that there would be without a stream."""
+"""Streams: previews during generation, then the same image as without a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BODY: dict[str, Any] = {
     "num_inference_steps": 8,
     "response_format": "b64_json",
 }
-USUAL = {"type", "b64_json", "created_at", "size", "quality", "background", "output_format"}
+COMMON_FIELDS = {"type", "b64_json", "created_at", "size", "quality", "background", "output_format"}
 
 
 def events_of(client: httpx.Client, path: str, body: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -40,18 +40,18 @@ def events_of(client: httpx.Client, path: str, body: dict[str, Any]) -> list[tup
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
-def picture(data: dict[str, Any]) -> Image.Image:
+def decode(data: dict[str, Any]) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(data["b64_json"])))
 
 
 @pytest.mark.parametrize("previews", [0, 1, 3])
-def test_previews_come_first_and_the_picture_is_the_one_without_a_stream(
+def test_previews_come_first_and_the_image_equals_that_without_a_stream(
     client: httpx.Client, previews: int
 ) -> None:
     events = events_of(client, GENERATIONS, {**BODY, "stream": True, "partial_images": previews})
     names = [name for name, _ in events]
     assert names == ["image_generation.partial_image"] * previews + ["image_generation.completed"]
-    assert all(data["type"] == name and data.keys() > USUAL for name, data in events)
+    assert all(data["type"] == name and data.keys() > COMMON_FIELDS for name, data in events)
     assert [data["partial_image_index"] for _, data in events[:-1]] == list(range(previews))
     plain = client.post(GENERATIONS, json=BODY).json()
     last = events[-1][1]
@@ -59,12 +59,12 @@ def test_previews_come_first_and_the_picture_is_the_one_without_a_stream(
     assert last["usage"] == plain["usage"]
     assert last["seed"] == 3
     for _, data in events[:-1]:
-        assert picture(data).size == (96, 64)
-        assert picture(data).format == "PNG"
+        assert decode(data).size == (96, 64)
+        assert decode(data).format == "PNG"
         assert data["b64_json"] != last["b64_json"]
 
 
-def test_each_of_several_pictures_has_its_own_events(client: httpx.Client) -> None:
+def test_each_image_has_its_own_events(client: httpx.Client) -> None:
     events = events_of(client, GENERATIONS, {**BODY, "stream": True, "partial_images": 1, "n": 2})
     completed = {data["index"]: data for name, data in events if name.endswith("completed")}
     previews = [data["index"] for name, data in events if name.endswith("partial_image")]
@@ -74,12 +74,12 @@ def test_each_of_several_pictures_has_its_own_events(client: httpx.Client) -> No
     assert [completed[index]["seed"] for index in (0, 1)] == [3, 4]
 
 
-def test_edits_stream_events_of_their_own(client: httpx.Client) -> None:
+def test_edits_stream_image_edit_events(client: httpx.Client) -> None:
     images = [{"image_url": as_data_url(as_file(gradient(96, 64)))}]
     body = {**BODY, "images": images, "stream": True, "partial_images": 1, "output_format": "jpeg"}
     events = events_of(client, "/v1/images/edits", body)
     assert [name for name, _ in events] == ["image_edit.partial_image", "image_edit.completed"]
-    assert all(picture(data).format == "JPEG" for _, data in events)
+    assert all(decode(data).format == "JPEG" for _, data in events)
 
 
 def test_the_official_client_reads_the_stream(server: LiveServer) -> None:
@@ -90,20 +90,20 @@ def test_the_official_client_reads_the_stream(server: LiveServer) -> None:
     assert types == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
 
 
-def test_what_is_wrong_before_the_first_event_is_a_plain_error(server: LiveServer) -> None:
+def test_an_error_before_the_first_event_has_its_own_status(server: LiveServer) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         server.openai().images.generate(prompt=" ", stream=True)
     assert raised.value.param == "prompt"
 
 
 @pytest.mark.parametrize("path", ["/v1/images/jobs"])
-def test_what_answers_in_one_piece_refuses_a_stream(client: httpx.Client, path: str) -> None:
+def test_jobs_reject_stream(client: httpx.Client, path: str) -> None:
     response = client.post(path, json={**BODY, "stream": True})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "stream"
 
 
-def test_a_client_that_leaves_frees_its_place(server: LiveServer) -> None:
+def test_a_disconnect_cancels_a_stream(server: LiveServer) -> None:
     body = {**BODY, "num_inference_steps": 150, "size": "256x256", "n": 10, "stream": True}
     with (
         httpx.Client(base_url=server.url, timeout=60) as client,

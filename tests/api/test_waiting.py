@@ -1,4 +1,4 @@
-"""Clients that leave, and probes that look in while pictures are drawn."""
+"""Clients that disconnect, and the latency of /health during generation."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from tests.support.live_server import LiveServer
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < until, "It did not happen in time."
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.02)
 
 
-def leave(server: LiveServer, after_s: float) -> None:
-    """A client that waits so long for its pictures, and then closes the connection."""
+def disconnect(server: LiveServer, after_s: float) -> None:
+    """A client that closes the connection after this time."""
     with client_of(server) as client, pytest.raises(httpx.ReadTimeout):
         client.post(GENERATIONS, json=SLOW, timeout=httpx.Timeout(10, read=after_s))
 
 
-def test_a_client_that_hangs_up_frees_its_place_and_the_engine(server: LiveServer) -> None:
+def test_a_disconnect_frees_the_queue_and_the_engine(server: LiveServer) -> None:
     def image_steps() -> int:
         return server.health()["engines"][0]["image_steps"]
 
     before = image_steps()
     with ThreadPoolExecutor(1) as pool:
-        leaving = pool.submit(leave, server, 1.2)
+        disconnecting = pool.submit(disconnect, server, 1.2)
         wait_until(lambda: server.health()["running"] == 1, 5)
-        leaving.result()
+        disconnecting.result()
     wait_until(lambda: server.health()["queue_size"] == 0, 1)
-    time.sleep(1.2)  # the engine tells its steps once a second
+    time.sleep(1.2)  # the engine reports its steps once a second
     done = image_steps()
     assert before < done < before + SLOW["n"] * SLOW["num_inference_steps"]
     time.sleep(1.2)
     assert image_steps() == done
 
 
-def test_clients_that_hang_up_leave_the_others_alone(server: LiveServer, client: httpx.Client) -> None:
+def test_disconnects_do_not_affect_other_clients(server: LiveServer, client: httpx.Client) -> None:
     alone = generate(client, seed=3, num_inference_steps=20)["data"][0]["b64_json"]
     with ThreadPoolExecutor(3) as pool:
-        leaving = [pool.submit(leave, server, 0.3) for _ in range(3)]
-        beside = generate(client, seed=3, num_inference_steps=20)["data"][0]["b64_json"]
-        for each in leaving:
+        disconnecting = [pool.submit(disconnect, server, 0.3) for _ in range(3)]
+        with_others = generate(client, seed=3, num_inference_steps=20)["data"][0]["b64_json"]
+        for each in disconnecting:
             each.result()
-    assert beside == alone
+    assert with_others == alone
     wait_until(lambda: server.health()["queue_size"] == 0, 1)
 
 
-def test_pictures_beyond_the_memory_for_them_are_refused(tight: TightServer) -> None:
+def test_input_images_beyond_their_memory_limit_are_rejected(tight: TightServer) -> None:
     body = {"prompt": "a", "images": [{"image_url": as_data_url(as_file(gradient(64, 64)))}]}
     job = tight.client.post("/v1/images/jobs", json={**body, "num_inference_steps": 150, "n": 10}).json()
     wait_until(lambda: tight.server.health()["queue_size"] == 1, 5)
@@ -66,27 +66,27 @@ def test_pictures_beyond_the_memory_for_them_are_refused(tight: TightServer) -> 
     tight.client.delete(f"/v1/images/jobs/{job['id']}")
     assert "input images" in assert_error(response, 429, code="rate_limit_exceeded")
     assert 1 <= int(response.headers["retry-after"]) <= 60
-    generate(tight.client)  # one without pictures
+    generate(tight.client)  # a request without input images
     assert tight.client.post("/v1/images/edits", json={**body, "num_inference_steps": 1}).status_code == 200
 
 
-def test_health_answers_at_once_while_pictures_are_drawn(server: LiveServer, client: httpx.Client) -> None:
-    def probe_drawing() -> HealthLatency:
+def test_health_responds_quickly_while_images_are_generated(server: LiveServer, client: httpx.Client) -> None:
+    def probe_generation() -> HealthLatency:
         probe = HealthLatency()
         queue_sizes: set[int] = set()
         with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.url) as looking:
             body = {**QUICK, "num_inference_steps": 60}
-            drawing = [pool.submit(client.post, GENERATIONS, json=body) for _ in range(8)]
-            while len(probe.response_times_s) < 200 or not all(each.done() for each in drawing):
+            responses = [pool.submit(client.post, GENERATIONS, json=body) for _ in range(8)]
+            while len(probe.response_times_s) < 200 or not all(each.done() for each in responses):
                 queue_sizes.add(probe.request_health(looking)["queue_size"])
-        assert {each.result().status_code for each in drawing} == {200}
+        assert {each.result().status_code for each in responses} == {200}
         assert max(queue_sizes) == 8
         return probe
 
-    assert_prompt(probe_drawing)
+    assert_prompt(probe_generation)
 
 
-def test_health_answers_at_once_while_the_model_loads(
+def test_health_responds_quickly_while_the_model_loads(
     tight: TightServer, tmp_path_factory: pytest.TempPathFactory, sd_folder: Path
 ) -> None:
     probes = [tight.probe_while_loading]

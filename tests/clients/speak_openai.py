@@ -1,6 +1,6 @@
-"""Everything that OpenAI's Python client says to the image API; run with any version of it, against BASE_URL.
+"""Checks of the image API with OpenAI's Python client, in any version; needs BASE_URL and API_KEY.
 
-Prints the name of each check that passed. A script, because two versions cannot be imported side by side.
+Prints the name of each check that passed. It is a script, so that each version has its own process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ client = openai.OpenAI(
 QUICK: dict[str, Any] = {"num_inference_steps": 4, "seed": 5}
 
 
-def read(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     with Image.open(BytesIO(data)) as image:
         image.load()
         return image
@@ -58,8 +58,8 @@ def check_generations_as_base64() -> None:
         user="somebody",
         extra_body=QUICK,
     )
-    assert [read(data).format for data in files_of(result)] == ["JPEG", "JPEG"]
-    assert read(files_of(result)[0]).size == (64, 128)
+    assert [decode(data).format for data in files_of(result)] == ["JPEG", "JPEG"]
+    assert decode(files_of(result)[0]).size == (64, 128)
     assert [item.url for item in result.data or []] == [None, None]
     assert (result.size, result.quality, result.output_format) == ("64x128", "high", "jpeg")
     assert result.usage is not None
@@ -82,23 +82,28 @@ def check_generations_as_url() -> None:
 
 
 def check_edits(folder: Path) -> None:
-    picture, mask = png("RGB", "red"), Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    input_image, mask = png("RGB", "red"), Image.new("RGBA", (128, 128), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (32, 32, 96, 96))
     mask_file = folder / "mask.png"
     mask.save(mask_file)
-    ways: list[Any] = [picture, ("a.png", picture, "image/png"), [picture], BytesIO(picture)]
+    inputs: list[Any] = [
+        input_image,
+        ("a.png", input_image, "image/png"),
+        [input_image],
+        BytesIO(input_image),
+    ]
     edited = [
         client.images.edit(
             image=image, mask=mask_file, prompt="a blue square", response_format="b64_json", extra_body=QUICK
         )
-        for image in ways
+        for image in inputs
     ]
     assert len({files_of(result)[0] for result in edited}) == 1
-    drawn = read(files_of(edited[0])[0])
-    assert [drawn.getpixel(place) for place in ((2, 2), (125, 60))] == [(255, 0, 0)] * 2
-    assert drawn.getpixel((64, 64)) != (255, 0, 0)
+    edited_image = decode(files_of(edited[0])[0])
+    assert [edited_image.getpixel(position) for position in ((2, 2), (125, 60))] == [(255, 0, 0)] * 2
+    assert edited_image.getpixel((64, 64)) != (255, 0, 0)
     several = client.images.edit(
-        image=[picture, picture], prompt="a blue square", input_fidelity="high", n=2, extra_body=QUICK
+        image=[input_image, input_image], prompt="a blue square", input_fidelity="high", n=2, extra_body=QUICK
     )
     assert len(several.data or []) == 2
 
@@ -107,18 +112,18 @@ def check_variations() -> None:
     result = client.images.create_variation(
         image=png("RGB", "red"), n=2, response_format="b64_json", extra_body=QUICK
     )
-    assert [read(data).size for data in files_of(result)] == [(128, 128)] * 2
+    assert [decode(data).size for data in files_of(result)] == [(128, 128)] * 2
 
 
 def check_streams() -> None:
-    asked: dict[str, Any] = {"prompt": "a red circle", "extra_body": {**QUICK, "num_inference_steps": 8}}
-    whole = files_of(client.images.generate(response_format="b64_json", **asked))[0]
-    events = list(client.images.generate(stream=True, partial_images=2, **asked))
-    kinds = [event.type for event in events]
-    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    fields: dict[str, Any] = {"prompt": "a red circle", "extra_body": {**QUICK, "num_inference_steps": 8}}
+    whole = files_of(client.images.generate(response_format="b64_json", **fields))[0]
+    events = list(client.images.generate(stream=True, partial_images=2, **fields))
+    types = [event.type for event in events]
+    assert types == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [event.partial_image_index for event in events[:2]] == [0, 1]  # pyright: ignore
     assert base64.b64decode(events[-1].b64_json) == whole
-    assert read(base64.b64decode(events[0].b64_json)).size == (128, 128)
+    assert decode(base64.b64decode(events[0].b64_json)).size == (128, 128)
     edit = client.images.edit(
         image=png("RGB", "red"),
         prompt="a",
@@ -130,28 +135,28 @@ def check_streams() -> None:
 
 
 def check_errors() -> None:
-    def refused(kind: type[openai.APIStatusError], ask: Any) -> openai.APIStatusError:
+    def error_of(error_class: type[openai.APIStatusError], call: Any) -> openai.APIStatusError:
         try:
-            ask()
-        except kind as error:
+            call()
+        except error_class as error:
             return error
-        raise AssertionError(f"not refused: {kind}")
+        raise AssertionError(f"{error_class} was not raised")
 
-    error = refused(openai.BadRequestError, lambda: client.images.generate(prompt="a", n=99))
+    error = error_of(openai.BadRequestError, lambda: client.images.generate(prompt="a", n=99))
     assert (error.status_code, error.param, error.type) == (400, "n", "invalid_request_error")
     assert error.code
     assert "10" in error.message
-    refused(openai.BadRequestError, lambda: client.images.generate(prompt="a", n=99, stream=True))
-    refused(openai.BadRequestError, lambda: client.images.edit(image=b"no picture", prompt="a"))
-    error = refused(openai.NotFoundError, lambda: client.models.retrieve("owner/unknown"))
+    error_of(openai.BadRequestError, lambda: client.images.generate(prompt="a", n=99, stream=True))
+    error_of(openai.BadRequestError, lambda: client.images.edit(image=b"not an image", prompt="a"))
+    error = error_of(openai.NotFoundError, lambda: client.models.retrieve("owner/unknown"))
     assert error.code == "model_not_found"
-    stranger = client.with_options(api_key="sk-wrong")
-    error = refused(openai.AuthenticationError, lambda: stranger.images.generate(prompt="a"))
+    client_with_wrong_key = client.with_options(api_key="sk-wrong")
+    error = error_of(openai.AuthenticationError, lambda: client_with_wrong_key.images.generate(prompt="a"))
     assert (error.code, error.status_code) == ("invalid_api_key", 401)
     assert error.request_id
 
 
-def check_raw_answers() -> None:
+def check_raw_responses() -> None:
     raw = client.images.with_raw_response.generate(prompt="a", extra_body=QUICK)
     assert int(raw.headers["openai-processing-ms"]) > 0
     assert raw.headers["x-request-id"]
@@ -166,7 +171,7 @@ for check in (
     check_variations,
     check_streams,
     check_errors,
-    check_raw_answers,
+    check_raw_responses,
 ):
     check()
     print(check.__name__)

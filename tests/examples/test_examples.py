@@ -1,4 +1,4 @@
-"""The examples, each run as its first line says, against a server of the embedded model."""
+"""The examples, run as their first lines describe, against a server with the embedded model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def server(documented_server: LiveServer) -> LiveServer:
 
 
 def run(server: LiveServer, folder: Path, *command: str, **environment: str) -> str:
-    """What an example prints; it writes into the folder."""
-    given = {**os.environ, "BASE_URL": server.url, "API_KEY": str(server.api_key), **environment}
-    done = subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, timeout=120)
+    """Run an example in the folder; returns what it printed."""
+    variables = {**os.environ, "BASE_URL": server.url, "API_KEY": str(server.api_key), **environment}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 
@@ -36,34 +36,34 @@ def python(server: LiveServer, folder: Path, name: str, *options: str) -> str:
     return run(server, folder, sys.executable, str(EXAMPLES / name), *options)
 
 
-def picture(file: Path, size: tuple[int, int] = (128, 128)) -> Image.Image:
+def open_image(file: Path, size: tuple[int, int] = (128, 128)) -> Image.Image:
     with Image.open(file) as image:
         assert image.size == size
         return image.convert("RGB")
 
 
-def is_red_on_blue(drawn: Image.Image) -> bool:
-    """A tenth to a quarter of the picture is red, wherever it stands; most of the rest is blue."""
-    small = drawn.resize((32, 32))
+def is_red_on_blue(image: Image.Image) -> bool:
+    """Whether a tenth to a quarter of the image is red, and most of the rest is blue."""
+    small = image.resize((32, 32))
     colours = [colour(small, x / 31, y / 31) for x in range(32) for y in range(32)]
     red, blue = (sum(map(check, colours)) / len(colours) for check in (is_red, is_blue))
     return 0.1 < red < 0.25 and blue > 0.6
 
 
-def test_the_python_client_draws(server: LiveServer, tmp_path: Path) -> None:
+def test_the_python_client_generates_an_image(server: LiveServer, tmp_path: Path) -> None:
     printed = python(server, tmp_path, "python_client.py", *SMALL)
     assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
     assert "Wrote picture.png, 128x128, seed 14." in printed
-    drawn = picture(tmp_path / "picture.png")
-    assert is_red_on_blue(drawn)
+    image = open_image(tmp_path / "picture.png")
+    assert is_red_on_blue(image)
 
 
-def test_the_python_client_says_what_is_wrong(server: LiveServer, tmp_path: Path) -> None:
+def test_the_python_client_shows_the_error(server: LiveServer, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"size: .*Invalid size format"):
         python(server, tmp_path, "python_client.py", "--size", "large")
 
 
-def test_the_node_client_draws(server: LiveServer, tmp_path: Path) -> None:
+def test_the_node_client_generates_an_image(server: LiveServer, tmp_path: Path) -> None:
     node = node_packages(EXAMPLES)
     script = str(EXAMPLES / "node_client.mjs")
     printed = run(
@@ -71,15 +71,15 @@ def test_the_node_client_draws(server: LiveServer, tmp_path: Path) -> None:
     )
     assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
     assert "Wrote picture-node.png, 128x128, seed 14." in printed
-    assert is_red_on_blue(picture(tmp_path / "picture-node.png"))
+    assert is_red_on_blue(open_image(tmp_path / "picture-node.png"))
 
 
-def test_curl_draws(server: LiveServer, tmp_path: Path) -> None:
+def test_curl_generates_an_image(server: LiveServer, tmp_path: Path) -> None:
     script = str(EXAMPLES / "curl.sh")
     prompt = "a red circle on a blue background"
     printed = run(server, tmp_path, script, prompt, SIZE="128x128", STEPS="8")
     assert f"Wrote picture-curl.png from {server.url}/v1/images/files/" in printed
-    assert is_red_on_blue(picture(tmp_path / "picture-curl.png"))
+    assert is_red_on_blue(open_image(tmp_path / "picture-curl.png"))
 
 
 def test_curl_shows_the_error(server: LiveServer, tmp_path: Path) -> None:
@@ -87,43 +87,43 @@ def test_curl_shows_the_error(server: LiveServer, tmp_path: Path) -> None:
         run(server, tmp_path, str(EXAMPLES / "curl.sh"), API_KEY="sk-wrong")
 
 
-def test_previews_are_shown_while_the_picture_is_drawn(server: LiveServer, tmp_path: Path) -> None:
+def test_previews_are_shown_while_the_image_is_generated(server: LiveServer, tmp_path: Path) -> None:
     printed = python(server, tmp_path, "stream_previews.py", *SMALL, "--columns", "16")
     assert [f"Preview {number}" in printed for number in (1, 2, 3, 4)] == [True, True, True, False]
     assert "Wrote picture-streamed.png, 128x128." in printed
-    assert printed.count("▀") == 4 * 16 * 8  # three previews and the picture, two pixels a character
-    picture(tmp_path / "picture-streamed.png")
+    assert printed.count("▀") == 4 * 16 * 8  # three previews and the image, two pixels per character
+    open_image(tmp_path / "picture-streamed.png")
 
 
-def test_the_contact_sheet_has_the_picture_of_every_seed(server: LiveServer, tmp_path: Path) -> None:
+def test_the_contact_sheet_has_the_image_of_every_seed(server: LiveServer, tmp_path: Path) -> None:
     prompt = "a red circle on a blue background"
     options = (prompt, *SMALL, "--columns", "2", "--seeds", "14", "3", "5")
     python(server, tmp_path, "contact_sheet.py", *options)
     python(
         server, tmp_path, "hyperbolic_client.py", prompt, "--width", "128", "--height", "128", "--steps", "8"
     )
-    sheet = picture(tmp_path / "sheet.png", size=(2 * 136 + 8, 2 * 152 + 8))
-    alone = picture(tmp_path / "picture-hyperbolic.png")
+    sheet = open_image(tmp_path / "sheet.png", size=(2 * 136 + 8, 2 * 152 + 8))
+    alone = open_image(tmp_path / "picture-hyperbolic.png")
     assert sheet.crop((8, 8, 136, 136)).tobytes() == alone.tobytes()
-    assert sheet.getpixel((144 + 64, 160 + 64)) == (255, 255, 255)  # the fourth place is empty
+    assert sheet.getpixel((144 + 64, 160 + 64)) == (255, 255, 255)  # the fourth cell is empty
 
 
-def test_an_edit_changes_only_what_the_mask_says(server: LiveServer, tmp_path: Path) -> None:
+def test_an_edit_changes_only_the_masked_region(server: LiveServer, tmp_path: Path) -> None:
     python(server, tmp_path, "edit_with_mask.py", *SMALL)
-    before, after = picture(tmp_path / "before.png"), picture(tmp_path / "after.png")
+    before, after = open_image(tmp_path / "before.png"), open_image(tmp_path / "after.png")
     assert before.tobytes() != after.tobytes()
     for edge in ((0, 0, 128, 16), (0, 112, 128, 128), (0, 0, 16, 128), (112, 0, 128, 128)):
         assert before.crop(edge).tobytes() == after.crop(edge).tobytes()
 
 
-def test_hyperbolics_client_draws_with_loras(server: LiveServer, tmp_path: Path) -> None:
+def test_the_hyperbolic_client_uses_loras(server: LiveServer, tmp_path: Path) -> None:
     options = ("--width", "128", "--height", "128", "--steps", "8")
     printed = python(server, tmp_path, "hyperbolic_client.py", *options)
     assert "seed 14" in printed
     assert "It costs 0.00005." in printed
-    plain = picture(tmp_path / "picture-hyperbolic.png")
+    plain = open_image(tmp_path / "picture-hyperbolic.png")
     python(server, tmp_path, "hyperbolic_client.py", *options, "--lora", "Pixel_Art=1", "--lora", "Logo=0.5")
-    assert picture(tmp_path / "picture-hyperbolic.png").tobytes() != plain.tobytes()
+    assert open_image(tmp_path / "picture-hyperbolic.png").tobytes() != plain.tobytes()
 
 
 def test_every_example_is_in_the_readme() -> None:

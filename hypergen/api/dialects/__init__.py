@@ -1,1 +1,1 @@
-"""Dialects: one file each, from a client's words to a `GenerationRequest` and back."""
+"""API dialects: each file translates between one client API and `GenerationRequest`."""

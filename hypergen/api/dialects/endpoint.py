@@ -1,4 +1,4 @@
-"""What a dialect declares: one `Endpoint` for each route that generates images."""
+"""`Endpoint`: the declaration of a route that generates images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from hypergen.model_info import ModelInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """How a body becomes a request, and images an answer.
+    """A route: translates a body to a `ValidatedRequest`, and images to a response.
 
     Args:
-        model_field: names the model.
-        image_fields: hold input images. A body with one of them may be large, and is read in a thread.
-        claims: whether a body that was sent as a job, as a form or not, is of this route.
-        form: the fields whose types a multipart form is read by; absent: only JSON is read.
-        to_response: asked, images, their addresses if they have any, and the time; gives JSON in pieces.
-        to_sse_event: asked, the time and an event of a stream; gives it in pieces. Absent: no streams.
+        model_field: the field that names the model.
+        image_fields: the fields with input images. A body with one of them may be large; it is parsed in a
+            thread.
+        claims: whether the body of a job is for this route: (body, is a form) -> bool.
+        form: the model whose field types are used to parse a multipart form; None: only JSON.
+        to_request: (body, model info, settings, request id) -> `ValidatedRequest`; raises
+            `InvalidRequestError`.
+        to_response: (validated, images, their URLs if any, Unix time) -> pieces of JSON.
+        to_sse_event: (validated, Unix time, event) -> pieces of a server-sent event; None: no streaming.
         openapi: the operation in /openapi.json.
-        schemas: the named schemas that it refers to.
+        schemas: the named schemas that the operation refers to.
     """
 
     path: str

@@ -1,7 +1,7 @@
 """Hyperbolic's image API: POST /v1/image/generation.
 
-Source: Hyperbolic's OpenAPI description v1 and its guide page; where they differ, both are served.
-docs/api.md says what counts.
+Source: Hyperbolic's OpenAPI file v1 and its guide page; where they differ, both are supported.
+docs/api.md describes the result.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from hypergen.api.validation import (
     ModelFields,
     Number,
     ValidatedRequest,
+    capability_fields,
     check_capability,
     check_prompt,
     check_steps,
     check_work,
     choose_seed,
     default_size,
-    model_fields,
     read_control,
     read_sampler,
     validate,
@@ -46,73 +46,81 @@ _MAX_SIDE = 2048
 _LARGEST_SIDE = 2432
 # Documented, although one side is longer than the documented limit.
 _LARGE_SIZES = ((1664, _LARGEST_SIDE), (_LARGEST_SIDE, 1664))
-_STEPS = 30
-# Names of fields in the engine's errors -> in this dialect.
-_ENGINE_FIELDS = {
+_DEFAULT_STEPS = 30
+# Field of `GenerationRequest` -> field of this dialect.
+_CLIENT_FIELDS = {
     "loras": "lora",
     "control_model": "controlnet_name",
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
 }
-_USUAL_STEPS = 50  # of a model that asks for nothing special
+_COMMON_STEPS = 50  # the default of models that are not distilled
 _Base64 = Annotated[StrictStr, Field(json_schema_extra={"format": "byte"})]
 
 
 class ImageGenerationRequest(ModelFields):
-    """The body of a request. Unknown fields are ignored, and null counts as not given."""
+    """The body of a request. Unknown fields are ignored; null means absent."""
 
     model_name: StrictStr = Field(
         min_length=1,
-        description="id or alias of one of the models in /v1/models; any other name is the first",
+        description="id or alias of a served model; any other name selects the first model",
         examples=["SDXL1.0-base"],
     )
     prompt: StrictStr = Field(
         min_length=1,
         max_length=32000,
-        description="what to draw",
+        description="text prompt",
         examples=["A photorealistic cyberpunk cat wearing sunglasses"],
     )
-    negative_prompt: StrictStr | None = Field(None, max_length=32000, description="what not to draw")
+    negative_prompt: StrictStr | None = Field(None, max_length=32000, description="negative prompt")
     steps: StrictInt | None = Field(
-        None, ge=1, le=100, description="denoising steps; absent: 30, or what the model was made for"
+        None,
+        ge=1,
+        le=100,
+        description="denoising steps; default: 30 if the model's default is 50, else the model's",
     )
     cfg_scale: Number | None = Field(
         None,
         ge=1,
         le=20,
-        description="how closely to follow the prompt; absent: 7.5, or what the model was made for",
+        description="guidance scale; default: the model's, mostly 7.5",
     )
     height: StrictInt | None = Field(
         None,
         ge=SMALLEST_SIDE,
         le=_LARGEST_SIDE,
         multiple_of=8,
-        description="pixels; above 2048 only 1664x2432 and 2432x1664; absent: the model's own, mostly 1024",
+        description="pixels; above 2048 only 1664x2432 and 2432x1664; default: the model's, mostly 1024",
     )
     width: StrictInt | None = Field(
         None, ge=SMALLEST_SIDE, le=_LARGEST_SIDE, multiple_of=8, description="as height"
     )
     seed: StrictInt | None = Field(
-        None, ge=0, le=MAX_SEED, description="the same seed gives the same picture; picture i has seed + i"
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description="image i uses seed + i; the same seed gives the same image; default: random",
     )
-    n: StrictInt = Field(1, ge=1, le=4, description="how many pictures")
+    n: StrictInt = Field(1, ge=1, le=4, description="number of images")
     sampler: StrictStr | None = Field(
-        None, description="one of the samplers in /health; absent: the model's own"
+        None, description="one of the samplers in /health; default: the model's scheduler"
     )
-    backend: Literal["auto", "tvm", "torch"] = Field("auto", description="accepted: all three are torch here")
+    backend: Literal["auto", "tvm", "torch"] = Field(
+        "auto", description="accepted for compatibility; always torch"
+    )
     image: _Base64 | None = Field(
-        None, description="picture to start from, base64 of PNG, JPEG or WebP", examples=["iVBORw0KGgo..."]
+        None, description="input image: base64 of a PNG, JPEG or WebP", examples=["iVBORw0KGgo..."]
     )
     strength: Number = Field(
-        0.7, ge=0, le=1, description="how much of the picture may change; without one, no effect"
+        0.7, ge=0, le=1, description="how much the input image may change; ignored without one"
     )
     lora: dict[StrictStr, LoraWeight] = Field(
         default_factory=dict[str, float],
-        description="names of this server's LoRAs with their weights",
+        description="names of this server's LoRAs and their weights",
         examples=[{"Pixel_Art": 1.0}],
     )
-    controlnet_name: StrictStr | None = Field(None, description="name of a control model of this server")
-    controlnet_image: _Base64 | None = Field(None, description="picture it follows, base64")
+    controlnet_name: StrictStr | None = Field(None, description="name of a ControlNet of this server")
+    controlnet_image: _Base64 | None = Field(None, description="control image, base64")
 
 
 class GeneratedImage(BaseModel):
@@ -126,68 +134,71 @@ class ImageGenerationResponse(BaseModel):
 
 
 def to_request(
-    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
+    body: dict[str, Any], model_info: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ValidatedRequest:
-    """Check a body and resolve its defaults.
+    """Validate a body and resolve its defaults.
 
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    asked = validate(ImageGenerationRequest, body)
-    check_prompt(asked.prompt)
-    defaults = description.defaults
-    own_width, own_height = default_size(description, settings.max_side)
-    width, height = asked.width or own_width, asked.height or own_height
+    fields = validate(ImageGenerationRequest, body)
+    check_prompt(fields.prompt)
+    defaults = model_info.defaults
+    default_width, default_height = default_size(model_info, settings.max_side)
+    width, height = fields.width or default_width, fields.height or default_height
     _check_size(width, height, settings.max_side)
-    own_steps = defaults.num_inference_steps
-    steps = asked.steps or min(_STEPS if own_steps == _USUAL_STEPS else own_steps, settings.max_steps)
+    default_steps = defaults.num_inference_steps
+    if default_steps == _COMMON_STEPS:
+        default_steps = _DEFAULT_STEPS
+    steps = fields.steps or min(default_steps, settings.max_steps)
     check_steps(steps, settings.max_steps, "steps")
-    sampler = read_sampler(asked.sampler, steps, description, "steps")
-    check_work(asked.n, steps, width, height, settings.max_megapixel_steps, size_param="width")
-    seed = choose_seed(asked.seed, asked.n)
-    _check_loras(asked.lora, description)
-    picture = None
-    if asked.image is not None:
-        if asked.model_name.upper().startswith("FLUX"):
-            message = "FLUX does not start from an 'image'; leave it out or name another model."
+    sampler = read_sampler(fields.sampler, steps, model_info, "steps")
+    check_work(fields.n, steps, width, height, settings.max_megapixel_steps, size_param="width")
+    seed = choose_seed(fields.seed, fields.n)
+    _check_loras(fields.lora, model_info)
+    image = None
+    if fields.image is not None:
+        if fields.model_name.upper().startswith("FLUX"):
+            message = "'image' is not supported by FLUX; use another model."
             raise InvalidRequestError(message, param="image", code="unsupported_parameter")
-        check_capability("image", "image", description)
-        picture = to_input_image(decode(from_base64(asked.image, "image"), "image"), width, height)
-    names = ("controlnet_image", "controlnet_name")
+        check_capability("image", "image", model_info)
+        image = to_input_image(decode(from_base64(fields.image, "image"), "image"), width, height)
+    params = ("controlnet_image", "controlnet_name")
     request = GenerationRequest(
         id=request_id,
-        model=description.id,
-        prompt=asked.prompt,
+        model=model_info.id,
+        prompt=fields.prompt,
         width=width,
         height=height,
         num_inference_steps=steps,
-        guidance_scale=defaults.guidance_scale if asked.cfg_scale is None else asked.cfg_scale,
+        guidance_scale=defaults.guidance_scale if fields.cfg_scale is None else fields.cfg_scale,
         seed=seed,
-        seed_given=asked.seed is not None,
-        n=asked.n,
+        seed_given=fields.seed is not None,
+        n=fields.n,
         sampler=sampler,
-        image=picture,
-        strength=1.0 if picture is None else asked.strength,
+        image=image,
+        strength=1.0 if image is None else fields.strength,
         control=read_control(
-            asked, asked.controlnet_image, asked.controlnet_name, names, (width, height), description
+            fields, fields.controlnet_image, fields.controlnet_name, params, (width, height), model_info
         ),
-        loras=resolve_loras(asked.lora, description, "lora"),
+        loras=resolve_loras(fields.lora, model_info, "lora"),
         metadata=settings.image_metadata,
-        **model_fields(asked, asked.negative_prompt, description),
+        **capability_fields(fields, fields.negative_prompt, model_info),
     )
-    asked_for = ValidatedRequest(request, response_format="b64_json", fields=_ENGINE_FIELDS)
+    validated = ValidatedRequest(request, response_format="b64_json", client_fields=_CLIENT_FIELDS)
     if settings.price_rate is None:
-        return asked_for
+        return validated
     amount = price(request, settings.price_rate)
     headers = {"x-hypergen-price": f"{amount:.8f}".rstrip("0").rstrip(".")}
-    return replace(asked_for, headers=headers, price=Price(description.id, amount))
+    return replace(validated, headers=headers, price=Price(model_info.id, amount))
 
 
 def to_response(
-    asked: ValidatedRequest, images: list[ImageFinished], urls: list[str] | None, created: int
+    validated: ValidatedRequest, images: list[ImageFinished], urls: list[str] | None, created: int
 ) -> list[bytes]:
-    """The answer as JSON in pieces, of which a picture is one: base64 needs no escaping, and the JSON module
-    would hold the event loop up while it looks for what does.
+    """The response as pieces of JSON; each image's base64 is a piece.
+
+    Base64 needs no escaping, for which the json module would scan megabytes while it holds the GIL.
     """
     inference_time = max(image.engine_s for image in images)
     pieces = [b'{"images":[']
@@ -201,12 +212,12 @@ def price(request: GenerationRequest, rate: float) -> float:
     """What a request costs by Hyperbolic's formula.
 
     Args:
-        rate: the price of one picture of 1024x1024 with 25 steps.
+        rate: price of a 1024x1024 image with 25 steps.
 
-    Source: price = rate x (width / 1024) x (height / 1024) x (steps / 25), for each picture.
+    Source: price = rate x (width / 1024) x (height / 1024) x (steps / 25), per image.
     """
-    each = rate * (request.width / 1024) * (request.height / 1024) * (request.num_inference_steps / 25)
-    return each * request.n
+    per_image = rate * (request.width / 1024) * (request.height / 1024) * (request.num_inference_steps / 25)
+    return per_image * request.n
 
 
 def _check_size(width: int, height: int, max_side: int) -> None:
@@ -219,14 +230,14 @@ def _check_size(width: int, height: int, max_side: int) -> None:
             )
 
 
-def _check_loras(loras: dict[str, float], description: ModelInfo) -> None:
-    """Names only, where OpenAI's dialect also takes paths."""
+def _check_loras(loras: dict[str, float], model_info: ModelInfo) -> None:
+    """Accept names only; OpenAI's dialect also accepts paths."""
     if loras:
-        check_capability("loras", "lora", description)
+        check_capability("loras", "lora", model_info)
     for name in loras:
-        if name not in description.loras:
-            known = ", ".join(description.loras) or "none"
-            message = f"'lora' names an unknown LoRA, '{name[:100]}'; {description.id} has {known}."
+        if name not in model_info.loras:
+            available = ", ".join(model_info.loras) or "none"
+            message = f"'lora' '{name[:100]}' is unknown; available LoRAs of {model_info.id}: {available}."
             raise InvalidRequestError(message, param="lora")
 
 
@@ -249,7 +260,7 @@ HYPERBOLIC = Endpoint(
     claims=lambda body, is_form: not is_form and "model_name" in body,
     to_request=to_request,
     to_response=to_response,
-    # In the words of Hyperbolic's OpenAPI file v1.
+    # As in Hyperbolic's OpenAPI file v1.
     openapi={
         "operationId": "generateImage",
         "summary": "Hyperbolic Generate An Image",

@@ -1,4 +1,4 @@
-"""OpenAI's answers: images of generations and edits as JSON, and as the events of a stream."""
+"""OpenAI's response format of generations and edits: JSON, and server-sent events."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypergen.api.validation import ValidatedRequest
 from hypergen.events import ImageFinished, Preview
 from hypergen.request import GenerationRequest, OutputFormat
 
-Kind = Literal["image_generation", "image_edit"]
-# Side of one image token, as `usage` counts them, in pixels.
+EventPrefix = Literal["image_generation", "image_edit"]
+# Side of an image token in `usage`, in pixels.
 _TOKEN_SIDE = 16
 _EXAMPLE_STREAM = (
     "event: image_generation.completed\n"
@@ -24,10 +24,10 @@ _EXAMPLE_STREAM = (
 
 
 class ImageItem(BaseModel):
-    b64_json: str | None = Field(None, description="the file, base64")
-    url: str | None = Field(None, description="where the file is, without a key")
-    revised_prompt: str = Field(description="the prompt as it was sent")
-    seed: int = Field(description="generates this image alone")
+    b64_json: str | None = Field(None, description="image file, base64")
+    url: str | None = Field(None, description="URL of the image file; needs no key")
+    revised_prompt: str = Field(description="the unchanged prompt")
+    seed: int = Field(description="seed of this image")
 
 
 class TokenDetails(BaseModel):
@@ -44,7 +44,7 @@ class Usage(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    created: int = Field(description="seconds since 1970")
+    created: int = Field(description="Unix time in seconds")
     data: list[ImageItem]
     size: str = Field(examples=["1024x1024"])
     quality: Literal["low", "medium", "high", "xhigh", "max"]
@@ -64,44 +64,44 @@ class ImagesStream(BaseModel):
         "error",
     ]
     data: str = Field(
-        description="JSON: the image and what belongs to it, or the error",
+        description="JSON: the image with its metadata, or the error",
         json_schema_extra={"contentMediaType": "application/json"},
     )
 
 
 @dataclass(frozen=True)
 class ImagesRequest(ValidatedRequest):
-    """A checked request for OpenAI's answer."""
+    """A validated request of OpenAI's API."""
 
     quality: str = "medium"
-    image_tokens: int = 0  # of the pictures that were sent
+    image_tokens: int = 0  # of the input image
 
 
 def to_response(
-    asked: ImagesRequest, images: list[ImageFinished], urls: list[str] | None, created: int
+    validated: ImagesRequest, images: list[ImageFinished], urls: list[str] | None, created: int
 ) -> list[bytes]:
-    """The answer: with `url`s, with base64, or with both when the client did not say.
+    """The response with `url`, with base64, or by default with both.
 
-    JSON in pieces, of which a picture is one: base64 needs no escaping, and the JSON module, looking for what
-    does, would hold the interpreter's lock for 10 ms per 1024x1024 PNG, and with it the event loop. Still
-    takes milliseconds per megabyte, so it belongs into a thread.
+    Returns pieces of JSON; each image's base64 is a piece. Base64 needs no escaping, and scanning it in the
+    json module would hold the GIL for 10 ms per 1024x1024 PNG. Run it in a thread: it takes milliseconds per
+    megabyte.
     """
-    request = asked.generation
-    answer = {
+    request = validated.generation
+    rest = {
         "created": created,
         "size": f"{request.width}x{request.height}",
-        "quality": asked.quality,
+        "quality": validated.quality,
         "background": "opaque",
         "output_format": request.output_format,
-        "usage": usage(request, images[0].prompt_tokens, asked.image_tokens, request.n),
+        "usage": usage(request, images[0].prompt_tokens, validated.image_tokens, request.n),
     }
-    pieces = [to_json(answer)[:-1] + b',"data":[']
+    pieces = [to_json(rest)[:-1] + b',"data":[']
     for position, image in enumerate(images):
         item: dict[str, Any] = {"revised_prompt": request.prompt, "seed": image.seed}
         if urls is not None:
             item["url"] = urls[position]
         separator = b"," if position else b""
-        if asked.response_format == "url":
+        if validated.response_format == "url":
             pieces.append(separator + to_json(item))
         else:
             pieces += [separator + b'{"b64_json":"', base64.b64encode(image.data), b'",' + to_json(item)[1:]]
@@ -109,25 +109,25 @@ def to_response(
 
 
 def to_sse_event(
-    kind: Kind, asked: ImagesRequest, created: int, event: Preview | ImageFinished
+    prefix: EventPrefix, validated: ImagesRequest, created: int, event: Preview | ImageFinished
 ) -> list[bytes]:
-    """One event as it is sent, in pieces; takes milliseconds per megabyte."""
-    request = asked.generation
+    """One server-sent event in pieces; takes milliseconds per megabyte."""
+    request = validated.generation
     body: dict[str, Any] = {
         "created_at": created,
         "size": f"{request.width}x{request.height}",
-        "quality": asked.quality,
+        "quality": validated.quality,
         "background": "opaque",
         "output_format": request.output_format,
     }
     if isinstance(event, Preview):
-        name = f"{kind}.partial_image"
-        # OpenAI's previews belong to one picture; `index` tells of which, where several were asked for.
+        name = f"{prefix}.partial_image"
+        # `index` is our extension: OpenAI streams only one image per request.
         body |= {"partial_image_index": event.number, "index": event.index}
     else:
-        name = f"{kind}.completed"
+        name = f"{prefix}.completed"
         body |= {
-            "usage": usage(request, event.prompt_tokens, asked.image_tokens, images=1),
+            "usage": usage(request, event.prompt_tokens, validated.image_tokens, images=1),
             "seed": event.seed,
             "index": event.index,
         }
@@ -136,23 +136,29 @@ def to_sse_event(
 
 
 def stream_media() -> dict[str, Any]:
-    """A stream in /openapi.json."""
+    """The media type object of a stream in /openapi.json."""
     return {"schema": reference(ImagesStream), "example": _EXAMPLE_STREAM}
 
 
 def image_tokens(width: int, height: int) -> int:
-    """Squares of 16 x 16 pixels, those at the edges too."""
+    """The number of squares of 16 x 16 pixels, including partial ones."""
     return -(-width // _TOKEN_SIDE) * -(-height // _TOKEN_SIDE)
 
 
-def usage(request: GenerationRequest, text_tokens: int, sent_tokens: int, images: int) -> dict[str, Any]:
-    """What so many pictures of a request count as; `text_tokens` by the model's tokenizer."""
-    input_tokens = text_tokens + sent_tokens
+def usage(
+    request: GenerationRequest, text_tokens: int, input_image_tokens: int, images: int
+) -> dict[str, Any]:
+    """The `usage` object for a number of images.
+
+    Args:
+        text_tokens: of the prompt, counted by the model's tokenizer.
+    """
+    input_tokens = text_tokens + input_image_tokens
     output_tokens = image_tokens(request.width, request.height) * images
     return {
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "total_tokens": input_tokens + output_tokens,
-        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": sent_tokens},
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": input_image_tokens},
         "output_tokens_details": {"text_tokens": 0, "image_tokens": output_tokens},
     }

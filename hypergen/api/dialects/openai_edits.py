@@ -1,6 +1,6 @@
 """OpenAI's edits and variations: POST /v1/images/edits as a form or JSON, and /v1/images/variations.
 
-Both are generations from a picture; what they share with those is in `openai_images`.
+Both generate from an input image; `openai_images` has the parts that they share with generations.
 """
 
 from __future__ import annotations
@@ -32,96 +32,96 @@ from hypergen.images.decoding import check_header, decode, from_base64, to_input
 from hypergen.images.geometry import request_size_of
 from hypergen.model_info import ModelInfo
 
-# A variation has no prompt of its own.
+# The prompt of variations.
 NEUTRAL_PROMPT = "a picture"
-_STRENGTH = 0.7
+_DEFAULT_STRENGTH = 0.7
 
 
 class EditBody(openai_images.ImagesBody):
-    """What an edit has beside its pictures: the fields of a generation and a few of its own."""
+    """The fields of an edit without its images."""
 
     input_fidelity: Literal["high", "low"] | None = Field(
-        None, description="accepted, without effect: `strength` says how much may change"
+        None, description="accepted, without effect; use `strength`"
     )
 
 
 def to_edit(
-    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
+    body: dict[str, Any], model_info: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
-    """Check an edit and read its pictures; takes as long as decoding them, so it belongs into a thread.
+    """Validate an edit and decode its images, which is slow, so run it in a thread.
 
     Args:
-        body: JSON with `images` and `mask`, or a form with the files `image` and `mask`.
+        body: JSON with `images` and `mask`, or a parsed form with the files `image` and `mask`.
 
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    asked = validate(EditBody, body)
+    fields = validate(EditBody, body)
     if "markup" in body:
-        raise InvalidRequestError("'markup' is not read; say it in the prompt.", param="markup")
-    sources, param = _pictures(body)
-    check_capability("image", param, description)
+        raise InvalidRequestError("'markup' is not supported; describe it in the prompt.", param="markup")
+    files, param = _input_files(body)
+    check_capability("image", param, model_info)
     if "mask" in body:
-        check_capability("mask", "mask", description)
-    for source in sources[1:]:
-        check_header(source, param)
-    image = decode(sources[0], param)
-    own_size = request_size_of(image.size, SMALLEST_SIDE, settings.max_side)
-    drawing = openai_images.resolve(
-        asked, description, settings, request_id, own_size if asked.size in (None, "auto") else None
+        check_capability("mask", "mask", model_info)
+    for file in files[1:]:
+        check_header(file, param)
+    image = decode(files[0], param)
+    image_size = request_size_of(image.size, SMALLEST_SIDE, settings.max_side)
+    validated = openai_images.resolve(
+        fields, model_info, settings, request_id, image_size if fields.size in (None, "auto") else None
     )
-    size = (drawing.generation.width, drawing.generation.height)
+    size = (validated.generation.width, validated.generation.height)
     mask = _read_mask(body["mask"], image) if "mask" in body else None
-    usual = _STRENGTH if mask is None else 1.0
+    default_strength = _DEFAULT_STRENGTH if mask is None else 1.0
     generation = replace(
-        drawing.generation,
+        validated.generation,
         image=to_input_image(image, *size),
         mask=None if mask is None else to_mask(mask, *size),
-        strength=usual if asked.strength is None else asked.strength,
+        strength=default_strength if fields.strength is None else fields.strength,
     )
-    return replace(drawing, generation=generation, image_tokens=image_tokens(*size))
+    return replace(validated, generation=generation, image_tokens=image_tokens(*size))
 
 
 def to_variation(
-    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
+    body: dict[str, Any], model_info: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
-    """Check a variation, which is an edit with a neutral prompt; a mask is looked at, and not used."""
+    """Validate a variation: an edit with a neutral prompt. A mask is validated but ignored."""
     if "mask" in body:
         check_header(_file(body["mask"], "mask"), "mask")
-    fields = {name: value for name, value in body.items() if name != "mask"}
-    return to_edit({"prompt": NEUTRAL_PROMPT, **fields}, description, settings, request_id)
+    without_mask = {name: value for name, value in body.items() if name != "mask"}
+    return to_edit({"prompt": NEUTRAL_PROMPT, **without_mask}, model_info, settings, request_id)
 
 
-def _pictures(body: dict[str, Any]) -> tuple[list[bytes], str]:
-    """The files of the pictures, and the name of the field that they came in."""
+def _input_files(body: dict[str, Any]) -> tuple[list[bytes], str]:
+    """The files of the input images, and the name of their field."""
     param = "image" if "image" in body else "images"
     if "images" in body and "image" in body:
         raise InvalidRequestError("Send either 'images' or 'image'.", param="image")
-    given: object = body.get(param, [])
-    if given == []:
+    value: object = body.get(param, [])
+    if value == []:
         message = "The field 'image' (in JSON: 'images') is required."
         raise InvalidRequestError(message, param=param, code="missing_required_parameter")
-    pictures = cast(list[object], given) if isinstance(given, list) else [given]
-    if not 1 <= len(pictures) <= MAX_INPUT_IMAGES:
-        raise InvalidRequestError(f"'{param}' must be 1 to {MAX_INPUT_IMAGES} images.", param=param)
-    return [_file(picture, param) for picture in pictures], param
+    values = cast(list[object], value) if isinstance(value, list) else [value]
+    if not 1 <= len(values) <= MAX_INPUT_IMAGES:
+        raise InvalidRequestError(f"'{param}' must have 1 to {MAX_INPUT_IMAGES} images.", param=param)
+    return [_file(item, param) for item in values], param
 
 
-def _file(picture: object, param: str) -> bytes:
-    """The bytes of a form's file, or of JSON's `{"image_url": "data:..."}`."""
-    if isinstance(picture, dict):
-        keys = cast(dict[str, object], picture)
-        picture = keys.get("image_url")
+def _file(value: object, param: str) -> bytes:
+    """The bytes of a file in a form, or of `{"image_url": "data:..."}` in JSON."""
+    if isinstance(value, dict):
+        keys = cast(dict[str, object], value)
+        value = keys.get("image_url")
         if keys.get("file_id") is not None:
             raise InvalidRequestError(
-                f"'{param}' must hold the image itself: 'file_id' is not known here.", param=param
+                f"'{param}' must contain the image itself; 'file_id' is not supported.", param=param
             )
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str):
-        return from_base64(picture, param)
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return from_base64(value, param)
     raise InvalidRequestError(
-        f'\'{param}\' must hold images: files in a form, {{"image_url": "data:..."}} in JSON.', param=param
+        f'\'{param}\' must contain images: files in a form, {{"image_url": "data:..."}} in JSON.', param=param
     )
 
 
@@ -129,7 +129,9 @@ def _read_mask(value: object, image: Image) -> Image:
     mask = decode(_file(value, "mask"), "mask")
     if mask.size != image.size:
         sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
-        raise InvalidRequestError(f"'mask' is {sizes[0]} and the input image {sizes[1]}.", param="mask")
+        raise InvalidRequestError(
+            f"'mask' must have the size of the input image, {sizes[1]}, not {sizes[0]}.", param="mask"
+        )
     return mask
 
 
@@ -137,7 +139,7 @@ def _content(required: list[str]) -> dict[str, Any]:
     """The body as a form and as JSON.
 
     Args:
-        required: fields beside the images.
+        required: required fields, without the images.
     """
     body = EditBody.model_json_schema()
     fields = body["properties"]
@@ -176,10 +178,10 @@ EDITS = Endpoint(
     to_sse_event=partial(to_sse_event, "image_edit"),
     openapi={
         "operationId": "createImageEdit",
-        "summary": "Draw pictures from a picture and a prompt, all over or where a mask says",
+        "summary": "Edit an image with a prompt, optionally only inside a mask",
         "tags": ["Images"],
         "requestBody": request_body(_content(["prompt"])),
-        "responses": responses(ImagesResponse, "The pictures", stream_media()),
+        "responses": responses(ImagesResponse, "The images", stream_media()),
     },
     schemas=(ImagesResponse, ImagesStream),
 )
@@ -194,10 +196,10 @@ VARIATIONS = Endpoint(
     to_sse_event=partial(to_sse_event, "image_edit"),
     openapi={
         "operationId": "createImageVariation",
-        "summary": "Draw variations of a picture",
+        "summary": "Generate variations of an image",
         "tags": ["Images"],
         "requestBody": request_body(_content([])),
-        "responses": responses(ImagesResponse, "The pictures", stream_media()),
+        "responses": responses(ImagesResponse, "The images", stream_media()),
     },
     schemas=(ImagesResponse, ImagesStream),
 )

@@ -1,6 +1,6 @@
 """OpenAI's images API with HyperGen's extensions: POST /v1/images/generations.
 
-Source: OpenAI's OpenAPI description 2.3.0 and the HyperGen documents; docs/api.md says what counts.
+Source: OpenAI's OpenAPI file 2.3.0 and the HyperGen documents. docs/api.md describes the result.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hypergen.api.openapi import EXAMPLE_PROMPT, media, request_body, responses
 from hypergen.api.validation import (
     MAX_SEED,
     SMALLEST_SIDE,
+    InputFile,
     LoraWeight,
     ModelFields,
     Number,
-    SentFile,
+    capability_fields,
     check_prompt,
     check_steps,
     check_work,
     choose_seed,
     default_size,
-    model_fields,
     read_control,
     read_sampler,
     validate,
@@ -49,166 +49,162 @@ _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", re.ASCII)
 
 
 class ImagesBody(ModelFields):
-    """The body of a generation request. Unknown fields are ignored, and null counts as not given."""
+    """The body of a generation request. Unknown fields are ignored; null means absent."""
 
     prompt: StrictStr = Field(
-        min_length=1, max_length=32000, description="what to draw", examples=["a red circle"]
+        min_length=1, max_length=32000, description="text prompt", examples=["a red circle"]
     )
     model: StrictStr | None = Field(
         None,
-        description="id or alias of one of the models in /v1/models; any other name is the first",
+        description="id or alias of a served model; any other name selects the first model",
     )
-    n: StrictInt = Field(1, ge=1, le=10, description="how many pictures")
+    n: StrictInt = Field(1, ge=1, le=10, description="number of images")
     size: StrictStr | None = Field(
         None,
-        description="width x height in pixels, multiples of 8, or `auto` for the model's native size; "
-        "absent: the model's default",
+        description="WIDTHxHEIGHT in pixels, multiples of 8, or `auto`; default: the model's size",
         examples=["1024x1024"],
     )
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
-        "auto", description="accepted, without effect: `num_inference_steps` sets the quality"
+        "auto", description="accepted, without effect; use `num_inference_steps`"
     )
     style: Literal["vivid", "natural"] | None = Field(None, description="accepted, without effect")
     background: Literal["auto", "opaque", "transparent"] = Field(
-        "auto", description="pictures are opaque; `transparent` is refused"
+        "auto", description="images are opaque; `transparent` is not supported"
     )
     moderation: Literal["low", "auto"] = Field("auto", description="accepted, without effect")
-    output_format: OutputFormat = Field("png", description="file format of the pictures")
+    output_format: OutputFormat = Field("png", description="file format of the images")
     output_compression: StrictInt = Field(
-        100, ge=0, le=100, description="quality of jpeg and webp; png is lossless and takes only 100"
+        100, ge=0, le=100, description="quality of jpeg and webp; must be 100 for png, which is lossless"
     )
     response_format: Literal["url", "b64_json"] | None = Field(
-        None, description="where the pictures are in the answer; absent: in both places"
+        None, description="how images are returned; default: both"
     )
-    stream: StrictBool = Field(False, description="answer with server-sent events")
+    stream: StrictBool = Field(False, description="respond with server-sent events")
     partial_images: StrictInt = Field(
-        0, ge=0, le=3, description="previews of each picture in a stream; without one no effect"
+        0, ge=0, le=3, description="number of previews per image; ignored without `stream`"
     )
-    user: StrictStr | None = Field(None, description="accepted, not kept")
-    safety_identifier: StrictStr | None = Field(None, description="accepted, not kept")
-    negative_prompt: StrictStr | None = Field(None, max_length=32000, description="what not to draw")
+    user: StrictStr | None = Field(None, description="accepted, ignored")
+    safety_identifier: StrictStr | None = Field(None, description="accepted, ignored")
+    negative_prompt: StrictStr | None = Field(None, max_length=32000, description="negative prompt")
     num_inference_steps: StrictInt | None = Field(
-        None, ge=1, le=150, description="denoising steps; absent: the model's default"
+        None, ge=1, le=150, description="denoising steps; default: the model's"
     )
     guidance_scale: Number | None = Field(
         None,
         ge=1,
         le=20,
-        description="how closely to follow the prompt, 1 is no guidance; absent: the model's default",
+        description="guidance scale; 1 is no guidance; default: the model's",
     )
     seed: StrictInt | None = Field(
         None,
         ge=0,
         le=MAX_SEED,
-        description="the same seed gives the same bytes; picture i has seed + i; absent: drawn",
+        description="image i uses seed + i; the same seed gives the same bytes; default: random",
     )
     sampler: StrictStr | None = Field(
-        None, description="one of the samplers in /health; absent: the model's own"
+        None, description="one of the samplers in /health; default: the model's scheduler"
     )
     strength: Number | None = Field(
         None,
         ge=0,
         le=1,
-        description="how much of a sent picture may change, without one no effect; "
-        "absent: 0.7, with a mask 1",
+        description="how much the input image may change; ignored without one; default: 0.7, with a mask 1",
     )
-    control_image: SentFile | None = Field(
-        None, description="picture that a control model follows, base64 or a data: URL"
-    )
-    control_model: StrictStr | None = Field(None, description="name of a control model of this server")
+    control_image: InputFile | None = Field(None, description="control image, base64 or a data: URL")
+    control_model: StrictStr | None = Field(None, description="name of a ControlNet of this server")
     lora_path: StrictStr | None = Field(
         None,
-        description="a LoRA of this server: its name, or its path inside a LoRA folder; absent: the server's "
-        "default, if it has one",
+        description="a LoRA of this server: its name, or its path inside a LoRA folder; default: the LoRA of "
+        "the server's settings, if any",
     )
-    lora_scale: Number = Field(1.0, ge=0, le=2, description="strength of that LoRA; 0 is the base model")
+    lora_scale: Number = Field(1.0, ge=0, le=2, description="weight of that LoRA; 0 is the base model")
     loras: dict[StrictStr, LoraWeight] | None = Field(
         None,
-        description="several LoRAs: name or path to strength, instead of `lora_path`; {} is the base model",
+        description="several LoRAs instead of `lora_path`: name or path -> weight; {} is the base model",
         examples=[{"Pixel_Art": 0.8, "Crayons": 0.5}],
     )
 
 
 def to_request(
-    body: dict[str, Any], description: ModelInfo, settings: ServerSettings, request_id: str
+    body: dict[str, Any], model_info: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
-    """Check a body and resolve its defaults.
+    """Validate a body and resolve its defaults.
 
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    return resolve(validate(ImagesBody, body), description, settings, request_id)
+    return resolve(validate(ImagesBody, body), model_info, settings, request_id)
 
 
 def resolve(
-    asked: ImagesBody,
-    description: ModelInfo,
+    fields: ImagesBody,
+    model_info: ModelInfo,
     settings: ServerSettings,
     request_id: str,
     size: Size | None = None,
 ) -> ImagesRequest:
-    """Resolve the defaults of a body whose types and ranges are right, and check the rest.
+    """Resolve the defaults of a body with valid types and ranges, and check the rest.
 
     Args:
-        size: in place of the body's.
+        size: width and height that replace the body's.
 
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    check_prompt(asked.prompt)
-    if asked.background == "transparent":
+    check_prompt(fields.prompt)
+    if fields.background == "transparent":
         raise InvalidRequestError(
             "'background' must be 'auto' or 'opaque': images have no transparency.", param="background"
         )
-    if asked.output_format == "png" and asked.output_compression != 100:
+    if fields.output_format == "png" and fields.output_compression != 100:
         raise InvalidRequestError(
-            "'output_compression' must be 100 with PNG, which is lossless; 'jpeg' and 'webp' take less.",
+            "'output_compression' must be 100 for png, which is lossless; use 'jpeg' or 'webp'.",
             param="output_compression",
         )
 
-    defaults = description.defaults
-    width, height = size or _size(asked.size, description, settings.max_side)
-    own_steps = min(defaults.num_inference_steps, settings.max_steps)
-    num_inference_steps = asked.num_inference_steps or own_steps
+    defaults = model_info.defaults
+    width, height = size or _size(fields.size, model_info, settings.max_side)
+    default_steps = min(defaults.num_inference_steps, settings.max_steps)
+    num_inference_steps = fields.num_inference_steps or default_steps
     check_steps(num_inference_steps, settings.max_steps, "num_inference_steps")
-    guidance_scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-    sampler = read_sampler(asked.sampler, num_inference_steps, description, "num_inference_steps")
-    loras = _loras(asked, description)
-    check_work(asked.n, num_inference_steps, width, height, settings.max_megapixel_steps)
-    names = ("control_image", "control_model")
+    guidance_scale = defaults.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
+    sampler = read_sampler(fields.sampler, num_inference_steps, model_info, "num_inference_steps")
+    loras = _loras(fields, model_info)
+    check_work(fields.n, num_inference_steps, width, height, settings.max_megapixel_steps)
+    params = ("control_image", "control_model")
     return ImagesRequest(
         generation=GenerationRequest(
             id=request_id,
-            model=description.id,
-            prompt=asked.prompt,
+            model=model_info.id,
+            prompt=fields.prompt,
             width=width,
             height=height,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            seed=choose_seed(asked.seed, asked.n),
-            seed_given=asked.seed is not None,
-            n=asked.n,
+            seed=choose_seed(fields.seed, fields.n),
+            seed_given=fields.seed is not None,
+            n=fields.n,
             sampler=sampler,
             loras=loras,
             control=read_control(
-                asked, asked.control_image, asked.control_model, names, (width, height), description
+                fields, fields.control_image, fields.control_model, params, (width, height), model_info
             ),
-            **model_fields(asked, asked.negative_prompt, description),
-            output_format=asked.output_format,
-            output_compression=asked.output_compression,
-            partial_images=asked.partial_images if asked.stream else 0,
+            **capability_fields(fields, fields.negative_prompt, model_info),
+            output_format=fields.output_format,
+            output_compression=fields.output_compression,
+            partial_images=fields.partial_images if fields.stream else 0,
             metadata=settings.image_metadata,
         ),
-        fields={"loras": "loras" if asked.lora_path is None else "lora_path"},
-        response_format=asked.response_format,
-        stream=asked.stream,
-        quality={"auto": "medium", "standard": "medium", "hd": "high"}.get(asked.quality, asked.quality),
+        client_fields={"loras": "loras" if fields.lora_path is None else "lora_path"},
+        response_format=fields.response_format,
+        stream=fields.stream,
+        quality={"auto": "medium", "standard": "medium", "hd": "high"}.get(fields.quality, fields.quality),
     )
 
 
-def _size(size: str | None, description: ModelInfo, max_side: int) -> tuple[int, int]:
+def _size(size: str | None, model_info: ModelInfo, max_side: int) -> tuple[int, int]:
     if size is None or size == "auto":
-        return default_size(description, max_side)
+        return default_size(model_info, max_side)
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidRequestError(
@@ -219,7 +215,7 @@ def _size(size: str | None, description: ModelInfo, max_side: int) -> tuple[int,
     width, height = int(match[1]), int(match[2])
     if width % 8 or height % 8:
         raise InvalidRequestError(
-            f"'size' must be divisible by 8 in width and height, which {size} is not.", param="size"
+            f"'size' must have a width and height divisible by 8, not {size}.", param="size"
         )
     if not (min(width, height) >= SMALLEST_SIDE and max(width, height) <= max_side):
         raise InvalidRequestError(
@@ -229,13 +225,13 @@ def _size(size: str | None, description: ModelInfo, max_side: int) -> tuple[int,
     return width, height
 
 
-def _loras(asked: ImagesBody, description: ModelInfo) -> tuple[tuple[str, float], ...]:
-    if asked.loras is not None:
-        if asked.lora_path is not None:
-            raise InvalidRequestError("Give 'lora_path' or 'loras', not both.", param="loras")
-        return resolve_loras(asked.loras, description, "loras")
-    lora = description.default_lora if asked.lora_path is None else asked.lora_path
-    return () if lora is None else resolve_loras({lora: asked.lora_scale}, description, "lora_path")
+def _loras(fields: ImagesBody, model_info: ModelInfo) -> tuple[tuple[str, float], ...]:
+    if fields.loras is not None:
+        if fields.lora_path is not None:
+            raise InvalidRequestError("'loras' and 'lora_path' cannot be combined.", param="loras")
+        return resolve_loras(fields.loras, model_info, "loras")
+    lora = model_info.default_lora if fields.lora_path is None else fields.lora_path
+    return () if lora is None else resolve_loras({lora: fields.lora_scale}, model_info, "lora_path")
 
 
 _EXAMPLE = {"prompt": EXAMPLE_PROMPT, "size": "1024x1024", "seed": 7, "num_inference_steps": 30}
@@ -249,10 +245,10 @@ GENERATIONS = Endpoint(
     to_sse_event=partial(to_sse_event, "image_generation"),
     openapi={
         "operationId": "createImage",
-        "summary": "Draw pictures from a prompt",
+        "summary": "Generate images from a prompt",
         "tags": ["Images"],
         "requestBody": request_body({"application/json": media(ImagesBody.model_json_schema(), _EXAMPLE)}),
-        "responses": responses(ImagesResponse, "The pictures", stream_media()),
+        "responses": responses(ImagesResponse, "The images", stream_media()),
     },
     schemas=(ImagesResponse, ImagesStream),
 )

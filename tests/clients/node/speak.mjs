@@ -1,19 +1,19 @@
-// Everything that OpenAI's client for Node says to the image API, against BASE_URL: node speak.mjs PACKAGE.
+// Checks of the image API with OpenAI's client for Node, against BASE_URL: node speak.mjs PACKAGE.
 // Prints the name of each check that passed.
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 
 const { default: OpenAI, toFile } = await import(process.argv[2]);
-const { BASE_URL, API_KEY, PICTURE } = process.env;
+const { BASE_URL, API_KEY, INPUT_IMAGE } = process.env;
 const options = { baseURL: `${BASE_URL}/v1`, apiKey: API_KEY, maxRetries: 0 };
 const client = new OpenAI(options);
 const quick = { num_inference_steps: 4, seed: 5 };
-const picture = await readFile(PICTURE);
-const png = () => toFile(picture, "picture.png", { type: "image/png" });
+const image = await readFile(INPUT_IMAGE);
+const png = () => toFile(image, "image.png", { type: "image/png" });
 
-async function refused(kind, promise) {
-  const error = await promise.then(() => assert.fail("not refused"), (reason) => reason);
-  assert.ok(error instanceof kind, `${error}`);
+async function errorOf(errorClass, promise) {
+  const error = await promise.then(() => assert.fail("no error"), (reason) => reason);
+  assert.ok(error instanceof errorClass, `${error}`);
   return error;
 }
 
@@ -25,23 +25,23 @@ const checks = {
     assert.equal((await client.models.retrieve(ids[0])).owned_by, "hypergen");
   },
   async generations() {
-    const asked = { model: "dall-e-3", prompt: "a red circle", style: "vivid", quality: "hd", ...quick };
-    const encoded = await client.images.generate({ ...asked, response_format: "b64_json" });
+    const fields = { model: "dall-e-3", prompt: "a red circle", style: "vivid", quality: "hd", ...quick };
+    const encoded = await client.images.generate({ ...fields, response_format: "b64_json" });
     assert.equal(encoded.data[0].url, undefined);
     assert.equal(encoded.data[0].seed, 5);
-    const address = await client.images.generate({ ...asked, response_format: "url" });
-    assert.equal(address.data[0].b64_json, undefined);
-    const file = Buffer.from(await (await fetch(address.data[0].url)).arrayBuffer());
+    const stored = await client.images.generate({ ...fields, response_format: "url" });
+    assert.equal(stored.data[0].b64_json, undefined);
+    const file = Buffer.from(await (await fetch(stored.data[0].url)).arrayBuffer());
     assert.equal(file.toString("base64"), encoded.data[0].b64_json);
     assert.equal(encoded.usage.total_tokens, encoded.usage.input_tokens + encoded.usage.output_tokens);
   },
   async edits() {
-    const asked = { prompt: "a blue square", response_format: "b64_json", ...quick };
-    const one = await client.images.edit({ image: await png(), ...asked });
-    const list = await client.images.edit({ image: [await png(), await png()], n: 2, ...asked });
+    const fields = { prompt: "a blue square", response_format: "b64_json", ...quick };
+    const one = await client.images.edit({ image: await png(), ...fields });
+    const list = await client.images.edit({ image: [await png(), await png()], n: 2, ...fields });
     assert.equal(list.data.length, 2);
     assert.equal(list.data[0].b64_json, one.data[0].b64_json);
-    const masked = await client.images.edit({ image: await png(), mask: await png(), ...asked });
+    const masked = await client.images.edit({ image: await png(), mask: await png(), ...fields });
     assert.equal(masked.data.length, 1);
   },
   async variations() {
@@ -49,10 +49,10 @@ const checks = {
     assert.equal(result.data.length, 2);
   },
   async streams() {
-    const asked = { prompt: "a red circle", ...quick, num_inference_steps: 8 };
-    const whole = await client.images.generate({ ...asked, response_format: "b64_json" });
+    const fields = { prompt: "a red circle", ...quick, num_inference_steps: 8 };
+    const whole = await client.images.generate({ ...fields, response_format: "b64_json" });
     const events = [];
-    for await (const event of await client.images.generate({ ...asked, stream: true, partial_images: 2 })) {
+    for await (const event of await client.images.generate({ ...fields, stream: true, partial_images: 2 })) {
       events.push(event);
     }
     const partial = "image_generation.partial_image";
@@ -62,14 +62,14 @@ const checks = {
     assert.notEqual(events[0].b64_json, events[1].b64_json);
   },
   async errors() {
-    let error = await refused(OpenAI.BadRequestError, client.images.generate({ prompt: "a", n: 99 }));
+    let error = await errorOf(OpenAI.BadRequestError, client.images.generate({ prompt: "a", n: 99 }));
     assert.deepEqual([error.status, error.param, error.type], [400, "n", "invalid_request_error"]);
-    error = await refused(OpenAI.NotFoundError, client.models.retrieve("owner/unknown"));
+    error = await errorOf(OpenAI.NotFoundError, client.models.retrieve("owner/unknown"));
     assert.equal(error.code, "model_not_found");
-    const stranger = new OpenAI({ ...options, apiKey: "sk-wrong" });
-    error = await refused(OpenAI.AuthenticationError, stranger.images.generate({ prompt: "a" }));
+    const clientWithWrongKey = new OpenAI({ ...options, apiKey: "sk-wrong" });
+    error = await errorOf(OpenAI.AuthenticationError, clientWithWrongKey.images.generate({ prompt: "a" }));
     assert.equal(error.code, "invalid_api_key");
-    await refused(OpenAI.BadRequestError, client.images.generate({ prompt: "a", n: 99, stream: true }));
+    await errorOf(OpenAI.BadRequestError, client.images.generate({ prompt: "a", n: 99, stream: true }));
   },
 };
 
