@@ -21,7 +21,7 @@ from hypergen.engine.model_manager import ModelManager
 from hypergen.engine_client.engine_process import Supervisor
 from hypergen.errors import unpack
 from hypergen.events import EngineStatus, Preview, Started
-from tests.support.sync_engine import make_request
+from tests.support.sync_engine import make_request, served_model
 
 _INVALID_PICKLE = (3).to_bytes(8, "big") + b"abc"
 
