@@ -51,7 +51,7 @@ def _capabilities(info: ModelInfo | None) -> dict[str, Any]:
         "samplers": list(info.samplers) if info else [],
         "options": sorted(info.capabilities) if info else [],
         "loras": list(info.loras) if info else [],
-        "control_models": list(info.control_models) if info else [],
+        "control_models": list(info.controlnets) if info else [],
     }
 
 

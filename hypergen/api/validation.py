@@ -255,7 +255,7 @@ def read_control(
     if image is None:
         message = f"'{given}' needs a picture to follow in '{image_param}'."
         raise InvalidRequestError(message, param=image_param, code="missing_required_parameter")
-    known = description.control_models
+    known = description.controlnets
     if model is None and len(known) == 1:
         model = known[0]
     if model is None or model not in known:

@@ -38,7 +38,7 @@ class Family(Protocol):
     """A loaded model, cut at the seams between which the engine schedules."""
 
     # Networks that run beside the denoiser in passes of some kinds, by the name that requests use.
-    control_models: Mapping[str, nn.Module]
+    controlnets: Mapping[str, nn.Module]
 
     @property
     def lora_manager(self) -> LoraManager | None:

@@ -57,7 +57,7 @@ class Flux:
         self.vae: Any = pipeline.vae
         self.model_card = model_card
         self.lora_manager = LoraManager(pipeline, settings)
-        self.control_models: Mapping[str, nn.Module] = {}
+        self.controlnets: Mapping[str, nn.Module] = {}
         self.true_cfg_scale: float = model_card.get("true_cfg_scale", 4.0)
         # FLUX spaces its sigmas itself, down to 1 / steps.
         self.schedulers = FlowSchedulerFactory(

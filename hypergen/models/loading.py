@@ -89,7 +89,7 @@ def load_any(
         return DiffusersPipeline(pipeline, model_card)
     loaded: Family = family(pipeline, model_card, settings)
     unet = getattr(pipeline, "unet", None)  # not the denoiser, which may have a refiner in it
-    loaded.control_models = controlnet.load(settings.controlnet, unet, dtype)
+    loaded.controlnets = controlnet.load(settings.controlnet, unet, dtype)
     return loaded
 
 

@@ -49,7 +49,7 @@ class StableDiffusion:
         self.lora_manager = LoraManager(pipeline, settings)
         self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.space = LatentSpace(self.vae, self.unet.dtype)
-        self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
+        self.controlnets: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         with torch.inference_mode():
             encode = ClipEncoder(
@@ -82,7 +82,7 @@ class StableDiffusion:
         side = self.unet.config.sample_size * self.vae_scale_factor
         defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
         capabilities: set[Capability] = {"negative_prompt", "image", "mask"}
-        if self.control_models:
+        if self.controlnets:
             capabilities.add("control")
         return ModelInfo(
             id=model_id,
@@ -93,7 +93,7 @@ class StableDiffusion:
             device=self.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
             capabilities=frozenset[Capability]({*capabilities, *self.lora_manager.capabilities}),
-            control_models=tuple(self.control_models),
+            controlnets=tuple(self.controlnets),
             **self.lora_manager.info_fields(),
         )
 
@@ -128,7 +128,7 @@ class StableDiffusion:
             request, scheduler, self.space, size, generator, is_inpaint_model=self.is_inpaint_model
         )
         controlnet_inputs = controlnet.prepare_controlnet(
-            request.control, self.control_models, size, scheduler, initial.step_index
+            request.control, self.controlnets, size, scheduler, initial.step_index
         )
         read = {
             "mask": initial.mask,
@@ -166,7 +166,7 @@ class StableDiffusion:
         batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
         residuals: dict[str, Any] = {}
-        if (model := controlnet.controlnet_from_key(batch_key_extra, self.control_models)) is not None:
+        if (model := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
             residuals = controlnet.residuals(model, latents, timesteps, inputs)
         if inputs.mask is not None and inputs.masked_image_latents is not None:
             latents = torch.cat([latents, inputs.mask, inputs.masked_image_latents], dim=1)

@@ -51,7 +51,7 @@ class StableDiffusion3:
         self.vae: Any = pipeline.vae
         self.model_card = model_card
         self.lora_manager = None
-        self.control_models: Mapping[str, nn.Module] = {}
+        self.controlnets: Mapping[str, nn.Module] = {}
         self.schedulers = FlowSchedulerFactory(
             pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=False
         )

@@ -53,7 +53,7 @@ class StableDiffusionXL:
         self.model_card = model_card
         self.lora_manager = LoraManager(pipeline, settings)
         self.space = LatentSpace(self.vae, self.unet.dtype, upcast=self.vae.config.force_upcast)
-        self.control_models: Mapping[str, nn.Module] = {}  # set when they are loaded
+        self.controlnets: Mapping[str, nn.Module] = {}  # set when they are loaded
         self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
@@ -88,7 +88,7 @@ class StableDiffusionXL:
         capabilities: set[Capability] = {*_CAPABILITIES, *self.lora_manager.capabilities}
         if self.refiner:
             capabilities.add("enable_refiner")
-        if self.control_models:
+        if self.controlnets:
             capabilities.add("control")
         own_defaults = _TURBO_DEFAULTS if _is_turbo(self.schedulers.published) else {}
         return ModelInfo(
@@ -100,7 +100,7 @@ class StableDiffusionXL:
             device=self.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),
             capabilities=frozenset(capabilities),
-            control_models=tuple(self.control_models),
+            controlnets=tuple(self.controlnets),
             **self.lora_manager.info_fields(),
         )
 
@@ -131,7 +131,7 @@ class StableDiffusionXL:
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps)
         initial = prepare_initial_latents(request, scheduler, self.space, size, generator)
         controlnet_inputs = controlnet.prepare_controlnet(
-            request.control, self.control_models, size, scheduler, initial.step_index
+            request.control, self.controlnets, size, scheduler, initial.step_index
         )
         # Original size, crop and target size, as height and width: an image that was not cut out of another.
         time_ids = torch.tensor(
@@ -173,7 +173,7 @@ class StableDiffusionXL:
     ) -> Tensor:
         added = {"text_embeds": inputs.pooled_prompt_embeds, "time_ids": inputs.time_ids}
         residuals: dict[str, Any] = {}
-        if (model := controlnet.controlnet_from_key(batch_key_extra, self.control_models)) is not None:
+        if (model := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
             residuals = controlnet.residuals(model, latents, timesteps, inputs, added_cond_kwargs=added)
         return self.experts(
             latents,

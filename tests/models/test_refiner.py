@@ -15,7 +15,7 @@ from hypergen.errors import ModelError
 from hypergen.models import loading
 from hypergen.models.family import Family
 from hypergen.request import ControlInput, GenerationRequest
-from tests.conditioning.test_controlnet import random_control_model
+from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.compare_with_diffusers import (
     assert_matches_diffusers,
     common_arguments,
@@ -97,7 +97,7 @@ def test_a_single_step_is_the_base_models(family: Family) -> None:
 
 def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: Path, tmp_path: Path) -> None:
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
-    random_control_model(pipeline.components, 1).save_pretrained(tmp_path)
+    random_controlnet(pipeline.components, 1).save_pretrained(tmp_path)
     family = loading.load(base, make_settings(refiner=str(refiner), controlnet={"edges": str(tmp_path)}))
     control = ControlInput(model="edges", image=sample_image(seed=4))
     plain = generate_alone(family, _REFINED)

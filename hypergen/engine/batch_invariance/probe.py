@@ -77,7 +77,7 @@ class BatchInvariance:
         self._budget_s = budget_s
         self._clock = clock
         self._replaces = enabled and replaces
-        self._networks = nn.ModuleList([family.denoiser, *family.control_models.values()])
+        self._networks = nn.ModuleList([family.denoiser, *family.controlnets.values()])
         if self._replaces:
             make_linears_invariant(self._networks)
 
