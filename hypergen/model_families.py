@@ -1,6 +1,6 @@
-"""Model families by the pipeline class that `model_index.json` names.
+"""Model families by the pipeline class in `model_index.json`.
 
-Families are named and not imported here, so that the HTTP half can check a model without torch.
+Families are not imported here: the HTTP half checks models before it downloads them, without torch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ FAMILIES: dict[str, str] = {
 
 
 def family_class(pipeline_class: str) -> Any:
-    """Import the family of this pipeline class."""
+    """Import the family of a pipeline class."""
     module, _, name = FAMILIES[pipeline_class].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 @functools.cache
 def servable() -> frozenset[str]:
-    """The pipeline classes of the families, and all others in the installed diffusers.
+    """Pipeline classes of the families, and all others of the installed diffusers.
 
-    Whether one of the others generates from a prompt alone is checked at loading, see `DiffusersPipeline`.
-    The names are parsed from diffusers' source, because importing it imports torch.
+    `DiffusersPipeline` checks at loading whether one of the others is text-to-image. The names are read from
+    diffusers' file, because importing diffusers imports torch.
     """
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None

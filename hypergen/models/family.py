@@ -1,4 +1,4 @@
-"""What the engine asks of a model family."""
+"""The interface between the engine and a model family."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from hypergen.request import GenerationRequest
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """The encoded prompts of one request, which all of its images share.
+    """The encoded prompts of one request, shared by all of its images.
 
     Attributes:
-        positive, negative: padded to the same length, with the pooled embeds of models that have them; no
-            negative one without guidance.
-        tokens: of the prompt.
-        refiner: what SDXL's refiner made of the same prompts.
+        positive, negative: padded to the same length; `negative` is None without guidance.
+        tokens: number of tokens of the prompt.
+        refiner: the same prompts, encoded for SDXL's refiner.
     """
 
     positive: ModelInputs
@@ -35,19 +34,19 @@ class PromptEmbeds:
 
 
 class Family(Protocol):
-    """A loaded model, cut at the seams between which the engine schedules."""
+    """A loaded model, split into the steps that the engine schedules."""
 
-    # Networks that run beside the denoiser in passes of some kinds, by the name that requests use.
+    # Name in requests -> network.
     controlnets: Mapping[str, nn.Module]
 
     @property
     def lora_manager(self) -> LoraManager | None:
-        """The LoRA manager; None: the family has no LoRAs."""
+        """None: the family does not support LoRA."""
         ...
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that runs once per step: a UNet or a transformer."""
+        """The UNet or transformer, which runs in every step."""
         ...
 
     @property
@@ -55,21 +54,22 @@ class Family(Protocol):
 
     @property
     def decoder(self) -> nn.Module:
-        """The network that offloader latents into pixels."""
+        """The VAE, which turns latents into pixels."""
         ...
 
     def model_info(self, model_id: str) -> ModelInfo:
-        """What requests are checked against."""
+        """Defaults and capabilities, against which requests are validated."""
         ...
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
-        """The size in pixels at which a picture of the asked size is drawn, before it is cropped or resized
-        to it.
+        """The size (width, height) in pixels at which the model generates an image of the requested size.
+
+        The decoded image is cropped or resized to the requested size.
         """
         ...
 
     def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
-        """Start to load the LoRAs of a request in the background; None: it has none.
+        """Start loading the LoRAs of a request in the background; None: it has none.
 
         Raises:
             RuntimeError: no thread can be started.
@@ -87,7 +87,7 @@ class Family(Protocol):
         ...
 
     def decode(self, state: DenoisingState) -> Tensor:
-        """What the decoder makes of one denoised image: -1..1, shape (1, 3, drawn height, drawn width)."""
+        """Decode the latents of one image: -1..1, shape (1, 3, height, width) at the generation size."""
         ...
 
     def forward(
@@ -97,11 +97,11 @@ class Family(Protocol):
         inputs: ModelInputs,
         batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
-        """The denoiser alone, over the rows of a batch.
+        """Run the denoiser on a batch; returns its prediction, of the shape of `latents`.
 
         Args:
-            latents: as the sampler scaled them.
-            inputs: as `ModelInputs.stack` stacks them.
-            batch_key_extra: what the rows have in common, see `DenoisingState.batch_key_extra`.
+            latents: scaled by the scheduler, shape (B, C, h, w).
+            timesteps: shape (B,).
+            batch_key_extra: shared by all rows, see `DenoisingState.batch_key_extra`.
         """
         ...

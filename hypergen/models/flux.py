@@ -1,4 +1,4 @@
-"""FLUX.1 schnell and dev: a transformer over 2x2 patches, T5 for the words and CLIP for the whole."""
+"""FLUX.1 schnell and dev: a transformer over 2x2 patches, T5 token embeddings and a pooled CLIP embedding."""
 
 from __future__ import annotations
 
@@ -25,27 +25,25 @@ from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCach
 from hypergen.models.text_encoders.t5 import T5Encoder
 from hypergen.request import GenerationRequest
 
-_PATCH = 2  # latent pixels that make the side of a patch
+_PATCH = 2  # side of a patch in latent pixels
 _SIDE = 1024
 _DEV_DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5, "width": _SIDE, "height": _SIDE}
-# Distilled to a few steps, and knows no guidance.
+# Distilled to a few steps, without guidance.
 _SCHNELL_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": _SIDE, "height": _SIDE}
-# Tokens that T5 reads, as the models were trained.
+# Tokens of T5, as in training.
 _DEV_LENGTH, _SCHNELL_LENGTH = 512, 256
 
 
 class Flux:
-    """The pipeline's modules, called step by step.
+    """FLUX.1 with step-level batching.
 
-    FLUX.1 dev was distilled with guidance as an input, and `guidance_scale` is that. A negative prompt needs
-    classifier-free guidance, two rows for each image, whose scale is `true_cfg_scale`, of the request or the
-    model card.
+    `guidance_scale` is the distilled guidance of FLUX.1 dev, an input of the transformer. A negative prompt
+    needs classifier-free guidance, with two rows per image; its scale is `true_cfg_scale`.
 
-    Latents are kept as (1, C, h, w) and packed into patches for the transformer alone.
+    Latents stay (1, C, h, w); `forward` packs them into patches.
 
     Args:
-        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`,
-            and `true_cfg_scale`, 4 if it is absent.
+        model_card: the model's `hypergen.json`: `defaults`, and the default `true_cfg_scale` (4 if absent).
     """
 
     name = "flux"
@@ -59,23 +57,22 @@ class Flux:
         self.lora_manager = LoraManager(pipeline, settings)
         self.controlnets: Mapping[str, nn.Module] = {}
         self.true_cfg_scale: float = model_card.get("true_cfg_scale", 4.0)
-        # FLUX spaces its sigmas itself, down to 1 / steps.
         self.schedulers = FlowSchedulerFactory(
             pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=True
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.takes_guidance: bool = self.transformer.config.guidance_embeds
         length = _DEV_LENGTH if self.takes_guidance else _SCHNELL_LENGTH
-        dtype, room = self.transformer.dtype, settings.prompt_cache_mb * 1_000_000 // 2
+        dtype, cache_bytes = self.transformer.dtype, settings.prompt_cache_mb * 1_000_000 // 2
         with torch.inference_mode():
             self.clip = PromptCache(
                 PooledClipEncoder(pipeline.tokenizer, pipeline.text_encoder, dtype=dtype),
-                room,
+                cache_bytes,
                 self.lora_manager,
             )
             self.t5 = PromptCache(
                 T5Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, length, dtype),
-                room,
+                cache_bytes,
                 self.lora_manager,
             )
 
@@ -116,7 +113,7 @@ class Flux:
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
         texts = [(request.prompt, request.prompt_2)]
-        if (request.negative_prompt or request.negative_prompt_2) and self._scale(request) > 1:
+        if (request.negative_prompt or request.negative_prompt_2) and self._cfg_scale(request) > 1:
             texts.append((request.negative_prompt or "", request.negative_prompt_2))
         encoded = [(self.t5.get(text_2 or text, loras), self.clip.get(text, loras)) for text, text_2 in texts]
         positive, *negatives = [self._build_inputs(request, *prompts) for prompts in encoded]
@@ -139,7 +136,7 @@ class Flux:
             latents=noise.to(self.device),
             positive=prompts.positive,
             negative=prompts.negative,
-            guidance_scale=self._scale(request),
+            guidance_scale=self._cfg_scale(request),
             prompt_tokens=prompts.tokens,
             generator=generator,
             scheduler=scheduler,
@@ -164,7 +161,7 @@ class Flux:
         packed = functional.pixel_unshuffle(latents, _PATCH).flatten(2).transpose(1, 2)
         output = self.transformer(
             hidden_states=packed,
-            # In the latents' precision before it is divided, as diffusers does.
+            # Cast before the division, as in diffusers.
             timestep=timesteps.to(latents.dtype) / 1000,
             guidance=inputs.guidance,
             pooled_projections=inputs.pooled_prompt_embeds,
@@ -175,21 +172,21 @@ class Flux:
         )[0]
         return functional.pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
 
-    def _scale(self, request: GenerationRequest) -> float:
-        """Of the guidance away from a negative prompt."""
+    def _cfg_scale(self, request: GenerationRequest) -> float:
+        """The scale of classifier-free guidance."""
         return self.true_cfg_scale if request.true_cfg_scale is None else request.true_cfg_scale
 
     def _build_inputs(
-        self, request: GenerationRequest, words: EncodedPrompt, pooled: EncodedPrompt
+        self, request: GenerationRequest, t5: EncodedPrompt, clip: EncodedPrompt
     ) -> ModelInputs:
         if not self.takes_guidance:
-            return ModelInputs(words.embeds, pooled.embeds)
-        guidance = torch.tensor([request.guidance_scale], device=words.embeds.device)
-        return ModelInputs(words.embeds, pooled.embeds, guidance=guidance)
+            return ModelInputs(t5.embeds, clip.embeds)
+        guidance = torch.tensor([request.guidance_scale], device=t5.embeds.device)
+        return ModelInputs(t5.embeds, clip.embeds, guidance=guidance)
 
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:
-    """Row and column of each patch, shape (height x width, 3); the first number counts pictures."""
+    """Position ids of the patches, shape (height x width, 3): zero, row, column."""
     sides = torch.arange(height, device=device), torch.arange(width, device=device)
     rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)

@@ -23,17 +23,17 @@ from hypergen.lora.manager import LoraManager
 from hypergen.model_info import Capability, ModelDefaults, ModelInfo
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.resolution import choose_generation_size
-from hypergen.models.text_encoders.clip import ClipEncoder
+from hypergen.models.text_encoders.clip import ClipEncoder, max_length
 from hypergen.models.text_encoders.prompt_cache import PromptCache, pad_with_empty_chunks
 from hypergen.request import GenerationRequest
 
 
 class StableDiffusion:
-    """The pipeline's modules, called step by step.
+    """Stable Diffusion with step-level batching.
 
     Args:
-        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`,
-            and in pixels `max_native_area` and `min_native_side`, see `choose_generation_size`.
+        model_card: the model's `hypergen.json`: `defaults`, and in pixels `max_native_area` and
+            `min_native_side`, see `choose_generation_size`.
     """
 
     name = "sd"
@@ -49,7 +49,7 @@ class StableDiffusion:
         self.lora_manager = LoraManager(pipeline, settings)
         self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.space = LatentSpace(self.vae, self.unet.dtype)
-        self.controlnets: Mapping[str, nn.Module] = {}  # set when they are loaded
+        self.controlnets: Mapping[str, nn.Module] = {}  # set by `load_any`
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         with torch.inference_mode():
             encode = ClipEncoder(
@@ -63,7 +63,7 @@ class StableDiffusion:
 
     @property
     def is_inpaint_model(self) -> bool:
-        """Whether the UNet was trained for inpainting, with a mask and what is kept among its channels."""
+        """Whether the UNet was trained for inpainting, and takes mask and kept region as more channels."""
         return self.unet.config.in_channels > self.vae.config.latent_channels
 
     @property
@@ -98,25 +98,24 @@ class StableDiffusion:
         )
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
-        known = self.model_card.get("max_native_area"), self.model_card.get("min_native_side")
-        return choose_generation_size(width, height, self.vae_scale_factor, *known)
+        native = self.model_card.get("max_native_area"), self.model_card.get("min_native_side")
+        return choose_generation_size(width, height, self.vae_scale_factor, *native)
 
     def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
         return self.lora_manager.load_in_background(request.loras)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
-        encoded = self.prompts.get(request.prompt, loras)
-        positive, negative = encoded.embeds, None
-        if request.guidance_scale > 1:
-            negative = self.prompts.get(request.negative_prompt or "", loras).embeds
-            empty = self.prompts.get("", loras).embeds
-            length = max(positive.shape[1], negative.shape[1])
-            positive, negative = (
-                pad_with_empty_chunks(positive, length, empty),
-                pad_with_empty_chunks(negative, length, empty),
-            )
-        unwanted = None if negative is None else ModelInputs(negative)
-        return PromptEmbeds(ModelInputs(positive), unwanted, encoded.tokens)
+        prompt = self.prompts.get(request.prompt, loras)
+        if request.guidance_scale <= 1:
+            return PromptEmbeds(ModelInputs(prompt.embeds), None, prompt.tokens)
+        negative = self.prompts.get(request.negative_prompt or "", loras)
+        empty = self.prompts.get("", loras).embeds
+        length = max_length([prompt, negative])
+        return PromptEmbeds(
+            ModelInputs(pad_with_empty_chunks(prompt.embeds, length, empty)),
+            ModelInputs(pad_with_empty_chunks(negative.embeds, length, empty)),
+            prompt.tokens,
+        )
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
@@ -130,7 +129,7 @@ class StableDiffusion:
         controlnet_inputs = controlnet.prepare_controlnet(
             request.control, self.controlnets, size, scheduler, initial.step_index
         )
-        read = {
+        image_inputs = {
             "mask": initial.mask,
             "masked_image_latents": initial.masked_image_latents,
             "controlnet_cond": controlnet_inputs.controlnet_cond,
@@ -144,8 +143,8 @@ class StableDiffusion:
             skip_denoising=initial.skip_denoising,
             batch_key_extra=controlnet_inputs.batch_key_extra,
             controlnet_scales=controlnet_inputs.controlnet_scales,
-            positive=replace(prompts.positive, **read),
-            negative=None if prompts.negative is None else replace(prompts.negative, **read),
+            positive=replace(prompts.positive, **image_inputs),
+            negative=None if prompts.negative is None else replace(prompts.negative, **image_inputs),
             guidance_scale=request.guidance_scale,
             prompt_tokens=prompts.tokens,
             generator=generator,
@@ -166,8 +165,8 @@ class StableDiffusion:
         batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
         residuals: dict[str, Any] = {}
-        if (model := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
-            residuals = controlnet.residuals(model, latents, timesteps, inputs)
+        if (network := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
+            residuals = controlnet.residuals(network, latents, timesteps, inputs)
         if inputs.mask is not None and inputs.masked_image_latents is not None:
             latents = torch.cat([latents, inputs.mask, inputs.masked_image_latents], dim=1)
         return self.unet(

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer that reads two CLIP encoders and, where it is there, T5."""
+"""Stable Diffusion 3 and 3.5: a transformer, two CLIP text encoders and optionally T5."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from hypergen.models.text_encoders.prompt_weighting import without_weights
 from hypergen.models.text_encoders.t5 import T5Encoder
 from hypergen.request import GenerationRequest
 
-# Tokens that T5 reads, as the models were trained.
+# Tokens of T5, as in training.
 _T5_LENGTH = 256
 
 
 class StableDiffusion3:
-    """The pipeline's modules, called step by step.
+    """Stable Diffusion 3 with step-level batching.
 
-    The sequence of a prompt is what the two CLIP encoders say side by side, in chunks, then what T5 says. A
-    model whose `text_encoder_3` is null gets zeros for T5's words, as in diffusers. `prompt_2` is read by the
-    second CLIP encoder alone.
+    Prompt embeddings are the two CLIP embeddings, concatenated along the features, followed by T5's tokens.
+    Without `text_encoder_3` the T5 tokens are zeros, as in diffusers. `prompt_2` is only for the second CLIP
+    encoder.
 
     Args:
-        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`.
+        model_card: the model's `hypergen.json`: `defaults`.
     """
 
     name = "sd3"
@@ -59,10 +59,12 @@ class StableDiffusion3:
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.patch_size: int = self.transformer.config.patch_size
         dtype = self.transformer.dtype
-        room = settings.prompt_cache_mb * 1_000_000 // 3
+        cache_bytes = settings.prompt_cache_mb * 1_000_000 // 3
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
-            return PromptCache(ClipEncoder(tokenizer, text_encoder, settings, dtype, penultimate=True), room)
+            return PromptCache(
+                ClipEncoder(tokenizer, text_encoder, settings, dtype, penultimate=True), cache_bytes
+            )
 
         with torch.inference_mode():
             self.clips = (
@@ -70,11 +72,13 @@ class StableDiffusion3:
                 cached(pipeline.tokenizer_2, pipeline.text_encoder_2),
             )
             encode = (
-                self._no_words
+                self._zeros
                 if pipeline.text_encoder_3 is None
                 else T5Encoder(pipeline.tokenizer_3, pipeline.text_encoder_3, _T5_LENGTH, dtype)
             )
-            self.t5 = PromptCache(without_weights(encode) if settings.prompt_weighting else encode, room)
+            self.t5 = PromptCache(
+                without_weights(encode) if settings.prompt_weighting else encode, cache_bytes
+            )
 
     @property
     def denoiser(self) -> nn.Module:
@@ -165,14 +169,14 @@ class StableDiffusion3:
         )[0]
 
     def _build_inputs(
-        self, first: EncodedPrompt, second: EncodedPrompt, words: EncodedPrompt, length: int
+        self, first: EncodedPrompt, second: EncodedPrompt, t5: EncodedPrompt, length: int
     ) -> ModelInputs:
         clip = concat_embeds(self.clips, (first, second), length)
-        clip = functional.pad(clip, (0, words.embeds.shape[-1] - clip.shape[-1]))
+        clip = functional.pad(clip, (0, t5.embeds.shape[-1] - clip.shape[-1]))
         pooled = [prompt.pooled for prompt in (first, second) if prompt.pooled is not None]
-        return ModelInputs(torch.cat([clip, words.embeds], dim=1), torch.cat(pooled, dim=-1))
+        return ModelInputs(torch.cat([clip, t5.embeds], dim=1), torch.cat(pooled, dim=-1))
 
-    def _no_words(self, text: str) -> EncodedPrompt:
+    def _zeros(self, text: str) -> EncodedPrompt:
         transformer = self.transformer
         shape = (1, _T5_LENGTH, transformer.config.joint_attention_dim)
         return EncodedPrompt(torch.zeros(shape, dtype=transformer.dtype, device=device_of(transformer)), 0)

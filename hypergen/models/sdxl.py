@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, SDXL Turbo and SSD-1B: two CLIP text encoders, and a UNet that is told the sizes."""
+"""Stable Diffusion XL, SDXL Turbo and SSD-1B: two CLIP text encoders, and a UNet with size conditioning."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from hypergen.models.text_encoders.clip import ClipEncoder, concat_embeds, max_l
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
 from hypergen.request import GenerationRequest
 
-# Turbo is distilled to draw in a few steps without guidance: fifty guided ones would spoil its pictures.
+# Turbo is distilled to a few steps without guidance.
 _TURBO_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 1024, "height": 1024}
 _CAPABILITIES: frozenset[Capability] = frozenset({"prompt_2", "negative_prompt", "image", "mask"})
 
 
 class StableDiffusionXL:
-    """The pipeline's modules, called step by step.
+    """Stable Diffusion XL with step-level batching.
 
     Args:
-        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`.
+        model_card: the model's `hypergen.json`: `defaults`.
     """
 
     name = "sdxl"
@@ -53,12 +53,12 @@ class StableDiffusionXL:
         self.model_card = model_card
         self.lora_manager = LoraManager(pipeline, settings)
         self.space = LatentSpace(self.vae, self.unet.dtype, upcast=self.vae.config.force_upcast)
-        self.controlnets: Mapping[str, nn.Module] = {}  # set when they are loaded
+        self.controlnets: Mapping[str, nn.Module] = {}  # set by `load_any`
         self.schedulers = SchedulerFactory(pipeline.scheduler, device_of(self.unet))
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            self.vae.to(torch.float32)  # in float16 it overflows, and pictures come out black
+            self.vae.to(torch.float32)  # it overflows in float16
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
             encode = ClipEncoder(tokenizer, text_encoder, settings, self.unet.dtype, penultimate=True)
@@ -118,10 +118,10 @@ class StableDiffusionXL:
             return PromptEmbeds(self._build_inputs(positive, max_length(positive)), None, tokens, refiner)
         negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
         length = max_length([*positive, *negative])
-        unwanted = self._build_inputs(negative, length)
+        negative_inputs = self._build_inputs(negative, length)
         if self.force_zeros_for_empty_prompt and not (request.negative_prompt or request.negative_prompt_2):
-            unwanted = unwanted.map(torch.zeros_like)
-        return PromptEmbeds(self._build_inputs(positive, length), unwanted, tokens, refiner)
+            negative_inputs = negative_inputs.map(torch.zeros_like)
+        return PromptEmbeds(self._build_inputs(positive, length), negative_inputs, tokens, refiner)
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
@@ -133,11 +133,11 @@ class StableDiffusionXL:
         controlnet_inputs = controlnet.prepare_controlnet(
             request.control, self.controlnets, size, scheduler, initial.step_index
         )
-        # Original size, crop and target size, as height and width: an image that was not cut out of another.
+        # Original size, crop and target size, as (height, width): not a crop of a larger image.
         time_ids = torch.tensor(
             [[height, width, 0, 0, height, width]], dtype=self.unet.dtype, device=self.device
         )
-        read = {"time_ids": time_ids, "controlnet_cond": controlnet_inputs.controlnet_cond}
+        image_inputs = {"time_ids": time_ids, "controlnet_cond": controlnet_inputs.controlnet_cond}
         state = DenoisingState(
             request=request,
             index=index,
@@ -147,8 +147,8 @@ class StableDiffusionXL:
             skip_denoising=initial.skip_denoising,
             batch_key_extra=controlnet_inputs.batch_key_extra,
             controlnet_scales=controlnet_inputs.controlnet_scales,
-            positive=replace(prompts.positive, **read),
-            negative=None if prompts.negative is None else replace(prompts.negative, **read),
+            positive=replace(prompts.positive, **image_inputs),
+            negative=None if prompts.negative is None else replace(prompts.negative, **image_inputs),
             guidance_scale=request.guidance_scale,
             prompt_tokens=prompts.tokens,
             generator=generator,
@@ -173,8 +173,8 @@ class StableDiffusionXL:
     ) -> Tensor:
         added = {"text_embeds": inputs.pooled_prompt_embeds, "time_ids": inputs.time_ids}
         residuals: dict[str, Any] = {}
-        if (model := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
-            residuals = controlnet.residuals(model, latents, timesteps, inputs, added_cond_kwargs=added)
+        if (network := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
+            residuals = controlnet.residuals(network, latents, timesteps, inputs, added_cond_kwargs=added)
         return self.experts(
             latents,
             timesteps,
@@ -193,6 +193,6 @@ class StableDiffusionXL:
 
 
 def _is_turbo(published: Any) -> bool:
-    """Whether the published scheduler is the one that SDXL Turbo comes with; its other files do not tell."""
+    """Whether the published scheduler is SDXL Turbo's; no other file identifies Turbo."""
     trailing = published.config.get("timestep_spacing") == "trailing"
     return trailing and isinstance(published, EulerAncestralDiscreteScheduler)
