@@ -45,7 +45,7 @@ class ControlNetInputs:
     controlnet_scales: Tensor | None = None
 
 
-def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
+def load(sources: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
     """Load ControlNets from folders or the hub onto the device of their UNet.
 
     Args:
@@ -56,8 +56,6 @@ def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype)
     """
     controlnets: dict[str, Any] = {}
     for name, source in sources.items():
-        if not isinstance(unet, UNet2DConditionModel):
-            raise ModelError("ControlNet is not supported for models without a UNet.")
         try:
             folder, revision = (source, None) if os.path.isdir(source) else split_revision(source)
             network: Any = ControlNetModel.from_pretrained(

@@ -51,7 +51,7 @@ class Previewer:
         self._family = family
         self._report = report
         self._encoders = encoders
-        self._decodes = sum(p.numel() for p in family.decoder.parameters()) <= _SMALL_AUTOENCODER
+        self._decodes = sum(p.numel() for p in family.vae.parameters()) <= _SMALL_AUTOENCODER
         self._colours: LatentToRgb | None = None
 
     def maybe_preview(self, state: DenoisingState, prediction: Tensor, steps: int) -> None:
@@ -76,7 +76,7 @@ class Previewer:
         if self._decodes:
             return self._family.decode(replace(state, latents=clean))
         if self._colours is None:
-            self._colours = LatentToRgb(partial(_encode, self._family.decoder))
+            self._colours = LatentToRgb(partial(_encode, self._family.vae))
         return self._colours(clean)
 
     def _encode(self, state: DenoisingState, number: int, pixels: Tensor) -> None:

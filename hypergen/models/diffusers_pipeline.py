@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from hypergen.denoising.offload import device_of
 from hypergen.errors import ModelError
@@ -60,6 +61,11 @@ class DiffusersPipeline:
         """The device that it runs on, even while its networks are offloaded."""
         denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
         return self.pipeline.device if denoiser is None else device_of(denoiser)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All networks that are in memory."""
+        return tuple(part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
 
     def model_info(self, model_id: str) -> ModelInfo:
         defaults = {

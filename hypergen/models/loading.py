@@ -6,18 +6,17 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
-from hypergen.model_families import FAMILIES, family_class, servable
+from hypergen.model_families import FAMILIES, PIPELINES, FamilySetting, FamilySpec, servable
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
@@ -26,16 +25,9 @@ from hypergen.models.single_file_loading import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_WITH_PROMPT_WEIGHTING = ("sd", "sdxl", "sd3")
-# Engine settings that do not apply to full pipelines.
-_STEP_LEVEL = (
-    "compile",
-    "channels_last",
-    "attention",
-    "decode_stream",
-    "batched_euler",
-)
-_WITH_LORAS = ("sd", "sdxl", "flux")
+# Settings that only apply to models with step-level batching.
+_STEP_LEVEL = ("compile", "channels_last", "attention", "decode_stream", "batched_euler")
+_FAMILY_SETTINGS: tuple[FamilySetting, ...] = ("refiner", "controlnet", "prompt_weighting", "lora")
 
 
 def load(path: Path, settings: EngineSettings) -> Family:
@@ -65,16 +57,11 @@ def load_any(
         ModelError: unsupported pipeline or settings, or the files do not match.
     """
     pipeline_class, family = import_family(path)
-    name = family.name if family else pipeline_class.__name__
-    if settings.refiner is not None and (family is None or family.name != "sdxl"):
-        raise ModelError(f"--refiner is only supported for SDXL models; this is {name}.")
-    if settings.prompt_weighting and (family is None or family.name not in _WITH_PROMPT_WEIGHTING):
-        raise ModelError(f"--prompt-weighting is not supported for {name}.")
-    if family is None and settings.controlnet:
-        raise ModelError(f"ControlNet is not supported for {name}.")
-    if settings.lora and (family is None or family.name not in _WITH_LORAS):
-        raise ModelError(f"LoRAs are not supported for {name}.")
-    for message in _unsupported(family.name if family else None, name, settings):
+    spec = family.spec if family else None
+    name = spec.name if spec else pipeline_class.__name__
+    _check_family_settings(settings, spec, name)
+    for setting in _ignored_settings(settings, spec):
+        message = f"{_flag(setting)} is not supported for {name}."
         if alone:
             raise ModelError(message)
         logger.warning("%s: %s", path.name, message)
@@ -86,18 +73,28 @@ def load_any(
     pipeline = apply_memory_settings(load_pipeline(pipeline_class, path, dtype), settings, device)
     if family is None:
         return DiffusersPipeline(pipeline, model_card)
-    loaded: Family = family(pipeline, model_card, settings)
-    unet = getattr(pipeline, "unet", None)  # not the denoiser, which may contain a refiner
-    loaded.controlnets = controlnet.load(settings.controlnet, unet, dtype)
-    return loaded
+    model = family(pipeline, model_card, settings)
+    if settings.controlnet:
+        model.controlnets = controlnet.load(settings.controlnet, pipeline.unet, dtype)
+    return model
 
 
-def _unsupported(family: str | None, name: str, settings: EngineSettings) -> Iterator[str]:
-    """Errors for settings that do not apply to a model; `family` is None for a full pipeline."""
-    unsupported = [*(() if family else _STEP_LEVEL), *(() if family in _WITH_LORAS else ("lora_dir",))]
-    for setting in unsupported:
-        if getattr(settings, setting) != EngineSettings.model_fields[setting].get_default():
-            yield f"--{setting.replace('_', '-')} is not supported for {name}."
+def _check_family_settings(settings: EngineSettings, spec: FamilySpec | None, name: str) -> None:
+    for setting in _FAMILY_SETTINGS:
+        if getattr(settings, setting) and (spec is None or setting not in spec.settings):
+            families = ", ".join(sorted(s.name for s in FAMILIES.values() if setting in s.settings))
+            raise ModelError(f"{_flag(setting)} is only supported for {families} models; this is {name}.")
+
+
+def _ignored_settings(settings: EngineSettings, spec: FamilySpec | None) -> list[str]:
+    """Settings that were changed but do not apply to a model."""
+    ignored = [*(() if spec else _STEP_LEVEL), *(() if spec and "lora" in spec.settings else ("lora_dir",))]
+    fields = EngineSettings.model_fields
+    return [name for name in ignored if getattr(settings, name) != fields[name].get_default()]
+
+
+def _flag(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
 
 
 def expected_bytes(path: Path, settings: EngineSettings) -> int:
@@ -125,23 +122,8 @@ def _count_weights(folder: Path) -> int:
 
 def weight_bytes(model: Family | DiffusersPipeline) -> int:
     """Bytes of all networks of a loaded model, with refiner and ControlNets."""
-    found: dict[int, int] = {}
-    seen: set[int] = set()
-    objects: list[Any] = [model]
-    while objects:
-        value = objects.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found |= {id(t): t.nbytes for t in (*value.parameters(), *value.buffers())}
-        elif isinstance(value, diffusers.DiffusionPipeline):
-            objects += value.components.values()
-        elif isinstance(value, Mapping):
-            objects += cast(Mapping[Any, Any], value).values()
-        elif type(value).__module__.startswith("hypergen."):
-            objects += getattr(value, "__dict__", {}).values()
-    return sum(found.values())
+    tensors = [t for module in model.modules for t in (*module.parameters(), *module.buffers())]
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _read_model_card(path: Path) -> dict[str, Any]:
@@ -177,7 +159,7 @@ def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, without: 
         raise ModelError(f"{type(error).__name__}: {reason[:300]}") from None
 
 
-def import_family(path: Path) -> tuple[Any, Any]:
+def import_family(path: Path) -> tuple[Any, type[Family] | None]:
     """The pipeline class of the model in `path`, and its family; None: it runs as a full pipeline.
 
     The import takes longer than loading small weights.
@@ -187,9 +169,8 @@ def import_family(path: Path) -> tuple[Any, Any]:
     """
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     name = index.get("_class_name")
-    if name in FAMILIES:
-        family = family_class(name)
-        return family.pipeline_class, family
+    if (spec := PIPELINES.get(name)) is not None:
+        return getattr(diffusers, spec.pipelines[0]), spec.import_class()
     pipeline_class = getattr(diffusers, str(name), None) if name in servable() else None
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline)):
         raise ModelError(f"{name} is not a pipeline of the installed diffusers.")

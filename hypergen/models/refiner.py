@@ -44,6 +44,7 @@ class Refiner:
         pipeline = load_pipeline(StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, without=["vae"])
         apply_memory_settings(pipeline, settings, device_of(unet), offloader_of(unet))
         self.unet: Any = pipeline.unet
+        self.modules: tuple[nn.Module, ...] = (pipeline.unet, pipeline.text_encoder_2)
         if self.unet.config.cross_attention_dim == unet.config.cross_attention_dim:
             raise ModelError(
                 f"{folder} is not a refiner of this model: its prompt embeddings have the same width."
@@ -119,6 +120,11 @@ class Experts(nn.Module):
         super().__init__()
         self.base = base
         self.refiner = refiner
+        self.config, self.dtype = base.config, base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.base)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, **kwargs: Any

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from hypergen.conditioning.initial_latents import prepare_initial_latents
-from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
-from hypergen.denoising.offload import device_of
-from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
+from hypergen.denoising.schedulers import FlowSchedulerFactory
 from hypergen.lora.batched_lora import Loras
-from hypergen.model_info import ModelDefaults, ModelInfo
-from hypergen.models.family import PromptEmbeds
+from hypergen.model_families import FAMILIES
+from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import ClipEncoder, concat_embeds, max_length
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
@@ -31,35 +27,21 @@ from hypergen.request import GenerationRequest
 _T5_LENGTH = 256
 
 
-class StableDiffusion3:
+class StableDiffusion3(Family):
     """Stable Diffusion 3 with step-level batching.
 
     Prompt embeddings are the two CLIP embeddings, concatenated along the features, followed by T5's tokens.
     Without `text_encoder_3` the T5 tokens are zeros, as in diffusers. `prompt_2` is only for the second CLIP
     encoder.
-
-    Args:
-        model_card: the model's `hypergen.json`: `defaults`.
     """
 
-    name = "sd3"
-    pipeline_class = StableDiffusion3Pipeline
-    half_dtype = torch.bfloat16
+    spec = FAMILIES["sd3"]
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
-        self.transformer: Any = pipeline.transformer
-        self.vae: Any = pipeline.vae
-        self.model_card = model_card
-        self.lora_manager = None
-        self.controlnets: Mapping[str, nn.Module] = {}
-        self.schedulers = FlowSchedulerFactory(
-            pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=False
-        )
-        self.space = LatentSpace(self.vae, self.transformer.dtype)
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.patch_size: int = self.transformer.config.patch_size
-        dtype = self.transformer.dtype
-        cache_bytes = settings.prompt_cache_mb * 1_000_000 // 3
+        super().__init__(pipeline, model_card, settings)
+        self.schedulers = FlowSchedulerFactory(pipeline.scheduler, self.device, sigmas_end_at_last_step=False)
+        self.size_multiple: int = self.vae_scale_factor * self.denoiser.config.patch_size
+        dtype, cache_bytes = self.denoiser.dtype, settings.prompt_cache_mb * 1_000_000 // 3
 
         def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
             return PromptCache(
@@ -80,38 +62,8 @@ class StableDiffusion3:
                 without_weights(encode) if settings.prompt_weighting else encode, cache_bytes
             )
 
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.transformer
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.transformer)
-
-    @property
-    def decoder(self) -> nn.Module:
-        return self.vae
-
-    def model_info(self, model_id: str) -> ModelInfo:
-        side = self.transformer.config.sample_size * self.vae_scale_factor
-        defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "width": side, "height": side}
-        return ModelInfo(
-            id=model_id,
-            family=self.name,
-            defaults=ModelDefaults(**{**defaults, **self.model_card.get("defaults", {})}),
-            samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
-            min_steps=self.schedulers.min_steps,
-            device=self.device.type,
-            dtype=str(self.transformer.dtype).removeprefix("torch."),
-            capabilities=frozenset({"prompt_2", "negative_prompt", "image", "mask"}),
-        )
-
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
-        multiple = self.vae_scale_factor * self.patch_size
-        return round_up(width, multiple), round_up(height, multiple)
-
-    def load_loras(self, request: GenerationRequest) -> None:
-        return None
+        return round_up(width, self.size_multiple), round_up(height, self.size_multiple)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
         texts = [(request.prompt, request.prompt_2)]
@@ -128,30 +80,8 @@ class StableDiffusion3:
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
     ) -> DenoisingState:
         size = self.generation_size(request.width, request.height)
-        patches = (side // (self.vae_scale_factor * self.patch_size) for side in size)
-        scheduler = self.schedulers.make(request.sampler, request.num_inference_steps, math.prod(patches))
-        generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        initial = prepare_initial_latents(request, scheduler, self.space, size, generator)
-        return DenoisingState(
-            request=request,
-            index=index,
-            latents=initial.latents,
-            step_index=initial.step_index,
-            after_step=initial.after_step,
-            skip_denoising=initial.skip_denoising,
-            positive=prompts.positive,
-            negative=prompts.negative,
-            guidance_scale=request.guidance_scale,
-            prompt_tokens=prompts.tokens,
-            generator=generator,
-            scheduler=scheduler,
-            is_stochastic=takes_generator(scheduler),
-        )
-
-    def decode(self, state: DenoisingState) -> Tensor:
-        config = self.vae.config
-        latents = state.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        return self.vae.decode(latents, return_dict=False)[0]
+        image_tokens = math.prod(side // self.size_multiple for side in size)
+        return self._prepare(request, index, prompts, loras, image_tokens=image_tokens)
 
     def forward(
         self,
@@ -160,7 +90,7 @@ class StableDiffusion3:
         inputs: ModelInputs,
         batch_key_extra: tuple[Hashable, ...] = (),
     ) -> Tensor:
-        return self.transformer(
+        return self.denoiser(
             hidden_states=latents,
             timestep=timesteps,
             encoder_hidden_states=inputs.encoder_hidden_states,
@@ -177,6 +107,5 @@ class StableDiffusion3:
         return ModelInputs(torch.cat([clip, t5.embeds], dim=1), torch.cat(pooled, dim=-1))
 
     def _zeros(self, text: str) -> EncodedPrompt:
-        transformer = self.transformer
-        shape = (1, _T5_LENGTH, transformer.config.joint_attention_dim)
-        return EncodedPrompt(torch.zeros(shape, dtype=transformer.dtype, device=device_of(transformer)), 0)
+        shape = (1, _T5_LENGTH, self.denoiser.config.joint_attention_dim)
+        return EncodedPrompt(torch.zeros(shape, dtype=self.denoiser.dtype, device=self.device), 0)

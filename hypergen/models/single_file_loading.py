@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from hypergen.errors import ModelError
+from hypergen.model_families import optional_encoders
 from hypergen.model_store.diffusers_layout import (
     CHECKPOINT,
-    OPTIONAL_IN_CHECKPOINTS,
     PIPELINE_FILE,
     components_in_checkpoint,
     read_components,
@@ -25,7 +25,6 @@ from hypergen.model_store.diffusers_layout import (
 
 logger = logging.getLogger(__name__)
 
-_T5_TOKENIZER = "tokenizer_3"
 _INCOMPLETE = (
     "The checkpoint lacks weights that its configuration needs; is the configuration of another model?"
 )
@@ -51,9 +50,12 @@ def load_checkpoint(pipeline_class: Any, path: Path, dtype: torch.dtype, left_ou
             components[name] = component_class.from_pretrained(
                 path / name, dtype=dtype, local_files_only=True
             )
-    if OPTIONAL_IN_CHECKPOINTS in index and OPTIONAL_IN_CHECKPOINTS not in {*components, *in_checkpoint}:
-        logger.info("Neither the checkpoint nor its folder has T5: only CLIP encodes prompts.")
-        components |= {OPTIONAL_IN_CHECKPOINTS: None, _T5_TOKENIZER: None}
+    for encoder, tokenizer in optional_encoders(index["_class_name"]).items():
+        if encoder in index and encoder not in {*components, *in_checkpoint}:
+            logger.info(
+                "Neither the checkpoint nor its folder has %s: prompts are encoded without it.", encoder
+            )
+            components |= {encoder: None, tokenizer: None}
     try:
         pipeline: Any = pipeline_class.from_single_file(
             str(path / CHECKPOINT), config=str(path), dtype=dtype, local_files_only=True, **components

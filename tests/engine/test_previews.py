@@ -77,7 +77,7 @@ def test_a_preview_that_cannot_be_drawn_costs_no_picture() -> None:
         raise RuntimeError("out of memory")
 
     engine.probe_shapes(request)
-    decoder: Any = family.decoder
+    decoder: Any = family.vae
     hook = decoder.decoder.register_forward_pre_hook(fail)
     engine.run(request)
     assert engine.images[request.id]

@@ -57,7 +57,7 @@ def test_a_probe_makes_one_forward_pass_at_a_time(family: Any) -> None:
     shapes = _shapes(family, 0.01)
     list(shapes.probe_minimum(prepare_image(family, make_request())))
     passes: list[int] = []
-    family.unet.register_forward_hook(lambda _module, inputs, _output: passes.append(len(inputs[0])))
+    family.denoiser.register_forward_hook(lambda _module, inputs, _output: passes.append(len(inputs[0])))
     while key := shapes.next_pending_probe(()):
         before = len(passes)
         shapes.probe_next(key)

@@ -92,7 +92,7 @@ def test_every_bad_file_is_an_error_and_leaves_no_trace(sd_folder: Path, folder:
     family: Any = loading.load(sd_folder, make_settings(lora_dir=[str(folder)]))
     names = sorted(set(family.model_info("small").loras) - {"good"})
     assert len(names) == len(CHANGES) + 6
-    before = {key: value.clone() for key, value in family.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
     engine = InlineEngine(family)
     base, good = make_request(), make_request(loras=(("good", 1.0),))
     bad = [make_request(loras=(("good", 1.0), (name, 1.0))) for name in names]
@@ -108,7 +108,7 @@ def test_every_bad_file_is_an_error_and_leaves_no_trace(sd_folder: Path, folder:
     after.run(base, good)
     assert after.data(base) == engine.data(base)
     assert after.data(good) == engine.data(good)
-    assert all(torch.equal(value, before[key]) for key, value in family.unet.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in family.denoiser.state_dict().items())
     untouched = InlineEngine(loading.load(sd_folder, make_settings()))
     untouched.run(base)
     assert untouched.data(base) == engine.data(base)

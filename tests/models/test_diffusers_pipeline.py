@@ -20,7 +20,7 @@ from hypergen.engine.model_loader import Loader
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.errors import InvalidRequestError, ModelError, RequestError
 from hypergen.events import Event, ImageFinished, Progress
-from hypergen.model_families import FAMILIES, servable
+from hypergen.model_families import PIPELINES, servable
 from hypergen.models import loading
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.request import GenerationRequest
@@ -132,7 +132,7 @@ def test_a_warning_lists_what_full_pipelines_do_not_support(
 
 
 def test_families_and_all_other_diffusers_pipelines_are_servable() -> None:
-    assert set(FAMILIES) <= servable()
+    assert set(PIPELINES) <= servable()
     assert {"QwenImagePipeline", "ZImagePipeline", "PixArtSigmaPipeline", "SanaPipeline"} <= servable()
     assert "StableDiffusionNonsense" not in servable()
 
@@ -195,5 +195,5 @@ def test_step_level_settings_are_errors_for_full_pipelines(folder: Path, setting
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_loras_are_an_error_for_models_without_lora_support(folder: Path, alone: bool) -> None:
-    with pytest.raises(ModelError, match="LoRAs are not supported for "):
+    with pytest.raises(ModelError, match="--lora is only supported for flux, sd, sdxl models; this is "):
         loading.load_any(folder, make_settings(lora=("style=style.safetensors",)), alone=alone)

@@ -147,7 +147,7 @@ def test_offloaded_models_give_the_same_bytes(sd_folder: Path) -> None:
         settings = EngineSettings.model_validate({"device": "cuda", "dtype": "float32", "offload": offload})
         family: Any = loading.load(sd_folder, settings)
         images.append(generate_alone(family, _REQUEST))
-        assert family.unet.device.type == ("cuda" if offload == "off" else "cpu")
+        assert family.denoiser.device.type == ("cuda" if offload == "off" else "cpu")
         assert family.model_info("").device == "cuda"
     assert (images[0] == images[1]).all()
 
@@ -158,7 +158,7 @@ def test_offloaded_models_give_the_same_bytes(sd_folder: Path) -> None:
 def test_quantized_models_are_close_to_the_original_and_batch_invariant(sd_folder: Path, mode: Any) -> None:
     plain = loading.load(sd_folder, make_settings())
     small: Any = loading.load(sd_folder, make_settings(quantization=mode))
-    layers = [layer for layer in small.unet.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in small.denoiser.modules() if isinstance(layer, nn.Linear)]
     assert not any(type(layer.weight) in (torch.Tensor, nn.Parameter) for layer in layers)
     difference = np.abs(generate_alone(small, _REQUEST).astype(int) - generate_alone(plain, _REQUEST))
     assert 0 < difference.mean() < 5
@@ -170,10 +170,10 @@ def test_quantized_models_are_close_to_the_original_and_batch_invariant(sd_folde
         assert batched.data(request) == alone.data(request)
         assert batched.images[request.id][0].shared_forwards > 0
     offloader = ModelOffloader(torch.device("meta"))
-    offloader.register(small.unet)
+    offloader.register(small.denoiser)
     with torch.inference_mode():
-        offloader.load(small.unet)
-    assert {parameter.device.type for parameter in small.unet.parameters()} == {"meta"}
+        offloader.load(small.denoiser)
+    assert {parameter.device.type for parameter in small.denoiser.parameters()} == {"meta"}
 
 
 def test_default_settings_change_nothing(sd_folder: Path) -> None:

@@ -137,10 +137,9 @@ def test_weighted_prompts_of_any_length_share_batches_and_keep_their_bytes(famil
         assert batched.images[request.id][0].shared_forwards > 0
 
 
-def test_a_word_in_a_later_chunk_is_weighted(family: Any) -> None:
-    tokenizer = family.tokenizer
+def test_a_word_in_a_later_chunk_is_weighted(stock: Any) -> None:
     parsed = parse_weights(f"{CHUNK} a (dog:2) sat")
-    weights = token_weights(tokenizer, parsed, [[0] * 77, [0] * 77])
+    weights = token_weights(stock.tokenizer, parsed, [[0] * 77, [0] * 77])
     assert (weights[0] == 1).all()
     assert weights[1, :9].tolist() == [1, 1, 2, 2, 2, 1, 1, 1, 1]
 
@@ -163,5 +162,7 @@ def test_models_with_several_encoders_apply_weights_in_clip(save: Any, tmp_path:
 
 
 def test_models_without_clip_token_embeddings_reject_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="--prompt-weighting is not supported for flux"):
+    with pytest.raises(
+        ModelError, match="--prompt-weighting is only supported for sd, sd3, sdxl models; this is flux"
+    ):
         loading.load(save_flux(tmp_path / "flux"), make_settings(prompt_weighting=True))

@@ -108,7 +108,7 @@ def test_controlnet_works_on_the_base_model_with_a_refiner(base: Path, refiner: 
 def test_invalid_refiners_are_errors_at_startup(base: Path, refiner: Path, sd_folder: Path) -> None:
     with pytest.raises(ModelError, match="not a refiner of this model"):
         loading.load(base, make_settings(refiner=str(base)))
-    with pytest.raises(ModelError, match="only supported for SDXL models; this is sd"):
+    with pytest.raises(ModelError, match="--refiner is only supported for sdxl models; this is sd"):
         loading.load(sd_folder, make_settings(refiner=str(refiner)))
     with pytest.raises(ModelError, match="No such folder"):
         loading.load(base, make_settings(refiner=str(base / "missing")))
