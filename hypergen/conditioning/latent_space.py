@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from hypergen.denoising.denoising_state import DenoisingState
@@ -59,7 +59,7 @@ class LatentSpace:
         self._dtype = dtype
         self._upcast = upcast
         self._scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self._distributions: OrderedDict[bytes, Any] = OrderedDict()
+        self._distributions: LRUCache[bytes, Any] = LRUCache(self._KEPT)
 
     def noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
         """Noise for an image of `width` x `height` pixels, sampled on the CPU."""
@@ -78,12 +78,9 @@ class LatentSpace:
             image: -1..1, shape (1, 3, H, W), on the CPU.
         """
         key = hashlib.sha256(repr(image.shape).encode() + image.numpy().tobytes()).digest()
-        if key not in self._distributions:
-            self._distributions[key] = self._distribution(image)
-            if len(self._distributions) > self._KEPT:
-                self._distributions.popitem(last=False)
-        self._distributions.move_to_end(key)
-        sample = self._distributions[key].sample(generator).to(self._dtype)
+        if (distribution := self._distributions.get(key)) is None:
+            distribution = self._distributions[key] = self._distribution(image)
+        sample = distribution.sample(generator).to(self._dtype)
         shift = self._vae.config.get("shift_factor") or 0.0
         return self._vae.config.scaling_factor * (sample - shift)
 

@@ -9,10 +9,9 @@ import itertools
 import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -61,7 +61,8 @@ class LoraManager:
         self._settings = settings
         self._batch_sizes = BatchSizeProbe(strict=settings.determinism == "strict")
         # Recently used LoRAs, and all LoRAs that are still referenced.
-        self._cache: OrderedDict[_Version, Lora] = OrderedDict()
+        cache_bytes = settings.lora_cache_mb * 1e6
+        self._cache: LRUCache[_Version, Lora] = LRUCache(cache_bytes, lambda lora: lora.nbytes)
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
         self._lock = threading.Lock()  # guards both
         # Of the current forward pass; None: no row has a LoRA.
@@ -171,11 +172,9 @@ class LoraManager:
             self.batch.add(layer, name, inputs[0], output)
 
     def _keep(self, version: _Version, lora: Lora) -> None:
-        with self._lock:
-            self._in_use[version] = self._cache[version] = lora
-            self._cache.move_to_end(version)
-            while sum(cached.nbytes for cached in self._cache.values()) > self._settings.lora_cache_mb * 1e6:
-                self._cache.popitem(last=False)
+        with self._lock, suppress(ValueError):  # larger than the cache
+            self._in_use[version] = lora
+            self._cache[version] = lora
 
     @contextmanager
     def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:

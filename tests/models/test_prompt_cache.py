@@ -33,7 +33,7 @@ def test_the_least_recently_used_texts_are_evicted_by_bytes() -> None:
     for text in ("a", "bb", "a", "ccc", "a", "bb"):
         assert cache.get(text).tokens == len(text)
     assert encode.texts == ["", "a", "bb", "ccc", "bb"]
-    assert cache._bytes == 2 * _BYTES
+    assert cache._entries.currsize == 2 * _BYTES
 
 
 def test_a_cache_of_zero_bytes_keeps_only_the_empty_text() -> None:
@@ -42,7 +42,7 @@ def test_a_cache_of_zero_bytes_keeps_only_the_empty_text() -> None:
     for text in ("a", "a", "", ""):
         cache.get(text)
     assert encode.texts == ["", "a", "a"]
-    assert cache._bytes == 0
+    assert cache._entries.currsize == 0
 
 
 def test_padding_appends_empty_chunks() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from hypergen.lora.batched_lora import Loras
@@ -74,9 +75,7 @@ class PromptCache:
     ) -> None:
         self._encode = encode
         self._lora_manager = lora_manager
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._entries: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
+        self._entries: LRUCache[Hashable, EncodedPrompt] = LRUCache(max_bytes, lambda entry: entry.nbytes)
         self._empty = encode("")
 
     def get(self, text: str, loras: Loras = ()) -> EncodedPrompt:
@@ -84,15 +83,12 @@ class PromptCache:
         if not (text or loras):
             return self._empty
         key = text, prompt_cache_key(loras)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
+        if (encoded := self._entries.get(key)) is not None:
+            return encoded
         with lora_context(self._lora_manager, [loras]):
-            encoded = self._entries[key] = self._encode(text)
-        self._bytes += encoded.nbytes
-        while self._bytes > self._max_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self._bytes -= evicted.nbytes
+            encoded = self._encode(text)
+        with suppress(ValueError):  # larger than the cache
+            self._entries[key] = encoded
         return encoded
 
 
