@@ -15,9 +15,10 @@ from hypergen.request import GenerationRequest
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """The inputs of the denoiser other than latents and timesteps, for one row or for the rows of a batch.
+    """Inputs of the denoiser other than latents and timesteps, for one row or for a batch.
 
-    The first dimension of each tensor is the batch; None: the family or the request does not use it.
+    The first dimension of each tensor is the batch; None: the family or the request does not use it. A family
+    with other inputs, such as an attention mask, adds them in a subclass.
 
     Attributes:
         encoder_hidden_states: prompt embeddings, shape (B, L, D).
@@ -40,18 +41,18 @@ class ModelInputs:
     controlnet_cond: Tensor | None = None
     controlnet_scale: Tensor | None = None
 
-    @classmethod
-    def stack(cls, rows: Sequence[ModelInputs]) -> ModelInputs:
+    @staticmethod
+    def stack(rows: Sequence[ModelInputs]) -> ModelInputs:
         """Concatenate rows into one batch; they must have the same fields."""
         columns = {name: [getattr(row, name) for row in rows] for name in vars(rows[0])}
         # A field that only some rows have makes `cat` raise.
         present = {name: tensors for name, tensors in columns.items() if any(t is not None for t in tensors)}
-        return cls(**{name: torch.cat(tensors) for name, tensors in present.items()})
+        return type(rows[0])(**{name: torch.cat(tensors) for name, tensors in present.items()})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
         """Apply a function to each tensor, in the order of the fields."""
         present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return ModelInputs(**{name: change(tensor) for name, tensor in present.items()})
+        return replace(self, **{name: change(tensor) for name, tensor in present.items()})
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,10 +49,15 @@ def random_rows(state: DenoisingState, rows: int, generator: torch.Generator) ->
     def noise(like: Tensor) -> Tensor:
         return torch.randn((rows, *like.shape[1:]), generator=generator).to(like)
 
+    def vary(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():  # a mask of tokens
+            return tensor.expand(rows, *tensor.shape[1:])
+        return tensor + noise(tensor)
+
     return (
         noise(latents),
         torch.randint(0, 1000, (rows,), generator=generator).to(latents.device, torch.float32),
-        state.inputs_at(0, state.positive).map(lambda tensor: tensor + noise(tensor)),
+        state.inputs_at(0, state.positive).map(vary),
     )
 
 
