@@ -37,4 +37,4 @@ class ModelInfo:
     lora_folders: tuple[str, ...] = ()  # folders whose files requests may name by path
     default_lora: str | None = None  # for requests without one
     max_loras: int = 0  # in one request
-    control_models: tuple[str, ...] = ()
+    controlnets: tuple[str, ...] = ()

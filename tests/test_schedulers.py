@@ -1,4 +1,4 @@
-"""Samplers: every one at every number of steps, for both kinds of prediction, one scheduler per image."""
+"""Samplers: numbers of steps, prediction types, and independent schedulers per image."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _PUBLISHED = {
         prediction_type="epsilon", timestep_spacing="trailing", **_STABLE_DIFFUSION
     ),
     "v_prediction": DDIMScheduler(prediction_type="v_prediction", **_STABLE_DIFFUSION),
-    # Zero signal at the end cannot go with noise prediction: x0 would be divided by zero.
-    "v_prediction, zero signal": DDIMScheduler(
+    # Zero terminal SNR excludes noise prediction: it would divide by zero.
+    "v_prediction, zero terminal snr": DDIMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
@@ -44,60 +44,60 @@ _NAMES: list[str | None] = [None, *SAMPLERS]
 
 
 class Image:
-    """The least that a state is: noise, a scheduler, and a denoiser that squeezes."""
+    """A minimal denoising state: latents, a scheduler, and `tanh` as the denoiser."""
 
     def __init__(self, factory: SchedulerFactory, sampler: str | None, steps: int, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.scheduler = factory.make(sampler, steps)
         self.latents = torch.randn(1, 4, 4, 4, generator=self.generator) * self.scheduler.init_noise_sigma
-        self.left = list(self.scheduler.timesteps)
+        self.timesteps = list(self.scheduler.timesteps)
         self.noise = {"generator": self.generator} if takes_generator(self.scheduler) else {}
 
     def step(self) -> None:
-        timestep = self.left.pop(0)
+        timestep = self.timesteps.pop(0)
         prediction = torch.tanh(self.scheduler.scale_model_input(self.latents, timestep))
         self.latents = self.scheduler.step(
             prediction, timestep, self.latents, return_dict=False, **self.noise
         )[0]
 
-    def finish(self) -> torch.Tensor:
-        while self.left:
+    def run(self) -> torch.Tensor:
+        while self.timesteps:
             self.step()
         return self.latents
 
 
 @pytest.mark.parametrize("published", _PUBLISHED)
 @pytest.mark.parametrize("sampler", _NAMES)
-def test_every_sampler_takes_few_and_many_steps(sampler: str | None, published: str) -> None:
+def test_every_sampler_supports_few_and_many_steps(sampler: str | None, published: str) -> None:
     factory = SchedulerFactory(_PUBLISHED[published], torch.device("cpu"))
-    fewest = SAMPLERS[sampler].min_steps if sampler else 1
-    for steps in {fewest, 2, 3, 4, 7, 20, 150}:
-        latents = Image(factory, sampler, steps, seed=steps).finish()
+    min_steps = SAMPLERS[sampler].min_steps if sampler else 1
+    for steps in {min_steps, 2, 3, 4, 7, 20, 150}:
+        latents = Image(factory, sampler, steps, seed=steps).run()
         assert latents.dtype == torch.float32
         assert torch.isfinite(latents).all(), f"{steps} steps"
         assert latents.abs().max() < 1e3
 
 
 @pytest.mark.parametrize("sampler", _NAMES)
-def test_images_between_each_others_steps_share_nothing(sampler: str | None) -> None:
+def test_interleaved_images_share_no_scheduler_state(sampler: str | None) -> None:
     factory = SchedulerFactory(_PUBLISHED["v_prediction"], torch.device("cpu"))
-    alone = [Image(factory, sampler, steps, seed).finish() for seed, steps in enumerate((6, 6, 9))]
+    alone = [Image(factory, sampler, steps, seed).run() for seed, steps in enumerate((6, 6, 9))]
     images = [Image(factory, sampler, steps, seed) for seed, steps in enumerate((6, 6, 9))]
-    while any(image.left for image in images):
+    while any(image.timesteps for image in images):
         for image in images:
-            if image.left:
+            if image.timesteps:
                 image.step()
-    assert all(torch.equal(image.latents, one) for image, one in zip(images, alone, strict=True))
+    assert all(torch.equal(image.latents, latents) for image, latents in zip(images, alone, strict=True))
 
 
-def test_a_scheduler_is_used_up_but_its_prototype_is_not() -> None:
+def test_a_used_scheduler_leaves_its_prototype_unchanged() -> None:
     factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
     for name in SAMPLERS:
-        first = Image(factory, name, 5, seed=3).finish()
-        assert torch.equal(first, Image(factory, name, 5, seed=3).finish()), name
+        first = Image(factory, name, 5, seed=3).run()
+        assert torch.equal(first, Image(factory, name, 5, seed=3).run()), name
 
 
-def test_old_prototypes_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_prototypes_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SchedulerFactory, "_KEPT_PROTOTYPES", 3)
     factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
     for steps in range(1, 10):
@@ -105,7 +105,7 @@ def test_old_prototypes_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert factory._prototype.cache_info().currsize == 3
 
 
-def test_lcm_takes_more_steps_than_it_was_distilled_on_and_few_ones_as_ever() -> None:
+def test_lcm_supports_more_steps_than_it_was_distilled_on_and_keeps_its_timesteps_for_few() -> None:
     factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
     assert len(factory.make("lcm", 150).timesteps) == 150
     stock: Any = LCMScheduler.from_config(_PUBLISHED["epsilon"].config)
@@ -113,18 +113,18 @@ def test_lcm_takes_more_steps_than_it_was_distilled_on_and_few_ones_as_ever() ->
     assert torch.equal(factory.make("lcm", 4).timesteps, stock.timesteps)
 
 
-def test_a_model_published_with_pndm_takes_one_step() -> None:
+def test_a_model_published_with_pndm_supports_one_step() -> None:
     published = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
     factory = SchedulerFactory(published, torch.device("cpu"))
     for steps in (1, 2, 5):
-        assert torch.isfinite(Image(factory, None, steps, seed=0).finish()).all()
+        assert torch.isfinite(Image(factory, None, steps, seed=0).run()).all()
 
 
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
 @pytest.mark.parametrize("image_tokens", [16, 256, 4096])
-def test_flow_timesteps_shift_with_the_size_of_the_image(sampler: str, image_tokens: int) -> None:
+def test_flow_timesteps_shift_with_the_image_size(sampler: str, image_tokens: int) -> None:
     published: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     factory = FlowSchedulerFactory(published, torch.device("cpu"), sigmas_end_at_last_step=False)
     stock: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -137,7 +137,7 @@ def test_flow_timesteps_shift_with_the_size_of_the_image(sampler: str, image_tok
 
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
 @pytest.mark.parametrize("shifts", [True, False])
-def test_every_flow_sampler_takes_few_and_many_steps(sampler: str, shifts: bool) -> None:
+def test_every_flow_sampler_supports_few_and_many_steps(sampler: str, shifts: bool) -> None:
     published = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shifts)
     for sigmas_end_at_last_step in (True, False):
         factory = FlowSchedulerFactory(
@@ -153,7 +153,7 @@ def test_every_flow_sampler_takes_few_and_many_steps(sampler: str, shifts: bool)
             assert scheduler.sigmas[-1] == 0
 
 
-def test_names_of_other_programs_are_understood() -> None:
+def test_sampler_names_of_other_programs_are_aliases() -> None:
     names = {
         "DPM++ 2M Karras": "dpmpp_2m_karras",
         "DPM++ SDE": "dpmpp_sde",

@@ -51,7 +51,7 @@ def _capabilities(model_info: ModelInfo | None) -> dict[str, Any]:
         "samplers": list(model_info.samplers) if model_info else [],
         "options": sorted(model_info.capabilities) if model_info else [],
         "loras": list(model_info.loras) if model_info else [],
-        "control_models": list(model_info.control_models) if model_info else [],
+        "control_models": list(model_info.controlnets) if model_info else [],
     }
 
 

@@ -261,7 +261,7 @@ def read_control(
     if image is None:
         message = f"'{param}' needs a control image in '{image_param}'."
         raise InvalidRequestError(message, param=image_param, code="missing_required_parameter")
-    names = model_info.control_models
+    names = model_info.controlnets
     if model is None and len(names) == 1:
         model = names[0]
     if model is None or model not in names:

@@ -1,1 +1,1 @@
-"""What steers an image besides its prompt: a picture to begin from, a mask, a control model."""
+"""Image conditioning: img2img, inpainting and ControlNet."""

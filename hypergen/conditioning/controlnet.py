@@ -1,4 +1,4 @@
-"""ControlNet: networks that read a picture and steer the denoiser by adding to what its layers give.
+"""ControlNet: a network that encodes a control image and adds residuals to the layers of the UNet.
 
 Source: Zhang et al. 2023, https://arxiv.org/abs/2302.05543.
 """
@@ -26,18 +26,18 @@ from hypergen.request import ControlInput
 
 logger = logging.getLogger(__name__)
 
-_KIND = "control"
-# In these a control model must be like the UNet whose layers it adds to.
+_KEY = "controlnet"  # marks the entry of a ControlNet in the batch key
+# A ControlNet must equal its UNet in these entries of the configuration.
 _SHARED_CONFIG = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type")
 
 
 @dataclass(frozen=True)
 class ControlNetInputs:
-    """What a ControlNet adds to a `DenoisingState`: fields of the same names there or in `ModelInputs`.
+    """Fields of `DenoisingState` and `ModelInputs` for a control image.
 
     Attributes:
         controlnet_cond: the control image, 0..1, shape (1, 3, H, W).
-        controlnet_scales: of each step, shape (steps, 1, 1, 1); 0 outside of its window.
+        controlnet_scales: per step, shape (steps, 1, 1, 1); 0 outside the window.
     """
 
     batch_key_extra: tuple[Hashable, ...] = ()
@@ -45,103 +45,102 @@ class ControlNetInputs:
     controlnet_scales: Tensor | None = None
 
 
-def load(sources: Mapping[str, str], unet: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The control models of these names, from folders or the hub, on the device of the UNet that they steer.
+def load(sources: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Load ControlNets from folders or the hub onto the device of their UNet.
+
+    Args:
+        sources: name for requests -> folder or hub id.
 
     Raises:
-        ModelError: one cannot be loaded, or was made for another kind of model.
+        ModelError: one cannot be loaded, or is for another UNet.
     """
-    models: dict[str, Any] = {}
+    controlnets: dict[str, Any] = {}
     for name, source in sources.items():
-        if not isinstance(unet, UNet2DConditionModel):
-            raise ModelError("Control models steer models with a UNet; this one has none.")
         try:
-            where, revision = (source, None) if os.path.isdir(source) else split_revision(source)
-            model: Any = ControlNetModel.from_pretrained(
-                where, revision=revision, torch_dtype=dtype, use_safetensors=True
+            folder, revision = (source, None) if os.path.isdir(source) else split_revision(source)
+            network: Any = ControlNetModel.from_pretrained(
+                folder, revision=revision, torch_dtype=dtype, use_safetensors=True
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            logger.exception("Loading the control model %s failed.", name)
-            # Without the path: /health shows the reason to everybody.
+            logger.exception("Loading the ControlNet %s failed.", name)
+            # Without the path: /health is public.
             reason = " ".join(str(error).replace(source, "it").split())
-            raise ModelError(f"Control model '{name}': {type(error).__name__}: {reason[:300]}") from None
+            raise ModelError(f"ControlNet '{name}': {type(error).__name__}: {reason[:300]}") from None
         for key in _SHARED_CONFIG:
-            its, ours = model.config[key], unet.config[key]
+            its, ours = network.config[key], unet.config[key]
             if its != ours:
-                raise ModelError(
-                    f"Control model '{name}' is for another kind of model: its {key} is {its}, not {ours}."
-                )
-        if model.config.global_pool_conditions:
-            raise ModelError(f"Control model '{name}' pools over the whole picture, which is not supported.")
-        models[name] = model.to(device_of(unet)).eval()
-    return models
+                raise ModelError(f"ControlNet '{name}' is for another model: its {key} is {its}, not {ours}.")
+        if network.config.global_pool_conditions:
+            raise ModelError(f"ControlNet '{name}' has global_pool_conditions, which is not supported.")
+        controlnets[name] = network.to(device_of(unet)).eval()
+    return controlnets
 
 
 def prepare_controlnet(
     control: ControlInput | None,
-    models: Mapping[str, nn.Module],
+    controlnets: Mapping[str, nn.Module],
     size: tuple[int, int],
     scheduler: Any,
     step_index: int,
 ) -> ControlNetInputs:
-    """What a state needs to follow a control picture; nothing where there is none.
+    """Prepare the control image of a request; empty without one.
 
     Args:
-        size: width and height in pixels that are drawn.
-        step_index: where the image begins. The shares of its window are of the steps that it takes.
+        size: generation size (width, height) in pixels.
+        step_index: the first step to run; `start` and `end` of the window are shares of the steps from here.
 
     Raises:
-        InvalidRequestError: there is no such control model.
+        InvalidRequestError: unknown ControlNet.
     """
     if control is None:
         return ControlNetInputs()
-    if control.model not in models:
-        has = ", ".join(models) or "none"
+    if control.model not in controlnets:
+        known = ", ".join(controlnets) or "none"
         raise InvalidRequestError(
-            f"Unknown control model '{control.model}'; this server has {has}.", param="control_model"
+            f"Unknown ControlNet '{control.model}'; this server has {known}.", param="control_model"
         )
     pixels = resize_to_generation_size(control.image, size)
     if control.preprocessor == "canny":
         pixels = canny(pixels)
-    network: Any = models[control.model]
+    network: Any = controlnets[control.model]
     image = to_unit(pixels).to(network.device, network.dtype)
     steps = len(scheduler.timesteps) - step_index
     scales = [0.0] * step_index + [
         control.scale if i / steps >= control.start and (i + 1) / steps <= control.end else 0.0
         for i in range(steps)
     ]
-    column = torch.tensor(scales, device=network.device).reshape(-1, 1, 1, 1)
-    return ControlNetInputs(((_KIND, control.model),), image, column)
+    scales_tensor = torch.tensor(scales, device=network.device).reshape(-1, 1, 1, 1)
+    return ControlNetInputs(((_KEY, control.model),), image, scales_tensor)
 
 
 def controlnet_from_key(
-    batch_key_extra: tuple[Hashable, ...], models: Mapping[str, nn.Module]
+    batch_key_extra: tuple[Hashable, ...], controlnets: Mapping[str, nn.Module]
 ) -> nn.Module | None:
-    """The control model that the rows of a pass have in common, if any."""
-    names = [entry[1] for entry in batch_key_extra if isinstance(entry, tuple) and entry[0] == _KIND]
-    return models[str(names[0])] if names else None
+    """The ControlNet of a batch, which all of its rows share; None: the batch has none."""
+    names = [entry[1] for entry in batch_key_extra if isinstance(entry, tuple) and entry[0] == _KEY]
+    return controlnets[str(names[0])] if names else None
 
 
 def residuals(
-    model: nn.Module,
+    network: nn.Module,
     latents: Tensor,
     timesteps: Tensor,
     inputs: ModelInputs,
-    **others: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
-    """What a control model gives to each row of a pass, as arguments of the UNet.
+    """Run a ControlNet over the rows of a batch; returns its residuals as arguments of the UNet.
 
     Args:
-        others: what else both networks take, such as `added_cond_kwargs`.
+        shared: arguments that ControlNet and UNet share, such as `added_cond_kwargs`.
     """
-    down, mid = model(
+    down, mid = network(
         latents,
         timesteps,
         encoder_hidden_states=inputs.encoder_hidden_states,
         controlnet_cond=inputs.controlnet_cond,
         conditioning_scale=inputs.controlnet_scale,
         return_dict=False,
-        **others,
+        **shared,
     )
     return {
         "down_block_additional_residuals": [residual.to(latents.dtype) for residual in down],

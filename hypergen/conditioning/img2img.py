@@ -1,4 +1,4 @@
-"""Picture to picture: an image that begins from a picture with noise added, part of the way down."""
+"""Img2img: start from the noised latents of an input image, part of the way through the schedule."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from hypergen.request import GenerationRequest, InputImage
 
 
 def get_start_step(request: GenerationRequest, scheduler: Any) -> int:
-    """The first of the request's steps that is taken; all of them are left out for too small a strength.
+    """The first of the request's steps to run; equal to the number of steps if `strength` leaves none.
 
-    Of a step that strength leaves in part, diffusers' pipelines for flow matching take the whole, the others
-    nothing.
+    If `strength` leaves a fraction of a step, diffusers' flow matching pipelines run it, the others skip it.
     """
     steps = request.num_inference_steps
-    left = min(steps * request.strength, steps)
-    return int(steps - left) if hasattr(scheduler, "scale_noise") else steps - int(left)
+    remaining = min(steps * request.strength, steps)
+    return int(steps - remaining) if hasattr(scheduler, "scale_noise") else steps - int(remaining)
 
 
 def set_start_step(scheduler: Any, steps: int) -> int:
-    """Let a scheduler begin after so many steps; returns its index there, twice as far for second order."""
+    """Skip the first steps of a scheduler; returns its step index, twice `steps` for second order."""
     index = steps * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(index)
@@ -33,17 +32,17 @@ def set_start_step(scheduler: Any, steps: int) -> int:
 
 def prepare_latents(
     request: GenerationRequest,
-    picture: InputImage,
+    image: InputImage,
     scheduler: Any,
     space: LatentSpace,
     size: tuple[int, int],
     generator: torch.Generator,
 ) -> InitialLatents:
-    """Encode the picture and add the noise of the first step that `request.strength` leaves.
+    """Encode the input image and add the noise of the first step that `request.strength` leaves.
 
-    Draws in the order of diffusers' pipelines: the sample, then the noise.
+    Random numbers are used in the order of diffusers' pipelines: the VAE sample, then the noise.
     """
     index = set_start_step(scheduler, get_start_step(request, scheduler))
-    image_latents = space.encode(to_image(resize_to_generation_size(picture, size)), generator)
+    image_latents = space.encode(to_image(resize_to_generation_size(image, size)), generator)
     noise = space.noise(*size, generator)
     return InitialLatents(add_noise(scheduler, image_latents, noise, scheduler.timesteps[index]), index)

@@ -1,4 +1,4 @@
-"""InitialLatents: from noise alone, from a picture, or from a picture of which a part is kept."""
+"""Initial latents: from noise alone, from an input image (img2img), or with a mask (inpainting)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def prepare_initial_latents(
     *,
     is_inpaint_model: bool = False,
 ) -> InitialLatents:
-    """The first latents of an image, and what goes with them.
+    """Prepare the latents of one image before its first step.
 
     Args:
-        scheduler: the image's own; begins later where a picture is given.
-        size: width and height in pixels that are drawn.
-        generator: the image's own; nothing was drawn from it before.
+        scheduler: this image's; with an input image its first steps are skipped.
+        size: generation size (width, height) in pixels.
+        generator: this image's, not used before.
         is_inpaint_model: see `inpaint.prepare_latents`.
 
     Raises:
-        InvalidRequestError: there is a mask and no picture.
+        InvalidRequestError: there is a mask but no input image.
     """
     if request.mask is not None and request.image is None:
-        raise InvalidRequestError("A mask says what to draw in a picture; none was sent.", param="mask")
+        raise InvalidRequestError("A mask needs an input image.", param="mask")
     if (
         request.image is not None
         and img2img.get_start_step(request, scheduler) == request.num_inference_steps
     ):
-        # Nothing is drawn; the latents only give the image its shape.
+        # No step runs: the latents only give the image its shape.
         return InitialLatents(space.noise(*size, generator), len(scheduler.timesteps), skip_denoising=True)
     if request.mask is not None or is_inpaint_model:
         return inpaint.prepare_latents(

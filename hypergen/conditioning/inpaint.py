@@ -1,6 +1,6 @@
-"""Inpainting: what a mask leaves black is put back in latent space after every step.
+"""Inpainting: the kept region (black in the mask) is restored in latent space after every step.
 
-Kept pixels are put over the finished picture once more (`images/encoding.py`): the decoder changes them.
+The VAE changes kept pixels too, so `images/encoding.py` restores them once more in the decoded image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hypergen.request import GenerationRequest
 
 @dataclass(frozen=True)
 class MaskBlend:
-    """Puts the known part of an image back, at the noise of the step that comes next.
+    """Restores the kept region after a step, with the noise of the next step added.
 
     Attributes:
-        mask: 1 where the image is drawn, 0 where it is kept, shape (1, 1, h, w).
-        image_latents: of the picture that was sent, shape (1, C, h, w).
-        noise: that the image began with, in the same shape.
+        mask: 1 in the region to generate, 0 in the kept region, shape (1, 1, h, w).
+        image_latents: of the input image, shape (1, C, h, w).
+        noise: the initial noise, in the same shape.
     """
 
     mask: Tensor
@@ -50,13 +50,13 @@ def prepare_latents(
     *,
     is_inpaint_model: bool,
 ) -> InitialLatents:
-    """Begin an image of which a part is kept, as diffusers' StableDiffusionInpaintPipeline does.
+    """Prepare latents and mask as diffusers' StableDiffusionInpaintPipeline does.
 
-    Without a mask everything is drawn; without a picture, at full strength, as if over grey.
+    Without a mask the whole image is generated; without an input image, from grey at full strength.
 
     Args:
         is_inpaint_model: the denoiser was trained for inpainting: it takes the mask and the kept region as
-            1 + C more channels, and nothing has to be put back.
+            1 + C more channels, so nothing is restored after a step.
     """
     width, height = size
     strength = request.strength if request.image is not None else 1.0
@@ -68,8 +68,7 @@ def prepare_latents(
     if request.mask is not None:
         mask = to_mask(resize_to_generation_size(request.mask, size))
 
-    # Drawn in this order, and only then, by diffusers: the picture's sample, the noise, the sample of what
-    # is kept.
+    # diffusers samples in this order: the image's latents, the noise, the latents of the kept region.
     image_latents = space.encode(image, generator) if strength < 1 or not is_inpaint_model else None
     noise = space.noise(*size, generator)
     latent_mask = functional.interpolate(mask, size=noise.shape[-2:]).to(noise)
@@ -80,6 +79,6 @@ def prepare_latents(
     if is_inpaint_model or image_latents is None:
         masked_image_latents = space.encode(image * (mask < 0.5), generator)
         return InitialLatents(latents, index, mask=latent_mask, masked_image_latents=masked_image_latents)
-    # diffusers encodes what is kept here too, and does not use it; samplers that draw noise go on from there.
+    # diffusers also samples the unused kept region here, which advances the generator for later steps.
     space.noise(*size, generator)
     return InitialLatents(latents, index, after_step=MaskBlend(latent_mask, image_latents, noise))

@@ -1,14 +1,14 @@
-"""Latents: the noise that an image begins with, and the pictures that are encoded for it."""
+"""Latent space: initial noise, added noise and encoded input images."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from hypergen.denoising.denoising_state import DenoisingState
@@ -17,10 +17,10 @@ from hypergen.denoising.offload import device_of
 
 @dataclass(frozen=True)
 class InitialLatents:
-    """Where an image begins; fields of the same names are for its `DenoisingState`.
+    """Latents before the first step, and the fields of `DenoisingState` that depend on them.
 
     Attributes:
-        mask, masked_image_latents: of an inpainting model, for the `ModelInputs` of the same names.
+        mask, masked_image_latents: of inpainting models, for the same fields of `ModelInputs`.
     """
 
     latents: Tensor
@@ -32,26 +32,26 @@ class InitialLatents:
 
 
 def scale_initial_noise(scheduler: Any, noise: Tensor) -> Tensor:
-    """Noise as strong as the scheduler wants it before its first step; flow matching takes it as it is."""
+    """Scale noise by the scheduler's `init_noise_sigma`, which flow matching schedulers do not have."""
     return noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """Latents with as much noise as they have before the step that the scheduler takes next."""
-    if hasattr(scheduler, "scale_noise"):  # flow matching mixes, the others add
+    """Add the noise that latents have before the step of a timestep."""
+    if hasattr(scheduler, "scale_noise"):  # flow matching interpolates, the others add
         return scheduler.scale_noise(latents, timestep.reshape(1), noise)
     return scheduler.add_noise(latents, noise, timestep.reshape(1))
 
 
 class LatentSpace:
-    """The latents of one autoencoder, in the precision of the denoiser.
+    """The latent space of a VAE, in the dtype of the denoiser.
 
     Args:
-        vae: encodes one picture per call, so that its bits never depend on others.
-        upcast: encode in float32, for an encoder that leaves the numbers of float16.
+        vae: encodes one image per call, so that its bits never depend on other requests.
+        upcast: encode in float32, for a VAE that overflows in float16.
     """
 
-    # A request for n pictures, or a client who tries prompts over one picture, encodes it once.
+    # Encoded images to keep: requests for n images, or for several prompts, use one input image again.
     _KEPT = 8
 
     def __init__(self, vae: Any, dtype: torch.dtype, *, upcast: bool = False) -> None:
@@ -59,10 +59,10 @@ class LatentSpace:
         self._dtype = dtype
         self._upcast = upcast
         self._scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self._distributions: OrderedDict[bytes, Any] = OrderedDict()
+        self._distributions: LRUCache[bytes, Any] = LRUCache(self._KEPT)
 
     def noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
-        """Noise for a picture of `width` x `height` pixels, drawn on the CPU."""
+        """Noise for an image of `width` x `height` pixels, sampled on the CPU."""
         shape = (
             1,
             self._vae.config.latent_channels,
@@ -72,27 +72,24 @@ class LatentSpace:
         return torch.randn(shape, generator=generator, dtype=self._dtype).to(device_of(self._vae))
 
     def encode(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """A sample of what the encoder makes of a picture, scaled for the denoiser.
+        """Encode an input image and sample its latents, scaled for the denoiser.
 
         Args:
             image: -1..1, shape (1, 3, H, W), on the CPU.
         """
         key = hashlib.sha256(repr(image.shape).encode() + image.numpy().tobytes()).digest()
-        if key not in self._distributions:
-            self._distributions[key] = self._distribution(image)
-            if len(self._distributions) > self._KEPT:
-                self._distributions.popitem(last=False)
-        self._distributions.move_to_end(key)
-        sample = self._distributions[key].sample(generator).to(self._dtype)
+        if (distribution := self._distributions.get(key)) is None:
+            distribution = self._distributions[key] = self._distribution(image)
+        sample = distribution.sample(generator).to(self._dtype)
         shift = self._vae.config.get("shift_factor") or 0.0
         return self._vae.config.scaling_factor * (sample - shift)
 
     def _distribution(self, image: Tensor) -> Any:
-        stored = self._vae.dtype
-        if self._upcast and stored != torch.float32:
+        dtype = self._vae.dtype
+        if self._upcast and dtype != torch.float32:
             self._vae.to(torch.float32)
         try:
             return self._vae.encode(image.to(device_of(self._vae), self._vae.dtype)).latent_dist
         finally:
-            if self._vae.dtype != stored:
-                self._vae.to(stored)
+            if self._vae.dtype != dtype:
+                self._vae.to(dtype)

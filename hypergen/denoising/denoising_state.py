@@ -1,4 +1,4 @@
-"""One image on its way from noise to pixels."""
+"""The denoising state of one image, and the inputs of the denoiser."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from hypergen.request import GenerationRequest
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """What the denoiser reads beside latents and timesteps, for one row or for the rows of a batch.
+    """Inputs of the denoiser other than latents and timesteps, for one row or for a batch.
 
-    The first dimension of each tensor is the rows; None is what a family or request does not have.
+    The first dimension of each tensor is the batch; None: the family or the request does not use it. A family
+    with other inputs, such as an attention mask, adds them in a subclass.
 
     Attributes:
         encoder_hidden_states: prompt embeddings, shape (B, L, D).
         pooled_prompt_embeds: shape (B, D).
         time_ids: SDXL's sizes, crop and, for its refiner, aesthetic score, shape (B, 5 or 6).
         guidance: FLUX.1 dev's distilled guidance scale, shape (B,).
-        mask: of an inpainting model, 1 where it generates, shape (B, 1, h, w).
-        masked_image_latents: of an inpainting model, the encoded input image without what the mask covers,
-            shape (B, C, h, w).
+        mask: input of inpainting models, 1 in the region to generate, shape (B, 1, h, w).
+        masked_image_latents: input of inpainting models, the encoded input image with the masked region
+            blanked, shape (B, C, h, w).
         controlnet_cond: the control image, 0..1, shape (B, 3, H, W).
-        controlnet_scale: of the step, shape (B, 1, 1, 1), see `DenoisingState.inputs_at`.
+        controlnet_scale: of the current step, shape (B, 1, 1, 1), see `DenoisingState.inputs_at`.
     """
 
     encoder_hidden_states: Tensor
@@ -40,27 +41,28 @@ class ModelInputs:
     controlnet_cond: Tensor | None = None
     controlnet_scale: Tensor | None = None
 
-    @classmethod
-    def stack(cls, rows: Sequence[ModelInputs]) -> ModelInputs:
-        """Rows as one batch; they must have the same fields."""
+    @staticmethod
+    def stack(rows: Sequence[ModelInputs]) -> ModelInputs:
+        """Concatenate rows into one batch; they must have the same fields."""
         columns = {name: [getattr(row, name) for row in rows] for name in vars(rows[0])}
-        # A tensor that only some rows have is an error of `cat`, and not left out.
+        # A field that only some rows have makes `cat` raise.
         present = {name: tensors for name, tensors in columns.items() if any(t is not None for t in tensors)}
-        return cls(**{name: torch.cat(tensors) for name, tensors in present.items()})
+        return type(rows[0])(**{name: torch.cat(tensors) for name, tensors in present.items()})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
-        """The same inputs with each tensor changed, in the order of the fields."""
+        """Apply a function to each tensor, in the order of the fields."""
         present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return ModelInputs(**{name: change(tensor) for name, tensor in present.items()})
+        return replace(self, **{name: change(tensor) for name, tensor in present.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class DenoiserSwitch:
-    """What an image is drawn with from one of its steps on, in place of what it started with.
+    """The switch to another denoiser at one of an image's steps, such as SDXL's refiner.
 
     Attributes:
-        at_step: index of its first step.
-        scheduler: with the same timesteps, about to take that step.
+        at_step: index of the first step of the next denoiser.
+        positive, negative: its inputs.
+        scheduler: with the same timesteps, positioned at that step.
     """
 
     at_step: int
@@ -76,21 +78,22 @@ class DenoisingState:
 
     Attributes:
         latents: shape (1, C, h, w), h and w in latent pixels.
-        positive, negative: of prompt and negative prompt, in the same shapes; no negative one without
-            guidance.
-        guidance_scale: how far a prediction is moved away from the negative one.
-        generator: the image's own source of noise, on the CPU, so that the seed means the same on every
+        positive, negative: inputs for the prompt and the negative prompt, in the same shapes; `negative` is
+            None without classifier-free guidance.
+        guidance_scale: of classifier-free guidance.
+        generator: for all noise of this image, on the CPU, so that a seed gives the same noise on every
             device.
-        scheduler: the image's own, with the history that multistep samplers keep.
-        loras: of the family's `LoraManager`, with their weights, in the order in which they are summed.
-        controlnet_scales: of each step, shape (steps, 1, 1, 1); 0 outside of the control image's window.
-        after_step: gives the latents to go on with after a step, where something is put back.
-        skip_denoising: nothing is drawn, the picture that was sent is the result.
-        batch_key_extra: what else rows must have in common to share a batch, such as a ControlNet; see
+        scheduler: this image's own copy; multistep schedulers keep a history.
+        is_stochastic: the scheduler samples noise in its steps.
+        loras: from the family's `LoraManager`, with their weights, in the order in which they are summed.
+        batch_key_extra: anything else that the rows of a batch must share, such as a ControlNet; see
             `BatchKey`.
-        lone: the probe found that neighbours change this shape's bits, and the client asked for a seed: run
-            alone.
-        next_denoiser: what it goes on with later, if anything.
+        controlnet_scales: per step, shape (steps, 1, 1, 1); 0 outside the ControlNet's window.
+        after_step: returns the latents after a step; inpainting restores the kept region here.
+        skip_denoising: no step runs; the input image is the result.
+        must_run_alone: batching changes the bits of this shape, and the client sent a seed.
+        next_denoiser: the switch to another denoiser at a later step.
+        shared_forwards: forward passes shared with other images so far.
     """
 
     request: GenerationRequest
@@ -124,7 +127,7 @@ class DenoisingState:
 
     @property
     def rows(self) -> int:
-        """Rows of a forward pass that one step of this image takes."""
+        """Rows in a forward pass: one, or two with guidance."""
         return 2 if self.guided else 1
 
     @property
@@ -133,7 +136,7 @@ class DenoisingState:
 
     @property
     def remaining_steps(self) -> int:
-        """Forward passes to go; second-order samplers have nearly two per step asked for."""
+        """Remaining forward passes; second-order samplers need nearly two per requested step."""
         return len(self.timesteps) - self.step_index
 
     @property
@@ -141,47 +144,45 @@ class DenoisingState:
         return self.timesteps[self.step_index]
 
     def inputs_at(self, step: int, inputs: ModelInputs) -> ModelInputs:
-        """`positive` or `negative` as the denoiser reads it in a step."""
+        """`positive` or `negative`, with the ControlNet scale of a step."""
         if self.controlnet_scales is None:
             return inputs
         return replace(inputs, controlnet_scale=self.controlnet_scales[step : step + 1])
 
     def model_input(self) -> Tensor:
-        """The latents as the denoiser wants them at this timestep."""
-        if not hasattr(self.scheduler, "scale_model_input"):  # flow matching takes them as they are
+        """The latents, scaled for the denoiser at the current timestep."""
+        if not hasattr(self.scheduler, "scale_model_input"):  # flow matching does not scale
             return self.latents
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
     def advance(self, noise_pred: Tensor) -> None:
-        """Take one step along the prediction, shape (1, C, h, w), guidance already applied."""
+        """Run one scheduler step on a prediction of shape (1, C, h, w), guidance already applied."""
         noise = {"generator": self.generator} if self.is_stochastic else {}
-        stepped = self.scheduler.step(noise_pred, self.timestep, self.latents, **noise, return_dict=False)
-        self.apply_step(stepped[0])
+        output = self.scheduler.step(noise_pred, self.timestep, self.latents, **noise, return_dict=False)
+        self.apply_step(output[0])
 
     def apply_step(self, latents: Tensor) -> None:
-        """Take over the latents after a step; with the next one another stage may begin."""
+        """Store the latents of a finished step, and switch the denoiser if it is time."""
         self.latents = latents
         self.step_index += 1
         if self.after_step is not None:
             self.latents = self.after_step(self)
         if self.next_denoiser is not None and self.step_index == self.next_denoiser.at_step:
-            stage, self.next_denoiser = self.next_denoiser, None
-            self.positive, self.negative = stage.positive, stage.negative
-            self.scheduler, self.batch_key_extra, self.controlnet_scales = (
-                stage.scheduler,
-                stage.batch_key_extra,
-                None,
-            )
+            switch, self.next_denoiser = self.next_denoiser, None
+            self.positive, self.negative = switch.positive, switch.negative
+            self.scheduler, self.batch_key_extra = switch.scheduler, switch.batch_key_extra
+            self.controlnet_scales = None
 
     def with_each_denoiser(self) -> Iterator[DenoisingState]:
-        """This image as it is, and as it will be in the stage to come."""
+        """This state, and the state after the switch to the next denoiser."""
         yield self
-        if (stage := self.next_denoiser) is not None:
-            changed = {
-                "positive": stage.positive,
-                "negative": stage.negative,
-                "batch_key_extra": stage.batch_key_extra,
-            }
+        if (switch := self.next_denoiser) is not None:
             yield replace(
-                self, scheduler=stage.scheduler, next_denoiser=None, controlnet_scales=None, **changed
+                self,
+                positive=switch.positive,
+                negative=switch.negative,
+                scheduler=switch.scheduler,
+                batch_key_extra=switch.batch_key_extra,
+                controlnet_scales=None,
+                next_denoiser=None,
             )

@@ -1,4 +1,4 @@
-"""Placement: networks that stay on a device, and networks that take offloader there."""
+"""Model offload: only one network is on the device at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 
 class ModelOffloader:
-    """Lets one network at a time be on a device; the others wait in the memory of the machine.
+    """Keeps one network at a time on a device and the others in CPU memory.
 
-    accelerate's own hooks expect networks to be called in one order, with an end at which all are free; here
-    a new request's prompt may be read between any two steps.
+    accelerate's own hooks expect one fixed order of networks and an end after which all are offloaded; here a
+    new request's prompt may be encoded between any two steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,10 +25,10 @@ class ModelOffloader:
         add_hook_to_module(network.to("cpu"), OffloadHook(self))
 
     def load(self, network: nn.Module) -> None:
-        """Bring a network to the device, and the one before it away."""
+        """Move a network to the device, and the previous one to the CPU."""
         if self._loaded is network:
             return
-        # The engine runs in inference mode, in which quantized weights cannot be moved.
+        # Quantized weights cannot be moved in inference mode, in which the engine runs.
         with torch.inference_mode(False), torch.no_grad():
             if self._loaded is not None:
                 self._loaded.to("cpu")
@@ -49,12 +49,12 @@ class OffloadHook(ModelHook):
 
 
 def offloader_of(network: Any) -> ModelOffloader | None:
-    """Those that a network takes part in; None where it stays on its device."""
+    """The offloader of a network; None: it stays on its device."""
     hook = getattr(network, "_hf_hook", None)
     return hook.offloader if isinstance(hook, OffloadHook) else None
 
 
 def device_of(network: Any) -> torch.device:
-    """Where a network runs, wherever it waits."""
+    """The device that a network runs on, even while it is offloaded."""
     offloader = offloader_of(network)
     return network.device if offloader is None else offloader.device

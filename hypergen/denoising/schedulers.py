@@ -1,4 +1,4 @@
-"""Samplers: public name -> diffusers scheduler and what to set in it."""
+"""Noise schedulers: public sampler name -> diffusers scheduler and its configuration."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-# A diffusers scheduler: SchedulerMixin and ConfigMixin at once, which its stubs cannot say.
+# A diffusers scheduler: both SchedulerMixin and ConfigMixin, which its stubs cannot express.
 Scheduler = Any
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler class, what differs from the model's scheduler configuration, and the fewest steps."""
+    """A scheduler class, its changes to the model's scheduler configuration, and its fewest steps."""
 
     scheduler: type[Scheduler]
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +64,7 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-# For models that predict the flow from noise to picture.
+# For flow matching models.
 FLOW_SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(FlowMatchEulerDiscreteScheduler),
     "heun": Sampler(FlowMatchHeunDiscreteScheduler),
@@ -72,10 +72,10 @@ FLOW_SAMPLERS: dict[str, Sampler] = {
 
 
 class SchedulerFactory:
-    """Makes one scheduler per image, from the scheduler that the model was published with.
+    """Makes one scheduler per image, configured like the scheduler that the model was published with.
 
-    Computing the tables of a scheduler takes up to a millisecond; copying a finished one takes microseconds.
-    So the factory keeps one prototype per (sampler, steps) and hands out copies.
+    Computing the tables of a scheduler takes up to a millisecond, copying a prepared one takes microseconds:
+    the factory keeps one prototype per (sampler, steps, image tokens) and returns copies.
     """
 
     _KEPT_PROTOTYPES = 256
@@ -84,32 +84,28 @@ class SchedulerFactory:
     def __init__(self, published: Scheduler, device: torch.device) -> None:
         self.published = published
         self._device = device
-        self._without_steps: dict[str | None, Scheduler] = {}  # making one takes KDPM2 half a second
+        self._without_steps: dict[str | None, Scheduler] = {}  # KDPM2 takes half a second to construct
         self._prototype = functools.lru_cache(self._KEPT_PROTOTYPES)(self._make_prototype)
 
     @property
     def min_steps(self) -> int:
-        """The fewest steps that the model's own scheduler can do."""
-        same = [
-            entry.min_steps for entry in self.samplers.values() if type(self.published) is entry.scheduler
-        ]
-        return max(same, default=1)
+        """The fewest steps of the model's own scheduler."""
+        published = type(self.published)
+        return max((s.min_steps for s in self.samplers.values() if s.scheduler is published), default=1)
 
     def make(self, sampler: str | None, num_inference_steps: int, image_tokens: int = 0) -> Scheduler:
-        """A scheduler of its own for one image, timesteps set.
+        """A new scheduler for one image, with its timesteps set.
 
         Args:
-            sampler: None is the model's own.
-            image_tokens: patches of the image, for models whose timesteps depend on its size.
+            sampler: None: the model's own.
+            image_tokens: number of patches, for models whose timesteps depend on the image size.
         """
         scheduler = copy.copy(self._prototype(sampler, num_inference_steps, image_tokens))
-        # Tables are shared, they are never written; the lists are the multistep history and belong to one
-        # image.
+        # Tensors are shared, they are never written to. Lists hold the multistep history of one image.
         for name, value in vars(scheduler).items():
             if isinstance(value, list):
                 setattr(scheduler, name, list(value))
-        # Without it a scheduler searches its position by timestep, which is ambiguous for second-order
-        # samplers.
+        # Otherwise a scheduler looks up its position by timestep, ambiguous for second-order samplers.
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return scheduler
@@ -126,18 +122,18 @@ class SchedulerFactory:
         return sampler.scheduler.from_config(self.published.config, **sampler.overrides)
 
     def _set_timesteps(self, scheduler: Scheduler, num_inference_steps: int, image_tokens: int) -> None:
-        # LCM picks its steps from those it was distilled on, 50, and refuses more.
+        # LCM takes its steps from the 50 that it was distilled on, and raises for more.
         if num_inference_steps > scheduler.config.get("original_inference_steps", num_inference_steps):
             scheduler.register_to_config(original_inference_steps=num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=self._device)
 
 
 class FlowSchedulerFactory(SchedulerFactory):
-    """The same for models that predict flow, whose timesteps may shift with the size of the image.
+    """Schedulers of flow matching models, whose timesteps may shift with the image size.
 
     Args:
-        sigmas_end_at_last_step: whether the model wants its sigmas from 1 down to 1 / steps, where the
-            scheduler can be given any; else they are the scheduler's own.
+        sigmas_end_at_last_step: pass sigmas from 1 down to 1 / steps to schedulers that accept them;
+            otherwise schedulers compute their own.
     """
 
     samplers = FLOW_SAMPLERS
@@ -148,7 +144,7 @@ class FlowSchedulerFactory(SchedulerFactory):
         self._shifts: bool = published.config.get("use_dynamic_shifting", False)
 
     def _configured(self, sampler: Sampler) -> Scheduler:
-        # Heun's scheduler knows a fixed shift only; ours is put in with the timesteps.
+        # Heun's scheduler has a fixed shift only; `_set_timesteps` sets it.
         fixed = {"shift": 1.0} if self._shifts and not _takes_mu(sampler.scheduler) else {}
         return sampler.scheduler.from_config(self.published.config, **sampler.overrides, **fixed)
 
@@ -157,7 +153,7 @@ class FlowSchedulerFactory(SchedulerFactory):
         if self._shifts and _takes_mu(scheduler):
             arguments["mu"] = self._shift_exponent(image_tokens)
         elif self._shifts:
-            # e^mu as a fixed shift gives the same sigmas, see `time_shift` of the Euler scheduler.
+            # A fixed shift of e^mu gives the same sigmas, see `time_shift` of the Euler scheduler.
             scheduler.register_to_config(shift=math.exp(self._shift_exponent(image_tokens)))
         if self._sigmas_end_at_last_step and _takes_mu(scheduler):
             arguments["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
@@ -179,5 +175,5 @@ def _takes_mu(scheduler: Scheduler) -> bool:
 
 
 def takes_generator(scheduler: Scheduler) -> bool:
-    """Whether `scheduler.step` draws noise and wants the image's generator for it."""
+    """Whether `scheduler.step` samples noise and takes a generator for it."""
     return "generator" in inspect.signature(scheduler.step).parameters

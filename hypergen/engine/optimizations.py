@@ -41,7 +41,7 @@ def apply_optimizations(family: Family, settings: EngineSettings) -> None:
         if enabled and device != "cuda":
             raise ModelError(f"The setting {setting} needs a CUDA device; this model is on {device}.")
     if settings.channels_last:
-        for network in (family.denoiser, family.decoder, *family.control_models.values()):
+        for network in (family.denoiser, family.vae, *family.controlnets.values()):
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
     forward = family.forward
     if settings.compile != "off":

@@ -51,7 +51,7 @@ class Previewer:
         self._family = family
         self._report = report
         self._encoders = encoders
-        self._use_vae = sum(p.numel() for p in family.decoder.parameters()) <= _SMALL_VAE_PARAMETERS
+        self._use_vae = sum(p.numel() for p in family.vae.parameters()) <= _SMALL_VAE_PARAMETERS
         self._latent_to_rgb: LatentToRgb | None = None
 
     def maybe_preview(self, state: DenoisingState, prediction: Tensor, steps: int) -> None:
@@ -76,7 +76,7 @@ class Previewer:
         if self._use_vae:
             return self._family.decode(replace(state, latents=latents))
         if self._latent_to_rgb is None:
-            self._latent_to_rgb = LatentToRgb(partial(_encode_latents, self._family.decoder))
+            self._latent_to_rgb = LatentToRgb(partial(_encode_latents, self._family.vae))
         return self._latent_to_rgb(latents)
 
     def _encode(self, state: DenoisingState, number: int, pixels: Tensor) -> None:

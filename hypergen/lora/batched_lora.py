@@ -1,9 +1,8 @@
-"""Batched LoRA: what LoRAs add to the rows of one forward pass, each row its own LoRAs with its own weights.
+"""Batched LoRA: each row of a forward pass has its own LoRAs with their weights.
 
-Base weights are never changed. A row's bits do not depend on its neighbours, and a row without a LoRA keeps
-the base model's: only rows that have one are taken out, multiplied, and added to. Products of matrices run
-for several rows at once, in pieces of sizes that were tried on the layer's own shape and gave each row the
-bits that it gets alone. Larger windows than 1 x 1, and DoRA, run row by row.
+Base weights never change. Only rows with a LoRA are multiplied and added to, so the others keep the base
+model's bits. Matrix products run over several rows at once, in batch sizes that were probed on the layer's
+shape and gave each row the bits that it gets alone. Convolutions larger than 1 x 1, and DoRA, run row by row.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch.nn import functional
 
 from hypergen.lora.weights import LayerWeights, Lora
 
-# LoRAs of one row with their weights, in the order in which they are summed.
+# The LoRAs of one row with their weights, in the order in which they are summed.
 Loras = tuple[tuple[Lora, float], ...]
 
-# Few sizes, so that few must be tried; the largest first.
-_SIZES = (16, 8, 4, 2)
+# Few batch sizes, so that few are probed; the largest first.
+_BATCH_SIZES = (16, 8, 4, 2)
 
 
 class _Entry(NamedTuple):
@@ -31,72 +30,71 @@ class _Entry(NamedTuple):
 
 
 class LoraBatch:
-    """The LoRAs of a pass, as the hooks of its layers read them.
+    """The LoRAs of the rows of a batch; forward hooks of the layers call `add`.
 
     Args:
         loras: of each row.
-        pieces: how many rows may share a product.
     """
 
-    def __init__(self, loras: Sequence[Loras], pieces: BatchSizeProbe) -> None:
+    def __init__(self, loras: Sequence[Loras], batch_sizes: BatchSizeProbe) -> None:
         self._rows = len(loras)
-        self._batch_sizes = pieces
-        # First the first LoRA of every row, then the second of those that have two ...: each row's own order.
+        self._batch_sizes = batch_sizes
+        # Round i has the i-th LoRA of every row: each row sums its LoRAs in its own order.
         self._rounds = [
-            [_Entry(row, *own[place]) for row, own in enumerate(loras) if place < len(own)]
-            for place in range(max(map(len, loras)))
+            [_Entry(row, *own[i]) for row, own in enumerate(loras) if i < len(own)]
+            for i in range(max(map(len, loras)))
         ]
         self._tensors: dict[tuple[tuple[int, float], ...], tuple[Tensor, Tensor]] = {}
 
     def add(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> None:
-        """Add to the output of a layer, in place, what the LoRAs of its rows make of its input."""
+        """Add the LoRA products of the layer's input `x` to its output, in place."""
         if x.shape[0] != self._rows:
-            raise RuntimeError(f"{name} sees {x.shape[0]} rows, the pass has {self._rows}.")
+            raise RuntimeError(f"{name} has {x.shape[0]} input rows, but the batch has {self._rows}.")
         for entries in self._rounds:
-            together: dict[int, list[_Entry]] = {}
+            by_rank: dict[int, list[_Entry]] = {}
             for entry in entries:
                 weights = entry.lora.layers.get(name)
                 if weights is None:
                     continue
                 if weights.down.dim() > 2 or weights.magnitude is not None or _strided(layer):
-                    self._add_alone(layer, weights, entry, x, output)
+                    self._add_row(layer, weights, entry, x, output)
                 else:
-                    together.setdefault(weights.rank, []).append(entry)
-            for alike in together.values():
-                self._add_together(layer, name, alike, x, output)
+                    by_rank.setdefault(weights.rank, []).append(entry)
+            for batch in by_rank.values():
+                self._add_batch(layer, name, batch, x, output)
 
-    def _add_together(
+    def _add_batch(
         self, layer: nn.Module, name: str, entries: list[_Entry], x: Tensor, output: Tensor
     ) -> None:
         first = entries[0].lora.layers[name]
-        # Layers of one shape take one kernel.
+        # Layers of the same shape run the same kernel.
         shape = type(layer), x.shape[1:], x.dtype, first.down.shape, first.up.shape
         position = 0
         while position < len(entries):
-            left = len(entries) - position
-            size = self._batch_sizes.largest(shape, left, lambda size: _same_bits(layer, first, x, size))
-            piece = entries[position : position + size]
-            rows, scales = self._on_device(piece, x)
-            added = _product(layer, x.index_select(0, rows), [e.lora.layers[name] for e in piece], scales)
+            remaining = len(entries) - position
+            size = self._batch_sizes.largest(shape, remaining, lambda size: _same_bits(layer, first, x, size))
+            batch = entries[position : position + size]
+            rows, scales = self._on_device(batch, x)
+            added = _product(layer, x.index_select(0, rows), [e.lora.layers[name] for e in batch], scales)
             output.index_add_(0, rows, added.to(output.dtype))
             position += size
 
-    def _on_device(self, piece: list[_Entry], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers and scales of rows as tensors; a pass needs few of them again and again."""
-        key = tuple((entry.row, entry.weight) for entry in piece)
+    def _on_device(self, batch: list[_Entry], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Row indices and LoRA weights as tensors, cached: all layers use the same few."""
+        key = tuple((entry.row, entry.weight) for entry in batch)
         if key not in self._tensors:
-            rows = torch.tensor([entry.row for entry in piece], device=x.device)
-            scales = torch.tensor([entry.weight for entry in piece], device=x.device, dtype=x.dtype)
+            rows = torch.tensor([entry.row for entry in batch], device=x.device)
+            scales = torch.tensor([entry.weight for entry in batch], device=x.device, dtype=x.dtype)
             self._tensors[key] = rows, scales.view(-1, 1, 1)
         return self._tensors[key]
 
-    def _add_alone(
+    def _add_row(
         self, layer: nn.Module, weights: LayerWeights, entry: _Entry, x: Tensor, output: Tensor
     ) -> None:
         row, result = x[entry.row : entry.row + 1].contiguous(), output[entry.row : entry.row + 1]
-        added = entry.weight * _alone(layer, weights, row)
+        added = entry.weight * _row_product(layer, weights, row)
         if weights.magnitude is not None:
-            # The whole layer is scaled, so what it gave without its bias is too.
+            # DoRA scales the layer's own output too, without its bias.
             factor = _magnitude_factor(layer, weights, entry.weight)
             bias = getattr(layer, "bias", None)
             if isinstance(layer, nn.Conv2d):
@@ -108,32 +106,32 @@ class LoraBatch:
 
 
 class BatchSizeProbe:
-    """How many rows may share one product, by the shape of layer and input, as tried once.
+    """The batch sizes at which a LoRA product is bit-exact, probed once per shape of layer and input.
 
     Args:
-        strict: False: as many as there are, without a trial.
+        strict: False: allow every batch size without a probe.
     """
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
-        self._tried: dict[tuple[Hashable, int], bool] = {}
+        self._probed: dict[tuple[Hashable, int], bool] = {}
 
-    def largest(self, shape: Hashable, rows: int, trial: Callable[[int], bool]) -> int:
-        """The most of so many rows that may go together.
+    def largest(self, shape: Hashable, rows: int, probe: Callable[[int], bool]) -> int:
+        """The largest allowed batch size of at most `rows`.
 
         Args:
-            shape: of the layer, its factors and its input.
-            trial: tells whether so many rows keep their bits there.
+            shape: of the layer, its LoRA factors and its input.
+            probe: whether a batch of this size is bit-exact.
         """
-        for size in _SIZES:
-            if size <= rows and self._holds(shape, size, trial):
+        for size in _BATCH_SIZES:
+            if size <= rows and self._is_exact(shape, size, probe):
                 return size
         return 1
 
-    def _holds(self, shape: Hashable, size: int, trial: Callable[[int], bool]) -> bool:
-        if self._strict and (shape, size) not in self._tried:
-            self._tried[shape, size] = trial(size)
-        return not self._strict or self._tried[shape, size]
+    def _is_exact(self, shape: Hashable, size: int, probe: Callable[[int], bool]) -> bool:
+        if self._strict and (shape, size) not in self._probed:
+            self._probed[shape, size] = probe(size)
+        return not self._strict or self._probed[shape, size]
 
 
 def _strided(layer: nn.Module) -> bool:
@@ -143,15 +141,15 @@ def _strided(layer: nn.Module) -> bool:
 
 
 def _product(layer: nn.Module, x: Tensor, weights: Sequence[LayerWeights], scales: Tensor) -> Tensor:
-    """`up(down(x))` of each row with its own factors.
+    """`up(down(x))` of each row with its own LoRA.
 
     Args:
-        x: one row for each of the weights.
+        x: one row per entry of `weights`.
         scales: shape (rows, 1, 1).
     """
-    down = torch.stack([one.down for one in weights])
+    down = torch.stack([w.down for w in weights])
     scales = scales.to(down.dtype)
-    up = torch.stack([one.up for one in weights])
+    up = torch.stack([w.up for w in weights])
     if isinstance(layer, nn.Conv2d):
         hidden = torch.bmm(down, x.flatten(2).to(down.dtype)) * scales
         return torch.bmm(up, hidden).unflatten(2, x.shape[2:])
@@ -161,14 +159,14 @@ def _product(layer: nn.Module, x: Tensor, weights: Sequence[LayerWeights], scale
 
 
 def _same_bits(layer: nn.Module, weights: LayerWeights, x: Tensor, count: int) -> bool:
-    """Whether rows of a product over so many get the bits that each gets alone."""
+    """Whether each of `count` rows gets the bits in one product that it gets alone."""
     factors = torch.linspace(0.5, 1.5, count, device=x.device, dtype=x.dtype)
     rows = x[:1] * factors.view(-1, *[1] * (x.dim() - 1))
     scales = factors.view(-1, 1, 1)
-    together = _product(layer, rows, [weights] * count, scales)
+    batched = _product(layer, rows, [weights] * count, scales)
     return all(
         torch.equal(
-            together[i : i + 1],
+            batched[i : i + 1],
             _product(
                 layer, rows.index_select(0, torch.tensor([i], device=x.device)), [weights], scales[i : i + 1]
             ),
@@ -177,7 +175,7 @@ def _same_bits(layer: nn.Module, weights: LayerWeights, x: Tensor, count: int) -
     )
 
 
-def _alone(layer: nn.Module, weights: LayerWeights, row: Tensor) -> Tensor:
+def _row_product(layer: nn.Module, weights: LayerWeights, row: Tensor) -> Tensor:
     row = row.to(weights.down.dtype)
     if isinstance(layer, nn.Conv2d):
         down = weights.down if weights.down.dim() == 4 else weights.down[:, :, None, None]
@@ -187,8 +185,8 @@ def _alone(layer: nn.Module, weights: LayerWeights, row: Tensor) -> Tensor:
 
 
 def _magnitude_factor(layer: nn.Module, weights: LayerWeights, weight: float) -> Tensor:
-    """What DoRA scales each output of a layer by, shape (out,)."""
+    """DoRA's scale of each output of a layer, shape (out,)."""
     assert weights.magnitude is not None
     base: Any = layer.weight
-    changed = base.flatten(1) + weight * (weights.up @ weights.down.flatten(1))
-    return weights.magnitude / changed.norm(dim=1)
+    merged = base.flatten(1) + weight * (weights.up @ weights.down.flatten(1))
+    return weights.magnitude / merged.norm(dim=1)

@@ -1,7 +1,6 @@
-"""LoraManager: the LoRAs of one loaded pipeline, from a request's names to the rows of a forward pass.
+"""LoRA manager: loads the LoRAs of requests and applies them to the rows of forward passes.
 
-A family keeps one `LoraManager`, asks it for a request's LoRAs and hands them to its states; whoever runs
-the pipeline's modules over rows does it inside `lora_context`.
+Each family with LoRAs has one `LoraManager`. Forward passes of the pipeline's modules run in `lora_context`.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ import itertools
 import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,11 +32,11 @@ from hypergen.model_store.lora_files import LoraRegistry, open_registry
 
 logger = logging.getLogger(__name__)
 
-# Names with weights, as a request has them.
+# LoRA names and weights of a request.
 LoraWeights = tuple[tuple[str, float], ...]
-# Name, size and time of a file: another one is read anew.
+# Name, size and modification time: a changed file is loaded again.
 _Version = tuple[str, int, int]
-# Settings under which there are no layers left to hook, or their weights are elsewhere when a LoRA is loaded.
+# A compiled denoiser has no layers to hook; offloaded weights are elsewhere when a LoRA is loaded.
 _EXCLUDING = ("compile", "offload")
 
 
@@ -47,31 +46,29 @@ def _version_of(name: str, path: Path) -> _Version:
 
 
 class LoraManager:
-    """Loads LoRAs by name, from any thread, and applies them to passes of the pipeline's modules, on the
-    engine's thread.
+    """Loads LoRAs by name, in any thread, and applies them to forward passes, in the engine's thread.
 
     Args:
-        pipeline: of diffusers; its modules get hooks that do nothing in passes without a LoRA.
+        pipeline: of diffusers; forward hooks on its layers do nothing in batches without a LoRA.
 
     Raises:
-        ConfigurationError: a LoRA of the settings is not there, or the settings do not go together.
-        ModelError: the server's default LoRA cannot be used with this model.
+        ConfigurationError: a LoRA file is missing, or LoRAs cannot be combined with another setting.
+        ModelError: the server's default LoRA does not match this model.
     """
 
     def __init__(self, pipeline: Any, settings: EngineSettings) -> None:
         self._pipeline = pipeline
         self._settings = settings
         self._batch_sizes = BatchSizeProbe(strict=settings.determinism == "strict")
-        # What is kept in memory, and beside it what is only still in use.
-        self._cache: OrderedDict[_Version, Lora] = OrderedDict()
+        # Recently used LoRAs, and all LoRAs that are still referenced.
+        cache_bytes = settings.lora_cache_mb * 1e6
+        self._cache: LRUCache[_Version, Lora] = LRUCache(cache_bytes, lambda lora: lora.nbytes)
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
-        self._lock = threading.Lock()  # of these two
-        # Of the pass that is under way; None: no row has a LoRA.
+        self._lock = threading.Lock()  # guards both
+        # Of the current forward pass; None: no row has a LoRA.
         self.batch: LoraBatch | None = None
-        self._loading_threads = ThreadPoolExecutor(
-            2, "lora"
-        )  # so that a large file does not hold all others up
-        self._hooked: set[str] = set()  # layers
+        self._loading_threads = ThreadPoolExecutor(2, "lora")  # so that a large file does not block the next
+        self._hooked: set[str] = set()  # layer names
         self._reason = next(
             (f"with --{name}" for name in _EXCLUDING if getattr(settings, name) != "off"), None
         )
@@ -87,8 +84,8 @@ class LoraManager:
         settings = self._settings
         if not self._possible:
             if settings.lora or settings.lora_dir:
-                why = self._reason or f"by {type(self._pipeline).__name__}"
-                raise ConfigurationError(f"LoRAs are not served {why}.")
+                reason = self._reason or f"by {type(self._pipeline).__name__}"
+                raise ConfigurationError(f"LoRAs are not supported {reason}.")
             return LoraRegistry()
         folder = self._pipeline.config.get("_name_or_path")
         return open_registry(settings, Path(folder) if folder else None)
@@ -98,7 +95,7 @@ class LoraManager:
         return frozenset({"loras"}) if self._possible else frozenset()
 
     def info_fields(self) -> dict[str, Any]:
-        """The fields of a `ModelInfo` that tell of LoRAs."""
+        """The LoRA fields of `ModelInfo`."""
         return {
             "loras": tuple(sorted(self.registry.files)),
             "lora_folders": tuple(str(folder) for folder in self.registry.folders),
@@ -107,9 +104,7 @@ class LoraManager:
         }
 
     def load_in_background(self, names_and_weights: LoraWeights) -> Future[Loras] | None:
-        """Start to load the LoRAs of a request in a thread; those in memory are there at once. None: it has
-        none.
-        """
+        """Load the LoRAs of a request in a thread, or at once if they are in memory; None: it has none."""
         if not names_and_weights:
             return None
         if not self._in_memory(names_and_weights):
@@ -121,21 +116,21 @@ class LoraManager:
     def _in_memory(self, names_and_weights: LoraWeights) -> bool:
         try:
             versions = [_version_of(name, self.registry.path_of(name)) for name, _ in names_and_weights]
-        except (OSError, InvalidRequestError):  # told by whoever reads it
+        except (OSError, InvalidRequestError):  # `load` raises it again
             return False
         with self._lock:
             return all(version in self._in_use for version in versions)
 
     @torch.inference_mode()
     def load(self, names_and_weights: LoraWeights) -> Loras:
-        """The LoRAs of a request, from memory or their files; weight 0 is the base model.
+        """The LoRAs of a request, from memory or from their files, without those of weight 0.
 
         Raises:
-            InvalidRequestError: a name is not offered, or its file is no LoRA for this model.
+            InvalidRequestError: unknown name, or the file is not a LoRA for this model.
         """
-        return tuple((self._read_one(name), weight) for name, weight in names_and_weights if weight != 0)
+        return tuple((self._load_one(name), weight) for name, weight in names_and_weights if weight != 0)
 
-    def _read_one(self, name: str) -> Lora:
+    def _load_one(self, name: str) -> Lora:
         path = self.registry.path_of(name)
         try:
             version = _version_of(name, path)
@@ -143,7 +138,7 @@ class LoraManager:
                 lora = self._in_use.get(version)
             if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
-                lora = Lora({layer: self._pad_rank(one) for layer, one in weights.items()})
+                lora = Lora({layer: self._pad_rank(factors) for layer, factors in weights.items()})
                 logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
@@ -153,9 +148,7 @@ class LoraManager:
         return lora
 
     def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
-        """Zeros up to the rank at which products are computed together: neighbours of another rank then
-        change no shape, and so no bits.
-        """
+        """Pad to the maximum rank with zeros: LoRAs of other ranks in the batch then change no shape."""
         missing = self._settings.max_lora_rank - weights.rank
         if missing <= 0 or weights.down.dim() > 2 or weights.magnitude is not None:
             return weights
@@ -166,7 +159,7 @@ class LoraManager:
         )
 
     def _hook(self, lora: Lora) -> None:
-        """Hooks and not other forwards, because the engine replaces forwards of layers (layers.py)."""
+        """Register forward hooks; not new `forward` methods, because batch invariance replaces those."""
         for name in lora.layers.keys() - self._hooked:
             component, _, inside = name.partition(".")
             layer = getattr(self._pipeline, component).get_submodule(inside)
@@ -175,19 +168,17 @@ class LoraManager:
         lora.hooked = True
 
     def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if (rows := self.batch) is not None:
-            rows.add(layer, name, inputs[0], output)
+        if self.batch is not None:
+            self.batch.add(layer, name, inputs[0], output)
 
     def _keep(self, version: _Version, lora: Lora) -> None:
-        with self._lock:
-            self._in_use[version] = self._cache[version] = lora
-            self._cache.move_to_end(version)
-            while sum(one.nbytes for one in self._cache.values()) > self._settings.lora_cache_mb * 1e6:
-                self._cache.popitem(last=False)
+        with self._lock, suppress(ValueError):  # larger than the cache
+            self._in_use[version] = lora
+            self._cache[version] = lora
 
     @contextmanager
     def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:
-        # Here and not where a LoRA is loaded: a hook must not come while another thread runs the layer.
+        # Not in `load`, which runs in other threads: a hook must not be added while its layer runs.
         for lora, _ in itertools.chain(*loras):
             if not lora.hooked:
                 self._hook(lora)
@@ -200,10 +191,11 @@ class LoraManager:
 
 @contextmanager
 def lora_context(lora_manager: LoraManager | None, loras: Sequence[Loras]) -> Iterator[None]:
-    """Apply to each row of the batch inside its own LoRAs.
+    """Apply each row's LoRAs to the forward passes inside.
 
     Args:
-        lora_manager: that loaded them; None: the family has no LoRAs.
+        lora_manager: the manager that loaded them; None: the family has no LoRAs.
+        loras: of each row.
     """
     if lora_manager is None or not any(loras):
         yield
@@ -213,10 +205,10 @@ def lora_context(lora_manager: LoraManager | None, loras: Sequence[Loras]) -> It
 
 
 def text_encoder_loras(loras: Loras) -> Loras:
-    """Those of a request's LoRAs that change how its prompt is read."""
+    """The LoRAs that change the text encoder, and so the prompt embeddings."""
     return tuple((lora, weight) for lora, weight in loras if lora.changes_text_encoder)
 
 
 def prompt_cache_key(loras: Loras) -> Hashable:
-    """What tells apart texts that were read with other LoRAs."""
+    """The LoRA part of the key of a prompt in the prompt cache."""
     return tuple((lora.number, weight) for lora, weight in loras)

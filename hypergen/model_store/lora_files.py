@@ -15,6 +15,7 @@ from typing import Any
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.model_families import FAMILIES
 from hypergen.model_store.diffusers_layout import LORAS, safetensors_header
 
 logger = logging.getLogger(__name__)
@@ -189,16 +190,13 @@ def summarise(path: Path) -> LoraSummary:
 
 def _model(downs: dict[str, list[int]]) -> str:
     """The model family, detected by layer names and the width of the prompt embeddings."""
-    if any(
-        "single_blocks" in key or "double_blocks" in key or "single_transformer_blocks" in key
-        for key in downs
-    ):
-        return "flux"
-    widths = {shape[1] for key, shape in downs.items() if "attn2" in key and "to_k" in key.replace(".", "_")}
-    if widths:
-        return {768: "sd 1.x", 1024: "sd 2.x", 2048: "sdxl"}.get(max(widths), "sd")
-    if any("joint" in key or "add_k_proj" in key for key in downs):
-        return "sd3"
+    widths = [shape[1] for key, shape in downs.items() if "attn2" in key and "to_k" in key.replace(".", "_")]
+    width = max(widths, default=0)
+    for spec in FAMILIES.values():
+        if width in spec.lora_text_widths:
+            return spec.lora_text_widths[width]
+        if any(layer in key for layer in spec.lora_layers for key in downs):
+            return spec.name
     if any(key.startswith(("unet", "lora_unet")) for key in downs):
-        return "sd or sdxl"
+        return " or ".join(sorted(spec.name for spec in FAMILIES.values() if spec.lora_text_widths))
     return "transformer" if any(key.startswith("transformer") for key in downs) else "text encoder"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.errors import ModelError
+from hypergen.model_families import REFINER_PIPELINE
 from hypergen.model_store import single_file
 from hypergen.model_store.diffusers_layout import (
     CHECKPOINT,
@@ -36,7 +37,6 @@ from hypergen.model_store.single_file import ReportProgress
 
 EMBEDDED_NAME = "hypergen-tiny"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
-_REFINER = "StableDiffusionXLImg2ImgPipeline"
 
 PipelineCheck = Callable[[Path], None]
 
@@ -99,8 +99,10 @@ def get_or_import_refiner(
 
     def check(pipeline_file: Path) -> None:
         found = pipeline_class_of(pipeline_file.parent, str(refiner))
-        if found != _REFINER:
-            raise ModelError(f"{refiner} is not a refiner: it must be a {_REFINER}, and is a {found}.")
+        if found != REFINER_PIPELINE:
+            raise ModelError(
+                f"{refiner} is not a refiner: it must be a {REFINER_PIPELINE}, and is a {found}."
+            )
 
     if refiner is None:
         return None

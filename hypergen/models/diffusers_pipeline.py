@@ -1,4 +1,4 @@
-"""Any other text-to-image pipeline of diffusers: called whole, with a look in after every step."""
+"""Any other text-to-image pipeline of diffusers: runs as a full pipeline, with a callback after each step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from hypergen.denoising.offload import device_of
 from hypergen.errors import ModelError
@@ -15,23 +16,23 @@ from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.models.resolution import round_up
 from hypergen.request import GenerationRequest
 
-# What every such pipeline can be arguments for; most want sides that are a multiple of 16 or 32.
+# Most pipelines need sides that are a multiple of 16 or 32.
 _MULTIPLE = 32
 _NATIVE_SIDE = 1024
-_NEEDED = ("prompt", "num_inference_steps", "generator")
+_REQUIRED = ("prompt", "num_inference_steps", "generator")
 
 
 class DiffusersPipeline:
-    """A pipeline as diffusers made it.
+    """A diffusers pipeline without step-level batching.
 
     Args:
-        model_card: what the diffusers files cannot say about a model, see `StableDiffusion`.
+        model_card: the model's `hypergen.json`, see `StableDiffusion`.
 
     Attributes:
-        min_steps: the fewest that it can do, as far as was tried.
+        min_steps: fewest steps that worked during warmup.
 
     Raises:
-        ModelError: this pipeline does not draw from a prompt alone.
+        ModelError: the pipeline is not text-to-image.
     """
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any]) -> None:
@@ -40,26 +41,31 @@ class DiffusersPipeline:
         self.min_steps = 1
         self.parameters = inspect.signature(pipeline.__call__).parameters
         self.name = type(pipeline).__name__
-        missing = [name for name in _NEEDED if name not in self.parameters]
-        wanted = [
+        missing = [name for name in _REQUIRED if name not in self.parameters]
+        extra = [
             name
             for name, parameter in self.parameters.items()
             if parameter.default is parameter.empty
             and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             and name != "prompt"
         ]
-        if missing or wanted:
-            lacks = f"takes no {missing[0]}" if missing else f"also wants {wanted[0]}"
-            raise ModelError(f"It is a {self.name}, which {lacks}: no text-to-image pipeline.")
+        if missing or extra:
+            reason = f"has no argument '{missing[0]}'" if missing else f"also needs '{extra[0]}'"
+            raise ModelError(f"{self.name} is not a text-to-image pipeline: it {reason}.")
         pipeline.set_progress_bar_config(disable=True)
-        # A negative prompt and its scale: some models have a scale of another kind besides.
+        # The scale of classifier-free guidance; FLUX and others also have a distilled `guidance_scale`.
         self._scale = next((n for n in ("true_cfg_scale", "guidance_scale") if n in self.parameters), None)
 
     @property
     def device(self) -> torch.device:
-        """Where it draws, even if its parts wait elsewhere."""
+        """The device that it runs on, even while its networks are offloaded."""
         denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
         return self.pipeline.device if denoiser is None else device_of(denoiser)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All networks that are in memory."""
+        return tuple(part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
 
     def model_info(self, model_id: str) -> ModelInfo:
         defaults = {
@@ -80,10 +86,10 @@ class DiffusersPipeline:
         )
 
     def generate(self, request: GenerationRequest, index: int, on_step: Callable[[int], None]) -> np.ndarray:
-        """Image `index` of a request: uint8, shape (drawn height, drawn width, 3).
+        """Generate image `index` of a request: uint8, shape (height, width, 3) at the generation size.
 
         Args:
-            on_step: told the number of steps that are done; what it raises ends the drawing.
+            on_step: called with the number of finished steps; an exception in it ends the generation.
         """
         arguments: dict[str, Any] = {
             "prompt": request.prompt,
@@ -92,9 +98,9 @@ class DiffusersPipeline:
             "width": round_up(request.width, _MULTIPLE),
             "height": round_up(request.height, _MULTIPLE),
             "output_type": "pil",
-            # Some would draw another size that they know better, and resize.
+            # Otherwise some pipelines generate a size of their own and resize.
             "use_resolution_binning": False,
-            "clean_caption": False,  # or lower-case the prompt and cut addresses out of it
+            "clean_caption": False,  # otherwise some lower-case the prompt and remove URLs
             **self._callbacks(on_step),
         }
         if self._scale:
@@ -105,35 +111,33 @@ class DiffusersPipeline:
         return np.asarray(self.pipeline(**known).images[0].convert("RGB"))
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text as the model's own tokenizer counts them; 0 if it has none."""
+        """Number of tokens by the model's tokenizer; 0 if it has none."""
         tokenizer: Any = getattr(self.pipeline, "tokenizer", None)
         return len(tokenizer(text, add_special_tokens=False).input_ids) if tokenizer is not None else 0
 
-    def _default(self, name: str | None, otherwise: Any) -> Any:
+    def _default(self, name: str | None, fallback: Any) -> Any:
         parameter = self.parameters.get(name or "")
-        return (
-            otherwise
-            if parameter is None or parameter.default in (None, parameter.empty)
-            else parameter.default
-        )
+        if parameter is None or parameter.default in (None, parameter.empty):
+            return fallback
+        return parameter.default
 
     def _native_side(self) -> int:
-        """In pixels, where the pipeline knows it as all older ones do."""
+        """In pixels; older pipelines know it."""
         latent_side = getattr(self.pipeline, "default_sample_size", None)
         if not isinstance(latent_side, int):
             return _NATIVE_SIDE
         return latent_side * getattr(self.pipeline, "vae_scale_factor", 8)
 
     def _callbacks(self, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """The callback under the name that the pipeline has for it."""
+        """The step callback, under the name of the pipeline's argument."""
 
         def after_step(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             on_step(step + 1)
             return values
 
-        def after_old_step(step: int, _timestep: Any, _latents: Any) -> None:
+        def after_step_legacy(step: int, _timestep: Any, _latents: Any) -> None:
             on_step(step + 1)
 
         if "callback_on_step_end" in self.parameters:
             return {"callback_on_step_end": after_step}
-        return {"callback": after_old_step}
+        return {"callback": after_step_legacy}

@@ -1,122 +1,79 @@
-"""FLUX.1 schnell and dev: a transformer over 2x2 patches, T5 for the words and CLIP for the whole."""
+"""FLUX.1 schnell and dev: a transformer over 2x2 patches, T5 token embeddings and a pooled CLIP embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from concurrent.futures import Future
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
-from hypergen.denoising.offload import device_of
-from hypergen.denoising.schedulers import FLOW_SAMPLERS, FlowSchedulerFactory, takes_generator
+from hypergen.denoising.schedulers import FlowSchedulerFactory
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import LoraManager
-from hypergen.model_info import Capability, ModelDefaults, ModelInfo
-from hypergen.models.family import PromptEmbeds
+from hypergen.model_families import FAMILIES
+from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import PooledClipEncoder
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt, PromptCache
 from hypergen.models.text_encoders.t5 import T5Encoder
 from hypergen.request import GenerationRequest
 
-_PATCH = 2  # latent pixels that make the side of a patch
+_PATCH = 2  # side of a patch in latent pixels
 _SIDE = 1024
 _DEV_DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5, "width": _SIDE, "height": _SIDE}
-# Distilled to a few steps, and knows no guidance.
+# Distilled to a few steps, without guidance.
 _SCHNELL_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": _SIDE, "height": _SIDE}
-# Tokens that T5 reads, as the models were trained.
+# Tokens of T5, as in training.
 _DEV_LENGTH, _SCHNELL_LENGTH = 512, 256
 
 
-class Flux:
-    """The pipeline's modules, called step by step.
+class Flux(Family):
+    """FLUX.1 with step-level batching.
 
-    FLUX.1 dev was distilled with guidance as an input, and `guidance_scale` is that. A negative prompt needs
-    classifier-free guidance, two rows for each image, whose scale is `true_cfg_scale`, of the request or the
-    model card.
+    `guidance_scale` is the distilled guidance of FLUX.1 dev, an input of the transformer. A negative prompt
+    needs classifier-free guidance, with two rows per image; its scale is `true_cfg_scale`.
 
-    Latents are kept as (1, C, h, w) and packed into patches for the transformer alone.
+    Latents stay (1, C, h, w); `forward` packs them into patches.
 
     Args:
-        model_card: what the diffusers files cannot say about a model (its `hypergen.json`): `defaults`,
-            and `true_cfg_scale`, 4 if it is absent.
+        model_card: also has the default of `true_cfg_scale`, 4 if absent.
     """
 
-    name = "flux"
-    pipeline_class = FluxPipeline
-    half_dtype = torch.bfloat16
+    spec = FAMILIES["flux"]
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
-        self.transformer: Any = pipeline.transformer
-        self.vae: Any = pipeline.vae
-        self.model_card = model_card
-        self.lora_manager = LoraManager(pipeline, settings)
-        self.control_models: Mapping[str, nn.Module] = {}
+        super().__init__(pipeline, model_card, settings)
         self.true_cfg_scale: float = model_card.get("true_cfg_scale", 4.0)
-        # FLUX spaces its sigmas itself, down to 1 / steps.
-        self.schedulers = FlowSchedulerFactory(
-            pipeline.scheduler, device_of(self.transformer), sigmas_end_at_last_step=True
-        )
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.takes_guidance: bool = self.transformer.config.guidance_embeds
+        self.schedulers = FlowSchedulerFactory(pipeline.scheduler, self.device, sigmas_end_at_last_step=True)
+        self.takes_guidance: bool = self.denoiser.config.guidance_embeds
         length = _DEV_LENGTH if self.takes_guidance else _SCHNELL_LENGTH
-        dtype, room = self.transformer.dtype, settings.prompt_cache_mb * 1_000_000 // 2
+        dtype, cache_bytes = self.denoiser.dtype, settings.prompt_cache_mb * 1_000_000 // 2
         with torch.inference_mode():
             self.clip = PromptCache(
                 PooledClipEncoder(pipeline.tokenizer, pipeline.text_encoder, dtype=dtype),
-                room,
+                cache_bytes,
                 self.lora_manager,
             )
             self.t5 = PromptCache(
                 T5Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, length, dtype),
-                room,
+                cache_bytes,
                 self.lora_manager,
             )
 
     @property
-    def denoiser(self) -> nn.Module:
-        return self.transformer
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.transformer)
-
-    @property
-    def decoder(self) -> nn.Module:
-        return self.vae
-
-    def model_info(self, model_id: str) -> ModelInfo:
-        defaults = _DEV_DEFAULTS if self.takes_guidance else _SCHNELL_DEFAULTS
-        return ModelInfo(
-            id=model_id,
-            family=self.name,
-            defaults=ModelDefaults(**{**defaults, **self.model_card.get("defaults", {})}),
-            samplers={name: sampler.min_steps for name, sampler in FLOW_SAMPLERS.items()},
-            min_steps=self.schedulers.min_steps,
-            device=self.device.type,
-            dtype=str(self.transformer.dtype).removeprefix("torch."),
-            capabilities=frozenset[Capability](
-                {"prompt_2", "negative_prompt", "true_cfg_scale", *self.lora_manager.capabilities}
-            ),
-            **self.lora_manager.info_fields(),
-        )
+    def defaults(self) -> dict[str, Any]:
+        return _DEV_DEFAULTS if self.takes_guidance else _SCHNELL_DEFAULTS
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         multiple = self.vae_scale_factor * _PATCH
         return round_up(width, multiple), round_up(height, multiple)
 
-    def load_loras(self, request: GenerationRequest) -> Future[Loras] | None:
-        return self.lora_manager.load_in_background(request.loras)
-
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
         texts = [(request.prompt, request.prompt_2)]
-        if (request.negative_prompt or request.negative_prompt_2) and self._scale(request) > 1:
+        if (request.negative_prompt or request.negative_prompt_2) and self._cfg_scale(request) > 1:
             texts.append((request.negative_prompt or "", request.negative_prompt_2))
         encoded = [(self.t5.get(text_2 or text, loras), self.clip.get(text, loras)) for text, text_2 in texts]
         positive, *negatives = [self._build_inputs(request, *prompts) for prompts in encoded]
@@ -126,31 +83,9 @@ class Flux:
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
     ) -> DenoisingState:
         width, height = self.generation_size(request.width, request.height)
-        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
-        scheduler = self.schedulers.make(
-            request.sampler, request.num_inference_steps, rows * columns // _PATCH**2
-        )
-        generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        shape = (1, self.transformer.config.in_channels // _PATCH**2, rows, columns)
-        noise = torch.randn(shape, generator=generator, dtype=self.transformer.dtype)
-        return DenoisingState(
-            request=request,
-            index=index,
-            latents=noise.to(self.device),
-            positive=prompts.positive,
-            negative=prompts.negative,
-            guidance_scale=self._scale(request),
-            prompt_tokens=prompts.tokens,
-            generator=generator,
-            scheduler=scheduler,
-            is_stochastic=takes_generator(scheduler),
-            loras=loras,
-        )
-
-    def decode(self, state: DenoisingState) -> Tensor:
-        config = self.vae.config
-        latents = state.latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        return self.vae.decode(latents, return_dict=False)[0]
+        image_tokens = width * height // (self.vae_scale_factor * _PATCH) ** 2
+        scale = self._cfg_scale(request)
+        return self._prepare(request, index, prompts, loras, image_tokens=image_tokens, guidance_scale=scale)
 
     def forward(
         self,
@@ -162,9 +97,9 @@ class Flux:
         prompt_embeds = inputs.encoder_hidden_states
         height, width = (side // _PATCH for side in latents.shape[-2:])
         packed = functional.pixel_unshuffle(latents, _PATCH).flatten(2).transpose(1, 2)
-        output = self.transformer(
+        output = self.denoiser(
             hidden_states=packed,
-            # In the latents' precision before it is divided, as diffusers does.
+            # Cast before the division, as in diffusers.
             timestep=timesteps.to(latents.dtype) / 1000,
             guidance=inputs.guidance,
             pooled_projections=inputs.pooled_prompt_embeds,
@@ -175,21 +110,21 @@ class Flux:
         )[0]
         return functional.pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
 
-    def _scale(self, request: GenerationRequest) -> float:
-        """Of the guidance away from a negative prompt."""
+    def _cfg_scale(self, request: GenerationRequest) -> float:
+        """The scale of classifier-free guidance."""
         return self.true_cfg_scale if request.true_cfg_scale is None else request.true_cfg_scale
 
     def _build_inputs(
-        self, request: GenerationRequest, words: EncodedPrompt, pooled: EncodedPrompt
+        self, request: GenerationRequest, t5: EncodedPrompt, clip: EncodedPrompt
     ) -> ModelInputs:
         if not self.takes_guidance:
-            return ModelInputs(words.embeds, pooled.embeds)
-        guidance = torch.tensor([request.guidance_scale], device=words.embeds.device)
-        return ModelInputs(words.embeds, pooled.embeds, guidance=guidance)
+            return ModelInputs(t5.embeds, clip.embeds)
+        guidance = torch.tensor([request.guidance_scale], device=t5.embeds.device)
+        return ModelInputs(t5.embeds, clip.embeds, guidance=guidance)
 
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:
-    """Row and column of each patch, shape (height x width, 3); the first number counts pictures."""
+    """Position ids of the patches, shape (height x width, 3): zero, row, column."""
     sides = torch.arange(height, device=device), torch.arange(width, device=device)
     rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)

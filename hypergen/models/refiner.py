@@ -1,4 +1,4 @@
-"""SDXL's refiner: a second expert that takes over for the last steps, with its own encoder and conditions."""
+"""SDXL's refiner: a second denoiser for the last steps, with its own text encoder and conditioning."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from hypergen.models.text_encoders.clip import ClipEncoder
 from hypergen.models.text_encoders.prompt_cache import PromptCache, pad_with_empty_chunks
 from hypergen.request import GenerationRequest
 
-# The share of the noise schedule that the base model draws; the refiner was trained on the rest.
-_TAKES_OVER_AT = 0.8
-# How beautiful a picture is asked for and how ugly one is avoided, as diffusers' defaults.
+# The share of the noise schedule of the base model; the refiner was trained on the rest.
+_SWITCH_AT = 0.8
+# diffusers' defaults.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 
@@ -33,10 +33,10 @@ class Refiner:
     """Ensemble of experts, as in section 2.5 of the SDXL paper (https://arxiv.org/abs/2307.01952).
 
     Args:
-        unet: of the base model, whose device and precision the refiner shares.
+        unet: of the base model; the refiner gets its device and dtype.
 
     Raises:
-        ModelError: the folder is no refiner.
+        ModelError: the folder has no refiner for this model.
     """
 
     def __init__(self, folder: Path, unet: Any, settings: EngineSettings) -> None:
@@ -44,8 +44,11 @@ class Refiner:
         pipeline = load_pipeline(StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, without=["vae"])
         apply_memory_settings(pipeline, settings, device_of(unet), offloader_of(unet))
         self.unet: Any = pipeline.unet
+        self.modules: tuple[nn.Module, ...] = (pipeline.unet, pipeline.text_encoder_2)
         if self.unet.config.cross_attention_dim == unet.config.cross_attention_dim:
-            raise ModelError(f"{folder} is no refiner of this model: it reads prompts of the same width.")
+            raise ModelError(
+                f"{folder} is not a refiner of this model: its prompt embeddings have the same width."
+            )
         self._requires_aesthetics_score: bool = pipeline.config.requires_aesthetics_score
         self._force_zeros: bool = pipeline.config.force_zeros_for_empty_prompt
         encode = ClipEncoder(
@@ -60,17 +63,18 @@ class Refiner:
 
     def encode_prompts(self, request: GenerationRequest) -> PromptEmbeds:
         positive = self._prompts.get(request.prompt)
-        wanted = positive.embeds
+        embeds = positive.embeds
         if request.guidance_scale <= 1:
-            return PromptEmbeds(ModelInputs(wanted, positive.pooled), None, positive.tokens)
-        negative = self._prompts.get(request.negative_prompt or "")
-        length = max(wanted.shape[1], negative.embeds.shape[1])
+            return PromptEmbeds(ModelInputs(embeds, positive.pooled), None, positive.tokens)
+        negative_prompt = self._prompts.get(request.negative_prompt or "")
+        length = max(embeds.shape[1], negative_prompt.embeds.shape[1])
         empty = self._prompts.get("").embeds
-        unwanted = ModelInputs(pad_with_empty_chunks(negative.embeds, length, empty), negative.pooled)
+        padded = pad_with_empty_chunks(negative_prompt.embeds, length, empty)
+        negative = ModelInputs(padded, negative_prompt.pooled)
         if self._force_zeros and not request.negative_prompt:
-            unwanted = unwanted.map(torch.zeros_like)
-        wanted = pad_with_empty_chunks(wanted, length, empty)
-        return PromptEmbeds(ModelInputs(wanted, positive.pooled), unwanted, positive.tokens)
+            negative = negative.map(torch.zeros_like)
+        embeds = pad_with_empty_chunks(embeds, length, empty)
+        return PromptEmbeds(ModelInputs(embeds, positive.pooled), negative, positive.tokens)
 
     def switch(
         self,
@@ -80,17 +84,17 @@ class Refiner:
         height: int,
         schedulers: SchedulerFactory,
     ) -> DenoiserSwitch | None:
-        """The last steps of an image of this size in pixels; None when there are too few steps to share."""
+        """The switch of an image of this size in pixels to the refiner; None: it has too few steps."""
         request, scheduler = state.request, state.scheduler
         trained_steps = scheduler.config.num_train_timesteps
-        late = scheduler.timesteps < round((1 - _TAKES_OVER_AT) * trained_steps)
-        at_step = len(late) - int(late.sum())
-        # A sampler of second order changes hands between its steps, not within one.
+        is_late = scheduler.timesteps < round((1 - _SWITCH_AT) * trained_steps)
+        at_step = len(is_late) - int(is_late.sum())
+        # Second-order schedulers switch between their steps, not within one.
         order: int = scheduler.order
         at_step = max(at_step - at_step % order, order)
-        if at_step >= len(late) or at_step <= state.step_index:
+        if at_step >= len(is_late) or at_step <= state.step_index:
             return None
-        if hasattr(scheduler, "set_begin_index"):  # multistep samplers forget what the other expert said
+        if hasattr(scheduler, "set_begin_index"):  # multistep schedulers start with an empty history
             scheduler = schedulers.make(request.sampler, request.num_inference_steps)
             scheduler.set_begin_index(at_step)
         positive = self._with_size(prompts.positive, width, height, _AESTHETIC_SCORE)
@@ -100,24 +104,31 @@ class Refiner:
         return DenoiserSwitch(at_step, positive, negative, scheduler, batch_key_extra=("refiner",))
 
     def _with_size(self, inputs: ModelInputs, width: int, height: int, score: float) -> ModelInputs:
-        # Original size and crop, then the score or, for refiners without one, the target size.
-        last = [score] if self._requires_aesthetics_score else [height, width]
+        # Original size and crop, then the aesthetic score or, for refiners without one, the target size.
+        score_or_size = [score] if self._requires_aesthetics_score else [height, width]
         embeds = inputs.encoder_hidden_states
-        time_ids = torch.tensor([[height, width, 0, 0, *last]], dtype=embeds.dtype, device=embeds.device)
+        time_ids = torch.tensor(
+            [[height, width, 0, 0, *score_or_size]], dtype=embeds.dtype, device=embeds.device
+        )
         return replace(inputs, time_ids=time_ids)
 
 
 class Experts(nn.Module):
-    """Base and refiner as one denoiser: prompts are read by the one that was made for their width."""
+    """Base and refiner UNet as one denoiser; the width of the prompt embeddings selects one."""
 
     def __init__(self, base: Any, refiner: Any) -> None:
         super().__init__()
         self.base = base
         self.refiner = refiner
+        self.config, self.dtype = base.config, base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.base)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, **others: Any
+        self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, **kwargs: Any
     ) -> tuple[Tensor, ...]:
-        refines = encoder_hidden_states.shape[-1] == self.refiner.config.cross_attention_dim
-        unet = self.refiner if refines else self.base
-        return unet(latents, timesteps, encoder_hidden_states=encoder_hidden_states, **others)
+        is_refiner = encoder_hidden_states.shape[-1] == self.refiner.config.cross_attention_dim
+        unet = self.refiner if is_refiner else self.base
+        return unet(latents, timesteps, encoder_hidden_states=encoder_hidden_states, **kwargs)

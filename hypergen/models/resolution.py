@@ -1,4 +1,4 @@
-"""Sizes: from what was asked to what a model can draw."""
+"""Generation sizes: from a requested size to one that a model supports."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ _SMALLEST_SIDE = 64  # pixels, as in the API
 
 
 def round_up(side: int, multiple: int) -> int:
-    """The smallest multiple that is not below `side`."""
+    """Round up to a multiple."""
     return -(-side // multiple) * multiple
 
 
 def choose_generation_size(
     width: int, height: int, multiple: int, max_native_area: int | None, min_native_side: int | None
 ) -> tuple[int, int]:
-    """The size at which a model draws what was asked for, of sides that are multiples.
+    """The generation size for a requested size; sides are multiples of `multiple`.
 
-    Above `max_native_area` pixels it is the nearest native size; where a side is below `min_native_side`,
-    twice the asked size if that is within the native area.
+    Above `max_native_area` pixels it is the nearest native size. If a side is below `min_native_side`, it is
+    twice the requested size if that is within the native area.
     """
     if max_native_area is not None and width * height > max_native_area:
         return nearest_native_size(width, height, max_native_area, multiple)
@@ -28,19 +28,18 @@ def choose_generation_size(
 
 
 def nearest_native_size(width: int, height: int, native_area: int, multiple: int) -> tuple[int, int]:
-    """The size of about `native_area` pixels whose sides are multiples and whose shape is nearest to the
-    asked one.
+    """The size of about `native_area` pixels with the aspect ratio nearest to the requested one.
 
-    A side never falls below 64 pixels; the other one then takes what the area leaves.
+    Sides are multiples of `multiple`. A side is at least 64 pixels; the other is then limited by the area.
     """
     scale = (native_area / (width * height)) ** 0.5
 
-    def fit(side: float) -> int:
+    def round_side(side: float) -> int:
         return max(_SMALLEST_SIDE, round(side / multiple) * multiple)
 
-    drawn_width, drawn_height = fit(width * scale), fit(height * scale)
-    if drawn_width == _SMALLEST_SIDE:
-        drawn_height = min(drawn_height, fit(native_area / _SMALLEST_SIDE))
-    if drawn_height == _SMALLEST_SIDE:
-        drawn_width = min(drawn_width, fit(native_area / _SMALLEST_SIDE))
-    return drawn_width, drawn_height
+    native_width, native_height = round_side(width * scale), round_side(height * scale)
+    if native_width == _SMALLEST_SIDE:
+        native_height = min(native_height, round_side(native_area / _SMALLEST_SIDE))
+    if native_height == _SMALLEST_SIDE:
+        native_width = min(native_width, round_side(native_area / _SMALLEST_SIDE))
+    return native_width, native_height

@@ -1,5 +1,6 @@
-"""Loading a checkpoint in one file: its weights through diffusers' `from_single_file`, the rest from the
-folder that the model store made for it.
+"""Load a single-file checkpoint with diffusers' `from_single_file`.
+
+Configurations, and weights that the file does not have, come from the folder that the model store made.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import nn
 
 from hypergen.errors import ModelError
+from hypergen.model_families import optional_encoders
 from hypergen.model_store.diffusers_layout import (
     CHECKPOINT,
-    OPTIONAL_IN_CHECKPOINTS,
     PIPELINE_FILE,
     components_in_checkpoint,
     read_components,
@@ -24,39 +25,45 @@ from hypergen.model_store.diffusers_layout import (
 
 logger = logging.getLogger(__name__)
 
-_ITS_TOKENIZER = "tokenizer_3"
-_INCOMPLETE = "The checkpoint lacks weights that its configuration names; is it that of another model?"
+_INCOMPLETE = (
+    "The checkpoint lacks weights that its configuration needs; is the configuration of another model?"
+)
 
 
 def load_checkpoint(pipeline_class: Any, path: Path, dtype: torch.dtype, left_out: dict[str, None]) -> Any:
     """A pipeline of diffusers, on the CPU.
 
     Args:
-        path: the folder, in diffusers' layout but for the weights that are in its `checkpoint.safetensors`.
-        left_out: components that are not loaded.
+        path: a folder in diffusers' layout; its `checkpoint.safetensors` has the weights.
+        left_out: components to skip.
 
     Raises:
-        ModelError: file and configuration do not fit together.
+        ModelError: file and configuration do not match.
     """
     index = json.loads((path / PIPELINE_FILE).read_text(encoding="utf-8"))
-    inside = components_in_checkpoint(path)
-    given: dict[str, Any] = dict(left_out)
+    in_checkpoint = components_in_checkpoint(path)
+    components: dict[str, Any] = dict(left_out)
     for name in read_components(path / PIPELINE_FILE, str(path)):
-        if name not in given and any((path / name).glob("*.safetensors")):
+        if name not in components and any((path / name).glob("*.safetensors")):
             library, class_name = index[name]
-            kind = getattr(importlib.import_module(library), class_name)
-            given[name] = kind.from_pretrained(path / name, dtype=dtype, local_files_only=True)
-    if OPTIONAL_IN_CHECKPOINTS in index and OPTIONAL_IN_CHECKPOINTS not in {*given, *inside}:
-        logger.info("The checkpoint has no T5, and its folder neither: prompts are read by CLIP alone.")
-        given |= {OPTIONAL_IN_CHECKPOINTS: None, _ITS_TOKENIZER: None}
+            component_class = getattr(importlib.import_module(library), class_name)
+            components[name] = component_class.from_pretrained(
+                path / name, dtype=dtype, local_files_only=True
+            )
+    for encoder, tokenizer in optional_encoders(index["_class_name"]).items():
+        if encoder in index and encoder not in {*components, *in_checkpoint}:
+            logger.info(
+                "Neither the checkpoint nor its folder has %s: prompts are encoded without it.", encoder
+            )
+            components |= {encoder: None, tokenizer: None}
     try:
         pipeline: Any = pipeline_class.from_single_file(
-            str(path / CHECKPOINT), config=str(path), dtype=dtype, local_files_only=True, **given
+            str(path / CHECKPOINT), config=str(path), dtype=dtype, local_files_only=True, **components
         )
-    except NotImplementedError:  # weights that the file had none for were to be moved
+    except NotImplementedError:  # diffusers moves weights that the file does not have
         raise ModelError(_INCOMPLETE) from None
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     if any(parameter.is_meta for network in networks for parameter in network.parameters()):
         raise ModelError(_INCOMPLETE)
-    pipeline.register_to_config(_name_or_path=str(path))  # where its LoRAs lie, as `from_pretrained` has it
+    pipeline.register_to_config(_name_or_path=str(path))  # its LoRAs are there; `from_pretrained` sets it
     return pipeline

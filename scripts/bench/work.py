@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hypergen.config import EngineSettings
 from hypergen.engine.batch_invariance.probe import synchronize
-from hypergen.model_families import family_class
+from hypergen.model_families import PIPELINES
 from hypergen.models.cfg import random_rows
 from hypergen.models.family import Family
 from scripts.bench.jobs import Job
@@ -45,7 +45,7 @@ class Work:
 def family_of(pipeline: Any, side: int, settings: EngineSettings) -> Family:
     """The family of a pipeline, with `side` x `side` pixels as its default size."""
     model_card = {"defaults": {"width": side, "height": side}}
-    return family_class(type(pipeline).__name__)(pipeline, model_card, settings)
+    return PIPELINES[type(pipeline).__name__].import_class()(pipeline, model_card, settings)
 
 
 def work_of(family: Family, side: int) -> Work:

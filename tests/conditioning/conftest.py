@@ -1,4 +1,4 @@
-"""The small model and diffusers' pipelines over the same weights."""
+"""The small model, and the components of diffusers' pipelines with the same weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.sync_engine import make_settings
 
 @pytest.fixture(scope="session")
 def parts(sd_folder: Path) -> dict[str, Any]:
-    """Of diffusers' pipelines: modules of their own, since an engine changes its layers."""
+    """Components for diffusers' pipelines; not those of `family`, because an engine replaces layers."""
     pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
     return {**pipeline.components, "requires_safety_checker": False}
 

@@ -1,4 +1,4 @@
-"""Inpainting against diffusers' own pipeline before kept pixels are put back, and what is kept after it."""
+"""Inpainting against diffusers' pipeline in the generated region; the kept region equals the input image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stock(parts: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def inpainting_folder(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose UNet reads the mask and what is kept."""
+    """A model trained for inpainting: its UNet takes the mask and the kept region."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 9})
     folder = tmp_path_factory.mktemp("models") / "inpainting"
@@ -61,45 +61,45 @@ def _expected(stock: Any, request: GenerationRequest) -> np.ndarray:
     )
 
 
-def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Any) -> None:
+def test_every_image_equals_that_of_diffusers(stock: Any, family: Any) -> None:
     requests = [_request(sampler=name) for name in [None, *SAMPLERS]]
     requests.append(_request(sampler="euler_a", strength=1.0, guidance_scale=5.0, negative_prompt="blurred"))
     requests.append(_request(sampler="kdpm2", strength=0.4, width=96, guidance_scale=5.0))
-    crowd = InlineEngine(family)
-    crowd.run(*requests)
+    batched = InlineEngine(family)
+    batched.run(*requests)
     for request in requests:
         assert request.image is not None
         expected = _expected(stock, request)
         assert_same(generate_alone(family, request), expected)
         kept, half = np.asarray(to_pillow(request.image)), request.width // 2
-        drawn = pixels_of(crowd.data(request))
-        assert (drawn[:, half:] == kept[:, half:]).all()
-        assert_same(drawn[:, :half], expected[:, :half])
+        generated = pixels_of(batched.data(request))
+        assert (generated[:, half:] == kept[:, half:]).all()
+        assert_same(generated[:, :half], expected[:, :half])
 
 
-def test_it_shares_passes_with_text_to_image_and_keeps_its_bytes(family: Any) -> None:
+def test_inpainting_shares_batches_with_text_to_image_and_keeps_its_bytes(family: Any) -> None:
     request, other = _request(guidance_scale=4.0, sampler="euler_a"), make_request(num_inference_steps=8)
     assert batch_key(prepare_image(family, request)) == batch_key(prepare_image(family, other))
-    alone, crowd = InlineEngine(family), InlineEngine(family)
+    alone, batched = InlineEngine(family), InlineEngine(family)
     alone.run(request)
-    crowd.probe_shapes(other)
-    crowd.run(request, other)
-    assert crowd.images[request.id][0].shared_forwards > 0
-    assert crowd.data(request) == alone.data(request)
+    batched.probe_shapes(other)
+    batched.run(request, other)
+    assert batched.images[request.id][0].shared_forwards > 0
+    assert batched.data(request) == alone.data(request)
 
 
-def test_a_soft_mask_blends(family: Any) -> None:
-    """128 of 255 is drawn in latent space, and lies half over the picture in the end."""
+def test_a_soft_mask_blends_the_decoded_image(family: Any) -> None:
+    """A mask pixel of 128 is generated in latent space and half transparent in the decoded image."""
     hard, soft = _request(), _request(mask=left_half_mask(value=128))
     engine = InlineEngine(family)
     engine.run(hard, soft)
     assert hard.image is not None
-    drawn, blended = (pixels_of(engine.data(request)).astype(int) for request in (hard, soft))
-    between = (drawn * 128 + np.asarray(to_pillow(hard.image)).astype(int) * 127) / 255
+    generated, blended = (pixels_of(engine.data(request)).astype(int) for request in (hard, soft))
+    between = (generated * 128 + np.asarray(to_pillow(hard.image)).astype(int) * 127) / 255
     assert np.abs(blended - between)[:, :32].max() <= 1
 
 
-def test_a_mask_without_a_picture_is_refused(family: Any) -> None:
+def test_a_mask_without_an_input_image_is_an_error(family: Any) -> None:
     request = make_request(mask=left_half_mask())
     engine = InlineEngine(family)
     engine.run(request)
@@ -108,10 +108,10 @@ def test_a_mask_without_a_picture_is_refused(family: Any) -> None:
     assert error.param == "mask"
 
 
-def test_a_model_that_reads_the_mask_draws_as_the_stock_pipeline(inpainting_folder: Path) -> None:
+def test_an_inpainting_model_equals_diffusers(inpainting_folder: Path) -> None:
     family: Any = loading.load(inpainting_folder, make_settings())
     stock: Any = StableDiffusionInpaintPipeline.from_pretrained(inpainting_folder, safety_checker=None)
-    # Without a mask all of the picture is drawn over, and without a picture a grey one is.
+    # Without a mask the whole image is generated, without an input image from grey.
     everything = InputImage(64, 64, b"\xff" * 64 * 64)
     grey = InputImage(64, 64, b"\x80" * 3 * 64 * 64)
     requests = [
@@ -120,10 +120,10 @@ def test_a_model_that_reads_the_mask_draws_as_the_stock_pipeline(inpainting_fold
         (_request(mask=None), {"mask": everything}),
         (_request(mask=None, image=None, strength=0.2), {"mask": everything, "image": grey, "strength": 1.0}),
     ]
-    crowd = InlineEngine(family)
-    crowd.run(*(request for request, _ in requests))
+    batched = InlineEngine(family)
+    batched.run(*(request for request, _ in requests))
     for request, changes in requests:
         values = {name: getattr(request, name) for name in GenerationRequest.__slots__}
         expected = _expected(stock, GenerationRequest(**{**values, **changes}))
         assert_same(generate_alone(family, request), expected)
-        assert_same(pixels_of(crowd.data(request))[:, :32], expected[:, :32])
+        assert_same(pixels_of(batched.data(request))[:, :32], expected[:, :32])

@@ -1,4 +1,4 @@
-"""The latents of an autoencoder: what is drawn, what is encoded, and in which precision."""
+"""The latent space of a VAE: precision of the encoder, and its cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _generator() -> torch.Generator:
 
 
 @torch.inference_mode()
-def test_an_encoder_that_overflows_runs_in_float32_and_goes_back(vae: Any) -> None:
+def test_upcast_encodes_in_float32_and_restores_the_dtype(vae: Any) -> None:
     image = torch.rand(1, 3, 64, 64) * 2 - 1
     exact = LatentSpace(vae, torch.float32).encode(image, _generator())
     vae.to(torch.bfloat16)
@@ -37,7 +37,7 @@ def test_an_encoder_that_overflows_runs_in_float32_and_goes_back(vae: Any) -> No
 
 
 @torch.inference_mode()
-def test_the_same_picture_is_encoded_once_and_sampled_each_time(vae: Any) -> None:
+def test_an_image_is_encoded_once_and_sampled_for_each_request(vae: Any) -> None:
     calls: list[int] = []
     vae.encoder.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     space, generator = LatentSpace(vae, torch.float32), _generator()
@@ -45,7 +45,7 @@ def test_the_same_picture_is_encoded_once_and_sampled_each_time(vae: Any) -> Non
     first, second = (space.encode(images[0], generator) for _ in range(2))
     assert calls == [1]
     assert not torch.equal(first, second)
-    for image in images[1:]:  # more pictures than are remembered
+    for image in images[1:]:  # more images than the cache holds
         space.encode(image, generator)
     assert torch.equal(space.encode(images[0], _generator()), first)
     assert len(calls) == 11

@@ -1,4 +1,4 @@
-"""Pictures, masks, control models and LoRAs with SDXL: what diffusers' pipelines of that family draw."""
+"""Img2img, inpainting, ControlNet and LoRA with SDXL against diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusers import (
 
 from hypergen.models import loading
 from hypergen.request import ControlInput
-from tests.conditioning.test_controlnet import random_control_model
+from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.diffusers_edits import (
     assert_same,
     generate_with_diffusers,
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parts(base: Path) -> dict[str, Any]:
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
-    # An invisible watermark would be drawn if its library were there.
+    # Images get an invisible watermark if its library is installed.
     return {**pipeline.components, "add_watermarker": False}
 
 
@@ -54,53 +54,51 @@ def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def family(base: Path, parts: dict[str, Any], lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     control = tmp_path_factory.mktemp("control")
-    random_control_model(parts, 1).save_pretrained(control)
+    random_controlnet(parts, 1).save_pretrained(control)
     return loading.load(base, make_settings(controlnet={"edges": str(control)}, lora=[f"style={lora}"]))
 
 
-def test_pictures_masks_and_control_models_are_those_of_the_stock_pipelines(
-    family: Any, parts: dict[str, Any]
-) -> None:
-    sent, mask = sample_image(), left_half_mask()
+def test_img2img_inpainting_and_controlnet_equal_diffusers(family: Any, parts: dict[str, Any]) -> None:
+    image, mask = sample_image(), left_half_mask()
     control = ControlInput(model="edges", image=sample_image(seed=4), scale=0.8, start=0.0, end=0.6)
     text = make_request(**_STEPS)
-    from_picture = make_request(**_STEPS, image=sent, strength=0.6)
-    inside = make_request(**_STEPS, image=sent, mask=mask, strength=0.9)
+    img2img = make_request(**_STEPS, image=image, strength=0.6)
+    inpaint = make_request(**_STEPS, image=image, mask=mask, strength=0.9)
     controlled = make_request(**_STEPS, control=control)
     size = {"width": 64, "height": 64}
     stock = {
         text.id: generate_with_diffusers(StableDiffusionXLPipeline(**parts), text, **size),
-        from_picture.id: generate_with_diffusers(
-            StableDiffusionXLImg2ImgPipeline(**parts), from_picture, image=to_pillow(sent), strength=0.6
+        img2img.id: generate_with_diffusers(
+            StableDiffusionXLImg2ImgPipeline(**parts), img2img, image=to_pillow(image), strength=0.6
         ),
         controlled.id: generate_with_diffusers(
-            StableDiffusionXLControlNetPipeline(**parts, controlnet=family.control_models["edges"]),
+            StableDiffusionXLControlNetPipeline(**parts, controlnet=family.controlnets["edges"]),
             controlled,
             image=to_pillow(control.image),
             controlnet_conditioning_scale=0.8,
             control_guidance_end=0.6,
             **size,
         ),
-        inside.id: generate_with_diffusers(
+        inpaint.id: generate_with_diffusers(
             StableDiffusionXLInpaintPipeline(**parts),
-            inside,
-            image=to_pillow(sent),
+            inpaint,
+            image=to_pillow(image),
             mask_image=to_pillow(mask),
             strength=0.9,
             **size,
         ),
     }
-    assert_same(generate_alone(family, inside), stock[inside.id])
-    crowd = InlineEngine(family)
-    crowd.run(text, from_picture, controlled, inside)
-    for request in (text, from_picture, controlled):
+    assert_same(generate_alone(family, inpaint), stock[inpaint.id])
+    batched = InlineEngine(family)
+    batched.run(text, img2img, controlled, inpaint)
+    for request in (text, img2img, controlled):
         assert_same(generate_alone(family, request), stock[request.id])
-        assert_same(pixels_of(crowd.data(request)), stock[request.id])
-    kept = pixels_of(crowd.data(inside))[:, 32:]
-    assert (kept == np.asarray(to_pillow(sent))[:, 32:]).all()
+        assert_same(pixels_of(batched.data(request)), stock[request.id])
+    kept = pixels_of(batched.data(inpaint))[:, 32:]
+    assert (kept == np.asarray(to_pillow(image))[:, 32:]).all()
 
 
-def test_a_lora_draws_what_diffusers_draws_with_it(base: Path, family: Any, lora: Path) -> None:
+def test_a_lora_equals_diffusers(base: Path, family: Any, lora: Path) -> None:
     request = make_request(**_STEPS, loras=(("style", 0.7),))
     plain = make_request(**_STEPS)
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
@@ -119,9 +117,9 @@ def test_a_lora_draws_what_diffusers_draws_with_it(base: Path, family: Any, lora
         )
     )
     assert_same(generate_alone(family, request), stock)
-    crowd = InlineEngine(family)
-    crowd.probe_shapes(request, plain)
-    crowd.run(request, plain)
-    assert crowd.images[request.id][0].shared_forwards > 0
-    assert_same(pixels_of(crowd.data(request)), stock)
-    assert crowd.data(request) != crowd.data(plain)
+    batched = InlineEngine(family)
+    batched.probe_shapes(request, plain)
+    batched.run(request, plain)
+    assert batched.images[request.id][0].shared_forwards > 0
+    assert_same(pixels_of(batched.data(request)), stock)
+    assert batched.data(request) != batched.data(plain)

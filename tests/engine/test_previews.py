@@ -77,7 +77,7 @@ def test_a_failing_preview_does_not_fail_the_image() -> None:
         raise RuntimeError("out of memory")
 
     engine.probe_shapes(request)
-    decoder: Any = family.decoder
+    decoder: Any = family.vae
     hook = decoder.decoder.register_forward_pre_hook(fail)
     engine.run(request)
     assert engine.images[request.id]

@@ -1,4 +1,4 @@
-"""Files that are no LoRA for the model: refused by name, and nothing of them stays."""
+"""Files that are not a LoRA for the model: an error that names the LoRA, and no trace in later images."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CHANGES: dict[str, Callable[[State], Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
-    """One good file and many bad ones."""
+    """One valid file and many invalid ones."""
     folder = tmp_path_factory.mktemp("loras")
     pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
     good = save_lora(folder / "good.safetensors", pipeline)
@@ -88,11 +88,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
     return folder
 
 
-def test_every_bad_file_is_refused_and_leaves_nothing(sd_folder: Path, folder: Path) -> None:
+def test_every_bad_file_is_an_error_and_leaves_no_trace(sd_folder: Path, folder: Path) -> None:
     family: Any = loading.load(sd_folder, make_settings(lora_dir=[str(folder)]))
     names = sorted(set(family.model_info("small").loras) - {"good"})
     assert len(names) == len(CHANGES) + 6
-    before = {key: value.clone() for key, value in family.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
     engine = InlineEngine(family)
     base, good = make_request(), make_request(loras=(("good", 1.0),))
     bad = [make_request(loras=(("good", 1.0), (name, 1.0))) for name in names]
@@ -108,13 +108,13 @@ def test_every_bad_file_is_refused_and_leaves_nothing(sd_folder: Path, folder: P
     after.run(base, good)
     assert after.data(base) == engine.data(base)
     assert after.data(good) == engine.data(good)
-    assert all(torch.equal(value, before[key]) for key, value in family.unet.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in family.denoiser.state_dict().items())
     untouched = InlineEngine(loading.load(sd_folder, make_settings()))
     untouched.run(base)
     assert untouched.data(base) == engine.data(base)
 
 
-def test_a_file_above_the_limit_is_refused_unread(sd_folder: Path, tmp_path: Path) -> None:
+def test_a_file_above_the_size_limit_is_an_error_without_being_read(sd_folder: Path, tmp_path: Path) -> None:
     with (tmp_path / "huge.safetensors").open("wb") as file:
         file.truncate(3_000_000_000)
     family = loading.load(sd_folder, make_settings(lora_dir=[str(tmp_path)]))

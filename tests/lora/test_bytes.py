@@ -1,4 +1,4 @@
-"""Same seed, same bytes with LoRAs: alone and among rows with others, and the base model's bytes kept."""
+"""Same seed, same bytes with LoRAs: alone, batched with other LoRAs, and without a LoRA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypergen.request import GenerationRequest
 from tests.support.lora_files import EVERYTHING, TEXT, save_lora
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
-# Rank of the LoRA -> what it trains.
+# Name of the LoRA -> its layers.
 _LORAS = {
     "rank4": {"rank": 4, "text": TEXT},
     "rank8": {"rank": 8, "targets": EVERYTHING},
@@ -63,41 +63,41 @@ def _requests(chance: random.Random, count: int) -> list[GenerationRequest]:
 
 
 def _one_after_another(engine: InlineEngine, requests: list[GenerationRequest]) -> None:
-    coming = iter(requests[1:])
+    remaining = iter(requests[1:])
 
-    def bring_the_next(_id: str, event: Event | RequestError) -> None:
-        if isinstance(event, Progress) and event.step == event.steps and (request := next(coming, None)):
+    def submit_next(_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, Progress) and event.step == event.steps and (request := next(remaining, None)):
             engine.submit(request)
 
-    engine.run(requests[0], on_event=bring_the_next)
+    engine.run(requests[0], on_event=submit_next)
 
 
-def test_an_image_has_the_same_bytes_alone_and_among_other_loras(family: Any, sd_folder: Path) -> None:
+def test_an_image_has_the_same_bytes_alone_and_batched_with_other_loras(family: Any, sd_folder: Path) -> None:
     chance = random.Random(3)
     tested = _requests(chance, 16)
     alone = InlineEngine(family)
     _one_after_another(alone, tested)
     assert max(alone.images[request.id][0].shared_forwards for request in tested) == 0
 
-    coming = [*tested, *_requests(chance, 8)]
-    chance.shuffle(coming)
-    first = [coming.pop(0) for _ in range(4)]
-    crowded = InlineEngine(family, aging=0)
+    queued = [*tested, *_requests(chance, 8)]
+    chance.shuffle(queued)
+    first = [queued.pop(0) for _ in range(4)]
+    batched = InlineEngine(family, aging=0)
 
-    def bring_more(_id: str, event: Event | RequestError) -> None:
-        if isinstance(event, Progress) and coming and (event.step == event.steps or chance.random() < 0.1):
-            crowded.submit(coming.pop(0))
+    def submit_more(_id: str, event: Event | RequestError) -> None:
+        if isinstance(event, Progress) and queued and (event.step == event.steps or chance.random() < 0.1):
+            batched.submit(queued.pop(0))
 
-    crowded.run(*first, on_event=bring_more)
-    shared = [crowded.images[request.id][0].shared_forwards > 0 for request in tested]
+    batched.run(*first, on_event=submit_more)
+    shared = [batched.images[request.id][0].shared_forwards > 0 for request in tested]
     assert sum(shared) >= len(tested) - 2
-    assert [r.loras for r in tested if crowded.final_latents[r.id] != alone.final_latents[r.id]] == []
-    assert [r.loras for r in tested if crowded.data(r) != alone.data(r)] == []
+    assert [r.loras for r in tested if batched.final_latents[r.id] != alone.final_latents[r.id]] == []
+    assert [r.loras for r in tested if batched.data(r) != alone.data(r)] == []
 
-    never = InlineEngine(loading.load(sd_folder, make_settings()))
+    without_loras = InlineEngine(loading.load(sd_folder, make_settings()))
     base = [request for request in tested if not request.loras]
-    never.run(*base)
-    assert [request.id for request in base if never.data(request) != crowded.data(request)] == []
+    without_loras.run(*base)
+    assert [request.id for request in base if without_loras.data(request) != batched.data(request)] == []
 
 
 def test_weight_zero_is_the_base_model(family: Any) -> None:
@@ -113,8 +113,8 @@ def test_weight_zero_is_the_base_model(family: Any) -> None:
 
 
 @torch.inference_mode()
-def test_every_row_of_a_pass_has_its_own_loras(family: Any) -> None:
-    """Passes of any rows: what the trials of the layers promise."""
+def test_every_row_of_a_batch_has_its_own_loras(family: Any) -> None:
+    """Batches of arbitrary rows are bit-exact, as probed per layer."""
     lora_manager: LoraManager = family.lora_manager
     InlineEngine(family).probe_shapes(make_request())  # replaces the layers
     rows = random_rows(prepare_image(family, make_request()), 9, torch.Generator().manual_seed(0))
@@ -138,30 +138,30 @@ def test_a_model_offers_the_loras_in_its_folder(sd_folder: Path, folder: Path, t
     (tmp_path / "loras").symlink_to(folder)
     settings = make_settings(lora=[f"rank8={folder / 'rank16.safetensors'}"])
     family: Any = loading.load(tmp_path, settings)
-    description = family.model_info("small")
-    assert set(description.loras) == set(_LORAS)
-    assert (description.default_lora, description.lora_folders, description.max_loras) == (None, (), 4)
-    assert "loras" in description.capabilities
+    info = family.model_info("small")
+    assert set(info.loras) == set(_LORAS)
+    assert (info.default_lora, info.lora_folders, info.max_loras) == (None, (), 4)
+    assert "loras" in info.capabilities
     # What the operator gave wins.
     (lora, _), *_ = family.lora_manager.load((("rank8", 1.0),))
     assert {weights.up.shape[1] for weights in lora.layers.values()} == {32}
     assert not any("conv" in name for name in lora.layers)
 
 
-def test_a_size_that_changes_bits_is_not_used() -> None:
-    pieces = BatchSizeProbe(strict=True)
-    tried: list[int] = []
+def test_a_batch_size_that_changes_bits_is_not_used() -> None:
+    batch_sizes = BatchSizeProbe(strict=True)
+    probed: list[int] = []
 
-    def trial(size: int) -> bool:
-        tried.append(size)
+    def probe(size: int) -> bool:
+        probed.append(size)
         return size in (2, 8)
 
-    assert [pieces.largest("shape", rows, trial) for rows in (1, 2, 5, 9, 20)] == [1, 2, 2, 8, 8]
-    assert sorted(tried) == [2, 4, 8, 16]
-    assert BatchSizeProbe(strict=False).largest("shape", 5, trial) == 4
+    assert [batch_sizes.largest("shape", rows, probe) for rows in (1, 2, 5, 9, 20)] == [1, 2, 2, 8, 8]
+    assert sorted(probed) == [2, 4, 8, 16]
+    assert BatchSizeProbe(strict=False).largest("shape", 5, probe) == 4
 
 
-def test_a_lora_that_no_longer_fits_into_memory_is_loaded_again(sd_folder: Path, folder: Path) -> None:
+def test_an_evicted_lora_is_loaded_again(sd_folder: Path, folder: Path) -> None:
     """Also while images that use it run, and with the same bytes."""
     small = loading.load(sd_folder, make_settings(lora_dir=[str(folder)], lora_cache_mb=0))
     large = loading.load(sd_folder, make_settings(lora_dir=[str(folder)]))

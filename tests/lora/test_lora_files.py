@@ -1,4 +1,4 @@
-"""Which LoRAs a server offers, and what a request may call them."""
+"""The LoRA registry of a server, and how requests name LoRAs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _settings(**changes: Any) -> EngineSettings:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A LoRA folder with a file outside and everything that tries to reach it."""
+def lora_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A LoRA folder with a file outside, and links and special files that try to escape."""
     folder = tmp_path / "loras"
     _file(folder / "ink.safetensors")
     _file(folder / "styles" / "oil paint.safetensors")
@@ -58,11 +58,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_names_come_from_flags_folders_and_the_model(place: Path, tmp_path: Path) -> None:
+def test_names_come_from_flags_folders_and_the_model(lora_folder: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     _file(model / "loras" / "Pixel_Art.safetensors")
     other = _file(tmp_path / "other" / "a=b.safetensors")
-    settings = _settings(lora=[f"Logo={other}", str(tmp_path / "secret.safetensors")], lora_dir=[place])
+    settings = _settings(lora=[f"Logo={other}", str(tmp_path / "secret.safetensors")], lora_dir=[lora_folder])
     registry = open_registry(settings, model)
     assert registry.default == "secret"
     assert registry.files["Logo"] == other
@@ -72,7 +72,7 @@ def test_names_come_from_flags_folders_and_the_model(place: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         ({"lora": ["{0}/nothing.safetensors"]}, "no such .safetensors file"),
         ({"lora": ["x={0}/pickle.bin"]}, "no such .safetensors file"),
@@ -87,15 +87,15 @@ def test_names_come_from_flags_folders_and_the_model(place: Path, tmp_path: Path
         ({"lora_dir": ["{0}:{0}"]}, "must not contain ':'"),
     ],
 )
-def test_settings_that_cannot_be_are_told_at_the_start(
-    place: Path, given: dict[str, list[str]], words: str
+def test_invalid_lora_settings_are_an_error_at_startup(
+    lora_folder: Path, given: dict[str, list[str]], message: str
 ) -> None:
-    filled = {name: tuple(item.format(place) for item in items) for name, items in given.items()}
-    with pytest.raises(ConfigurationError, match=words):
+    filled = {name: tuple(item.format(lora_folder) for item in items) for name, items in given.items()}
+    with pytest.raises(ConfigurationError, match=message):
         open_registry(_settings(**filled), None)
 
 
-def test_lists_come_from_the_environment_and_from_yaml(tmp_path: Path) -> None:
+def test_lists_can_be_set_by_environment_and_yaml(tmp_path: Path) -> None:
     flags = {"lora": ("a=/x/a.safetensors", "/y/b c.safetensors"), "lora_dir": (Path("/l"), Path("/m"))}
     environment = environment_of(flags)
     assert environment["HYPERGEN_LORA"] == "a=/x/a.safetensors:/y/b c.safetensors"
@@ -107,9 +107,13 @@ def test_lists_come_from_the_environment_and_from_yaml(tmp_path: Path) -> None:
     assert load_settings(file, flags={"lora": ()}).engine.lora == flags["lora"]
 
 
-def _description(place: Path, **changes: Any) -> ModelInfo:
-    registry = open_registry(_settings(lora_dir=[place]), None)
-    offer: dict[str, Any] = {"loras": tuple(registry.files), "lora_folders": (str(place),), "max_loras": 2}
+def _model_info(lora_folder: Path, **changes: Any) -> ModelInfo:
+    registry = open_registry(_settings(lora_dir=[lora_folder]), None)
+    fields: dict[str, Any] = {
+        "loras": tuple(registry.files),
+        "lora_folders": (str(lora_folder),),
+        "max_loras": 2,
+    }
     return ModelInfo(
         id="small",
         family="sd",
@@ -118,76 +122,79 @@ def _description(place: Path, **changes: Any) -> ModelInfo:
         min_steps=1,
         device="cpu",
         dtype="float32",
-        **{**offer, **changes},
+        **{**fields, **changes},
     )
 
 
-def _loras(description: ModelInfo, **fields: Any) -> tuple[tuple[str, float], ...]:
-    asked = openai_images.to_request(
-        {"prompt": "a", **fields}, description, Settings.model_validate({}).server, "1"
+def _loras(model_info: ModelInfo, **fields: Any) -> tuple[tuple[str, float], ...]:
+    validated = openai_images.to_request(
+        {"prompt": "a", **fields}, model_info, Settings.model_validate({}).server, "1"
     )
-    return asked.generation.loras
+    return validated.generation.loras
 
 
-def test_a_request_gives_a_name_or_a_path(place: Path) -> None:
-    description = _description(place)
-    assert _loras(description) == ()
-    assert _loras(description, lora_path="ink") == (("ink", 1.0),)
-    assert _loras(description, lora_path=str(place / "ink.safetensors"), lora_scale=2) == (("ink", 2.0),)
-    assert _loras(description, lora_path="styles/oil paint.safetensors") == (("styles/oil paint", 1.0),)
-    assert _loras(description, loras={"styles/oil paint": 0.5, "ink": 1}) == (
+def test_requests_name_a_lora_by_name_or_path(lora_folder: Path) -> None:
+    model_info = _model_info(lora_folder)
+    assert _loras(model_info) == ()
+    assert _loras(model_info, lora_path="ink") == (("ink", 1.0),)
+    assert _loras(model_info, lora_path=str(lora_folder / "ink.safetensors"), lora_scale=2) == (("ink", 2.0),)
+    assert _loras(model_info, lora_path="styles/oil paint.safetensors") == (("styles/oil paint", 1.0),)
+    assert _loras(model_info, loras={"styles/oil paint": 0.5, "ink": 1}) == (
         ("ink", 1.0),
         ("styles/oil paint", 0.5),
     )
-    assert _loras(description, lora_path="ink", lora_scale=0) == ()
-    assert _loras(description, loras={}) == ()
-    _file(place / "later.safetensors")
-    assert _loras(description, lora_path=str(place / "later.safetensors")) == (("later", 1.0),)
-    registry = open_registry(_settings(lora_dir=[place]), None)
-    assert registry.path_of("later") == place / "later.safetensors"
+    assert _loras(model_info, lora_path="ink", lora_scale=0) == ()
+    assert _loras(model_info, loras={}) == ()
+    _file(lora_folder / "later.safetensors")
+    assert _loras(model_info, lora_path=str(lora_folder / "later.safetensors")) == (("later", 1.0),)
+    registry = open_registry(_settings(lora_dir=[lora_folder]), None)
+    assert registry.path_of("later") == lora_folder / "later.safetensors"
 
 
-def test_the_servers_default_is_for_requests_that_name_none(place: Path) -> None:
-    description = _description(place, default_lora="ink")
-    assert _loras(description) == (("ink", 1.0),)
-    assert _loras(description, lora_scale=0.5) == (("ink", 0.5),)
-    assert _loras(description, lora_scale=0) == ()
-    assert _loras(description, lora_path="styles/oil paint") == (("styles/oil paint", 1.0),)
-    assert _loras(description, loras={}) == ()
+def test_the_default_lora_is_for_requests_without_one(lora_folder: Path) -> None:
+    model_info = _model_info(lora_folder, default_lora="ink")
+    assert _loras(model_info) == (("ink", 1.0),)
+    assert _loras(model_info, lora_scale=0.5) == (("ink", 0.5),)
+    assert _loras(model_info, lora_scale=0) == ()
+    assert _loras(model_info, lora_path="styles/oil paint") == (("styles/oil paint", 1.0),)
+    assert _loras(model_info, loras={}) == ()
 
 
-def test_whatever_is_not_offered_gets_one_answer(place: Path) -> None:
-    description = _description(place)
-    outside = place.parent / "secret.safetensors"
-    tries = [
+def test_everything_outside_the_registry_gets_the_same_error(lora_folder: Path) -> None:
+    model_info = _model_info(lora_folder)
+    outside = lora_folder.parent / "secret.safetensors"
+    attempts = [
         "",
         "nothing",
         "nothing.safetensors",
         "ink.safetensors\0",
         "../secret.safetensors",
-        f"{place}/../secret.safetensors",
-        f"{place}/../loras/ink.safetensors",
+        f"{lora_folder}/../secret.safetensors",
+        f"{lora_folder}/../loras/ink.safetensors",
         str(outside),
-        str(place.parent / "nothing.safetensors"),
-        f"{place}/up/secret.safetensors",
-        f"file://{place}/ink.safetensors",
+        str(lora_folder.parent / "nothing.safetensors"),
+        f"{lora_folder}/up/secret.safetensors",
+        f"file://{lora_folder}/ink.safetensors",
         "https://host/ink.safetensors",
         "~/ink.safetensors",
         "$HOME/ink.safetensors",
         "\uff0e\uff0e/secret.safetensors",
         "a" * 5000 + ".safetensors",
-        *[f"{place}/{name}.safetensors" for name in ("link", "loop", "zero", "pipe", "socket", "folder")],
-        f"{place}/pickle.bin",
+        *[
+            f"{lora_folder}/{name}.safetensors"
+            for name in ("link", "loop", "zero", "pipe", "socket", "folder")
+        ],
+        f"{lora_folder}/pickle.bin",
         "/dev/zero",
         "/proc/self/environ",
     ]
-    for field, answers in (("lora_path", set[str]()), ("loras", set[str]())):
-        for text in tries:
+    for field, messages in (("lora_path", set[str]()), ("loras", set[str]())):
+        for text in attempts:
             with pytest.raises(InvalidRequestError) as refused:
-                _loras(description, **{field: text if field == "lora_path" else {text: 1.0}})
+                _loras(model_info, **{field: text if field == "lora_path" else {text: 1.0}})
             assert refused.value.param == field
-            answers.add(refused.value.message)
-        assert len(answers) == 1
+            messages.add(refused.value.message)
+        assert len(messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -204,14 +211,16 @@ def test_whatever_is_not_offered_gets_one_answer(place: Path) -> None:
         ({"lora_path": "ink", "lora_scale": 2.5}, "lora_scale"),
     ],
 )
-def test_bad_weights_and_too_many_are_refused(place: Path, fields: dict[str, Any], param: str) -> None:
+def test_invalid_weights_and_too_many_loras_are_errors(
+    lora_folder: Path, fields: dict[str, Any], param: str
+) -> None:
     with pytest.raises(InvalidRequestError) as refused:
-        _loras(_description(place), **fields)
+        _loras(_model_info(lora_folder), **fields)
     assert refused.value.param == param
 
 
-def test_names_that_the_engine_does_not_know_are_refused_there_too(place: Path) -> None:
-    registry = open_registry(_settings(lora_dir=[place]), None)
+def test_the_engine_rejects_unknown_names_too(lora_folder: Path) -> None:
+    registry = open_registry(_settings(lora_dir=[lora_folder]), None)
     for name in ("nothing", "../secret", "link", "up/secret", "a\0b", "pipe"):
         with pytest.raises(InvalidRequestError):
             registry.path_of(name)
@@ -242,7 +251,7 @@ def test_names_that_the_engine_does_not_know_are_refused_there_too(place: Path) 
         ({"lora_unet_double_blocks_0_x.lora_down.weight": [4, 9]}, "flux", "kohya", (4,)),
     ],
 )
-def test_a_header_tells_what_a_file_is_for(
+def test_a_header_shows_model_layout_and_ranks(
     tmp_path: Path, shapes: dict[str, list[int]], model: str, layout: str, ranks: tuple[int, ...]
 ) -> None:
     found = summarise(_file(tmp_path / "a.safetensors", shapes))

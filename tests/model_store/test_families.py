@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hypergen.model_families import FAMILIES
+from hypergen.model_families import PIPELINES
 from hypergen.model_store.diffusers_layout import (
     PIPELINE_FILE,
     check_folder,
@@ -37,10 +37,10 @@ _SAVE: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("pipeline_class", FAMILIES)
+@pytest.mark.parametrize("pipeline_class", PIPELINES)
 def test_every_file_of_a_family_is_stored(tmp_path: Path, pipeline_class: str) -> None:
     folder = _SAVE[pipeline_class](tmp_path / "model")
     assert json.loads((folder / PIPELINE_FILE).read_text())["_class_name"] == pipeline_class
     check_folder(folder)
-    require_pipeline("model", FAMILIES, folder / PIPELINE_FILE)
+    require_pipeline("model", PIPELINES, folder / PIPELINE_FILE)
     assert select_in_folder(folder, prefer_fp16=False).files.keys() == files_of(folder)

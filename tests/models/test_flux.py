@@ -1,4 +1,4 @@
-"""FLUX.1 against diffusers' own pipeline: the same picture, alone and in a crowd."""
+"""FLUX.1 against diffusers' pipeline: the same image, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LENGTH = {"dev": 512, "schnell": 256}
 
 
 class HeunForFlux(FlowMatchHeunDiscreteScheduler):
-    """diffusers' pipeline hands over sigmas and a shift, which its own Heun does not take."""
+    """diffusers' pipeline passes sigmas and a shift, which its Heun scheduler does not accept."""
 
     def set_timesteps(
         self, num_inference_steps: int = 0, device: Any = None, sigmas: Any = (), mu: float = 0.0
@@ -53,9 +53,9 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_flux(tmp_path_factory.mktemp("models") / "small-schnell", "schnell")
 
 
-def _stock_picture(pipeline: Any, variant: str, request: GenerationRequest) -> np.ndarray:
+def _stock_image(pipeline: Any, variant: str, request: GenerationRequest) -> np.ndarray:
     with use_sampler(pipeline, Sampler(HeunForFlux) if request.sampler == "heun" else None):
-        picture = pipeline(
+        image = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
             negative_prompt=request.negative_prompt,
@@ -64,14 +64,14 @@ def _stock_picture(pipeline: Any, variant: str, request: GenerationRequest) -> n
             max_sequence_length=_LENGTH[variant],
             **common_arguments(request),
         ).images[0]
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def _bytes(family: Family, request: GenerationRequest) -> bytes:
     return generate_alone(family, request).tobytes()
 
 
-def test_dev_draws_the_stock_pictures(dev: Path) -> None:
+def test_dev_equals_diffusers(dev: Path) -> None:
     pipeline = stock_pipeline(FluxPipeline, dev)
     requests = [
         _REQUEST,
@@ -85,14 +85,14 @@ def test_dev_draws_the_stock_pictures(dev: Path) -> None:
         replace(_REQUEST, id="same size", width=64, height=96, seed=3),
     ]
     family = loading.load(dev, make_settings())
-    assert_matches_diffusers(family, requests, lambda request: _stock_picture(pipeline, "dev", request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_image(pipeline, "dev", request))
     assert _bytes(family, _REQUEST) != _bytes(family, replace(_REQUEST, guidance_scale=9.0))
-    pictures = {request.id: _bytes(family, request) for request in requests}
-    assert len({pictures[name] for name in ("negative", "true-cfg", "no-cfg")}) == 3
-    assert pictures["no-cfg"] == _bytes(family, replace(_REQUEST, seed=12))
+    images = {request.id: _bytes(family, request) for request in requests}
+    assert len({images[name] for name in ("negative", "true-cfg", "no-cfg")}) == 3
+    assert images["no-cfg"] == _bytes(family, replace(_REQUEST, seed=12))
 
 
-def test_schnell_draws_the_stock_pictures(schnell: Path) -> None:
+def test_schnell_equals_diffusers(schnell: Path) -> None:
     pipeline = stock_pipeline(FluxPipeline, schnell)
     requests = [
         replace(_REQUEST, num_inference_steps=4),
@@ -100,7 +100,7 @@ def test_schnell_draws_the_stock_pictures(schnell: Path) -> None:
         replace(_REQUEST, id="euler", sampler="euler", negative_prompt="blurred"),
     ]
     family = loading.load(schnell, make_settings())
-    assert_matches_diffusers(family, requests, lambda request: _stock_picture(pipeline, "schnell", request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_image(pipeline, "schnell", request))
     assert _bytes(family, _REQUEST) == _bytes(family, replace(_REQUEST, guidance_scale=9.0))
 
 
@@ -109,50 +109,50 @@ def test_defaults_are_those_of_the_variant(dev: Path, schnell: Path) -> None:
         (dev, ModelDefaults(28, 3.5, 1024, 1024)),
         (schnell, ModelDefaults(4, 1.0, 1024, 1024)),
     ):
-        described = loading.load(folder, make_settings()).model_info("flux")
-        assert described.defaults == defaults
-        assert described.capabilities == {"prompt_2", "negative_prompt", "true_cfg_scale", "loras"}
-        assert described.samplers.keys() == {"euler", "heun"}
+        info = loading.load(folder, make_settings()).model_info("flux")
+        assert info.defaults == defaults
+        assert info.capabilities == {"prompt_2", "negative_prompt", "true_cfg_scale", "loras"}
+        assert info.samplers.keys() == {"euler", "heun"}
 
 
-def test_sizes_are_cut_out_of_multiples_of_sixteen(dev: Path) -> None:
+def test_sizes_are_cropped_from_multiples_of_sixteen(dev: Path) -> None:
     family = loading.load(dev, make_settings())
-    asked, drawn = (
+    cropped, full = (
         make_request(width=72, height=88, guidance_scale=3.5),
         make_request(width=80, height=96, guidance_scale=3.5),
     )
     engine = InlineEngine(family)
-    engine.run(asked, drawn)
-    assert (pixels_of(engine.data(asked)) == pixels_of(engine.data(drawn))[4:92, 4:76]).all()
+    engine.run(cropped, full)
+    assert (pixels_of(engine.data(cropped)) == pixels_of(engine.data(full))[4:92, 4:76]).all()
 
 
-def test_words_beyond_the_length_of_t5_are_cut_off_with_a_word_in_the_log(
+def test_prompts_beyond_the_length_of_t5_are_truncated_with_a_warning(
     schnell: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     family = loading.load(schnell, make_settings())
     prompt = "cats " * 100
     state = prepare_image(family, replace(_REQUEST, prompt=prompt))
     assert state.prompt_tokens == 255
-    assert "cut off after 255" in caplog.text
+    assert "to 255 tokens" in caplog.text
 
 
-def test_half_precision_stays_near_the_stock_picture(dev: Path) -> None:
+def test_half_precision_is_close_to_diffusers(dev: Path) -> None:
     pipeline = stock_pipeline(FluxPipeline, dev, dtype=torch.bfloat16)
     family = loading.load(dev, make_settings(dtype="bfloat16"))
     request = replace(_REQUEST, num_inference_steps=3, negative_prompt="blurred")
-    assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, "dev", request))
+    assert_close_in_half_precision(generate_alone(family, request), _stock_image(pipeline, "dev", request))
 
 
-def test_a_lora_draws_what_diffusers_draws_with_it(dev: Path, tmp_path: Path) -> None:
+def test_a_lora_equals_diffusers(dev: Path, tmp_path: Path) -> None:
     pipeline = stock_pipeline(FluxPipeline, dev)
     file = tmp_path / "style.safetensors"
     factors = random_lora(pipeline.transformer, 4, ATTENTION, seed=0)
     save_file({f"transformer.{name}": factor.contiguous() for name, factor in factors.items()}, file)
     styled = replace(_REQUEST, id="styled", loras=(("style", 0.8),))
     family = loading.load(dev, make_settings(lora=[f"style={file}"]))
-    crowd = InlineEngine(family)
-    crowd.run(styled, _REQUEST)
-    assert crowd.images[styled.id][0].shared_forwards > 0
+    batched = InlineEngine(family)
+    batched.run(styled, _REQUEST)
+    assert batched.images[styled.id][0].shared_forwards > 0
     stock = stock_image(
         pipeline,
         [(file, 0.8)],
@@ -161,5 +161,5 @@ def test_a_lora_draws_what_diffusers_draws_with_it(dev: Path, tmp_path: Path) ->
         **common_arguments(styled),
     )
     assert_same(generate_alone(family, styled), np.asarray(stock))
-    assert_same(pixels_of(crowd.data(styled)), np.asarray(stock))
-    assert crowd.data(styled) != crowd.data(_REQUEST)
+    assert_same(pixels_of(batched.data(styled)), np.asarray(stock))
+    assert batched.data(styled) != batched.data(_REQUEST)

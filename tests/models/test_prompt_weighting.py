@@ -1,4 +1,4 @@
-"""Prompt weighting: what the marks mean, what they do to pictures, and what they leave alone."""
+"""Prompt weighting: parsing, the effect on images, and prompts that must not change."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _REQUEST = make_request(prompt="a cat", negative_prompt="(blurred:1.2)", num_inf
 
 
 def _parts(prompt: str) -> list[tuple[str, float]]:
-    read = parse_weights(prompt)
-    weights = [round(read.weight_at(index), 4) for index in range(len(read.text))]
-    together = groupby(zip(read.text, weights, strict=True), key=lambda pair: pair[1])
-    return [("".join(letter for letter, _ in pairs), weight) for weight, pairs in together]
+    parsed = parse_weights(prompt)
+    weights = [round(parsed.weight_at(index), 4) for index in range(len(parsed.text))]
+    grouped = groupby(zip(parsed.text, weights, strict=True), key=lambda pair: pair[1])
+    return [("".join(letter for letter, _ in pairs), weight) for weight, pairs in grouped]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def _parts(prompt: str) -> list[tuple[str, float]]:
         ("((cat)) (a (b:1.5) c:2)", [("cat", 1.21), (" ", 1), ("a ", 2), ("b", 3), (" c", 2)]),
         ("(cat: .5 )(dog:0)", [("cat", 0.5), ("dog", 0)]),
         ("(cat:9999) " + "(" * 30 + "dog" + ")" * 30, [("cat", 10), (" ", 1), ("dog", 10)]),
-        # Escaped, without a partner, or not a number: text.
+        # Escaped, unmatched, or not a number: text.
         (r"\(cat\) \[dog\] a\\b a\b", [(r"(cat) [dog] a\b a\b", 1)]),
         (":( :) (cat", [(":", 1), (" :", 1.1), (" (cat", 1)]),
         ("cat) dog]", [("cat) dog]", 1)]),
@@ -55,11 +55,11 @@ def _parts(prompt: str) -> list[tuple[str, float]]:
         ("[cat:1.3]", [("cat:1.3", 0.9091)]),
     ],
 )
-def test_marks_are_read_as_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
+def test_marks_are_parsed_as_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
     assert _parts(prompt) == parts
 
 
-def test_a_prompt_of_brackets_alone_is_read_quickly() -> None:
+def test_a_prompt_of_brackets_is_parsed_quickly() -> None:
     started = time.process_time()
     for prompt in (
         "(" * 16000 + ")" * 16000,
@@ -82,21 +82,21 @@ def family(sd_folder: Path) -> Any:
     return loading.load(sd_folder, make_settings(prompt_weighting=True))
 
 
-def test_a_weighted_word_is_moved_away_from_the_empty_prompt(stock: Any, family: Any) -> None:
-    """The stock pipeline with embeddings that were put together by hand."""
+def test_a_weighted_word_is_scaled_away_from_the_empty_prompt(stock: Any, family: Any) -> None:
+    """Compared with diffusers on embeddings that are weighted by hand."""
     request = replace(_REQUEST, prompt="a (cat:1.5) sat [down]", negative_prompt=None)
     plain, empty = (stock.encode_prompt(text, "cpu", 1, True)[0] for text in ("a cat sat down", ""))
-    # The tokenizer knows only letters, and where words end.
+    # The tokenizer of small models has one token per letter.
     letters = stock.tokenizer("a cat sat down", add_special_tokens=False).input_ids
     assert len(letters) == 11
     weights = torch.tensor([1.0, *[1.0], *[1.5] * 3, *[1.0] * 3, *[1 / 1.1] * 4, *[1.0] * 65])[None, :, None]
     assert weights.shape[1] == 77
     with torch.no_grad():
         embeds = empty + weights * (plain - empty)
-        picture = stock(
-            prompt_embeds=embeds, negative_prompt_embeds=empty, **common_arguments(request)
-        ).images[0]
-    assert_same(generate_alone(family, request), np.asarray(picture))
+        image = stock(prompt_embeds=embeds, negative_prompt_embeds=empty, **common_arguments(request)).images[
+            0
+        ]
+    assert_same(generate_alone(family, request), np.asarray(image))
     assert (
         generate_alone(family, request) != generate_alone(family, replace(request, prompt="a cat sat down"))
     ).any()
@@ -110,8 +110,8 @@ def test_weights_of_one_and_escapes_change_no_byte(sd_folder: Path, family: Any)
         (r"a \(cat\)", "a (cat)"),
         (f"{CHUNK} (a cat:1.00)", f"{CHUNK} a cat"),
     ):
-        drawn = generate_alone(family, replace(_REQUEST, prompt=marked, negative_prompt=None))
-        assert (drawn == generate_alone(plain, replace(_REQUEST, prompt=bare, negative_prompt=None))).all()
+        image = generate_alone(family, replace(_REQUEST, prompt=marked, negative_prompt=None))
+        assert (image == generate_alone(plain, replace(_REQUEST, prompt=bare, negative_prompt=None))).all()
 
 
 def test_marks_are_text_without_the_setting(sd_folder: Path) -> None:
@@ -122,38 +122,37 @@ def test_marks_are_text_without_the_setting(sd_folder: Path) -> None:
     assert not torch.equal(marked.positive.encoder_hidden_states, bare.positive.encoder_hidden_states)
 
 
-def test_weighted_prompts_of_any_length_share_passes_and_keep_their_bytes(family: Any) -> None:
+def test_weighted_prompts_of_any_length_share_batches_and_keep_their_bytes(family: Any) -> None:
     requests = [
         _REQUEST,
         replace(_REQUEST, id="weighted", prompt="a (cat:1.4)"),
         replace(_REQUEST, id="long", prompt=f"(a cat:1.4) {CHUNK} [a dog]"),
         replace(_REQUEST, id="long too", prompt=f"{CHUNK} (a dog:0.2)", seed=3),
     ]
-    lone, crowd = generate_one_at_a_time(family, requests), InlineEngine(family)
-    crowd.probe_shapes(*requests)
-    crowd.run(*requests)
+    alone, batched = generate_one_at_a_time(family, requests), InlineEngine(family)
+    batched.probe_shapes(*requests)
+    batched.run(*requests)
     for request in requests:
-        assert crowd.data(request) == lone.data(request)
-        assert crowd.images[request.id][0].shared_forwards > 0
+        assert batched.data(request) == alone.data(request)
+        assert batched.images[request.id][0].shared_forwards > 0
 
 
-def test_a_word_of_a_later_chunk_is_weighted_there(family: Any) -> None:
-    tokenizer = family.tokenizer
-    read = parse_weights(f"{CHUNK} a (dog:2) sat")
-    weights = token_weights(tokenizer, read, [[0] * 77, [0] * 77])
+def test_a_word_in_a_later_chunk_is_weighted(stock: Any) -> None:
+    parsed = parse_weights(f"{CHUNK} a (dog:2) sat")
+    weights = token_weights(stock.tokenizer, parsed, [[0] * 77, [0] * 77])
     assert (weights[0] == 1).all()
     assert weights[1, :9].tolist() == [1, 1, 2, 2, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("save", [save_sdxl, save_sd3])
-def test_models_with_several_encoders_weigh_in_those_of_clip(save: Any, tmp_path: Path) -> None:
+def test_models_with_several_encoders_apply_weights_in_clip(save: Any, tmp_path: Path) -> None:
     family: Any = loading.load(save(tmp_path / "model"), make_settings(prompt_weighting=True))
     with torch.inference_mode():
-        starts = {
+        inputs = {
             prompt: prepare_image(family, replace(_REQUEST, prompt=prompt, negative_prompt=None)).positive
             for prompt in ("a cat", "a (cat:1.0)", "a (cat:1.5)")
         }
-    plain, one, more = starts.values()
+    plain, one, more = inputs.values()
     others = {name for name, tensor in vars(plain).items() if tensor is not None} - {"encoder_hidden_states"}
     assert torch.equal(plain.encoder_hidden_states, one.encoder_hidden_states)
     assert all(torch.equal(getattr(plain, name), getattr(one, name)) for name in others)
@@ -162,6 +161,8 @@ def test_models_with_several_encoders_weigh_in_those_of_clip(save: Any, tmp_path
     assert all(torch.equal(getattr(plain, name), getattr(more, name)) for name in others)
 
 
-def test_models_that_clip_does_not_read_for_refuse_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="Prompt weighting goes with"):
+def test_models_without_clip_token_embeddings_reject_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match="--prompt-weighting is only supported for sd, sd3, sdxl models; this is flux"
+    ):
         loading.load(save_flux(tmp_path / "flux"), make_settings(prompt_weighting=True))

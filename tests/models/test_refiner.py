@@ -1,4 +1,4 @@
-"""The ensemble of experts against diffusers' two pipelines, one after the other."""
+"""SDXL with its refiner against diffusers' two pipelines in a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypergen.errors import ModelError
 from hypergen.models import loading
 from hypergen.models.family import Family
 from hypergen.request import ControlInput, GenerationRequest
-from tests.conditioning.test_controlnet import random_control_model
+from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.compare_with_diffusers import (
     assert_matches_diffusers,
     common_arguments,
@@ -46,13 +46,13 @@ def family(base: Path, refiner: Path) -> Family:
     return loading.load(base, make_settings(refiner=str(refiner)))
 
 
-def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: Path, family: Family) -> None:
+def test_base_and_refiner_equal_diffusers(base: Path, refiner: Path, family: Family) -> None:
     stock_base = stock_pipeline(StableDiffusionXLPipeline, base)
     stock_refiner = stock_pipeline(
         StableDiffusionXLImg2ImgPipeline, refiner, text_encoder=None, tokenizer=None
     )
 
-    def draw(request: GenerationRequest) -> np.ndarray:
+    def stock_image(request: GenerationRequest) -> np.ndarray:
         sampler = SAMPLERS[request.sampler] if request.sampler else None
         texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
         with use_sampler(stock_base, sampler), use_sampler(stock_refiner, sampler):
@@ -75,11 +75,11 @@ def test_the_refiner_takes_over_as_in_the_stock_pipelines(base: Path, refiner: P
         replace(_REFINED, id="unguided", guidance_scale=1.0),
         replace(_REFINED, id="without", enable_refiner=False),
     ]
-    assert_matches_diffusers(family, requests, draw)
+    assert_matches_diffusers(family, requests, stock_image)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_changes_hands(family: Family, sampler: str) -> None:
+def test_every_sampler_switches_to_the_refiner(family: Family, sampler: str) -> None:
     refined = replace(_REFINED, sampler=sampler, num_inference_steps=6)
     plain = replace(refined, enable_refiner=False)
     state = prepare_image(family, refined)
@@ -88,16 +88,16 @@ def test_every_sampler_changes_hands(family: Family, sampler: str) -> None:
     assert (generate_alone(family, refined) != generate_alone(family, plain)).any()
 
 
-def test_a_single_step_is_the_base_models(family: Family) -> None:
+def test_a_single_step_runs_on_the_base_model(family: Family) -> None:
     refined = replace(_REFINED, num_inference_steps=1)
     assert (
         generate_alone(family, refined) == generate_alone(family, replace(refined, enable_refiner=False))
     ).all()
 
 
-def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: Path, tmp_path: Path) -> None:
+def test_controlnet_works_on_the_base_model_with_a_refiner(base: Path, refiner: Path, tmp_path: Path) -> None:
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
-    random_control_model(pipeline.components, 1).save_pretrained(tmp_path)
+    random_controlnet(pipeline.components, 1).save_pretrained(tmp_path)
     family = loading.load(base, make_settings(refiner=str(refiner), controlnet={"edges": str(tmp_path)}))
     control = ControlInput(model="edges", image=sample_image(seed=4))
     plain = generate_alone(family, _REFINED)
@@ -105,15 +105,15 @@ def test_a_control_model_steers_the_base_beside_a_refiner(base: Path, refiner: P
     assert (generate_alone(family, replace(_REFINED, control=replace(control, scale=0.0))) == plain).all()
 
 
-def test_what_cannot_refine_is_refused_at_the_start(base: Path, refiner: Path, sd_folder: Path) -> None:
-    with pytest.raises(ModelError, match="no refiner of this model"):
+def test_invalid_refiners_are_errors_at_startup(base: Path, refiner: Path, sd_folder: Path) -> None:
+    with pytest.raises(ModelError, match="not a refiner of this model"):
         loading.load(base, make_settings(refiner=str(base)))
-    with pytest.raises(ModelError, match="goes with Stable Diffusion XL"):
+    with pytest.raises(ModelError, match="--refiner is only supported for sdxl models; this is sd"):
         loading.load(sd_folder, make_settings(refiner=str(refiner)))
     with pytest.raises(ModelError, match="No such folder"):
         loading.load(base, make_settings(refiner=str(base / "missing")))
 
 
-def test_the_option_is_there_when_a_refiner_is(base: Path, family: Any) -> None:
+def test_the_capability_exists_only_with_a_refiner(base: Path, family: Any) -> None:
     assert "enable_refiner" in family.model_info("sdxl").capabilities
     assert "enable_refiner" not in loading.load(base, make_settings()).model_info("sdxl").capabilities

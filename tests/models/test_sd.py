@@ -1,4 +1,4 @@
-"""Stable Diffusion against diffusers' own pipeline: the same picture, alone and in a crowd."""
+"""Stable Diffusion against diffusers' pipeline: the same image, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def _requests(sampler: str | None) -> list[GenerationRequest]:
     return [guided, make_request(sampler=sampler, num_inference_steps=4, guidance_scale=1.0, seed=12)]
 
 
-def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
+def _stock_image(pipeline: Any, request: GenerationRequest) -> np.ndarray:
     published = pipeline.scheduler
     if request.sampler:
         sampler = SAMPLERS[request.sampler]
         pipeline.scheduler = sampler.scheduler.from_config(published.config, **sampler.overrides)
     try:
-        picture = pipeline(
+        image = pipeline(
             request.prompt,
             negative_prompt=request.negative_prompt,
             width=request.width,
@@ -64,54 +64,54 @@ def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             generator=torch.Generator().manual_seed(request.seed),
-            # The pipeline has 0 of its own, TCD was made for 0.3.
+            # The pipeline's default is 0; TCD needs 0.3.
             eta=0.3 if request.sampler == "tcd" else 0.0,
         ).images[0]
     finally:
         pipeline.scheduler = published
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
-def _assert_same(picture: np.ndarray, stock: np.ndarray) -> None:
-    difference = np.abs(picture.astype(int) - stock.astype(int))
+def _assert_same(image: np.ndarray, stock: np.ndarray) -> None:
+    difference = np.abs(image.astype(int) - stock.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.001
 
 
-def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family) -> None:
+def test_every_image_equals_that_of_diffusers(stock: Any, family: Family) -> None:
     requests = [request for name in [None, *SAMPLERS] for request in _requests(name)]
-    crowd = InlineEngine(family)
-    crowd.run(*requests)
+    batched = InlineEngine(family)
+    batched.run(*requests)
     shared = 0
     for request in requests:
-        expected = _stock_picture(stock, request)
+        expected = _stock_image(stock, request)
         _assert_same(generate_alone(family, request), expected)
-        _assert_same(np.asarray(Image.open(io.BytesIO(crowd.data(request)))), expected)
-        shared += crowd.images[request.id][0].shared_forwards > 0
+        _assert_same(np.asarray(Image.open(io.BytesIO(batched.data(request)))), expected)
+        shared += batched.images[request.id][0].shared_forwards > 0
     assert shared >= len(requests) - 1
 
 
-def test_a_size_between_the_multiples_is_cut_from_the_middle_of_a_larger_one(family: Family) -> None:
-    asked, drawn = make_request(width=100, height=68), make_request(width=104, height=72)
+def test_a_size_between_multiples_is_cropped_from_the_center(family: Family) -> None:
+    cropped, full = make_request(width=100, height=68), make_request(width=104, height=72)
     engine = InlineEngine(family)
-    engine.run(asked, drawn)
-    picture = np.asarray(Image.open(io.BytesIO(engine.data(asked))))
-    assert picture.shape == (68, 100, 3)
-    assert (picture == np.asarray(Image.open(io.BytesIO(engine.data(drawn))))[2:70, 2:102]).all()
+    engine.run(cropped, full)
+    image = np.asarray(Image.open(io.BytesIO(engine.data(cropped))))
+    assert image.shape == (68, 100, 3)
+    assert (image == np.asarray(Image.open(io.BytesIO(engine.data(full))))[2:70, 2:102]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_stays_near_the_stock_picture(folder: Path, dtype: str) -> None:
+def test_half_precision_is_close_to_diffusers(folder: Path, dtype: str) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(
         folder, safety_checker=None, dtype=getattr(torch, dtype)
     )
     pipeline.set_progress_bar_config(disable=True)
     family = loading.load(folder, make_settings(dtype=dtype))
     for request in _requests(None):
-        assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, request))
+        assert_close_in_half_precision(generate_alone(family, request), _stock_image(pipeline, request))
 
 
-def test_a_decoder_that_overflows_gives_no_black_picture(folder: Path) -> None:
+def test_a_vae_that_overflows_is_an_error_and_no_black_image(folder: Path) -> None:
     family: Any = loading.load(folder, make_settings())
     with torch.no_grad():
         family.vae.post_quant_conv.bias.fill_(torch.inf)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 against diffusers' own pipeline: the same picture, alone and in a crowd."""
+"""Stable Diffusion 3 against diffusers' pipeline: the same image, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def family(folder: Path) -> Family:
     return loading.load(folder, make_settings())
 
 
-def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
+def _stock_image(pipeline: Any, request: GenerationRequest) -> np.ndarray:
     with use_sampler(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
-        picture = pipeline(
+        image = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
             negative_prompt=request.negative_prompt,
             negative_prompt_2=request.negative_prompt_2,
             **common_arguments(request),
         ).images[0]
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
-def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family) -> None:
+def test_every_image_equals_that_of_diffusers(stock: Any, family: Family) -> None:
     requests = [
         _GUIDED,
         replace(_GUIDED, id="two", prompt_2="a dog", negative_prompt_2="grey", seed=12),
@@ -69,23 +69,23 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family)
         replace(_GUIDED, id="heun", sampler="heun"),
         replace(_GUIDED, id="euler", sampler="euler", guidance_scale=2.0),
     ]
-    assert_matches_diffusers(family, requests, lambda request: _stock_picture(stock, request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_image(stock, request))
 
 
 @pytest.mark.parametrize("version", ["3", "3.5"])
-def test_a_model_without_t5_draws_the_stock_picture(tmp_path: Path, version: Any) -> None:
+def test_a_model_without_t5_equals_diffusers(tmp_path: Path, version: Any) -> None:
     folder = save_sd3(tmp_path / "small-sd3", t5=False, version=version)
     pipeline = stock_pipeline(StableDiffusion3Pipeline, folder, text_encoder_3=None, tokenizer_3=None)
-    # A scheduler that shifts with the size, as finetunes have.
+    # Some finetunes have a scheduler that shifts with the image size.
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    drawn = generate_alone(loading.load(folder, make_settings()), _GUIDED)
-    assert_same(drawn, _stock_picture(pipeline, _GUIDED))
+    image = generate_alone(loading.load(folder, make_settings()), _GUIDED)
+    assert_same(image, _stock_image(pipeline, _GUIDED))
 
 
-def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: Family) -> None:
-    """CLIP's parts, encoded by the stock pipeline each by itself, one after the other, then T5's whole; the
-    shorter text is filled with empty chunks.
+def test_long_prompts_are_encoded_in_chunks(stock: Any, family: Family) -> None:
+    """diffusers encodes each CLIP chunk by itself, and the full text with T5; the shorter text is padded with
+    empty chunks.
     """
     long = replace(_GUIDED, id="long", prompt=f"{CHUNK} a cat")
     long_too = replace(_GUIDED, id="long-too", prompt="a cat", negative_prompt=f"{CHUNK} a dog", seed=5)
@@ -96,43 +96,43 @@ def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: F
         f"{CHUNK} a dog": (CHUNK, "a dog"),
     }
 
-    def read(text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_chunks(text: str) -> tuple[torch.Tensor, torch.Tensor]:
         def encode(part: str) -> tuple[torch.Tensor, torch.Tensor]:
             embeds, _, pooled, _ = stock.encode_prompt(part, None, None, do_classifier_free_guidance=False)
             return embeds, pooled
 
         parts = [encode(part) for part in chunks[text]]
         clip = [embeds[:, :77] for embeds, _ in parts]
-        words = encode(text)[0][:, 77:]
-        return torch.cat([*clip, words], dim=1), parts[0][1]
+        t5 = encode(text)[0][:, 77:]
+        return torch.cat([*clip, t5], dim=1), parts[0][1]
 
     @torch.inference_mode()
-    def draw(request: GenerationRequest) -> np.ndarray:
-        embeds, pooled = read(request.prompt)
-        unwanted, unwanted_pooled = read(request.negative_prompt or "")
+    def stock_image(request: GenerationRequest) -> np.ndarray:
+        embeds, pooled = encode_chunks(request.prompt)
+        negative, negative_pooled = encode_chunks(request.negative_prompt or "")
         return np.asarray(
             stock(
                 prompt_embeds=embeds,
                 pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=unwanted,
-                negative_pooled_prompt_embeds=unwanted_pooled,
+                negative_prompt_embeds=negative,
+                negative_pooled_prompt_embeds=negative_pooled,
                 **common_arguments(request),
             ).images[0]
         )
 
-    assert_matches_diffusers(family, [long, long_too], draw)
+    assert_matches_diffusers(family, [long, long_too], stock_image)
 
 
-def test_what_it_says_of_itself(family: Family) -> None:
-    described = family.model_info("sd3")
-    assert described.defaults == ModelDefaults(50, 7.5, 128, 128)
-    assert described.capabilities == {"prompt_2", "negative_prompt", "image", "mask"}
-    assert described.samplers.keys() == {"euler", "heun"}
+def test_model_info_has_defaults_and_capabilities(family: Family) -> None:
+    info = family.model_info("sd3")
+    assert info.defaults == ModelDefaults(50, 7.5, 128, 128)
+    assert info.capabilities == {"prompt_2", "negative_prompt", "image", "mask"}
+    assert info.samplers.keys() == {"euler", "heun"}
     assert family.generation_size(100, 72) == (112, 80)
 
 
-def test_half_precision_stays_near_the_stock_picture(folder: Path) -> None:
+def test_half_precision_is_close_to_diffusers(folder: Path) -> None:
     pipeline = stock_pipeline(StableDiffusion3Pipeline, folder, dtype=torch.bfloat16)
     family = loading.load(folder, make_settings(dtype="bfloat16"))
     request = replace(_GUIDED, num_inference_steps=3)
-    assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, request))
+    assert_close_in_half_precision(generate_alone(family, request), _stock_image(pipeline, request))

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL against diffusers' own pipeline: the same picture, alone and in a crowd."""
+"""Stable Diffusion XL against diffusers' pipeline: the same image, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def family(base: Path) -> Family:
     return loading.load(base, make_settings())
 
 
-def _stock_picture(pipeline: Any, request: GenerationRequest) -> np.ndarray:
+def _stock_image(pipeline: Any, request: GenerationRequest) -> np.ndarray:
     with use_sampler(pipeline, SAMPLERS[request.sampler] if request.sampler else None):
-        picture = pipeline(
+        image = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
             negative_prompt=request.negative_prompt,
             negative_prompt_2=request.negative_prompt_2,
             **common_arguments(request),
         ).images[0]
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
-def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family) -> None:
+def test_every_image_equals_that_of_diffusers(stock: Any, family: Family) -> None:
     samplers = ("euler_a", "dpmpp_2m_karras", "heun", "ddim")
     requests = [
         _GUIDED,
@@ -69,21 +69,21 @@ def test_every_picture_is_that_of_the_stock_pipeline(stock: Any, family: Family)
         replace(_GUIDED, id="unguided", guidance_scale=1.0, num_inference_steps=7),
         *(replace(_GUIDED, id=name, sampler=name, num_inference_steps=4) for name in samplers),
     ]
-    assert_matches_diffusers(family, requests, lambda request: _stock_picture(stock, request))
+    assert_matches_diffusers(family, requests, lambda request: _stock_image(stock, request))
 
 
-def test_the_layout_of_ssd_draws_the_stock_picture(tmp_path: Path) -> None:
+def test_ssd_1b_equals_diffusers(tmp_path: Path) -> None:
     folder = save_sdxl(tmp_path / "ssd", "ssd", zeros=False)
     pipeline = stock_pipeline(StableDiffusionXLPipeline, folder)
     # Without forced zeros, an absent negative prompt is the empty one.
     for request in (_GUIDED, replace(_GUIDED, negative_prompt=None)):
         family = loading.load(folder, make_settings())
-        assert_same(generate_alone(family, request), _stock_picture(pipeline, request))
+        assert_same(generate_alone(family, request), _stock_image(pipeline, request))
 
 
-def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: Family) -> None:
-    """The parts, encoded by the stock pipeline each by itself, then side by side; the shorter text is filled
-    with empty chunks. For a second encoder as for the first.
+def test_long_prompts_are_encoded_in_chunks(stock: Any, family: Family) -> None:
+    """diffusers encodes each chunk by itself; the shorter text is padded with empty chunks, also for the
+    second encoder.
     """
     long = replace(_GUIDED, id="long", prompt=f"{CHUNK} a cat", prompt_2=None)
     long_2 = replace(_GUIDED, id="long-2", prompt="a cat", prompt_2=f"{CHUNK} a dog", negative_prompt=None)
@@ -96,47 +96,49 @@ def test_prompts_of_several_chunks_are_read_chunk_by_chunk(stock: Any, family: F
         embeds, _, pooled, _ = stock.encode_prompt(text, do_classifier_free_guidance=False)
         return embeds[..., :32], embeds[..., 32:], pooled
 
-    def read(texts: tuple[str, str], texts_2: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_chunks(texts: tuple[str, str], texts_2: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
         first = torch.cat([encode(text)[0] for text in texts], dim=1)
         second = torch.cat([encode(text)[1] for text in texts_2], dim=1)
         return torch.cat([first, second], dim=-1), encode(texts_2[0])[2]
 
     @torch.inference_mode()
-    def draw(request: GenerationRequest) -> np.ndarray:
-        texts, texts_2, negative = parts[request.id]
-        embeds, pooled = read(texts, texts_2)
-        unwanted, unwanted_pooled = (
-            read(negative, negative) if negative else (torch.zeros_like(embeds), torch.zeros_like(pooled))
+    def stock_image(request: GenerationRequest) -> np.ndarray:
+        texts, texts_2, negative_texts = parts[request.id]
+        embeds, pooled = encode_chunks(texts, texts_2)
+        negative, negative_pooled = (
+            encode_chunks(negative_texts, negative_texts)
+            if negative_texts
+            else (torch.zeros_like(embeds), torch.zeros_like(pooled))
         )
         return np.asarray(
             stock(
                 prompt_embeds=embeds,
                 pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=unwanted,
-                negative_pooled_prompt_embeds=unwanted_pooled,
+                negative_prompt_embeds=negative,
+                negative_pooled_prompt_embeds=negative_pooled,
                 **common_arguments(request),
             ).images[0]
         )
 
-    assert_matches_diffusers(family, [long, long_2], draw)
+    assert_matches_diffusers(family, [long, long_2], stock_image)
 
 
 @pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_stays_near_the_stock_picture(base: Path, dtype: str) -> None:
+def test_half_precision_is_close_to_diffusers(base: Path, dtype: str) -> None:
     pipeline = stock_pipeline(StableDiffusionXLPipeline, base, dtype=getattr(torch, dtype))
     family: Any = loading.load(base, make_settings(dtype=dtype))
-    # In float16 the decoder of SDXL would overflow.
+    # SDXL's VAE overflows in float16.
     assert family.vae.dtype == (torch.float32 if dtype == "float16" else torch.bfloat16)
     request = replace(_GUIDED, num_inference_steps=3)
-    assert_close_in_half_precision(generate_alone(family, request), _stock_picture(pipeline, request))
+    assert_close_in_half_precision(generate_alone(family, request), _stock_image(pipeline, request))
 
 
-def test_turbo_draws_in_four_steps_without_guidance(tmp_path: Path, family: Family) -> None:
+def test_turbo_defaults_to_four_steps_without_guidance(tmp_path: Path, family: Family) -> None:
     turbo = loading.load(save_sdxl(tmp_path / "turbo", turbo=True), make_settings())
     assert turbo.model_info("turbo").defaults == ModelDefaults(4, 1.0, 1024, 1024)
     assert family.model_info("base").defaults == ModelDefaults(50, 7.5, 128, 128)
     assert family.model_info("base").capabilities == {"prompt_2", "negative_prompt", "image", "mask", "loras"}
     pipeline = stock_pipeline(StableDiffusionXLPipeline, tmp_path / "turbo")
     request = replace(_GUIDED, num_inference_steps=4, guidance_scale=1.0)
-    assert_same(generate_alone(turbo, request), _stock_picture(pipeline, request))
+    assert_same(generate_alone(turbo, request), _stock_image(pipeline, request))

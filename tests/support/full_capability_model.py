@@ -18,6 +18,6 @@ FULL_MODEL_INFO = ModelInfo(
     ),
     loras=("Pixel_Art", "Logo", "Paint_Splash"),
     max_loras=4,
-    control_models=("canny", "depth"),
+    controlnets=("canny", "depth"),
 )
 SETTINGS = ServerSettings.model_validate({})

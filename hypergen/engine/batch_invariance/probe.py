@@ -97,7 +97,7 @@ class BatchInvariance:
         self._buckets = buckets or BucketStore(None, {})
         self._on_cpu = family.device.type == "cpu"
         self._replace_layers = enabled and replace_layers and self._on_cpu
-        self._networks = nn.ModuleList([family.denoiser, *family.control_models.values()])
+        self._networks = nn.ModuleList([family.denoiser, *family.controlnets.values()])
         if self._replace_layers:
             make_linears_invariant(self._networks)
 

@@ -1,4 +1,4 @@
-"""CLIP text encoders: a text of any length, chunk by chunk, and several encoders side by side."""
+"""CLIP text encoders: texts of any length in chunks, and models with several encoders."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from hypergen.models.text_encoders.prompt_weighting import (
 
 
 class ClipEncoder:
-    """Encodes a text in chunks of the tokenizer's length; each chunk is a call of its own.
+    """Encodes a text in chunks of the tokenizer's length, one call per chunk.
 
-    The pooled embedding is that of the first chunk: no model was trained on anything longer, and a text that
-    fits into one chunk has the one that diffusers gives it.
+    The pooled embedding is that of the first chunk: models were not trained on longer texts, and for one
+    chunk it is the same as in diffusers.
 
     Args:
-        penultimate: take the last hidden layer but one, without the final norm, as models with several
-            encoders do, instead of the encoder's output.
+        penultimate: take the penultimate hidden layer, without the final norm, as models with several
+            encoders do; otherwise the last one.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class ClipEncoder:
         weighted = parse_weights(text) if self._weighting else WeightedText(text)
         chunks, tokens = chunk_tokens(self._tokenizer, weighted.text, self._max_chunks)
         outputs = [self._encode(chunk) for chunk in chunks]
-        embeds = [self._words(output) for output in outputs]
+        embeds = [self._token_embeds(output) for output in outputs]
         if any(weight != 1 for weight in weighted.weights):
-            # Not kept: a LoRA may change how the empty text is read, too.
-            empty = self._words(self._encode(chunk_tokens(self._tokenizer, "", 1)[0][0]))
+            # Not cached: a LoRA may change the embeddings of the empty text, too.
+            empty = self._token_embeds(self._encode(chunk_tokens(self._tokenizer, "", 1)[0][0]))
             weights = token_weights(self._tokenizer, weighted, chunks)
-            embeds = [apply_token_weights(words, empty, w) for words, w in zip(embeds, weights, strict=True)]
-        # Encoders with a projection give its output, the others that of the final norm at the text's end.
+            embeds = [apply_token_weights(e, empty, w) for e, w in zip(embeds, weights, strict=True)]
+        # Encoders with a projection return its output, the others the last hidden state at the end token.
         pooled = outputs[0].get("text_embeds", outputs[0].get("pooler_output"))
         return EncodedPrompt(torch.cat(embeds, dim=1).to(self._dtype), tokens, pooled.to(self._dtype))
 
-    def _words(self, output: Any) -> Tensor:
+    def _token_embeds(self, output: Any) -> Tensor:
         return output.hidden_states[-2] if self._penultimate else output[0]
 
     def _encode(self, chunk: list[int]) -> Any:
@@ -75,8 +75,8 @@ class ClipEncoder:
 
 
 class PooledClipEncoder:
-    """Encodes the first chunk of a text into one embedding of shape (1, D), for models that read the words
-    with another encoder.
+    """Encodes the first chunk of a text into one pooled embedding of shape (1, D), for models that take token
+    embeddings from another encoder.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: Any, dtype: torch.dtype) -> None:
@@ -91,15 +91,17 @@ class PooledClipEncoder:
 
 
 def max_length(encoded: Sequence[EncodedPrompt]) -> int:
-    """The length in tokens of the longest of several prompts."""
+    """Number of tokens of the longest of several encoded prompts."""
     return max(prompt.embeds.shape[1] for prompt in encoded)
 
 
 def concat_embeds(
     encoders: Sequence[PromptCache], encoded: Sequence[EncodedPrompt], length: int
 ) -> torch.Tensor:
-    """What several encoders made of one prompt, filled with empty chunks up to `length`: features of shape
-    (1, length, D1 + D2).
+    """Concatenate the embeddings of several encoders along the features: shape (1, length, D1 + D2).
+
+    Args:
+        encoded: one per encoder; each is padded with empty chunks to `length` tokens.
     """
     columns: list[Tensor] = [
         pad_with_empty_chunks(prompt.embeds, length, encoder.get("").embeds)

@@ -1,14 +1,15 @@
-"""Prompts: cut into the chunks that CLIP reads, encoded one by one, and remembered."""
+"""Prompt embeddings: chunks for CLIP, and the cache of encoded prompts."""
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from hypergen.lora.batched_lora import Loras
@@ -19,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What an encoder made of one text.
+    """The output of a text encoder for one text.
 
     Attributes:
-        embeds: shape (1, L, D); L is 77 x chunks for CLIP.
-        tokens: of the text, as many as `embeds` hold.
-        pooled: one embedding of the whole text, shape (1, D), from encoders that have one.
+        embeds: token embeddings, shape (1, L, D); L is 77 x chunks for CLIP.
+        tokens: number of encoded tokens of the text, without padding.
+        pooled: pooled embedding, shape (1, D), of encoders that have one.
     """
 
     embeds: Tensor
@@ -37,33 +38,36 @@ class EncodedPrompt:
 
 
 def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[int]], int]:
-    """Token ids in chunks of the tokenizer's length (77 for CLIP), each with its own start, end and filling.
+    """Token ids in chunks of the tokenizer's length (77 for CLIP), each with start, end and padding tokens.
 
-    Returns the chunks, at least one, and the number of tokens of the text they hold. A longer text is cut
-    off, and the log says so: the request must not fail for it.
+    Returns the chunks, at least one, and the number of tokens of the text in them. A longer text is truncated
+    with a warning.
     """
-    inside = tokenizer.model_max_length - 2
+    chunk_length = tokenizer.model_max_length - 2
     ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    if len(ids) > inside * max_chunks:
-        logger.warning("A prompt of %d tokens was cut off after %d.", len(ids), inside * max_chunks)
-        ids = ids[: inside * max_chunks]
+    if len(ids) > chunk_length * max_chunks:
+        logger.warning(
+            "Truncated a prompt from %d to %d tokens (--max-prompt-chunks).",
+            len(ids),
+            chunk_length * max_chunks,
+        )
+        ids = ids[: chunk_length * max_chunks]
     chunks: list[list[int]] = []
-    for start in range(0, max(len(ids), 1), inside):
-        part = ids[start : start + inside]
-        filling = [tokenizer.pad_token_id] * (inside - len(part))
-        chunks.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *filling])
+    for start in range(0, max(len(ids), 1), chunk_length):
+        part = ids[start : start + chunk_length]
+        padding = [tokenizer.pad_token_id] * (chunk_length - len(part))
+        chunks.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding])
     return chunks, len(ids)
 
 
 class PromptCache:
-    """Embeddings of the latest texts, by text and the LoRAs it was encoded with, up to a number of bytes; the
-    empty text without LoRAs is never dropped.
+    """Least recently used cache of encoded prompts, by text and text-encoder LoRAs.
 
-    The encoder sees one chunk per call, so that its batch size, and with it the bits of its output, never
-    vary.
+    The empty text without LoRAs is never evicted. An encoder gets one chunk per call, so that the bits of its
+    output do not depend on a batch size.
 
     Args:
-        lora_manager: that loads the LoRAs of prompts; None: they have none.
+        lora_manager: of the LoRAs; None: the family has none.
     """
 
     def __init__(
@@ -71,34 +75,30 @@ class PromptCache:
     ) -> None:
         self._encode = encode
         self._lora_manager = lora_manager
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._entries: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
+        self._entries: LRUCache[Hashable, EncodedPrompt] = LRUCache(max_bytes, lambda entry: entry.nbytes)
         self._empty = encode("")
 
     def get(self, text: str, loras: Loras = ()) -> EncodedPrompt:
-        readers = text_encoder_loras(loras)
-        if not (text or readers):
+        loras = text_encoder_loras(loras)
+        if not (text or loras):
             return self._empty
-        key = text, prompt_cache_key(readers)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        with lora_context(self._lora_manager, [readers]):
-            encoded = self._entries[key] = self._encode(text)
-        self._bytes += encoded.nbytes
-        while self._bytes > self._max_bytes:
-            _, dropped = self._entries.popitem(last=False)
-            self._bytes -= dropped.nbytes
+        key = text, prompt_cache_key(loras)
+        if (encoded := self._entries.get(key)) is not None:
+            return encoded
+        with lora_context(self._lora_manager, [loras]):
+            encoded = self._encode(text)
+        with suppress(ValueError):  # larger than the cache
+            self._entries[key] = encoded
         return encoded
 
 
 def pad_with_empty_chunks(embeds: Tensor, length: int, empty: Tensor) -> Tensor:
-    """Append chunks of the empty prompt until the sequence is `length` long.
+    """Append chunks of the empty prompt up to `length` tokens.
 
     Args:
         embeds: shape (1, L, D).
-        empty: embeddings of one empty chunk, shape (1, 77, D); `length` - L is a multiple of its length.
+        length: L plus a multiple of 77.
+        empty: embeddings of one empty chunk, shape (1, 77, D).
     """
     missing = (length - embeds.shape[1]) // empty.shape[1]
     return torch.cat([embeds, *[empty] * missing], dim=1) if missing else embeds

@@ -1,4 +1,4 @@
-"""T5 text encoders: one fixed length for every text, so that prompts of any length share their passes."""
+"""T5 text encoders: one fixed length for all prompts, so that prompts of any length share batches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 class T5Encoder:
-    """Encodes a text into embeddings of shape (1, `length`, D), filled as the model was trained.
+    """Encodes a text into embeddings of shape (1, `length`, D), padded as in training.
 
-    What does not fit is cut off, and the log says so.
+    A longer text is truncated with a warning.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: Any, length: int, dtype: torch.dtype) -> None:
@@ -28,8 +28,8 @@ class T5Encoder:
     def __call__(self, text: str) -> EncodedPrompt:
         ids: list[int] = self._tokenizer(text, truncation=False, verbose=False).input_ids
         if len(ids) > self._length:
-            logger.warning("A prompt of %d tokens was cut off after %d.", len(ids) - 1, self._length - 1)
-            ids = [*ids[: self._length - 1], ids[-1]]  # the last one is the mark of the end
-        filling = [self._tokenizer.pad_token_id] * (self._length - len(ids))
-        embeds = self._text_encoder(torch.tensor([ids + filling], device=device_of(self._text_encoder)))[0]
+            logger.warning("Truncated a prompt from %d to %d tokens.", len(ids) - 1, self._length - 1)
+            ids = [*ids[: self._length - 1], ids[-1]]  # the last one is the end token
+        padding = [self._tokenizer.pad_token_id] * (self._length - len(ids))
+        embeds = self._text_encoder(torch.tensor([ids + padding], device=device_of(self._text_encoder)))[0]
         return EncodedPrompt(embeds.to(self._dtype), len(ids) - 1)

@@ -1,4 +1,4 @@
-"""LoRA files are read in threads: images that run, and requests that leave, do not wait for them."""
+"""LoRA files load in threads: running images and cancelled requests do not wait for them."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ def family(sd_folder: Path, folder: Path) -> Any:
 
 
 @pytest.fixture
-def reading(family: Any) -> threading.Event:
-    """Nothing is read from files until it is set: the threads that would are kept waiting."""
-    go_on = threading.Event()
+def loading_blocked(family: Any) -> threading.Event:
+    """Blocks the loading threads until it is set."""
+    release = threading.Event()
     for _ in range(family.lora_manager._loading_threads._max_workers):
-        family.lora_manager._loading_threads.submit(go_on.wait, 60)
-    return go_on
+        family.lora_manager._loading_threads.submit(release.wait, 60)
+    return release
 
 
-def test_images_are_drawn_while_a_lora_is_read(family: Any, reading: threading.Event) -> None:
+def test_images_run_while_a_lora_loads(family: Any, loading_blocked: threading.Event) -> None:
     styled, plain = make_request(loras=(("style", 1.0),)), make_request()
     engine = InlineEngine(family)
 
-    def read_on(request_id: str, event: Event | RequestError) -> None:
+    def unblock(request_id: str, event: Event | RequestError) -> None:
         if isinstance(event, ImageFinished) and request_id == plain.id:
             assert not engine.images.get(styled.id)
-            reading.set()
+            loading_blocked.set()
 
-    engine.run(styled, plain, on_event=read_on)
+    engine.run(styled, plain, on_event=unblock)
     again = InlineEngine(family)
     again.run(styled)
     assert engine.data(styled) == again.data(styled) != engine.data(plain)
 
 
-def test_a_request_that_leaves_while_its_lora_is_read_does_not_come_back(
-    family: Any, reading: threading.Event
+def test_a_request_cancelled_while_its_lora_loads_does_not_run(
+    family: Any, loading_blocked: threading.Event
 ) -> None:
     styled, plain = make_request(loras=(("style", 1.0),)), make_request()
     engine = InlineEngine(family)
@@ -64,13 +64,13 @@ def test_a_request_that_leaves_while_its_lora_is_read_does_not_come_back(
     assert engine.engine.has_requests
     engine.submit(plain)
     engine.cancel(styled)
-    reading.set()
+    loading_blocked.set()
     family.lora_manager._loading_threads.shutdown()
     engine.run()
     assert {request_id for request_id, _ in engine.events} == {plain.id}
 
 
-def test_a_file_that_cannot_be_read_fails_its_request_alone(family: Any) -> None:
+def test_a_damaged_file_fails_only_its_request(family: Any) -> None:
     broken, plain = make_request(loras=(("broken", 1.0),)), make_request()
     engine = InlineEngine(family)
     engine.run(broken, plain)
@@ -79,9 +79,9 @@ def test_a_file_that_cannot_be_read_fails_its_request_alone(family: Any) -> None
     assert engine.images[plain.id]
 
 
-def test_what_was_read_in_a_thread_is_not_read_again(family: Any, folder: Path) -> None:
-    asked = (("style", 1.0),)
-    prepared = family.lora_manager.load_in_background(asked)
+def test_a_lora_loaded_in_the_background_is_not_loaded_again(family: Any, folder: Path) -> None:
+    weights = (("style", 1.0),)
+    prepared = family.lora_manager.load_in_background(weights)
     [(lora, _)] = prepared.result()
-    assert family.lora_manager.load(asked)[0][0] is lora
+    assert family.lora_manager.load(weights)[0][0] is lora
     assert family.lora_manager.load_in_background(()) is None

@@ -1,4 +1,4 @@
-"""LoRAs against diffusers: the same pictures, whatever the file's layout and its layers."""
+"""Images with LoRAs against diffusers, for several layouts and layer types."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.support.sync_engine import generate_alone, make_request, make_setting
 
 CASES = {
     "attention": ("attention",),
-    "convolutions too": ("everything",),
-    "two": ("attention", "everything"),
-    "a rank above the slots": ("large",),
+    "attention and convolutions": ("everything",),
+    "two LoRAs": ("attention", "everything"),
+    "a rank above max_lora_rank": ("large",),
     "text encoder": ("text",),
-    "text encoder and another": ("text", "attention"),
+    "text encoder and attention": ("text", "attention"),
     "alpha in the header": ("alpha",),
     "DoRA": ("dora",),
     "Kohya": ("kohya",),
@@ -55,7 +55,7 @@ def family(sd_folder: Path, loras: Path) -> Family:
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # of PEFT, about the second LoRA
 @pytest.mark.parametrize("names", CASES.values(), ids=CASES.keys())
-def test_a_picture_is_that_of_diffusers(
+def test_an_image_equals_that_of_diffusers(
     family: Family, pipeline: Any, loras: Path, names: tuple[str, ...]
 ) -> None:
     weights = [0.8, 1.3][: len(names)]
@@ -73,9 +73,9 @@ def test_a_picture_is_that_of_diffusers(
         guidance_scale=request.guidance_scale,
         generator=torch.Generator().manual_seed(request.seed),
     )
-    picture = generate_alone(family, request)
-    difference = np.abs(picture.astype(int) - np.asarray(expected).astype(int))
+    image = generate_alone(family, request)
+    difference = np.abs(image.astype(int) - np.asarray(expected).astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.001
     base = generate_alone(family, make_request(negative_prompt="blurred", num_inference_steps=3))
-    assert (np.abs(base.astype(int) - picture.astype(int)) > 1).mean() > 0.02
+    assert (np.abs(base.astype(int) - image.astype(int)) > 1).mean() > 0.02
