@@ -1,7 +1,7 @@
-"""Draw one prompt from many seeds at once, and put the pictures onto one sheet: pip install openai pillow.
+"""Generate one prompt with many seeds at once, on one contact sheet: pip install openai pillow.
 
-The requests are sent side by side; the server draws them in the same passes, and each seed gives the picture
-that it gives alone.
+The requests are sent at the same time. The server generates them in the same batches, and each seed gives the
+image that it gives alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ parser.add_argument("--output", type=Path, default=Path("sheet.png"))
 options = parser.parse_args()
 
 
-async def draw(client: AsyncOpenAI, seed: int) -> Image.Image:
+async def generate(client: AsyncOpenAI, seed: int) -> Image.Image:
     result = await client.images.generate(
         prompt=options.prompt,
         size=options.size,
@@ -40,20 +40,20 @@ async def draw(client: AsyncOpenAI, seed: int) -> Image.Image:
 
 async def generate_all() -> list[Image.Image]:
     async with AsyncOpenAI(base_url=f"{options.url}/v1", api_key=options.key) as client:
-        return await asyncio.gather(*(draw(client, seed) for seed in options.seeds))
+        return await asyncio.gather(*(generate(client, seed) for seed in options.seeds))
 
 
-pictures = asyncio.run(generate_all())
-width, height = pictures[0].size
+images = asyncio.run(generate_all())
+width, height = images[0].size
 caption, gap = 16, 8
-rows = -(-len(pictures) // options.columns)
+rows = -(-len(images) // options.columns)
 sheet_size = (options.columns * (width + gap) + gap, rows * (height + caption + gap) + gap)
 sheet = Image.new("RGB", sheet_size, "white")
 write = ImageDraw.Draw(sheet)
-for position, (seed, picture) in enumerate(zip(options.seeds, pictures, strict=True)):
+for position, (seed, image) in enumerate(zip(options.seeds, images, strict=True)):
     row, column = divmod(position, options.columns)
     x, y = gap + column * (width + gap), gap + row * (height + caption + gap)
-    sheet.paste(picture, (x, y))
+    sheet.paste(image, (x, y))
     write.text((x, y + height + 2), f"seed {seed}", fill="black")
 sheet.save(options.output)
-print(f"Wrote {options.output}, {len(pictures)} pictures of {width}x{height}.")
+print(f"Wrote {options.output}, {len(images)} images of {width}x{height}.")

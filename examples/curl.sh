@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Draw with curl, and save the file behind the picture's address: examples/curl.sh [PROMPT].
+# Generate an image with curl, and download it from its address: examples/curl.sh [PROMPT].
 # BASE_URL, API_KEY, SIZE, STEPS, SEED and OUTPUT in the environment say where, how and what.
 set -euo pipefail
 base="${BASE_URL:-http://127.0.0.1:8000}"
 prompt="${1:-a yellow star on a black background}"
-output="${OUTPUT:-picture-curl.png}"
+output="${OUTPUT:-image-curl.png}"
 
 answer="$(curl --silent --show-error --fail-with-body "$base/v1/images/generations" \
     --header "Authorization: Bearer ${API_KEY:-unused}" \

@@ -1,6 +1,6 @@
-"""Draw a picture, then draw only its middle again: pip install openai pillow.
+"""Generate an image, then only its middle again: pip install openai pillow.
 
-Transparent parts of the mask are drawn, opaque ones are kept as they are, pixel by pixel.
+Transparent parts of the mask are generated, opaque ones are kept as they are, pixel by pixel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from openai import OpenAI
 from PIL import Image
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--prompt", default="a red circle on a blue background", help="of the first picture")
+parser.add_argument("--prompt", default="a red circle on a blue background", help="of the first image")
 parser.add_argument("--change", default="a yellow star on a blue background", help="what the middle becomes")
 parser.add_argument("--url", default=os.environ.get("BASE_URL", "http://127.0.0.1:8000"))
 parser.add_argument("--key", default=os.environ.get("API_KEY", "unused"))
@@ -37,8 +37,8 @@ first = client.images.generate(
 options.before.write_bytes(base64.b64decode(first.data[0].b64_json))
 print(f"Wrote {options.before}, {first.size}.")
 
-with Image.open(options.before) as picture:
-    width, height = picture.size
+with Image.open(options.before) as image:
+    width, height = image.size
 mask = Image.new("RGBA", (width, height), (0, 0, 0, 255))
 mask.paste((0, 0, 0, 0), (width // 8, height // 8, width * 7 // 8, height * 7 // 8))
 mask_file = BytesIO()

@@ -1,4 +1,4 @@
-"""Draw a picture with Hyperbolic's API, with LoRAs or without, and save it: pip install requests."""
+"""Generate an image with Hyperbolic's API, with LoRAs or without, and save it: pip install requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ parser.add_argument("--height", type=int)
 parser.add_argument("--steps", type=int)
 parser.add_argument("--seed", type=int, default=14)
 parser.add_argument("--lora", action="append", default=[], metavar="NAME=WEIGHT", help="may be repeated")
-parser.add_argument("--output", type=Path, default=Path("picture-hyperbolic.png"))
+parser.add_argument("--output", type=Path, default=Path("image-hyperbolic.png"))
 options = parser.parse_args()
 
 response = requests.post(
@@ -39,8 +39,8 @@ response = requests.post(
 answer = response.json()
 if not response.ok:
     raise SystemExit(f"{response.status_code}: {answer['error']['message']}")
-picture = answer["images"][0]
-options.output.write_bytes(base64.b64decode(picture["image"]))
-print(f"Wrote {options.output}, seed {picture['seed']}, {answer['inference_time']:.1f} s.")
+image = answer["images"][0]
+options.output.write_bytes(base64.b64decode(image["image"]))
+print(f"Wrote {options.output}, seed {image['seed']}, {answer['inference_time']:.1f} s.")
 if price := response.headers.get("x-hypergen-price"):
     print(f"It costs {price}.")

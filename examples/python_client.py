@@ -1,4 +1,4 @@
-"""Draw a picture with OpenAI's Python client, and save it: pip install openai."""
+"""Generate an image with OpenAI's Python client, and save it: pip install openai."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ parser.add_argument("--key", default=os.environ.get("API_KEY", "unused"))
 parser.add_argument("--size", default="auto", help="for example 512x512; auto is the model's own")
 parser.add_argument("--steps", type=int, help="absent: the model's own")
 parser.add_argument("--seed", type=int, default=14)
-parser.add_argument("--output", type=Path, default=Path("picture.png"))
+parser.add_argument("--output", type=Path, default=Path("image.png"))
 options = parser.parse_args()
 
 client = OpenAI(base_url=f"{options.url}/v1", api_key=options.key)
@@ -31,6 +31,6 @@ try:
     )
 except BadRequestError as error:  # it names the field
     raise SystemExit(f"{error.param}: {error.message}") from None
-picture = result.data[0]
-options.output.write_bytes(base64.b64decode(picture.b64_json))
-print(f"Wrote {options.output}, {result.size}, seed {picture.seed}.")
+image = result.data[0]
+options.output.write_bytes(base64.b64decode(image.b64_json))
+print(f"Wrote {options.output}, {result.size}, seed {image.seed}.")

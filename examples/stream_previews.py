@@ -1,4 +1,4 @@
-"""Watch a picture appear in the terminal while it is drawn, and save it: pip install openai pillow.
+"""Watch an image appear in the terminal while it is generated, and save it: pip install openai pillow.
 
 Needs a terminal with 24-bit colours.
 """
@@ -22,12 +22,12 @@ parser.add_argument("--size", default="auto")
 parser.add_argument("--steps", type=int)
 parser.add_argument("--seed", type=int, default=14)
 parser.add_argument("--columns", type=int, default=48, help="width of a preview in characters")
-parser.add_argument("--output", type=Path, default=Path("picture-streamed.png"))
+parser.add_argument("--output", type=Path, default=Path("image-streamed.png"))
 options = parser.parse_args()
 
 
 def show(data: bytes, columns: int) -> None:
-    """Print a picture; one character is two pixels, one above the other."""
+    """Print an image; one character is two pixels, one above the other."""
     with Image.open(BytesIO(data)) as image:
         rows = max(1, round(columns * image.height / image.width / 2))
         small = image.convert("RGB").resize((columns, rows * 2))

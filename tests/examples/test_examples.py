@@ -53,8 +53,8 @@ def is_red_on_blue(image: Image.Image) -> bool:
 def test_the_python_client_generates_an_image(server: LiveServer, tmp_path: Path) -> None:
     printed = python(server, tmp_path, "python_client.py", *SMALL)
     assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
-    assert "Wrote picture.png, 128x128, seed 14." in printed
-    image = open_image(tmp_path / "picture.png")
+    assert "Wrote image.png, 128x128, seed 14." in printed
+    image = open_image(tmp_path / "image.png")
     assert is_red_on_blue(image)
 
 
@@ -70,16 +70,16 @@ def test_the_node_client_generates_an_image(server: LiveServer, tmp_path: Path) 
         server, tmp_path, node, script, "a red circle on a blue background", SIZE="128x128", STEPS="8"
     )
     assert "The server has stabilityai/stable-diffusion-xl-base-1.0." in printed
-    assert "Wrote picture-node.png, 128x128, seed 14." in printed
-    assert is_red_on_blue(open_image(tmp_path / "picture-node.png"))
+    assert "Wrote image-node.png, 128x128, seed 14." in printed
+    assert is_red_on_blue(open_image(tmp_path / "image-node.png"))
 
 
 def test_curl_generates_an_image(server: LiveServer, tmp_path: Path) -> None:
     script = str(EXAMPLES / "curl.sh")
     prompt = "a red circle on a blue background"
     printed = run(server, tmp_path, script, prompt, SIZE="128x128", STEPS="8")
-    assert f"Wrote picture-curl.png from {server.url}/v1/images/files/" in printed
-    assert is_red_on_blue(open_image(tmp_path / "picture-curl.png"))
+    assert f"Wrote image-curl.png from {server.url}/v1/images/files/" in printed
+    assert is_red_on_blue(open_image(tmp_path / "image-curl.png"))
 
 
 def test_curl_shows_the_error(server: LiveServer, tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_curl_shows_the_error(server: LiveServer, tmp_path: Path) -> None:
 def test_previews_are_shown_while_the_image_is_generated(server: LiveServer, tmp_path: Path) -> None:
     printed = python(server, tmp_path, "stream_previews.py", *SMALL, "--columns", "16")
     assert [f"Preview {number}" in printed for number in (1, 2, 3, 4)] == [True, True, True, False]
-    assert "Wrote picture-streamed.png, 128x128." in printed
+    assert "Wrote image-streamed.png, 128x128." in printed
     assert printed.count("▀") == 4 * 16 * 8  # three previews and the image, two pixels per character
-    open_image(tmp_path / "picture-streamed.png")
+    open_image(tmp_path / "image-streamed.png")
 
 
 def test_the_contact_sheet_has_the_image_of_every_seed(server: LiveServer, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_contact_sheet_has_the_image_of_every_seed(server: LiveServer, tmp_p
         server, tmp_path, "hyperbolic_client.py", prompt, "--width", "128", "--height", "128", "--steps", "8"
     )
     sheet = open_image(tmp_path / "sheet.png", size=(2 * 136 + 8, 2 * 152 + 8))
-    alone = open_image(tmp_path / "picture-hyperbolic.png")
+    alone = open_image(tmp_path / "image-hyperbolic.png")
     assert sheet.crop((8, 8, 136, 136)).tobytes() == alone.tobytes()
     assert sheet.getpixel((144 + 64, 160 + 64)) == (255, 255, 255)  # the fourth cell is empty
 
@@ -121,9 +121,9 @@ def test_the_hyperbolic_client_uses_loras(server: LiveServer, tmp_path: Path) ->
     printed = python(server, tmp_path, "hyperbolic_client.py", *options)
     assert "seed 14" in printed
     assert "It costs 0.00005." in printed
-    plain = open_image(tmp_path / "picture-hyperbolic.png")
+    plain = open_image(tmp_path / "image-hyperbolic.png")
     python(server, tmp_path, "hyperbolic_client.py", *options, "--lora", "Pixel_Art=1", "--lora", "Logo=0.5")
-    assert open_image(tmp_path / "picture-hyperbolic.png").tobytes() != plain.tobytes()
+    assert open_image(tmp_path / "image-hyperbolic.png").tobytes() != plain.tobytes()
 
 
 def test_every_example_is_in_the_readme() -> None:
