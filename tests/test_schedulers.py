@@ -69,7 +69,7 @@ class Image:
 @pytest.mark.parametrize("published", _PUBLISHED)
 @pytest.mark.parametrize("sampler", _NAMES)
 def test_every_sampler_supports_few_and_many_steps(sampler: str | None, published: str) -> None:
-    factory = SchedulerFactory(_PUBLISHED[published], torch.device("cpu"))
+    factory = SchedulerFactory(_PUBLISHED[published])
     min_steps = SAMPLERS[sampler].min_steps if sampler else 1
     for steps in {min_steps, 2, 3, 4, 7, 20, 150}:
         latents = Image(factory, sampler, steps, seed=steps).run()
@@ -80,7 +80,7 @@ def test_every_sampler_supports_few_and_many_steps(sampler: str | None, publishe
 
 @pytest.mark.parametrize("sampler", _NAMES)
 def test_interleaved_images_share_no_scheduler_state(sampler: str | None) -> None:
-    factory = SchedulerFactory(_PUBLISHED["v_prediction"], torch.device("cpu"))
+    factory = SchedulerFactory(_PUBLISHED["v_prediction"])
     alone = [Image(factory, sampler, steps, seed).run() for seed, steps in enumerate((6, 6, 9))]
     images = [Image(factory, sampler, steps, seed) for seed, steps in enumerate((6, 6, 9))]
     while any(image.timesteps for image in images):
@@ -91,7 +91,7 @@ def test_interleaved_images_share_no_scheduler_state(sampler: str | None) -> Non
 
 
 def test_a_used_scheduler_leaves_its_prototype_unchanged() -> None:
-    factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
+    factory = SchedulerFactory(_PUBLISHED["epsilon"])
     for name in SAMPLERS:
         first = Image(factory, name, 5, seed=3).run()
         assert torch.equal(first, Image(factory, name, 5, seed=3).run()), name
@@ -99,14 +99,14 @@ def test_a_used_scheduler_leaves_its_prototype_unchanged() -> None:
 
 def test_old_prototypes_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SchedulerFactory, "_KEPT_PROTOTYPES", 3)
-    factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
+    factory = SchedulerFactory(_PUBLISHED["epsilon"])
     for steps in range(1, 10):
         assert len(factory.make("euler", steps).timesteps) == steps
     assert factory._prototype.cache_info().currsize == 3
 
 
 def test_lcm_supports_more_steps_than_it_was_distilled_on_and_keeps_its_timesteps_for_few() -> None:
-    factory = SchedulerFactory(_PUBLISHED["epsilon"], torch.device("cpu"))
+    factory = SchedulerFactory(_PUBLISHED["epsilon"])
     assert len(factory.make("lcm", 150).timesteps) == 150
     stock: Any = LCMScheduler.from_config(_PUBLISHED["epsilon"].config)
     stock.set_timesteps(4)
@@ -117,7 +117,7 @@ def test_a_model_published_with_pndm_supports_one_step() -> None:
     published = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
-    factory = SchedulerFactory(published, torch.device("cpu"))
+    factory = SchedulerFactory(published)
     for steps in (1, 2, 5):
         assert torch.isfinite(Image(factory, None, steps, seed=0).run()).all()
 
@@ -126,7 +126,7 @@ def test_a_model_published_with_pndm_supports_one_step() -> None:
 @pytest.mark.parametrize("image_tokens", [16, 256, 4096])
 def test_flow_timesteps_shift_with_the_image_size(sampler: str, image_tokens: int) -> None:
     published: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    factory = FlowSchedulerFactory(published, torch.device("cpu"), sigmas_end_at_last_step=False)
+    factory = FlowSchedulerFactory(published, sigmas_end_at_last_step=False)
     stock: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     stock.set_timesteps(6, mu=calculate_shift(image_tokens))
     timesteps = factory.make(sampler, 6, image_tokens).timesteps.unique()
@@ -140,9 +140,7 @@ def test_flow_timesteps_shift_with_the_image_size(sampler: str, image_tokens: in
 def test_every_flow_sampler_supports_few_and_many_steps(sampler: str, shifts: bool) -> None:
     published = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shifts)
     for sigmas_end_at_last_step in (True, False):
-        factory = FlowSchedulerFactory(
-            published, torch.device("cpu"), sigmas_end_at_last_step=sigmas_end_at_last_step
-        )
+        factory = FlowSchedulerFactory(published, sigmas_end_at_last_step=sigmas_end_at_last_step)
         for steps in (1, 2, 3, 20, 150):
             scheduler = factory.make(sampler, steps, 1024)
             latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(steps))

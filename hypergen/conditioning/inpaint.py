@@ -36,7 +36,10 @@ class MaskBlend:
 
     def __call__(self, state: DenoisingState) -> Tensor:
         kept = self.image_latents
-        if state.remaining_steps:
+        if state.remaining_steps and state.linear is not None:
+            clean, noise = state.linear.step_at(state.step_index).noised
+            kept = clean * kept + noise * self.noise
+        elif state.remaining_steps:
             kept = add_noise(state.scheduler, kept, self.noise, state.timestep)
         return (1 - self.mask) * kept + self.mask * state.latents
 

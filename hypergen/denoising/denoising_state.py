@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergen.denoising.linear_steps import LinearSampler
 from hypergen.request import GenerationRequest
 
 
@@ -94,6 +95,7 @@ class DenoisingState:
         must_run_alone: batching changes the bits of this shape, and the client sent a seed.
         next_denoiser: the switch to another denoiser at a later step.
         shared_forwards: forward passes shared with other images so far.
+        linear: on an accelerator, the scheduler's steps as linear forms, where they are.
     """
 
     request: GenerationRequest
@@ -115,6 +117,7 @@ class DenoisingState:
     next_denoiser: DenoiserSwitch | None = None
     step_index: int = 0
     shared_forwards: int = 0
+    linear: LinearSampler | None = None
     queued_at: float = field(default_factory=time.monotonic)
 
     @property

@@ -34,19 +34,42 @@ class LinearStep:
         inputs: indices of the terms.
         coefficients: one row for each output.
         history: of the next step: index of a term, or `-1 - r` for output r.
+        timestep: for the denoiser.
         input_scale: what the latents are multiplied by before the denoiser takes them.
+        noised: factors of clean latents and noise, whose sum is as noisy as the latents before this step.
         samples_noise: whether the step takes noise from the image's generator, in the shape of the latents.
     """
 
     inputs: tuple[int, ...]
     coefficients: tuple[tuple[float, ...], ...]
     history: tuple[int, ...]
+    timestep: float
     input_scale: float
+    noised: tuple[float, float]
     samples_noise: bool
 
 
-def linear_steps(scheduler: Any) -> tuple[LinearStep, ...] | None:
-    """The steps of a scheduler from where it begins, before its first step; None: they are not linear.
+@dataclass(eq=False)
+class LinearSampler:
+    """The steps of one image, and what they keep of earlier ones.
+
+    Attributes:
+        scheduler: that the steps are of; when an image switches its denoiser, it gets another one.
+        first: index of the first step among those of the image.
+        history: in float32, each of shape (1, C, h, w).
+    """
+
+    scheduler: Any
+    steps: tuple[LinearStep, ...]
+    first: int
+    history: list[Tensor]
+
+    def step_at(self, step_index: int) -> LinearStep:
+        return self.steps[step_index - self.first]
+
+
+def linear_steps(scheduler: Any, first: int = 0) -> tuple[LinearStep, ...] | None:
+    """The steps of a scheduler from the first on, which it has not taken yet; None: they are not linear.
 
     Takes about as long as the same number of steps of a tiny image.
     """
@@ -54,8 +77,8 @@ def linear_steps(scheduler: Any) -> tuple[LinearStep, ...] | None:
     if any(config.get(name) for name in _NONLINEAR) or config.get("final_sigmas_type") == "sigma_min_clip":
         return None
     try:
-        steps = tuple(_find_steps(_on_cpu(scheduler)))
-        return steps if _agree(steps, scheduler) else None
+        steps = tuple(_find_steps(_copy(scheduler), first))
+        return steps if _agree(steps, _copy(scheduler), first) else None
     # What schedulers raise where they cannot begin; the image's own steps then say so.
     except (_NotLinearError, ArithmeticError, LookupError, TypeError, ValueError):
         return None
@@ -80,31 +103,26 @@ class _NotLinearError(Exception):
     """A step does something that is no linear form."""
 
 
-def _on_cpu(scheduler: Any) -> Any:
-    """A copy with its own lists and with its tables on the CPU."""
+def _copy(scheduler: Any) -> Any:
+    """A copy with lists of its own; the tables are not written."""
     copied = copy.copy(scheduler)
     for name, value in vars(copied).items():
         if isinstance(value, list):
             setattr(copied, name, list(value))
-        elif isinstance(value, Tensor):
-            setattr(copied, name, value.cpu())
     copied.is_scale_input_called = True  # else Euler warns
     return copied
 
 
-def _begin(scheduler: Any) -> int:
-    return getattr(scheduler, "begin_index", None) or 0
-
-
-def _find_steps(scheduler: Any) -> Iterator[LinearStep]:
+def _find_steps(scheduler: Any, first: int) -> Iterator[LinearStep]:
     """Run the scheduler over unit vectors: element k of each tensor is the coefficient of term k.
 
     The last element is 0 in all terms, so that it has nothing but noise.
     """
     width = _MAX_TERMS + 1
     generator = torch.Generator().manual_seed(0)
-    for timestep in scheduler.timesteps[_begin(scheduler) :]:
+    for timestep in scheduler.timesteps[first:]:
         history = _replace_history(scheduler, width)
+        noised = _add_noise(scheduler, _unit(LATENTS, width), _unit(NOISE, width), timestep.reshape(1))[0]
         scale = 1.0
         if hasattr(scheduler, "scale_model_input"):  # flow matching takes the latents as they are
             scale = float(scheduler.scale_model_input(_unit(LATENTS, width), timestep)[0, LATENTS])
@@ -119,7 +137,17 @@ def _find_steps(scheduler: Any) -> Iterator[LinearStep]:
             noise = torch.randn((1, width), generator=generator)
             if not torch.equal(generator.get_state(), after):
                 raise _NotLinearError
-        yield _to_step(latents, _history_of(scheduler, width), noise, _HISTORY + history, scale)
+        rows, entries = _rows_and_entries(latents, _history_of(scheduler, width), noise)
+        inputs = tuple(k for k in range(_HISTORY + history) if any(row[k] for row in rows))
+        yield LinearStep(
+            inputs=inputs,
+            coefficients=tuple(tuple(row[k] for k in inputs) for row in rows),
+            history=entries,
+            timestep=float(timestep),
+            input_scale=scale,
+            noised=(float(noised[LATENTS]), float(noised[NOISE])),
+            samples_noise=noise is not None,
+        )
 
 
 def _takes_generator(scheduler: Any) -> bool:
@@ -160,9 +188,10 @@ def _replace_history(scheduler: Any, width: int) -> int:
     return len(units)
 
 
-def _to_step(
-    latents: Tensor, history: list[Tensor], noise: Tensor | None, terms: int, input_scale: float
-) -> LinearStep:
+def _rows_and_entries(
+    latents: Tensor, history: list[Tensor], noise: Tensor | None
+) -> tuple[list[list[float]], tuple[int, ...]]:
+    """The coefficients of what a step computes, and where the next history is found, see `LinearStep`."""
     rows = [_coefficients(latents, noise)]
     entries: list[int] = []
     for tensor in history:
@@ -175,14 +204,13 @@ def _to_step(
         else:
             rows.append(row)
             entries.append(-len(rows))
-    inputs = tuple(k for k in range(terms) if any(row[k] for row in rows))
-    return LinearStep(
-        inputs=inputs,
-        coefficients=tuple(tuple(row[k] for k in inputs) for row in rows),
-        history=tuple(entries),
-        input_scale=input_scale,
-        samples_noise=noise is not None,
-    )
+    return rows, tuple(entries)
+
+
+def _add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    if hasattr(scheduler, "scale_noise"):  # flow matching interpolates, the others add
+        return scheduler.scale_noise(latents, timestep, noise)
+    return scheduler.add_noise(latents, noise, timestep)
 
 
 def _coefficients(vector: Tensor, noise: Tensor | None) -> list[float]:
@@ -197,15 +225,14 @@ def _coefficients(vector: Tensor, noise: Tensor | None) -> list[float]:
     return row
 
 
-def _agree(steps: tuple[LinearStep, ...], scheduler: Any) -> bool:
+def _agree(steps: tuple[LinearStep, ...], scheduler: Any, first: int) -> bool:
     """Whether the steps give what the scheduler gives, over all of them, for numbers as latents have them."""
     generator, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     source = torch.Generator().manual_seed(2)
     theirs = torch.randn(1, 64, generator=source) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     ours, history = theirs, list[Tensor]()
-    scheduler = _on_cpu(scheduler)
     noise_argument = {"generator": generator} if _takes_generator(scheduler) else {}
-    for step, timestep in zip(steps, scheduler.timesteps[_begin(scheduler) :], strict=True):
+    for step, timestep in zip(steps, scheduler.timesteps[first:], strict=True):
         prediction = torch.randn(1, 64, generator=source)
         theirs = scheduler.step(prediction, timestep, theirs, return_dict=False, **noise_argument)[0]
         noise = torch.randn(1, 64, generator=other) if step.samples_noise else torch.zeros(1, 64)

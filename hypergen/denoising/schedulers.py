@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -75,15 +74,15 @@ class SchedulerFactory:
     """Makes one scheduler per image, configured like the scheduler that the model was published with.
 
     Computing the tables of a scheduler takes up to a millisecond, copying a prepared one takes microseconds:
-    the factory keeps one prototype per (sampler, steps, image tokens) and returns copies.
+    the factory keeps one prototype per (sampler, steps, image tokens) and returns copies. Tables are on the
+    CPU: a step on an accelerator gets their values as numbers, and never waits for one of them.
     """
 
     _KEPT_PROTOTYPES = 256
     samplers = SAMPLERS
 
-    def __init__(self, published: Scheduler, device: torch.device) -> None:
+    def __init__(self, published: Scheduler) -> None:
         self.published = published
-        self._device = device
         self._without_steps: dict[str | None, Scheduler] = {}  # KDPM2 takes half a second to construct
         self._prototype = functools.lru_cache(self._KEPT_PROTOTYPES)(self._make_prototype)
 
@@ -125,7 +124,7 @@ class SchedulerFactory:
         # LCM takes its steps from the 50 that it was distilled on, and raises for more.
         if num_inference_steps > scheduler.config.get("original_inference_steps", num_inference_steps):
             scheduler.register_to_config(original_inference_steps=num_inference_steps)
-        scheduler.set_timesteps(num_inference_steps, device=self._device)
+        scheduler.set_timesteps(num_inference_steps)
 
 
 class FlowSchedulerFactory(SchedulerFactory):
@@ -138,8 +137,8 @@ class FlowSchedulerFactory(SchedulerFactory):
 
     samplers = FLOW_SAMPLERS
 
-    def __init__(self, published: Scheduler, device: torch.device, *, sigmas_end_at_last_step: bool) -> None:
-        super().__init__(published, device)
+    def __init__(self, published: Scheduler, *, sigmas_end_at_last_step: bool) -> None:
+        super().__init__(published)
         self._sigmas_end_at_last_step = sigmas_end_at_last_step
         self._shifts: bool = published.config.get("use_dynamic_shifting", False)
 
@@ -157,7 +156,7 @@ class FlowSchedulerFactory(SchedulerFactory):
             scheduler.register_to_config(shift=math.exp(self._shift_exponent(image_tokens)))
         if self._sigmas_end_at_last_step and _takes_mu(scheduler):
             arguments["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(num_inference_steps, device=self._device, **arguments)
+        scheduler.set_timesteps(num_inference_steps, **arguments)
 
     def _shift_exponent(self, image_tokens: int) -> float:
         config = self.published.config

@@ -9,7 +9,7 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
-from hypergen.engine.batch_invariance.probe import synchronize
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.engine.batched_euler import advance_all
+from hypergen.engine.forward_timer import ForwardTimer
 from hypergen.engine.optimizations import apply_optimizations
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
@@ -111,6 +112,8 @@ class Engine:
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
         self.shape_profiles = ShapeProfiles(family, settings, clock, buckets)
+        self._timer = ForwardTimer(family.device, clock)
+        self._accelerator = None if family.device.type == "cpu" else AcceleratorStep(family)
 
     def add_request(self, request: GenerationRequest) -> None:
         """Add a request and start to load its LoRAs."""
@@ -153,12 +156,16 @@ class Engine:
         state = self.family.prepare(request, 0, self.family.encode_prompts(request))
         deque(self.shape_profiles.probe_minimum(state), maxlen=0)
         while state.remaining_steps:
-            state.advance(self._run_forward([state])[0])
+            for _, error in self._step_schedulers([(state, self._run_forward([state])[0])]):
+                if error is not None:
+                    raise error
         self._postprocessor.encode(state, self._postprocessor.decode(state))
 
     def close(self) -> None:
         """Wait until all images are encoded. No step may follow."""
         self._postprocessor.shutdown()
+        if self._accelerator is not None:
+            self._accelerator.close()
 
     @torch.inference_mode()
     def step(self) -> float:
@@ -307,11 +314,16 @@ class Engine:
         """
         costs = self.shape_profiles.costs[batch_key(batch[0]).shared]
         rows = costs.padded(sum(state.rows for state in batch))
-        started = self._clock()
-        predictions = denoise(self.family, batch, rows)
-        synchronize(predictions[0])
-        self._forward_s = self._clock() - started
-        costs.record(rows, self._forward_s)
+
+        def record(seconds: float) -> None:
+            self._forward_s = seconds
+            costs.record(rows, seconds)
+
+        with self._timer.measure(record):
+            if self._accelerator is not None:
+                predictions = self._accelerator.predict(batch, rows)
+            else:
+                predictions = denoise(self.family, batch, rows)
         self._forwards += 1
         self._image_steps += len(batch)
         shared = len({state.request.id for state in batch}) > 1
@@ -326,10 +338,17 @@ class Engine:
         for state, prediction in pairs:
             steps = self._requests[state.request.id].total_steps // state.request.n
             self._previewer.maybe_preview(state, prediction, steps)
-        for state, error in advance_all(pairs, self.settings.batched_euler):
+        for state, error in self._step_schedulers(pairs):
             self._record_step(state, error)
         for progress in self._requests_of(batch):
             self._report(progress.request.id, Progress(progress.steps_done, progress.total_steps))
+
+    def _step_schedulers(
+        self, pairs: list[tuple[DenoisingState, Tensor]]
+    ) -> Iterator[tuple[DenoisingState, Exception | None]]:
+        if self._accelerator is not None:
+            return self._accelerator.advance(pairs)
+        return advance_all(pairs, self.settings.batched_euler)
 
     def _record_step(self, state: DenoisingState, error: Exception | None) -> None:
         progress = self._requests.get(state.request.id)

@@ -47,7 +47,7 @@ class Flux(Family):
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
         self.true_cfg_scale: float = model_card.get("true_cfg_scale", 4.0)
-        self.schedulers = FlowSchedulerFactory(pipeline.scheduler, self.device, sigmas_end_at_last_step=True)
+        self.schedulers = FlowSchedulerFactory(pipeline.scheduler, sigmas_end_at_last_step=True)
         self.takes_guidance: bool = self.denoiser.config.guidance_embeds
         length = _DEV_LENGTH if self.takes_guidance else _SCHNELL_LENGTH
         dtype, cache_bytes = self.denoiser.dtype, settings.prompt_cache_mb * 1_000_000 // 2

@@ -34,7 +34,7 @@ class StableDiffusion(Family):
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
-        self.schedulers = SchedulerFactory(pipeline.scheduler, self.device)
+        self.schedulers = SchedulerFactory(pipeline.scheduler)
         with torch.inference_mode():
             encode = ClipEncoder(
                 pipeline.tokenizer, pipeline.text_encoder, settings, self.denoiser.dtype, penultimate=False

@@ -39,7 +39,7 @@ class StableDiffusion3(Family):
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
-        self.schedulers = FlowSchedulerFactory(pipeline.scheduler, self.device, sigmas_end_at_last_step=False)
+        self.schedulers = FlowSchedulerFactory(pipeline.scheduler, sigmas_end_at_last_step=False)
         self.size_multiple: int = self.vae_scale_factor * self.denoiser.config.patch_size
         dtype, cache_bytes = self.denoiser.dtype, settings.prompt_cache_mb * 1_000_000 // 3
 

@@ -39,7 +39,7 @@ class StableDiffusionXL(Family):
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
         self.space = LatentSpace(self.vae, self.denoiser.dtype, upcast=self.vae.config.force_upcast)
-        self.schedulers = SchedulerFactory(pipeline.scheduler, self.device)
+        self.schedulers = SchedulerFactory(pipeline.scheduler)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.to(torch.float32)  # it overflows in float16

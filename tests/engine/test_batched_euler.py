@@ -27,11 +27,11 @@ _FLOW_SAMPLERS = ["euler", None, "heun", "euler"]
 def _factory(prediction: Prediction, device: torch.device) -> SchedulerFactory:
     if prediction == "flow":  # with FLUX's dynamic shift
         published: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-        return FlowSchedulerFactory(published, device, sigmas_end_at_last_step=True)
+        return FlowSchedulerFactory(published, sigmas_end_at_last_step=True)
     published = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction
     )
-    return SchedulerFactory(published, device)
+    return SchedulerFactory(published)
 
 
 def _states(prediction: Prediction, dtype: torch.dtype, device: str = "cpu") -> list[DenoisingState]:

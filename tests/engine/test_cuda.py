@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.models import loading
 from hypergen.request import GenerationRequest
@@ -183,3 +184,69 @@ def test_fast_mode_pads_nothing(sd_folder: Path, device: FakeCuda) -> None:
     engine.run(make_request())
     assert engine.engine.status().row_counts == {}
     assert kernels.row_counts[-1] == 2
+
+
+class _Outside:
+    """Launches of the engine outside of the forward passes of a family."""
+
+    def __init__(self, device: FakeCuda, family: Any) -> None:
+        self._device, self._forward = device, family.forward
+        self._inside = 0
+        family.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        before = self._device.launched
+        output = self._forward(*args, **kwargs)
+        self._inside += self._device.launched - before
+        return output
+
+    @property
+    def launches(self) -> int:
+        return self._device.launched - self._inside
+
+
+def _steady_steps(folder: Path, device: FakeCuda, images: int, **changes: Any) -> tuple[float, list[str]]:
+    """Launches outside the forward pass in a step of so many images, and all waits of three steps."""
+    family = loading.load(folder, make_settings(device="cuda"))
+    outside = _Outside(device, family)
+    engine = InlineEngine(family, device="cuda")
+    engine.engine.warm_up()
+    requests = [
+        make_request(**{"seed": seed, "num_inference_steps": 12, "guidance_scale": 5.0, **changes})
+        for seed in range(images)
+    ]
+    engine.probe_shapes(requests[0])
+    for request in requests:
+        engine.submit(request)
+    forwards = engine.engine.status().forwards
+    while engine.engine.status().forwards < forwards + 3 or len(engine.engine._running) < images:
+        engine.step()
+    device.reset()
+    before, forwards = outside.launches, engine.engine.status().forwards
+    while engine.engine.status().forwards < forwards + 3:
+        engine.step()
+    launches = (outside.launches - before) / 3
+    waits = list(device.waits)
+    for request in requests:
+        engine.cancel(request)
+    engine.step()
+    engine.engine.close()
+    return launches, waits
+
+
+@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+def test_the_host_waits_for_nothing_in_a_step(sd_folder: Path, device: FakeCuda, sampler: str | None) -> None:
+    launches, waits = _steady_steps(sd_folder, device, 8, sampler=sampler)
+    assert not waits
+    few = {"euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "lcm"}
+    assert launches <= (24 if sampler in few else 2 * 8)
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+def test_flow_samplers_wait_for_nothing(
+    tmp_path_factory: pytest.TempPathFactory, device: FakeCuda, sampler: str
+) -> None:
+    folder = save_sd3(tmp_path_factory.mktemp("flow") / "sd3")
+    launches, waits = _steady_steps(folder, device, 8, sampler=sampler)
+    assert not waits
+    assert launches <= 24

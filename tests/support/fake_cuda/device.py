@@ -61,6 +61,7 @@ class FakeCuda:
 
     Attributes:
         launches, copies, waits: counted by kind and line, for example "equal @ hypergen/engine/engine.py:12".
+            Waits after which the device has nothing to do.
         cpu_operations: on CPU tensors, which cost the host time.
         fails: asked before each allocation of so many bytes; True raises an out-of-memory error.
         out_of_memory: what it raises.
@@ -101,9 +102,11 @@ class FakeCuda:
         with self._lock:
             if self.capturing is not None:
                 raise RuntimeError(f"operation not permitted when stream is capturing: wait for {kind}")
-            if any(self.known[stream] < at for stream, at in until.items()):
-                self.count("waits", kind)
+            waited = any(self.known[stream] < at for stream, at in until.items())
             self.known |= Counter(until)
+            # With work left for the device, the host only stays near it.
+            if waited and all(self.known[stream] >= stream.count for stream in self.streams):
+                self.count("waits", kind)
             passed = [copy for copy in self._copies if self.known[copy.stream] >= copy.at]
             self._copies = [copy for copy in self._copies if self.known[copy.stream] < copy.at]
             for copy in passed:
