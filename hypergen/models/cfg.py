@@ -11,7 +11,7 @@ from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.lora.manager import lora_context
 from hypergen.models.family import Family
 
-# Latents, timesteps and inputs of `Family.forward`, for the rows of a batch.
+# Arguments of `Family.forward`: latents, timesteps and model inputs of the rows of a batch.
 ForwardInputs = tuple[Tensor, Tensor, ModelInputs]
 
 

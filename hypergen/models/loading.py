@@ -193,7 +193,7 @@ def choose_device(settings: EngineSettings) -> torch.device:
 
 
 def _device(name: str) -> torch.device:
-    """With its number, as the tensors on it say: an engine process sees one accelerator."""
+    """With its index, as in `tensor.device`; an engine process sees one accelerator."""
     return torch.device(name) if name == "cpu" else torch.device(name, 0)
 
 

@@ -59,7 +59,7 @@ def test_a_probe_runs_one_forward_pass_at_a_time(family: Any) -> None:
     profiles = _shape_profiles(family, 0.01)
     list(profiles.probe_minimum(prepare_image(family, make_request())))
     row_counts: list[int] = []
-    family.unet.register_forward_hook(lambda _module, inputs, _output: row_counts.append(len(inputs[0])))
+    family.denoiser.register_forward_hook(lambda _module, inputs, _output: row_counts.append(len(inputs[0])))
     while key := profiles.next_pending_probe(()):
         before = len(row_counts)
         profiles.continue_probe(key)

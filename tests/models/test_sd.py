@@ -118,4 +118,4 @@ def test_a_vae_that_overflows_is_an_error_and_no_black_image(folder: Path) -> No
     bad = make_request()
     engine = InlineEngine(family)
     engine.run(bad)
-    assert "decoder" in engine.errors[bad.id].message
+    assert "The VAE produced NaN" in engine.errors[bad.id].message
