@@ -160,6 +160,7 @@ class Engine:
                 if error is not None:
                     raise error
         self._postprocessor.encode(state, self._postprocessor.decode(state))
+        self._forwards = self._image_steps = 0
 
     def close(self) -> None:
         """Wait until all images are encoded. No step may follow."""

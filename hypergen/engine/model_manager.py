@@ -25,7 +25,7 @@ from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.request_queue import RequestQueue
 from hypergen.errors import GenerationError, ModelError
-from hypergen.events import EngineStatus, Verdict
+from hypergen.events import EngineStatus
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
@@ -76,7 +76,7 @@ class _ModelSlot:
     # The status before the last eviction; the counts over all evictions.
     forwards: int = 0
     image_steps: int = 0
-    determinism: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
+    last_status: EngineStatus = field(default_factory=lambda: EngineStatus(state="ready"))
 
 
 class ModelManager:
@@ -136,18 +136,23 @@ class ModelManager:
     def _status(self) -> EngineStatus:
         slots = list(self._slots.values())
         loaded = [(slot, model.engine.status()) for slot in slots if (model := slot.loaded) is not None]
-        determinism: dict[str, Verdict] = {}
-        for slot in slots:
-            verdicts = next(
-                (status.determinism for other, status in loaded if other is slot), slot.determinism
-            )
-            # Sizes have a model id only if there are several models.
-            prefix = f"{slot.model.id} " if len(slots) > 1 else ""
-            determinism |= {prefix + size: verdict for size, verdict in verdicts.items()}
+        latest = {slot.model.id: slot.last_status for slot in slots}
+        latest |= {slot.model.id: status for slot, status in loaded}
+        # Sizes have a model id only if there are several models.
+        prefixes = {model_id: f"{model_id} " if len(slots) > 1 else "" for model_id in latest}
         return EngineStatus(
             state="ready",
             device=next((status.device for _, status in loaded), None),
-            determinism=determinism,
+            determinism={
+                prefixes[model_id] + size: verdict
+                for model_id, status in latest.items()
+                for size, verdict in status.determinism.items()
+            },
+            row_counts={
+                prefixes[model_id] + size: counts
+                for model_id, status in latest.items()
+                for size, counts in status.row_counts.items()
+            },
             forwards=sum(slot.forwards for slot in slots) + sum(status.forwards for _, status in loaded),
             image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in loaded),
             models=tuple(slot.model.id for slot, _ in loaded),
@@ -284,7 +289,7 @@ class ModelManager:
             status = slot.loaded.engine.status()
             slot.forwards += status.forwards
             slot.image_steps += status.image_steps
-            slot.determinism = status.determinism
+            slot.last_status = status
             slot.loaded = None
             # Objects frozen at the start are not collected, so the model would stay in memory.
             gc.unfreeze()

@@ -30,8 +30,6 @@ from hypergen.models.cfg import ForwardInputs, map_rows, random_rows
 from hypergen.models.family import Family
 
 _ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# One guided image. A request does not wait until larger batches are probed.
-_MIN_ROWS = 2
 _BUCKETS = (1, 2, 4, 8, 16)
 # A bucket may cost so much more than one image alone, which then pays for padding.
 _MAX_BUCKET_COST = 1.25
@@ -191,6 +189,7 @@ class BatchInvariance:
             )
             yield
 
+        own = self._rows_per_image
         spent_s = 0.0
         expected: list[Tensor] = []  # outputs of the first rows in earlier batches
         for count in sorted({count for count in _ROW_COUNTS if count < max_rows} | {max_rows}):
@@ -209,21 +208,22 @@ class BatchInvariance:
             spent_s += seconds + seconds_again
             same_in_any_order = torch.equal(output, reversed_output.flip(0))
             exact = same_in_any_order and all(torch.equal(row, output[i]) for i, row in enumerate(expected))
-            if count == 2 and same_in_any_order and not exact and self._enabled:
-                # One row alone is then padded to two: what agrees with two rows serves.
+            if count == own == 2 and same_in_any_order and not exact and self._enabled:
+                # One row alone is then padded to two: what agrees with the rows of an image serves.
                 probe.differing.add(1)
                 del probe.seconds[1]
                 expected, exact = [], True
             if not exact:
                 probe.differing.add(count)
-                if count <= 2 or not self._enabled:
+                if count <= own or not self._enabled:
                     probe.verdict = "close"
             # In strict mode, a larger batch that is not bit-exact is left out; others are enough.
-            if exact or count <= 2 or not self._enabled:
+            if exact or count <= own or not self._enabled:
                 # The minimum, because the first forward pass of a shape also prepares kernels.
                 probe.seconds[count] = min(seconds, seconds_again)
                 expected += output[len(expected) :]
-            probe.usable = max(probe.seconds) >= _MIN_ROWS
+            # A request does not wait until larger batches are probed.
+            probe.usable = max(probe.seconds) >= own
             if count >= 2 and spent_s > self._budget_s:
                 return
             yield

@@ -51,7 +51,7 @@ class ShapeProfiles:
             enabled=self._strict,
             replace_layers=not self._compiled,
             max_rows=self._max_rows,
-            rows_per_image=2 if self._on_cpu else rows_per_image(family),
+            rows_per_image=rows_per_image(family),
             buckets=buckets,
             clock=clock,
         )
