@@ -19,7 +19,7 @@ from hypergen.served_model_config import ModelEntry, NamedSources, read_entries
 Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Determinism = Literal["strict", "fast"]
-Compile = Literal["off", "on", "graphs"]
+Compile = Literal["off", "on"]
 VaeTiling = Literal["off", "on", "auto"]
 Offload = Literal["off", "model"]
 Quantization = Literal["off", "int8", "fp8"]
@@ -34,6 +34,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     dtype: Dtype | None = Field(
         None, description="precision of the weights; absent: chosen for model and device"
+    )
+    vae_dtype: Dtype | None = Field(
+        None,
+        description="dtype of the VAE, for example bfloat16 where float16 overflows; absent: as the model, "
+        "and float32 for SDXL in float16",
     )
     refiner: str | None = Field(
         None,
@@ -72,18 +77,15 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     compile: Compile = Field(
         "off",
-        description="on: compile the denoiser for batches of 2, 4, 8 ... rows; graphs: also replay them as "
-        "CUDA graphs. Takes minutes at startup; TORCHINDUCTOR_CACHE_DIR keeps the result",
+        description="compile the denoiser with torch.compile. Takes minutes at startup; "
+        "TORCHINDUCTOR_CACHE_DIR keeps the result",
+    )
+    cuda_graphs: bool = Field(
+        True, description="run forward passes as CUDA graphs, with the same bits; needs CUDA, else ignored"
     )
     channels_last: bool = Field(False, description="use torch's channels_last memory format")
     attention: Attention | None = Field(
         None, description="kernel for scaled dot product attention; absent: torch chooses"
-    )
-    decode_stream: bool = Field(
-        False, description="decode images on a separate CUDA stream, in parallel with denoising"
-    )
-    batched_euler: bool = Field(
-        True, description="one scheduler step for all images of a batch that use the Euler sampler"
     )
     vae_tiling: VaeTiling = Field(
         "off",

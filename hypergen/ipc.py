@@ -10,6 +10,7 @@ import pickle
 import socket
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hypergen.errors import PackedError
@@ -23,9 +24,10 @@ _LENGTH = struct.Struct(">Q")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Pool to engine, the first message: the models to load."""
+    """Pool to engine, the first message: the models to load, and where to keep what outlives the process."""
 
     models: tuple[ServedModel, ...]
+    state_folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

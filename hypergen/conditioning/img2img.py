@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from hypergen.conditioning.image_tensors import to_image
-from hypergen.conditioning.latent_space import InitialLatents, LatentSpace, add_noise
+from hypergen.conditioning.latent_space import InitialLatents, LatentSpace
+from hypergen.denoising.linear_steps import add_noise
 from hypergen.images.geometry import resize_to_generation_size
 from hypergen.request import GenerationRequest, InputImage
 

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from hypergen.conditioning.image_tensors import to_image, to_mask
 from hypergen.conditioning.img2img import get_start_step, set_start_step
-from hypergen.conditioning.latent_space import InitialLatents, LatentSpace, add_noise, scale_initial_noise
+from hypergen.conditioning.latent_space import InitialLatents, LatentSpace, scale_initial_noise
 from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.denoising.linear_steps import add_noise
 from hypergen.images.geometry import resize_to_generation_size
 from hypergen.request import GenerationRequest
 

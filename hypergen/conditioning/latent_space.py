@@ -36,13 +36,6 @@ def scale_initial_noise(scheduler: Any, noise: Tensor) -> Tensor:
     return noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
-def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """Add the noise that latents have before the step of a timestep."""
-    if hasattr(scheduler, "scale_noise"):  # flow matching interpolates, the others add
-        return scheduler.scale_noise(latents, timestep.reshape(1), noise)
-    return scheduler.add_noise(latents, noise, timestep.reshape(1))
-
-
 class LatentSpace:
     """The latent space of a VAE, in the dtype of the denoiser.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,6 +154,8 @@ class DenoisingState:
 
     def model_input(self) -> Tensor:
         """The latents, scaled for the denoiser at the current timestep."""
+        if self.linear is not None:
+            return self.latents * self.linear.step_at(self.step_index).input_scale
         if not hasattr(self.scheduler, "scale_model_input"):  # flow matching does not scale
             return self.latents
         return self.scheduler.scale_model_input(self.latents, self.timestep)
@@ -189,3 +191,16 @@ class DenoisingState:
                 controlnet_scales=None,
                 next_denoiser=None,
             )
+
+
+def advance_each(
+    pairs: Iterable[tuple[DenoisingState, Tensor]],
+) -> Iterator[tuple[DenoisingState, Exception | None]]:
+    """Advance each image by its prediction; yields each with the exception of its step, or None."""
+    for state, noise_pred in pairs:
+        try:
+            state.advance(noise_pred)
+        except Exception as error:  # Isolate the failure: only this image fails.
+            yield state, error
+        else:
+            yield state, None

@@ -99,6 +99,23 @@ def next_history(step: LinearStep, terms: list[Tensor], outputs: list[Tensor]) -
     return [terms[entry] if entry >= 0 else outputs[-1 - entry] for entry in step.history]
 
 
+def noise_factors(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """Factors of clean latents and noise, whose sum is as noisy as latents before the step of a timestep."""
+    latents, noise = _unit(LATENTS, 2), _unit(PREDICTION, 2)
+    noisy = add_noise(scheduler, latents, noise, timestep)[0]
+    return float(noisy[0]), float(noisy[1])
+
+
+def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Add the noise that latents have before the step of a timestep; on the CPU with diffusers' bits."""
+    if latents.device.type != "cpu":  # schedulers would move their tables there, and wait
+        clean, noisy = noise_factors(scheduler, timestep)
+        return clean * latents + noisy * noise
+    if hasattr(scheduler, "scale_noise"):  # flow matching interpolates, the others add
+        return scheduler.scale_noise(latents, timestep.reshape(1), noise)
+    return scheduler.add_noise(latents, noise, timestep.reshape(1))
+
+
 class _NotLinearError(Exception):
     """A step does something that is no linear form."""
 
@@ -122,7 +139,7 @@ def _find_steps(scheduler: Any, first: int) -> Iterator[LinearStep]:
     generator = torch.Generator().manual_seed(0)
     for timestep in scheduler.timesteps[first:]:
         history = _replace_history(scheduler, width)
-        noised = _add_noise(scheduler, _unit(LATENTS, width), _unit(NOISE, width), timestep.reshape(1))[0]
+        noised = noise_factors(scheduler, timestep)
         scale = 1.0
         if hasattr(scheduler, "scale_model_input"):  # flow matching takes the latents as they are
             scale = float(scheduler.scale_model_input(_unit(LATENTS, width), timestep)[0, LATENTS])
@@ -145,7 +162,7 @@ def _find_steps(scheduler: Any, first: int) -> Iterator[LinearStep]:
             history=entries,
             timestep=float(timestep),
             input_scale=scale,
-            noised=(float(noised[LATENTS]), float(noised[NOISE])),
+            noised=noised,
             samples_noise=noise is not None,
         )
 
@@ -205,12 +222,6 @@ def _rows_and_entries(
             rows.append(row)
             entries.append(-len(rows))
     return rows, tuple(entries)
-
-
-def _add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    if hasattr(scheduler, "scale_noise"):  # flow matching interpolates, the others add
-        return scheduler.scale_noise(latents, timestep, noise)
-    return scheduler.add_noise(latents, noise, timestep)
 
 
 def _coefficients(vector: Tensor, noise: Tensor | None) -> list[float]:

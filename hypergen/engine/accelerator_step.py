@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
+from hypergen.denoising.denoising_state import DenoisingState, ModelInputs, advance_each
 from hypergen.denoising.linear_steps import (
     LATENTS,
     LinearSampler,
@@ -26,6 +26,7 @@ from hypergen.denoising.linear_steps import (
     linear_steps,
     next_history,
 )
+from hypergen.engine.forward_graphs import ForwardGraphs
 from hypergen.lora.manager import lora_context
 from hypergen.models.family import Family
 
@@ -44,11 +45,16 @@ class _SchedulerKey(NamedTuple):
 
 
 class AcceleratorStep:
-    """Predicts and advances batches. Belongs to the engine's thread."""
+    """Predicts and advances batches. Belongs to the engine's thread.
 
-    def __init__(self, family: Family) -> None:
+    Args:
+        graphs: whether forward passes without LoRAs run as CUDA graphs.
+    """
+
+    def __init__(self, family: Family, *, graphs: bool) -> None:
         self._family = family
         self._device = family.device
+        self._graphs = ForwardGraphs(family) if graphs else None
         self._stacked: tuple[list[ModelInputs], ModelInputs] | None = None
         self._noise: WeakKeyDictionary[DenoisingState, Future[Tensor]] = WeakKeyDictionary()
         self._noise_thread = ThreadPoolExecutor(1, "noise")
@@ -85,16 +91,19 @@ class AcceleratorStep:
         )
         timesteps, scales, guidance = numbers.split([len(rows), len(rows), len(guided)])
         latents = torch.cat([state.latents for state in rows]) * _column(scales)
+        # The LoRAs of a batch are found by the layers' hooks, which a graph does not run.
+        has_loras = any(state.loras for state in rows)
+        forward = self._family.forward if self._graphs is None or has_loras else self._graphs.forward
         with lora_context(self._family.lora_manager, [state.loras for state in rows]):
-            noise_pred = self._family.forward(
+            noise_pred = forward(
                 latents.to(self._family.denoiser.dtype),
                 timesteps,
                 self._stack(rows, inputs),
                 batch_key_extra=states[0].batch_key_extra,
             )
-        negative, positive = (
-            noise_pred[: len(guided) + len(ordered)].float().split([len(guided), len(ordered)])
-        )
+        # A copy: samplers keep predictions, and a graph writes its next one to the same memory.
+        noise_pred = noise_pred[: len(guided) + len(ordered)].to(torch.float32, copy=True)
+        negative, positive = noise_pred.split([len(guided), len(ordered)])
         predictions = list(positive.split(1))
         if guided:
             # Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, with guidance_scale = w + 1.
@@ -119,14 +128,9 @@ class AcceleratorStep:
                 yield linear[0][0], error
         else:
             yield from ((state, None) for state, _ in linear)
-        for state, prediction in pairs:
-            if state.linear is None:
-                try:
-                    state.advance(prediction.to(state.latents.dtype))
-                except Exception as error:  # Isolate the failure: only this image fails.
-                    yield state, error
-                else:
-                    yield state, None
+        yield from advance_each(
+            (state, prediction.to(state.latents.dtype)) for state, prediction in pairs if state.linear is None
+        )
 
     def _advance_together(self, pairs: Sequence[tuple[DenoisingState, Tensor]]) -> None:
         """The scheduler steps of all images as one sum of products. States change after the last launch."""

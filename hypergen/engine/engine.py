@@ -1,5 +1,6 @@
-"""The engine of one model with step-level batching: images join and leave the batch between two steps. One
-thread owns the engine and its device.
+"""The engine of one model, with continuous batching: images join and leave the batch between two steps.
+
+One thread owns the engine and its device.
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ import torch
 from torch import Tensor
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.denoising.denoising_state import DenoisingState, advance_each
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
-from hypergen.engine.batched_euler import advance_all
 from hypergen.engine.forward_timer import ForwardTimer
 from hypergen.engine.optimizations import apply_optimizations
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
-from hypergen.engine.request_errors import as_request_error
+from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
 from hypergen.engine.scheduler import batch_key, next_batch
 from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import RequestError
@@ -107,13 +107,20 @@ class Engine:
             report,
             self._encoding_failures.put,
             clock=clock,
-            own_stream=settings.decode_stream,
+            # Networks that take turns on the device do so on one stream.
+            own_stream=family.device.type == "cuda" and settings.offload == "off",
+            tile_if_needed=settings.vae_tiling == "off",
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
         self.shape_profiles = ShapeProfiles(family, settings, clock, buckets)
         self._timer = ForwardTimer(family.device, clock)
-        self._accelerator = None if family.device.type == "cpu" else AcceleratorStep(family)
+        on_cuda = family.device.type == "cuda"
+        self._accelerator = None
+        if family.device.type != "cpu":
+            # Networks that take turns on the device have no fixed addresses.
+            graphs = on_cuda and settings.cuda_graphs and settings.offload == "off"
+            self._accelerator = AcceleratorStep(family, graphs=graphs)
 
     def add_request(self, request: GenerationRequest) -> None:
         """Add a request and start to load its LoRAs."""
@@ -161,6 +168,8 @@ class Engine:
                     raise error
         self._postprocessor.encode(state, self._postprocessor.decode(state))
         self._forwards = self._image_steps = 0
+        if self._accelerator is not None:  # on a CPU nothing overlaps, so the first preview may do it
+            self._previewer.prepare()
 
     def close(self) -> None:
         """Wait until all images are encoded. No step may follow."""
@@ -285,10 +294,13 @@ class Engine:
 
     def _predict(self, batch: list[DenoisingState]) -> list[tuple[DenoisingState, Tensor]]:
         """Run one forward pass; if it fails, one for each image, so that only the failing request ends."""
+        rows = sum(state.rows for state in batch)
         try:
             return list(zip(batch, self._run_forward(batch), strict=True))
         except Exception as error:  # Isolate the failure: only the request that causes it fails.
-            if len(batch) == 1:
+            out_of_memory = is_out_of_memory(error)
+            row_count = self.shape_profiles.costs[batch_key(batch[0]).shared].padded(rows)
+            if len(batch) == 1 and not (out_of_memory and row_count > rows):
                 self._fail(batch[0].request.id, as_request_error(error, batch[0].request))
                 return []
             ids = ", ".join(sorted({state.request.id for state in batch}))
@@ -298,11 +310,10 @@ class Engine:
                 ids,
                 error,
             )
-            out_of_memory = isinstance(error, torch.OutOfMemoryError)
         # Outside the handler: inside, the error's frames would keep the memory of the failed forward pass.
         if out_of_memory:
-            torch.cuda.empty_cache()
-            self.shape_profiles.limit_rows(batch_key(batch[0]).shared, sum(state.rows for state in batch))
+            free_cached_memory()
+            self.shape_profiles.limit_rows(batch_key(batch[0]).shared, row_count)
         # Not in halves: batch size 1 is the only one that is sure to be among the probed sizes.
         retried = (state for state in batch if state.request.id in self._requests)
         return [pair for state in retried for pair in self._predict([state])]
@@ -349,7 +360,7 @@ class Engine:
     ) -> Iterator[tuple[DenoisingState, Exception | None]]:
         if self._accelerator is not None:
             return self._accelerator.advance(pairs)
-        return advance_all(pairs, self.settings.batched_euler)
+        return advance_each(pairs)
 
     def _record_step(self, state: DenoisingState, error: Exception | None) -> None:
         progress = self._requests.get(state.request.id)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
+import diffusers
+import torch
+
+from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.engine import Engine
 from hypergen.engine.model_manager import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
 from hypergen.models import loading
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
+from hypergen.models.family import Family
 from hypergen.served_model import ServedModel
+
+# Settings by which forward passes get other bits or costs.
+_SETTINGS_OF_BITS = ("attention", "channels_last", "compile", "max_batch_size", "offload", "quantization")
 
 
 class Loader:
@@ -20,15 +29,17 @@ class Loader:
 
     Args:
         alone: see `loading.load_any`.
+        state_folder: for what outlives the process; None keeps nothing.
 
     Attributes:
         seconds: stage -> its duration, summed over all models.
     """
 
-    def __init__(self, report: Report, *, alone: bool) -> None:
+    def __init__(self, report: Report, *, alone: bool, state_folder: Path | None = None) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._report = report
         self._alone = alone
+        self._state_folder = state_folder
 
     def __call__(self, model: ServedModel, between_steps: Callable[[], None]) -> LoadedModel:
         """See `ModelManager`.
@@ -45,7 +56,25 @@ class Loader:
         if isinstance(loaded, DiffusersPipeline):
             engine = PipelineEngine(loaded, model.id, model.settings, self._report, between_steps)
         else:
-            engine = Engine(loaded, model.id, model.settings, self._report)
+            buckets = self._buckets(model, loaded)
+            engine = Engine(loaded, model.id, model.settings, self._report, buckets=buckets)
         engine.warm_up()
         self.seconds["warm-up"] += time.monotonic() - started
         return LoadedModel(engine, loaded.model_info(model.id), size_bytes)
+
+    def _buckets(self, model: ServedModel, family: Family) -> BucketStore | None:
+        """The row counts chosen in earlier runs, on an accelerator."""
+        if family.device.type == "cpu" or self._state_folder is None:
+            return None
+        settings = model.settings
+        key = {
+            "model": model.tags[0] if model.tags else str(model.path),
+            "dtype": str(family.denoiser.dtype),
+            "device": torch.cuda.get_device_name() if family.device.type == "cuda" else family.device.type,
+            "torch": torch.__version__,
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "diffusers": diffusers.__version__,
+            **{name: str(getattr(settings, name)) for name in _SETTINGS_OF_BITS},
+        }
+        return BucketStore(self._state_folder / "row_buckets.json", key)

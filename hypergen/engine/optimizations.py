@@ -36,35 +36,29 @@ def apply_optimizations(family: Family, settings: EngineSettings) -> None:
         ModelError: a setting is not supported on the model's device.
     """
     device = family.device.type
-    needs_cuda = {"compile=graphs": settings.compile == "graphs", "decode_stream": settings.decode_stream}
-    for setting, enabled in needs_cuda.items():
-        if enabled and device != "cuda":
-            raise ModelError(f"The setting {setting} needs a CUDA device; this model is on {device}.")
     if settings.channels_last:
         for network in (family.denoiser, family.vae, *family.controlnets.values()):
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
     forward = family.forward
     if settings.compile != "off":
-        graphs = settings.compile == "graphs"
         torch._dynamo.config.recompile_limit = _MAX_COMPILED_SHAPES
-        compile_network(family.denoiser, graphs=graphs)
-        forward = _padded_to_bucket(forward, rows_per_image(family), copy=graphs)
+        compile_network(family.denoiser)
+        forward = _padded_to_bucket(forward, rows_per_image(family))
     if settings.attention is not None:
         forward = _with_attention(forward, settings.attention, device)
     _replace_forward(family, forward)
 
 
-def compile_network(network: Any, *, graphs: bool) -> None:
+def compile_network(network: Any) -> None:
     """Compile for static shapes. Kernels are not chosen by timing: those could differ after a restart.
 
-    A transformer's repeated blocks are compiled once per shape instead of the whole network. A CUDA graph
-    needs the whole network.
+    A transformer's repeated blocks are compiled once per shape instead of the whole network.
     """
     by_block = not isinstance(network, UNet2DConditionModel) and getattr(network, "_repeated_blocks", None)
-    if by_block and not graphs:
+    if by_block:
         network.compile_repeated_blocks(dynamic=False)
     else:
-        network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+        network.compile(dynamic=False)
 
 
 def bucket_size(rows: int, min_rows: int = 2) -> int:
@@ -72,12 +66,11 @@ def bucket_size(rows: int, min_rows: int = 2) -> int:
     return max(min_rows, 1 << (rows - 1).bit_length())
 
 
-def _padded_to_bucket(forward: Forward, min_rows: int, copy: bool) -> Forward:
+def _padded_to_bucket(forward: Forward, min_rows: int) -> Forward:
     """Pad batches with copies of the last row, so that few shapes are compiled.
 
     Args:
         min_rows: see `bucket_size`.
-        copy: copy the output, because the next forward pass overwrites its memory.
     """
 
     def padded_forward(latents: Tensor, timesteps: Tensor, inputs: ModelInputs, **kwargs: Any) -> Tensor:
@@ -87,8 +80,7 @@ def _padded_to_bucket(forward: Forward, min_rows: int, copy: bool) -> Forward:
         def pad(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor[-1:].expand(padding, *tensor.shape[1:])])
 
-        output = forward(*map_rows((latents, timesteps, inputs), pad), **kwargs)
-        return output[:rows].clone() if copy else output[:rows]
+        return forward(*map_rows((latents, timesteps, inputs), pad), **kwargs)[:rows]
 
     return padded_forward
 

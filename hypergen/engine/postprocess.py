@@ -6,37 +6,22 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hypergen.denoising.denoising_state import DenoisingState
-from hypergen.engine.request_errors import as_request_error
+from hypergen.engine.host_copy import HostCopy
+from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
 from hypergen.errors import GenerationError, RequestError
 from hypergen.events import Event, ImageFinished
 from hypergen.images import encoding
 from hypergen.models.family import Family
+from hypergen.models.memory import vae_tiling
 
 logger = logging.getLogger(__name__)
 
 Report = Callable[[str, Event | RequestError], None]
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """Decoded pixels, which may still be copied from the device.
-
-    Attributes:
-        pixels: uint8, shape (H, W, 3), on the CPU; valid after `done`.
-        finite: whether latents and decoded image are free of NaN and Inf; bool, shape (2,), valid after
-            `done`.
-        done: when the copies from a CUDA device are complete; None if they already are.
-    """
-
-    pixels: Tensor
-    finite: Tensor
-    done: torch.cuda.Event | None
 
 
 class PostProcessor:
@@ -46,6 +31,7 @@ class PostProcessor:
         on_failure: called from any thread with the id of a failed request, whose other images then stop, or
             with the error of a lost device.
         own_stream: decode in parallel with the next step instead of before it; needs CUDA.
+        tile_if_needed: decode in tiles where the device has too little memory for an image at once.
         encoders: executor that encodes files; None: two threads.
     """
 
@@ -60,6 +46,7 @@ class PostProcessor:
         *,
         clock: Callable[[], float],
         own_stream: bool,
+        tile_if_needed: bool = False,
         encoders: Executor | None,
     ) -> None:
         self._family = family
@@ -68,15 +55,23 @@ class PostProcessor:
         self._on_failure = on_failure
         self._clock = clock
         self._stream = torch.cuda.Stream() if own_stream else None
+        self._tile_if_needed = tile_if_needed and hasattr(family.vae, "tile_latent_min_size")
+        # By the shape of the latents: True where it was decoded at once, which then must not change.
+        self._fits: dict[torch.Size, bool] = {}
         self.encoders = encoders or ThreadPoolExecutor(self._ENCODER_THREADS, thread_name_prefix="encode")
 
-    def decode(self, state: DenoisingState) -> DecodedImage:
-        """Start to decode an image. Without denoising, the result is the input image itself."""
+    def decode(self, state: DenoisingState) -> HostCopy:
+        """Start to decode an image. Without denoising, the result is the input image itself.
+
+        Returns:
+            Pixels, uint8, shape (H, W, 3); whether latents and decoded image are free of NaN and Inf, bool,
+            shape (2,).
+        """
         input_image = state.request.image
         if state.skip_denoising and input_image is not None:
             pixels = torch.frombuffer(bytearray(input_image.pixels), dtype=torch.uint8)
             pixels = pixels.reshape(input_image.height, input_image.width, 3)
-            return DecodedImage(pixels, torch.tensor([True, True]), None)
+            return HostCopy(pixels, torch.tensor([True, True]))
         if self._stream is None:
             return self._decode(state)
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -84,20 +79,19 @@ class PostProcessor:
             state.latents.record_stream(self._stream)
             return self._decode(state)
 
-    def submit_encode(self, state: DenoisingState, decoded: DecodedImage) -> None:
+    def submit_encode(self, state: DenoisingState, decoded: HostCopy) -> None:
         """Encode the file in an encoder thread, which then reports the image."""
         engine_s = self._clock() - state.queued_at
         self.encoders.submit(self._encode, state, decoded, engine_s).add_done_callback(self._check_encoding)
 
-    def encode(self, state: DenoisingState, decoded: DecodedImage) -> bytes:
+    def encode(self, state: DenoisingState, decoded: HostCopy) -> bytes:
         """Wait for the pixels and encode the image file.
 
         Raises:
             GenerationError: the sampler or the VAE produced NaN or Inf values.
         """
-        if decoded.done is not None:
-            decoded.done.synchronize()
-        latents_finite, image_finite = decoded.finite.tolist()
+        pixels, finite = decoded.wait()
+        latents_finite, image_finite = finite.tolist()
         if not latents_finite:
             name = state.request.sampler
             sampler = f"Sampler '{name}'" if name else "The model's default sampler"
@@ -107,24 +101,38 @@ class PostProcessor:
             )
         if not image_finite:
             raise GenerationError("The VAE produced NaN or Inf values; serve the model with --dtype float32.")
-        return encoding.encode_image(decoded.pixels.numpy(), state.request, state.index, self._model_id)
+        return encoding.encode_image(pixels.numpy(), state.request, state.index, self._model_id)
 
     def shutdown(self) -> None:
         self.encoders.shutdown()
 
-    def _decode(self, state: DenoisingState) -> DecodedImage:
-        image = self._family.decode(state)
+    def _decode(self, state: DenoisingState) -> HostCopy:
+        image = self._decode_image(state)
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in (state.latents, image)])
-        pixels = to_pixels(image)
-        if not pixels.is_cuda:  # asynchronous copies from other accelerators are unsafe: nothing to wait for
-            return DecodedImage(pixels.cpu(), finite.cpu(), None)
-        # Without a wait, pinned memory holds what was there before: another image.
-        copies = pixels.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return DecodedImage(*copies, done)
+        return HostCopy(to_pixels(image), finite)
 
-    def _encode(self, state: DenoisingState, decoded: DecodedImage, engine_s: float) -> None:
+    def _decode_image(self, state: DenoisingState) -> Tensor:
+        """Decode at once, or in tiles at sizes that never fitted: tiles change pixels."""
+        shape = state.latents.shape
+        if self._fits.get(shape, True):
+            try:
+                image = self._family.decode(state)
+            except RuntimeError as error:
+                if not self._tile_if_needed or not is_out_of_memory(error) or shape in self._fits:
+                    raise
+                logger.warning(
+                    "No memory to decode an image of latents %s at once; using tiles.", tuple(shape)
+                )
+            else:
+                self._fits[shape] = True
+                return image
+            # Outside the handler: inside, the error's frames would keep the memory of the failed attempt.
+            free_cached_memory()
+            self._fits[shape] = False
+        with vae_tiling(self._family.vae):
+            return self._family.decode(state)
+
+    def _encode(self, state: DenoisingState, decoded: HostCopy, engine_s: float) -> None:
         request = state.request
         started = time.monotonic()
         try:

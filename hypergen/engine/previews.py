@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.denoising.offload import device_of
+from hypergen.engine.host_copy import HostCopy
 from hypergen.engine.postprocess import Report, to_pixels
 from hypergen.events import Preview
 from hypergen.images import encoding
@@ -65,23 +66,28 @@ class Previewer:
             step = steps - state.remaining_steps + 1
             if step not in due:
                 return
-            latents = pred_original_sample(state, prediction).to(state.latents.dtype)
-            pixels = to_pixels(self._decode(state, latents)).cpu()
-            self._encoders.submit(self._encode, state, due.index(step), pixels)
+            latents = pred_original_sample(state, prediction)
+            if self._use_vae:
+                image = self._family.decode(replace(state, latents=latents.to(state.latents.dtype)))
+                source = HostCopy(to_pixels(image))
+            else:
+                self.prepare()
+                source = HostCopy(latents.float())
+            self._encoders.submit(self._encode, state, due.index(step), source)
         except Exception:  # Isolate the failure: the image is generated without previews.
             logger.exception("A preview of request %s could not be generated.", state.request.id)
 
-    def _decode(self, state: DenoisingState, latents: Tensor) -> Tensor:
-        """The preview in -1..1, shape (1, 3, H, W): in the generation size or the size of the latents."""
-        if self._use_vae:
-            return self._family.decode(replace(state, latents=latents))
-        if self._latent_to_rgb is None:
+    def prepare(self) -> None:
+        """Fit the linear map, which waits for the device."""
+        if not self._use_vae and self._latent_to_rgb is None:
             self._latent_to_rgb = LatentToRgb(partial(_encode_latents, self._family.vae))
-        return self._latent_to_rgb(latents)
 
-    def _encode(self, state: DenoisingState, number: int, pixels: Tensor) -> None:
+    def _encode(self, state: DenoisingState, number: int, source: HostCopy) -> None:
         request = state.request
         try:
+            (pixels,) = source.wait()
+            if self._latent_to_rgb is not None:
+                pixels = to_pixels(self._latent_to_rgb(pixels))
             image = Image.fromarray(pixels.numpy())
             generation_size = self._family.generation_size(request.width, request.height)
             if image.size != generation_size:
@@ -116,8 +122,7 @@ class LatentToRgb:
         self._map = torch.linalg.solve(x.T @ x + ridge, x.T @ y).float()
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """From latents, shape (1, C, h, w), to pixels in -1..1, shape (1, 3, h, w)."""
-        latents = latents.float().cpu()
+        """From latents on the CPU, float32, shape (1, C, h, w), to pixels in -1..1, shape (1, 3, h, w)."""
         colors = _neighborhoods(latents) @ self._map
         return colors.T.reshape(1, 3, *latents.shape[-2:]).clamp(-1, 1)
 

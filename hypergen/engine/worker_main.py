@@ -109,7 +109,7 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     settings = start.models[0].settings
     report = _reporter(outbox)
     alone = len(start.models) == 1
-    loader = Loader(report, alone=alone)
+    loader = Loader(report, alone=alone, state_folder=start.state_folder)
     if alone:  # without other models to evict, a limit is of no use
         return ModelManager([(start.models[0], 0)], None, loader, report), loader
     limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9

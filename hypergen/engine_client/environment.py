@@ -22,4 +22,7 @@ def engine_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     # An engine does not need the key, so it does not get it.
     environment = {name: value for name, value in os.environ.items() if name != "HYPERGEN_API_KEY"}
     python_path = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Images of any size fragment the memory of a GPU otherwise.
+    if not any(name in environment for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return environment | {"PYTHONPATH": os.pathsep.join(python_path)} | _ADDED | dict(more or {})

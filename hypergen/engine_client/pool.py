@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from hypergen import ipc
 from hypergen.config import Settings
@@ -25,6 +26,7 @@ from hypergen.events import (
     State,
 )
 from hypergen.model_info import ModelInfo
+from hypergen.model_store.entries import state_folder
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
 
@@ -61,7 +63,7 @@ class EnginePool:
         default.
         """
         self._models = tuple(models)
-        start = ipc.Start(self._models)
+        start = ipc.Start(self._models, await asyncio.to_thread(_state_folder))
         accelerators = self._accelerators
         if accelerators is None:
             accelerators = await asyncio.to_thread(visible_accelerators, self._settings.engine.device)
@@ -231,6 +233,14 @@ class EnginePool:
             for engine in self._engines:
                 if engine.submitted:
                     engine.supervisor.kill_if_stalled(self._settings.engine.engine_stall_timeout_s)
+
+
+def _state_folder() -> Path | None:
+    try:
+        return state_folder()
+    except OSError as error:
+        logger.warning("Engines keep nothing between starts: %s.", error)
+        return None
 
 
 def _unavailable(state: State) -> UnavailableError:

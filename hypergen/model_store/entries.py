@@ -86,7 +86,7 @@ def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str
     stats = {stored: (folder / file).stat() for stored, file in selection.files.items()}
     metadata["files"] = {stored: [stat.st_size, stat.st_mtime_ns] for stored, stat in stats.items()}
     small = sum(stat.st_size for stat in stats.values()) < MAX_COPY_BYTES
-    store, staging = store_folder(), _work_folder() / name
+    store, staging = store_folder(), state_folder() / name
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with bentoml.models.create(
@@ -120,7 +120,7 @@ def import_lock(name: str, report_progress: Callable[[str], None]) -> Iterator[N
     """Hold the lock for imports of this model; waits for another process that holds it."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(_work_folder() / f"{name}.lock")
+    lock = FileLock(state_folder() / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -138,8 +138,10 @@ def store_folder() -> Path:
     return Path(BentoMLContainer.model_store.get()._path)
 
 
-def _work_folder() -> Path:
-    """The folder for locks and staging, on the store's file system, so that links and renames work."""
+def state_folder() -> Path:
+    """Locks, staging, and what engines keep between starts; on the store's file system, so that links and
+    renames work.
+    """
     from bentoml._internal.configuration.containers import BentoMLContainer
 
     folder = Path(BentoMLContainer.bentoml_home.get()) / "hypergen"

@@ -26,7 +26,7 @@ from hypergen.models.single_file_loading import load_checkpoint
 logger = logging.getLogger(__name__)
 
 # Settings that only apply to models with step-level batching.
-_STEP_LEVEL = ("compile", "channels_last", "attention", "decode_stream", "batched_euler")
+_STEP_LEVEL = ("compile", "channels_last", "attention")
 _FAMILY_SETTINGS: tuple[FamilySetting, ...] = ("refiner", "controlnet", "prompt_weighting", "lora")
 
 
@@ -74,6 +74,8 @@ def load_any(
     if family is None:
         return DiffusersPipeline(pipeline, model_card)
     model = family(pipeline, model_card, settings)
+    if settings.vae_dtype is not None:
+        model.vae.to(getattr(torch, settings.vae_dtype))
     if settings.controlnet:
         model.controlnets = controlnet.load(settings.controlnet, pipeline.unet, dtype)
     return model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,9 +47,8 @@ def apply_memory_settings(
         return pipeline.to(device)
     if device.type == "cpu":
         raise ModelError("--offload needs an accelerator; this model runs on the CPU.")
-    excluded = {"compile": settings.compile != "off", "decode-stream": settings.decode_stream}
-    if other := next((name for name, is_set in excluded.items() if is_set), None):
-        raise ModelError(f"--offload and --{other} cannot be combined.")
+    if settings.compile != "off":
+        raise ModelError("--offload and --compile cannot be combined.")
     offloader = offloader or ModelOffloader(device)
     for network in pipeline.components.values():
         if isinstance(network, nn.Module):
@@ -88,6 +88,18 @@ def enable_vae_tiling(vae: Any, side: int = _TILE_SIDE, memory: float = 0) -> No
 
     vae.encode = partial(with_tiling, vae.encode, 1)
     vae.decode = partial(with_tiling, vae.decode, scale_factor**2)
+
+
+@contextmanager
+def vae_tiling(vae: Any, side: int = _TILE_SIDE) -> Iterator[None]:
+    """Let a VAE work in tiles of `side` pixels inside."""
+    scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, side, side // scale_factor
+    try:
+        yield
+    finally:
+        vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
 
 def _apply_tiling(pipeline: Any, settings: EngineSettings, device: torch.device) -> None:

@@ -27,13 +27,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "channels_last": {"channels_last": True},
     "attention=flash": {"attention": "flash"},
     "attention=cudnn": {"attention": "cudnn"},
-    "decode_stream": {"decode_stream": True},
-    "batched_euler off": {"batched_euler": False},
     "compile": {"compile": "on"},
-    "compile=graphs": {"compile": "graphs"},
-    "all of it": {"compile": "graphs", "channels_last": True, "decode_stream": True},
-    # For transformers with many tokens: their work hides the kernel launches.
-    "all for transformers": {"compile": "on", "decode_stream": True},
+    "cuda_graphs off": {"cuda_graphs": False},
+    "all of it": {"compile": "on", "channels_last": True},
 }
 _SINGLE_IMAGES = 4  # the first one is a warm-up
 
@@ -108,7 +104,7 @@ def stock(pipeline: Any, side: int, batch_size: int, *, compiled: bool) -> Stati
     """Stock diffusers with static batches of `batch_size` images."""
     if compiled:
         pipeline = copy_pipeline(pipeline)
-        compile_network(denoiser_of(pipeline), graphs=False)
+        compile_network(denoiser_of(pipeline))
         pipeline.vae.decoder.compile(dynamic=False)
     return StaticBatching(pipeline, side, batch_size, Clock(time.monotonic))
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
+from hypergen.events import Preview
 from hypergen.models import loading
-from hypergen.request import GenerationRequest
+from hypergen.request import GenerationRequest, InputImage
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.small_models import save_flux, save_sd, save_sd3, save_sdxl
 from tests.support.sync_engine import InlineEngine, make_request, make_settings
@@ -163,7 +164,10 @@ def test_rows_that_depend_on_their_position_get_a_smaller_bucket(sd_folder: Path
     assert engine.engine.status().determinism == {"128x128": "exact"}
 
 
-def test_a_batch_that_is_out_of_memory_gets_a_smaller_bucket(sd_folder: Path, device: FakeCuda) -> None:
+@pytest.mark.parametrize("images", [1, 8])
+def test_a_batch_that_is_out_of_memory_gets_a_smaller_bucket(
+    sd_folder: Path, device: FakeCuda, images: int
+) -> None:
     memory = 16  # rows that fit
 
     def cost(rows: int) -> float:
@@ -171,9 +175,9 @@ def test_a_batch_that_is_out_of_memory_gets_a_smaller_bucket(sd_folder: Path, de
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return 0.02
 
-    engine, kernels = _pretending(sd_folder, lambda _rows: 0, cost)
+    engine, kernels = _pretending(sd_folder, lambda _rows: 0, cost, cuda_graphs=False)
     memory = 8
-    engine.run(*(make_request(seed=seed, width=128, height=128) for seed in range(8)))
+    engine.run(*(make_request(seed=seed, width=128, height=128) for seed in range(images)))
     assert not engine.errors
     assert engine.engine.status().row_counts["128x128"] == (8,)
     assert kernels.row_counts[-1] == 8
@@ -202,7 +206,8 @@ class _Outside:
 
     @property
     def launches(self) -> int:
-        return self._device.launched - self._inside
+        replays = sum(count for entry, count in self._device.launches.items() if entry.startswith("graph "))
+        return self._device.launched - self._inside - replays
 
 
 def _steady_steps(folder: Path, device: FakeCuda, images: int, **changes: Any) -> tuple[float, list[str]]:
@@ -250,3 +255,115 @@ def test_flow_samplers_wait_for_nothing(
     launches, waits = _steady_steps(folder, device, 8, sampler=sampler)
     assert not waits
     assert launches <= 24
+
+
+def _input_image(seed: int, side: int = 64) -> InputImage:
+    pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    return InputImage(side, side, pixels.tobytes())
+
+
+def _mask(side: int = 64) -> InputImage:
+    right_half = np.repeat((np.arange(side)[None] >= side // 2).astype(np.uint8) * 255, side, 0)
+    return InputImage(side, side, right_half.tobytes())
+
+
+_CONDITIONS: dict[str, dict[str, Any]] = {
+    "image to image": {"image": _input_image(1), "strength": 0.6},
+    "inpainting": {"image": _input_image(2), "mask": _mask(), "strength": 0.9},
+    "unguided": {"guidance_scale": 1.0},
+    "long prompt": {"prompt": "a cat and another cat " * 30},
+    "previews": {"partial_images": 2},
+}
+
+
+@pytest.mark.parametrize("condition", _CONDITIONS)
+@pytest.mark.parametrize("sampler", [None, "euler_a", "dpmpp_2m_karras", "heun", "unipc"])
+def test_conditions_give_the_images_of_the_cpu(
+    sd_folder: Path, device: FakeCuda, condition: str, sampler: str | None
+) -> None:
+    request = make_request(num_inference_steps=6, sampler=sampler, **_CONDITIONS[condition])
+    engine = _engine(sd_folder, "cuda")
+    engine.run(request)
+    assert not engine.errors
+    cpu = _engine(sd_folder, "cpu")
+    cpu.run(request)
+    assert np.abs(_pixels(engine, request) - _pixels(cpu, request)).max() <= 1
+    previews = [
+        [
+            np.asarray(Image.open(BytesIO(event.data))).astype(int)
+            for _, event in run.events
+            if isinstance(event, Preview)
+        ]
+        for run in (engine, cpu)
+    ]
+    assert len(previews[0]) == len(previews[1]) == request.partial_images
+    for ours, theirs in zip(*previews, strict=True):
+        assert np.abs(ours - theirs).max() <= 2
+
+
+def test_a_shape_runs_as_a_graph_from_its_second_forward_pass_on(
+    sd_folder: Path, device: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [make_request(seed=seed, num_inference_steps=5) for seed in range(3)]
+    with caplog.at_level("INFO", "hypergen.engine.forward_graphs"):
+        engine = _engine(sd_folder, "cuda")
+        engine.engine.warm_up()
+        assert caplog.text.count("Captured a CUDA graph") == 1  # of the default size
+        engine.run(*requests)
+        assert caplog.text.count("Captured a CUDA graph") == 2
+    graphs = [entry for entry in device.launches if entry.startswith("graph ")]
+    assert sum(device.launches[entry] for entry in graphs) == 1 + 4  # all but the first pass of each shape
+    eager = _engine(sd_folder, "cuda", cuda_graphs=False)
+    eager.run(*requests)
+    for request in requests:
+        assert engine.data(request) == eager.data(request)
+
+
+def test_a_network_that_cannot_be_captured_runs_without_a_graph(
+    sd_folder: Path, device: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = loading.load(sd_folder, make_settings(device="cuda"))
+    forward = family.forward
+
+    def waiting(latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        latents.sum().item()
+        return forward(latents, *args, **kwargs)
+
+    family.forward = waiting
+    engine = InlineEngine(family, device="cuda")
+    request = make_request()
+    engine.run(request)
+    assert not engine.errors
+    assert "run without a CUDA graph" in caplog.text
+    plain = _engine(sd_folder, "cuda")
+    plain.run(request)
+    assert engine.data(request) == plain.data(request)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)."),
+    ],
+    ids=["CUDA", "cuBLAS", "MPS"],
+)
+def test_an_image_that_does_not_fit_is_decoded_in_tiles(
+    sd_folder: Path, device: FakeCuda, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = loading.load(sd_folder, make_settings(device="cuda"))
+    decode = family.vae.decode
+
+    def limited(latents: torch.Tensor, **kwargs: Any) -> Any:
+        if latents.shape[-1] > 16 and not family.vae.use_tiling:
+            raise error
+        return decode(latents, **kwargs)
+
+    family.vae.decode = limited
+    engine = InlineEngine(family, device="cuda")
+    small, large = make_request(width=128, height=128), make_request(width=256, height=256)
+    engine.run(small, large)
+    assert not engine.errors
+    assert caplog.text.count("using tiles") == 1
+    assert not family.vae.use_tiling

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
-from hypergen.engine.postprocess import DecodedImage
+from hypergen.engine.host_copy import HostCopy
 from hypergen.engine.scheduler import batch_key
 from hypergen.errors import GenerationError, RequestError
 from hypergen.events import Event, ImageFinished, Progress, Started
@@ -226,16 +226,13 @@ def test_failing_lora_threads_fail_only_their_request(sd_folder: Path) -> None:
 def test_a_device_lost_during_encoding_crashes_the_engine(inline: MakeEngine) -> None:
     """Otherwise the request would never end."""
 
-    class LostDevice:
-        def synchronize(self) -> None:
+    class LostDevice(HostCopy):
+        def wait(self) -> tuple[torch.Tensor, ...]:
             raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
     engine = inline().engine
     image = prepare_image(engine.family, make_request())
-    decoded = DecodedImage(
-        torch.zeros(64, 64, 3, dtype=torch.uint8), torch.ones(2, dtype=torch.bool), cast(Any, LostDevice())
-    )
-    engine._postprocessor.submit_encode(image, decoded)
+    engine._postprocessor.submit_encode(image, LostDevice())
     engine._postprocessor.shutdown()
     with pytest.raises(torch.AcceleratorError):
         engine.step()

@@ -179,8 +179,6 @@ def test_the_minimum_steps_of_a_pipeline_are_in_its_model_info(
         {"compile": "on"},
         {"channels_last": True},
         {"attention": "math"},
-        {"decode_stream": True},
-        {"batched_euler": False},
         {"lora_dir": ("loras",)},
     ],
     ids=str,

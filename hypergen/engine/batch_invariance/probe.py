@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.layers import make_convolutions_invariant, make_linears_invariant
+from hypergen.engine.request_errors import is_out_of_memory
 from hypergen.engine.scheduler import BatchKey, batch_key
 from hypergen.events import Verdict
 from hypergen.models.cfg import ForwardInputs, map_rows, random_rows
@@ -137,8 +138,8 @@ class BatchInvariance:
                     times.append(self._timed_forward(batch, batch_key_extra)[1])
                     yield
                 seconds[count] = min(times[1:])  # the first forward pass of a shape also prepares kernels
-            except torch.OutOfMemoryError:
-                if count == own:
+            except Exception as error:
+                if count == own or not is_out_of_memory(error):
                     raise
                 break
             if self._enabled and not chosen and seconds[count] > _MAX_BUCKET_COST * seconds[own]:
@@ -201,8 +202,8 @@ class BatchInvariance:
                 yield
                 reversed_batch = map_rows(batch, lambda tensor: tensor.flip(0))
                 reversed_output, seconds_again = self._timed_forward(reversed_batch, batch_key_extra)
-            except torch.OutOfMemoryError:
-                if count <= 2:  # not even one guided image
+            except Exception as error:
+                if count <= 2 or not is_out_of_memory(error):  # not even one guided image
                     raise
                 return
             spent_s += seconds + seconds_again
