@@ -10,7 +10,7 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,21 +19,19 @@ import torch
 from torch import Tensor
 
 from hypergen.config import EngineSettings
-from hypergen.denoising.denoising_state import DenoisingState, advance_each
-from hypergen.engine.accelerator_step import AcceleratorStep
+from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
-from hypergen.engine.forward_timer import ForwardTimer
+from hypergen.engine.batch_runner import BatchRunner
 from hypergen.engine.optimizations import apply_optimizations
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
-from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
+from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.scheduler import batch_key, next_batch
 from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import RequestError
 from hypergen.events import EngineStatus, Progress, RequestState, Started
 from hypergen.lora.batched_lora import Loras
-from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 
@@ -96,9 +94,6 @@ class Engine:
         self._preparing: deque[tuple[_RequestProgress, Generator[None]]] = deque()
         self._running: list[DenoisingState] = []
         self._decode_queue: deque[DenoisingState] = deque()
-        self._forward_s = 0.0  # of the latest forward pass
-        self._forwards = 0
-        self._image_steps = 0
         # From the encoder threads: the id of a request whose image could not be encoded, or a device error.
         self._encoding_failures: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
         self._postprocessor = PostProcessor(
@@ -107,20 +102,14 @@ class Engine:
             report,
             self._encoding_failures.put,
             clock=clock,
-            # Networks that take turns on the device do so on one stream.
+            # With offload, networks are moved and run on one stream.
             own_stream=family.device.type == "cuda" and settings.offload == "off",
             tile_if_needed=settings.vae_tiling == "off",
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
         self.shape_profiles = ShapeProfiles(family, settings, clock, buckets)
-        self._timer = ForwardTimer(family.device, clock)
-        on_cuda = family.device.type == "cuda"
-        self._accelerator = None
-        if family.device.type != "cpu":
-            # Networks that take turns on the device have no fixed addresses.
-            graphs = on_cuda and settings.cuda_graphs and settings.offload == "off"
-            self._accelerator = AcceleratorStep(family, graphs=graphs)
+        self._runner = BatchRunner(family, settings, self.shape_profiles, clock)
 
     def add_request(self, request: GenerationRequest) -> None:
         """Add a request and start to load its LoRAs."""
@@ -148,8 +137,8 @@ class Engine:
             device=self.family.device.type,
             determinism=self.shape_profiles.verdicts(),
             row_counts=self.shape_profiles.row_counts(),
-            forwards=self._forwards,
-            image_steps=self._image_steps,
+            forwards=self._runner.forwards,
+            image_steps=self._runner.image_steps,
         )
 
     @torch.inference_mode()
@@ -163,19 +152,18 @@ class Engine:
         state = self.family.prepare(request, 0, self.family.encode_prompts(request))
         deque(self.shape_profiles.probe_minimum(state), maxlen=0)
         while state.remaining_steps:
-            for _, error in self._step_schedulers([(state, self._run_forward([state])[0])]):
+            for _, error in self._runner.step_schedulers([(state, self._runner.run_forward([state])[0])]):
                 if error is not None:
                     raise error
         self._postprocessor.encode(state, self._postprocessor.decode(state))
-        self._forwards = self._image_steps = 0
-        if self._accelerator is not None:  # on a CPU nothing overlaps, so the first preview may do it
+        self._runner.forwards = self._runner.image_steps = 0
+        if self.family.device.type != "cpu":  # on a CPU nothing overlaps, so the first preview may do it
             self._previewer.prepare()
 
     def close(self) -> None:
         """Wait until all images are encoded. No step may follow."""
         self._postprocessor.shutdown()
-        if self._accelerator is not None:
-            self._accelerator.close()
+        self._runner.close()
 
     @torch.inference_mode()
     def step(self) -> float:
@@ -209,7 +197,7 @@ class Engine:
 
         So running images do not stall, however many images there are to prepare, probe or decode.
         """
-        end = self._clock() + max(self._forward_s, _MIN_TIME_SLICE_S)
+        end = self._clock() + max(self._runner.forward_s, _MIN_TIME_SLICE_S)
         while pending():
             self._heartbeat()
             process_next()
@@ -293,55 +281,14 @@ class Engine:
         return [self._requests[request_id] for request_id in ids if request_id in self._requests]
 
     def _predict(self, batch: list[DenoisingState]) -> list[tuple[DenoisingState, Tensor]]:
-        """Run one forward pass; if it fails, one for each image, so that only the failing request ends."""
-        rows = sum(state.rows for state in batch)
-        try:
-            return list(zip(batch, self._run_forward(batch), strict=True))
-        except Exception as error:  # Isolate the failure: only the request that causes it fails.
-            out_of_memory = is_out_of_memory(error)
-            row_count = self.shape_profiles.costs[batch_key(batch[0]).shared].padded(rows)
-            if len(batch) == 1 and not (out_of_memory and row_count > rows):
-                self._fail(batch[0].request.id, as_request_error(error, batch[0].request))
-                return []
-            ids = ", ".join(sorted({state.request.id for state in batch}))
-            logger.warning(
-                "The forward pass for a batch of %d images (requests %s) failed (%s); retrying each alone.",
-                len(batch),
-                ids,
-                error,
-            )
-        # Outside the handler: inside, the error's frames would keep the memory of the failed forward pass.
-        if out_of_memory:
-            free_cached_memory()
-            self.shape_profiles.limit_rows(batch_key(batch[0]).shared, row_count)
-        # Not in halves: batch size 1 is the only one that is sure to be among the probed sizes.
-        retried = (state for state in batch if state.request.id in self._requests)
-        return [pair for state in retried for pair in self._predict([state])]
-
-    def _run_forward(self, batch: list[DenoisingState]) -> list[Tensor]:
-        """One forward pass over a batch, measured for the cost curve of its shape.
-
-        Returns:
-            One prediction of shape (1, C, h, w) per image.
-        """
-        costs = self.shape_profiles.costs[batch_key(batch[0]).shared]
-        rows = costs.padded(sum(state.rows for state in batch))
-
-        def record(seconds: float) -> None:
-            self._forward_s = seconds
-            costs.record(rows, seconds)
-
-        with self._timer.measure(record):
-            if self._accelerator is not None:
-                predictions = self._accelerator.predict(batch, rows)
-            else:
-                predictions = denoise(self.family, batch, rows)
-        self._forwards += 1
-        self._image_steps += len(batch)
-        shared = len({state.request.id for state in batch}) > 1
-        for state in batch:
-            state.shared_forwards += shared
-        return predictions
+        """The predictions of the images that could run; the requests of the others fail."""
+        pairs: list[tuple[DenoisingState, Tensor]] = []
+        for state, prediction in self._runner.predict(batch):
+            if not isinstance(prediction, Exception):
+                pairs.append((state, prediction))
+            elif state.request.id in self._requests:
+                self._fail(state.request.id, as_request_error(prediction, state.request))
+        return pairs
 
     def _advance(self, batch: list[DenoisingState], predicted: list[tuple[DenoisingState, Tensor]]) -> None:
         """Do the scheduler step of the images of a batch and report the progress."""
@@ -350,17 +297,10 @@ class Engine:
         for state, prediction in pairs:
             steps = self._requests[state.request.id].total_steps // state.request.n
             self._previewer.maybe_preview(state, prediction, steps)
-        for state, error in self._step_schedulers(pairs):
+        for state, error in self._runner.step_schedulers(pairs):
             self._record_step(state, error)
         for progress in self._requests_of(batch):
             self._report(progress.request.id, Progress(progress.steps_done, progress.total_steps))
-
-    def _step_schedulers(
-        self, pairs: list[tuple[DenoisingState, Tensor]]
-    ) -> Iterator[tuple[DenoisingState, Exception | None]]:
-        if self._accelerator is not None:
-            return self._accelerator.advance(pairs)
-        return advance_each(pairs)
 
     def _record_step(self, state: DenoisingState, error: Exception | None) -> None:
         progress = self._requests.get(state.request.id)

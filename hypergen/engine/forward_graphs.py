@@ -52,7 +52,7 @@ class _Graph:
 class ForwardGraphs:
     """Runs forward passes, from the second of a shape on as a CUDA graph.
 
-    The output is overwritten by the next pass of its shape. Belongs to the engine's thread.
+    The output is overwritten by the next forward pass of its shape. Belongs to the engine's thread.
     """
 
     def __init__(self, family: Family) -> None:

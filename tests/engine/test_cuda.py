@@ -312,7 +312,7 @@ def test_a_shape_runs_as_a_graph_from_its_second_forward_pass_on(
         engine.run(*requests)
         assert caplog.text.count("Captured a CUDA graph") == 2
     graphs = [entry for entry in device.launches if entry.startswith("graph ")]
-    assert sum(device.launches[entry] for entry in graphs) == 1 + 4  # all but the first pass of each shape
+    assert sum(device.launches[entry] for entry in graphs) == 1 + 4  # all but the first of each shape
     eager = _engine(sd_folder, "cuda", cuda_graphs=False)
     eager.run(*requests)
     for request in requests:
