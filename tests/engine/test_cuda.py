@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
+from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.events import Preview
 from hypergen.models import loading
 from hypergen.request import GenerationRequest, InputImage
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.lora_files import ATTENTION, EVERYTHING, save_lora
 from tests.support.small_models import save_flux, save_sd, save_sd3, save_sdxl
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 _SAVE = {"sd": save_sd, "sdxl": save_sdxl, "flux": save_flux, "sd3": save_sd3}
 
@@ -367,3 +370,64 @@ def test_an_image_that_does_not_fit_is_decoded_in_tiles(
     assert not engine.errors
     assert caplog.text.count("using tiles") == 1
     assert not family.vae.use_tiling
+
+
+@pytest.fixture(scope="module")
+def lora_files(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    folder = tmp_path_factory.mktemp("loras")
+    save_lora(folder / "attention.safetensors", pipeline, rank=4, targets=ATTENTION, seed=1)
+    save_lora(folder / "everything.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=2)
+    save_lora(folder / "dora.safetensors", pipeline, rank=8, targets=ATTENTION, seed=3, use_dora=True)
+    return folder
+
+
+_LORAS: list[tuple[tuple[str, float], ...]] = [
+    (),
+    (("attention", 1.0),),
+    (("attention", 0.5),),
+    (("everything", 0.7),),
+    (("everything", 0.5), ("attention", -0.3)),
+    (("dora", 0.8),),
+]
+
+
+def test_loras_of_other_rows_do_not_change_an_image(
+    sd_folder: Path, device: FakeCuda, lora_files: Path
+) -> None:
+    requests = [make_request(seed=seed, loras=loras) for seed, loras in enumerate(_LORAS)]
+    batched = _engine(sd_folder, "cuda", lora_dir=(lora_files,))
+    batched.probe_shapes(requests[0])
+    batched.run(*requests)
+    assert not batched.errors
+    cpu = _engine(sd_folder, "cpu", lora_dir=(lora_files,))
+    cpu.run(*requests)
+    for request in requests:
+        assert np.abs(_pixels(batched, request) - _pixels(cpu, request)).max() <= 1
+        alone = _engine(sd_folder, "cuda", lora_dir=(lora_files,))
+        alone.run(request)
+        assert alone.data(request) == batched.data(request), request.loras
+
+
+def test_one_lora_for_all_rows_is_three_launches_a_layer(
+    sd_folder: Path, device: FakeCuda, lora_files: Path
+) -> None:
+    def count(loras: tuple[tuple[str, float], ...]) -> tuple[int, list[str]]:
+        family = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,)))
+        step = AcceleratorStep(family, graphs=False)
+        states = [prepare_image(family, make_request(seed=seed, loras=loras)) for seed in range(4)]
+        step.predict(states, 8)
+        device.reset()
+        step.predict(states, 8)
+        step.close()
+        return sum(device.launches.values()), list(device.waits)
+
+    with torch.inference_mode():
+        plain, _ = count(())
+        launches, waits = count((("attention", 0.7),))
+    manager = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,))).lora_manager
+    assert manager is not None
+    ((lora, _),) = manager.load((("attention", 1.0),))
+    layers = sum(name.startswith("unet") for name in lora.layers)
+    assert not waits
+    assert launches - plain <= 3 * layers
