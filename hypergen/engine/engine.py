@@ -27,7 +27,7 @@ from hypergen.engine.optimizations import apply_optimizations
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.request_errors import as_request_error
-from hypergen.engine.scheduler import batch_key, next_batch
+from hypergen.engine.scheduler import RunningImages, batch_key
 from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import RequestError
 from hypergen.events import EngineStatus, Progress, RequestState, Started
@@ -92,7 +92,7 @@ class Engine:
         self._requests: dict[str, _RequestProgress] = {}
         self._waiting_for_loras: deque[_RequestProgress] = deque()
         self._preparing: deque[tuple[_RequestProgress, Generator[None]]] = deque()
-        self._running: list[DenoisingState] = []
+        self._running = RunningImages()
         self._decode_queue: deque[DenoisingState] = deque()
         # From the encoder threads: the id of a request whose image could not be encoded, or a device error.
         self._encoding_failures: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
@@ -256,16 +256,18 @@ class Engine:
             progress.state = RequestState.DECODING
             self._decode_queue.extend(states)
         else:
-            self._running.extend(states)
-        self.shape_profiles.evict_oldest(
-            {batch_key(variant).shared for state in self._running for variant in state.with_each_denoiser()}
-        )
+            for state in states:
+                self._running.add(state)
+        if self.shape_profiles.is_full:
+            variants = (variant for state in self._running for variant in state.with_each_denoiser())
+            self.shape_profiles.evict_oldest({batch_key(variant).shared for variant in variants})
 
     def _schedule(self) -> list[DenoisingState]:
         """The batch of the next denoising step."""
         now = self._clock()
-        batch = next_batch(
-            self._running, self.shape_profiles.costs, self.settings.max_batch_size, self.settings.aging, now
+        settings = self.settings
+        batch = self._running.next_batch(
+            self.shape_profiles.costs, settings.max_batch_size, settings.aging, now
         )
         if batch:
             self.last_step_at = now
@@ -312,7 +314,9 @@ class Engine:
         progress.steps_done += 1
         if progress.steps_done == progress.total_steps:
             progress.state = RequestState.DECODING
-        if not state.remaining_steps:
+        if state.remaining_steps:
+            self._running.advanced(state)
+        else:
             self._running.remove(state)
             self._decode_queue.append(state)
 
@@ -359,5 +363,5 @@ class Engine:
         progress.state = final_state
         self._waiting_for_loras = deque(other for other in self._waiting_for_loras if other is not progress)
         self._preparing = deque(entry for entry in self._preparing if entry[0] is not progress)
-        self._running = [state for state in self._running if state.request.id != request_id]
+        self._running.remove_request(request_id)
         self._decode_queue = deque(state for state in self._decode_queue if state.request.id != request_id)

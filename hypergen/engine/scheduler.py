@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
 
 from hypergen.denoising.denoising_state import DenoisingState
 
@@ -94,39 +96,116 @@ class CostCurve:
         return self.seconds[rows] / rows
 
 
-def next_batch(
-    running: Iterable[DenoisingState],
-    costs: Mapping[BatchKey, CostCurve],
-    max_batch_size: int,
-    aging: float,
-    now: float,
-) -> list[DenoisingState]:
-    """Choose the images of the next denoising step.
+class RunningImages:
+    """The images between their first and last step, grouped by shape.
 
-    The image with the shortest remaining work goes first. Each second of waiting subtracts `aging` seconds
-    of work, so that long requests do not starve. The first image determines the batch key; images with the
-    same key fill the batch up to its efficient rows.
+    Choosing a batch costs a few array operations, however many images wait. Belongs to the engine's thread.
     """
 
-    seconds_per_row = {key: curve.seconds_per_row() for key, curve in costs.items()}
+    def __init__(self, images: Iterable[DenoisingState] = ()) -> None:
+        self._groups: dict[BatchKey, _Group] = {}
+        self._keys: dict[DenoisingState, BatchKey] = {}
+        for image in images:
+            self.add(image)
 
-    def priority(state: DenoisingState) -> float:
+    def __iter__(self) -> Iterator[DenoisingState]:
+        return iter(list(self._keys))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, state: object) -> bool:
+        return state in self._keys
+
+    def add(self, state: DenoisingState) -> None:
+        key = self._keys[state] = batch_key(state).shared
+        self._groups.setdefault(key, _Group()).add(state)
+
+    def remove(self, state: DenoisingState) -> None:
+        key = self._keys.pop(state)
+        group = self._groups[key]
+        group.remove(state)
+        if not group.states:
+            del self._groups[key]
+
+    def remove_request(self, request_id: str) -> None:
+        for state in [state for state in self._keys if state.request.id == request_id]:
+            self.remove(state)
+
+    def advanced(self, state: DenoisingState) -> None:
+        """Note that an image has taken a step, with which it may have changed its denoiser."""
+        key = self._keys[state]
+        if batch_key(state).shared == key:
+            self._groups[key].update(state)
+        else:
+            self.remove(state)
+            self.add(state)
+
+    def next_batch(
+        self, costs: Mapping[BatchKey, CostCurve], max_batch_size: int, aging: float, now: float
+    ) -> list[DenoisingState]:
+        """Choose the images of the next denoising step.
+
+        The image with the shortest remaining work goes first. Each second of waiting subtracts `aging`
+        seconds of work, so that long requests do not starve. The first image determines the batch key; images
+        with the same key fill the batch up to its efficient rows.
+        """
+        priorities = {
+            key: group.priorities(costs[key].seconds_per_row(), aging, now)
+            for key, group in self._groups.items()
+        }
+        if not priorities:
+            return []
+        key = min(priorities, key=lambda key: priorities[key].min())
+        free_rows = costs[key].efficient_rows()
+        batch: list[DenoisingState] = []
+        for state in self._groups[key].in_order(priorities[key]):
+            if len(batch) == max_batch_size or free_rows <= 0:
+                break
+            fits = state.rows <= free_rows or not batch
+            alone = state.must_run_alone or (batch and batch[0].must_run_alone)
+            if fits and not (batch and alone):
+                batch.append(state)
+                free_rows -= state.rows
+        return batch
+
+
+class _Group:
+    """Images of one shape, with their remaining rows and their arrival in arrays."""
+
+    def __init__(self) -> None:
+        self.states: list[DenoisingState] = []
+        self._index: dict[DenoisingState, int] = {}
+        self._remaining_rows = np.empty(8)
+        self._queued_at = np.empty(8)
+
+    def add(self, state: DenoisingState) -> None:
+        if len(self.states) == len(self._queued_at):
+            self._remaining_rows = np.concatenate([self._remaining_rows, np.empty(len(self.states))])
+            self._queued_at = np.concatenate([self._queued_at, np.empty(len(self.states))])
+        self._index[state] = len(self.states)
+        self.states.append(state)
+        self._queued_at[self._index[state]] = state.queued_at
+        self.update(state)
+
+    def update(self, state: DenoisingState) -> None:
+        self._remaining_rows[self._index[state]] = state.remaining_steps * state.rows
+
+    def remove(self, state: DenoisingState) -> None:
+        """The last image takes the place of the removed one."""
+        index, last = self._index.pop(state), self.states.pop()
+        if last is not state:
+            self.states[index] = last
+            self._index[last] = index
+            self._remaining_rows[index] = self._remaining_rows[len(self.states)]
+            self._queued_at[index] = self._queued_at[len(self.states)]
+
+    def priorities(self, seconds_per_row: float, aging: float, now: float) -> np.ndarray:
         """The lowest goes first."""
-        remaining_rows = state.remaining_steps * state.rows
-        remaining_s = remaining_rows * seconds_per_row[batch_key(state).shared]
-        return remaining_s - aging * (now - state.queued_at)
+        count = len(self.states)
+        return self._remaining_rows[:count] * seconds_per_row - aging * (now - self._queued_at[:count])
 
-    ordered = sorted(running, key=priority)
-    if not ordered:
-        return []
-    key = batch_key(ordered[0])
-    free_rows = costs[key.shared].efficient_rows()
-    batch: list[DenoisingState] = []
-    for state in ordered:
-        if len(batch) == max_batch_size or free_rows <= 0:
-            break
-        fits = state.rows <= free_rows or not batch
-        if fits and batch_key(state) == key:
-            batch.append(state)
-            free_rows -= state.rows
-    return batch
+    def in_order(self, priorities: np.ndarray) -> Iterator[DenoisingState]:
+        """Lowest priority first, then in order of arrival."""
+        for index in np.lexsort((self._queued_at[: len(self.states)], priorities)):
+            yield self.states[index]

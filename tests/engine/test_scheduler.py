@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hypergen.denoising.denoising_state import DenoisingState
-from hypergen.engine.scheduler import CostCurve, batch_key, next_batch
+from hypergen.engine.scheduler import CostCurve, RunningImages, batch_key
 from hypergen.models.family import Family
 from tests.support.sync_engine import make_request, prepare_image
 
@@ -27,11 +27,11 @@ def _batch(
     **curve: Any,
 ) -> list[DenoisingState]:
     costs = {batch_key(image).shared: CostCurve(8, seconds=dict(seconds), **curve) for image in images}
-    return next_batch(images, costs, max_batch_size, aging, now=0)
+    return RunningImages(images).next_batch(costs, max_batch_size, aging, now=0)
 
 
 def test_without_images_the_batch_is_empty() -> None:
-    assert next_batch([], {}, 8, 0.2, 0) == []
+    assert RunningImages().next_batch({}, 8, 0.2, 0) == []
 
 
 def test_a_batch_is_filled_up_to_the_efficient_rows(family: Family) -> None:

@@ -122,6 +122,8 @@ class ShapeProfiles:
 
         That is one with more running rows than its largest probed batch, or any if no image is running.
         """
+        if not self._unfinished:
+            return None
         rows: Counter[BatchKey] = Counter()
         for state in running:
             rows[batch_key(state).shared] += state.rows
@@ -194,6 +196,10 @@ class ShapeProfiles:
             probe.replaced_layers,
             seconds,
         )
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._probes) > self._MAX_SHAPES
 
     def evict_oldest(self, needed: set[BatchKey]) -> None:
         """Evict the oldest shapes beyond the limit, except `needed` ones and those in `probe_minimum`."""
