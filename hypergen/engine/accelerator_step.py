@@ -166,17 +166,17 @@ class AcceleratorStep:
                 for factor in (*row, *[0.0] * (most_terms - len(row)))
             ]
         ).reshape(len(steps), most_outputs, most_terms, 1, 1, 1)
-        total: Tensor | None = None
-        for k in range(most_terms):
-            column = torch.cat(
-                [
-                    row[step.inputs[k]] if k < len(step.inputs) else row[LATENTS]
-                    for step, row in zip(steps, terms, strict=True)
-                ]
-            )[:, None].float()
-            factor = coefficients[:, :, k]
-            total = column * factor if total is None else torch.addcmul(total, column, factor)
-        assert total is not None
+        stacked = torch.cat(
+            [
+                row[step.inputs[k]] if k < len(step.inputs) else row[LATENTS]
+                for k in range(most_terms)
+                for step, row in zip(steps, terms, strict=True)
+            ]
+        ).float()
+        columns = stacked.reshape(most_terms, len(steps), 1, *stacked.shape[1:])
+        total = columns[0] * coefficients[:, :, 0]
+        for k in range(1, most_terms):
+            total = torch.addcmul(total, columns[k], coefficients[:, :, k])
         return [
             [images[row][None] for row in range(len(step.coefficients))]
             for images, step in zip(total, steps, strict=True)
