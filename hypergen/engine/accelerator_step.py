@@ -116,9 +116,9 @@ class AcceleratorStep:
         self, pairs: Sequence[tuple[DenoisingState, Tensor]]
     ) -> Iterator[tuple[DenoisingState, Exception | None]]:
         """Advance each image by its prediction; yields each with the exception of its step, or None."""
-        linear = [pair for pair in pairs if pair[0].linear is not None]
+        linear = [(state, prediction) for state, prediction in pairs if state.linear is not None]
         try:
-            self._advance_together(linear)
+            computed = self._compute_steps(linear)
         except Exception as error:  # Isolate the failure: no state was changed, so each can step alone.
             if len(linear) > 1:
                 logger.warning("A batched scheduler step failed (%s); stepping each image alone.", error)
@@ -127,15 +127,30 @@ class AcceleratorStep:
             else:
                 yield linear[0][0], error
         else:
-            yield from ((state, None) for state, _ in linear)
+            for (state, _), (latents, history) in zip(linear, computed, strict=True):
+                try:
+                    self._apply(state, latents, history)
+                except Exception as error:  # Isolate the failure: only this image fails.
+                    yield state, error
+                else:
+                    yield state, None
         yield from advance_each(
             (state, prediction.to(state.latents.dtype)) for state, prediction in pairs if state.linear is None
         )
 
-    def _advance_together(self, pairs: Sequence[tuple[DenoisingState, Tensor]]) -> None:
-        """The scheduler steps of all images as one sum of products. States change after the last launch."""
+    def _apply(self, state: DenoisingState, latents: Tensor, history: list[Tensor]) -> None:
+        self._noise.pop(state, None)
+        if state.linear is not None:
+            state.linear.history = history
+        state.apply_step(latents)
+        self._attach(state)
+
+    def _compute_steps(
+        self, pairs: Sequence[tuple[DenoisingState, Tensor]]
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        """New latents and history of each image, as one sum of products; changes no state."""
         if not pairs:
-            return
+            return []
         states = [state for state, _ in pairs]
         samplers = [state.linear for state in states if state.linear is not None]
         steps = [sampler.step_at(state.step_index) for sampler, state in zip(samplers, states, strict=True)]
@@ -147,11 +162,10 @@ class AcceleratorStep:
             for (state, prediction), sampler in zip(pairs, samplers, strict=True)
         ]
         outputs = self._sum_of_products(steps, terms)
-        for state, sampler, step, row, new in zip(states, samplers, steps, terms, outputs, strict=True):
-            self._noise.pop(state, None)
-            sampler.history = next_history(step, row, new)
-            state.apply_step(new[0])
-            self._attach(state)
+        return [
+            (new[0], next_history(step, row, new))
+            for step, row, new in zip(steps, terms, outputs, strict=True)
+        ]
 
     def _sum_of_products(self, steps: list[LinearStep], terms: list[list[Tensor]]) -> list[list[Tensor]]:
         """The outputs of each image's step, float32; one product over the batch for each term."""
