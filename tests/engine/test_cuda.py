@@ -29,7 +29,9 @@ _SAVE = {"sd": save_sd, "sdxl": save_sdxl, "flux": save_flux, "sd3": save_sd3}
 
 @pytest.fixture(scope="module", params=_SAVE)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _SAVE[request.param](tmp_path_factory.mktemp("cuda") / request.param)
+    folder = _SAVE[request.param](tmp_path_factory.mktemp("cuda") / request.param)
+    loading.load(folder, make_settings())  # what libraries import at a first load must not see the fake device
+    return folder
 
 
 @pytest.fixture
