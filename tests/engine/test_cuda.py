@@ -16,12 +16,13 @@ from PIL import Image
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
-from hypergen.events import Preview
+from hypergen.events import Preview, Progress
 from hypergen.models import loading
-from hypergen.request import GenerationRequest, InputImage
+from hypergen.request import ControlInput, GenerationRequest, InputImage
+from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.lora_files import ATTENTION, EVERYTHING, save_lora
-from tests.support.small_models import save_flux, save_sd, save_sd3, save_sdxl
+from tests.support.small_models import save_flux, save_refiner, save_sd, save_sd3, save_sdxl
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 _SAVE = {"sd": save_sd, "sdxl": save_sdxl, "flux": save_flux, "sd3": save_sd3}
@@ -30,7 +31,8 @@ _SAVE = {"sd": save_sd, "sdxl": save_sdxl, "flux": save_flux, "sd3": save_sd3}
 @pytest.fixture(scope="module", params=_SAVE)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = _SAVE[request.param](tmp_path_factory.mktemp("cuda") / request.param)
-    loading.load(folder, make_settings())  # what libraries import at a first load must not see the fake device
+    # What libraries import at a first load must not see the fake device.
+    loading.load(folder, make_settings())
     return folder
 
 
@@ -433,3 +435,58 @@ def test_one_lora_for_all_rows_is_three_launches_a_layer(
     layers = sum(name.startswith("unet") for name in lora.layers)
     assert not waits
     assert launches - plain <= 3 * layers
+
+
+def test_a_controlnet_gives_the_images_of_the_cpu(
+    sd_folder: Path, device: FakeCuda, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    controlnet = tmp_path_factory.mktemp("controlnet") / "edges"
+    random_controlnet({"unet": pipeline.unet}, 1).save_pretrained(controlnet)
+    requests = [
+        make_request(
+            seed=seed,
+            num_inference_steps=6,
+            control=ControlInput(model="edges", image=_input_image(seed), scale=scale, end=end),
+        )
+        for seed, scale, end in ((1, 1.0, 1.0), (2, 0.5, 0.6))
+    ]
+    settings = {"controlnet": {"edges": str(controlnet)}}
+    engine, cpu = _engine(sd_folder, "cuda", **settings), _engine(sd_folder, "cpu", **settings)
+    for run in (engine, cpu):
+        run.run(*requests, make_request(seed=3))
+        assert not run.errors
+    for request in requests:
+        assert np.abs(_pixels(engine, request) - _pixels(cpu, request)).max() <= 1
+
+
+def test_a_refiner_gives_the_images_of_the_cpu(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    base = save_sdxl(tmp_path_factory.mktemp("refined") / "base")
+    settings = {"refiner": str(save_refiner(base.parent / "refiner", base))}
+    request = make_request(num_inference_steps=8, enable_refiner=True)
+    plain = make_request(num_inference_steps=8, seed=8)
+    cpu = _engine(base, "cpu", **settings)
+    cpu.run(request, plain)
+    with fake_cuda():
+        engine = _engine(base, "cuda", **settings)
+        engine.run(request, plain)
+    assert not engine.errors
+    for one in (request, plain):
+        assert np.abs(_pixels(engine, one) - _pixels(cpu, one)).max() <= 1
+
+
+def test_a_cancelled_request_leaves_the_others_their_bytes(sd_folder: Path, device: FakeCuda) -> None:
+    kept, cancelled = make_request(seed=1, num_inference_steps=6), make_request(seed=2, num_inference_steps=6)
+    engine = _engine(sd_folder, "cuda")
+
+    def cancel(request_id: str, event: object) -> None:
+        if request_id == cancelled.id and isinstance(event, Progress) and event.step == 2:
+            engine.cancel(cancelled)
+
+    engine.run(kept, cancelled, on_event=cancel)
+    assert cancelled.id not in engine.images
+    alone = _engine(sd_folder, "cuda")
+    alone.run(kept)
+    assert engine.data(kept) == alone.data(kept)
