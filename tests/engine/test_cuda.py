@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
+from hypergen.engine.model_loader import Loader
 from hypergen.events import Preview, Progress
 from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest, InputImage
@@ -23,7 +25,7 @@ from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.lora_files import ATTENTION, EVERYTHING, save_lora
 from tests.support.small_models import save_flux, save_refiner, save_sd, save_sd3, save_sdxl
-from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image, served_model
 
 _SAVE = {"sd": save_sd, "sdxl": save_sdxl, "flux": save_flux, "sd3": save_sd3}
 
@@ -490,3 +492,13 @@ def test_a_cancelled_request_leaves_the_others_their_bytes(sd_folder: Path, devi
     alone = _engine(sd_folder, "cuda")
     alone.run(kept)
     assert engine.data(kept) == alone.data(kept)
+
+
+def test_a_loaded_model_keeps_its_buckets_in_the_state_folder(
+    sd_folder: Path, device: FakeCuda, tmp_path: Path
+) -> None:
+    loader = Loader(lambda _id, _event: None, alone=True, state_folder=tmp_path)
+    loader(served_model(sd_folder, device="cuda"), lambda: None)
+    ((key, buckets),) = json.loads((tmp_path / "row_buckets.json").read_text()).items()
+    assert json.loads(key)["device"] == "Fake GPU"
+    assert set(buckets.values()) <= {2, 4, 8, 16}  # by the clock of this machine
