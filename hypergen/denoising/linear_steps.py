@@ -21,7 +21,7 @@ _HISTORY = 3  # the first index of what is kept of earlier steps
 _MAX_TERMS = 16
 _TOLERANCE = 1e-3
 # Settings by which a step is not linear.
-_NONLINEAR = ("clip_sample", "thresholding", "stochastic_sampling", "rescale_betas_zero_snr_clip")
+_NONLINEAR = ("clip_sample", "thresholding", "stochastic_sampling")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def linear_steps(scheduler: Any, first: int = 0) -> tuple[LinearStep, ...] | Non
     Takes about as long as the same number of steps of a tiny image.
     """
     config = scheduler.config
-    if any(config.get(name) for name in _NONLINEAR) or config.get("final_sigmas_type") == "sigma_min_clip":
+    if any(config.get(name) for name in _NONLINEAR):
         return None
     try:
         steps = tuple(_find_steps(_copy(scheduler), first))

@@ -48,11 +48,6 @@ class ForwardTimer:
             torch.accelerator.synchronize(self._device)
         record(self._clock() - started)
 
-    def finish(self) -> None:
-        """Wait for all passes, and record them."""
-        while self._pending:
-            self._collect()
-
     def _collect(self) -> None:
         start, end, record = self._pending.popleft()
         end.synchronize()
