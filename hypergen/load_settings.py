@@ -19,6 +19,8 @@ from hypergen.served_model_config import as_text
 PREFIX = "HYPERGEN_"
 # Variables that Kubernetes sets in every pod for a service called "hypergen".
 _KUBERNETES_NAME = re.compile(r"HYPERGEN_(SERVICE_|PORT_)")
+# Lists that commas separate in the environment.
+_COMMAS = ("allowed_host", "compile_sizes")
 
 
 def option_name(field: str) -> str:
@@ -88,7 +90,7 @@ def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Flags as environment variables, for `load_settings` in a child process."""
     return {
         # Paths may contain commas. An invalid host with a port contains the separator of paths.
-        PREFIX + option_name(name).upper(): as_text(value, "," if name == "allowed_host" else os.pathsep)
+        PREFIX + option_name(name).upper(): as_text(value, "," if name in _COMMAS else os.pathsep)
         for name, value in flags.items()
         if value not in (None, ())
     }

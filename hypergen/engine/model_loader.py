@@ -21,7 +21,7 @@ from hypergen.models.family import Family
 from hypergen.served_model import ServedModel
 
 # Settings by which forward passes get other bits or costs.
-_SETTINGS_OF_BITS = ("attention", "channels_last", "compile", "max_batch_size", "offload", "quantization")
+_SETTINGS_OF_BITS = ("compile", "max_batch_size", "offload", "quantization")
 
 
 class Loader:
@@ -63,10 +63,11 @@ class Loader:
         return LoadedModel(engine, loaded.model_info(model.id), size_bytes)
 
     def _buckets(self, model: ServedModel, family: Family) -> BucketStore | None:
-        """The row counts chosen in earlier runs, on an accelerator."""
-        if family.device.type == "cpu" or self._state_folder is None:
-            return None
+        """The row counts chosen in earlier runs, on an accelerator or for compiled shapes."""
         settings = model.settings
+        chooses = family.device.type != "cpu" or settings.compile != "off"
+        if not chooses or self._state_folder is None:
+            return None
         key = {
             "model": model.tags[0] if model.tags else str(model.path),
             "dtype": str(family.denoiser.dtype),

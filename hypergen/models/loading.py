@@ -26,7 +26,7 @@ from hypergen.models.single_file_loading import load_checkpoint
 logger = logging.getLogger(__name__)
 
 # Settings that only apply to models with step-level batching.
-_STEP_LEVEL = ("compile", "channels_last", "attention")
+_STEP_LEVEL = ("compile",)
 _FAMILY_SETTINGS: tuple[FamilySetting, ...] = ("refiner", "controlnet", "prompt_weighting", "lora")
 
 
