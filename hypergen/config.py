@@ -117,6 +117,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     cuda_graphs: bool = Field(
         True, description="run forward passes as CUDA graphs, with the same bits; needs CUDA, else ignored"
     )
+    attention: str | None = Field(
+        None,
+        description="attention backend of diffusers for FLUX and other transformers, such as _flash_3_hub or "
+        "sage_hub, whose kernels come from the hub with the package kernels; absent: torch chooses",
+    )
     vae_tiling: VaeTiling = Field(
         "off",
         description="VAE tiles of 512 pixels, which take less memory and change pixels; auto: only for "

@@ -18,6 +18,7 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.model_families import FAMILIES, PIPELINES, FamilySetting, FamilySpec, servable
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
+from hypergen.models import attention
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
 from hypergen.models.memory import apply_memory_settings
@@ -61,16 +62,15 @@ def load_any(
     name = spec.name if spec else pipeline_class.__name__
     _check_family_settings(settings, spec, name)
     for setting in _ignored_settings(settings, spec):
-        message = f"{_flag(setting)} is not supported for {name}."
-        if alone:
-            raise ModelError(message)
-        logger.warning("%s: %s", path.name, message)
+        _refuse(f"{_flag(setting)} is not supported for {name}.", alone)
     model_card = _read_model_card(path)
     model_card["defaults"] = {**model_card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
     pipeline = apply_memory_settings(load_pipeline(pipeline_class, path, dtype), settings, device)
+    if settings.attention is not None:
+        _set_attention_backend(pipeline, settings.attention, name, alone)
     if family is None:
         return DiffusersPipeline(pipeline, model_card)
     model = family(pipeline, model_card, settings)
@@ -79,6 +79,25 @@ def load_any(
     if settings.controlnet:
         model.controlnets = controlnet.load(settings.controlnet, pipeline.unet, dtype)
     return model
+
+
+def _refuse(message: str, alone: bool) -> None:
+    """Refuse a setting, unless it may be for another of several served models."""
+    if alone:
+        raise ModelError(message)
+    logger.warning("%s", message)
+
+
+def _set_attention_backend(pipeline: Any, backend: str, name: str, alone: bool) -> None:
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if denoiser is not None and attention.supports_attention_backends(denoiser):
+        attention.set_attention_backend(denoiser, backend)
+        return
+    _refuse(
+        f"--attention is not supported for {name}, whose attention is always torch's; it is for FLUX and "
+        "other transformers with diffusers' attention backends.",
+        alone,
+    )
 
 
 def _check_family_settings(settings: EngineSettings, spec: FamilySpec | None, name: str) -> None:
