@@ -29,7 +29,7 @@ def _read_on_off(value: Any) -> Any:
 
 _OnOff = BeforeValidator(_read_on_off)
 Compile = Annotated[Literal["off", "on"], _OnOff]
-VaeTiling = Annotated[Literal["off", "on", "auto"], _OnOff]
+VaeTiling = Annotated[Literal["off", "on"], _OnOff]
 Offload = Annotated[Literal["off", "model"], _OnOff]
 Quantization = Annotated[Literal["off", "int8", "fp8"], _OnOff]
 
@@ -124,8 +124,8 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     vae_tiling: VaeTiling = Field(
         "off",
-        description="VAE tiles of 512 pixels, which take less memory and change pixels; auto: only for "
-        "images that would not fit into the device's memory otherwise (CUDA)",
+        description="VAE tiles of 512 pixels, which take less memory and change pixels; off: tiles only for "
+        "images that did not fit into the device's memory",
     )
     offload: Offload = Field(
         "off",

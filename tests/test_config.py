@@ -197,3 +197,15 @@ def test_engines_keep_compiled_code_beside_the_model_store(monkeypatch: pytest.M
     assert engine_environment()["TORCHINDUCTOR_CACHE_DIR"] == str(state_folder() / "torchinductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     assert engine_environment()["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_on_and_off_need_no_quotes_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine: {compile: on, vae_tiling: on, offload: off, quantization: off}\n")
+    engine = load_settings(file).engine
+    assert (engine.compile, engine.vae_tiling, engine.offload, engine.quantization) == (
+        "on",
+        "on",
+        "off",
+        "off",
+    )

@@ -66,6 +66,7 @@ def load_any(
     model_card = _read_model_card(path)
     model_card["defaults"] = {**model_card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
+    check_device_settings(settings, device)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
     pipeline = apply_memory_settings(load_pipeline(pipeline_class, path, dtype), settings, device)
@@ -218,17 +219,38 @@ def _device(name: str) -> torch.device:
     return torch.device(name) if name == "cpu" else torch.device(name, 0)
 
 
+def check_device_settings(settings: EngineSettings, device: torch.device) -> None:
+    """Refuse settings that a device does not support.
+
+    Raises:
+        ModelError: names the setting.
+    """
+    if settings.offload != "off" and device.type != "cuda":
+        raise ModelError(
+            f"--offload needs a CUDA device, whose memory is its own; this model runs on {device.type}."
+        )
+    if device.type != "mps":
+        return
+    if settings.compile != "off":
+        raise ModelError("--compile needs a CUDA device or a CPU; this model runs on mps.")
+    if settings.quantization == "fp8":
+        raise ModelError("--quantization fp8 needs a CUDA device or a CPU: mps has no float8; use int8.")
+
+
 def choose_dtype(
     settings: EngineSettings, device: torch.device, model_card: dict[str, Any], half_dtype: torch.dtype
 ) -> torch.dtype:
     """The dtype of the settings, else of the model card, else the fastest one of the device.
 
     Args:
-        half_dtype: the family's 16-bit dtype for accelerators.
+        half_dtype: the family's 16-bit dtype for accelerators; float16 replaces bfloat16 where a GPU only
+            emulates it.
     """
     name = settings.dtype or model_card.get("dtype")
     if name is not None:
         return getattr(torch, name)
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
     if device.type != "cpu":
         return half_dtype
     # Without these instructions bfloat16 is emulated, and slower than float32.
