@@ -99,9 +99,9 @@ def _requests(count: int = 4) -> list[GenerationRequest]:
     return [make_request(seed=seed, num_inference_steps=2 + seed) for seed in range(count)]
 
 
-def _close(one: bytes, other: bytes) -> bool:
+def _close(one: bytes, other: bytes, tolerance: float = 1e-3) -> bool:
     ours, theirs = (np.frombuffer(data, dtype=np.float32) for data in (one, other))
-    return float(np.linalg.norm(ours - theirs)) <= 1e-3 * float(np.linalg.norm(theirs))
+    return float(np.linalg.norm(ours - theirs)) <= tolerance * float(np.linalg.norm(theirs))
 
 
 def _check(folder: Path) -> None:
@@ -262,3 +262,21 @@ def test_a_failing_compiler_is_an_error_at_start(
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: compile_module(self, backend=fail, **kw))
     with pytest.raises(ModelError, match=r"--compile on: torch.compile failed for 64x64: .*no compiler"):
         _engine(minimal_folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_compiled_images_on_cuda_are_nearly_the_eager_ones_and_the_same_in_every_batch(
+    minimal_folder: Path,
+) -> None:
+    requests = _requests()
+    engine = _engine(minimal_folder, device="cuda")
+    versions = _versions()
+    engine.run(*requests)
+    assert not engine.errors
+    assert _versions() == versions > 0
+    alone, eager = _engine(minimal_folder, device="cuda"), _eager(minimal_folder, device="cuda")
+    alone.run(requests[2])
+    eager.run(requests[2])
+    assert alone.data(requests[2]) == engine.data(requests[2])
+    assert _close(engine.final_latents[requests[2].id], eager.final_latents[requests[2].id], 1e-2)

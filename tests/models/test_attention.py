@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from hypergen.engine.model_loader import Loader
@@ -141,3 +142,12 @@ def test_other_backends_need_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in (None, "sage", "_native_math"):
         provide_attention_kernel(backend)
     assert not os.environ["LOCAL_KERNELS"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_transformer_uses_the_backend_on_cuda(flux_folder: Path) -> None:
+    settings = {"device": "cuda", "dtype": "bfloat16"}
+    expected = _latents(flux_folder, **settings)
+    latents = _latents(flux_folder, attention="_native_cudnn", **settings)
+    assert np.linalg.norm(latents - expected) <= 3e-2 * np.linalg.norm(expected)
