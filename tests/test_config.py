@@ -169,3 +169,15 @@ def test_allowed_hosts_given_as_flags_reach_the_service() -> None:
 def test_allowed_hosts_are_separated_by_commas() -> None:
     settings = load_settings(environment={"HYPERGEN_ALLOWED_HOST": "a.example, B.example."})
     assert settings.server.allowed_host == ("a.example", "b.example")
+
+
+@pytest.mark.parametrize("origin", ["app.example", "https://app.example/", "https://App.example", "null"])
+def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
+    with pytest.raises(ConfigurationError, match="cors_origin"):
+        load_settings(environment={"HYPERGEN_CORS_ORIGIN": f"https://ok.example:8443,{origin}"})
+
+
+def test_origins_given_as_flags_reach_the_service() -> None:
+    environment = environment_of({"cors_origin": ("https://a.example", "http://b.example:3000")})
+    expected = ("https://a.example", "http://b.example:3000")
+    assert load_settings(environment=environment).server.cors_origin == expected
