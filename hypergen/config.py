@@ -239,6 +239,18 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="further host name that clients may use, in addition to the server's address, localhost "
         "and IP addresses; HYPERGEN_ALLOWED_HOST separates several by commas",
     )
+    cors_origin: tuple[str, ...] = Field(
+        (),
+        description="origin, such as https://app.example, whose web pages may use the server from a browser; "
+        "* is every origin; HYPERGEN_CORS_ORIGIN separates several by commas",
+    )
+    keep_alive_s: float = Field(
+        75,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds for which a connection stays open between two requests; longer than a proxy in "
+        "front keeps it, mostly 60, else the proxy sends requests into closed connections",
+    )
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
@@ -280,7 +292,19 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
                 raise ValueError("must be a name without scheme, port and path, such as images.example")
         return tuple(host.rstrip(".").lower() for host in hosts)
 
-    @field_validator("allowed_host", mode="before")
+    @field_validator("cors_origin")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(
+                r"[a-z][a-z0-9+.-]{0,30}://[a-z0-9._:\[\]-]{1,260}", origin
+            ):
+                raise ValueError(
+                    "must be * or a scheme and a host in lower case, without a path, such as https://app.example"
+                )
+        return origins
+
+    @field_validator("allowed_host", "cors_origin", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (

@@ -209,3 +209,15 @@ def test_on_and_off_need_no_quotes_in_a_file(tmp_path: Path) -> None:
         "off",
         "off",
     )
+
+
+@pytest.mark.parametrize("origin", ["app.example", "https://app.example/", "https://App.example", "null"])
+def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
+    with pytest.raises(ConfigurationError, match="cors_origin"):
+        load_settings(environment={"HYPERGEN_CORS_ORIGIN": f"https://ok.example:8443,{origin}"})
+
+
+def test_origins_given_as_flags_reach_the_service() -> None:
+    environment = environment_of({"cors_origin": ("https://a.example", "http://b.example:3000")})
+    expected = ("https://a.example", "http://b.example:3000")
+    assert load_settings(environment=environment).server.cors_origin == expected
