@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -20,7 +20,7 @@ class InputImage:
 
     width: int
     height: int
-    pixels: bytes
+    pixels: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
