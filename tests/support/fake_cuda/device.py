@@ -170,7 +170,7 @@ class FakeCuda:
             self.wait_for("index", ours[0])
         on_device = bool(ours) or is_cuda(kwargs.get("device"))
         plain = unwrap(kwargs)
-        if "device" in plain:
+        if is_cuda(plain.get("device")):
             plain["device"] = torch.device("cpu")
         plain.pop("pin_memory", None)
         if not on_device:
