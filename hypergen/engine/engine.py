@@ -26,6 +26,7 @@ from hypergen.engine.batch_runner import BatchRunner
 from hypergen.engine.compiled_forward import CompiledForward
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
+from hypergen.engine.reordered_weights import use_reordered_weights
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.scheduler import RunningImages, batch_key
 from hypergen.engine.warmup import warm_up_request
@@ -83,6 +84,8 @@ class Engine:
         buckets: BucketStore | None = None,
     ) -> None:
         compiled = None if settings.compile == "off" else CompiledForward(family)
+        if compiled is None and family.device.type == "cpu":  # compiled code shares the original weights
+            use_reordered_weights(family)
         self.family = family
         self.model_id = model_id
         self.settings = settings
