@@ -23,7 +23,7 @@ from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.images.decoding import decode, from_base64, to_input_image
 from hypergen.metrics import Price
 from hypergen.model_info import Capability, ModelInfo
-from hypergen.request import ControlInput, GenerationRequest, Preprocessor
+from hypergen.request import ApiKey, ControlInput, GenerationRequest, Preprocessor
 
 MAX_SEED = 2**63 - 1
 SMALLEST_SIDE = 64
@@ -57,6 +57,10 @@ class ValidatedRequest:
         """For routes without streaming."""
         if self.stream:
             raise InvalidRequestError("'stream' is not supported by this route.", param="stream")
+
+    def with_api_key(self, api_key: ApiKey) -> Self:
+        """For the limits of the key, and for its share of the queue and the engine."""
+        return replace(self, generation=replace(self.generation, api_key=api_key))
 
     def without_input_images(self) -> Self:
         """Without input images, which may be large and are not needed for the response."""

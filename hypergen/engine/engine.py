@@ -235,9 +235,12 @@ class Engine:
     def _prepare_next(self) -> None:
         """Prepare one request up to the next forward pass of a probe.
 
-        Round-robin, so that no request waits for the probes of another.
+        Round-robin, so that no request waits for the probes of another; among API keys by their fair share.
         """
-        progress, preparation = self._preparing.popleft()
+        share = self._running.fair_share
+        first = min(self._preparing, key=lambda entry: share.time_of(entry[0].request.api_key))
+        self._preparing.remove(first)
+        progress, preparation = first
         try:
             next(preparation)
             self._preparing.append((progress, preparation))

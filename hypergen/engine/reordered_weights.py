@@ -126,7 +126,7 @@ def _layout(weight: Tensor) -> bytes:
 class _ReorderedLinear:
     """The forward of a linear layer.
 
-    Its kernel computes each row in the same way for any number of rows and tokens from two on, so one alone is
+    Its kernel computes each row in the same way for any number of rows and tokens from two on; one alone is
     padded.
     """
 
