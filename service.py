@@ -17,6 +17,7 @@ from hypergen import log_setup
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.schemas import BatchResult
 from hypergen.app import create_app
+from hypergen.bentoml_integration import metrics_folder, server_logs
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService
 from hypergen.engine_client.pool import EnginePool
@@ -26,6 +27,9 @@ from hypergen.resolve_models import find_models
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
+log_setup.export(settings.server)
+server_logs.use_our_form()
+metrics_folder.use_own_folder()
 keys = api_keys(settings.server)
 models = find_models(settings)
 pool = EnginePool(settings)
@@ -48,6 +52,7 @@ class HyperGen:
     @bentoml.on_startup
     async def start(self) -> None:
         log_setup.configure("http")
+        metrics_folder.lock_folder()
         drain_on_sigterm(pool, settings.queue.drain_timeout_s)
         launcher = os.environ.get("_HYPERGEN_LAUNCHER_PID")
         if not keys and not launcher:

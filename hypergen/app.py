@@ -29,8 +29,9 @@ from hypergen.api.routes import create_router
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import RequestError
-from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
+from hypergen.images.storage import ImageStorage
 from hypergen.served_model import ServedModel
+from hypergen.temporary_folders import remove_folders_of_killed_servers
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,8 @@ Compile = Literal["off", "on"]
 VaeTiling = Literal["off", "on", "auto"]
 Offload = Literal["off", "model"]
 Quantization = Literal["off", "int8", "fp8"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 Attention = Literal["flash", "cudnn", "efficient", "math"]
 
 
@@ -192,6 +194,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="bearer key that requests must carry; absent: no authentication",
     )
     api_key_file: Path | None = Field(None, description="file whose lines are bearer keys")
+    log_format: LogFormat = Field(
+        "text", description="form of the log's lines on standard error: text, or one JSON object per line"
+    )
+    log_level: LogLevel = Field("info", description="least severe level that is logged")
     allowed_host: tuple[str, ...] = Field(
         (),
         description="further host name that clients may use, in addition to the server's address, localhost "

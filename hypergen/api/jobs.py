@@ -28,6 +28,7 @@ from hypergen.errors import (
 from hypergen.events import ImageFinished, Progress, Started
 from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
+from hypergen.metrics import outcome_of, record_request
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Job:
     state: JobState = "queued"
     step: int = 0
     steps: int | None = None
+    created_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0  # monotonic seconds
     ended_at: float | None = None
     error: RequestError | None = None
@@ -203,12 +205,13 @@ class Jobs:
                 job.images.append((replace(event, data=b""), name))
         if len(job.images) != job.validated.generation.n:
             raise GenerationError("The engine ended the job before all images were generated.")
-        if job.validated.price is not None:
-            job.validated.price.count()
         job.images.sort(key=lambda stored: stored[0].index)
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()
+        outcome = "cancelled" if state == "cancelled" else outcome_of(status_of(error) if error else 200)
+        seconds = job.ended_at - job.created_at
+        record_request("job", job.validated.generation.model, outcome, seconds)
         if job.handle is not None:
             job.handle.cancel()
             job.handle = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import time
 import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
 from hypergen.events import ImageFinished
+from hypergen.metrics import outcome_of, record_request
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,8 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
     Errors are returned, because an exception would fail the whole batch.
     """
     item_id = f"item_{uuid.uuid4().hex}"
+    started, model = time.monotonic(), None
+    result = BatchResult(status=CLIENT_CLOSED_REQUEST, images=[])
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
         model_info = require_model(generator, body.get(GENERATIONS.model_field))
@@ -136,17 +140,20 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
             GENERATIONS, body, model_info, settings, item_id, item.wait_for_disconnect, item.deadline
         )
         validated.reject_stream()
+        model = validated.generation.model
         images = await generate_images(
             generator, validated.generation, item.wait_for_disconnect(), item.deadline
         )
+        result = BatchResult(status=200, images=await write(_to_base64, images))
     except ClientDisconnectedError:
-        return BatchResult(status=CLIENT_CLOSED_REQUEST, images=[])
+        pass
     except Exception as error:  # Isolate the failure: only this item fails.
         if not isinstance(error, RequestError):
             logger.exception("%s of the batchable API failed.", item_id)
             error = GenerationError("The server failed on this item; see its log.")
-        return _failed(error)
-    return BatchResult(status=200, images=await write(_to_base64, images))
+        result = _failed(error)
+    record_request("/generate", model, outcome_of(result.status), time.monotonic() - started)
+    return result
 
 
 def _to_base64(images: list[ImageFinished]) -> list[BatchImage]:

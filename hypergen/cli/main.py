@@ -79,7 +79,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     file = config or os.environ.get("HYPERGEN_CONFIG")
     if file:
         environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
-    sys.exit(run_service(settings, environment, found[0].path, reload, _print))
+    sys.exit(run_service(settings, environment, found[0].path, reload))
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import math
 import os
 import signal
@@ -13,16 +14,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from hypergen import log_setup
 from hypergen.config import ServerSettings, Settings
 from hypergen.engine_client.prestart import PrestartedEngine
 from hypergen.errors import ConfigurationError, ModelError
+
+logger = logging.getLogger(__name__)
 
 _SILENCE_S = 120  # BentoML restarts a worker that cannot be imported for ever
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -60,7 +64,6 @@ def run_service(
     environment: Mapping[str, str],
     model_path: Path,
     reload: bool,
-    report: Callable[[str], None],
 ) -> int:
     """Run the service until it ends or a signal ends it; returns its exit code.
 
@@ -80,6 +83,8 @@ def run_service(
         command.append("--reload")
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}
     started = time.monotonic()
+    log_setup.export(server)
+    log_setup.configure("serve")
     prestarted = PrestartedEngine(model_path)
     launcher |= prestarted.environment
     # In its own session, so that Ctrl-C reaches only this process, which forwards it once.
@@ -90,7 +95,8 @@ def run_service(
         if status:
             seconds, url = time.monotonic() - started, _url(server, server.host)
             stages = _stages(status, seconds)
-            report(f"Ready after {seconds:.1f} s ({stages}): {status['model']} on {status['device']}, {url}")
+            model, device = status["model"], status["device"]
+            logger.info("Ready after %.1f s (%s): %s on %s, %s", seconds, stages, model, device, url)
         return _exit_code(child.wait())
     except ModelError:
         child.terminate()

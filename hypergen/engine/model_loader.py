@@ -15,6 +15,7 @@ from hypergen.engine.engine import Engine
 from hypergen.engine.model_manager import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
+from hypergen.events import ForwardPass
 from hypergen.models import loading
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
@@ -30,16 +31,25 @@ class Loader:
     Args:
         alone: see `loading.load_any`.
         state_folder: for what outlives the process; None keeps nothing.
+        on_forward: called after the forward passes of requests.
 
     Attributes:
         seconds: stage -> its duration, summed over all models.
     """
 
-    def __init__(self, report: Report, *, alone: bool, state_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        report: Report,
+        *,
+        alone: bool,
+        state_folder: Path | None = None,
+        on_forward: Callable[[ForwardPass], None] = lambda _: None,
+    ) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._report = report
         self._alone = alone
         self._state_folder = state_folder
+        self._on_forward = on_forward
 
     def __call__(self, model: ServedModel, between_steps: Callable[[], None]) -> LoadedModel:
         """See `ModelManager`.
@@ -54,10 +64,14 @@ class Loader:
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()
         if isinstance(loaded, DiffusersPipeline):
-            engine = PipelineEngine(loaded, model.id, model.settings, self._report, between_steps)
+            engine = PipelineEngine(
+                loaded, model.id, model.settings, self._report, between_steps, self._on_forward
+            )
         else:
             buckets = self._buckets(model, loaded)
-            engine = Engine(loaded, model.id, model.settings, self._report, buckets=buckets)
+            engine = Engine(
+                loaded, model.id, model.settings, self._report, buckets=buckets, on_forward=self._on_forward
+            )
         engine.warm_up()
         self.seconds["warm-up"] += time.monotonic() - started
         return LoadedModel(engine, loaded.model_info(model.id), size_bytes)

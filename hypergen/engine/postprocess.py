@@ -134,8 +134,9 @@ class PostProcessor:
 
     def _encode(self, state: DenoisingState, decoded: HostCopy, engine_s: float) -> None:
         request = state.request
-        started = time.monotonic()
         try:
+            decoded.wait()
+            decoded_at = time.monotonic()
             data = self.encode(state, decoded)
         except Exception as error:  # Isolate the failure: only this request fails.
             self._on_failure(request.id)
@@ -149,8 +150,10 @@ class PostProcessor:
                 data=data,
                 prompt_tokens=state.prompt_tokens,
                 shared_forwards=state.shared_forwards,
+                images_per_forward=state.batch_images / max(1, state.forwards),
                 engine_s=engine_s,
-                encode_s=time.monotonic() - started,
+                decode_s=decoded_at - state.denoised_at,
+                encode_s=time.monotonic() - decoded_at,
             ),
         )
 

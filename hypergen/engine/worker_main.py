@@ -109,7 +109,7 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     settings = start.models[0].settings
     report = _reporter(outbox)
     alone = len(start.models) == 1
-    loader = Loader(report, alone=alone, state_folder=start.state_folder)
+    loader = Loader(report, alone=alone, state_folder=start.state_folder, on_forward=outbox.put)
     if alone:  # without other models to evict, a limit is of no use
         return ModelManager([(start.models[0], 0)], None, loader, report), loader
     limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
@@ -157,10 +157,10 @@ def import_all(model_path: Path) -> None:
     """
     import torch  # noqa: F401
 
+    _silence_libraries()
     from hypergen.engine import model_loader  # noqa: F401
     from hypergen.models import loading
 
-    _silence_libraries()
     loading.import_family(model_path)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from hypergen import ipc
+from hypergen import ipc, metrics
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import visible_accelerators
 from hypergen.engine_client.admission import Admission
@@ -57,6 +57,7 @@ class EnginePool:
         self._models: tuple[ServedModel, ...] = ()
         self._draining = False
         self._watch: asyncio.Task[None] | None = None
+        self._metrics = metrics.StatusMetrics()
 
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Start the engines, each with all models; does not wait for them to load. The first model is the
@@ -77,7 +78,7 @@ class EnginePool:
             )
             self._engines.append(EngineRequests(supervisor))
             supervisor.launch()
-        self._watch = asyncio.create_task(self._watch_for_stalls())
+        self._watch = asyncio.create_task(self._watch_engines())
 
     async def stop(self) -> None:
         """Stop the engines. Unfinished requests end with 503."""
@@ -166,11 +167,26 @@ class EnginePool:
         complete = len(handle.finished) == handle.request.n
         for engine in self._engines:
             engine.remove(handle, cancel=not complete)
+        if complete:
+            request, rate = handle.request, self._settings.server.price_rate
+            price = None if rate is None else request.price(rate)
+            metrics.record_generation(request.model or self._models[0].id, handle.times, price)
         done = RequestState.FINISHED if complete else RequestState.CANCELLED
         handle.end(RequestState.FAILED if error else done, error)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
+        status = supervisor.status
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in status.startup_s.items())
+        names = ", ".join(model.id for model in self._models)
+        logger.info(
+            "Engine %d of %d is ready: %s on %s (%s).",
+            self._engines.index(engine) + 1,
+            len(self._engines),
+            names,
+            status.device,
+            stages,
+        )
         for other in self._engines:
             if other.supervisor.status.state != "ready":  # its held requests need not wait for it
                 engine.held.extend(other.held)
@@ -227,8 +243,10 @@ class EnginePool:
         if len(handle.finished) == handle.request.n:
             self._end(handle)
 
-    async def _watch_for_stalls(self) -> None:
+    async def _watch_engines(self) -> None:
+        """Update the metrics and restart engines that stall."""
         while True:
+            self._metrics.update(self.status())
             await asyncio.sleep(1)
             for engine in self._engines:
                 if engine.submitted:

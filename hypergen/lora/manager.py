@@ -23,6 +23,7 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hypergen.cache_lookups import count_lookup
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
@@ -103,6 +104,11 @@ class LoraManager:
             "max_loras": self._settings.max_loras if self._possible else 0,
         }
 
+    @property
+    def count_in_memory(self) -> int:
+        with self._lock:
+            return len(self._in_use)
+
     def load_in_background(self, names_and_weights: LoraWeights) -> Future[Loras] | None:
         """Load the LoRAs of a request in a thread, or at once if they are in memory; None: it has none."""
         if not names_and_weights:
@@ -136,6 +142,7 @@ class LoraManager:
             version = _version_of(name, path)
             with self._lock:
                 lora = self._in_use.get(version)
+            count_lookup("lora", found=lora is not None)
             if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
                 lora = Lora({layer: self._pad_rank(factors) for layer, factors in weights.items()})

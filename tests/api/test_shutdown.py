@@ -20,7 +20,8 @@ from hypergen.api.jobs import Jobs
 from hypergen.app import create_app
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
-from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
+from hypergen.images.storage import ImageStorage
+from hypergen.temporary_folders import remove_folders_of_killed_servers
 from tests.support.http_client import GENERATIONS as GENERATIONS_PATH
 from tests.support.http_client import QUICK, SLOW, assert_error, generate
 from tests.support.live_server import LiveServer, start_server
