@@ -27,7 +27,9 @@ from hypergen.resolve_models import find_models
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
-log_setup.export(settings.server)
+# Uvicorn reads it; its own default trusts every process of this machine.
+os.environ["FORWARDED_ALLOW_IPS"] = ",".join(settings.server.trusted_proxy)
+log_setup.export(settings.server.log_format, settings.server.log_level)
 server_logs.use_our_form()
 metrics_folder.use_own_folder()
 keys = api_keys(settings.server)

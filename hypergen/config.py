@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -250,6 +251,11 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="origin, such as https://app.example, whose web pages may use the server from a browser; "
         "* is every origin; HYPERGEN_CORS_ORIGIN separates several by commas",
     )
+    trusted_proxy: tuple[str, ...] = Field(
+        (),
+        description="address or network, such as 10.0.0.0/8, of a proxy whose X-Forwarded-For and "
+        "X-Forwarded-Proto count; * is every client; HYPERGEN_TRUSTED_PROXY separates several by commas",
+    )
     keep_alive_s: float = Field(
         75,
         gt=0,
@@ -310,7 +316,20 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
                 )
         return origins
 
-    @field_validator("allowed_host", "cors_origin", mode="before")
+    @field_validator("trusted_proxy")
+    @classmethod
+    def _check_proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                if proxy != "*":
+                    ip_network(proxy)
+            except ValueError:
+                raise ValueError(
+                    "must be * or an IP address or network, such as 127.0.0.1 or 10.0.0.0/8"
+                ) from None
+        return proxies
+
+    @field_validator("allowed_host", "cors_origin", "trusted_proxy", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (

@@ -107,7 +107,7 @@ class EngineStatus:
     # Seconds of each stage of the startup: imports, weights, warm-up.
     startup_s: dict[str, float] = field(default_factory=dict[str, float])
     load_s: dict[str, float] = field(default_factory=dict[str, float])  # model -> seconds of its latest load
-    # Of a GPU: allocated, reserved and total; on other devices: resident, of the engine process.
+    # Of the process: resident; on CUDA also allocated and reserved by torch, and total of the GPU.
     memory_bytes: dict[str, int] = field(default_factory=dict[str, int])
     loras: int = 0  # LoRAs in memory
     # Cache -> hits and misses since the start of the process.

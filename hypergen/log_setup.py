@@ -1,39 +1,48 @@
-"""Log lines of HyperGen and BentoML on standard error, labelled with the process that writes them."""
+"""Log lines of HyperGen and of its libraries: one form, on standard error, with the process and the model.
+
+No line holds control characters, so that a client cannot forge lines or send codes to a terminal.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import time
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
-from hypergen.config import ServerSettings
+# The model that this thread works for; it names the engine's lines.
+current_model: ContextVar[str] = ContextVar("current_model", default="")
 
-# From the server to its engines: format and level.
+# Format and level, from the server to its engines.
 _VARIABLE = "_HYPERGEN_LOG"
-# BentoML's own lines get the same form, so that a server has one kind of lines.
-_LIBRARIES = ("bentoml", "uvicorn.error", "circus")
+# They have handlers of their own otherwise.
+_LIBRARIES = ("bentoml", "uvicorn.error", "circus", "py.warnings")
 
 
-def export(settings: ServerSettings) -> None:
-    """Let this process and those that it starts log by these settings."""
-    os.environ[_VARIABLE] = f"{settings.log_format}:{settings.log_level}"
+def export(log_format: str, level: str) -> None:
+    """Set the format, "text" or "json", and the level of this process and of those that it starts."""
+    os.environ[_VARIABLE] = f"{log_format}:{level}"
 
 
-def configure(part: str) -> None:
-    """Log by the exported settings; libraries other than BentoML keep their own levels.
+def configure(part: str, models: str = "") -> None:
+    """Log by the exported settings; libraries other than BentoML log warnings and errors.
 
     Args:
-        part: "http" or "engine".
+        part: "serve", "http" or "engine".
+        models: for lines of threads without a `current_model`.
     """
-    _, level = _exported()
     handler = logging.StreamHandler()
-    handler.setFormatter(formatter(part))
+    handler.setFormatter(formatter(part, models))
+    handler.setLevel(level())
+    logging.getLogger().handlers = [handler]
     logger = logging.getLogger("hypergen")
-    logger.handlers = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level())
+    logging.captureWarnings(True)
     for name in _LIBRARIES:
         library = logging.getLogger(name)
         library.handlers, library.propagate = [handler], False
@@ -41,40 +50,76 @@ def configure(part: str) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
-def formatter(part: str) -> logging.Formatter:
-    """The formatter of the exported settings."""
-    return _JsonFormatter(part) if _exported()[0] == "json" else _TextFormatter(part)
+def formatter(part: str, models: str = "") -> logging.Formatter:
+    """The formatter of the exported format."""
+    return (_JsonFormatter if _exported()[0] == "json" else _TextFormatter)(part, models)
+
+
+def level() -> str:
+    """The exported level, by its name in `logging`."""
+    return _exported()[1].upper()
 
 
 def _exported() -> tuple[str, str]:
-    log_format, _, level = os.environ.get(_VARIABLE, "text:info").partition(":")
-    return log_format, level
+    log_format, _, level_name = os.environ.get(_VARIABLE, "text:info").partition(":")
+    return log_format, level_name
 
 
-class _TextFormatter(logging.Formatter):
-    converter = time.gmtime
-
-    def __init__(self, part: str) -> None:
-        super().__init__(f"%(asctime)s.%(msecs)03dZ [{part}] %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-
-
-class _JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, part, level, message, and the fields of a request's line."""
+class _Formatter(logging.Formatter):
+    """Times are UTC. The attribute `fields` of a record, a mapping, is added to its line."""
 
     converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
 
-    def __init__(self, part: str) -> None:
-        super().__init__(datefmt="%Y-%m-%dT%H:%M:%S")
+    def __init__(self, part: str, models: str) -> None:
+        super().__init__()
         self._part = part
+        self._models = models
+
+    def _model(self) -> str:
+        return current_model.get() or self._models
+
+
+class _TextFormatter(_Formatter):
+    """`TIME [PART MODEL] LEVEL MESSAGE name=value ...`; the lines of a traceback follow, indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        source = f"{self._part} {self._model()}".rstrip()
+        line = f"{self.formatTime(record)} [{source}] {record.levelname} {record.getMessage()}"
+        line += "".join(f" {name}={_quoted(str(value))}" for name, value in fields.items())
+        lines = [line]
+        if record.exc_info:
+            lines += [f"  {part}" for part in self.formatException(record.exc_info).split("\n")]
+        return "\n".join(map(_escaped, lines))
+
+
+class _JsonFormatter(_Formatter):
+    """One JSON object per line, in ASCII: time, level, part, model, message, exception; named arguments of the
+    message and fields are keys, too.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": f"{self.formatTime(record, self.datefmt)}.{int(record.msecs):03d}Z",
-            "part": self._part,
+            "time": self.formatTime(record),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            "part": self._part,
         }
+        if model := self._model():
+            line["model"] = model
+        named = record.args if isinstance(record.args, Mapping) else {}
+        line |= {"message": record.getMessage(), **named, **getattr(record, "fields", {})}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def _quoted(value: str) -> str:
+    """A value in quotes if a reader could take a part of it for another field."""
+    return value if re.fullmatch(r"[\w./:@+,-]+", value) else json.dumps(value)
+
+
+def _escaped(text: str) -> str:
+    """Text without control, format and separator characters, such as line feeds or terminal codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

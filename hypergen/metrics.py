@@ -17,8 +17,8 @@ from hypergen import __version__
 from hypergen.events import EngineStatus, ForwardPass, ServerStatus
 from hypergen.request_times import RequestTimes
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
-_STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+_SECONDS_OF_STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 _STATES = ("loading", "ready", "recovering", "failed", "draining")
 
@@ -42,7 +42,7 @@ _REQUESTS = _counter(
 _REQUEST_SECONDS = _histogram(
     "request_seconds", "duration of requests for images", ["endpoint", "outcome"], _SECONDS
 )
-_REJECTED = _counter("rejected", "requests refused before they were queued", ["reason"])
+_REJECTED = _counter("rejected", "requests answered 429 or 503, by the code of the error", ["reason"])
 _PRICE = _counter("price", "price of generated images, in the currency of --price-rate", ["model"])
 _IMAGES = _counter("images", "finished images", ["model"])
 _STEPS = _counter("denoising_steps", "denoising steps, summed over images", ["model"])
@@ -52,7 +52,7 @@ _STAGE_SECONDS = _histogram(
     ["model", "stage"],
     _SECONDS,
 )
-_STEP_SECONDS_ = _histogram("step_seconds", "duration of forward passes", ["model"], _STEP_SECONDS)
+_STEP_SECONDS = _histogram("step_seconds", "duration of forward passes", ["model"], _SECONDS_OF_STEPS)
 _BATCH_IMAGES = _histogram("batch_images", "images per forward pass", ["model"], _COUNTS)
 _BATCH_ROWS = _histogram(
     "batch_rows", "rows per forward pass, two for a guided image, with padding", ["model"], _COUNTS
@@ -67,7 +67,7 @@ _MODELS = _gauge("models_in_memory", "models in memory", ["engine"])
 _LOAD_SECONDS = _gauge("model_load_seconds", "duration of the latest load of a model", ["engine", "model"])
 _MEMORY = _gauge(
     "device_memory_bytes",
-    "memory of the engine: allocated, reserved and total of a GPU; resident of the process on other devices",
+    "memory of an engine: resident of its process; allocated, reserved and total of its GPU",
     ["engine", "kind"],
 )
 _HITS = _counter("cache_hits", "lookups that found an entry in a cache of an engine", ["engine", "cache"])
@@ -78,7 +78,6 @@ _INVARIANT = _gauge(
 )
 _BUILD = _gauge("build_info", "1; version of HyperGen and Python", ["version", "python"])
 
-_PROBES = {"/health"}
 _OUTCOMES = {
     400: "invalid",
     401: "unauthorized",
@@ -109,14 +108,18 @@ def record_request(endpoint: str, model: str | None, outcome: str, seconds: floa
 
 
 def record_rejection(reason: str) -> None:
-    """Count a request that was refused before it was queued."""
+    """Count a request that was answered 429 or 503.
+
+    Args:
+        reason: the code of the error.
+    """
     _REJECTED.labels(reason).inc()
 
 
 def record_forward(forward: ForwardPass) -> None:
     """Count one forward pass of an engine."""
     _STEPS.labels(forward.model).inc(forward.images)
-    _STEP_SECONDS_.labels(forward.model).observe(forward.seconds)
+    _STEP_SECONDS.labels(forward.model).observe(forward.seconds)
     _BATCH_IMAGES.labels(forward.model).observe(forward.images)
     _BATCH_ROWS.labels(forward.model).observe(forward.rows)
 
@@ -134,7 +137,7 @@ class StatusMetrics:
     """The metrics that follow from the server's status: gauges, and counters of the engines."""
 
     def __init__(self) -> None:
-        self._counted: dict[tuple[Counter, tuple[str, ...]], int] = {}
+        self._counted: dict[tuple[Counter, tuple[str, ...], int], int] = {}
         _BUILD.labels(__version__, platform.python_version()).set(1)
 
     def update(self, status: ServerStatus) -> None:
@@ -159,11 +162,11 @@ class StatusMetrics:
             _INVARIANT.labels(number, verdict).set(verdicts.count(verdict))
         self._count(_RESTARTS, (number,), engine.restarts)
         for cache, (hits, misses) in engine.cache_lookups.items():
-            self._count(_HITS, (number, cache), hits)
-            self._count(_MISSES, (number, cache), misses)
+            self._count(_HITS, (number, cache), hits, engine.restarts)
+            self._count(_MISSES, (number, cache), misses, engine.restarts)
 
-    def _count(self, counter: Counter, labels: tuple[str, ...], total: int) -> None:
-        """Add what an engine counted since the last update; a restarted engine counts from 0."""
-        before = self._counted.get((counter, labels), 0)
-        counter.labels(*labels).inc(total - before if total >= before else total)
-        self._counted[counter, labels] = total
+    def _count(self, counter: Counter, labels: tuple[str, ...], total: int, process: int = 0) -> None:
+        """Add what was counted since the last update; each engine process counts from 0."""
+        key = counter, labels, process
+        counter.labels(*labels).inc(total - self._counted.get(key, 0))
+        self._counted[key] = total

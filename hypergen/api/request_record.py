@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from starlette.types import Scope
 
@@ -28,7 +29,7 @@ class RequestRecord:
 
     Attributes:
         client: address of the client.
-        outcome_status: instead of `status` in metrics: a stream may fail after its status 200.
+        outcome_status: instead of `status` for the outcome: a stream may fail after its status 200.
         error: code and param of a refusal or failure.
         generation: fields of a validated request for images, for the log.
         times: of its images; `observe` of it gets the request's events.
@@ -41,7 +42,7 @@ class RequestRecord:
     arrived_at: float = field(default_factory=time.monotonic)
     status: int = 0
     outcome_status: int | None = None
-    error: dict[str, Any] = field(default_factory=dict[str, Any])
+    error: dict[str, str] = field(default_factory=dict[str, str])
     model: str | None = None
     generation: dict[str, Any] = field(default_factory=dict[str, Any])
     times: RequestTimes = field(default_factory=RequestTimes)
@@ -70,50 +71,30 @@ class RequestRecord:
         self.outcome_status = self.outcome_status or CLIENT_CLOSED_REQUEST
 
     def set_error(self, error: dict[str, Any]) -> None:
-        self.error = {name: error[name] for name in ("code", "param") if error.get(name)}
+        self.error = {name: str(error[name])[:100] for name in ("code", "param") if error.get(name)}
 
     def finish(self) -> None:
         """Write the line, and count a request for images."""
         seconds = time.monotonic() - self.arrived_at
         status = self.outcome_status or self.status
-        if self.path in _IMAGE_PATHS:
+        is_probe = self.path in OPEN_PATHS
+        if self.path in _IMAGE_PATHS and self.method == "POST":
             metrics.record_request(self.path, self.model, metrics.outcome_of(status), seconds)
-        if status in (429, 503) and self.path not in OPEN_PATHS:
+        if status in (429, 503) and not is_probe:
             metrics.record_rejection(self.error.get("code", "unavailable"))
-        if self.path in OPEN_PATHS:  # probes come every few seconds
-            return
-        # Escaped, because line feeds and terminal codes could forge log lines.
-        path = _escaped(self.path)[:200]
-        fields = {
-            name: _escaped(value) if isinstance(value, str) else value
-            for name, value in self._fields().items()
-            if value is not None
-        }
-        text = "".join(f" {name}={value}" for name, value in fields.items())
-        logger.info(
-            "%s %s %d %.0f ms %s%s",
-            self.method,
-            path,
-            self.status,
-            seconds * 1000,
-            self.request_id,
-            text,
-            extra={
-                "fields": {
-                    "request_id": self.request_id,
-                    "method": self.method,
-                    "path": path,
-                    "status": self.status,
-                    "ms": round(seconds * 1000),
-                    **fields,
-                }
-            },
-        )
+        fields = {name: value for name, value in self._fields(seconds).items() if value is not None}
+        level = logging.DEBUG if is_probe else logging.INFO  # probes come every few seconds
+        # Encoded, because a space in the path could forge a field.
+        path = quote(self.path, safe="/:@!$&'()*+,;=~%", errors="replace")[:200]
+        line = {"method": self.method, "path": path, "status": self.status}
+        logger.log(level, "%(method)s %(path)s %(status)d", line, extra={"fields": fields})
 
-    def _fields(self) -> dict[str, Any]:
+    def _fields(self, seconds: float) -> dict[str, Any]:
         times = self.times
         write_s = max((image.write_s for image in times.images), default=None)
         return {
+            "ms": _milliseconds(seconds),
+            "request_id": self.request_id,
             "model": self.model,
             **self.generation,
             "images_per_forward": None if (mean := times.images_per_forward) is None else round(mean, 2),
@@ -121,6 +102,7 @@ class RequestRecord:
             "encode_ms": _milliseconds(times.encode_s if times.started_at else None),
             "denoise_ms": _milliseconds(times.denoise_s),
             "write_ms": _milliseconds(write_s),
+            "outcome": metrics.outcome_of(self.outcome_status) if self.outcome_status else None,
             **{f"error_{name}": value for name, value in self.error.items()},
             "client": self.client,
         }
@@ -128,7 +110,3 @@ class RequestRecord:
 
 def _milliseconds(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1000)
-
-
-def _escaped(text: str) -> str:
-    return text.encode("unicode_escape").decode("ascii")

@@ -29,7 +29,7 @@ from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
 from hypergen.events import ImageFinished
-from hypergen.metrics import outcome_of, record_request
+from hypergen.metrics import outcome_of, record_rejection, record_request
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,8 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
             logger.exception("%s of the batchable API failed.", item_id)
             error = GenerationError("The server failed on this item; see its log.")
         result = _failed(error)
+        if result.status in (429, 503):
+            record_rejection(error.code)
     record_request("/generate", model, outcome_of(result.status), time.monotonic() - started)
     return result
 

@@ -15,6 +15,6 @@ def use_our_form() -> None:
     configuration: dict[str, Any] = log.SERVER_LOGGING_CONFIG
     configuration["disable_existing_loggers"] = False
     configuration["formatters"]["traced"] = {"()": log_setup.formatter, "part": "serve"}
-    configuration["handlers"]["tracehandler"]["stream"] = "ext://sys.stderr"
+    configuration["handlers"]["tracehandler"] |= {"stream": "ext://sys.stderr", "level": log_setup.level()}
     if any(handler.name == "tracehandler" for handler in logging.getLogger("bentoml").handlers):
         log.configure_server_logging()

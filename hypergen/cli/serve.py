@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 
-from hypergen import log_setup
 from hypergen.config import ServerSettings, Settings
 from hypergen.engine_client.prestart import PrestartedEngine
 from hypergen.errors import ConfigurationError, ModelError
@@ -83,8 +82,6 @@ def run_service(
         command.append("--reload")
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}
     started = time.monotonic()
-    log_setup.export(server)
-    log_setup.configure("serve")
     prestarted = PrestartedEngine(model_path)
     launcher |= prestarted.environment
     # In its own session, so that Ctrl-C reaches only this process, which forwards it once.

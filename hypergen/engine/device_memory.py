@@ -1,4 +1,4 @@
-"""The memory of this engine, for metrics."""
+"""The memory of this engine, for metrics and the log."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch
 
 
 def memory_bytes() -> dict[str, int]:
-    """Bytes that torch allocated and reserved on a CUDA device, and its total; else the resident memory."""
-    if torch.cuda.is_available():
-        return {
+    """Resident bytes of the process; on CUDA also what torch allocated and reserved, and the GPU's total."""
+    memory = {"resident": psutil.Process().memory_info().rss}
+    if torch.cuda.is_initialized():
+        memory |= {
             "allocated": torch.cuda.memory_allocated(),
             "reserved": torch.cuda.memory_reserved(),
             "total": torch.cuda.get_device_properties(0).total_memory,
         }
-    return {"resident": psutil.Process().memory_info().rss}
+    return memory

@@ -13,6 +13,7 @@ import torch
 
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.engine import Engine
+from hypergen.engine.loading_progress import log_progress
 from hypergen.engine.model_manager import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
@@ -63,9 +64,14 @@ class Loader:
             GenerationError: the warm-up image cannot be generated.
         """
         started = time.monotonic()
-        loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
+        with log_progress(model.id, loading.expected_bytes(model.path, model.settings)):
+            loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
         size_bytes = loading.weight_bytes(loaded)
-        self.seconds["weights"] += time.monotonic() - started
+        weights_s = time.monotonic() - started
+        self.seconds["weights"] += weights_s
+        logger.info(
+            "Loaded %s in %.1f s: %.3g GB on %s.", model.id, weights_s, size_bytes / 1e9, loaded.device
+        )
         started = time.monotonic()
         if isinstance(loaded, DiffusersPipeline):
             engine = PipelineEngine(

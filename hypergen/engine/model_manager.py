@@ -21,6 +21,7 @@ from typing import Never, Protocol
 
 import torch
 
+from hypergen import log_setup
 from hypergen.cache_lookups import cache_lookups
 from hypergen.engine.device_memory import memory_bytes
 from hypergen.engine.postprocess import Report
@@ -202,6 +203,7 @@ class ModelManager:
             if slot.loaded is None:
                 continue
             engine = slot.loaded.engine
+            log_setup.current_model.set(slot.model.id)
             if engine.has_requests:
                 slot.last_used_at = time.monotonic()
             self._running_engine = engine
@@ -257,6 +259,7 @@ class ModelManager:
         Raises:
             ModelError: the model cannot be loaded.
         """
+        log_setup.current_model.set(slot.model.id)
         if slot.loaded is not None:
             return True
         if not self._evict_until_fits(slot):

@@ -10,6 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from hypergen import log_setup
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.host_copy import HostCopy
 from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
@@ -58,7 +59,9 @@ class PostProcessor:
         self._tile_if_needed = tile_if_needed and hasattr(family.vae, "tile_latent_min_size")
         # By the shape of the latents: True where it was decoded at once, which then must not change.
         self._fits: dict[torch.Size, bool] = {}
-        self.encoders = encoders or ThreadPoolExecutor(self._ENCODER_THREADS, thread_name_prefix="encode")
+        self.encoders = encoders or ThreadPoolExecutor(
+            self._ENCODER_THREADS, "encode", log_setup.current_model.set, (log_setup.current_model.get(),)
+        )
 
     def decode(self, state: DenoisingState) -> HostCopy:
         """Start to decode an image. Without denoising, the result is the input image itself.

@@ -51,6 +51,7 @@ def main() -> None:
     start = ipc.receive(connection)
     if not isinstance(start, ipc.Start):
         os._exit(0)
+    log_setup.configure("engine", ", ".join(model.id for model in start.models))
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_run_thread, args=(_write, connection, outbox), daemon=True).start()
 
@@ -165,12 +166,14 @@ def import_all(model_path: Path) -> None:
 
 
 def _silence_libraries() -> None:
-    """Turn off progress bars and hints, which are for notebooks. Errors that matter are raised."""
+    """Turn off progress bars and hints, which are for notebooks; errors are logged as ours are."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
+        library.disable_default_handler()
+        library.enable_propagation()
         library.disable_progress_bar()
 
 

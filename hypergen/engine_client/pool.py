@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ class EnginePool:
         self._engines: list[EngineRequests] = []
         self._models: tuple[ServedModel, ...] = ()
         self._draining = False
+        self._drained: Counter[str] = Counter()  # how requests ended since the drain began
         self._watch: asyncio.Task[None] | None = None
         self._metrics = metrics.StatusMetrics()
 
@@ -90,10 +92,14 @@ class EnginePool:
         for error in await asyncio.gather(*stops, return_exceptions=True):
             if error is not None:  # the others have stopped
                 logger.error("An engine could not be stopped.", exc_info=error)
+        if self._drained.total():
+            ends = ", ".join(f"{count} {state}" for state, count in self._drained.items())
+            logger.info("Drained: %s.", ends)
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests; admitted ones may run for `timeout_s` more, then they end with 503."""
         if not self._draining:
+            logger.info("Draining %d requests, for at most %g s.", self.status().queue_size, timeout_s)
             self._draining = True
             asyncio.get_running_loop().call_later(timeout_s, self._end_all)
 
@@ -172,7 +178,10 @@ class EnginePool:
             price = None if rate is None else request.price(rate)
             metrics.record_generation(request.model or self._models[0].id, handle.times, price)
         done = RequestState.FINISHED if complete else RequestState.CANCELLED
-        handle.end(RequestState.FAILED if error else done, error)
+        state = RequestState.FAILED if error else done
+        if self._draining:
+            self._drained[f"failed ({error.code})" if error else state] += 1
+        handle.end(state, error)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
@@ -180,7 +189,7 @@ class EnginePool:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in status.startup_s.items())
         names = ", ".join(model.id for model in self._models)
         logger.info(
-            "Engine %d of %d is ready: %s on %s (%s).",
+            "Ready: engine %d of %d, %s on %s (%s).",
             self._engines.index(engine) + 1,
             len(self._engines),
             names,

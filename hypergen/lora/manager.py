@@ -23,6 +23,7 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hypergen import log_setup
 from hypergen.cache_lookups import count_lookup
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
@@ -66,7 +67,9 @@ class LoraManager:
         self._lock = threading.Lock()  # guards both
         # Of the current forward pass; None: no row has a LoRA.
         self.batch: LoraBatch | None = None
-        self._loading_threads = ThreadPoolExecutor(2, "lora")  # so that a large file does not block the next
+        self._loading_threads = ThreadPoolExecutor(  # so that a large file does not block the next
+            2, "lora", initializer=log_setup.current_model.set, initargs=(log_setup.current_model.get(),)
+        )
         self._hooked: set[str] = set()  # layer names
         # Offloaded weights are elsewhere when a LoRA is loaded.
         self._reason = None if settings.offload == "off" else "with --offload"
