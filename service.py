@@ -54,7 +54,6 @@ class HyperGen:
     @bentoml.on_startup
     async def start(self) -> None:
         log_setup.configure("http")
-        metrics_folder.lock_folder()
         drain_on_sigterm(pool, settings.queue.drain_timeout_s)
         launcher = os.environ.get("_HYPERGEN_LAUNCHER_PID")
         if not keys and not launcher:

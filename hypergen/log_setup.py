@@ -96,8 +96,9 @@ class _TextFormatter(_Formatter):
 
 
 class _JsonFormatter(_Formatter):
-    """One JSON object per line, in ASCII: time, level, part, model, message, exception; named arguments of the
-    message and fields are keys, too.
+    """One JSON object per line, in ASCII: time, level, part, model, message, exception.
+
+    Named arguments of the message and fields are keys, too.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -16,17 +17,25 @@ IMAGES, METRICS = "hypergen-images-", "hypergen-metrics-"
 
 
 def make_folder(prefix: str) -> Path:
-    """A new private folder. It stays only while a process has its lock; `prefix` is one of those above."""
+    """A new private folder, which stays only while a process has its lock; `prefix` is one of those above."""
     return Path(tempfile.mkdtemp(prefix=prefix))
 
 
-def open_and_lock(folder: Path) -> int:
-    """A descriptor with the folder's lock, which marks its server as running; the system releases it when the
-    process ends.
+def create_and_lock(folder: Path) -> int:
+    """Create a folder unless it exists, and lock it: its server runs.
+
+    Returns a descriptor with the lock, which the system releases when the process ends.
+
+    Another server that starts meanwhile may remove the folder before it is locked: hence the loop.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    _lock(descriptor)
-    return descriptor
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            locked = _lock(descriptor) or fcntl is None
+            if locked and folder.is_dir():
+                return descriptor
+            os.close(descriptor)
 
 
 def remove_folders_of_killed_servers() -> None:

@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import atexit
 import os
-import secrets
 import shutil
-import tempfile
-from pathlib import Path
+from functools import cache
 
 from bentoml._internal.configuration.containers import BentoMLContainer
 
-from hypergen.temporary_folders import METRICS, open_and_lock
+from hypergen.temporary_folders import METRICS, create_and_lock, make_folder
 
-# From the process that starts workers to its workers.
+# BentoML's process that starts workers sets it for its workers; an operator may set it, too.
 _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def use_own_folder() -> None:
-    """Let BentoML start its server with a new folder, which it creates; no effect in its workers."""
-    if _VARIABLE in os.environ:
-        return
-    folder = Path(tempfile.gettempdir()) / f"{METRICS}{secrets.token_hex(8)}"
+    """Let BentoML start a server with a new folder; no effect in BentoML's workers."""
+    if _VARIABLE not in os.environ:
+        BentoMLContainer.prometheus_multiproc_dir._provide = _own_folder
+
+
+@cache
+def _own_folder() -> str:
+    """A folder that this process, which starts the workers, locks until its end and then removes."""
+    folder = make_folder(METRICS)
+    create_and_lock(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    BentoMLContainer.prometheus_multiproc_dir.set(str(folder))
-
-
-def lock_folder() -> None:
-    """Mark the folder as used by a running server; in the worker."""
-    if folder := os.environ.get(_VARIABLE):
-        open_and_lock(Path(folder))
+    return str(folder)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypergen.errors import StorageFullError
-from hypergen.temporary_folders import IMAGES, make_folder, open_and_lock
+from hypergen.temporary_folders import IMAGES, create_and_lock, make_folder
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,9 @@ class ImageStorage:
         with self._lock:
             if self._folder is None:
                 self._folder = make_folder(IMAGES)
-            while self._descriptor is None or not self._folder.is_dir():
+            if self._descriptor is None or not self._folder.is_dir():
                 self._unlock()
-                self._folder.mkdir(mode=0o700, exist_ok=True)
-                # Another server that starts between these two lines may remove the folder: hence the loop.
-                self._descriptor = open_and_lock(self._folder)
+                self._descriptor = create_and_lock(self._folder)
             return self._folder
 
     def _unlock(self) -> None:
