@@ -210,8 +210,12 @@ class Jobs:
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()
         outcome = "cancelled" if state == "cancelled" else outcome_of(status_of(error) if error else 200)
-        seconds = job.ended_at - job.created_at
-        record_request("job", job.validated.generation.model, outcome, seconds)
+        model, seconds = job.validated.generation.model, job.ended_at - job.created_at
+        record_request("job", model, outcome, seconds)
+        fields = {"ms": round(seconds * 1000), "model": model}
+        if error is not None:
+            fields["error_code"] = error.code
+        logger.info("Job %s %s", job.id, state, extra={"fields": fields})
         if job.handle is not None:
             job.handle.cancel()
             job.handle = None

@@ -183,6 +183,13 @@ def test_stages_are_timed_per_request_or_image(traffic: Traffic) -> None:
     assert 0 < seconds < 60
 
 
+def test_the_end_of_a_job_is_a_log_line(traffic: Traffic) -> None:
+    (line,) = [each for each in json_lines(traffic.server) if each["message"].startswith("Job ")]
+    assert line["message"].endswith(" succeeded")
+    assert line["model"] == MODEL
+    assert line["ms"] >= 0
+
+
 def test_the_price_counts_the_images_of_every_dialect(traffic: Traffic) -> None:
     image_with_one_step = 0.01 * (128 / 1024) ** 2 / 25
     steps = 2 * 2 + 3 + 5 + 2
