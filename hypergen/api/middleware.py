@@ -94,6 +94,7 @@ class OuterMiddleware:
             async with timeout:
                 await self._app(scope, limit.receive, response.send)
         except errors.ClientDisconnectedError:
+            record.disconnect()
             if not response.started:
                 await response.send_client_closed_request()
         except Exception as error:  # Isolate the failure: only this request fails.
@@ -103,8 +104,10 @@ class OuterMiddleware:
                 logger.exception("%s failed.", request_id)
             if not response.started:
                 await response.send_exception(scope, receive, error)
-            elif not timeout.expired() or not await self._abort_connection(scope, request_id):
-                raise error
+            else:
+                record.fail(error)
+                if not timeout.expired() or not await self._abort_connection(scope, request_id):
+                    raise error
         finally:
             limit.release()
             self._outgoing.close(outgoing)

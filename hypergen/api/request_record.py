@@ -14,7 +14,7 @@ from hypergen import metrics
 from hypergen.api.auth import OPEN_PATHS
 from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import CLIENT_CLOSED_REQUEST, error_body, status_of
-from hypergen.errors import RequestError
+from hypergen.errors import GenerationError, RequestError
 from hypergen.request import GenerationRequest
 from hypergen.request_times import RequestTimes
 
@@ -29,7 +29,7 @@ class RequestRecord:
 
     Attributes:
         client: address of the client.
-        outcome_status: instead of `status` for the outcome: a stream may fail after its status 200.
+        outcome_status: instead of `status` for the outcome: a response may fail after its status 200.
         error: code and param of a refusal or failure.
         generation: fields of a validated request for images, for the log.
         times: of its images; `observe` of it gets the request's events.
@@ -61,8 +61,10 @@ class RequestRecord:
             "steps": request.num_inference_steps,
         }
 
-    def fail(self, error: RequestError) -> None:
+    def fail(self, error: Exception) -> None:
         """The request failed after the start of its response."""
+        if not isinstance(error, RequestError):
+            error = GenerationError("The server failed on this request; see its log.")
         self.outcome_status = status_of(error)
         self.set_error(error_body(error)["error"])
 
@@ -79,15 +81,18 @@ class RequestRecord:
         status = self.outcome_status or self.status
         is_probe = self.path in OPEN_PATHS
         if self.path in _IMAGE_PATHS and self.method == "POST":
-            metrics.record_request(self.path, self.model, metrics.outcome_of(status), seconds)
+            metrics.record_request(self.path, self.model, self._outcome(), seconds)
         if status in (429, 503) and not is_probe:
             metrics.record_rejection(self.error.get("code", "unavailable"))
         fields = {name: value for name, value in self._fields(seconds).items() if value is not None}
         level = logging.DEBUG if is_probe else logging.INFO  # probes come every few seconds
         # Encoded, because a space in the path could forge a field.
-        path = quote(self.path, safe="/:@!$&'()*+,;=~%", errors="replace")[:200]
+        path = quote(self.path, safe="/:@!$&'()*+,;=~", errors="replace")[:200]
         line = {"method": self.method, "path": path, "status": self.status}
         logger.log(level, "%(method)s %(path)s %(status)d", line, extra={"fields": fields})
+
+    def _outcome(self) -> str:
+        return metrics.outcome_of(self.outcome_status or self.status)
 
     def _fields(self, seconds: float) -> dict[str, Any]:
         times = self.times
@@ -102,7 +107,7 @@ class RequestRecord:
             "encode_ms": _milliseconds(times.encode_s if times.started_at else None),
             "denoise_ms": _milliseconds(times.denoise_s),
             "write_ms": _milliseconds(write_s),
-            "outcome": metrics.outcome_of(self.outcome_status) if self.outcome_status else None,
+            "outcome": self._outcome() if self.outcome_status not in (None, self.status) else None,
             **{f"error_{name}": value for name, value in self.error.items()},
             "client": self.client,
         }

@@ -55,9 +55,11 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._handle:
-            await super().__call__(scope, receive, send)
-            if self._handle.state is not RequestState.FINISHED:
-                self._record.disconnect()
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                if self._handle.state is not RequestState.FINISHED:
+                    self._record.disconnect()
 
 
 def sse_event(name: str, body: dict[str, Any]) -> bytes:
@@ -94,10 +96,9 @@ async def _frames(
     except RequestError as error:
         record.fail(error)
         yield _error(error)
-    except Exception:  # The status is already sent, so the client gets an error event.
-        error = GenerationError("The server failed on this request; see its log.")
+    except Exception as error:  # The status is already sent, so the client gets an error event.
         record.fail(error)
-        yield _error(error)
+        yield _error(GenerationError("The server failed on this request; see its log."))
         raise
 
 

@@ -6,7 +6,6 @@ BentoML keeps the metrics of all servers of a user in one folder, which each sta
 from __future__ import annotations
 
 import atexit
-import os
 import shutil
 from functools import cache
 
@@ -14,14 +13,10 @@ from bentoml._internal.configuration.containers import BentoMLContainer
 
 from hypergen.temporary_folders import METRICS, create_and_lock, make_folder
 
-# BentoML's process that starts workers sets it for its workers; an operator may set it, too.
-_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-
 
 def use_own_folder() -> None:
-    """Let BentoML start a server with a new folder; no effect in BentoML's workers."""
-    if _VARIABLE not in os.environ:
-        BentoMLContainer.prometheus_multiproc_dir._provide = _own_folder
+    """Let BentoML start a server with a new folder. Its workers get the folder from their environment."""
+    BentoMLContainer.prometheus_multiproc_dir._provide = _own_folder
 
 
 @cache

@@ -58,8 +58,7 @@ class EnginePool:
         self._models: tuple[ServedModel, ...] = ()
         self._draining = False
         self._drained: Counter[str] = Counter()  # how requests ended since the drain began
-        self._watch: asyncio.Task[None] | None = None
-        self._metrics = metrics.StatusMetrics()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Start the engines, each with all models; does not wait for them to load. The first model is the
@@ -80,13 +79,13 @@ class EnginePool:
             )
             self._engines.append(EngineRequests(supervisor))
             supervisor.launch()
-        self._watch = asyncio.create_task(self._watch_engines())
+        self._tasks = [asyncio.create_task(self._watch_for_stalls()), asyncio.create_task(self._report())]
 
     async def stop(self) -> None:
         """Stop the engines. Unfinished requests end with 503."""
         self._draining = True
-        if self._watch:
-            self._watch.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._end_all()
         stops = (engine.supervisor.stop() for engine in self._engines)
         for error in await asyncio.gather(*stops, return_exceptions=True):
@@ -252,10 +251,15 @@ class EnginePool:
         if len(handle.finished) == handle.request.n:
             self._end(handle)
 
-    async def _watch_engines(self) -> None:
-        """Update the metrics and restart engines that stall."""
+    async def _report(self) -> None:
+        """Update the metrics that follow from the status."""
+        report = metrics.StatusMetrics()
         while True:
-            self._metrics.update(self.status())
+            report.update(self.status())
+            await asyncio.sleep(1)
+
+    async def _watch_for_stalls(self) -> None:
+        while True:
             await asyncio.sleep(1)
             for engine in self._engines:
                 if engine.submitted:
