@@ -21,7 +21,7 @@ from hypergen.app import create_app
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.images.storage import ImageStorage
-from hypergen.temporary_folders import remove_folders_of_killed_servers
+from hypergen.temporary_folders import create_and_lock, remove_folders_of_killed_servers
 from tests.support.http_client import GENERATIONS as GENERATIONS_PATH
 from tests.support.http_client import QUICK, SLOW, assert_error, generate
 from tests.support.live_server import LiveServer, start_server
@@ -81,11 +81,18 @@ def test_folders_of_running_servers_are_not_removed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storage = ImageStorage(lifetime_s=60, max_bytes=1000)
     name = storage.put(b"data", "png", "image/png")
-    (tmp_path / "hypergen-images-killed").mkdir()
+    metrics = tmp_path / "hypergen-metrics-running"
+    lock = create_and_lock(metrics)
+    for kind in ("images", "metrics"):
+        (tmp_path / f"hypergen-{kind}-killed").mkdir()
     os.mkfifo(tmp_path / "hypergen-images-trap")  # opening it would block for ever
     remove_folders_of_killed_servers()
     assert storage.read(name) == b"data"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert metrics.is_dir()
+    assert len(list(tmp_path.iterdir())) == 3
+    os.close(lock)
+    remove_folders_of_killed_servers()
+    assert not metrics.exists()
     storage.close()
 
 
