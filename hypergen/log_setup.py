@@ -46,6 +46,7 @@ def configure(part: str, models: str = "") -> None:
     for name in _LIBRARIES:
         library = logging.getLogger(name)
         library.handlers, library.propagate = [handler], False
+    logging.getLogger("asyncio").filters = [_RepeatFilter()]
     # It warns of every malformed form, which the client gets as an error.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
@@ -63,6 +64,27 @@ def level() -> str:
 def _exported() -> tuple[str, str]:
     log_format, _, level_name = os.environ.get(_VARIABLE, "text:info").partition(":")
     return log_format, level_name
+
+
+class _RepeatFilter(logging.Filter):
+    """Drops repeats of the last message for a minute.
+
+    Without free file descriptors asyncio logs thousands of times a second that it cannot accept connections.
+    """
+
+    _INTERVAL_S = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = ""
+        self._logged_at = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message == self._last and record.created - self._logged_at < self._INTERVAL_S:
+            return False
+        self._last, self._logged_at = message, record.created
+        return True
 
 
 class _Formatter(logging.Formatter):
@@ -123,4 +145,4 @@ def _quoted(value: str) -> str:
 
 def _escaped(text: str) -> str:
     """Text without control, format and separator characters, such as line feeds or terminal codes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
