@@ -26,6 +26,7 @@ class BatchRunner:
     Args:
         shape_profiles: has the row counts of batches, and gets the cost of each forward pass.
         clock: seconds; not used on CUDA.
+        on_forward: called with the images, rows and seconds of each forward pass.
 
     Attributes:
         forward_s: seconds of the latest measured forward pass.
@@ -38,12 +39,14 @@ class BatchRunner:
         settings: EngineSettings,
         shape_profiles: ShapeProfiles,
         clock: Callable[[], float],
+        on_forward: Callable[[int, int, float], None] = lambda *_: None,
     ) -> None:
         self.forward_s = 0.0
         self.forwards = 0
         self.image_steps = 0
         self._family = family
         self._shape_profiles = shape_profiles
+        self._on_forward = on_forward
         self._timer = ForwardTimer(family.device, clock)
         self._accelerator = None
         if family.device.type != "cpu":
@@ -100,17 +103,21 @@ class BatchRunner:
         def record(seconds: float) -> None:
             self.forward_s = seconds
             costs.record(rows, seconds)
+            self._on_forward(images, rows, seconds)
 
+        images = len(batch)
         with self._timer.measure(record):
             if self._accelerator is not None:
                 predictions = self._accelerator.predict(batch, rows)
             else:
                 predictions = denoise(self._family, batch, rows)
         self.forwards += 1
-        self.image_steps += len(batch)
+        self.image_steps += images
         shared = len({state.request.id for state in batch}) > 1
         for state in batch:
+            state.forwards += 1
             state.shared_forwards += shared
+            state.batch_images += images
         return predictions
 
     def step_schedulers(

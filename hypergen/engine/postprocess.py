@@ -10,6 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from hypergen import log_setup
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.host_copy import HostCopy
 from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
@@ -58,7 +59,9 @@ class PostProcessor:
         self._tile_if_needed = tile_if_needed and hasattr(family.vae, "tile_latent_min_size")
         # By the shape of the latents: True where it was decoded at once, which then must not change.
         self._fits: dict[torch.Size, bool] = {}
-        self.encoders = encoders or ThreadPoolExecutor(self._ENCODER_THREADS, thread_name_prefix="encode")
+        self.encoders = encoders or ThreadPoolExecutor(
+            self._ENCODER_THREADS, "encode", log_setup.current_model.set, (log_setup.current_model.get(),)
+        )
 
     def decode(self, state: DenoisingState) -> HostCopy:
         """Start to decode an image. Without denoising, the result is the input image itself.
@@ -134,8 +137,9 @@ class PostProcessor:
 
     def _encode(self, state: DenoisingState, decoded: HostCopy, engine_s: float) -> None:
         request = state.request
-        started = time.monotonic()
         try:
+            decoded.wait()
+            decoded_at = time.monotonic()
             data = self.encode(state, decoded)
         except Exception as error:  # Isolate the failure: only this request fails.
             self._on_failure(request.id)
@@ -149,8 +153,10 @@ class PostProcessor:
                 data=data,
                 prompt_tokens=state.prompt_tokens,
                 shared_forwards=state.shared_forwards,
+                images_per_forward=state.batch_images / max(1, state.forwards),
                 engine_s=engine_s,
-                encode_s=time.monotonic() - started,
+                decode_s=decoded_at - state.denoised_at,
+                encode_s=time.monotonic() - decoded_at,
             ),
         )
 

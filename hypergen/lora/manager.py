@@ -23,6 +23,8 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hypergen import log_setup
+from hypergen.cache_lookups import count_lookup
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
@@ -65,7 +67,9 @@ class LoraManager:
         self._lock = threading.Lock()  # guards both
         # Of the current forward pass; None: no row has a LoRA.
         self.batch: LoraBatch | None = None
-        self._loading_threads = ThreadPoolExecutor(2, "lora")  # so that a large file does not block the next
+        self._loading_threads = ThreadPoolExecutor(  # so that a large file does not block the next
+            2, "lora", initializer=log_setup.current_model.set, initargs=(log_setup.current_model.get(),)
+        )
         self._hooked: set[str] = set()  # layer names
         # Offloaded weights are elsewhere when a LoRA is loaded.
         self._reason = None if settings.offload == "off" else "with --offload"
@@ -100,6 +104,11 @@ class LoraManager:
             "max_loras": self._settings.max_loras if self._possible else 0,
         }
 
+    @property
+    def count_in_memory(self) -> int:
+        with self._lock:
+            return len(self._in_use)
+
     def load_in_background(self, names_and_weights: LoraWeights) -> Future[Loras] | None:
         """Load the LoRAs of a request in a thread, or at once if they are in memory; None: it has none."""
         if not names_and_weights:
@@ -133,6 +142,7 @@ class LoraManager:
             version = _version_of(name, path)
             with self._lock:
                 lora = self._in_use.get(version)
+            count_lookup("lora", found=lora is not None)
             if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
                 lora = Lora({layer: self._pad_rank(factors) for layer, factors in weights.items()})

@@ -12,6 +12,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from hypergen.cache_lookups import count_lookup
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import LoraManager, lora_context, prompt_cache_key, text_encoder_loras
 
@@ -83,7 +84,9 @@ class PromptCache:
         if not (text or loras):
             return self._empty
         key = text, prompt_cache_key(loras)
-        if (encoded := self._entries.get(key)) is not None:
+        encoded = self._entries.get(key)
+        count_lookup("prompt", found=encoded is not None)
+        if encoded is not None:
             return encoded
         with lora_context(self._lora_manager, [loras]):
             encoded = self._encode(text)
