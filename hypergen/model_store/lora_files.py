@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 # The same message for every unknown name or path, so that it does not reveal whether a file exists.
 NOT_OFFERED = "must name a LoRA this server offers."
-_NAME = re.compile(r"\w[\w .()+-]{0,99}(/\w[\w .()+-]{0,99}){0,7}")
+_PART = r"[\w(\['!@#&~%+][\w .()+,\[\]'&!#%~@-]{0,99}"
+_NAME = re.compile(rf"{_PART}(/{_PART}){{0,7}}")
+# PEFT saves a folder with these two files.
+_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def open_registry(settings: EngineSettings, model_folder: Path | None) -> LoraRe
             default = name = path.stem
         if not _NAME.fullmatch(name):
             raise ConfigurationError(f"'{name}' is not a valid LoRA name; use --lora NAME={path}.")
+        if path.is_dir():
+            path = path / _PEFT_WEIGHTS
         if path.suffix != SUFFIX or not path.is_file():
             raise ConfigurationError(f"--lora {given}: no such {SUFFIX} file.")
         _add(files, name, path)
@@ -104,6 +109,12 @@ def with_absolute_path(given: str) -> str:
     """The same setting with an absolute path, for a process with another working folder."""
     name, path = split_name(given)
     return str(path.absolute()) if name is None else f"{name}={path.absolute()}"
+
+
+def peft_config_file(path: Path) -> Path | None:
+    """PEFT's configuration next to a LoRA file."""
+    file = path.parent / _PEFT_CONFIG
+    return file if file.is_file() else None
 
 
 def name_of(given: str, names: tuple[str, ...], folders: tuple[str, ...]) -> str | None:
@@ -145,7 +156,7 @@ def _scan(folder: Path) -> dict[str, Path]:
         name = file.relative_to(folder).as_posix().removesuffix(SUFFIX)
         if not _NAME.fullmatch(name):
             logger.warning(
-                "Skipping %s: its name may only have letters, digits, spaces and the characters ._()+-", file
+                "Skipping %s: its name may only have letters, digits, spaces and ._()+-,[]'&!#%%~@", file
             )
         elif file.is_file():
             found[name] = file

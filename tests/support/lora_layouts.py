@@ -1,0 +1,473 @@
+"""Random LoRA files in the layouts of published ones, each with the changes of the weights that it means.
+
+A layout is one entry of `LAYOUTS`: the model, the endings of names, and the layers by the file's names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+State = dict[str, Tensor]
+# Name of the layer in the file, shape of its weight -> the file's tensors and the change of the weight.
+Form = Callable[[str, tuple[int, ...]], tuple[State, Tensor]]
+
+_generator = torch.Generator()
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator) * 0.3
+
+
+def _pair(down: str, up: str, *, rank: int = 4, alpha: float | None = None) -> Form:
+    def build(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+        first, second = _noise(rank, *shape[1:]), _noise(shape[0], rank)
+        state = {
+            f"{name}{down}": first,
+            f"{name}{up}": second.reshape(shape[0], rank, *[1] * (len(shape) - 2)),
+            **({} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}),
+        }
+        delta = (second @ first.flatten(1)).reshape(shape)
+        return state, delta * (1 if alpha is None else alpha / rank)
+
+    return build
+
+
+def _peft_bias(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+    state, delta = PEFT(name, shape)
+    return {**state, f"{name}.lora_B.bias": _noise(shape[0])}, delta
+
+
+def _loha(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+    """Alpha 2, rank 3; the rank of the product is 9, or that of the weight if it is smaller."""
+    outputs, inputs = shape[0], math.prod(shape[1:])
+    a, b = [(_noise(outputs, 3), _noise(3, inputs)) for _ in range(2)]
+    state = {
+        f"{name}.hada_w1_a": a[0],
+        f"{name}.hada_w1_b": a[1],
+        f"{name}.hada_w2_a": b[0],
+        f"{name}.hada_w2_b": b[1],
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    return state, ((a[0] @ a[1]) * (b[0] @ b[1])).reshape(shape) * 2 / 3
+
+
+def _loha_tucker(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+    state: State = {f"{name}.alpha": torch.tensor(2.0)}
+    delta = torch.ones(shape)
+    for number in (1, 2):
+        core, a, b = _noise(3, 3, *shape[2:]), _noise(3, shape[0]), _noise(3, shape[1])
+        state |= {
+            f"{name}.hada_t{number}": core,
+            f"{name}.hada_w{number}_a": a,
+            f"{name}.hada_w{number}_b": b,
+        }
+        delta = delta * torch.einsum("ijhw,jr,ip->prhw", core, b, a)
+    return state, delta * 2 / 3
+
+
+def _lokr(left: Literal["full", "product"], right: Literal["full", "product", "core"]) -> Form:
+    def build(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+        sides = ((4, 2), (shape[0] // 4, shape[1] // 2, *shape[2:]))
+        state: State = {f"{name}.alpha": torch.tensor(3.0)}
+        full: list[Tensor] = []
+        for number, how, side in ((1, left, sides[0]), (2, right, sides[1])):
+            key = f"{name}.lokr_w{number}"
+            if how == "full":
+                full.append(_noise(*side))
+                state[key] = full[-1]
+            elif how == "product":
+                a, b = _noise(side[0], 2), _noise(2, math.prod(side[1:]))
+                full.append((a @ b).reshape(side))
+                state |= {f"{key}_a": a, f"{key}_b": b}
+            else:
+                core, a, b = _noise(2, 2, *side[2:]), _noise(2, side[0]), _noise(2, side[1])
+                full.append(torch.einsum("ijhw,ip,jr->prhw", core, a, b))
+                state |= {f"{name}.lokr_t2": core, f"{key}_a": a, f"{key}_b": b}
+        first, second = full[0].reshape(4, 2, *[1] * (len(shape) - 2)), full[1]
+        scale = 1.0 if left == right == "full" else 3 / 2
+        return state, torch.kron(first, second.contiguous()) * scale
+
+    return build
+
+
+def _tucker(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+    down, mid, up = _noise(4, shape[1], 1, 1), _noise(4, 4, *shape[2:]), _noise(shape[0], 4, 1, 1)
+    state = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_mid.weight": mid,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    return state, torch.einsum("or,rqhw,qi->oihw", up[..., 0, 0], mid, down[..., 0, 0]) / 2
+
+
+def _diff(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+    delta = _noise(*shape)
+    return {f"{name}.diff": delta}, delta
+
+
+def _norm(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+    delta = _noise(*shape)
+    return {f"{name}.w_norm": delta}, delta
+
+
+KOHYA = _pair(".lora_down.weight", ".lora_up.weight", alpha=2.0)
+PEFT = _pair(".lora_A.weight", ".lora_B.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    Attributes:
+        model: key of the test's models.
+        form: of all layers, unless `forms` has another one by the file's name.
+        layers: name in the file -> the served model's layers, whose outputs the file's layer concatenates;
+            "swapped" after one: the halves of its outputs are exchanged.
+        biases: name in the file, with its ending -> layer with a changed bias.
+        config: PEFT's configuration next to the file.
+        scale: of the changes by that configuration.
+        header: metadata in the file.
+        extra: further tensors, which change nothing.
+    """
+
+    model: str
+    form: Form
+    layers: dict[str, tuple[str, ...]]
+    forms: dict[str, Form] = field(default_factory=dict[str, Form])
+    biases: dict[str, str] = field(default_factory=dict[str, str])
+    config: dict[str, Any] | None = None
+    scale: Callable[[str], float] = lambda name: 1.0
+    header: dict[str, str] | None = None
+    extra: State = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Layer -> the changes of its weight and bias."""
+
+    weights: State
+    biases: State
+
+
+def write(layout: Layout, file: Path, pipeline: Any, seed: int = 0) -> Meaning:
+    """Write a random file."""
+    _generator.manual_seed(seed)
+    state, meaning = dict(layout.extra), Meaning({}, {})
+    for name, targets in layout.layers.items():
+        layers = [target for target in targets if target != "swapped"]
+        shapes = [_layer(pipeline, layer).weight.shape for layer in layers]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        tensors, delta = layout.forms.get(name, layout.form)(name, shape)
+        state |= tensors
+        if targets[-1] == "swapped":
+            delta = delta.roll(shape[0] // 2, 0)
+        parts = delta.split([shape[0] for shape in shapes])
+        for layer, part in zip(layers, parts, strict=True):
+            meaning.weights[layer] = part * layout.scale(layer)
+    for name, layer in layout.biases.items():
+        bias = state.get(name, _noise(_layer(pipeline, layer).weight.shape[0]))
+        state[name] = bias
+        meaning.biases[layer] = bias * layout.scale(layer)
+    save_file({key: value.contiguous() for key, value in state.items()}, file, layout.header)
+    if layout.config is not None:
+        (file.parent / "adapter_config.json").write_text(json.dumps(layout.config))
+    return meaning
+
+
+def merge(pipeline: Any, meaning: Meaning, weight: float) -> None:
+    """Add the changes to the pipeline's weights."""
+    for name, delta in meaning.weights.items():
+        parameter = _layer(pipeline, name).weight
+        parameter.data += weight * delta.reshape(parameter.shape)
+    for name, delta in meaning.biases.items():
+        layer = _layer(pipeline, name)
+        if layer.bias is None:
+            layer.bias = torch.nn.Parameter(torch.zeros(layer.weight.shape[0]))
+        layer.bias.data += weight * delta
+
+
+def _layer(pipeline: Any, name: str) -> Any:
+    component, _, path = name.partition(".")
+    return getattr(pipeline, component).get_submodule(path)
+
+
+def _named(prefix: str, names: dict[str, str], component: str) -> dict[str, tuple[str, ...]]:
+    return {f"{prefix}{name}": (f"{component}.{layer}",) for name, layer in names.items()}
+
+
+def _block(name: str, layers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"transformer.{name}.{layer}" for layer in layers)
+
+
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_CLIP = "text_model.encoder.layers.0."
+_POSITIONS = "text_model.embeddings.position_embedding"
+_KOHYA_CLIP = "text_model_encoder_layers_0_"
+# Layers of the original FLUX -> diffusers'.
+FLUX_LAYERS: dict[str, tuple[str, ...]] = {
+    "double_blocks.0.img_attn.qkv": _block("transformer_blocks.0", _QKV),
+    "double_blocks.0.txt_attn.qkv": _block(
+        "transformer_blocks.0", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    ),
+    "double_blocks.0.img_attn.proj": _block("transformer_blocks.0", ("attn.to_out.0",)),
+    "double_blocks.0.txt_attn.proj": _block("transformer_blocks.0", ("attn.to_add_out",)),
+    "double_blocks.0.img_mlp.2": _block("transformer_blocks.0", ("ff.net.2",)),
+    "double_blocks.0.txt_mlp.0": _block("transformer_blocks.0", ("ff_context.net.0.proj",)),
+    "double_blocks.0.img_mod.lin": _block("transformer_blocks.0", ("norm1.linear",)),
+    "double_blocks.0.txt_mod.lin": _block("transformer_blocks.0", ("norm1_context.linear",)),
+    "single_blocks.0.linear1": _block("single_transformer_blocks.0", (*_QKV, "proj_mlp")),
+    "single_blocks.0.linear2": _block("single_transformer_blocks.0", ("proj_out",)),
+    "single_blocks.0.modulation.lin": _block("single_transformer_blocks.0", ("norm.linear",)),
+    "img_in": ("transformer.x_embedder",),
+    "txt_in": ("transformer.context_embedder",),
+    "time_in.in_layer": ("transformer.time_text_embed.timestep_embedder.linear_1",),
+    "vector_in.out_layer": ("transformer.time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("transformer.time_text_embed.guidance_embedder.linear_1",),
+    "final_layer.linear": ("transformer.proj_out",),
+    "final_layer.adaLN_modulation.1": ("transformer.norm_out.linear", "swapped"),
+}
+_FLUX_DIFFUSERS = (
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.ff.net.0.proj",
+    "transformer_blocks.0.norm1_context.linear",
+    "single_transformer_blocks.0.proj_mlp",
+    "single_transformer_blocks.0.norm.linear",
+    "x_embedder",
+)
+_UNET_ORIGINAL = {
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks.4.0.skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks.4.1.transformer_blocks.0.attn2.to_k": (
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    ),
+    "input_blocks.8.1.proj_out": "down_blocks.2.attentions.1.proj_out",
+    "middle_block.0.emb_layers.1": "mid_block.resnets.0.time_emb_proj",
+    "middle_block.1.proj_in": "mid_block.attentions.0.proj_in",
+    "output_blocks.1.1.transformer_blocks.0.attn1.to_out.0": (
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0"
+    ),
+    "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks.5.0.out_layers.3": "up_blocks.1.resnets.2.conv2",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "out.2": "conv_out",
+}
+_UNET_DIFFUSERS = (
+    "conv_in",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    "down_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
+    "mid_block.resnets.1.conv1",
+)
+_IN_UNET = {name: (f"unet.{name}",) for name in _UNET_DIFFUSERS}
+_CONVOLUTION = {"lora_unet_mid_block_resnets_1_conv1": ("unet.mid_block.resnets.1.conv1",)}
+_LINEAR = {
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": (
+        "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2",
+    )
+}
+
+
+def _flat(prefix: str, layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Names as Kohya's scripts write them."""
+    return {prefix + name.replace(".", "_"): targets for name, targets in layers.items()}
+
+
+def _dotted(prefix: str, layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {prefix + name: targets for name, targets in layers.items()}
+
+
+_FLUX_SELF = {name: (f"transformer.{name}",) for name in _FLUX_DIFFUSERS}
+_UNET_SELF = {name: (f"unet.{layer}",) for name, layer in _UNET_ORIGINAL.items()}
+
+LAYOUTS: dict[str, Layout] = {
+    "Kohya FLUX": Layout("flux", KOHYA, _flat("lora_unet_", FLUX_LAYERS)),
+    "Kohya FLUX with CLIP and T5": Layout(
+        "flux",
+        KOHYA,
+        {
+            "lora_unet_double_blocks_0_img_attn_proj": ("transformer.transformer_blocks.0.attn.to_out.0",),
+            f"lora_te1_{_KOHYA_CLIP}mlp_fc1": ("text_encoder.encoder.layers.0.mlp.fc1",),
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q": (
+                "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+            ),
+            "lora_te3_encoder_block_0_layer_1_DenseReluDense_wo": (
+                "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo",
+            ),
+        },
+    ),
+    "ComfyUI's extraction": Layout(
+        "flux",
+        KOHYA,
+        {
+            **_dotted("diffusion_model.", FLUX_LAYERS),
+            "diffusion_model.double_blocks.0.img_attn.norm.query_norm": (
+                "transformer.transformer_blocks.0.attn.norm_q",
+            ),
+            "diffusion_model.single_blocks.0.norm.key_norm": (
+                "transformer.single_transformer_blocks.0.attn.norm_k",
+            ),
+            f"text_encoders.clip_l.transformer.{_CLIP}self_attn.q_proj": (
+                "text_encoder.encoder.layers.0.self_attn.q_proj",
+            ),
+            f"text_encoders.clip_l.transformer.{_CLIP}layer_norm1": (
+                "text_encoder.encoder.layers.0.layer_norm1",
+            ),
+        },
+        forms={
+            "diffusion_model.double_blocks.0.img_attn.norm.query_norm": _diff,
+            "diffusion_model.single_blocks.0.norm.key_norm": _diff,
+            f"text_encoders.clip_l.transformer.{_CLIP}layer_norm1": _diff,
+            "diffusion_model.img_in": _diff,
+        },
+        biases={
+            "diffusion_model.img_in.diff_b": "transformer.x_embedder",
+            "diffusion_model.double_blocks.0.img_attn.proj.diff_b": (
+                "transformer.transformer_blocks.0.attn.to_out.0"
+            ),
+            "diffusion_model.double_blocks.0.txt_mlp.2.diff_b": (
+                "transformer.transformer_blocks.0.ff_context.net.2"
+            ),
+            f"text_encoders.clip_l.transformer.{_CLIP}layer_norm1.diff_b": (
+                "text_encoder.encoder.layers.0.layer_norm1"
+            ),
+        },
+        extra={
+            "text_encoders.clip_l.transformer.text_projection.lora_down.weight": torch.ones(2, 32),
+            "text_encoders.clip_l.transformer.text_projection.lora_up.weight": torch.ones(32, 2),
+            "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.diff": torch.zeros(
+                77, 32
+            ),
+        },
+    ),
+    "both naming schemes": Layout(
+        "flux",
+        KOHYA,
+        {
+            "lora_unet_double_blocks_0_img_attn_proj": ("transformer.transformer_blocks.0.attn.to_out.0",),
+            "transformer.single_transformer_blocks.0.proj_mlp": (
+                "transformer.single_transformer_blocks.0.proj_mlp",
+            ),
+        },
+    ),
+    "OneTrainer FLUX": Layout(
+        "flux",
+        KOHYA,
+        {
+            **_flat("lora_transformer_", _FLUX_SELF),
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_o": (
+                "text_encoder_2.encoder.block.0.layer.0.SelfAttention.o",
+            ),
+        },
+        header={"modelspec.architecture": "flux-1-dev/lora"},
+    ),
+    "XLabs": Layout(
+        "flux",
+        _pair(".down.weight", ".up.weight"),
+        {
+            "double_blocks.0.processor.qkv_lora1": FLUX_LAYERS["double_blocks.0.img_attn.qkv"],
+            "double_blocks.0.processor.proj_lora2": FLUX_LAYERS["double_blocks.0.txt_attn.proj"],
+            "single_blocks.0.processor.qkv_lora": _block("single_transformer_blocks.0", _QKV),
+            "single_blocks.0.processor.proj_lora": FLUX_LAYERS["single_blocks.0.linear2"],
+        },
+    ),
+    "diffusers FLUX": Layout("flux", PEFT, _dotted("transformer.", _FLUX_SELF)),
+    "diffusers' paths with Kohya's endings": Layout("flux", KOHYA, _dotted("transformer.", _FLUX_SELF)),
+    "diffusion_model and PEFT's endings": Layout("flux", PEFT, _dotted("diffusion_model.", FLUX_LAYERS)),
+    "PEFT of the original FLUX": Layout(
+        "flux",
+        PEFT,
+        _dotted("base_model.model.", FLUX_LAYERS),
+        config={"peft_type": "LORA", "r": 4, "lora_alpha": 4},
+    ),
+    "PEFT, with alpha by layer and rank-stabilized": Layout(
+        "flux",
+        PEFT,
+        _dotted("base_model.model.", _FLUX_SELF),
+        forms={"base_model.model.x_embedder": _pair(".lora_A.weight", ".lora_B.weight", rank=9)},
+        config={
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
+            "use_rslora": True,
+            "rank_pattern": {"x_embedder": 9},
+            "alpha_pattern": {"attn.to_q": 3},
+        },
+        scale=lambda name: (
+            8 / 3 if name.endswith("x_embedder") else (3 if name.endswith("to_q") else 8) / 4**0.5
+        ),
+    ),
+    "PEFT with biases": Layout(
+        "flux",
+        _peft_bias,
+        {"transformer.x_embedder": ("transformer.x_embedder",)},
+        biases={"transformer.x_embedder.lora_B.bias": "transformer.x_embedder"},
+    ),
+    "LyCORIS FLUX, LoKr": Layout("flux", _lokr("full", "product"), _flat("lycoris_", _FLUX_SELF)),
+    "Kohya SDXL": Layout(
+        "sdxl",
+        KOHYA,
+        {
+            **_flat("lora_unet_", _UNET_SELF),
+            f"lora_te1_{_KOHYA_CLIP}mlp_fc1": ("text_encoder.encoder.layers.0.mlp.fc1",),
+            # Without out_proj: resized and block-weighted files.
+            f"lora_te2_{_KOHYA_CLIP}self_attn_q_proj": (
+                "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
+            ),
+            "lora_te2_text_projection": ("text_encoder_2.text_projection",),
+        },
+        header={"ss_base_model_version": "sdxl_base_v1-0"},
+    ),
+    "Kohya with diffusers' paths": Layout("sdxl", KOHYA, _flat("lora_unet_", _IN_UNET)),
+    "diffusers": Layout("sdxl", PEFT, _dotted("unet.", _IN_UNET)),
+    "PEFT's default name": Layout(
+        "sdxl",
+        _pair(".lora_A.default.weight", ".lora_B.default.weight"),
+        _dotted("base_model.model.", _IN_UNET),
+    ),
+    "unet and original blocks": Layout("sdxl", PEFT, _dotted("unet.", _UNET_SELF)),
+    "diffusers before PEFT": Layout(
+        "sdxl",
+        _pair("_lora.down.weight", "_lora.up.weight"),
+        {
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out": (
+                "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
+            ),
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_q": (
+                "text_encoder.encoder.layers.0.self_attn.q_proj",
+            ),
+        },
+    ),
+    "LoHa": Layout("sdxl", _loha, {**_flat("lora_unet_", _IN_UNET), **_LINEAR}),
+    "LoHa with a core": Layout("sdxl", _loha_tucker, _CONVOLUTION),
+    "LoKr": Layout("sdxl", _lokr("full", "product"), {**_CONVOLUTION, **_LINEAR}),
+    "LoKr of two products": Layout("sdxl", _lokr("product", "product"), {**_CONVOLUTION, **_LINEAR}),
+    "LoKr of two full matrices": Layout("sdxl", _lokr("full", "full"), {**_CONVOLUTION, **_LINEAR}),
+    "LoKr with a core": Layout("sdxl", _lokr("full", "core"), _CONVOLUTION),
+    "LoCon with a core": Layout("sdxl", _tucker, _CONVOLUTION),
+    "LyCORIS full": Layout("sdxl", _diff, {**_flat("lora_unet_", _IN_UNET), **_LINEAR}),
+    "LyCORIS norms": Layout(
+        "sdxl",
+        _norm,
+        {
+            "lora_unet_mid_block_resnets_0_norm1": ("unet.mid_block.resnets.0.norm1",),
+            "lora_unet_input_blocks_1_0_out_layers_0": ("unet.down_blocks.0.resnets.0.norm2",),
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_norm2": (
+                "unet.mid_block.attentions.0.transformer_blocks.0.norm2",
+            ),
+        },
+        biases={"lora_unet_mid_block_resnets_0_norm1.b_norm": "unet.mid_block.resnets.0.norm1"},
+    ),
+}
