@@ -113,7 +113,7 @@ def read_lora(path: Path, names: LayerNames, families: frozenset[str], max_bytes
 
     Args:
         families: names of the served model in `BaseModel.family`; empty: not checked.
-        max_bytes: largest file, and largest size of its factors.
+        max_bytes: largest file, and largest size of the factors of its full, LoHa and LoKr layers.
 
     Raises:
         IncompatibleLoraError: the file is damaged, not a LoRA, or a LoRA for another model.
@@ -177,7 +177,8 @@ def _read_tensors(tensors: Parts, names: LayerNames, config: PeftConfig, max_byt
                     _add(content.norms, target, weights)
                 else:
                     _add(content.layers, target, weights)
-                    factor_bytes += (weights.down.numel() + weights.up.numel()) * _itemsize(part)
+                    if "down" not in part:  # LoHa and LoKr are larger in memory than in their file
+                        factor_bytes += weights.down.nbytes + weights.up.nbytes
         except IncompatibleLoraError as error:
             raise IncompatibleLoraError(f"{error}: '{name[:200]}'") from None
         if factor_bytes > max_bytes:
@@ -214,15 +215,10 @@ def _read_layer(
         yield target, _check_layer(target.layer, own)
 
 
-def _itemsize(parts: Parts) -> int:
-    return min(tensor.itemsize for tensor in parts.values())
-
-
 def _add(content: dict[str, Any], target: Target, weights: LayerWeights | NormWeights) -> None:
     """Add a layer; a file may have it twice, by two names, if both are equal."""
     known = content.setdefault(target.name, weights)
-    pairs = zip(known.tensors, weights.tensors, strict=False)
-    if len(known.tensors) != len(weights.tensors) or not all(torch.equal(*pair) for pair in pairs):
+    if known is not weights and not all(map(torch.equal, known.tensors, weights.tensors)):
         raise IncompatibleLoraError("has two different changes of the same layer")
 
 

@@ -72,6 +72,17 @@ def test_names_come_from_flags_folders_and_the_model(lora_folder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
+    "name", ["a, b", "[ill] x", "it's", "b&w", "new!", "#1", "90%", "~x", "me@site", "(v2) a+b", "x/[y], z"]
+)
+def test_names_of_published_files_are_offered(name: str, tmp_path: Path) -> None:
+    _file(tmp_path / f"{name}.safetensors")
+    model_info = _model_info(tmp_path)
+    assert model_info.loras == (name,)
+    assert _loras(model_info, lora_path=name) == ((name, 1.0),)
+    assert _loras(model_info, lora_path=f"{name}.safetensors") == ((name, 1.0),)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"lora": ["{0}/nothing.safetensors"]}, "no such .safetensors file"),

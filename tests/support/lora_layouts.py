@@ -110,7 +110,7 @@ def _tucker(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
     return state, torch.einsum("or,rqhw,qi->oihw", up[..., 0, 0], mid, down[..., 0, 0]) / 2
 
 
-def _diff(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
+def diff(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
     delta = _noise(*shape)
     return {f"{name}.diff": delta}, delta
 
@@ -327,10 +327,10 @@ LAYOUTS: dict[str, Layout] = {
             ),
         },
         forms={
-            "diffusion_model.double_blocks.0.img_attn.norm.query_norm": _diff,
-            "diffusion_model.single_blocks.0.norm.key_norm": _diff,
-            f"text_encoders.clip_l.transformer.{_CLIP}layer_norm1": _diff,
-            "diffusion_model.img_in": _diff,
+            "diffusion_model.double_blocks.0.img_attn.norm.query_norm": diff,
+            "diffusion_model.single_blocks.0.norm.key_norm": diff,
+            f"text_encoders.clip_l.transformer.{_CLIP}layer_norm1": diff,
+            "diffusion_model.img_in": diff,
         },
         biases={
             "diffusion_model.img_in.diff_b": "transformer.x_embedder",
@@ -457,7 +457,7 @@ LAYOUTS: dict[str, Layout] = {
     "LoKr of two full matrices": Layout("sdxl", _lokr("full", "full"), {**_CONVOLUTION, **_LINEAR}),
     "LoKr with a core": Layout("sdxl", _lokr("full", "core"), _CONVOLUTION),
     "LoCon with a core": Layout("sdxl", _tucker, _CONVOLUTION),
-    "LyCORIS full": Layout("sdxl", _diff, {**_flat("lora_unet_", _IN_UNET), **_LINEAR}),
+    "LyCORIS full": Layout("sdxl", diff, {**_flat("lora_unet_", _IN_UNET), **_LINEAR}),
     "LyCORIS norms": Layout(
         "sdxl",
         _norm,
