@@ -19,7 +19,7 @@ Scale = Callable[[int], float]
 
 
 class IncompatibleLoraError(Exception):
-    """A file is not a LoRA for this model. The message is for the client, after the LoRA's name."""
+    """A file is not a LoRA, or a textual inversion, for this model. The message follows its name."""
 
 
 @dataclass(frozen=True)

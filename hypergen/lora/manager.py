@@ -28,9 +28,10 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
 from hypergen.lora.factors import IncompatibleLoraError
+from hypergen.lora.files import families_of
 from hypergen.lora.layer_names import LayerNames
+from hypergen.lora.textual_inversion import embedding_widths
 from hypergen.lora.weights import LayerWeights, Lora, read_lora
-from hypergen.model_families import PIPELINES
 from hypergen.model_info import Capability
 from hypergen.model_store.lora_files import LoraRegistry, open_registry, peft_config_file
 
@@ -45,18 +46,6 @@ _Version = tuple[str | int, ...]
 def _version_of(name: str, path: Path) -> _Version:
     files = [os.stat(file) for file in (path, peft_config_file(path)) if file]
     return name, *(value for file in files for value in (file.st_size, file.st_mtime_ns))
-
-
-def _families_of(pipeline: Any) -> frozenset[str]:
-    """The names of the pipeline's model in LoRA files; several if its size is none of a published model."""
-    spec = PIPELINES.get(type(pipeline).__name__)
-    if spec is None:
-        return frozenset()
-    widths = spec.lora_text_widths
-    if not widths:
-        return frozenset({spec.name})
-    known = widths.get(pipeline.unet.config.cross_attention_dim)
-    return frozenset(widths.values() if known is None else {known})
 
 
 class LoraManager:
@@ -160,8 +149,8 @@ class LoraManager:
         return lora
 
     def _read(self, path: Path) -> Lora:
-        families = _families_of(self._pipeline)
-        content = read_lora(path, self._layer_names, families, self._settings.max_lora_mb * 1e6)
+        families, widths = families_of(self._pipeline), embedding_widths(self._pipeline)
+        content = read_lora(path, self._layer_names, families, widths, self._settings.max_lora_mb * 1e6)
         padded = {layer: self._pad_rank(factors) for layer, factors in content.layers.items()}
         return Lora(replace(content, layers=padded))
 

@@ -7,26 +7,24 @@ changes the pipeline: an incompatible file is an error before anything is applie
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import os
-import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from hypergen.lora.factors import Factors, IncompatibleLoraError, Parts, Scale, read_factors
+from hypergen.lora.files import check_base_model, read_file, read_safetensors
 from hypergen.lora.layer_names import NORMS, LayerNames, Target
 from hypergen.lora.peft_config import PeftConfig, read_header, read_json
+from hypergen.lora.textual_inversion import Embeddings, check_embedding
 from hypergen.model_store.lora_files import peft_config_file
-from hypergen.model_store.lora_layout import base_model, is_peft, parse_embedding, parse_name
+from hypergen.model_store.lora_layout import is_peft, parse_embedding, parse_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +80,12 @@ class LoraFile:
 
     Attributes:
         layers: layer name, such as "unet.mid_block.attentions.0.proj_in", -> factors.
-        embeddings: name in prompts -> text encoder -> vectors of a bundled textual inversion.
+        embeddings: bundled textual inversions.
     """
 
     layers: dict[str, LayerWeights] = field(default_factory=dict[str, LayerWeights])
     norms: dict[str, NormWeights] = field(default_factory=dict[str, NormWeights])
-    embeddings: dict[str, Parts] = field(default_factory=dict[str, Parts])
+    embeddings: Embeddings = field(default_factory=dict[str, Parts])
 
 
 class Lora:
@@ -105,28 +103,36 @@ class Lora:
             name.startswith("text_encoder") for name in (*self.layers, *self.norms)
         )
         weights = *self.layers.values(), *self.norms.values()
-        self.nbytes = sum(tensor.nbytes for layer in weights for tensor in layer.tensors)
+        tensors = [tensor for layer in weights for tensor in layer.tensors]
+        tensors += [tensor for vectors in self.embeddings.values() for tensor in vectors.values()]
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
 
 
-def read_lora(path: Path, names: LayerNames, families: frozenset[str], max_bytes: float) -> LoraFile:
+def read_lora(
+    path: Path,
+    names: LayerNames,
+    families: frozenset[str],
+    embedding_widths: Mapping[str, int],
+    max_bytes: float,
+) -> LoraFile:
     """Read a file for the pipeline of `names`.
 
     Args:
-        families: names of the served model in `BaseModel.family`; empty: not checked.
+        families: see `check_base_model`.
+        embedding_widths: see `textual_inversion.embedding_widths`.
         max_bytes: largest file, and largest size of the factors of its full, LoHa and LoKr layers.
 
     Raises:
         IncompatibleLoraError: the file is damaged, not a LoRA, or a LoRA for another model.
     """
-    data = _read_file(path, max_bytes)
     try:
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        _check_base_model(metadata, families)
+        tensors, metadata = read_safetensors(path, max_bytes)
+        check_base_model(metadata, families)
         config = read_header(metadata)
         if (file := peft_config_file(path)) is not None and any(map(is_peft, tensors)):
-            config = read_json(_read_file(file, 1e6))
+            config = read_json(read_file(file, 1e6))
         content = _read_tensors(tensors, names, config, max_bytes)
+        content = replace(content, embeddings=_read_embeddings(tensors, embedding_widths))
     except IncompatibleLoraError:
         raise
     except Exception as error:  # an untrusted file may make the libraries that read it raise anything
@@ -137,33 +143,9 @@ def read_lora(path: Path, names: LayerNames, families: frozenset[str], max_bytes
     return content
 
 
-def _read_file(path: Path, max_bytes: float) -> bytes:
-    """Read a file after checks on the same descriptor, so that it cannot be exchanged in between."""
-    try:
-        descriptor = os.open(path.resolve(strict=True), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, RuntimeError):
-        raise IncompatibleLoraError("cannot be read") from None
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise IncompatibleLoraError("cannot be read")
-        if status.st_size > max_bytes:
-            raise IncompatibleLoraError(f"is larger than {max_bytes / 1e6:.0f} MB")
-        return file.read()
-
-
-def _check_base_model(metadata: Mapping[str, str], families: frozenset[str]) -> None:
-    base = base_model(metadata)
-    if base is not None and families and base.family not in families:
-        raise IncompatibleLoraError(
-            f"is for another model: its {base.key} is '{base.value[:100]}', "
-            f"this is {' or '.join(sorted(families))}"
-        )
-
-
 def _read_tensors(tensors: Parts, names: LayerNames, config: PeftConfig, max_bytes: float) -> LoraFile:
     content = LoraFile()
-    parts = _by_layer(tensors, content.embeddings)
+    parts = _by_layer(tensors)
     config.check(has_magnitudes=any(part.keys() & {"magnitude", "dora_scale"} for part in parts.values()))
     factor_bytes = 0
     for name, part in parts.items():
@@ -186,19 +168,40 @@ def _read_tensors(tensors: Parts, names: LayerNames, config: PeftConfig, max_byt
     return content
 
 
-def _by_layer(tensors: Parts, embeddings: dict[str, Parts]) -> dict[str, Parts]:
-    """The tensors of each layer by their part; those of bundled textual inversions go to `embeddings`."""
+def _by_layer(tensors: Parts) -> dict[str, Parts]:
+    """The tensors of each layer by their part, without those of bundled textual inversions."""
     parts: defaultdict[str, Parts] = defaultdict(dict)
     for key, tensor in tensors.items():
-        if (bundled := parse_embedding(key)) is not None:
-            embeddings.setdefault(bundled[0], {})[bundled[1]] = tensor
-        elif (found := parse_name(key)) is None:
+        if parse_embedding(key) is not None:
+            continue
+        if (found := parse_name(key)) is None:
             raise _not_applied(key, "it is no part of a LoRA")
-        elif found.part in parts[found.layer]:
+        if found.part in parts[found.layer]:
             raise _not_applied(key, "the layer has another tensor for the same part")
-        else:
-            parts[found.layer][found.part] = tensor
+        parts[found.layer][found.part] = tensor
     return parts
+
+
+def _read_embeddings(tensors: Parts, widths: Mapping[str, int]) -> Embeddings:
+    """The bundled textual inversions; none, with a line in the log, if the model does not take any."""
+    bundled: defaultdict[str, Parts] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if (found := parse_embedding(key)) is None:
+            continue
+        name, part = found
+        if part in bundled[name]:
+            raise _not_applied(key, "the embedding has another tensor for the same text encoder")
+        bundled[name][part] = tensor
+    if bundled and not widths:
+        logger.warning("Left out the embeddings of a LoRA: %s.", ", ".join(sorted(bundled))[:200])
+        return {}
+    embeddings: dict[str, Mapping[str, Tensor]] = {}
+    for name, parts in bundled.items():
+        try:
+            embeddings[name] = check_embedding(parts, widths)
+        except IncompatibleLoraError as error:
+            raise IncompatibleLoraError(f"has an embedding '{name[:200]}' that {error}") from None
+    return embeddings
 
 
 def _read_layer(

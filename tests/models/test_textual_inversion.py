@@ -1,0 +1,333 @@
+"""Textual inversions: images against diffusers, long prompts, bundled ones, and files that are refused."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hypergen.config import EngineSettings
+from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.models import loading
+from hypergen.models.text_encoders.prompt_tokens import chunk_tokens, embeddings_of
+from hypergen.resolve_models import find_embeddings
+from tests.support.compare_with_diffusers import assert_same, common_arguments, stock_pipeline
+from tests.support.lora_files import save_lora
+from tests.support.random_models import bytewise_tokenizer
+from tests.support.small_models import save_flux, save_sdxl
+from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings
+
+_WIDTH = 32  # of the small SD's text encoder
+
+
+def _vectors(count: int, width: int = _WIDTH, seed: int = 0) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def _write(file: Path, layout: str) -> None:
+    """The same three vectors in each layout."""
+    vectors = _vectors(3)
+    notes = {"string_to_token": {"*": 265}, "name": "x", "step": 500, "sd_checkpoint": None}
+    match layout:
+        case "kohya":
+            save_file({"emb_params": vectors}, file)
+        case "diffusers":
+            save_file({"<any-name>": vectors}, file)
+        case "A1111":
+            torch.save({**notes, "string_to_param": {"*": vectors}, "sd_checkpoint_name": "model"}, file)
+        case "A1111, parameter":
+            torch.save({**notes, "string_to_param": {"*": torch.nn.Parameter(vectors)}}, file)
+        case "diffusers, pickle":
+            torch.save(OrderedDict({"<any-name>": vectors}), file)
+        case _:
+            torch.save(vectors, file)
+
+
+_LAYOUTS = {
+    "kohya": ".safetensors",
+    "diffusers": ".safetensors",
+    "A1111": ".pt",
+    "A1111, parameter": ".pt",
+    "diffusers, pickle": ".bin",
+    "tensor": ".pt",
+}
+
+
+def _embeds(family: Any, prompt: str, loras: Any = ()) -> Tensor:
+    with torch.inference_mode():
+        return family.encode_prompts(make_request(prompt=prompt), loras).positive.encoder_hidden_states
+
+
+@pytest.mark.parametrize(("layout", "suffix"), _LAYOUTS.items())
+def test_every_layout_is_read(sd_folder: Path, tmp_path: Path, layout: str, suffix: str) -> None:
+    _write(tmp_path / "kohya.safetensors", "kohya")
+    _write(tmp_path / f"file{suffix}", layout)
+    family: Any = loading.load(
+        sd_folder,
+        make_settings(
+            embedding={"one": str(tmp_path / "kohya.safetensors"), "two": str(tmp_path / f"file{suffix}")}
+        ),
+    )
+    assert torch.equal(_embeds(family, "a one cat"), _embeds(family, "a two cat"))
+    assert not torch.equal(_embeds(family, "a one cat"), _embeds(family, "a three cat"))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_image_equals_that_of_diffusers(sd_folder: Path, tmp_path: Path, count: int) -> None:
+    file = tmp_path / "cat.safetensors"
+    save_file({"<cat-toy>": _vectors(count)}, file)
+    family = loading.load(sd_folder, make_settings(embedding={"<cat-toy>": str(file)}))
+    stock: Any = stock_pipeline(StableDiffusionPipeline, sd_folder, safety_checker=None)
+    stock.load_textual_inversion(str(file))
+    request = make_request(prompt="a <cat-toy>, small", negative_prompt="<cat-toy> dog")
+    ours = generate_alone(family, request)
+    assert_same(
+        ours,
+        np.asarray(
+            stock(
+                request.prompt, negative_prompt=request.negative_prompt, **common_arguments(request)
+            ).images[0]
+        ),
+    )
+    plain = loading.load(sd_folder, make_settings())
+    assert (generate_alone(plain, request) != ours).any()
+
+
+def test_an_image_of_sdxl_equals_that_of_diffusers(tmp_path: Path) -> None:
+    folder = save_sdxl(tmp_path / "model")
+    file = tmp_path / "style.safetensors"
+    state = {"clip_l": _vectors(2, 32, 1), "clip_g": _vectors(2, 48, 2)}
+    save_file(state, file)
+    family = loading.load(folder, make_settings(embedding={"style": str(file)}))
+    stock: Any = stock_pipeline(StableDiffusionXLPipeline, folder)
+    for part, number in (("clip_l", ""), ("clip_g", "_2")):
+        stock.load_textual_inversion(
+            {"style": state[part]},
+            tokenizer=getattr(stock, f"tokenizer{number}"),
+            text_encoder=getattr(stock, f"text_encoder{number}"),
+        )
+    request = make_request(prompt="in style of a cat", width=128, height=128)
+    assert_same(
+        generate_alone(family, request),
+        np.asarray(stock(request.prompt, **common_arguments(request)).images[0]),
+    )
+
+
+def _chunks(prompt: str, count: int, max_chunks: int = 9) -> tuple[list[list[int]], int]:
+    """Positions with vectors in each chunk, and the number of tokens."""
+    embeddings = {"style": _vectors(count)}
+    chunks, tokens = chunk_tokens(bytewise_tokenizer(), prompt, max_chunks, embeddings)
+    assert all(len(chunk.ids) == 77 for chunk in chunks)
+    return [sorted(chunk.vectors) for chunk in chunks], tokens
+
+
+def test_an_embedding_counts_its_vectors_and_is_never_split() -> None:
+    # A letter is a token.
+    assert _chunks("style", 4) == ([[1]], 4)
+    assert _chunks(f"{'a' * 71} style b", 4) == ([[72], []], 76)
+    assert _chunks(f"{'a' * 72} style b", 4) == ([[], [1]], 77)
+    assert _chunks("style style", 75) == ([[1], [1]], 150)
+    assert _chunks(f"{'a' * 72} style b", 4, max_chunks=1) == ([[]], 72)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a style b", 1),
+        ("a STYLE, b", 1),
+        ("(style:1.2)", 1),
+        ("embedding:style", 1),
+        ("a styles b", 0),
+        ("freestyle", 0),
+        ("style_2", 0),
+        ("style-2", 1),
+    ],
+)
+def test_a_name_is_a_whole_word_in_any_case(prompt: str, found: int) -> None:
+    positions, tokens = _chunks(prompt, 2)
+    assert len(positions[0]) == found
+    without = chunk_tokens(bytewise_tokenizer(), prompt, 1)[1]
+    name = len("embedding:style" if "embedding" in prompt else "style")
+    assert tokens == without - found * (name - 2)
+
+
+def test_the_longest_name_and_the_first_source_count() -> None:
+    first, second, longer = _vectors(1, seed=1), _vectors(1, seed=2), _vectors(2, seed=3)
+    of_encoder = {"text_encoder": first}
+    embeddings = embeddings_of(
+        "text_encoder",
+        [{"Style": of_encoder}, {"style": {"text_encoder": second}, "style-x": {"text_encoder": longer}}],
+    )
+    assert list(embeddings) == ["Style", "style-x"]
+    [chunk], _ = chunk_tokens(bytewise_tokenizer(), "style style-x", 1, embeddings)
+    assert {position: vectors is first for position, vectors in chunk.vectors.items()} == {1: True, 2: False}
+
+
+def test_a_weight_applies_to_all_vectors(sd_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file({"emb_params": _vectors(3)}, file)
+    family: Any = loading.load(
+        sd_folder, make_settings(embedding={"style": str(file)}, prompt_weighting=True)
+    )
+    plain, weighted = _embeds(family, "a style b"), _embeds(family, "a (style:1.5) b")
+    changed = (plain != weighted).any(dim=-1)[0]
+    assert changed.nonzero().flatten().tolist() == [2, 3, 4]
+
+
+def test_a_bundled_embedding_is_active_with_its_lora_alone(sd_folder: Path, tmp_path: Path) -> None:
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    (tmp_path / "loras").mkdir()
+    lora = save_lora(tmp_path / "loras" / "ink.safetensors", pipeline)
+    single = tmp_path / "style.safetensors"
+    save_file({"emb_params": _vectors(2, seed=5)}, single)
+    bundled = {"bundle_emb.style.string_to_param.*": _vectors(3), "bundle_emb.other.emb_params": _vectors(1)}
+    save_file({**load_file(lora), **bundled}, lora)
+    family: Any = loading.load(
+        sd_folder, make_settings(lora_dir=[str(lora.parent)], embedding={"style": str(single)})
+    )
+    plain: Any = loading.load(sd_folder, make_settings(lora_dir=[str(lora.parent)]))
+    base, ink = make_request(prompt="a style cat"), make_request(prompt="a style cat", loras=(("ink", 1.0),))
+    other = make_request(prompt="an other cat")
+    engine = InlineEngine(family)
+    engine.run(base, ink, other)  # interleaved with the LoRA's
+    for request, of in ((base, family), (ink, plain), (other, plain)):
+        alone = InlineEngine(of)
+        alone.run(request)
+        assert alone.data(request) == engine.data(request)
+    loras = family.lora_manager.load((("ink", 1.0),))
+    tokens = [family.encode_prompts(make_request(prompt="style"), own).tokens for own in ((), loras)]
+    assert tokens == [2, 3]
+
+
+def test_flux_leaves_bundled_embeddings_out_with_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_flux(tmp_path / "model")
+    width = loading.load(folder, make_settings()).denoiser.x_embedder.out_features
+    save_file(
+        {
+            "transformer.x_embedder.lora_A.weight": torch.ones(1, 16),
+            "transformer.x_embedder.lora_B.weight": torch.ones(width, 1),
+            "bundle_emb.style.clip_l": _vectors(1),
+        },
+        tmp_path / "ink.safetensors",
+    )
+    family: Any = loading.load(folder, make_settings(lora=[f"ink={tmp_path / 'ink.safetensors'}"]))
+    [(lora, _)] = family.lora_manager.load((("ink", 1.0),))
+    assert "Left out the embeddings of a LoRA: style." in caplog.text
+    assert lora.embeddings == {}
+    assert len(lora.layers) == 1
+
+
+_NAN = torch.full((1, _WIDTH), torch.nan)
+_REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
+    "another width": ({"emb_params": _vectors(1, 40)}, "has vectors of width 40, not 32"),
+    "SDXL's": ({"clip_l": _vectors(1), "clip_g": _vectors(1)}, "this one has no text encoder for 'clip_g'"),
+    "only SDXL's second": ({"clip_g": _vectors(1)}, "this one has no text encoder for 'clip_g'"),
+    "an output embedding": ({"emb_params": _vectors(1), "emb_params_out": _vectors(1)}, "'emb_params_out'"),
+    "an output embedding alone": ({"clip_l_out": _vectors(1)}, "'clip_l_out'"),
+    "two tensors": ({"a": _vectors(1), "b": _vectors(1)}, "'a' is no tensor of a textual inversion"),
+    "an image": ({"a": torch.ones(1, 2, 32)}, r"has the shape \[1, 2, 32\]"),
+    "too many vectors": ({"a": torch.ones(76, 32)}, "not 1 to 75 vectors"),
+    "no vector": ({"a": torch.ones(0, 32)}, "not 1 to 75 vectors"),
+    "integers": ({"a": torch.ones(1, 32, dtype=torch.int32)}, "'emb_params' has the shape"),
+    "not a number": ({"a": _NAN}, "NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize(("state", "message"), _REFUSED.values(), ids=_REFUSED.keys())
+def test_a_file_that_does_not_fit_is_a_start_error(
+    sd_folder: Path, tmp_path: Path, state: dict[str, Tensor], message: str
+) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file(state, file)
+    with pytest.raises(ModelError, match=message) as refused:
+        loading.load(sd_folder, make_settings(embedding={"style": str(file)}))
+    assert str(refused.value).startswith("The textual inversion 'style' ")
+    assert "\n" not in str(refused.value)
+
+
+def test_metadata_of_another_model_are_a_start_error(sd_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file({"emb_params": _vectors(1)}, file, {"modelspec.architecture": "flux-1-dev/textual-inversion"})
+    with pytest.raises(ModelError, match=r"modelspec\.architecture is 'flux-1-dev"):
+        loading.load(sd_folder, make_settings(embedding={"style": str(file)}))
+
+
+class _Code:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"string_to_param": torch.nn.ParameterDict({"a": _vectors(1)})}, "is a pickle that has more than"),
+        ({"string_to_param": {"*": _vectors(1)}, "hook": _Code()}, "is a pickle that has more than tensors"),
+        ({"string_to_param": {"*": _vectors(1)}, "extra": 5}, "'extra' is no tensor"),
+        ({"string_to_param": {"*": _vectors(1), "b": _vectors(1)}}, "'string_to_param' is no tensor"),
+        ([1, 2], "is for another model: it has nothing for the text_encoder"),
+    ],
+)
+def test_a_pickle_that_is_not_wholly_understood_is_a_start_error(
+    sd_folder: Path, tmp_path: Path, content: Any, message: str
+) -> None:
+    torch.save(content, tmp_path / "style.pt")
+    with pytest.raises(ModelError, match=message):
+        loading.load(sd_folder, make_settings(embedding={"style": str(tmp_path / "style.pt")}))
+
+
+def test_a_damaged_file_is_a_start_error(sd_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    file.write_bytes(b"\0" * 100)
+    with pytest.raises(ModelError, match="'style' is damaged"):
+        loading.load(sd_folder, make_settings(embedding={"style": str(file)}))
+
+
+def test_sdxl_needs_vectors_for_both_encoders(tmp_path: Path) -> None:
+    folder = save_sdxl(tmp_path / "model")
+    file = tmp_path / "style.safetensors"
+    cases = {
+        "it has nothing for the text_encoder_2": {"emb_params": _vectors(1)},
+        "has different numbers of vectors": {"clip_l": _vectors(1), "clip_g": _vectors(2, 48)},
+    }
+    for message, state in cases.items():
+        save_file(state, file)
+        with pytest.raises(ModelError, match=message):
+            loading.load(folder, make_settings(embedding={"style": str(file)}))
+
+
+def test_a_bundled_embedding_that_does_not_fit_is_an_error(sd_folder: Path, tmp_path: Path) -> None:
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    lora = save_lora(tmp_path / "ink.safetensors", pipeline)
+    save_file({**load_file(lora), "bundle_emb.style.clip_l": _vectors(1, 40)}, lora)
+    family: Any = loading.load(sd_folder, make_settings(lora_dir=[str(tmp_path)]))
+    with pytest.raises(
+        InvalidRequestError, match="has an embedding 'style' that is for another model"
+    ) as refused:
+        family.lora_manager.load((("ink", 1.0),))
+    assert refused.value.param == "loras"
+
+
+def test_other_families_refuse_the_setting(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file({"emb_params": _vectors(1)}, file)
+    with pytest.raises(ModelError, match="--embedding is only supported for sd, sdxl models"):
+        loading.load(save_flux(tmp_path / "model"), make_settings(embedding={"style": str(file)}))
+
+
+def test_missing_files_and_equal_names_are_found_before_the_engine_starts(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file({"emb_params": _vectors(1)}, file)
+    settings = EngineSettings.model_validate({"embedding": [f"style={file}"]})
+    assert find_embeddings(settings.embedding) == {"style": str(file)}
+    with pytest.raises(ConfigurationError, match=r"'b': no such \.safetensors or \.pt or \.bin file"):
+        find_embeddings({"b": str(tmp_path / "missing.safetensors")})
+    with pytest.raises(ConfigurationError, match="Two textual inversions have the name 'Style'"):
+        find_embeddings({"style": str(file), "Style": str(file)})
