@@ -113,7 +113,7 @@ _SPECS = (
                 Variant(source="black-forest-labs/FLUX.1-schnell"),
             ),
         ),
-        lora_layers=("single_blocks", "double_blocks", "single_transformer_blocks"),
+        lora_layers=("single_blocks", "double_blocks", "single_transformer_blocks", "img_in", "guidance_in"),
     ),
     FamilySpec(
         "sd3",

@@ -1,22 +1,19 @@
-"""The LoRA registry: the names and files of the LoRAs that a server offers. It reads headers, no tensors.
+"""The LoRA registry: the names and files of the LoRAs that a server offers.
 
 The operator chooses them: single files, files in given folders, and files in the folder `loras` of the model.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
-from hypergen.model_families import FAMILIES
-from hypergen.model_store.diffusers_layout import LORAS, safetensors_header
+from hypergen.errors import ConfigurationError, InvalidRequestError
+from hypergen.model_store.diffusers_layout import LORAS
 
 logger = logging.getLogger(__name__)
 
@@ -167,47 +164,3 @@ def _add(files: dict[str, Path], name: str, path: Path) -> None:
     if name in files and files[name].resolve() != path.resolve():
         raise ConfigurationError(f"Two LoRAs have the name {name}: {files[name]} and {path}.")
     files[name] = path
-
-
-@dataclass(frozen=True)
-class LoraSummary:
-    """Properties of a LoRA file from its header, for `hypergen loras`."""
-
-    model: str
-    layout: str
-    ranks: tuple[int, ...]
-    size_bytes: int
-
-
-def summarise(path: Path) -> LoraSummary:
-    """Read a file's header.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    tensors: dict[str, Any] = json.loads(safetensors_header(path, path.parent.name, path.name))
-    shapes = {key: tensor["shape"] for key, tensor in tensors.items() if key != "__metadata__"}
-    downs = {
-        key: shape
-        for key, shape in shapes.items()
-        if any(part in key for part in (".lora_A.", ".lora_down.", ".lora.down.", "_lora.down."))
-    }
-    if not downs:
-        raise ModelError(f"{path.name} has no LoRA layers.")
-    kohya = any(key.startswith(("lora_unet_", "lora_te")) for key in downs)
-    ranks = tuple(sorted({shape[0] for shape in downs.values() if shape}))
-    return LoraSummary(_model(downs), "kohya" if kohya else "diffusers", ranks, path.stat().st_size)
-
-
-def _model(downs: dict[str, list[int]]) -> str:
-    """The model family, detected by layer names and the width of the prompt embeddings."""
-    widths = [shape[1] for key, shape in downs.items() if "attn2" in key and "to_k" in key.replace(".", "_")]
-    width = max(widths, default=0)
-    for spec in FAMILIES.values():
-        if width in spec.lora_text_widths:
-            return spec.lora_text_widths[width]
-        if any(layer in key for layer in spec.lora_layers for key in downs):
-            return spec.name
-    if any(key.startswith(("unet", "lora_unet")) for key in downs):
-        return " or ".join(sorted(spec.name for spec in FAMILIES.values() if spec.lora_text_widths))
-    return "transformer" if any(key.startswith("transformer") for key in downs) else "text encoder"

@@ -12,10 +12,10 @@ import pytest
 
 from hypergen.api.dialects import openai_images
 from hypergen.config import EngineSettings, Settings
-from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.errors import ConfigurationError, InvalidRequestError
 from hypergen.load_settings import environment_of, load_settings
 from hypergen.model_info import ModelDefaults, ModelInfo
-from hypergen.model_store.lora_files import name_of, open_registry, summarise
+from hypergen.model_store.lora_files import name_of, open_registry
 
 
 def _file(path: Path, shapes: dict[str, list[int]] | None = None) -> Path:
@@ -236,36 +236,3 @@ def test_the_engine_rejects_unknown_names_too(lora_folder: Path) -> None:
         with pytest.raises(InvalidRequestError):
             registry.path_of(name)
     assert name_of("/dev/null", (), ()) is None
-
-
-@pytest.mark.parametrize(
-    ("shapes", "model", "layout", "ranks"),
-    [
-        ({"unet.d.attn2.to_k.lora_A.weight": [8, 768]}, "sd 1.x", "diffusers", (8,)),
-        ({"unet.d.attn2.processor.to_k_lora.down.weight": [4, 1024]}, "sd 2.x", "diffusers", (4,)),
-        (
-            {
-                "lora_unet_d_attn2_to_k.lora_down.weight": [16, 2048],
-                "lora_te1_x.lora_down.weight": [8, 768],
-                "lora_te1_x.alpha": [],
-            },
-            "sdxl",
-            "kohya",
-            (8, 16),
-        ),
-        (
-            {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": [4, 3072]},
-            "flux",
-            "diffusers",
-            (4,),
-        ),
-        ({"lora_unet_double_blocks_0_x.lora_down.weight": [4, 9]}, "flux", "kohya", (4,)),
-    ],
-)
-def test_a_header_shows_model_layout_and_ranks(
-    tmp_path: Path, shapes: dict[str, list[int]], model: str, layout: str, ranks: tuple[int, ...]
-) -> None:
-    found = summarise(_file(tmp_path / "a.safetensors", shapes))
-    assert (found.model, found.layout, found.ranks) == (model, layout, ranks)
-    with pytest.raises(ModelError, match="has no LoRA layers"):
-        summarise(_file(tmp_path / "b.safetensors", {"unet.conv_in.weight": [1]}))
