@@ -118,7 +118,7 @@ def _combine(parts: Parts, shape: tuple[int, ...], scale: Scale, *, has_bias: bo
 def _lora(parts: Parts, shape: tuple[int, ...], scale: Scale) -> tuple[Tensor, Tensor]:
     down, up = parts["down"], parts["up"]
     if (mid := parts.get("mid")) is not None:
-        if mid.dim() != 4 or mid.shape[1] != down.shape[0] or mid.shape[0] != up.shape[1]:
+        if mid.dim() != 4 or mid.shape[:2] != (up.shape[1], down.shape[0]) or down[0].numel() != shape[1]:
             raise _other_shape()
         down = torch.einsum("rqhw,qi->rihw", mid.float(), down.flatten(1).float())
     rank = down.shape[0]
@@ -132,12 +132,14 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> tuple[Tensor, T
     w1_a, w1_b, w2_a, w2_b = (parts[f"hada_{name}"].float() for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     factor = scale(w1_b.shape[0])
     if "hada_t1" in parts:
-        first, second = (_tucker(parts[f"hada_t{n}"], a, b) for n, a, b in ((1, w1_a, w1_b), (2, w2_a, w2_b)))
+        first = _tucker(parts["hada_t1"], w1_a, w1_b, shape)
+        second = _tucker(parts["hada_t2"], w2_a, w2_b, shape)
         return _full(_reshaped(first * second, shape) * factor)
     rank = w1_b.shape[0] * w2_b.shape[0]
     inputs = math.prod(shape[1:])
-    if {w1_a.shape[0], w2_a.shape[0]} != {shape[0]} or {w1_b.shape[1], w2_b.shape[1]} != {inputs}:
-        raise _other_shape()
+    for a, b in ((w1_a, w1_b), (w2_a, w2_b)):
+        if a.shape != (shape[0], b.shape[0]) or b.shape[1:] != (inputs,):
+            raise _other_shape()
     if rank >= min(shape[0], inputs):
         return _full(((w1_a @ w1_b) * (w2_a @ w2_b) * factor).reshape(shape))
     up = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)
@@ -147,8 +149,8 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> tuple[Tensor, T
 
 def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> tuple[Tensor, Tensor]:
     """kron(w1, w2), each either full or a product; the factors are Kronecker products of theirs."""
-    left = _pair(parts, "lokr_w1", None)
-    right = _pair(parts, "lokr_w2", parts.pop("lokr_t2", None))
+    left = _pair(parts, "lokr_w1", None, shape)
+    right = _pair(parts, "lokr_w2", parts.pop("lokr_t2", None), shape)
     if parts:
         raise IncompatibleLoraError(f"has a layer with the incomplete parts {', '.join(sorted(parts))}")
     ranks = [rank for _, _, rank in (left, right) if rank is not None]
@@ -166,22 +168,39 @@ def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> tuple[Tensor, T
     return down, torch.kron(a1, a2) * factor
 
 
-def _pair(parts: Parts, name: str, core: Tensor | None) -> tuple[Tensor, Tensor, int | None]:
-    """Two factors of one side of LoKr, and its rank; the second factor may be that of a convolution."""
+def _pair(
+    parts: Parts, name: str, core: Tensor | None, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, int | None]:
+    """Two factors of one side of LoKr, and its rank; the second factor may be that of a convolution.
+
+    Args:
+        shape: of the layer's weight.
+    """
     if name in parts:
-        down, up = _full(parts.pop(name).float())
+        full = parts.pop(name).float()
+        if _is_larger(full.shape, shape):
+            raise _other_shape()
+        down, up = _full(full)
         return up, down, None
     if not {f"{name}_a", f"{name}_b"} <= parts.keys():
         raise IncompatibleLoraError(f"has a layer without {name}")
     a, b = parts.pop(f"{name}_a").float(), parts.pop(f"{name}_b").float()
     if core is not None:
-        down, up = _full(_tucker(core, a, b))
+        down, up = _full(_tucker(core, a, b, shape))
         return up, down, b.shape[0]
+    if a.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise _other_shape()
     return a, b, b.shape[0]
 
 
-def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A convolution's weight (out, in, kh, kw) from factors of shapes (rank, out) and (rank, in)."""
+def _tucker(core: Tensor, a: Tensor, b: Tensor, largest: tuple[int, ...]) -> Tensor:
+    """A convolution's weight (out, in, kh, kw) from factors of shapes (rank, out) and (rank, in).
+
+    Raises:
+        IncompatibleLoraError: it would be larger than `largest`, as small factors of a damaged file may be.
+    """
+    if core.dim() != 4 or _is_larger((a.shape[1], b.shape[1], *core.shape[2:]), largest):
+        raise _other_shape()
     return torch.einsum("qrhw,qo,ri->oihw", core.float(), a, b)
 
 
@@ -191,6 +210,10 @@ def _full(delta: Tensor) -> tuple[Tensor, Tensor]:
     if delta.dim() == 2 and inputs < outputs:
         return torch.eye(inputs), delta
     return delta, torch.eye(outputs)
+
+
+def _is_larger(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return any(side > most for side, most in zip(shape, (*other, 1, 1), strict=False))
 
 
 def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

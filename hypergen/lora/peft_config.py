@@ -15,7 +15,17 @@ from hypergen.lora.factors import IncompatibleLoraError
 _HEADER_KEY = "lora_adapter_metadata"
 _TYPES = ("LORA", "LOHA", "LOKR")
 # They change base weights before training, or what a layer computes.
-_UNSUPPORTED = ("layer_replication", "use_qalora", "alora_invocation_tokens", "target_parameters")
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_ga_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+)
 _UNSUPPORTED_STARTS = ("pissa", "olora", "loftq", "corda")
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hypergen.errors import InvalidRequestError
 from hypergen.lora.manager import LoraManager, lora_context
-from tests.support.lora_layouts import KOHYA, LAYOUTS, Layout, State, diff, merge, write
+from tests.support.lora_forms import KOHYA, Layout, State, diff, merge, write
+from tests.support.lora_layouts import LAYOUTS
 from tests.support.lora_networks import MODELS, flux, run_sdxl, sdxl
 from tests.support.sync_engine import make_settings
 
@@ -206,3 +207,48 @@ def test_no_two_layers_have_the_same_name(make: Any) -> None:
         network = getattr(pipeline, component, None)
         paths = [path for path, _ in network.named_modules()] if network else []
         assert len({path.replace(".", "_") for path in paths}) == len(paths)
+
+
+_HUGE = 200_000  # a product of two such sides would take 160 GB
+_FACTORS: dict[str, dict[str, list[int]]] = {
+    "LoHa of two ranks": {
+        "hada_w1_a": [16, 2],
+        "hada_w1_b": [3, 36],
+        "hada_w2_a": [16, 3],
+        "hada_w2_b": [2, 36],
+    },
+    "LoKr of two ranks": {
+        "lokr_w1_a": [4, 2],
+        "lokr_w1_b": [3, 2],
+        "lokr_w2_a": [4, 3],
+        "lokr_w2_b": [2, 18],
+    },
+    "huge core of LoRA": {"lora_down": [1, _HUGE], "lora_mid": [_HUGE, 1, 1, 1], "lora_up": [16, _HUGE]},
+    "huge core of LoHa": {
+        "hada_t1": [1, 1, 3, 3],
+        "hada_w1_a": [1, _HUGE],
+        "hada_w1_b": [1, _HUGE],
+        "hada_t2": [1, 1, 3, 3],
+        "hada_w2_a": [1, _HUGE],
+        "hada_w2_b": [1, _HUGE],
+    },
+    "huge core of LoKr": {
+        "lokr_w1": [4, 2],
+        "lokr_t2": [1, 1, 3, 3],
+        "lokr_w2_a": [1, _HUGE],
+        "lokr_w2_b": [1, 2],
+    },
+    "huge side of LoKr": {"lokr_w1": [4, 2], "lokr_w2": [_HUGE, 1, 1, 1]},
+}
+
+
+@pytest.mark.parametrize("shapes", _FACTORS.values(), ids=_FACTORS.keys())
+def test_factors_of_wrong_shapes_are_refused_before_they_are_multiplied(
+    shapes: dict[str, list[int]], tmp_path: Path
+) -> None:
+    name = "lora_unet_conv_in"
+    state = {f"{name}.{part}": torch.ones(shape) for part, shape in shapes.items()}
+    save_file(state, tmp_path / "style.safetensors")
+    lora_manager = LoraManager(sdxl(), make_settings(lora_dir=[str(tmp_path)]))
+    with pytest.raises(InvalidRequestError, match=f"the shapes of its layers differ: '{name}'"):
+        lora_manager.load((("style", 1.0),))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hypergen.errors import ModelError
 from hypergen.lora.summary import LoraSummary, summarise
-from tests.support.lora_layouts import LAYOUTS, Layout, write
+from tests.support.lora_forms import Layout, write
+from tests.support.lora_layouts import LAYOUTS
 from tests.support.lora_networks import MODELS
 
 

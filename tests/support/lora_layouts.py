@@ -1,207 +1,25 @@
-"""Random LoRA files in the layouts of published ones, each with the changes of the weights that it means.
+"""The layouts of published LoRA files.
 
-A layout is one entry of `LAYOUTS`: the model, the endings of names, and the layers by the file's names.
+A layout is one entry of `LAYOUTS`: the model, the form of tensors, and the layers by the file's names.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-State = dict[str, Tensor]
-# Name of the layer in the file, shape of its weight -> the file's tensors and the change of the weight.
-Form = Callable[[str, tuple[int, ...]], tuple[State, Tensor]]
-
-_generator = torch.Generator()
-
-
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=_generator) * 0.3
-
-
-def _pair(down: str, up: str, *, rank: int = 4, alpha: float | None = None) -> Form:
-    def build(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-        first, second = _noise(rank, *shape[1:]), _noise(shape[0], rank)
-        state = {
-            f"{name}{down}": first,
-            f"{name}{up}": second.reshape(shape[0], rank, *[1] * (len(shape) - 2)),
-            **({} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}),
-        }
-        delta = (second @ first.flatten(1)).reshape(shape)
-        return state, delta * (1 if alpha is None else alpha / rank)
-
-    return build
-
-
-def _peft_bias(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-    state, delta = PEFT(name, shape)
-    return {**state, f"{name}.lora_B.bias": _noise(shape[0])}, delta
-
-
-def _loha(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-    """Alpha 2, rank 3; the rank of the product is 9, or that of the weight if it is smaller."""
-    outputs, inputs = shape[0], math.prod(shape[1:])
-    a, b = [(_noise(outputs, 3), _noise(3, inputs)) for _ in range(2)]
-    state = {
-        f"{name}.hada_w1_a": a[0],
-        f"{name}.hada_w1_b": a[1],
-        f"{name}.hada_w2_a": b[0],
-        f"{name}.hada_w2_b": b[1],
-        f"{name}.alpha": torch.tensor(2.0),
-    }
-    return state, ((a[0] @ a[1]) * (b[0] @ b[1])).reshape(shape) * 2 / 3
-
-
-def _loha_tucker(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-    state: State = {f"{name}.alpha": torch.tensor(2.0)}
-    delta = torch.ones(shape)
-    for number in (1, 2):
-        core, a, b = _noise(3, 3, *shape[2:]), _noise(3, shape[0]), _noise(3, shape[1])
-        state |= {
-            f"{name}.hada_t{number}": core,
-            f"{name}.hada_w{number}_a": a,
-            f"{name}.hada_w{number}_b": b,
-        }
-        delta = delta * torch.einsum("ijhw,jr,ip->prhw", core, b, a)
-    return state, delta * 2 / 3
-
-
-def _lokr(left: Literal["full", "product"], right: Literal["full", "product", "core"]) -> Form:
-    def build(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-        sides = ((4, 2), (shape[0] // 4, shape[1] // 2, *shape[2:]))
-        state: State = {f"{name}.alpha": torch.tensor(3.0)}
-        full: list[Tensor] = []
-        for number, how, side in ((1, left, sides[0]), (2, right, sides[1])):
-            key = f"{name}.lokr_w{number}"
-            if how == "full":
-                full.append(_noise(*side))
-                state[key] = full[-1]
-            elif how == "product":
-                a, b = _noise(side[0], 2), _noise(2, math.prod(side[1:]))
-                full.append((a @ b).reshape(side))
-                state |= {f"{key}_a": a, f"{key}_b": b}
-            else:
-                core, a, b = _noise(2, 2, *side[2:]), _noise(2, side[0]), _noise(2, side[1])
-                full.append(torch.einsum("ijhw,ip,jr->prhw", core, a, b))
-                state |= {f"{name}.lokr_t2": core, f"{key}_a": a, f"{key}_b": b}
-        first, second = full[0].reshape(4, 2, *[1] * (len(shape) - 2)), full[1]
-        scale = 1.0 if left == right == "full" else 3 / 2
-        return state, torch.kron(first, second.contiguous()) * scale
-
-    return build
-
-
-def _tucker(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-    down, mid, up = _noise(4, shape[1], 1, 1), _noise(4, 4, *shape[2:]), _noise(shape[0], 4, 1, 1)
-    state = {
-        f"{name}.lora_down.weight": down,
-        f"{name}.lora_mid.weight": mid,
-        f"{name}.lora_up.weight": up,
-        f"{name}.alpha": torch.tensor(2.0),
-    }
-    return state, torch.einsum("or,rqhw,qi->oihw", up[..., 0, 0], mid, down[..., 0, 0]) / 2
-
-
-def diff(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-    delta = _noise(*shape)
-    return {f"{name}.diff": delta}, delta
-
-
-def _norm(name: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
-    delta = _noise(*shape)
-    return {f"{name}.w_norm": delta}, delta
-
-
-KOHYA = _pair(".lora_down.weight", ".lora_up.weight", alpha=2.0)
-PEFT = _pair(".lora_A.weight", ".lora_B.weight")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """
-    Attributes:
-        model: key of the test's models.
-        form: of all layers, unless `forms` has another one by the file's name.
-        layers: name in the file -> the served model's layers, whose outputs the file's layer concatenates;
-            "swapped" after one: the halves of its outputs are exchanged.
-        biases: name in the file, with its ending -> layer with a changed bias.
-        config: PEFT's configuration next to the file.
-        scale: of the changes by that configuration.
-        header: metadata in the file.
-        extra: further tensors, which change nothing.
-    """
-
-    model: str
-    form: Form
-    layers: dict[str, tuple[str, ...]]
-    forms: dict[str, Form] = field(default_factory=dict[str, Form])
-    biases: dict[str, str] = field(default_factory=dict[str, str])
-    config: dict[str, Any] | None = None
-    scale: Callable[[str], float] = lambda name: 1.0
-    header: dict[str, str] | None = None
-    extra: State = field(default_factory=dict[str, Tensor])
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """Layer -> the changes of its weight and bias."""
-
-    weights: State
-    biases: State
-
-
-def write(layout: Layout, file: Path, pipeline: Any, seed: int = 0) -> Meaning:
-    """Write a random file."""
-    _generator.manual_seed(seed)
-    state, meaning = dict(layout.extra), Meaning({}, {})
-    for name, targets in layout.layers.items():
-        layers = [target for target in targets if target != "swapped"]
-        shapes = [_layer(pipeline, layer).weight.shape for layer in layers]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        tensors, delta = layout.forms.get(name, layout.form)(name, shape)
-        state |= tensors
-        if targets[-1] == "swapped":
-            delta = delta.roll(shape[0] // 2, 0)
-        parts = delta.split([shape[0] for shape in shapes])
-        for layer, part in zip(layers, parts, strict=True):
-            meaning.weights[layer] = part * layout.scale(layer)
-    for name, layer in layout.biases.items():
-        bias = state.get(name, _noise(_layer(pipeline, layer).weight.shape[0]))
-        state[name] = bias
-        meaning.biases[layer] = bias * layout.scale(layer)
-    save_file({key: value.contiguous() for key, value in state.items()}, file, layout.header)
-    if layout.config is not None:
-        (file.parent / "adapter_config.json").write_text(json.dumps(layout.config))
-    return meaning
-
-
-def merge(pipeline: Any, meaning: Meaning, weight: float) -> None:
-    """Add the changes to the pipeline's weights."""
-    for name, delta in meaning.weights.items():
-        parameter = _layer(pipeline, name).weight
-        parameter.data += weight * delta.reshape(parameter.shape)
-    for name, delta in meaning.biases.items():
-        layer = _layer(pipeline, name)
-        if layer.bias is None:
-            layer.bias = torch.nn.Parameter(torch.zeros(layer.weight.shape[0]))
-        layer.bias.data += weight * delta
-
-
-def _layer(pipeline: Any, name: str) -> Any:
-    component, _, path = name.partition(".")
-    return getattr(pipeline, component).get_submodule(path)
-
-
-def _named(prefix: str, names: dict[str, str], component: str) -> dict[str, tuple[str, ...]]:
-    return {f"{prefix}{name}": (f"{component}.{layer}",) for name, layer in names.items()}
+from tests.support.lora_forms import (
+    KOHYA,
+    PEFT,
+    Layout,
+    diff,
+    loha,
+    loha_tucker,
+    lokr,
+    norm,
+    pair,
+    peft_bias,
+    tucker,
+)
 
 
 def _block(name: str, layers: tuple[str, ...]) -> tuple[str, ...]:
@@ -210,7 +28,6 @@ def _block(name: str, layers: tuple[str, ...]) -> tuple[str, ...]:
 
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _CLIP = "text_model.encoder.layers.0."
-_POSITIONS = "text_model.embeddings.position_embedding"
 _KOHYA_CLIP = "text_model_encoder_layers_0_"
 # Layers of the original FLUX -> diffusers'.
 FLUX_LAYERS: dict[str, tuple[str, ...]] = {
@@ -375,7 +192,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "XLabs": Layout(
         "flux",
-        _pair(".down.weight", ".up.weight"),
+        pair(".down.weight", ".up.weight"),
         {
             "double_blocks.0.processor.qkv_lora1": FLUX_LAYERS["double_blocks.0.img_attn.qkv"],
             "double_blocks.0.processor.proj_lora2": FLUX_LAYERS["double_blocks.0.txt_attn.proj"],
@@ -396,7 +213,7 @@ LAYOUTS: dict[str, Layout] = {
         "flux",
         PEFT,
         _dotted("base_model.model.", _FLUX_SELF),
-        forms={"base_model.model.x_embedder": _pair(".lora_A.weight", ".lora_B.weight", rank=9)},
+        forms={"base_model.model.x_embedder": pair(".lora_A.weight", ".lora_B.weight", rank=9)},
         config={
             "peft_type": "LORA",
             "r": 4,
@@ -411,11 +228,11 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "PEFT with biases": Layout(
         "flux",
-        _peft_bias,
+        peft_bias,
         {"transformer.x_embedder": ("transformer.x_embedder",)},
         biases={"transformer.x_embedder.lora_B.bias": "transformer.x_embedder"},
     ),
-    "LyCORIS FLUX, LoKr": Layout("flux", _lokr("full", "product"), _flat("lycoris_", _FLUX_SELF)),
+    "LyCORIS FLUX, LoKr": Layout("flux", lokr("full", "product"), _flat("lycoris_", _FLUX_SELF)),
     "Kohya SDXL": Layout(
         "sdxl",
         KOHYA,
@@ -434,13 +251,13 @@ LAYOUTS: dict[str, Layout] = {
     "diffusers": Layout("sdxl", PEFT, _dotted("unet.", _IN_UNET)),
     "PEFT's default name": Layout(
         "sdxl",
-        _pair(".lora_A.default.weight", ".lora_B.default.weight"),
+        pair(".lora_A.default.weight", ".lora_B.default.weight"),
         _dotted("base_model.model.", _IN_UNET),
     ),
     "unet and original blocks": Layout("sdxl", PEFT, _dotted("unet.", _UNET_SELF)),
     "diffusers before PEFT": Layout(
         "sdxl",
-        _pair("_lora.down.weight", "_lora.up.weight"),
+        pair("_lora.down.weight", "_lora.up.weight"),
         {
             "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out": (
                 "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
@@ -450,17 +267,17 @@ LAYOUTS: dict[str, Layout] = {
             ),
         },
     ),
-    "LoHa": Layout("sdxl", _loha, {**_flat("lora_unet_", _IN_UNET), **_LINEAR}),
-    "LoHa with a core": Layout("sdxl", _loha_tucker, _CONVOLUTION),
-    "LoKr": Layout("sdxl", _lokr("full", "product"), {**_CONVOLUTION, **_LINEAR}),
-    "LoKr of two products": Layout("sdxl", _lokr("product", "product"), {**_CONVOLUTION, **_LINEAR}),
-    "LoKr of two full matrices": Layout("sdxl", _lokr("full", "full"), {**_CONVOLUTION, **_LINEAR}),
-    "LoKr with a core": Layout("sdxl", _lokr("full", "core"), _CONVOLUTION),
-    "LoCon with a core": Layout("sdxl", _tucker, _CONVOLUTION),
+    "LoHa": Layout("sdxl", loha, {**_flat("lora_unet_", _IN_UNET), **_LINEAR}),
+    "LoHa with a core": Layout("sdxl", loha_tucker, _CONVOLUTION),
+    "LoKr": Layout("sdxl", lokr("full", "product"), {**_CONVOLUTION, **_LINEAR}),
+    "LoKr of two products": Layout("sdxl", lokr("product", "product"), {**_CONVOLUTION, **_LINEAR}),
+    "LoKr of two full matrices": Layout("sdxl", lokr("full", "full"), {**_CONVOLUTION, **_LINEAR}),
+    "LoKr with a core": Layout("sdxl", lokr("full", "core"), _CONVOLUTION),
+    "LoCon with a core": Layout("sdxl", tucker, _CONVOLUTION),
     "LyCORIS full": Layout("sdxl", diff, {**_flat("lora_unet_", _IN_UNET), **_LINEAR}),
     "LyCORIS norms": Layout(
         "sdxl",
-        _norm,
+        norm,
         {
             "lora_unet_mid_block_resnets_0_norm1": ("unet.mid_block.resnets.0.norm1",),
             "lora_unet_input_blocks_1_0_out_layers_0": ("unet.down_blocks.0.resnets.0.norm2",),
