@@ -90,8 +90,10 @@ def read_embedding(path: Path, widths: Mapping[str, int], families: frozenset[st
     except Exception as error:  # an untrusted file may make the libraries that read it raise anything
         logger.warning("A textual inversion cannot be read.", exc_info=error)
         raise IncompatibleLoraError("is damaged") from None
-    if len(parts) == 1 and not _is_part(key := next(iter(parts))):  # diffusers' layout: the name in prompts
-        parts = {"emb_params": parts[key]}
+    if len(parts) == 1:
+        key, tensor = next(iter(parts.items()))
+        if not is_of_output(key) and key not in _ENCODERS:  # diffusers' layout: the name in prompts
+            parts = {"emb_params": tensor}
     return check_embedding(parts, widths)
 
 
@@ -132,9 +134,9 @@ def _check_vectors(key: str, tensor: Tensor, width: int) -> Tensor:
     return vectors.detach()
 
 
-def _is_part(key: str) -> bool:
-    """Whether a name is a tensor's; OneTrainer adds `_out` for embeddings of the encoder's output."""
-    return key.removesuffix("_out") in _ENCODERS
+def is_of_output(key: str) -> bool:
+    """Whether a tensor, of OneTrainer, replaces outputs of the text encoder and not token embeddings."""
+    return key.endswith("_out")
 
 
 def _read_pickle(path: Path) -> Parts:

@@ -22,7 +22,7 @@ from hypergen.lora.factors import Factors, IncompatibleLoraError, Parts, Scale, 
 from hypergen.lora.files import check_base_model, read_file, read_safetensors
 from hypergen.lora.layer_names import NORMS, LayerNames, Target
 from hypergen.lora.peft_config import PeftConfig, read_header, read_json
-from hypergen.lora.textual_inversion import Embeddings, check_embedding
+from hypergen.lora.textual_inversion import Embeddings, check_embedding, is_of_output
 from hypergen.model_store.lora_files import peft_config_file
 from hypergen.model_store.lora_layout import is_peft, parse_embedding, parse_name
 
@@ -183,7 +183,11 @@ def _by_layer(tensors: Parts) -> dict[str, Parts]:
 
 
 def _read_embeddings(tensors: Parts, widths: Mapping[str, int]) -> Embeddings:
-    """The bundled textual inversions; none, with a line in the log, if the model does not take any."""
+    """The bundled textual inversions.
+
+    Those that replace outputs of the text encoder, and all if the model takes none, are left out with a line
+    in the log.
+    """
     bundled: defaultdict[str, Parts] = defaultdict(dict)
     for key, tensor in tensors.items():
         if (found := parse_embedding(key)) is None:
@@ -192,11 +196,13 @@ def _read_embeddings(tensors: Parts, widths: Mapping[str, int]) -> Embeddings:
         if part in bundled[name]:
             raise _not_applied(key, "the embedding has another tensor for the same text encoder")
         bundled[name][part] = tensor
-    if bundled and not widths:
-        logger.warning("Left out the embeddings of a LoRA: %s.", ", ".join(sorted(bundled))[:200])
-        return {}
+    left_out = [name for name, parts in bundled.items() if not widths or any(map(is_of_output, parts))]
+    if left_out:
+        logger.warning("Left out the embeddings of a LoRA: %s.", ", ".join(left_out)[:200])
     embeddings: dict[str, Mapping[str, Tensor]] = {}
     for name, parts in bundled.items():
+        if name in left_out:
+            continue
         try:
             embeddings[name] = check_embedding(parts, widths)
         except IncompatibleLoraError as error:

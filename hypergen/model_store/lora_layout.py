@@ -27,8 +27,8 @@ _ENDINGS = {
 _NAME = re.compile(
     "(?P<layer>.+?)(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _ENDINGS.items()) + ")"
 )
-# Of A1111 and OneTrainer: textual inversions inside a LoRA file.
-_EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<part>string_to_param\.\*|[^.]+)")
+# Of A1111 and OneTrainer: textual inversions inside a LoRA file, and their parts.
+_EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+?)(?:\.(?P<part>string_to_param\.\*|[^.]+))?")
 _PEFT = "base_model.model."
 
 # Metadata that names the base model, and the starts of its values.
@@ -78,7 +78,7 @@ def parse_name(name: str) -> TensorName | None:
 def parse_embedding(name: str) -> tuple[str, str] | None:
     """Name and part, such as `clip_l`, of a textual inversion that is bundled in a LoRA file."""
     match = _EMBEDDING.fullmatch(name)
-    return None if match is None else (match["name"], match["part"].removesuffix(".*"))
+    return None if match is None else (match["name"], (match["part"] or "emb_params").removesuffix(".*"))
 
 
 def is_peft(name: str) -> bool:

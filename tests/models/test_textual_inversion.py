@@ -129,13 +129,20 @@ def test_a_weight_applies_to_all_vectors(sd_folder: Path, tmp_path: Path) -> Non
     assert changed.nonzero().flatten().tolist() == [2, 3, 4]
 
 
-def test_a_bundled_embedding_is_active_with_its_lora_alone(sd_folder: Path, tmp_path: Path) -> None:
+def test_a_bundled_embedding_is_active_with_its_lora_alone(
+    sd_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
     (tmp_path / "loras").mkdir()
     lora = save_lora(tmp_path / "loras" / "ink.safetensors", pipeline)
     single = tmp_path / "style.safetensors"
     save_file({"emb_params": _vectors(2, seed=5)}, single)
-    bundled = {"bundle_emb.style.string_to_param.*": _vectors(3), "bundle_emb.other.emb_params": _vectors(1)}
+    bundled = {
+        "bundle_emb.style.string_to_param.*": _vectors(3),
+        "bundle_emb.other.emb_params": _vectors(1),
+        "bundle_emb.plain": _vectors(1),
+        "bundle_emb.output.clip_l_out": _vectors(1),  # left out with a line in the log
+    }
     save_file({**load_file(lora), **bundled}, lora)
     family: Any = loading.load(
         sd_folder, make_settings(lora_dir=[str(lora.parent)], embedding={"style": str(single)})
@@ -150,6 +157,8 @@ def test_a_bundled_embedding_is_active_with_its_lora_alone(sd_folder: Path, tmp_
         alone.run(request)
         assert alone.data(request) == engine.data(request)
     loras = family.lora_manager.load((("ink", 1.0),))
+    assert loras[0][0].embeddings.keys() == {"style", "other", "plain"}
+    assert "Left out the embeddings of a LoRA: output." in caplog.text
     tokens = [family.encode_prompts(make_request(prompt="style"), own).tokens for own in ((), loras)]
     assert tokens == [2, 3]
 

@@ -65,7 +65,7 @@ class ClipEncoder:
         self._embeddings = embeddings
         self._component = component
 
-    def __call__(self, text: str, bundled: Sequence[Embeddings] = ()) -> EncodedPrompt:
+    def __call__(self, text: str, *, bundled: Sequence[Embeddings] = ()) -> EncodedPrompt:
         """
         Args:
             bundled: textual inversions in LoRA files, which win over the server's; the first ones first.

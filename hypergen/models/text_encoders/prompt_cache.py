@@ -61,7 +61,7 @@ class PromptCache:
             return encoded
         bundled = [lora.embeddings for lora, _ in loras if lora.embeddings]
         with lora_context(self._lora_manager, [loras]):
-            encoded = self._encode(text, bundled) if bundled else self._encode(text)
+            encoded = self._encode(text, bundled=bundled) if bundled else self._encode(text)
         with suppress(ValueError):  # larger than the cache
             self._entries[key] = encoded
         return encoded
