@@ -265,7 +265,7 @@ def _dora_change(
 def _magnitude_factor(layer: nn.Module, weights: LayerWeights, weight: float) -> Tensor:
     """DoRA's scale of each output of a layer, shape (out,), or of each input, shape (in,)."""
     assert weights.magnitude is not None
-    base: Any = layer.weight
+    base = _dense_weight(layer)
     merged = base.flatten(1) + weight * (weights.up @ weights.down.flatten(1))
     if weights.magnitude_of_inputs:
         return weights.magnitude / merged.unflatten(1, (base.shape[1], -1)).norm(dim=(0, 2))
@@ -274,9 +274,15 @@ def _magnitude_factor(layer: nn.Module, weights: LayerWeights, weight: float) ->
 
 def _own_product(layer: Any, x: Tensor) -> Tensor:
     """The layer's output without its bias."""
+    weight = _dense_weight(layer)
     if isinstance(layer, nn.Conv2d):
-        return functional.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation)
-    return functional.linear(x, layer.weight)
+        return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    return functional.linear(x, weight)
+
+
+def _dense_weight(layer: Any) -> Tensor:
+    """The weight; a CPU's engine may have reordered it, see hypergen/engine/reordered_weights.py."""
+    return layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
 
 
 def _of_channels(layer: nn.Module, values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hypergen.engine.reordered_weights import reorder_weights
 from hypergen.errors import InvalidRequestError
 from hypergen.lora.manager import LoraManager, lora_context
 from tests.support.lora_forms import KOHYA, Layout, State, diff, merge, write
@@ -64,8 +65,11 @@ def test_a_file_changes_each_layer_as_it_means(layout: Layout, tmp_path: Path) -
 @pytest.mark.parametrize(
     "layer", ["mid_block.attentions.0.transformer_blocks.0.ff.net.2", "mid_block.resnets.0.conv1", "conv_in"]
 )
+@pytest.mark.parametrize("reordered", [False, True])
 @torch.inference_mode()
-def test_a_dora_of_kohyas_scripts_scales_the_whole_weight(layer: str, axis: str, tmp_path: Path) -> None:
+def test_a_dora_of_kohyas_scripts_scales_the_whole_weight(
+    layer: str, axis: str, reordered: bool, tmp_path: Path
+) -> None:
     pipeline, merged = sdxl(), sdxl()
     file = tmp_path / "style.safetensors"
     name = f"lora_unet_{layer.replace('.', '_')}"
@@ -78,6 +82,9 @@ def test_a_dora_of_kohyas_scripts_scales_the_whole_weight(layer: str, axis: str,
     changed = weight + 0.7 * meaning.weights[f"unet.{layer}"]
     weight.copy_(changed * scale / _norm(changed, summed))
 
+    if reordered:  # as engines do on a CPU
+        reorder_weights(pipeline.unet)
+        run_sdxl(pipeline)
     lora_manager = LoraManager(pipeline, make_settings(lora=[f"style={file}"]))
     with lora_context(lora_manager, [lora_manager.load((("style", 0.7),))]):
         ours = run_sdxl(pipeline)[0]
