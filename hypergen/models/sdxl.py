@@ -64,7 +64,9 @@ class StableDiffusionXL(Family):
                 cached(pipeline.tokenizer, "text_encoder"),
                 cached(pipeline.tokenizer_2, "text_encoder_2"),
             )
-        self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings) if settings.refiner else None
+        self.refiner = None
+        if settings.refiner:
+            self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings, embeddings)
         if self.refiner is not None:
             self.denoiser = Experts(self.denoiser, self.refiner.unet)
 
@@ -84,7 +86,9 @@ class StableDiffusionXL(Family):
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
-        refiner = self.refiner.encode_prompts(request) if self.refiner and request.enable_refiner else None
+        refiner = None
+        if self.refiner is not None and request.enable_refiner:
+            refiner = self.refiner.encode_prompts(request, loras)
         positive = self._encode(request.prompt, request.prompt_2, loras)
         tokens = positive[0].tokens
         if request.guidance_scale <= 1:

@@ -57,6 +57,7 @@ def test_the_longest_name_and_the_first_source_count() -> None:
     of_encoder = {"text_encoder": first}
     embeddings = embeddings_of(
         "text_encoder",
+        4,
         [{"Style": of_encoder}, {"style": {"text_encoder": second}, "style-x": {"text_encoder": longer}}],
     )
     assert list(embeddings) == ["Style", "style-x"]

@@ -64,6 +64,7 @@ class ClipEncoder:
         self._penultimate = penultimate
         self._embeddings = embeddings
         self._component = component
+        self._width: int = text_encoder.get_input_embeddings().embedding_dim
 
     def __call__(self, text: str, *, bundled: Sequence[Embeddings] = ()) -> EncodedPrompt:
         """
@@ -75,7 +76,7 @@ class ClipEncoder:
             self._tokenizer,
             weighted.text,
             self._max_chunks,
-            embeddings_of(self._component, [*bundled, self._embeddings]),
+            embeddings_of(self._component, self._width, [*bundled, self._embeddings]),
         )
         outputs = [self._encode(chunk) for chunk in chunks]
         embeds = [self._token_embeds(output) for output in outputs]

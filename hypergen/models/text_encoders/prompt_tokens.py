@@ -82,15 +82,19 @@ def chunk_tokens(
     return kept, tokens
 
 
-def embeddings_of(component: str, sources: Sequence[Embeddings]) -> dict[str, Tensor]:
+def embeddings_of(component: str, width: int, sources: Sequence[Embeddings]) -> dict[str, Tensor]:
     """The textual inversions of a text encoder by their names; the first source with a name counts.
 
     Names are compared without case, as CLIP's tokenizer does.
+
+    Args:
+        width: of the token embeddings; a refiner with another text encoder does not use those of the model.
     """
     found: dict[str, tuple[str, Tensor]] = {}
     for source in sources:
         for name, vectors in source.items():
-            found.setdefault(name.casefold(), (name, vectors[component]))
+            if vectors[component].shape[1] == width:
+                found.setdefault(name.casefold(), (name, vectors[component]))
     return dict(found.values())
 
 
