@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -227,8 +227,14 @@ def _read_layer(
 def _add(content: dict[str, Any], target: Target, weights: LayerWeights | NormWeights) -> None:
     """Add a layer; a file may have it twice, by two names, if both are equal."""
     known = content.setdefault(target.name, weights)
-    if known is not weights and not all(map(torch.equal, known.tensors, weights.tensors)):
-        raise IncompatibleLoraError("has two different changes of the same layer")
+    for part in fields(weights):
+        one, other = getattr(known, part.name), getattr(weights, part.name)
+        if one is not other and not (_are_tensors(one, other) and torch.equal(one, other)):
+            raise IncompatibleLoraError("has two different changes of the same layer")
+
+
+def _are_tensors(*values: Any) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
 
 
 def _shape(targets: tuple[Target, ...]) -> tuple[int, ...]:

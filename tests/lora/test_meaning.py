@@ -127,6 +127,16 @@ _REFUSED: dict[str, tuple[State, dict[str, str], dict[str, Any], str]] = {
         {},
         "two different changes of the same layer: 'unet.conv_in'",
     ),
+    "two changes, one with a bias": (
+        {
+            "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3),
+            "lora_unet_conv_in.lora_up.weight": torch.ones(16, 2),
+            "lora_unet_conv_in.diff_b": torch.ones(16),
+        },
+        {},
+        {},
+        "two different changes of the same layer: 'unet.conv_in'",
+    ),
     "a norm with factors": (
         {
             "unet.conv_norm_out.lora_A.weight": torch.ones(1, 16),

@@ -96,7 +96,7 @@ def _lokr(name: str, layer: _Layer) -> dict[str, Tensor]:
 
 _ENDINGS: dict[str, Callable[[str, _Layer], dict[str, Tensor]]] = {
     "PEFT": _folded(".lora_A.weight", ".lora_B.weight"),
-    "PEFT, adapter": _folded(".lora_A.default.weight", ".lora_B.default.weight"),
+    "PEFT, default": _folded(".lora_A.default.weight", ".lora_B.default.weight"),
     "PEFT and alpha": _with_alpha(".lora_A.weight", ".lora_B.weight"),
     "Kohya": _with_alpha(".lora_down.weight", ".lora_up.weight"),
     "Kohya without alpha": _folded(".lora_down.weight", ".lora_up.weight"),

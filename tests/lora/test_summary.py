@@ -91,7 +91,7 @@ def test_metadata_and_bundled_embeddings_are_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"modelspec.trigger_phrase": "ink drawing, b&w,"}, ("ink drawing", "b&w")),
+        ({"modelspec.trigger_phrase": "ink lines, b&w,"}, ("ink lines", "b&w")),
         ({"modelspec.trigger_phrase": "x" * 500}, ("x" * 100,)),
         ({"modelspec.trigger_phrase": ",".join(map(str, range(50)))}, tuple(map(str, range(10)))),
         ({"ss_tag_frequency": "not JSON"}, ()),
