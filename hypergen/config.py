@@ -171,6 +171,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         description="ControlNet that requests may name: NAME=SOURCE; SOURCE is a folder or a hub id, which "
         "may end in @REVISION; HYPERGEN_CONTROLNET separates several by commas",
     )
+    embedding: NamedSources = Field(
+        default_factory=dict[str, str],
+        description="textual inversion that prompts use by its name: NAME=FILE; for Stable Diffusion and "
+        "SDXL; HYPERGEN_EMBEDDING separates several by commas",
+    )
     engine_stall_timeout_s: float = Field(
         300,
         gt=0,

@@ -155,8 +155,9 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
 
     The LoRAs of a hub model are listed if it is in the store; nothing is downloaded.
     """
+    from hypergen.lora.summary import summarise
     from hypergen.model_store import store
-    from hypergen.model_store.lora_files import open_registry, summarise
+    from hypergen.model_store.lora_files import open_registry
     from hypergen.resolve_models import entries_of, settings_of
 
     settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hypergen.lora.weights import LayerWeights, Lora
+from hypergen.lora.weights import LayerWeights, Lora, NormWeights
 
 # The LoRAs of one row with their weights, in the order in which they are summed.
 Loras = tuple[tuple[Lora, float], ...]
@@ -59,6 +59,10 @@ class LoraBatch:
         add_round = self._add_selected_rows if x.device.type == "cpu" else self._add_to_all_rows
         for entries in self._rounds:
             add_round(layer, name, entries, x, output)
+            for entry in entries:
+                if (norm := entry.lora.norms.get(name)) is not None:
+                    row = slice(entry.row, entry.row + 1)
+                    output[row] += entry.weight * _normalized(layer, norm, x[row])
 
     def _add_to_all_rows(
         self, layer: nn.Module, name: str, entries: list[_Entry], x: Tensor, output: Tensor
@@ -79,6 +83,8 @@ class LoraBatch:
             if without is not None:  # 0 times infinity would be NaN, of a row that does not have this LoRA
                 hidden.masked_fill_(without, 0)
             _add_projected_up(layer, weights, hidden, output)
+            if weights.bias is not None:
+                output += (scale * _of_channels(layer, weights.bias)).to(output.dtype)
 
     def _columns(self, own: list[_Entry], x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The LoRA's weight in each row, and where it is 0 because a row does not have the LoRA; cached."""
@@ -105,6 +111,8 @@ class LoraBatch:
                 self._add_row(layer, weights, entry, x, output)
             else:
                 by_rank.setdefault(weights.rank, []).append(entry)
+                if weights.bias is not None:
+                    output[entry.row] += entry.weight * _of_channels(layer, weights.bias)
         for batch in by_rank.values():
             self._add_batch(layer, name, batch, x, output)
 
@@ -137,16 +145,12 @@ class LoraBatch:
         self, layer: nn.Module, weights: LayerWeights, entry: _Entry, x: Tensor, output: Tensor
     ) -> None:
         row, result = x[entry.row : entry.row + 1].contiguous(), output[entry.row : entry.row + 1]
-        added = entry.weight * _row_product(layer, weights, row)
-        if weights.magnitude is not None:
-            # DoRA scales the layer's own output too, without its bias.
-            factor = _magnitude_factor(layer, weights, entry.weight)
-            bias = getattr(layer, "bias", None)
-            if isinstance(layer, nn.Conv2d):
-                factor = factor.view(-1, 1, 1)
-                bias = None if bias is None else bias.view(-1, 1, 1)
-            base = result if bias is None else result - bias
-            added = (factor - 1) * base + factor * added
+        if weights.magnitude is None:
+            added = entry.weight * _row_product(layer, weights, row)
+        else:
+            added = _dora_change(layer, weights, entry.weight, row, result)
+        if weights.bias is not None:
+            added = added + entry.weight * _of_channels(layer, weights.bias)
         result += added.to(result.dtype)
 
 
@@ -244,11 +248,53 @@ def _row_product(layer: nn.Module, weights: LayerWeights, row: Tensor) -> Tensor
     return functional.linear(hidden, weights.up)
 
 
+def _dora_change(
+    layer: nn.Module, weights: LayerWeights, weight: float, row: Tensor, result: Tensor
+) -> Tensor:
+    """What DoRA adds to the output `result` of one row, whose own weights it scales too, but not the bias."""
+    if weights.magnitude_of_inputs:
+        factor = _of_channels(layer, _magnitude_factor(layer, weights, weight))
+        added = weight * _row_product(layer, weights, factor * row)
+        return added + _own_product(layer, (factor - 1) * row)
+    factor = _of_channels(layer, _magnitude_factor(layer, weights, weight))
+    bias: Any = layer.bias
+    base = result if bias is None else result - _of_channels(layer, bias)
+    return (factor - 1) * base + factor * weight * _row_product(layer, weights, row)
+
+
 def _magnitude_factor(layer: nn.Module, weights: LayerWeights, weight: float) -> Tensor:
-    """DoRA's scale of each output of a layer, shape (out,)."""
+    """DoRA's scale of each output of a layer, shape (out,), or of each input, shape (in,)."""
     assert weights.magnitude is not None
-    base: Any = layer.weight
-    if base.is_mkldnn:  # see hypergen/engine/reordered_weights.py
-        base = base.to_dense()
+    base = _dense_weight(layer)
     merged = base.flatten(1) + weight * (weights.up @ weights.down.flatten(1))
+    if weights.magnitude_of_inputs:
+        return weights.magnitude / merged.unflatten(1, (base.shape[1], -1)).norm(dim=(0, 2))
     return weights.magnitude / merged.norm(dim=1)
+
+
+def _own_product(layer: Any, x: Tensor) -> Tensor:
+    """The layer's output without its bias."""
+    weight = _dense_weight(layer)
+    if isinstance(layer, nn.Conv2d):
+        return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    return functional.linear(x, weight)
+
+
+def _dense_weight(layer: Any) -> Tensor:
+    """The weight; a CPU's engine may have reordered it, see hypergen/engine/reordered_weights.py."""
+    return layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
+
+
+def _of_channels(layer: nn.Module, values: Tensor) -> Tensor:
+    """One value per channel, shaped to be broadcast over the layer's input or output."""
+    return values.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
+
+
+def _normalized(layer: nn.Module, norm: NormWeights, x: Tensor) -> Tensor:
+    """The output of a normalization layer with the weight and the bias of a LoRA."""
+    if isinstance(layer, nn.GroupNorm):
+        return functional.group_norm(x, layer.num_groups, norm.weight, norm.bias, layer.eps)
+    if isinstance(layer, nn.LayerNorm):
+        return functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, layer.eps)
+    assert isinstance(layer, nn.RMSNorm)
+    return functional.rms_norm(x, norm.weight.shape, norm.weight, layer.eps) + norm.bias
