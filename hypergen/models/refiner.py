@@ -18,7 +18,7 @@ from hypergen.errors import ModelError
 from hypergen.model_store.diffusers_layout import check_folder
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.loading import load_pipeline
-from hypergen.models.memory import apply_memory_settings
+from hypergen.models.memory import apply_memory_settings, direct_device
 from hypergen.models.text_encoders.clip import ClipEncoder
 from hypergen.models.text_encoders.prompt_cache import PromptCache, pad_with_empty_chunks
 from hypergen.request import GenerationRequest
@@ -41,8 +41,15 @@ class Refiner:
 
     def __init__(self, folder: Path, unet: Any, settings: EngineSettings) -> None:
         check_folder(folder)
-        pipeline = load_pipeline(StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, without=["vae"])
-        apply_memory_settings(pipeline, settings, device_of(unet), offloader_of(unet))
+        device = device_of(unet)
+        pipeline = load_pipeline(
+            StableDiffusionXLImg2ImgPipeline,
+            folder,
+            unet.dtype,
+            direct_device(settings, device),
+            without=["vae"],
+        )
+        apply_memory_settings(pipeline, settings, device, offloader_of(unet))
         self.unet: Any = pipeline.unet
         self.modules: tuple[nn.Module, ...] = (pipeline.unet, pipeline.text_encoder_2)
         if self.unet.config.cross_attention_dim == unet.config.cross_attention_dim:

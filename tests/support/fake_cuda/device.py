@@ -62,6 +62,7 @@ class FakeCuda:
     Attributes:
         launches, copies, waits: counted by kind and line, for example "equal @ hypergen/engine/engine.py:12".
             Waits after which the device has nothing to do.
+        copied_bytes: of the copies, by the same keys.
         cpu_operations: on CPU tensors, which cost the host time.
         fails: asked before each allocation of so many bytes; True raises an out-of-memory error.
         out_of_memory: what it raises.
@@ -73,6 +74,7 @@ class FakeCuda:
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.copied_bytes: Counter[str] = Counter()
         self.cpu_operations = 0
         self.launched = 0
         self.fails: Callable[[int], bool] = lambda _bytes: False
@@ -88,7 +90,7 @@ class FakeCuda:
 
     def reset(self) -> None:
         """Count anew."""
-        for counter in (self.launches, self.copies, self.waits):
+        for counter in (self.launches, self.copies, self.waits, self.copied_bytes):
             counter.clear()
         self.cpu_operations = 0
 
@@ -96,6 +98,10 @@ class FakeCuda:
         if what == "launches":
             self.launched += 1
         getattr(self, what)[f"{kind} @ {place()}"] += 1
+
+    def count_copy(self, kind: str, copied: Tensor) -> None:
+        self.count("copies", kind)
+        self.copied_bytes[f"{kind} @ {place()}"] += copied.nbytes
 
     def wait(self, kind: str, until: dict[FakeStream, int] | Counter[FakeStream]) -> None:
         """Let the host wait until these streams have come so far."""
@@ -247,7 +253,7 @@ class FakeCuda:
         return self._device_to_host(ours, data, target, non_blocking and is_pinned(target))
 
     def _host_to_device(self, source: Tensor, made: FakeTensor, non_blocking: bool) -> None:
-        self.count("copies", "host to device")
+        self.count_copy("host to device", source)
         stream = current_stream()
         self.written(made, stream)
         if non_blocking and is_pinned(source):
@@ -265,7 +271,7 @@ class FakeCuda:
         self.wait("copy to the device", Counter({**stream.seen, stream: stream.count}))
 
     def _device_to_host(self, source: FakeTensor, data: Tensor, target: Tensor, non_blocking: bool) -> Tensor:
-        self.count("copies", "device to host")
+        self.count_copy("device to host", data)
         stream = current_stream()
         stream.count += 1
         if not non_blocking:

@@ -73,6 +73,10 @@ class FakeTensor(Tensor):
         return FakeTensor(self.data_on_cpu.clone())
 
 
+def is_device(value: object) -> bool:
+    return isinstance(value, str | torch.device)
+
+
 def is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type in ("cuda", _BACKEND)
 
