@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergen.config import EngineSettings, Quantization
-from hypergen.denoising.offload import ModelOffloader
+from hypergen.denoising.offload import ModelOffloader, stays_on_device
 from hypergen.errors import ModelError
 
 # Pixels: decoding a tile takes little memory, and an image has few seams.
@@ -120,9 +120,10 @@ def _apply_tiling(pipeline: Any, settings: EngineSettings, device: torch.device)
     if device.type != "cuda":
         raise ModelError("--vae-tiling auto needs a CUDA device; use on or off.")
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    on_device = [vae] if settings.offload == "model" else networks
+    if settings.offload != "off":
+        networks = [network for network in networks if network is vae or stays_on_device(network)]
     total = torch.cuda.get_device_properties(device).total_memory
-    enable_vae_tiling(vae, memory=total - sum(map(_bytes, on_device)))
+    enable_vae_tiling(vae, memory=total - sum(map(_bytes, networks)))
 
 
 def max_untiled_pixels(vae: Any, memory: float) -> float:

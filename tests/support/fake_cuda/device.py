@@ -175,10 +175,13 @@ class FakeCuda:
         plain = unwrap(kwargs)
         if "device" in plain:
             plain["device"] = torch.device("cpu")
-        plain.pop("pin_memory", None)
+        pinned = plain.pop("pin_memory", False)
         if not on_device:
             self.cpu_operations += name not in _NO_LAUNCH and not func.is_view
-            return func(*args, **plain)
+            made = func(*args, **plain)
+            if pinned:
+                made.fake_pinned = True
+            return made
         stream = current_stream()
         for tensor in ours:
             self.check_order(tensor, stream, func)

@@ -82,7 +82,8 @@ def is_cuda(device: Any) -> bool:
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    return getattr(tensor, "fake_pinned", False)
+    """Whether a tensor or what it is a view of was pinned."""
+    return getattr(tensor, "fake_pinned", False) or (tensor._base is not None and is_pinned(tensor._base))
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
