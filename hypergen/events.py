@@ -78,7 +78,7 @@ class EngineStatus:
     determinism: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
     # Size -> the row counts that its batches are padded to. A size whose batches may have any is not in it.
     row_counts: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    forwards: int = 0  # forward passes since the start of the process of the process of the process
+    forwards: int = 0  # forward passes since the start of the process
     image_steps: int = 0  # images in those passes, in total
     restarts: int = 0
     models: tuple[str, ...] = ()  # ids of the models in memory

@@ -75,7 +75,7 @@ class PrestartedEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class ___AttachedProcess:
+class _AttachedProcess:
     """An `EngineProcess` that another process started, so its exit code is unknown."""
 
     returncode = None
@@ -95,14 +95,14 @@ class ___AttachedProcess:
             raise subprocess.TimeoutExpired("the engine", timeout or 0) from None
 
 
-def attach() -> tuple[___AttachedProcess, socket.socket] | None:
+def attach() -> tuple[_AttachedProcess, socket.socket] | None:
     """The launcher's prestarted engine and a connection to it, if there is one; at most once."""
     pid, _, path = os.environ.pop(VARIABLE, "").partition(":")
     if not path:
         return None
     connection = socket.socket(socket.AF_UNIX)
     try:
-        process = ___AttachedProcess(int(pid))
+        process = _AttachedProcess(int(pid))
         connection.connect(path)
     except (OSError, ValueError, psutil.Error):  # an earlier worker attached to it
         connection.close()
