@@ -26,6 +26,11 @@ class _Weight:
     places: list[_Place]
 
     @property
+    def is_quantized(self) -> bool:
+        """Quantized weights of torchao are several tensors, which it does not pin: they move one by one."""
+        return is_traceable_wrapper_subclass(self.tensor)
+
+    @property
     def packed_bytes(self) -> int:
         return -(-self.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
@@ -44,10 +49,13 @@ class _Chunk:
     weights: list[_Weight] = field(default_factory=list[_Weight])
     nbytes: int = 0
 
+    @property
+    def host_bytes(self) -> int:
+        return 1 << max(0, self.nbytes - 1).bit_length()
+
     def to_host(self, pin: bool) -> None:
         self.host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pin)
-        views = self._views(self.host)
-        for weight, view in zip(self.weights, views, strict=True):
+        for weight, view in zip(self.weights, self._views(self.host), strict=True):
             weight.put(view.copy_(weight.tensor, non_blocking=pin))
 
     def put(self, memory: Tensor) -> None:
@@ -63,36 +71,33 @@ class HostWeights:
     """Moves the weights of networks to main memory, then to the device and back as often as needed.
 
     The weights of a served model never change, so only the first move copies from the device: later ones drop
-    the device's copy. Main memory is pinned for CUDA, and copies from it are queued on the current stream.
+    the device's copy. Copies from pinned memory are queued on the current stream, without a wait.
 
     Args:
         device: where the networks run.
+        pin: pin the memory, for CUDA.
+
+    Attributes:
+        nbytes: of main memory.
 
     Raises:
-        RuntimeError: there is no memory. The networks are unusable then.
+        RuntimeError: there is no memory. Some networks may be in main memory then, and some on the device.
     """
 
-    def __init__(self, networks: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(self, networks: Iterable[nn.Module], device: torch.device, *, pin: bool) -> None:
         self._device = device
         weights = _weights_of(networks)
-        # Quantized weights of torchao are several tensors, which it does not pin: they move one by one.
-        packable = [weight for weight in weights if not is_traceable_wrapper_subclass(weight.tensor)]
-        self._others = [weight for weight in weights if is_traceable_wrapper_subclass(weight.tensor)]
-        self._chunks = _pack(packable)
+        self.nbytes = _host_bytes(weights)
+        self._chunks = _pack(weight for weight in weights if not weight.is_quantized)
+        self._quantized = [weight for weight in weights if weight.is_quantized]
         with torch.inference_mode(False), torch.no_grad():
             for chunk in self._chunks:
-                chunk.to_host(pin=device.type == "cuda")
-            for weight in self._others:
+                chunk.to_host(pin)
+            for weight in self._quantized:
                 weight.put(weight.tensor.to("cpu"))
-        self._others_on_host = [weight.tensor for weight in self._others]
-        if device.type == "cuda":
+        self._quantized_on_host = [weight.tensor for weight in self._quantized]
+        if pin:
             torch.cuda.current_stream().synchronize()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of main memory."""
-        others = sum(tensor.nbytes for tensor in self._others_on_host)
-        return others + sum(chunk.nbytes for chunk in self._chunks)
 
     def load(self) -> None:
         """Copy the weights to the device.
@@ -103,19 +108,30 @@ class HostWeights:
         # Quantized weights cannot be moved in inference mode, in which the engine runs.
         with torch.inference_mode(False), torch.no_grad():
             chunks = [chunk.host.to(self._device, non_blocking=True) for chunk in self._chunks]
-            others = [tensor.to(self._device) for tensor in self._others_on_host]
-            self._put(chunks, others)
+            quantized = [tensor.to(self._device) for tensor in self._quantized_on_host]
+            self._put(chunks, quantized)
 
     def unload(self) -> None:
         """Drop the device's copy."""
         with torch.inference_mode(False), torch.no_grad():
-            self._put([chunk.host for chunk in self._chunks], self._others_on_host)
+            self._put([chunk.host for chunk in self._chunks], self._quantized_on_host)
 
-    def _put(self, chunks: list[Tensor], others: list[Tensor]) -> None:
+    def _put(self, chunks: list[Tensor], quantized: list[Tensor]) -> None:
         for chunk, memory in zip(self._chunks, chunks, strict=True):
             chunk.put(memory)
-        for weight, tensor in zip(self._others, others, strict=True):
+        for weight, tensor in zip(self._quantized, quantized, strict=True):
             weight.put(tensor)
+
+
+def host_bytes(networks: Iterable[nn.Module]) -> int:
+    """Main memory that the `HostWeights` of these networks take."""
+    return _host_bytes(_weights_of(networks))
+
+
+def _host_bytes(weights: list[_Weight]) -> int:
+    chunks = _pack(weight for weight in weights if not weight.is_quantized)
+    quantized = sum(weight.tensor.nbytes for weight in weights if weight.is_quantized)
+    return quantized + sum(chunk.host_bytes for chunk in chunks)
 
 
 def _weights_of(networks: Iterable[nn.Module]) -> list[_Weight]:

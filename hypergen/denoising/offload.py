@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 
 from hypergen.denoising.host_weights import HostWeights
 
+logger = logging.getLogger(__name__)
+
 # Smaller networks stay on the device: CLIP's text encoders and VAEs, which run between any two steps.
 _MIN_OFFLOADED_BYTES = 1e9
 
 
 class ModelOffloader:
-    """Keeps one large network at a time on a device and the others in main memory.
+    """Keeps one large network at a time on a device, and the weights of all in main memory.
 
     accelerate's own hooks expect one fixed order of networks and an end after which all are offloaded; here a
     new request's prompt may be encoded between any two steps.
@@ -42,7 +45,7 @@ class ModelOffloader:
             self._loaded = None
         # Not in `register`: until its first use a network may get another dtype or memory format.
         if network not in self._weights:
-            self._weights[network] = HostWeights([network], self.device)
+            self._weights[network] = _host_weights(network, self.device)
         self._weights[network].load()
         self._loaded = network
 
@@ -57,6 +60,15 @@ class OffloadHook(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.offloader.load(module)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
+
+
+def _host_weights(network: nn.Module, device: torch.device) -> HostWeights:
+    try:
+        return HostWeights([network], device, pin=device.type == "cuda")
+    except RuntimeError as error:
+        name = type(network).__name__
+        logger.warning("%s is offloaded without pinned memory, which is slower: %s", name, error)
+    return HostWeights([network], device, pin=False)
 
 
 def stays_on_device(network: nn.Module) -> bool:

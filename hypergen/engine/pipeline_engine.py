@@ -49,6 +49,7 @@ class PipelineEngine:
         between_steps: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
+        self._device = model.device  # where it runs, also while its weights are elsewhere
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = time.monotonic()
@@ -79,7 +80,7 @@ class PipelineEngine:
     def status(self) -> EngineStatus:
         return EngineStatus(
             state="ready",
-            device=self.model.device.type,
+            device=self._device.type,
             forwards=self._steps,
             image_steps=self._steps,
         )
@@ -110,6 +111,9 @@ class PipelineEngine:
             return math.inf
         self._run_request(self._waiting.popleft())
         return 0.0
+
+    def free_memory(self) -> None:
+        """Does nothing: a pipeline keeps only its weights."""
 
     def close(self) -> None:
         """Does nothing; for the same interface as `Engine`."""

@@ -66,16 +66,16 @@ class Refiner:
             penultimate=True,
         )
         with torch.inference_mode():
-            self._prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 3)
+            self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 3)
 
     def encode_prompts(self, request: GenerationRequest) -> PromptEmbeds:
-        positive = self._prompts.get(request.prompt)
+        positive = self.prompts.get(request.prompt)
         embeds = positive.embeds
         if request.guidance_scale <= 1:
             return PromptEmbeds(ModelInputs(embeds, positive.pooled), None, positive.tokens)
-        negative_prompt = self._prompts.get(request.negative_prompt or "")
+        negative_prompt = self.prompts.get(request.negative_prompt or "")
         length = max(embeds.shape[1], negative_prompt.embeds.shape[1])
-        empty = self._prompts.get("").embeds
+        empty = self.prompts.get("").embeds
         padded = pad_with_empty_chunks(negative_prompt.embeds, length, empty)
         negative = ModelInputs(padded, negative_prompt.pooled)
         if self._force_zeros and not request.negative_prompt:

@@ -54,7 +54,9 @@ class StableDiffusionXL(Family):
                 cached(pipeline.tokenizer_2, pipeline.text_encoder_2),
             )
         self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings) if settings.refiner else None
+        self.prompt_caches = self.encoders
         if self.refiner is not None:
+            self.prompt_caches = (*self.encoders, self.refiner.prompts)
             self.denoiser = Experts(self.denoiser, self.refiner.unet)
 
     @property

@@ -45,6 +45,7 @@ def test_weights_go_straight_to_the_device(tmp_path: Path, family: str, dtype: s
         for ours, theirs in zip(direct.modules, on_cpu.modules, strict=True):
             _assert_equal(ours, theirs)
             assert not ours.training
+            assert not hasattr(ours, "_hf_hook")  # which would copy inputs in each forward pass
 
 
 def test_shards_are_loaded_in_parallel_with_the_same_bits(

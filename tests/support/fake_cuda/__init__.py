@@ -159,6 +159,7 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "graph_pool_handle": lambda: (0, 0),
         },
         torch: {"tensor": _tensor},
+        torch.accelerator: {"empty_host_cache": lambda: None},
         Tensor: {"to": _to},
         # diffusers looks for devices when it is imported.
         pipeline_utils: {"SUPPORTED_DEVICE_MAP": ["balanced", "cuda", "cpu"]},

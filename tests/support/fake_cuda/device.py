@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.support.fake_cuda.active import place
@@ -21,6 +22,7 @@ from tests.support.fake_cuda.tensors import (
     fill_with_garbage,
     is_cuda,
     is_pinned,
+    pin,
     tensors_in,
     unwrap,
 )
@@ -64,7 +66,8 @@ class FakeCuda:
             Waits after which the device has nothing to do.
         copied_bytes: of the copies, by the same keys.
         cpu_operations: on CPU tensors, which cost the host time.
-        fails: asked before each allocation of so many bytes; True raises an out-of-memory error.
+        fails, pinning_fails: asked before each allocation of so many bytes, on the device and of pinned
+            memory; True raises an out-of-memory error.
         out_of_memory: what it raises.
         total_memory: of the device, in bytes.
     """
@@ -78,6 +81,7 @@ class FakeCuda:
         self.cpu_operations = 0
         self.launched = 0
         self.fails: Callable[[int], bool] = lambda _bytes: False
+        self.pinning_fails: Callable[[int], bool] = lambda _bytes: False
         self.out_of_memory: Callable[[], Exception] = lambda: torch.OutOfMemoryError(
             "CUDA out of memory. (fake)"
         )
@@ -86,6 +90,7 @@ class FakeCuda:
         self.default_stream = FakeStream()
         self.streams: set[FakeStream] = set()
         self._copies: list[_Copy] = []
+        self._pinned: list[weakref.ref[UntypedStorage]] = []
         self._lock = threading.RLock()
 
     def reset(self) -> None:
@@ -93,6 +98,11 @@ class FakeCuda:
         for counter in (self.launches, self.copies, self.waits, self.copied_bytes):
             counter.clear()
         self.cpu_operations = 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the pinned memory in use that `torch.empty` allocated."""
+        return sum(memory.nbytes() for reference in self._pinned if (memory := reference()) is not None)
 
     def count(self, what: str, kind: str) -> None:
         if what == "launches":
@@ -155,7 +165,7 @@ class FakeCuda:
             return self._to_copy(args[0], dict(kwargs))
         if func is aten._pin_memory.default:
             pinned = args[0].clone()
-            pinned.fake_pinned = True
+            pin(pinned)
             return pinned
         if func is aten.copy_.default and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor):
             return self._copy_across(*args, **kwargs)
@@ -178,10 +188,7 @@ class FakeCuda:
         pinned = plain.pop("pin_memory", False)
         if not on_device:
             self.cpu_operations += name not in _NO_LAUNCH and not func.is_view
-            made = func(*args, **plain)
-            if pinned:
-                made.fake_pinned = True
-            return made
+            return self._make_pinned(func, args, plain) if pinned else func(*args, **plain)
         stream = current_stream()
         for tensor in ours:
             self.check_order(tensor, stream, func)
@@ -194,6 +201,13 @@ class FakeCuda:
         if self.capturing is not None:
             self.capturing.calls.append((func, args, plain, wrapped))
         return wrapped
+
+    def _make_pinned(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        made = func(*args, **kwargs)
+        if self.pinning_fails(made.nbytes):
+            raise torch.AcceleratorError("CUDA error: out of memory (fake)")
+        self._pinned.append(weakref.ref(pin(made)))
+        return made
 
     def _wrap(self, value: Any, inputs: Sequence[FakeTensor], stream: FakeStream, func: Any) -> Any:
         if not isinstance(value, Tensor) or isinstance(value, FakeTensor):

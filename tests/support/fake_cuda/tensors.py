@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -81,9 +81,15 @@ def is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type in ("cuda", _BACKEND)
 
 
+def pin(tensor: Tensor) -> UntypedStorage:
+    """Mark the memory of a tensor, and so of all its views, as pinned."""
+    memory = tensor.untyped_storage()
+    memory.fake_pinned = True  # pyright: ignore[reportAttributeAccessIssue]  torch keeps attributes of storages
+    return memory
+
+
 def is_pinned(tensor: Tensor) -> bool:
-    """Whether a tensor or what it is a view of was pinned."""
-    return getattr(tensor, "fake_pinned", False) or (tensor._base is not None and is_pinned(tensor._base))
+    return getattr(tensor.untyped_storage(), "fake_pinned", False)
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
