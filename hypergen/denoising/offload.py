@@ -66,8 +66,10 @@ def _host_weights(network: nn.Module, device: torch.device) -> HostWeights:
     try:
         return HostWeights([network], device, pin=device.type == "cuda")
     except RuntimeError as error:
-        name = type(network).__name__
-        logger.warning("%s is offloaded without pinned memory, which is slower: %s", name, error)
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "%s is offloaded without pinned memory, which is slower: %s", type(network).__name__, reason
+        )
     return HostWeights([network], device, pin=False)
 
 

@@ -283,7 +283,8 @@ class ModelManager:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("No main memory for the weights of %s: %s", slot.model.id, error)
+            reason = str(error).partition("\n")[0]
+            logger.warning("No main memory for the weights of %s: %s", slot.model.id, reason)
             return False
         logger.info("Evicted %s to main memory.", slot.model.id)
         return True
