@@ -54,7 +54,6 @@ class Loader:
         """
         started = time.monotonic()
         loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
-        size_bytes = loading.weight_bytes(loaded)
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()
         if isinstance(loaded, DiffusersPipeline):
@@ -78,6 +77,8 @@ class Loader:
             loaded.device.type == "cuda" and model.settings.offload == model.settings.compile == "off"
         )
         movable = loaded.modules if is_movable else ()
+        # After the warm-up: it reorders weights on a CPU.
+        size_bytes = loading.weight_bytes(loaded)
         return LoadedModel(engine, loaded.model_info(model.id), size_bytes, movable)
 
     def _buckets(self, model: ServedModel, family: Family) -> BucketStore | None:
