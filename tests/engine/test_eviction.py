@@ -1,4 +1,4 @@
-"""Models that take turns on a GPU: evicted to pinned main memory, and back from it as they were."""
+"""Several models on a GPU: evicted to pinned main memory, and back from it as they were."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_pinned_memory_is_bounded_and_models_without_room_are_loaded_from_their_
     assert limited.manager.status().image_steps == reference.status.image_steps
 
 
-def test_a_model_that_takes_a_turn_keeps_its_pinned_memory(folders: list[Path], device: FakeCuda) -> None:
+def test_the_model_that_is_loaded_next_keeps_its_pinned_memory(folders: list[Path], device: FakeCuda) -> None:
     """With room for one, the model that is loaded next is not dropped for the one that leaves."""
     limited = InlineManager(_models(folders[:2]), 1.5, host_limit_bytes=_host_bytes(folders[0]))
     shutil.rmtree(folders[1])  # evicted first, so it is in main memory
