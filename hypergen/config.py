@@ -262,6 +262,14 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="seconds for which a connection stays open between two requests; longer than a proxy in "
         "front keeps it, mostly 60, else the proxy sends requests into closed connections",
     )
+    strict: bool = Field(
+        False,
+        description="refuse requests with unknown fields; otherwise the header x-hypergen-ignored names them",
+    )
+    unknown_model: Literal["error", "first"] = Field(
+        "error",
+        description="with several models, what a request gets that names none of them: 404, or the first",
+    )
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",

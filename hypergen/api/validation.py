@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from urllib.parse import quote
 
 from pydantic import (
     AfterValidator,
@@ -34,11 +35,18 @@ InputFile = StrictStr | StrictBytes
 # An integer is a number here, but `true` and "7" are not.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LoraWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)]
+# Ignored fields in a response header.
+_MAX_NAMES, _MAX_NAME = 20, 40
 # -1 is a random seed in other programs.
 Seed = Annotated[
     Annotated[StrictInt, Field(ge=-1, le=MAX_SEED)] | None,
     AfterValidator(lambda seed: None if seed == -1 else seed),
 ]
+
+
+def to_header(text: str) -> str:
+    """The value of a header, percent-encoded where a header cannot have it."""
+    return quote(text, safe="/:@ ()[]+=!~*'")
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,25 @@ class ValidatedRequest:
     stream: bool = False
     # Field of `GenerationRequest` -> the dialect's name for it, for errors of the engine.
     client_fields: dict[str, str] = field(default_factory=dict[str, str])
+    ignored_fields: tuple[str, ...] = ()  # as in a header
 
     def reject_stream(self) -> None:
         """For routes without streaming."""
         if self.stream:
             raise InvalidRequestError("'stream' is not supported by this route.", param="stream")
 
-    def with_api_key(self, api_key: ApiKey) -> Self:
-        """For the limits of the key, and for its share of the queue and the engine."""
-        return replace(self, generation=replace(self.generation, api_key=api_key))
+    @property
+    def response_headers(self) -> dict[str, str]:
+        """The model that answers, the fields that had no effect, and the headers of the dialect."""
+        headers = {"x-hypergen-model": to_header(self.generation.model or "")}
+        if self.ignored_fields:
+            headers["x-hypergen-ignored"] = ", ".join(self.ignored_fields)
+        return headers | self.headers
+
+    def of_request(self, api_key: ApiKey, unknown_fields: Sequence[str]) -> Self:
+        """With the key that the request was sent with, and the fields of its body that are not ours."""
+        ignored = tuple(to_header(name[:_MAX_NAME]) for name in unknown_fields[:_MAX_NAMES])
+        return replace(self, generation=replace(self.generation, api_key=api_key), ignored_fields=ignored)
 
     def without_input_images(self) -> Self:
         """Without input images, which may be large and are not needed for the response."""

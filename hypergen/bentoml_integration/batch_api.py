@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api.dialects.endpoints import GENERATIONS, IMAGE_FIELDS
 from hypergen.api.errors import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, error_body, status_of
-from hypergen.api.image_requests import generate_images, parse_request, require_model
+from hypergen.api.image_requests import choose_model, generate_images, parse_request
 from hypergen.api.request_body import MAX_ITEMS, JsonBounds
 from hypergen.api.responses import write
 from hypergen.api.schemas import BatchImage, BatchResult, ErrorDetail
@@ -139,7 +139,7 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
     item_id = f"item_{uuid.uuid4().hex}"
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
-        model_info = require_model(generator, body.get(GENERATIONS.model_field))
+        model_info = choose_model(generator, body, GENERATIONS, settings)
         validated = await parse_request(
             GENERATIONS,
             body,

@@ -63,7 +63,7 @@ class ImageGenerationRequest(ModelFields):
 
     model_name: StrictStr = Field(
         min_length=1,
-        description="id or alias of a served model; any other name selects the first model",
+        description="id or alias of a served model; a single model answers to every name",
         examples=["SDXL1.0-base"],
     )
     prompt: StrictStr = Field(
@@ -253,6 +253,7 @@ HYPERBOLIC = Endpoint(
     model_field="model_name",
     image_fields=frozenset({"image", "controlnet_image"}),
     claims=lambda body, is_form: not is_form and "model_name" in body,
+    body=ImageGenerationRequest,
     to_request=to_request,
     to_response=to_response,
     # As in Hyperbolic's OpenAPI file v1.

@@ -56,7 +56,7 @@ class ImagesBody(ModelFields):
     )
     model: StrictStr | None = Field(
         None,
-        description="id or alias of a served model; any other name selects the first model",
+        description="id or alias of a served model; a single model answers to every name",
     )
     n: StrictInt = Field(1, ge=1, le=10, description="number of images")
     size: StrictStr | None = Field(
@@ -237,6 +237,7 @@ GENERATIONS = Endpoint(
     model_field="model",
     image_fields=frozenset({"control_image"}),
     claims=lambda body, is_form: not is_form,
+    body=ImagesBody,
     to_request=to_request,
     to_response=to_response,
     to_sse_event=partial(to_sse_event, "image_generation"),
