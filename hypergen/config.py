@@ -84,6 +84,14 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         description="memory for the weights of all loaded models, in GB; beyond it, the least recently used "
         "model is evicted. Absent: 80 % of a GPU's memory, no limit on other devices",
     )
+    host_memory_gb: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="pinned main memory for the weights of evicted models, in GB, from which a GPU gets them "
+        "back in one copy; models without room are loaded from their files again. For each GPU; absent: half "
+        "of the memory that is free when the server starts, divided by the GPUs; ignored on other devices",
+    )
     max_batch_size: int = Field(8, ge=1, le=256, description="images per batch")
     determinism: Determinism = Field(
         "strict",
@@ -132,8 +140,8 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     offload: Offload = Field(
         "off",
-        description="model: keep text encoders, denoiser and VAE in main memory, and only the running one on "
-        "the accelerator; for models that do not fit otherwise; slower, and without LoRAs",
+        description="model: keep networks above 1 GB in main memory, and only the running one of them on the "
+        "GPU; for models that do not fit otherwise; slower, and without LoRAs",
     )
     quantization: Quantization = Field(
         "off",

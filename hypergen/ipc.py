@@ -24,10 +24,17 @@ _LENGTH = struct.Struct(">Q")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Pool to engine, the first message: the models to load, and where to keep what outlives the process."""
+    """Pool to engine, the first message.
+
+    Attributes:
+        models: to load.
+        state_folder: where to keep what outlives the process.
+        engines: number of engines, which share the main memory.
+    """
 
     models: tuple[ServedModel, ...]
     state_folder: Path | None = None
+    engines: int = 1
 
 
 @dataclass(frozen=True, slots=True)

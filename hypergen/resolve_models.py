@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.config import EngineSettings, Settings
+from hypergen.engine_client.accelerators import has_gpu
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_families import servable
 from hypergen.model_store import store
@@ -41,13 +42,13 @@ def find_models(
         stored = store.get_or_import(
             entry.source,
             revision=entry.revision,
-            dtype=engine.dtype,
+            prefer_fp16=prefers_fp16(engine),
             single_file_config=entry.single_file_config,
             pipelines=servable(),
             report_progress=report_progress,
         )
         refiner = store.get_or_import_refiner(
-            entry.refiner or engine.refiner, dtype=engine.dtype, report_progress=report_progress
+            entry.refiner or engine.refiner, prefer_fp16=prefers_fp16(engine), report_progress=report_progress
         )
         if refiner:  # engines use folders, not the store
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
@@ -64,6 +65,11 @@ def find_models(
         )
     _refuse_equal_names(models)
     return _with_store_names(models)
+
+
+def prefers_fp16(engine: EngineSettings) -> bool:
+    """Whether fp16 files are enough, because the model runs in 16 bits: by its dtype, else on every GPU."""
+    return has_gpu(engine.device) if engine.dtype is None else engine.dtype != "float32"
 
 
 def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:

@@ -32,6 +32,12 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_sd(tmp_path_factory.mktemp("models") / "small-sd")
 
 
+@pytest.fixture
+def offload_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--offload model` offloads networks of any size."""
+    monkeypatch.setattr("hypergen.denoising.offload._MIN_OFFLOADED_BYTES", 0)
+
+
 @pytest.fixture(scope="session")
 def v_prediction_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Stable Diffusion 2.x with random weights, predicting velocity."""

@@ -22,6 +22,7 @@ import click
 from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
 from hypergen.cli.setting_options import setting_options
+from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.load_settings import environment_of, load_settings
 
@@ -184,11 +185,13 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
 @main.command("import")
 @click.argument("source", required=False)
 @setting_options("revision", "dtype", "single_file_config")
-def import_(source: str | None, **flags: Any) -> None:
+def import_(source: str | None, dtype: Any, **flags: Any) -> None:
     """Import SOURCE into the model store: a hub id, a folder or a file; by default the embedded model."""
     from hypergen.model_store import store
+    from hypergen.resolve_models import prefers_fp16
 
-    stored = store.import_model(source, **flags, report_progress=_print)
+    prefer_fp16 = prefers_fp16(EngineSettings.model_validate({"dtype": dtype}))
+    stored = store.import_model(source, prefer_fp16=prefer_fp16, **flags, report_progress=_print)
     click.echo(stored.tag)
 
 

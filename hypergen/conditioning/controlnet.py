@@ -55,11 +55,16 @@ def load(sources: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dt
         ModelError: one cannot be loaded, or is for another UNet.
     """
     controlnets: dict[str, Any] = {}
+    device = device_of(unet)
     for name, source in sources.items():
         try:
             folder, revision = (source, None) if os.path.isdir(source) else split_revision(source)
             network: Any = ControlNetModel.from_pretrained(
-                folder, revision=revision, torch_dtype=dtype, use_safetensors=True
+                folder,
+                revision=revision,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                device_map=device if device.type == "cuda" else None,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             logger.exception("Loading the ControlNet %s failed.", name)
@@ -72,7 +77,7 @@ def load(sources: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dt
                 raise ModelError(f"ControlNet '{name}' is for another model: its {key} is {its}, not {ours}.")
         if network.config.global_pool_conditions:
             raise ModelError(f"ControlNet '{name}' has global_pool_conditions, which is not supported.")
-        controlnets[name] = network.to(device_of(unet)).eval()
+        controlnets[name] = network.to(device).eval()
     return controlnets
 
 

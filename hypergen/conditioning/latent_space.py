@@ -77,6 +77,10 @@ class LatentSpace:
         shift = self._vae.config.get("shift_factor") or 0.0
         return self._vae.config.scaling_factor * (sample - shift)
 
+    def clear(self) -> None:
+        """Forget the encoded images."""
+        self._distributions.clear()
+
     def _distribution(self, image: Tensor) -> Any:
         dtype = self._vae.dtype
         if self._upcast and dtype != torch.float32:

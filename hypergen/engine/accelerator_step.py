@@ -61,6 +61,12 @@ class AcceleratorStep:
         self._schedulers: dict[_SchedulerKey, Any] = {}
         self._steps = lru_cache(_MAX_TABLES)(self._find_steps)
 
+    def free_memory(self) -> None:
+        """Drop the inputs of the last batch, and the graphs, which read the weights where they are now."""
+        self._stacked = None
+        if self._graphs is not None:
+            self._graphs = ForwardGraphs(self._family)
+
     def close(self) -> None:
         self._noise_thread.shutdown()
 

@@ -54,6 +54,11 @@ class BatchRunner:
             graphs = family.device.type == "cuda" and settings.cuda_graphs and settings.offload == "off"
             self._accelerator = AcceleratorStep(family, graphs=graphs)
 
+    def free_memory(self) -> None:
+        """See `Engine.free_memory`."""
+        if self._accelerator is not None:
+            self._accelerator.free_memory()
+
     def close(self) -> None:
         if self._accelerator is not None:
             self._accelerator.close()

@@ -91,6 +91,7 @@ class Engine:
         if compiled is None and family.device.type == "cpu":  # compiled code shares the original weights
             use_reordered_weights(family)
         self.family = family
+        self._device = family.device  # where it runs, also while its weights are elsewhere
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = clock()
@@ -142,7 +143,7 @@ class Engine:
     def status(self) -> EngineStatus:
         return EngineStatus(
             state="ready",
-            device=self.family.device.type,
+            device=self._device.type,
             determinism=self.shape_profiles.verdicts(),
             row_counts=self.shape_profiles.row_counts(),
             forwards=self._runner.forwards,
@@ -173,6 +174,15 @@ class Engine:
         self._runner.forwards = self._runner.image_steps = 0
         if self.family.device.type != "cpu":  # on a CPU nothing overlaps, so the first preview may do it
             self._previewer.prepare()
+
+    def free_memory(self) -> None:
+        """Free what is on the device but the weights, which may be moved then; only without requests.
+
+        Later steps make all of it again.
+        """
+        self.shape_profiles.pause_probes()
+        self._runner.free_memory()
+        self.family.free_memory()
 
     def close(self) -> None:
         """Wait until all images are encoded. No step may follow."""

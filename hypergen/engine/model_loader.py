@@ -14,7 +14,7 @@ import torch
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.engine import Engine
 from hypergen.engine.loading_progress import log_progress
-from hypergen.engine.model_manager import LoadedModel
+from hypergen.engine.model_slot import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
 from hypergen.errors import HyperGenError, ModelError
@@ -96,8 +96,14 @@ class Loader:
                 f"The warm-up with --attention {model.settings.attention} failed: {reason[:300]}"
             ) from None
         self.seconds["warm-up"] += time.monotonic() - started
+        # Offloaded networks are in main memory already; compiled code may have its own references to weights.
+        is_movable = (
+            loaded.device.type == "cuda" and model.settings.offload == model.settings.compile == "off"
+        )
+        movable = loaded.modules if is_movable else ()
         # After the warm-up: it reorders weights on a CPU.
-        return LoadedModel(engine, loaded.model_info(model.id), loading.weight_bytes(loaded))
+        size_bytes = loading.weight_bytes(loaded)
+        return LoadedModel(engine, loaded.model_info(model.id), size_bytes, movable)
 
     def _buckets(self, model: ServedModel, family: Family) -> BucketStore | None:
         """The row counts chosen in earlier runs, on an accelerator or for compiled shapes."""

@@ -2,8 +2,11 @@
 
 One thread owns all models. Models with requests run round-robin, one step each. If the weights of all models
 do not fit in memory, a request for an evicted model waits until enough other models have no requests. These
-are evicted, the least recently used first, and the model is loaded from its files again. Later requests wait
-behind it, for any model, so that no request waits forever.
+are evicted, the least recently used first, and the model is loaded again. Later requests wait behind it, for
+any model, so that no request waits forever.
+
+On a GPU an evicted model moves to pinned main memory, if there is room. Then it comes back in one copy, as it
+was. Otherwise it is loaded from its files, warmed up and probed again.
 """
 
 from __future__ import annotations
@@ -16,16 +19,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Never, Protocol
+from typing import Never
 
 import torch
 
 from hypergen import log_setup
 from hypergen.cache_lookups import cache_lookups
+from hypergen.denoising.host_weights import host_bytes
 from hypergen.engine.device_memory import memory_bytes
+from hypergen.engine.model_slot import LoadedModel, ModelEngine, ModelSlot
 from hypergen.engine.postprocess import Report
-from hypergen.engine.request_errors import as_request_error
+from hypergen.engine.request_errors import as_request_error, is_out_of_memory
 from hypergen.engine.request_queue import RequestQueue
 from hypergen.errors import GenerationError, ModelError
 from hypergen.events import EngineStatus
@@ -34,53 +38,6 @@ from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
-
-
-class ModelEngine(Protocol):
-    """The engine of one model: an `Engine` or a `PipelineEngine`."""
-
-    last_step_at: float
-
-    @property
-    def has_requests(self) -> bool: ...
-    def add_request(self, request: GenerationRequest) -> None: ...
-    def cancel(self, request_id: str) -> None: ...
-    def step(self) -> float: ...
-    def status(self) -> EngineStatus: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        size_bytes: size of its weights.
-    """
-
-    engine: ModelEngine
-    model_info: ModelInfo
-    size_bytes: int
-
-
-# A request after its number in the order of arrival at all models.
-_QueuedRequest = tuple[int, GenerationRequest]
-
-
-@dataclass(eq=False)
-class _ModelSlot:
-    """One model of the manager, loaded or evicted."""
-
-    model: ServedModel
-    expected_bytes: int
-    loaded: LoadedModel | None = None
-    load_s: float = 0.0  # seconds of the latest load
-    last_used_at: float = 0.0
-    waiting: deque[_QueuedRequest] = field(default_factory=deque[_QueuedRequest])
-    # The status before the last eviction; the counts over all evictions.
-    forwards: int = 0
-    image_steps: int = 0
-    last_status: EngineStatus = field(default_factory=lambda: EngineStatus(state="ready"))
 
 
 class ModelManager:
@@ -93,6 +50,7 @@ class ModelManager:
         limit_bytes: for the weights of all models in memory; None: no limit.
         load: loads a model and warms it up. Its second argument reads the request queue; a full pipeline
             calls it between two denoising steps, so that requests can be cancelled meanwhile.
+        host_limit_bytes: for the weights of evicted models in main memory.
 
     Raises:
         ModelError: one model is larger than the limit.
@@ -104,25 +62,27 @@ class ModelManager:
         limit_bytes: float | None,
         load: Callable[[ServedModel, Callable[[], None]], LoadedModel],
         report: Report,
+        host_limit_bytes: float = 0,
     ) -> None:
         self.startup_s: dict[str, float] = {}
-        self._slots = {model.id: _ModelSlot(model, size) for model, size in models}
+        self._slots = {model.id: ModelSlot(model, size) for model, size in models}
         self._limit_bytes = math.inf if limit_bytes is None else limit_bytes
+        self._host_limit_bytes = host_limit_bytes
         self._load = load
         self._report = report
         self._queue = RequestQueue()
         self._arrivals = itertools.count()
         self._running_engine: ModelEngine | None = None
         self._last_progress_at = time.monotonic()
-        # A thread that reads a model's status has a reference to it, so none may do so during an eviction.
-        self._eviction_lock = threading.Lock()
+        # A thread that reads a model's status has a reference to it, so none may do so while it is closed.
+        self._closing_lock = threading.Lock()
         for slot in self._slots.values():
             self._refuse_if_too_large(slot.model, slot.expected_bytes)
 
     @property
     def last_step_at(self) -> float:
         """Monotonic time of the last progress; inf during work that may take minutes, for example loading."""
-        with self._eviction_lock:
+        with self._closing_lock:
             engine = self._running_engine
             return self._last_progress_at if engine is None else engine.last_step_at
 
@@ -134,14 +94,15 @@ class ModelManager:
         self._queue.cancel(request_id)
 
     def status(self) -> EngineStatus:
-        with self._eviction_lock:
+        with self._closing_lock:
             return self._status()
 
     def _status(self) -> EngineStatus:
         slots = list(self._slots.values())
-        loaded = [(slot, model.engine.status()) for slot in slots if (model := slot.loaded) is not None]
+        in_memory = [(slot, model.engine.status()) for slot in slots if (model := slot.in_memory) is not None]
+        loaded = [(slot, status) for slot, status in in_memory if slot.loaded is not None]
         latest = {slot.model.id: slot.last_status for slot in slots}
-        latest |= {slot.model.id: status for slot, status in loaded}
+        latest |= {slot.model.id: status for slot, status in in_memory}
         # Sizes have a model id only if there are several models.
         prefixes = {model_id: f"{model_id} " if len(slots) > 1 else "" for model_id in latest}
         return EngineStatus(
@@ -157,8 +118,8 @@ class ModelManager:
                 for model_id, status in latest.items()
                 for size, counts in status.row_counts.items()
             },
-            forwards=sum(slot.forwards for slot in slots) + sum(status.forwards for _, status in loaded),
-            image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in loaded),
+            forwards=sum(slot.forwards for slot in slots) + sum(s.forwards for _, s in in_memory),
+            image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in in_memory),
             models=tuple(slot.model.id for slot, _ in loaded),
             startup_s=self.startup_s,
             load_s={slot.model.id: slot.load_s for slot in slots if slot.load_s},
@@ -220,7 +181,7 @@ class ModelManager:
             else:
                 self._cancel(message)
 
-    def _slot_of(self, request: GenerationRequest) -> _ModelSlot:
+    def _slot_of(self, request: GenerationRequest) -> ModelSlot:
         return self._slots[request.model or next(iter(self._slots))]
 
     def _cancel(self, request_id: str) -> None:
@@ -253,7 +214,7 @@ class ModelManager:
             while slot.waiting:
                 slot.loaded.engine.add_request(slot.waiting.popleft()[1])
 
-    def _ensure_loaded(self, slot: _ModelSlot) -> bool:
+    def _ensure_loaded(self, slot: ModelSlot) -> bool:
         """Load a model unless it is in memory. Returns False if running models do not leave room for it yet.
 
         Raises:
@@ -262,22 +223,26 @@ class ModelManager:
         log_setup.current_model.set(slot.model.id)
         if slot.loaded is not None:
             return True
-        if not self._evict_until_fits(slot):
-            return False
         started_at = time.monotonic()
         self._last_progress_at = math.inf  # loading a large model takes minutes: no stall
         try:
-            slot.loaded = self._load(slot.model, self._read_queue)
+            if not self._evict_until_fits(slot):
+                return False
+            if slot.evicted is not None:
+                slot.move_to_device()
+                logger.info("Loaded %s from main memory.", slot.model.id)
+            else:
+                slot.loaded = self._load(slot.model, self._read_queue)
+            assert slot.loaded is not None
+            slot.expected_bytes = slot.loaded.size_bytes
+            self._refuse_if_too_large(slot.model, slot.expected_bytes)
+            self._evict_until_fits(slot)  # with ControlNets and refiner it may be larger than expected
         finally:
-            self._last_progress_at = time.monotonic()
+            slot.last_used_at = self._last_progress_at = time.monotonic()
         slot.load_s = round(self._last_progress_at - started_at, 3)
-        slot.last_used_at = self._last_progress_at
-        slot.expected_bytes = slot.loaded.size_bytes
-        self._refuse_if_too_large(slot.model, slot.expected_bytes)
-        self._evict_until_fits(slot)  # with ControlNets and refiner it may be larger than expected
         return True
 
-    def _evict_until_fits(self, slot: _ModelSlot) -> bool:
+    def _evict_until_fits(self, slot: ModelSlot) -> bool:
         """Evict models without requests, the least recently used first, until the model fits in memory.
 
         Returns False if models with requests take too much memory.
@@ -288,27 +253,64 @@ class ModelManager:
             if not idle:
                 return False
             least_recent = min(idle, key=lambda other: other.last_used_at)
-            self._evict(least_recent)
+            self._evict(least_recent, slot)
             loaded.remove(least_recent)
         return True
 
-    def _evict(self, slot: _ModelSlot) -> None:
+    def _evict(self, slot: ModelSlot, successor: ModelSlot) -> None:
         """Free a model's memory. Later images are the same: they depend on no state that is lost."""
+        if not (self._make_host_room(slot, successor) and self._move_to_host(slot)):
+            self._close(slot)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.accelerator.empty_host_cache()
+
+    def _make_host_room(self, slot: ModelSlot, successor: ModelSlot) -> bool:
+        """Make room in main memory for a model's weights; returns False if there is none.
+
+        Other models lose theirs for it: first those that are loaded, which do not need them now, then the
+        least recently used. Not the successor, which is loaded next.
+        """
+        if slot.host_weights is not None:
+            return True
         assert slot.loaded is not None
+        room = self._host_limit_bytes - host_bytes(slot.loaded.movable)
+        room -= 0 if successor.host_weights is None else successor.host_weights.nbytes
+        if not slot.loaded.movable or room < 0:
+            return False
+        kept = [(s, s.host_weights) for s in self._slots.values() if s.host_weights and s is not successor]
+        kept.sort(key=lambda entry: (entry[0].loaded is None, entry[0].last_used_at))
+        while sum(weights.nbytes for _, weights in kept) > room:
+            other, _ = kept.pop(0)
+            other.host_weights = None
+            if other.loaded is None:
+                self._close(other)
+        return True
+
+    def _move_to_host(self, slot: ModelSlot) -> bool:
+        """Evict a model to main memory; returns False if there is less than was expected."""
+        try:
+            slot.move_to_host()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            logger.warning("No main memory for the weights of %s: %s", slot.model.id, reason)
+            return False
+        logger.info("Evicted %s to main memory.", slot.model.id)
+        return True
+
+    def _close(self, slot: ModelSlot) -> None:
+        """Drop a model; a later request loads it from its files."""
+        assert slot.in_memory is not None
         logger.info("Evicted %s from memory.", slot.model.id)
-        slot.loaded.engine.close()
-        with self._eviction_lock:
-            status = slot.loaded.engine.status()
-            slot.forwards += status.forwards
-            slot.image_steps += status.image_steps
-            slot.last_status = status
-            slot.loaded = None
+        slot.in_memory.engine.close()
+        with self._closing_lock:
+            slot.close()
             # Objects frozen at the start are not collected, so the model would stay in memory.
             gc.unfreeze()
             gc.collect()
             gc.freeze()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _refuse_if_too_large(self, model: ServedModel, size_bytes: int) -> None:
         if size_bytes > self._limit_bytes:

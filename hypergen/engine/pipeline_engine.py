@@ -51,6 +51,7 @@ class PipelineEngine:
         on_forward: Callable[[ForwardPass], None] = lambda _: None,
     ) -> None:
         self.model = model
+        self._device = model.device  # where it runs, also while its weights are elsewhere
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = time.monotonic()
@@ -82,7 +83,7 @@ class PipelineEngine:
     def status(self) -> EngineStatus:
         return EngineStatus(
             state="ready",
-            device=self.model.device.type,
+            device=self._device.type,
             forwards=self._steps,
             image_steps=self._steps,
         )
@@ -113,6 +114,9 @@ class PipelineEngine:
             return math.inf
         self._run_request(self._waiting.popleft())
         return 0.0
+
+    def free_memory(self) -> None:
+        """Does nothing: a pipeline keeps only its weights."""
 
     def close(self) -> None:
         """Does nothing; for the same interface as `Engine`."""

@@ -103,6 +103,7 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     """
     import torch
 
+    from hypergen.engine import host_memory
     from hypergen.engine.model_loader import Loader
     from hypergen.engine.model_manager import ModelManager
     from hypergen.models import loading
@@ -114,10 +115,13 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     if alone:  # without other models to evict, a limit is of no use
         return ModelManager([(start.models[0], 0)], None, loader, report), loader
     limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
-    if limit_bytes is None and loading.choose_device(settings).type == "cuda":
-        limit_bytes = _WEIGHTS_MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory
+    host_limit_bytes = 0.0
+    if loading.choose_device(settings).type == "cuda":
+        if limit_bytes is None:
+            limit_bytes = _WEIGHTS_MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory
+        host_limit_bytes = host_memory.limit_bytes(settings, start.engines)
     expected = [(model, loading.expected_bytes(model.path, model.settings)) for model in start.models]
-    return ModelManager(expected, limit_bytes, loader, report), loader
+    return ModelManager(expected, limit_bytes, loader, report, host_limit_bytes), loader
 
 
 def _connect(argv: list[str]) -> tuple[socket.socket, Future[None]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import sys
 from pathlib import Path
 
 
@@ -25,6 +27,12 @@ def visible_accelerators(device: str | None) -> list[dict[str, str]]:
         except pynvml.NVMLError:
             names = []
     return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+
+
+def has_gpu(device: str | None) -> bool:
+    """Whether engines with this `device` setting run on a GPU."""
+    is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    return device == "mps" or (device is None and is_apple) or any(visible_accelerators(device))
 
 
 def _torch_has_cuda() -> bool:

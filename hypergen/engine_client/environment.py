@@ -15,6 +15,8 @@ _ADDED = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+    # diffusers loads the shards of a network in threads; transformers always does.
+    "HF_ENABLE_PARALLEL_LOADING": "1",
     # Busy-waiting threads made a forward pass 100 times slower next to another busy process.
     "OMP_WAIT_POLICY": "passive",
 }

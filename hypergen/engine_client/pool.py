@@ -65,10 +65,11 @@ class EnginePool:
         default.
         """
         self._models = tuple(models)
-        start = ipc.Start(self._models, await asyncio.to_thread(_state_folder))
         accelerators = self._accelerators
         if accelerators is None:
             accelerators = await asyncio.to_thread(visible_accelerators, self._settings.engine.device)
+        state_folder = await asyncio.to_thread(_state_folder)
+        start = ipc.Start(self._models, state_folder, engines=len(accelerators))
         for environment in accelerators:
             supervisor = Supervisor(
                 start,

@@ -72,9 +72,7 @@ class LoraManager:
         self._lock = threading.Lock()  # guards both
         # Of the current forward pass; None: no row has a LoRA.
         self.batch: LoraBatch | None = None
-        self._loading_threads = ThreadPoolExecutor(  # so that a large file does not block the next
-            2, "lora", initializer=log_setup.current_model.set, initargs=(log_setup.current_model.get(),)
-        )
+        self._loading_threads = _loading_threads()
         self._hooked: set[str] = set()  # layer names
         # Offloaded weights are elsewhere when a LoRA is loaded.
         self._reason = None if settings.offload == "off" else "with --offload"
@@ -123,6 +121,13 @@ class LoraManager:
         ready: Future[Loras] = Future()
         ready.set_result(self.load(names_and_weights))
         return ready
+
+    def clear(self) -> None:
+        """Forget the loaded LoRAs, also those that are loaded now for cancelled requests."""
+        self._loading_threads.shutdown()
+        self._loading_threads = _loading_threads()
+        with self._lock:
+            self._cache.clear()
 
     def _in_memory(self, names_and_weights: LoraWeights) -> bool:
         try:
@@ -208,6 +213,12 @@ class LoraManager:
             yield
         finally:
             self.batch = None
+
+
+def _loading_threads() -> ThreadPoolExecutor:
+    """Two, so that a large file does not block the next."""
+    model = log_setup.current_model
+    return ThreadPoolExecutor(2, "lora", initializer=model.set, initargs=(model.get(),))
 
 
 @contextmanager

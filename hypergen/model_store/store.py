@@ -45,7 +45,7 @@ def get_or_import(
     model: str | None,
     *,
     revision: str | None = None,
-    dtype: str | None = None,
+    prefer_fp16: bool = False,
     single_file_config: str | None = None,
     pipelines: Collection[str] | None = None,
     report_progress: ReportProgress | None = None,
@@ -57,7 +57,8 @@ def get_or_import(
     Args:
         model: folder, checkpoint file, hub id or store tag; None is the embedded model.
         revision: branch, tag or commit of a hub model.
-        dtype: "float16" and "bfloat16" prefer fp16 variants of weights.
+        prefer_fp16: select fp16 variants of weights where there are any. Without them, and of a stored hub
+            model, the other files serve too.
         single_file_config: source of a single-file checkpoint's configuration, see `single_file`.
         pipelines: supported pipeline classes; others are refused before their weights are downloaded.
         report_progress: called with one line per stage, for example "Downloading ...".
@@ -68,7 +69,7 @@ def get_or_import(
     check = partial(require_pipeline, model or EMBEDDED_NAME, pipelines)
     report_progress = report_progress or _ignore
     return _resolve(
-        model, revision, dtype, single_file_config, check, report_progress, check_for_update=False
+        model, revision, prefer_fp16, single_file_config, check, report_progress, check_for_update=False
     )
 
 
@@ -76,7 +77,7 @@ def import_model(
     source: str | None,
     *,
     revision: str | None = None,
-    dtype: str | None = None,
+    prefer_fp16: bool = False,
     single_file_config: str | None = None,
     report_progress: ReportProgress | None = None,
 ) -> StoredModel:
@@ -84,12 +85,12 @@ def import_model(
     check = partial(require_pipeline, source or EMBEDDED_NAME, None)
     report_progress = report_progress or _ignore
     return _resolve(
-        source, revision, dtype, single_file_config, check, report_progress, check_for_update=True
+        source, revision, prefer_fp16, single_file_config, check, report_progress, check_for_update=True
     )
 
 
 def get_or_import_refiner(
-    refiner: str | None, *, dtype: str | None = None, report_progress: ReportProgress | None = None
+    refiner: str | None, *, prefer_fp16: bool = False, report_progress: ReportProgress | None = None
 ) -> StoredModel | None:
     """`get_or_import` for the refiner in the settings; None without one.
 
@@ -107,7 +108,7 @@ def get_or_import_refiner(
     if refiner is None:
         return None
     report_progress = report_progress or _ignore
-    return _resolve(refiner, None, dtype, None, check, report_progress, check_for_update=False)
+    return _resolve(refiner, None, prefer_fp16, None, check, report_progress, check_for_update=False)
 
 
 def local_folder(model: str | None) -> Path | None:
@@ -144,14 +145,13 @@ def list_models() -> list[StoredModel]:
 def _resolve(
     given: str | None,
     revision: str | None,
-    dtype: str | None,
+    prefer_fp16: bool,
     single_file_config: str | None,
     check: PipelineCheck,
     report_progress: ReportProgress,
     *,
     check_for_update: bool,
 ) -> StoredModel:
-    prefer_fp16 = dtype in ("float16", "bfloat16")
     path = os.path.expanduser(given or "")  # Path.expanduser raises for unknown users
     if given is None or given == EMBEDDED_NAME:
         stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, prefer_fp16, report_progress)
@@ -220,15 +220,19 @@ def _import_hub_model(
 def _find_hub_model(repo: str, revision: str | None, prefer_fp16: bool) -> StoredModel | None:
     import bentoml
 
+    fp32 = None
     for stored in list_models():
         metadata = bentoml.models.get(stored.tag).info.metadata
         if stored.source != repo or "revision" not in metadata:
             continue
         revisions = [metadata["asked_revision"]] + ([metadata["revision"]] if revision else [])
-        has_dtype = metadata["fp16"] == "none" or (metadata["fp16"] == "taken") == prefer_fp16
-        if (revision or "") in revisions and has_dtype:
+        if (revision or "") not in revisions:
+            continue
+        if metadata["fp16"] == "none" or (metadata["fp16"] == "taken") == prefer_fp16:
             return stored
-    return None
+        if prefer_fp16:  # converted when it is loaded, which takes less time than another download
+            fp32 = fp32 or stored
+    return fp32
 
 
 def _import(

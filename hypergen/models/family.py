@@ -22,6 +22,7 @@ from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import LoraManager
 from hypergen.model_families import FamilySpec
 from hypergen.model_info import Capability, ModelDefaults, ModelInfo
+from hypergen.models.text_encoders.prompt_cache import PromptCache
 from hypergen.request import GenerationRequest
 
 
@@ -52,7 +53,7 @@ class Family(ABC):
         spec: of `FAMILIES`.
         half_dtype: 16-bit dtype for accelerators.
         denoiser: the UNet or transformer, which runs in every step.
-        schedulers: set by the subclass.
+        schedulers, prompt_caches: set by the subclass.
         controlnets: name in requests -> network.
         lora_manager: None: the family does not support LoRA.
     """
@@ -60,6 +61,7 @@ class Family(ABC):
     spec: ClassVar[FamilySpec]
     half_dtype: ClassVar[torch.dtype] = torch.bfloat16
     schedulers: SchedulerFactory
+    prompt_caches: tuple[PromptCache, ...]
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         self.denoiser: Any = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
@@ -79,6 +81,14 @@ class Family(ABC):
     def modules(self) -> tuple[nn.Module, ...]:
         """All networks that are in memory."""
         return *self._networks, *self.controlnets.values()
+
+    def free_memory(self) -> None:
+        """Free encoded prompts, encoded input images and loaded LoRAs."""
+        for cache in self.prompt_caches:
+            cache.clear()
+        self.space.clear()
+        if self.lora_manager is not None:
+            self.lora_manager.clear()
 
     @property
     def defaults(self) -> dict[str, Any]:

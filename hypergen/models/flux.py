@@ -62,6 +62,7 @@ class Flux(Family):
                 cache_bytes,
                 self.lora_manager,
             )
+        self.prompt_caches = (self.clip, self.t5)
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors
 from hypergen.models import attention
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
-from hypergen.models.memory import apply_memory_settings
+from hypergen.models.memory import apply_memory_settings, direct_device
 from hypergen.models.single_file_loading import load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ def load_any(
     check_device_settings(settings, device)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
-    pipeline = apply_memory_settings(load_pipeline(pipeline_class, path, dtype), settings, device)
+    pipeline = load_pipeline(pipeline_class, path, dtype, direct_device(settings, device))
+    pipeline = apply_memory_settings(pipeline, settings, device)
     if settings.attention is not None:
         _set_attention_backend(pipeline, settings.attention, name, alone)
     if family is None:
@@ -165,10 +166,18 @@ def _read_model_card(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
-    """Load a diffusers pipeline on the CPU.
+def load_pipeline(
+    pipeline_class: Any,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    without: Collection[str] = (),
+) -> Any:
+    """Load a diffusers pipeline.
 
     Args:
+        device: where to load the weights, tensor by tensor; None: the CPU. Those of single-file checkpoints,
+            and of pipelines that diffusers cannot load so, are on the CPU in any case.
         without: components to skip.
 
     Raises:
@@ -179,11 +188,12 @@ def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, without: 
     left_out = {name: None for name, entry in index.items() if entry == [None, None] or name in without}
     if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
         left_out["safety_checker"] = None
+    device_map = None if device is None or pipeline_class._load_connected_pipes else device.type
     try:
         if (path / CHECKPOINT).is_file():
             return load_checkpoint(pipeline_class, path, dtype, left_out)
         return pipeline_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out
+            path, dtype=dtype, device_map=device_map, use_safetensors=True, local_files_only=True, **left_out
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)

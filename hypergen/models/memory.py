@@ -18,10 +18,16 @@ from hypergen.errors import ModelError
 _TILE_SIDE = 512
 
 
+def direct_device(settings: EngineSettings, device: torch.device) -> torch.device | None:
+    """The device that weights are loaded to at once; None: they are changed or kept on the CPU first."""
+    is_direct = device.type == "cuda" and settings.quantization == "off" and settings.offload == "off"
+    return device if is_direct else None
+
+
 def apply_memory_settings(
     pipeline: Any, settings: EngineSettings, device: torch.device, offloader: ModelOffloader | None = None
 ) -> Any:
-    """Quantize a pipeline that was loaded on the CPU, enable tiling, and move it to its device.
+    """Quantize a pipeline, enable tiling, and move it to its device.
 
     Args:
         offloader: of the base model, if `pipeline` is its refiner; None: a new one if the settings need it.

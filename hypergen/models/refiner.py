@@ -20,7 +20,7 @@ from hypergen.lora.textual_inversion import Embeddings
 from hypergen.model_store.diffusers_layout import check_folder
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.loading import load_pipeline
-from hypergen.models.memory import apply_memory_settings
+from hypergen.models.memory import apply_memory_settings, direct_device
 from hypergen.models.text_encoders.clip import ClipEncoder
 from hypergen.models.text_encoders.prompt_cache import PromptCache, pad_with_empty_chunks
 from hypergen.request import GenerationRequest
@@ -44,8 +44,15 @@ class Refiner:
 
     def __init__(self, folder: Path, unet: Any, settings: EngineSettings, embeddings: Embeddings) -> None:
         check_folder(folder)
-        pipeline = load_pipeline(StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, without=["vae"])
-        apply_memory_settings(pipeline, settings, device_of(unet), offloader_of(unet))
+        device = device_of(unet)
+        pipeline = load_pipeline(
+            StableDiffusionXLImg2ImgPipeline,
+            folder,
+            unet.dtype,
+            direct_device(settings, device),
+            without=["vae"],
+        )
+        apply_memory_settings(pipeline, settings, device, offloader_of(unet))
         self.unet: Any = pipeline.unet
         self.modules: tuple[nn.Module, ...] = (pipeline.unet, pipeline.text_encoder_2)
         if self.unet.config.cross_attention_dim == unet.config.cross_attention_dim:
@@ -64,18 +71,18 @@ class Refiner:
             component="text_encoder_2",
         )
         with torch.inference_mode():
-            self._prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 3)
+            self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 3)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras) -> PromptEmbeds:
         """Of the LoRAs only bundled textual inversions apply: their layers are those of the base model."""
         loras = tuple((lora, weight) for lora, weight in loras if lora.embeddings)
-        positive = self._prompts.get(request.prompt, loras)
+        positive = self.prompts.get(request.prompt, loras)
         embeds = positive.embeds
         if request.guidance_scale <= 1:
             return PromptEmbeds(ModelInputs(embeds, positive.pooled), None, positive.tokens)
-        negative_prompt = self._prompts.get(request.negative_prompt or "", loras)
+        negative_prompt = self.prompts.get(request.negative_prompt or "", loras)
         length = max(embeds.shape[1], negative_prompt.embeds.shape[1])
-        empty = self._prompts.get("").embeds
+        empty = self.prompts.get("").embeds
         padded = pad_with_empty_chunks(negative_prompt.embeds, length, empty)
         negative = ModelInputs(padded, negative_prompt.pooled)
         if self._force_zeros and not request.negative_prompt:

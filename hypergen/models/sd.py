@@ -46,6 +46,7 @@ class StableDiffusion(Family):
                 embeddings=load_embeddings(pipeline, settings),
             )
             self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.lora_manager)
+        self.prompt_caches = (self.prompts,)
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         native = self.model_card.get("max_native_area"), self.model_card.get("min_native_side")

@@ -61,6 +61,7 @@ class StableDiffusion3(Family):
             self.t5 = PromptCache(
                 without_weights(encode) if settings.prompt_weighting else encode, cache_bytes
             )
+        self.prompt_caches = (*self.clips, self.t5)
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         return round_up(width, self.size_multiple), round_up(height, self.size_multiple)

@@ -67,7 +67,9 @@ class StableDiffusionXL(Family):
         self.refiner = None
         if settings.refiner:
             self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings, embeddings)
+        self.prompt_caches = self.encoders
         if self.refiner is not None:
+            self.prompt_caches = (*self.encoders, self.refiner.prompts)
             self.denoiser = Experts(self.denoiser, self.refiner.unet)
 
     @property

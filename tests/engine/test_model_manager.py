@@ -27,11 +27,16 @@ from tests.support.sync_engine import make_request, make_settings
 _NAMES = ("one", "two", "three")
 
 
-class _InlineManager:
+class InlineManager:
     """A model manager in the test's thread, and the events it reported."""
 
     def __init__(
-        self, models: list[ServedModel], capacity: float | None = None, sizes_known: bool = True
+        self,
+        models: list[ServedModel],
+        capacity: float | None = None,
+        *,
+        sizes_known: bool = True,
+        host_limit_bytes: float = 0,
     ) -> None:
         """`capacity` is the memory limit, in models of the first one's size."""
         self.events: list[tuple[str, Event | RequestError]] = []
@@ -43,7 +48,7 @@ class _InlineManager:
         if not sizes_known:
             expected = [(model, 0) for model in models]
         self.loader = Loader(self._report, alone=len(models) == 1)
-        self.manager = ModelManager(expected, limit_bytes, self.loader, self._report)
+        self.manager = ModelManager(expected, limit_bytes, self.loader, self._report, host_limit_bytes)
         self.model_infos = self.manager.load_all()
 
     def run(self, *requests: GenerationRequest) -> None:
@@ -82,7 +87,7 @@ def _pixels(data: bytes) -> bytes:
 
 
 def test_a_request_runs_on_the_model_that_it_names(models: list[ServedModel]) -> None:
-    inline = _InlineManager(models)
+    inline = InlineManager(models)
     assert [model_info.id for model_info in inline.model_infos] == list(_NAMES)
     requests = _requests()
     inline.run(*requests, unnamed := make_request(seed=1))
@@ -96,7 +101,7 @@ def test_a_request_runs_on_the_model_that_it_names(models: list[ServedModel]) ->
 
 
 def test_models_with_requests_run_round_robin(models: list[ServedModel]) -> None:
-    inline = _InlineManager(models)
+    inline = InlineManager(models)
     inline.run(*(make_request(model=name, num_inference_steps=10) for name in _NAMES[:2]))
     steps = [request_id for request_id, event in inline.events if isinstance(event, Progress)]
     assert len(steps) == 20
@@ -108,9 +113,9 @@ def test_models_with_requests_run_round_robin(models: list[ServedModel]) -> None
 def test_images_are_the_same_after_models_are_evicted_and_reloaded(
     models: list[ServedModel], capacity: float
 ) -> None:
-    reference, requests = _InlineManager(models), _requests()
+    reference, requests = InlineManager(models), _requests()
     reference.run(*requests)
-    limited = _InlineManager(models, capacity)
+    limited = InlineManager(models, capacity)
     assert limited.manager.status().models[0] == "one"
     for request in requests:  # one after the other: the model of each was evicted
         limited.run(request)
@@ -123,7 +128,7 @@ def test_images_are_the_same_after_models_are_evicted_and_reloaded(
 def test_a_model_with_requests_is_not_evicted_and_no_request_starves(
     models: list[ServedModel],
 ) -> None:
-    inline = _InlineManager(models, 1.5)
+    inline = InlineManager(models, 1.5)
     first = make_request(model="one", num_inference_steps=8)
     other = make_request(model="two")
     late = [make_request(model="one") for _ in range(3)]
@@ -144,7 +149,7 @@ def test_a_model_with_requests_is_not_evicted_and_no_request_starves(
 
 
 def test_a_cancelled_request_does_not_load_its_model(models: list[ServedModel]) -> None:
-    inline = _InlineManager(models, 1.5)
+    inline = InlineManager(models, 1.5)
     first = make_request(model="one", num_inference_steps=4)
     cancelled = make_request(model="two")
     inline.manager.submit(first)
@@ -165,7 +170,7 @@ def test_a_model_that_cannot_be_reloaded_fails_only_its_own_requests(
 ) -> None:
     folder = save_sdxl(tmp_path / "xl")
     large = ServedModel(id="xl", path=folder, settings=make_settings())
-    inline = _InlineManager([models[0], large], 1.5)
+    inline = InlineManager([models[0], large], 1.5)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-100])
@@ -191,7 +196,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> list[ServedModel]:
 def test_a_full_pipeline_stops_after_the_step_in_which_its_request_is_cancelled(
     pipelines: list[ServedModel], at_step: int
 ) -> None:
-    inline = _InlineManager(pipelines[:1])
+    inline = InlineManager(pipelines[:1])
     cancelled, last = make_request(num_inference_steps=6), make_request(num_inference_steps=2)
 
     def cancel(request_id: str, event: Event | RequestError) -> None:
@@ -214,7 +219,7 @@ def test_a_request_cancelled_while_a_full_pipeline_runs_is_never_started(
     pipelines: list[ServedModel],
 ) -> None:
     """For the same model or another, submitted before or during the run."""
-    inline = _InlineManager(pipelines)
+    inline = InlineManager(pipelines)
     running = make_request(model="one", num_inference_steps=4)
     before = [make_request(model=name) for name in _NAMES[:2]]
     during = [make_request(model=name) for name in _NAMES[:2]]
@@ -241,7 +246,7 @@ def test_a_model_whose_status_is_being_read_is_freed_when_it_is_evicted(
     models: list[ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Models have reference cycles: one that is alive at `gc.freeze` would stay until the next eviction."""
-    inline = _InlineManager(models[:2], 1.5)
+    inline = InlineManager(models[:2], 1.5)
     loaded = inline.manager._slots["one"].loaded
     assert loaded is not None
     model = weakref.ref(loaded.engine)
@@ -267,11 +272,11 @@ def test_a_model_whose_status_is_being_read_is_freed_when_it_is_evicted(
 
 def test_a_model_larger_than_the_memory_limit_is_an_error(models: list[ServedModel]) -> None:
     with pytest.raises(ModelError, match=r"one take .* GB, more than the limit of .* GB"):
-        _InlineManager(models, 0.5)
+        InlineManager(models, 0.5)
 
 
 def test_a_model_that_is_larger_than_expected_evicts_others(models: list[ServedModel]) -> None:
-    assert _InlineManager(models, 1.5, sizes_known=False).manager.status().models == ("one",)
+    assert InlineManager(models, 1.5, sizes_known=False).manager.status().models == ("one",)
 
 
 def test_expected_bytes_are_the_weights_in_memory(models: list[ServedModel]) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from hypergen.config import Settings
 from hypergen.model_store import store
+from hypergen.resolve_models import find_models
 from tests.support.model_folders import COMMIT, WEIGHTS, error_message, files_of
 
 
@@ -124,7 +126,7 @@ def test_a_stored_hub_model_is_used_without_requests_until_it_is_imported_again(
     first = store.get_or_import("owner/model")
     hub.requested.clear()
     assert store.get_or_import("owner/model") == first
-    assert store.get_or_import("owner/model", dtype="float16") == first
+    assert store.get_or_import("owner/model", prefer_fp16=True) == first
     assert store.get_or_import("owner/model", revision=COMMIT) == first
     assert hub.requested == []
     hub.commit = COMMIT[::-1]
@@ -135,10 +137,39 @@ def test_a_stored_hub_model_is_used_without_requests_until_it_is_imported_again(
 
 def test_fp16_variants_are_downloaded_for_half_precision(hub: Hub):
     hub.files["unet/diffusion_pytorch_model.fp16.safetensors"] = hub.files[f"unet/{WEIGHTS}"]
-    half = store.get_or_import("owner/model", dtype="bfloat16")
+    half = store.get_or_import("owner/model", prefer_fp16=True)
     assert half.tag == f"owner--model:{COMMIT[:12]}-fp16"
     assert f"unet/{WEIGHTS}" not in hub.downloaded()
     assert store.get_or_import("owner/model").tag == f"owner--model:{COMMIT[:12]}"
+
+
+def _served(**engine: Any) -> str:
+    """The store's tag of the model that a server with these engine settings would serve."""
+    settings = Settings.model_validate({"models": ["owner/model"], "engine": engine})
+    return find_models(settings)[0].tags[0]
+
+
+def test_a_gpu_server_downloads_fp16_files_and_a_cpu_server_fp32(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    hub.files["unet/diffusion_pytorch_model.fp16.safetensors"] = hub.files[f"unet/{WEIGHTS}"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    fp32, fp16 = f"owner--model:{COMMIT[:12]}", f"owner--model:{COMMIT[:12]}-fp16"
+    assert _served(device="cuda") == fp16
+    assert f"unet/{WEIGHTS}" not in hub.downloaded()
+    assert _served(device="cpu", dtype="float16") == fp16
+    assert _served(device="cuda", dtype="float32") == fp32
+    assert _served(device="cpu") == fp32
+    assert _served(device="cuda") == fp16
+
+
+def test_stored_fp32_files_serve_a_gpu_without_another_download(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    hub.files["unet/diffusion_pytorch_model.fp16.safetensors"] = hub.files[f"unet/{WEIGHTS}"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    stored = _served(device="cpu")
+    hub.requested.clear()
+    assert _served(device="cuda") == stored
+    assert hub.requested == []
+    imported = store.import_model("owner/model", prefer_fp16=True)
+    assert _served(device="cuda") == imported.tag != stored
 
 
 def test_hub_errors_are_one_line(hub: Hub):

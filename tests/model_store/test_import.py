@@ -121,8 +121,8 @@ def test_fp16_variants_are_stored_for_half_precision_under_the_plain_name(folder
         {"weight": np.zeros(3, dtype=np.float16)}, folder / "unet/diffusion_pytorch_model.fp16.safetensors"
     )
     half, full = (
-        store.get_or_import(str(folder), dtype="float16"),
-        store.get_or_import(str(folder), dtype="float32"),
+        store.get_or_import(str(folder), prefer_fp16=True),
+        store.get_or_import(str(folder)),
     )
     assert half.tag != full.tag
     assert half.size_bytes < full.size_bytes

@@ -106,6 +106,7 @@ def test_gpus_that_emulate_bfloat16_get_float16(
     assert loading.choose_dtype(given, device, {}, torch.bfloat16) == torch.bfloat16
 
 
+@pytest.mark.usefixtures("offload_small_networks")
 def test_offload_keeps_one_network_on_the_device_and_the_bytes(sd_folder: Path) -> None:
     """On a CPU: records which network is loaded."""
     pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
@@ -130,6 +131,7 @@ def test_offload_keeps_one_network_on_the_device_and_the_bytes(sd_folder: Path) 
     assert device_of(pipeline.unet) == torch.device("cpu")
 
 
+@pytest.mark.usefixtures("offload_small_networks")
 @torch.inference_mode()
 def test_a_network_is_moved_to_the_device_for_its_forward() -> None:
     with torch.inference_mode(False):
@@ -145,6 +147,7 @@ def test_a_network_is_moved_to_the_device_for_its_forward() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.usefixtures("offload_small_networks")
 def test_offloaded_models_give_the_same_bytes(sd_folder: Path) -> None:
     images: list[np.ndarray] = []
     for offload in ("off", "model"):
@@ -157,6 +160,7 @@ def test_offloaded_models_give_the_same_bytes(sd_folder: Path) -> None:
 
 
 @_TORCHAO
+@pytest.mark.usefixtures("offload_small_networks")
 @pytest.mark.filterwarnings("ignore")  # torchao warns at its import
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
 def test_quantized_models_are_close_to_the_original_and_batch_invariant(sd_folder: Path, mode: Any) -> None:

@@ -131,9 +131,16 @@ class ShapeProfiles:
         """Let a probe try larger batches later. The oldest of too many pauses until a request needs it."""
         self._unfinished[key] = None
         if len(self._unfinished) > self._MAX_UNFINISHED:
-            oldest = next(iter(self._unfinished))
-            self._stop(oldest)
-            self._paused.add(oldest)
+            self._pause(next(iter(self._unfinished)))
+
+    def pause_probes(self) -> None:
+        """Free the tensors of all probes; unfinished ones restart when a request needs them."""
+        for key in list(self._unfinished):
+            self._pause(key)
+
+    def _pause(self, key: BatchKey) -> None:
+        self._stop(key)
+        self._paused.add(key)
 
     def _stop(self, key: BatchKey) -> None:
         """Stop a probe and free its tensors."""

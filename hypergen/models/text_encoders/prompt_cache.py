@@ -69,6 +69,10 @@ class PromptCache:
             self._entries[key] = encoded
         return encoded
 
+    def clear(self) -> None:
+        """Forget all texts but the empty one."""
+        self._entries.clear()
+
 
 def pad_with_empty_chunks(embeds: Tensor, length: int, empty: Tensor) -> Tensor:
     """Append chunks of the empty prompt up to `length` tokens.

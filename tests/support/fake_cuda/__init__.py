@@ -22,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from diffusers.pipelines import pipeline_utils
 from torch import Tensor
 from torch.autograd import grad_mode
 from torch.nn import functional
@@ -31,7 +32,7 @@ from tests.support.fake_cuda.active import current, enter, leave
 from tests.support.fake_cuda.device import FakeCuda
 from tests.support.fake_cuda.graphs import FakeGraph
 from tests.support.fake_cuda.streams import FakeEvent, FakeStream, current_stream, use_default_stream
-from tests.support.fake_cuda.tensors import FakeTensor, is_cuda, unwrap
+from tests.support.fake_cuda.tensors import FakeTensor, is_cuda, is_device, unwrap
 
 __all__ = ["FakeCuda", "fake_cuda"]
 
@@ -75,6 +76,14 @@ def _tensor(data: Any, *, dtype: Any = None, device: Any = None, **others: Any) 
     return _real_tensor(data, dtype=dtype, device="cpu", **others).to(device)
 
 
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """With the index of the device, which torch would ask its CUDA half for."""
+    if args and is_device(args[0]) and is_cuda(args[0]):
+        args = (torch.device("cuda:0"), *args[1:])
+    return _real_to(tensor, *args, **kwargs)
+
+
+_real_to = Tensor.to
 _real_tensor = torch.tensor
 _real_attention = functional.scaled_dot_product_attention
 
@@ -140,6 +149,7 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "empty_cache": lambda: None,
             "mem_get_info": lambda *_: (total_memory // 2, total_memory),
             "memory_allocated": lambda *_: 0,
+            "memory_reserved": lambda *_: 0,
             "max_memory_allocated": lambda *_: 0,
             "reset_peak_memory_stats": lambda *_: None,
             "get_device_properties": lambda *_: properties,
@@ -152,6 +162,10 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "graph_pool_handle": lambda: (0, 0),
         },
         torch: {"tensor": _tensor},
+        torch.accelerator: {"empty_host_cache": lambda: None},
+        Tensor: {"to": _to},
+        # diffusers looks for devices when it is imported.
+        pipeline_utils: {"SUPPORTED_DEVICE_MAP": ["balanced", "cuda", "cpu"]},
         functional: {"scaled_dot_product_attention": _attention},
         threading.Thread: {"run": run_with_mode},
         grad_mode.inference_mode: {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.support.fake_cuda.active import place
@@ -22,6 +23,7 @@ from tests.support.fake_cuda.tensors import (
     fill_with_garbage,
     is_cuda,
     is_pinned,
+    pin,
     tensors_in,
     unwrap,
 )
@@ -65,8 +67,10 @@ class FakeCuda:
     Attributes:
         launches, copies, waits: counted by kind and line, for example "equal @ hypergen/engine/engine.py:12".
             Waits after which the device has nothing to do.
+        copied_bytes: of the copies, by the same keys.
         cpu_operations: on CPU tensors, which cost the host time.
-        fails: asked before each allocation of so many bytes; True raises an out-of-memory error.
+        fails, pinning_fails: asked before each allocation of so many bytes, on the device and of pinned
+            memory; True raises an out-of-memory error.
         out_of_memory: what it raises.
         total_memory: of the device, in bytes.
     """
@@ -76,9 +80,11 @@ class FakeCuda:
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.copied_bytes: Counter[str] = Counter()
         self.cpu_operations = 0
         self.launched = 0
         self.fails: Callable[[int], bool] = lambda _bytes: False
+        self.pinning_fails: Callable[[int], bool] = lambda _bytes: False
         self.out_of_memory: Callable[[], Exception] = lambda: torch.OutOfMemoryError(
             "CUDA out of memory. (fake)"
         )
@@ -87,18 +93,28 @@ class FakeCuda:
         self.default_stream = FakeStream()
         self.streams: set[FakeStream] = set()
         self._copies: list[_Copy] = []
+        self._pinned: list[weakref.ref[UntypedStorage]] = []
         self._lock = threading.RLock()
 
     def reset(self) -> None:
         """Count anew."""
-        for counter in (self.launches, self.copies, self.waits):
+        for counter in (self.launches, self.copies, self.waits, self.copied_bytes):
             counter.clear()
         self.cpu_operations = 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the pinned memory in use that `torch.empty` allocated."""
+        return sum(memory.nbytes() for reference in self._pinned if (memory := reference()) is not None)
 
     def count(self, what: str, kind: str) -> None:
         if what == "launches":
             self.launched += 1
         getattr(self, what)[f"{kind} @ {place()}"] += 1
+
+    def count_copy(self, kind: str, copied: Tensor) -> None:
+        self.count("copies", kind)
+        self.copied_bytes[f"{kind} @ {place()}"] += copied.nbytes
 
     def wait(self, kind: str, until: dict[FakeStream, int] | Counter[FakeStream]) -> None:
         """Let the host wait until these streams have come so far."""
@@ -152,7 +168,7 @@ class FakeCuda:
             return self._to_copy(args[0], dict(kwargs))
         if func is aten._pin_memory.default:
             pinned = args[0].clone()
-            pinned.fake_pinned = True
+            pin(pinned)
             return pinned
         if func is aten.copy_.default and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor):
             return self._copy_across(*args, **kwargs)
@@ -172,10 +188,10 @@ class FakeCuda:
         plain = unwrap(kwargs)
         if is_cuda(plain.get("device")):
             plain["device"] = torch.device("cpu")
-        plain.pop("pin_memory", None)
+        pinned = plain.pop("pin_memory", False)
         if not on_device:
             self.cpu_operations += name not in _NO_LAUNCH and not func.is_view
-            return func(*args, **plain)
+            return self._make_pinned(func, args, plain) if pinned else func(*args, **plain)
         stream = current_stream()
         for tensor in ours:
             self.check_order(tensor, stream, func)
@@ -190,6 +206,13 @@ class FakeCuda:
         if self.capturing is not None:
             self.capturing.calls.append((compute, args, plain, wrapped))
         return wrapped
+
+    def _make_pinned(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        made = func(*args, **kwargs)
+        if self.pinning_fails(made.nbytes):
+            raise torch.AcceleratorError("CUDA error: out of memory (fake)")
+        self._pinned.append(weakref.ref(pin(made)))
+        return made
 
     def _wrap(self, value: Any, inputs: Sequence[FakeTensor], stream: FakeStream, func: Any) -> Any:
         if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
@@ -252,7 +275,7 @@ class FakeCuda:
         return self._device_to_host(ours, data, target, non_blocking and is_pinned(target))
 
     def _host_to_device(self, source: Tensor, made: FakeTensor, non_blocking: bool) -> None:
-        self.count("copies", "host to device")
+        self.count_copy("host to device", source)
         stream = current_stream()
         self.written(made, stream)
         if non_blocking and is_pinned(source):
@@ -270,7 +293,7 @@ class FakeCuda:
         self.wait("copy to the device", Counter({**stream.seen, stream: stream.count}))
 
     def _device_to_host(self, source: FakeTensor, data: Tensor, target: Tensor, non_blocking: bool) -> Tensor:
-        self.count("copies", "device to host")
+        self.count_copy("device to host", data)
         stream = current_stream()
         stream.count += 1
         if not non_blocking:

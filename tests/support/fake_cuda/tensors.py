@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -78,12 +78,23 @@ class FakeTensor(Tensor):
         return FakeTensor(self.data_on_cpu.clone())
 
 
+def is_device(value: object) -> bool:
+    return isinstance(value, str | torch.device)
+
+
 def is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type in ("cuda", _BACKEND)
 
 
+def pin(tensor: Tensor) -> UntypedStorage:
+    """Mark the memory of a tensor, and so of all its views, as pinned."""
+    memory = tensor.untyped_storage()
+    memory.fake_pinned = True  # pyright: ignore[reportAttributeAccessIssue]  torch keeps attributes of storages
+    return memory
+
+
 def is_pinned(tensor: Tensor) -> bool:
-    return getattr(tensor, "fake_pinned", False)
+    return getattr(tensor.untyped_storage(), "fake_pinned", False)
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
