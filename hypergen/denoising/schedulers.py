@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -70,6 +73,33 @@ FLOW_SAMPLERS: dict[str, Sampler] = {
 }
 
 
+# For models with the preconditioning of EDM, such as Playground 2.5; any other sampler gives them noise.
+EDM_SAMPLERS: dict[str, Sampler] = {
+    "dpmpp_2m": Sampler(EDMDPMSolverMultistepScheduler),
+    "dpmpp_2m_sde": Sampler(EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": Sampler(EDMEulerScheduler),
+}
+# Fields of a scheduler's configuration that say what the model was trained on, and their usual values.
+_TRAINED_ON = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None}
+
+
+def is_edm(scheduler: Scheduler) -> bool:
+    return isinstance(scheduler, EDMDPMSolverMultistepScheduler | EDMEulerScheduler)
+
+
+def ignored_field(scheduler_class: type[Scheduler], config: Mapping[str, Any]) -> str | None:
+    """The first field by which a model was trained and which a scheduler class does not have."""
+    known = inspect.signature(scheduler_class.__init__).parameters
+    return next(
+        (
+            name
+            for name, usual in _TRAINED_ON.items()
+            if config.get(name, usual) != usual and name not in known
+        ),
+        None,
+    )
+
+
 class SchedulerFactory:
     """Makes one scheduler per image, configured like the scheduler that the model was published with.
 
@@ -79,12 +109,22 @@ class SchedulerFactory:
     """
 
     _KEPT_PROTOTYPES = 256
-    samplers = SAMPLERS
 
     def __init__(self, published: Scheduler) -> None:
         self.published = published
+        self.samplers = self._samplers_for(published)
         self._without_steps: dict[str | None, Scheduler] = {}  # KDPM2 takes half a second to construct
         self._prototype = functools.lru_cache(self._KEPT_PROTOTYPES)(self._make_prototype)
+
+    def _samplers_for(self, published: Scheduler) -> dict[str, Sampler]:
+        """The samplers that use all that the model's configuration says of its training."""
+        if is_edm(published):
+            return EDM_SAMPLERS
+        return {
+            name: sampler
+            for name, sampler in SAMPLERS.items()
+            if ignored_field(sampler.scheduler, published.config) is None
+        }
 
     @property
     def min_steps(self) -> int:
@@ -135,12 +175,13 @@ class FlowSchedulerFactory(SchedulerFactory):
             otherwise schedulers compute their own.
     """
 
-    samplers = FLOW_SAMPLERS
-
     def __init__(self, published: Scheduler, *, sigmas_end_at_last_step: bool) -> None:
         super().__init__(published)
         self._sigmas_end_at_last_step = sigmas_end_at_last_step
         self._shifts: bool = published.config.get("use_dynamic_shifting", False)
+
+    def _samplers_for(self, published: Scheduler) -> dict[str, Sampler]:
+        return FLOW_SAMPLERS
 
     def _configured(self, sampler: Sampler) -> Scheduler:
         # Heun's scheduler has a fixed shift only; `_set_timesteps` sets it.

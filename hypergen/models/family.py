@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hypergen.conditioning import controlnet
 from hypergen.conditioning.initial_latents import prepare_initial_latents
-from hypergen.conditioning.latent_space import LatentSpace
+from hypergen.conditioning.latent_space import LatentSpace, denormalize_latents
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
@@ -201,7 +201,5 @@ class Family(ABC):
 
     def decode(self, state: DenoisingState) -> Tensor:
         """Decode the latents of one image: -1..1, shape (1, 3, height, width) at the generation size."""
-        latents = state.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        if (shift := self.vae.config.get("shift_factor")) is not None:
-            latents = latents + shift
+        latents = denormalize_latents(self.vae, state.latents.to(self.vae.dtype))
         return self.vae.decode(latents, return_dict=False)[0]

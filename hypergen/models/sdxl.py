@@ -15,7 +15,8 @@ from hypergen.conditioning import controlnet
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
-from hypergen.denoising.schedulers import SchedulerFactory
+from hypergen.denoising.schedulers import SchedulerFactory, is_edm
+from hypergen.errors import ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.model_families import FAMILIES
 from hypergen.model_info import ModelInfo
@@ -53,6 +54,8 @@ class StableDiffusionXL(Family):
                 cached(pipeline.tokenizer, pipeline.text_encoder),
                 cached(pipeline.tokenizer_2, pipeline.text_encoder_2),
             )
+        if settings.refiner and is_edm(pipeline.scheduler):
+            raise ModelError("--refiner is not supported for models with an EDM scheduler.")
         self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings) if settings.refiner else None
         if self.refiner is not None:
             self.denoiser = Experts(self.denoiser, self.refiner.unet)

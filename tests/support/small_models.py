@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -91,6 +92,24 @@ def save_sdxl(
         unet=_xl_unet(32 + 48, 40 + 6 * 8, **_XL_UNETS[layout]),
         scheduler=scheduler,
         force_zeros_for_empty_prompt=zeros,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+# Playground 2.5's statistics of latents.
+EDM_LATENTS: dict[str, Any] = {
+    "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+    "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+}
+
+
+def save_playground(folder: Path) -> Path:
+    """A small SDXL in the layout of Playground 2.5: EDM, and a VAE with statistics of its latents."""
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(save_sdxl(folder))
+    pipeline.register_modules(
+        vae=AutoencoderKL(**SMALL_VAE, scaling_factor=0.5, **EDM_LATENTS).eval(),
+        scheduler=EDMDPMSolverMultistepScheduler(),
     )
     pipeline.save_pretrained(folder)
     return folder
