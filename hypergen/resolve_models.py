@@ -12,7 +12,7 @@ from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.diffusers_layout import check_component
-from hypergen.model_store.hub import HUB_ID, split_revision
+from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
@@ -36,6 +36,7 @@ def find_models(
             revision=entry.revision,
             dtype=engine.dtype,
             single_file_config=entry.single_file_config,
+            options=entry.options,
             pipelines=servable(),
             report_progress=report_progress,
         )
@@ -53,6 +54,7 @@ def find_models(
                 path=stored.path,
                 settings=engine,
                 defaults=entry.defaults.model_dump(exclude_none=True),
+                options=entry.options.model_copy(update={"vae": find_vae(entry.vae)}),
             )
         )
     _refuse_equal_names(models)
@@ -67,6 +69,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
             name=model.id,
             aliases=model.aliases,
             defaults=entry.defaults,
+            **model.options.model_dump(),
             loras={
                 name: str(Path(file).expanduser().absolute()) if file else None
                 for name, file in entry.loras.items()
@@ -121,6 +124,26 @@ def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
             "controlnet": find_controlnets({**engine.controlnet, **entry.controlnet}),
         }
     )
+
+
+def find_vae(given: str | None) -> str | None:
+    """The absolute path of a VAE: a folder, a .safetensors file, or a hub model, which is downloaded.
+
+    Raises:
+        ModelError: it does not exist, or has no safetensors weights.
+    """
+    if given is None:
+        return None
+    path = Path(os.path.expanduser(given)).resolve()
+    if path.is_file() and path.suffix == ".safetensors":
+        return str(path)
+    source, revision = split_revision(given)
+    if not path.is_dir() and HUB_ID.fullmatch(source):
+        path = download_network(source, revision)
+    if not path.is_dir():
+        raise ModelError(f"vae: no such folder or .safetensors file: {given}")
+    check_component(path.parent, path.name, "AutoencoderKL")
+    return str(path)
 
 
 def _refuse_equal_names(models: list[ServedModel]) -> None:

@@ -32,6 +32,8 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from hypergen.errors import ModelError
+
 # A diffusers scheduler: both SchedulerMixin and ConfigMixin, which its stubs cannot express.
 Scheduler = Any
 
@@ -113,6 +115,7 @@ class SchedulerFactory:
     def __init__(self, published: Scheduler) -> None:
         self.published = published
         self.samplers = self._samplers_for(published)
+        self._default: str | None = None
         self._without_steps: dict[str | None, Scheduler] = {}  # KDPM2 takes half a second to construct
         self._prototype = functools.lru_cache(self._KEPT_PROTOTYPES)(self._make_prototype)
 
@@ -126,9 +129,21 @@ class SchedulerFactory:
             if ignored_field(sampler.scheduler, published.config) is None
         }
 
+    def set_default(self, sampler: str | None) -> None:
+        """The sampler of requests that name none; None: the model's own.
+
+        Raises:
+            ModelError: unknown sampler.
+        """
+        if sampler is not None and sampler not in self.samplers:
+            raise ModelError(f"Unknown scheduler '{sampler}'; this model has {', '.join(self.samplers)}.")
+        self._default = sampler
+
     @property
     def min_steps(self) -> int:
         """The fewest steps of the model's own scheduler."""
+        if self._default is not None:
+            return self.samplers[self._default].min_steps
         published = type(self.published)
         return max((s.min_steps for s in self.samplers.values() if s.scheduler is published), default=1)
 
@@ -139,7 +154,7 @@ class SchedulerFactory:
             sampler: None: the model's own.
             image_tokens: number of patches, for models whose timesteps depend on the image size.
         """
-        scheduler = copy.copy(self._prototype(sampler, num_inference_steps, image_tokens))
+        scheduler = copy.copy(self._prototype(sampler or self._default, num_inference_steps, image_tokens))
         # Tensors are shared, they are never written to. Lists hold the multistep history of one image.
         for name, value in vars(scheduler).items():
             if isinstance(value, list):

@@ -49,7 +49,9 @@ class Loader:
             GenerationError: the warm-up image cannot be generated.
         """
         started = time.monotonic()
-        loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
+        loaded = loading.load_any(
+            model.path, model.settings, model.defaults, model.options, alone=self._alone
+        )
         size_bytes = loading.weight_bytes(loaded)
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.errors import ModelError
-from hypergen.model_families import optional_encoders
+from hypergen.model_families import PIPELINES, optional_encoders
 from hypergen.model_store.checkpoint_detection import read_checkpoint
+from hypergen.model_store.pipeline_arguments import image_argument
 
 PIPELINE_FILE = "model_index.json"
 # Weights of several components in one file; its folder has everything else. See `single_file.py`.
@@ -94,6 +95,10 @@ def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_fil
     pipeline = pipeline_class_of(pipeline_file.parent, model)
     if pipelines is not None and pipeline not in pipelines:
         raise ModelError(f"{model} is a {pipeline}, which the installed diffusers does not have.")
+    if pipelines is not None and pipeline not in PIPELINES and (name := image_argument(pipeline)):
+        raise ModelError(
+            f"{model} is a {pipeline}, which cannot generate from a prompt alone: it needs '{name}'."
+        )
 
 
 def select_files(names: Iterable[str], components: Iterable[str], *, prefer_fp16: bool) -> Selection:
@@ -204,7 +209,7 @@ def components_in_checkpoint(path: Path) -> frozenset[str]:
     file = path / CHECKPOINT
     if not file.is_file():
         return frozenset()
-    return read_checkpoint(safetensors_header(file, str(path), file.name), CHECKPOINT).components
+    return frozenset(read_checkpoint(safetensors_header(file, str(path), file.name), CHECKPOINT).components)
 
 
 def safetensors_header(file: Path, model: str, name: str) -> bytes:

@@ -26,6 +26,7 @@ from hypergen.model_store.diffusers_layout import (
     select_in_folder,
 )
 from hypergen.model_store.hub import HUB_ID, cached_folders, download, resolve_hub_model
+from hypergen.served_model_config import ModelOptions
 
 SUFFIX = ".safetensors"
 # Returns the folder of a model that is on this machine, else None.
@@ -36,6 +37,7 @@ ReportProgress = Callable[[str], None]
 def select(
     given: str,
     configuration: str | None,
+    options: ModelOptions,
     prefer_fp16: bool,
     find_local_folder: FindLocalFolder,
     report_progress: ReportProgress,
@@ -46,6 +48,7 @@ def select(
         given: the checkpoint file.
         configuration: folder, hub id or store tag from --single-file-config; None: searched next to the file,
             in the store and on the hub.
+        options: of its served-model file.
         prefer_fp16: see `select_files`.
 
     Raises:
@@ -58,13 +61,15 @@ def select(
     folder = None
     if configuration:
         folder = _given_folder(configuration, checkpoint, prefer_fp16, find_local_folder, report_progress)
-    folder = folder or _folder_next_to(file, checkpoint) or find_local_folder(checkpoint.usual_source)
+    folder = folder or _folder_next_to(file, checkpoint)
+    source = "" if folder else checkpoint.usual_source(given, options)
+    folder = folder or find_local_folder(source)
     if folder is None:
         try:
-            folder = _hub_folder(checkpoint.usual_source, checkpoint, prefer_fp16, report_progress)
+            folder = _hub_folder(source, checkpoint, prefer_fp16, report_progress)
         except ModelError as error:
             raise ModelError(
-                f"{given} needs the configuration of its model, usually {checkpoint.usual_source}; give a "
+                f"{given} needs the configuration of its model, usually {source}; give a "
                 f"folder, hub id or store tag that has it with --single-file-config. ({error})"
             ) from None
     pipeline_class = pipeline_class_of(folder, str(folder))

@@ -34,6 +34,7 @@ from hypergen.model_store.diffusers_layout import check_folder as check_folder
 from hypergen.model_store.entries import StoredModel, import_lock, open_entry, store_folder, write_entry
 from hypergen.model_store.hub import HUB_ID, download, resolve_hub_model
 from hypergen.model_store.single_file import ReportProgress
+from hypergen.served_model_config import ModelOptions
 
 EMBEDDED_NAME = "hypergen-tiny"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
@@ -47,6 +48,7 @@ def get_or_import(
     revision: str | None = None,
     dtype: str | None = None,
     single_file_config: str | None = None,
+    options: ModelOptions | None = None,
     pipelines: Collection[str] | None = None,
     report_progress: ReportProgress | None = None,
 ) -> StoredModel:
@@ -59,6 +61,7 @@ def get_or_import(
         revision: branch, tag or commit of a hub model.
         dtype: "float16" and "bfloat16" prefer fp16 variants of weights.
         single_file_config: source of a single-file checkpoint's configuration, see `single_file`.
+        options: of its served-model file, which the configuration may depend on.
         pipelines: supported pipeline classes; others are refused before their weights are downloaded.
         report_progress: called with one line per stage, for example "Downloading ...".
 
@@ -68,7 +71,7 @@ def get_or_import(
     check = partial(require_pipeline, model or EMBEDDED_NAME, pipelines)
     report_progress = report_progress or _ignore
     return _resolve(
-        model, revision, dtype, single_file_config, check, report_progress, check_for_update=False
+        model, revision, dtype, single_file_config, check, report_progress, options, check_for_update=False
     )
 
 
@@ -148,6 +151,7 @@ def _resolve(
     single_file_config: str | None,
     check: PipelineCheck,
     report_progress: ReportProgress,
+    options: ModelOptions | None = None,
     *,
     check_for_update: bool,
 ) -> StoredModel:
@@ -158,7 +162,7 @@ def _resolve(
     elif os.path.isdir(path):
         stored = _import_folder(Path(path), given, prefer_fp16, report_progress)
     elif os.path.isfile(path):
-        stored = _import_single_file(given, single_file_config, prefer_fp16, report_progress)
+        stored = _import_single_file(given, single_file_config, options, prefer_fp16, report_progress)
     elif given.endswith(single_file.SUFFIX):
         raise ModelError(f"No such file: {given}")
     elif given.startswith(("/", ".", "~")):
@@ -191,9 +195,15 @@ def _import_folder(
 
 
 def _import_single_file(
-    given: str, configuration: str | None, prefer_fp16: bool, report_progress: ReportProgress
+    given: str,
+    configuration: str | None,
+    options: ModelOptions | None,
+    prefer_fp16: bool,
+    report_progress: ReportProgress,
 ) -> StoredModel:
-    folder, selection = single_file.select(given, configuration, prefer_fp16, local_folder, report_progress)
+    folder, selection = single_file.select(
+        given, configuration, options or ModelOptions(), prefer_fp16, local_folder, report_progress
+    )
     file = Path(selection.files[CHECKPOINT])
     tag = f"{_store_name(file.stem)}:{digest(folder, selection, of_contents=False)}"
     stored = _import(tag, given, folder, selection, {"origin": str(file)}, report_progress)

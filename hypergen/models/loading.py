@@ -20,8 +20,11 @@ from hypergen.model_families import FAMILIES, PIPELINES, FamilySetting, FamilySp
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
+from hypergen.models.folder_accounting import account_for_folder
 from hypergen.models.memory import apply_memory_settings
-from hypergen.models.single_file_loading import load_checkpoint
+from hypergen.models.model_options import apply_options, check_configurations, load_vae, options_of
+from hypergen.models.single_file_loading import load_networks
+from hypergen.served_model_config import ModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +48,18 @@ def load(path: Path, settings: EngineSettings) -> Family:
 
 
 def load_any(
-    path: Path, settings: EngineSettings, defaults: Mapping[str, Any] | None = None, *, alone: bool = True
+    path: Path,
+    settings: EngineSettings,
+    defaults: Mapping[str, Any] | None = None,
+    options: ModelOptions | None = None,
+    *,
+    alone: bool = True,
 ) -> Family | DiffusersPipeline:
     """Load the model in `path` onto the device of the settings, or the best available one.
 
     Args:
         defaults: default values of requests, in addition to the model's own.
+        options: what its files do not state.
         alone: it is the only served model: settings that do not apply to it are errors, otherwise warnings.
 
     Raises:
@@ -70,10 +79,17 @@ def load_any(
     device = choose_device(settings)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
-    pipeline = apply_memory_settings(load_pipeline(pipeline_class, path, dtype), settings, device)
+    options = options_of(path, options or ModelOptions())
+    replaced = {"vae": load_vae(Path(options.vae), path, dtype)} if options.vae else {}
+    pipeline = load_pipeline(pipeline_class, path, dtype, replaced=replaced)
+    apply_options(pipeline, path, options)
+    if spec is not None:
+        check_configurations(pipeline, path, spec)
+    pipeline = apply_memory_settings(pipeline, settings, device)
     if family is None:
         return DiffusersPipeline(pipeline, model_card)
     model = family(pipeline, model_card, settings)
+    model.set_options(options)
     if settings.vae_dtype is not None:
         model.vae.to(getattr(torch, settings.vae_dtype))
     if settings.controlnet:
@@ -134,11 +150,19 @@ def _read_model_card(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
+def load_pipeline(
+    pipeline_class: Any,
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    without: Collection[str] = (),
+    replaced: Mapping[str, Any] | None = None,
+) -> Any:
     """Load a diffusers pipeline on the CPU.
 
     Args:
         without: components to skip.
+        replaced: components that come from elsewhere.
 
     Raises:
         ModelError: the files do not match.
@@ -149,10 +173,13 @@ def load_pipeline(pipeline_class: Any, path: Path, dtype: torch.dtype, without: 
     if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
         left_out["safety_checker"] = None
     try:
+        given: dict[str, Any] = {**left_out, **(replaced or {})}
         if (path / CHECKPOINT).is_file():
-            return load_checkpoint(pipeline_class, path, dtype, left_out)
+            given |= load_networks(path, dtype, given)
+        elif fault := account_for_folder(path, given).fault:
+            raise ModelError(fault)
         return pipeline_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, **left_out
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, **given
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)

@@ -14,6 +14,7 @@ from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.lora.batched_lora import Loras
 from hypergen.model_families import FAMILIES
+from hypergen.models import unet_inputs
 from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.resolution import choose_generation_size
 from hypergen.models.text_encoders.clip import ClipEncoder, max_length
@@ -34,12 +35,14 @@ class StableDiffusion(Family):
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
+        self.is_inpaint_model = unet_inputs.is_inpaint_model(self.denoiser, self.vae)
         self.schedulers = SchedulerFactory(pipeline.scheduler)
         with torch.inference_mode():
             encode = ClipEncoder(
                 pipeline.tokenizer, pipeline.text_encoder, settings, self.denoiser.dtype, penultimate=False
             )
             self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.lora_manager)
+        self.clip_encoders = (self.prompts,)
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         native = self.model_card.get("max_native_area"), self.model_card.get("min_native_side")
@@ -61,9 +64,7 @@ class StableDiffusion(Family):
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
     ) -> DenoisingState:
-        # The UNet of an inpainting model takes mask and kept region as more channels.
-        is_inpaint_model = self.denoiser.config.in_channels > self.vae.config.latent_channels
-        return self._prepare(request, index, prompts, loras, is_inpaint_model=is_inpaint_model)
+        return self._prepare(request, index, prompts, loras)
 
     def forward(
         self,
@@ -75,8 +76,7 @@ class StableDiffusion(Family):
         residuals: dict[str, Any] = {}
         if (network := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
             residuals = controlnet.residuals(network, latents, timesteps, inputs)
-        if inputs.mask is not None and inputs.masked_image_latents is not None:
-            latents = torch.cat([latents, inputs.mask, inputs.masked_image_latents], dim=1)
+        latents = unet_inputs.with_mask(latents, inputs)
         return self.denoiser(
             latents,
             timesteps,

@@ -20,6 +20,7 @@ from hypergen.errors import ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.model_families import FAMILIES
 from hypergen.model_info import ModelInfo
+from hypergen.models import unet_inputs
 from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.resolution import round_up
@@ -40,6 +41,7 @@ class StableDiffusionXL(Family):
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
         self.space = LatentSpace(self.vae, self.denoiser.dtype, upcast=self.vae.config.force_upcast)
+        self.is_inpaint_model = unet_inputs.is_inpaint_model(self.denoiser, self.vae)
         self.schedulers = SchedulerFactory(pipeline.scheduler)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
@@ -54,6 +56,7 @@ class StableDiffusionXL(Family):
                 cached(pipeline.tokenizer, pipeline.text_encoder),
                 cached(pipeline.tokenizer_2, pipeline.text_encoder_2),
             )
+        self.clip_encoders = self.encoders
         if settings.refiner and is_edm(pipeline.scheduler):
             raise ModelError("--refiner is not supported for models with an EDM scheduler.")
         self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings) if settings.refiner else None
@@ -113,7 +116,7 @@ class StableDiffusionXL(Family):
         if (network := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
             residuals = controlnet.residuals(network, latents, timesteps, inputs, added_cond_kwargs=added)
         return self.denoiser(
-            latents,
+            unet_inputs.with_mask(latents, inputs),
             timesteps,
             encoder_hidden_states=inputs.encoder_hidden_states,
             added_cond_kwargs=added,

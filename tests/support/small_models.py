@@ -69,11 +69,17 @@ _XL_UNETS: dict[str, dict[str, Any]] = {
 
 
 def save_sdxl(
-    folder: Path, layout: Literal["base", "ssd"] = "base", *, turbo: bool = False, zeros: bool = True
+    folder: Path,
+    layout: Literal["base", "ssd"] = "base",
+    *,
+    turbo: bool = False,
+    zeros: bool = True,
+    in_channels: int = 4,
 ) -> Path:
     """A Stable Diffusion XL with about a million weights; native size 128x128.
 
     Args:
+        in_channels: of the UNet; 9 for inpainting.
         zeros: `force_zeros_for_empty_prompt`.
     """
     torch.manual_seed(0)
@@ -89,7 +95,7 @@ def save_sdxl(
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 48, projection_dim=40)).eval(),
         tokenizer=tokenizer,
         tokenizer_2=_second_tokenizer(),
-        unet=_xl_unet(32 + 48, 40 + 6 * 8, **_XL_UNETS[layout]),
+        unet=_xl_unet(32 + 48, 40 + 6 * 8, in_channels=in_channels, **_XL_UNETS[layout]),
         scheduler=scheduler,
         force_zeros_for_empty_prompt=zeros,
     )

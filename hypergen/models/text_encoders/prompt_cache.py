@@ -61,32 +61,44 @@ def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[
 
 
 class PromptCache:
-    """Least recently used cache of encoded prompts, by text and text-encoder LoRAs.
+    """Least recently used cache of encoded prompts, by text, text-encoder LoRAs and `clip_skip`.
 
     The empty text without LoRAs is never evicted. An encoder gets one chunk per call, so that the bits of its
     output do not depend on a batch size.
 
     Args:
+        encode: of a text and, for CLIP, a `clip_skip`, see `ClipEncoder`.
         lora_manager: of the LoRAs; None: the family has none.
     """
 
     def __init__(
-        self, encode: Callable[[str], EncodedPrompt], max_bytes: int, lora_manager: LoraManager | None = None
+        self, encode: Callable[..., EncodedPrompt], max_bytes: int, lora_manager: LoraManager | None = None
     ) -> None:
         self._encode = encode
         self._lora_manager = lora_manager
         self._entries: LRUCache[Hashable, EncodedPrompt] = LRUCache(max_bytes, lambda entry: entry.nbytes)
+        self._clip_skip: int | None = None
         self._empty = encode("")
 
-    def get(self, text: str, loras: Loras = ()) -> EncodedPrompt:
+    def set_clip_skip(self, clip_skip: int) -> None:
+        """The layer of requests that choose none."""
+        self._empty = self._encode("", clip_skip)
+        self._clip_skip = clip_skip
+
+    def get(self, text: str, loras: Loras = (), clip_skip: int | None = None) -> EncodedPrompt:
+        """
+        Args:
+            clip_skip: None: the model's.
+        """
         loras = text_encoder_loras(loras)
-        if not (text or loras):
+        clip_skip = clip_skip or self._clip_skip
+        if not (text or loras) and clip_skip == self._clip_skip:
             return self._empty
-        key = text, prompt_cache_key(loras)
+        key = text, prompt_cache_key(loras), clip_skip
         if (encoded := self._entries.get(key)) is not None:
             return encoded
         with lora_context(self._lora_manager, [loras]):
-            encoded = self._encode(text)
+            encoded = self._encode(text, *([clip_skip] if clip_skip else []))
         with suppress(ValueError):  # larger than the cache
             self._entries[key] = encoded
         return encoded

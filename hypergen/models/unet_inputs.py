@@ -1,0 +1,33 @@
+"""Inputs of UNets that were trained for inpainting: mask and kept region as more channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergen.denoising.denoising_state import ModelInputs
+from hypergen.errors import ModelError
+
+
+def is_inpaint_model(unet: Any, vae: Any) -> bool:
+    """Whether a UNet was trained for inpainting, by its input channels.
+
+    Raises:
+        ModelError: it takes other inputs, such as an input image alone (InstructPix2Pix).
+    """
+    channels, latent_channels = unet.config.in_channels, vae.config.latent_channels
+    if channels not in (latent_channels, 2 * latent_channels + 1):
+        raise ModelError(
+            f"The UNet has {channels} input channels ('conv_in.weight'); supported are {latent_channels}, "
+            f"and {2 * latent_channels + 1} for inpainting."
+        )
+    return channels != latent_channels
+
+
+def with_mask(latents: Tensor, inputs: ModelInputs) -> Tensor:
+    """The latents, for inpainting models with the mask and the kept region after their channels."""
+    if inputs.mask is None or inputs.masked_image_latents is None:
+        return latents
+    return torch.cat([latents, inputs.mask, inputs.masked_image_latents], dim=1)
