@@ -14,6 +14,7 @@ from hypergen.model_store import store
 from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
+from hypergen.model_store.model_check import refuse_unusable
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
@@ -38,6 +39,7 @@ def find_models(
             single_file_config=entry.single_file_config,
             options=entry.options,
             pipelines=servable(),
+            check_files=refuse_unusable,
             report_progress=report_progress,
         )
         refiner = store.get_or_import_refiner(

@@ -1,4 +1,4 @@
-"""The command line: hypergen serve | generate | models | import | loras | bench."""
+"""The command line: hypergen serve | generate | models | import | inspect | loras | bench."""
 
 from __future__ import annotations
 
@@ -181,9 +181,24 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
 def import_(source: str | None, **flags: Any) -> None:
     """Import SOURCE into the model store: a hub id, a folder or a file; by default the embedded model."""
     from hypergen.model_store import store
+    from hypergen.model_store.model_check import refuse_unusable
 
-    stored = store.import_model(source, **flags, report_progress=_print)
+    stored = store.import_model(source, **flags, check_files=refuse_unusable, report_progress=_print)
     click.echo(stored.tag)
+
+
+@main.command()
+@click.argument("file")
+@setting_options("single_file_config")
+def inspect(file: str, single_file_config: str | None) -> None:
+    """Print what FILE is, a checkpoint or a model folder, without loading it or downloading anything.
+
+    The exit status is 1 if it cannot be served.
+    """
+    from hypergen.cli.inspect import inspect
+
+    for name, value in inspect(file, single_file_config):
+        click.echo(f"{name + ':':18} {value}")
 
 
 def _comma_separated(item: click.ParamType) -> Callable[..., tuple[Any, ...]]:

@@ -72,11 +72,20 @@ def open_entry(tag: str) -> StoredModel:
     return StoredModel(tag, str(metadata.get("source", tag)), path, size_bytes, model.creation_time)
 
 
-def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str, Any]) -> None:
+def write_entry(
+    tag: str,
+    folder: Path,
+    selection: Selection,
+    metadata: dict[str, Any],
+    check_files: Callable[[Path], None] | None = None,
+) -> None:
     """Write the entry into a staging store and move it into the store.
 
     `bentoml.models.create` copies the files of its folder when it exits, so links would not survive. It
     therefore writes only `model.yaml`; the files are added in the staging store.
+
+    Args:
+        check_files: raises a ModelError if the model in a folder cannot be served.
     """
     import bentoml
     from bentoml._internal.models import ModelStore
@@ -97,7 +106,7 @@ def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str
             target = staging / name / version / stored
             target.parent.mkdir(exist_ok=True)
             link_or_copy(folder / file, target, copy_weights=small)
-        _check_staged(staging / name / version, metadata["source"])
+        _check_staged(staging / name / version, metadata["source"], check_files)
         shutil.rmtree(store / name / version, ignore_errors=True)  # a damaged entry with this tag
         (store / name).mkdir(parents=True, exist_ok=True)
         (store / name / "latest").unlink(missing_ok=True)
@@ -108,9 +117,11 @@ def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_staged(folder: Path, source: str) -> None:
+def _check_staged(folder: Path, source: str, check_files: Callable[[Path], None] | None) -> None:
     try:
         check_folder(folder)
+        if check_files is not None:
+            check_files(folder)
     except ModelError as error:
         raise ModelError(str(error).replace(str(folder), source)) from None
 

@@ -88,6 +88,16 @@ def select(
     return folder, replace(selection, files={**selection.files, CHECKPOINT: str(file)})
 
 
+def find_configuration(given: str, checkpoint: Checkpoint, find_local_folder: FindLocalFolder) -> Path | None:
+    """The configuration folder that `select` would take, if it is on this machine."""
+    file = Path(os.path.expanduser(given)).absolute()
+    if (folder := _folder_next_to(file, checkpoint)) is not None:
+        return folder
+    source = checkpoint.usual_source(given, ModelOptions())
+    complete = (f for f in cached_folders(source) if not missing_components(f, checkpoint.components))
+    return find_local_folder(source) or next(complete, None)
+
+
 def _given_folder(
     configuration: str,
     checkpoint: Checkpoint,

@@ -40,6 +40,7 @@ EMBEDDED_NAME = "hypergen-tiny"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
 
 PipelineCheck = Callable[[Path], None]
+FilesCheck = Callable[[Path], None]
 
 
 def get_or_import(
@@ -50,6 +51,7 @@ def get_or_import(
     single_file_config: str | None = None,
     options: ModelOptions | None = None,
     pipelines: Collection[str] | None = None,
+    check_files: FilesCheck | None = None,
     report_progress: ReportProgress | None = None,
 ) -> StoredModel:
     """Get a model from the store; a model that is not in the store is imported first.
@@ -63,6 +65,7 @@ def get_or_import(
         single_file_config: source of a single-file checkpoint's configuration, see `single_file`.
         options: of its served-model file, which the configuration may depend on.
         pipelines: supported pipeline classes; others are refused before their weights are downloaded.
+        check_files: see `write_entry`; a model that it refuses does not stay in the store.
         report_progress: called with one line per stage, for example "Downloading ...".
 
     Raises:
@@ -71,7 +74,15 @@ def get_or_import(
     check = partial(require_pipeline, model or EMBEDDED_NAME, pipelines)
     report_progress = report_progress or _ignore
     return _resolve(
-        model, revision, dtype, single_file_config, check, report_progress, options, check_for_update=False
+        model,
+        revision,
+        dtype,
+        single_file_config,
+        check,
+        report_progress,
+        options,
+        check_files,
+        check_for_update=False,
     )
 
 
@@ -81,13 +92,22 @@ def import_model(
     revision: str | None = None,
     dtype: str | None = None,
     single_file_config: str | None = None,
+    check_files: FilesCheck | None = None,
     report_progress: ReportProgress | None = None,
 ) -> StoredModel:
     """Import the source's current state; an unchanged source is not imported again."""
     check = partial(require_pipeline, source or EMBEDDED_NAME, None)
     report_progress = report_progress or _ignore
     return _resolve(
-        source, revision, dtype, single_file_config, check, report_progress, check_for_update=True
+        source,
+        revision,
+        dtype,
+        single_file_config,
+        check,
+        report_progress,
+        None,
+        check_files,
+        check_for_update=True,
     )
 
 
@@ -152,6 +172,7 @@ def _resolve(
     check: PipelineCheck,
     report_progress: ReportProgress,
     options: ModelOptions | None = None,
+    check_files: FilesCheck | None = None,
     *,
     check_for_update: bool,
 ) -> StoredModel:
@@ -160,9 +181,11 @@ def _resolve(
     if given is None or given == EMBEDDED_NAME:
         stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, prefer_fp16, report_progress)
     elif os.path.isdir(path):
-        stored = _import_folder(Path(path), given, prefer_fp16, report_progress)
+        stored = _import_folder(Path(path), given, prefer_fp16, report_progress, check_files)
     elif os.path.isfile(path):
-        stored = _import_single_file(given, single_file_config, options, prefer_fp16, report_progress)
+        stored = _import_single_file(
+            given, single_file_config, options, prefer_fp16, report_progress, check_files
+        )
     elif given.endswith(single_file.SUFFIX):
         raise ModelError(f"No such file: {given}")
     elif given.startswith(("/", ".", "~")):
@@ -171,7 +194,9 @@ def _resolve(
         stored = find_by_tag(given)
     elif HUB_ID.fullmatch(given):
         stored = None if check_for_update else _find_hub_model(given, revision, prefer_fp16)
-        stored = stored or _import_hub_model(given, revision, prefer_fp16, check, report_progress)
+        stored = stored or _import_hub_model(
+            given, revision, prefer_fp16, check, report_progress, check_files
+        )
     else:
         raise ModelError(_unknown(given))
     if single_file_config is not None and not (stored.path / CHECKPOINT).is_file():
@@ -182,7 +207,11 @@ def _resolve(
 
 
 def _import_folder(
-    folder: Path, source: str, prefer_fp16: bool, report_progress: ReportProgress
+    folder: Path,
+    source: str,
+    prefer_fp16: bool,
+    report_progress: ReportProgress,
+    check_files: FilesCheck | None = None,
 ) -> StoredModel:
     check_folder(folder)
     folder = folder.resolve()
@@ -190,7 +219,7 @@ def _import_folder(
     is_embedded = source == EMBEDDED_NAME
     version = digest(folder, selection, of_contents=is_embedded)
     name = EMBEDDED_NAME if is_embedded else _store_name(folder.name)
-    stored = _import(f"{name}:{version}", source, folder, selection, {}, report_progress)
+    stored = _import(f"{name}:{version}", source, folder, selection, {}, report_progress, check_files)
     return replace(stored, source=source)
 
 
@@ -200,18 +229,24 @@ def _import_single_file(
     options: ModelOptions | None,
     prefer_fp16: bool,
     report_progress: ReportProgress,
+    check_files: FilesCheck | None,
 ) -> StoredModel:
     folder, selection = single_file.select(
         given, configuration, options or ModelOptions(), prefer_fp16, local_folder, report_progress
     )
     file = Path(selection.files[CHECKPOINT])
     tag = f"{_store_name(file.stem)}:{digest(folder, selection, of_contents=False)}"
-    stored = _import(tag, given, folder, selection, {"origin": str(file)}, report_progress)
+    stored = _import(tag, given, folder, selection, {"origin": str(file)}, report_progress, check_files)
     return replace(stored, source=given)
 
 
 def _import_hub_model(
-    repo: str, revision: str | None, prefer_fp16: bool, check: PipelineCheck, report_progress: ReportProgress
+    repo: str,
+    revision: str | None,
+    prefer_fp16: bool,
+    check: PipelineCheck,
+    report_progress: ReportProgress,
+    check_files: FilesCheck | None,
 ) -> StoredModel:
     report_progress(f"Looking up {repo} on the hub")
     model = resolve_hub_model(repo, revision=revision, prefer_fp16=prefer_fp16, check=check)
@@ -224,7 +259,7 @@ def _import_hub_model(
     )
     # The keys and values are stored in existing entries, so they must not change.
     metadata = {"revision": model.commit, "asked_revision": revision or "", "fp16": model.selection.fp16}
-    return _import(tag, repo, download(model), model.selection, metadata, report_progress)
+    return _import(tag, repo, download(model), model.selection, metadata, report_progress, check_files)
 
 
 def _find_hub_model(repo: str, revision: str | None, prefer_fp16: bool) -> StoredModel | None:
@@ -248,6 +283,7 @@ def _import(
     selection: Selection,
     metadata: dict[str, Any],
     report_progress: ReportProgress,
+    check_files: FilesCheck | None,
 ) -> StoredModel:
     """Write the entry unless it exists; only one of several processes does so."""
     with suppress(ModelError):
@@ -258,7 +294,8 @@ def _import(
             with suppress(ModelError):
                 return open_entry(tag)
             report_progress(f"Importing {source} as {tag}")
-            write_entry(tag, folder, selection, {"source": source, "origin": str(folder), **metadata})
+            metadata = {"source": source, "origin": str(folder), **metadata}
+            write_entry(tag, folder, selection, metadata, check_files)
     except OSError as error:
         raise ModelError(f"{source} cannot be imported: {error}") from error
     return open_entry(tag)

@@ -84,7 +84,7 @@ def load_any(
     pipeline = load_pipeline(pipeline_class, path, dtype, replaced=replaced)
     apply_options(pipeline, path, options)
     if spec is not None:
-        check_configurations(pipeline, path, spec)
+        check_configurations(path, spec, pipeline.scheduler, type(pipeline.vae))
     pipeline = apply_memory_settings(pipeline, settings, device)
     if family is None:
         return DiffusersPipeline(pipeline, model_card)

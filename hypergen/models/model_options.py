@@ -60,6 +60,8 @@ def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
     if isinstance(scheduler, _FLOW):
         raise ModelError(f"The option {_option(next(iter(changes)))} does not apply to flow matching models.")
     config = {**scheduler.config, **changes}
+    if config.get("rescale_betas_zero_snr") and config["prediction_type"] == "epsilon":
+        raise ModelError("zero_terminal_snr needs prediction_type v_prediction: noise alone tells nothing.")
     classes = [type(scheduler)] if is_edm(scheduler) else [type(scheduler), EulerDiscreteScheduler]
     for scheduler_class in classes:
         known = inspect.signature(scheduler_class.__init__).parameters
@@ -72,8 +74,8 @@ def _option(field: str) -> str:
     return "zero_terminal_snr" if field == "rescale_betas_zero_snr" else field
 
 
-def check_configurations(pipeline: Any, path: Path, spec: FamilySpec) -> None:
-    """Refuse fields of a scheduler's or VAE's configuration that a family would ignore.
+def check_configurations(path: Path, spec: FamilySpec, scheduler: Any, vae_class: Any) -> None:
+    """Refuse fields of a model's configurations that its family would ignore.
 
     Raises:
         ModelError: names the first one.
@@ -83,17 +85,15 @@ def check_configurations(pipeline: Any, path: Path, spec: FamilySpec) -> None:
         raise ModelError(
             f"{PIPELINE_FILE} has requires_aesthetics_score, which only refiners may have (--refiner)."
         )
-    scheduler, vae = pipeline.scheduler, pipeline.vae
-    is_flow_family = spec.name in ("flux", "sd3")
-    if isinstance(scheduler, _FLOW) != is_flow_family:
+    if isinstance(scheduler, _FLOW) != (spec.name in ("flux", "sd3")):
         raise ModelError(f"Models of {spec.name} cannot use the scheduler {type(scheduler).__name__}.")
     if (field := ignored_field(type(scheduler), scheduler.config)) is not None:
         raise ModelError(
             f"scheduler/scheduler_config.json has {field}, which {type(scheduler).__name__} does not have; "
             "change its _class_name, for example to EulerDiscreteScheduler."
         )
-    if not isinstance(vae, AutoencoderKL):
-        raise ModelError(f"The VAE is an {type(vae).__name__}; only AutoencoderKL is supported.")
+    if not issubclass(vae_class, AutoencoderKL):
+        raise ModelError(f"The VAE is an {vae_class.__name__}; only AutoencoderKL is supported.")
     if not (path / "vae/config.json").is_file():
         return
     config = json.loads((path / "vae/config.json").read_bytes())
