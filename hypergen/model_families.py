@@ -115,7 +115,7 @@ _SPECS = (
     FamilySpec(
         "flux",
         "hypergen.models.flux:Flux",
-        ("FluxPipeline",),
+        ("FluxPipeline", "FluxFillPipeline"),
         ("prompt_2", "negative_prompt", "true_cfg_scale"),
         settings=("lora",),
         single_file=SingleFile(
@@ -128,7 +128,7 @@ _SPECS = (
                 "text_encoders.t5xxl.": "text_encoder_2",
             },
             variants=(
-                Variant(in_channels=384, unsupported="FLUX.1 Fill"),
+                Variant(source="black-forest-labs/FLUX.1-Fill-dev", in_channels=384),
                 Variant(in_channels=128, unsupported="FLUX.1 Canny or Depth"),
                 Variant(
                     source="black-forest-labs/FLUX.1-dev",

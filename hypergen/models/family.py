@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hypergen.conditioning import controlnet
 from hypergen.conditioning.initial_latents import prepare_initial_latents
+from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.conditioning.latent_space import LatentSpace, denormalize_latents
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
@@ -57,7 +58,7 @@ class Family(ABC):
         denoiser: the UNet or transformer, which runs in every step.
         schedulers: set by the subclass.
         clip_encoders: those whose token embeddings are used; set by the subclass.
-        is_inpaint_model: the denoiser takes the mask and the kept region as more channels.
+        inpaint_model: of denoisers that take the mask and the kept region as more channels.
         controlnets: name in requests -> network.
         lora_manager: None: the family does not support LoRA.
     """
@@ -72,7 +73,7 @@ class Family(ABC):
         self.vae: Any = pipeline.vae
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.space = LatentSpace(self.vae, self.denoiser.dtype)
-        self.is_inpaint_model = False
+        self.inpaint_model: InpaintModel | None = None
         self.model_card = model_card
         self.lora_manager = LoraManager(pipeline, settings) if "lora" in self.spec.settings else None
         self.controlnets: Mapping[str, nn.Module] = {}  # set by `load_any`
@@ -176,7 +177,7 @@ class Family(ABC):
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps, image_tokens)
         initial = prepare_initial_latents(
-            request, scheduler, self.space, size, generator, is_inpaint_model=self.is_inpaint_model
+            request, scheduler, self.space, size, generator, inpaint_model=self.inpaint_model
         )
         control = controlnet.prepare_controlnet(
             request.control, self.controlnets, size, scheduler, initial.step_index

@@ -35,7 +35,7 @@ class StableDiffusion(Family):
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
-        self.is_inpaint_model = unet_inputs.is_inpaint_model(self.denoiser, self.vae)
+        self.inpaint_model = unet_inputs.inpaint_model(self.denoiser, self.vae)
         self.schedulers = SchedulerFactory(pipeline.scheduler)
         with torch.inference_mode():
             encode = ClipEncoder(

@@ -41,7 +41,7 @@ class StableDiffusionXL(Family):
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
         self.space = LatentSpace(self.vae, self.denoiser.dtype, upcast=self.vae.config.force_upcast)
-        self.is_inpaint_model = unet_inputs.is_inpaint_model(self.denoiser, self.vae)
+        self.inpaint_model = unet_inputs.inpaint_model(self.denoiser, self.vae)
         self.schedulers = SchedulerFactory(pipeline.scheduler)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.errors import ModelError
 
 
-def is_inpaint_model(unet: Any, vae: Any) -> bool:
-    """Whether a UNet was trained for inpainting, by its input channels.
+def inpaint_model(unet: Any, vae: Any) -> InpaintModel | None:
+    """How a UNet takes the mask, by its input channels; None: it was not trained for inpainting.
 
     Raises:
         ModelError: it takes other inputs, such as an input image alone (InstructPix2Pix).
@@ -23,7 +24,7 @@ def is_inpaint_model(unet: Any, vae: Any) -> bool:
             f"The UNet has {channels} input channels ('conv_in.weight'); supported are {latent_channels}, "
             f"and {2 * latent_channels + 1} for inpainting."
         )
-    return channels != latent_channels
+    return None if channels == latent_channels else InpaintModel()
 
 
 def with_mask(latents: Tensor, inputs: ModelInputs) -> Tensor:

@@ -27,6 +27,7 @@ def _inpainting(save: Callable[[Path], Path], pipeline_class: str) -> Callable[[
 
 
 _SAVE: dict[str, Callable[[Path], Path]] = {
+    "FluxFillPipeline": partial(save_flux, variant="fill"),
     "FluxPipeline": save_flux,
     "StableDiffusion3Pipeline": partial(save_sd3, t5=False),
     "StableDiffusionInpaintPipeline": _inpainting(save_sd, "StableDiffusionInpaintPipeline"),

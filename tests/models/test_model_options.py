@@ -196,7 +196,7 @@ def test_zero_terminal_snr_replaces_a_scheduler_that_lacks_it(tmp_path: Path) ->
     assert generate_alone(family, _REQUEST).std() > 0
 
 
-@pytest.mark.parametrize("name", ["FluxFillPipeline", "StableDiffusionInstructPix2PixPipeline"])
+@pytest.mark.parametrize("name", ["FluxControlImg2ImgPipeline", "StableDiffusionInstructPix2PixPipeline"])
 def test_pipelines_that_need_an_image_are_refused_by_their_index(name: str, tmp_path: Path) -> None:
     file = tmp_path / PIPELINE_FILE
     file.write_text(f'{{"_class_name": "{name}"}}')

@@ -14,6 +14,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -163,15 +164,18 @@ def _xl_unet(cross_attention_dim: int, embedding_dim: int, **layers: Any) -> Any
     ).eval()
 
 
-def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
-    """A FLUX.1 with a hundred thousand weights; dev has guidance embeddings and dynamic shifting."""
+def save_flux(folder: Path, variant: Literal["dev", "schnell", "fill"] = "dev") -> Path:
+    """A FLUX.1 with a hundred thousand weights; dev and Fill have guidance embeddings, dynamic shifting."""
     torch.manual_seed(0)
-    is_dev = variant == "dev"
+    is_dev = variant != "schnell"
+    is_fill = variant == "fill"
     tokenizer = bytewise_tokenizer()
-    pipeline: Any = FluxPipeline(
+    pipeline: Any = (FluxFillPipeline if is_fill else FluxPipeline)(
         transformer=FluxTransformer2DModel(
             patch_size=1,
-            in_channels=16,
+            # Four pixels in a patch; Fill also takes the kept region and 64 pixels of the mask.
+            in_channels=4 * (4 + 4 + 64) if is_fill else 16,
+            out_channels=16,
             num_layers=1,
             num_single_layers=1,
             attention_head_dim=16,
