@@ -177,7 +177,7 @@ _SPECS = (
         "sdxl",
         "hypergen.models.sdxl:StableDiffusionXL",
         ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"),
-        ("prompt_2", "negative_prompt", "image", "mask"),
+        ("prompt_2", "negative_prompt", "clip_skip", "image", "mask"),
         settings=("controlnet", "lora", "prompt_weighting", "refiner"),
         single_file=SingleFile(
             marks=("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
@@ -213,7 +213,7 @@ _SPECS = (
         "sd",
         "hypergen.models.sd:StableDiffusion",
         ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
-        ("negative_prompt", "image", "mask"),
+        ("negative_prompt", "clip_skip", "image", "mask"),
         settings=("controlnet", "lora", "prompt_weighting"),
         single_file=SingleFile(
             marks=_UNET_FIRST_LAYERS,

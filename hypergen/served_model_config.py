@@ -56,7 +56,7 @@ class ModelOptions(BaseModel, frozen=True, extra="forbid"):
         timestep_spacing: how the timesteps of a request are spread over those of the training.
         scheduler: name of the sampler of requests that name none.
         clip_skip: the hidden layer of CLIP whose output is the embedding, counted from the last one, which
-            is 1; for all prompts.
+            is 1; for requests that choose none.
         vae: folder, hub id or .safetensors file of another VAE.
     """
 

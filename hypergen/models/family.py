@@ -57,7 +57,7 @@ class Family(ABC):
         half_dtype: 16-bit dtype for accelerators.
         denoiser: the UNet or transformer, which runs in every step.
         schedulers: set by the subclass.
-        clip_encoders: those whose token embeddings are used; set by the subclass.
+        clip_encoders: those that `clip_skip` applies to; set by the subclass.
         inpaint_model: of denoisers that take the mask and the kept region as more channels.
         controlnets: name in requests -> network.
         lora_manager: None: the family does not support LoRA.
@@ -88,7 +88,7 @@ class Family(ABC):
         self.schedulers.set_default(options.scheduler)
         if options.clip_skip is None:
             return
-        if not self.clip_encoders:
+        if "clip_skip" not in self.spec.capabilities:
             raise ModelError(f"clip_skip does not apply to models of {self.spec.name}.")
         try:
             with torch.inference_mode():

@@ -49,11 +49,11 @@ class StableDiffusion(Family):
         return choose_generation_size(width, height, self.vae_scale_factor, *native)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
-        prompt = self.prompts.get(request.prompt, loras)
+        prompt = self.prompts.get(request.prompt, loras, request.clip_skip)
         if request.guidance_scale <= 1:
             return PromptEmbeds(ModelInputs(prompt.embeds), None, prompt.tokens)
-        negative = self.prompts.get(request.negative_prompt or "", loras)
-        empty = self.prompts.get("", loras).embeds
+        negative = self.prompts.get(request.negative_prompt or "", loras, request.clip_skip)
+        empty = self.prompts.get("", loras, request.clip_skip).embeds
         length = max_length([prompt, negative])
         return PromptEmbeds(
             ModelInputs(pad_with_empty_chunks(prompt.embeds, length, empty)),

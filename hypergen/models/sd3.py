@@ -62,8 +62,6 @@ class StableDiffusion3(Family):
                 without_weights(encode) if settings.prompt_weighting else encode, cache_bytes
             )
 
-        self.clip_encoders = self.clips
-
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         return round_up(width, self.size_multiple), round_up(height, self.size_multiple)
 

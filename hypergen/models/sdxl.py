@@ -80,16 +80,18 @@ class StableDiffusionXL(Family):
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
         refiner = self.refiner.encode_prompts(request) if self.refiner and request.enable_refiner else None
-        positive = self._encode(request.prompt, request.prompt_2, loras)
+        clip_skip = request.clip_skip
+        positive = self._encode(request.prompt, request.prompt_2, loras, clip_skip)
         tokens = positive[0].tokens
         if request.guidance_scale <= 1:
-            return PromptEmbeds(self._build_inputs(positive, max_length(positive)), None, tokens, refiner)
-        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
+            inputs = self._build_inputs(positive, max_length(positive), clip_skip)
+            return PromptEmbeds(inputs, None, tokens, refiner)
+        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras, clip_skip)
         length = max_length([*positive, *negative])
-        negative_inputs = self._build_inputs(negative, length)
+        negative_inputs = self._build_inputs(negative, length, clip_skip)
         if self.force_zeros_for_empty_prompt and not (request.negative_prompt or request.negative_prompt_2):
             negative_inputs = negative_inputs.map(torch.zeros_like)
-        return PromptEmbeds(self._build_inputs(positive, length), negative_inputs, tokens, refiner)
+        return PromptEmbeds(self._build_inputs(positive, length, clip_skip), negative_inputs, tokens, refiner)
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
@@ -124,12 +126,16 @@ class StableDiffusionXL(Family):
             **residuals,
         )[0]
 
-    def _encode(self, text: str, text_2: str | None, loras: Loras) -> tuple[EncodedPrompt, EncodedPrompt]:
+    def _encode(
+        self, text: str, text_2: str | None, loras: Loras, clip_skip: int | None
+    ) -> tuple[EncodedPrompt, EncodedPrompt]:
         first, second = self.encoders
-        return first.get(text, loras), second.get(text_2 or text, loras)
+        return first.get(text, loras, clip_skip), second.get(text_2 or text, loras, clip_skip)
 
-    def _build_inputs(self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int) -> ModelInputs:
-        return ModelInputs(concat_embeds(self.encoders, encoded, length), encoded[1].pooled)
+    def _build_inputs(
+        self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int, clip_skip: int | None
+    ) -> ModelInputs:
+        return ModelInputs(concat_embeds(self.encoders, encoded, length, clip_skip), encoded[1].pooled)
 
 
 def _is_turbo(published: Any) -> bool:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler
 from safetensors.torch import save_file
-from transformers import CLIPTextModel
 
 from hypergen.model_families import servable
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE, require_pipeline
@@ -45,52 +44,6 @@ def _stock(folder: Path, request: GenerationRequest, changes: Any = None, **argu
     if changes is not None:
         changes(pipeline)
     return np.asarray(pipeline(**arguments, **common_arguments(request)).images[0])
-
-
-@pytest.mark.parametrize("clip_skip", [1, 2, 3])
-def test_clip_skip_counts_layers_from_the_last_in_all_prompts(
-    clip_skip: int, sd_folder: Path, sdxl: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """diffusers counts from the layer that a model takes, and only skips layers of the positive prompt."""
-    if clip_skip > 1:  # SDXL's next to last layer is the first that diffusers can take
-
-        def skip(pipeline: Any) -> dict[str, Any]:
-            positive = _encode(pipeline, _REQUEST.prompt, clip_skip - 2)
-            negative = _encode(pipeline, "a blurred dog", clip_skip - 2)
-            names = ("prompt_embeds", "pooled_prompt_embeds")
-            return dict(zip(names, positive, strict=True)) | {
-                f"negative_{name}": tensor for name, tensor in zip(names, negative, strict=True)
-            }
-
-        pipeline: Any = DiffusionPipeline.from_pretrained(sdxl)
-        assert_same(
-            generate_alone(_load(sdxl, clip_skip=clip_skip), _REQUEST),
-            _stock(sdxl, _REQUEST, **skip(pipeline)),
-        )
-    if clip_skip < 3:  # the small model has two layers
-        # diffusers' pipeline expects it of versions of transformers before 5.6.
-        monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
-        pipeline = DiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
-        embeds = [
-            pipeline.encode_prompt(text, "cpu", 1, False, clip_skip=(clip_skip - 1) or None)[0]
-            for text in (_REQUEST.prompt, "a blurred dog")
-        ]
-        monkeypatch.undo()
-        stock = _stock(sd_folder, _REQUEST, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
-        assert_same(generate_alone(_load(sd_folder, clip_skip=clip_skip), _REQUEST), stock)
-
-
-def _encode(pipeline: Any, text: str, clip_skip: int) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs = pipeline.encode_prompt(text, do_classifier_free_guidance=False, clip_skip=clip_skip)
-    return outputs[0], outputs[2]
-
-
-def test_clip_skip_is_limited_by_the_layers_and_the_family(sd_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="clip_skip must be at most 2"):
-        _load(sd_folder, clip_skip=3)
-    assert "clip_skip does not apply to models of flux" in error_message(
-        _load, save_flux(tmp_path / "flux"), clip_skip=2
-    )
 
 
 def test_the_scheduler_is_that_of_requests_without_a_sampler(sd_folder: Path) -> None:

@@ -65,7 +65,7 @@ class ClipEncoder:
         layers: int = self._text_encoder.config.num_hidden_layers
         if clip_skip is not None and clip_skip > layers:
             raise InvalidRequestError(
-                f"clip_skip must be at most {layers}, the number of layers of this model's text encoder.",
+                f"'clip_skip' must be at most {layers}, the number of layers of this model's text encoder.",
                 param="clip_skip",
             )
         weighted = parse_weights(text) if self._weighting else WeightedText(text)
