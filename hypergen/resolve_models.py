@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,14 @@ def find_models(
             single_file_config=entry.single_file_config,
             options=entry.options,
             pipelines=servable(),
-            check_files=refuse_unusable,
+            check_files=partial(refuse_unusable, options=entry.options),
             report_progress=report_progress,
         )
         refiner = store.get_or_import_refiner(
-            entry.refiner or engine.refiner, dtype=engine.dtype, report_progress=report_progress
+            entry.refiner or engine.refiner,
+            dtype=engine.dtype,
+            check_files=refuse_unusable,
+            report_progress=report_progress,
         )
         if refiner:  # engines use folders, not the store
             engine = engine.model_copy(update={"refiner": str(refiner.path)})

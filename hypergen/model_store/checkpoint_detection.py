@@ -35,6 +35,7 @@ _OTHERS = {
     "time_stack.": "Stable Video Diffusion",
     "edm_vpred.": "CosXL",
 }
+_LORA_PARTS = ("lora", "lycoris_", ".hada_w", ".lokr_w")
 # End of a tensor name -> the format of the weights, which is not read.
 _FORMATS = {
     ".absmax": "bitsandbytes",
@@ -126,8 +127,13 @@ def read_checkpoint(header: bytes, name: str) -> Checkpoint:
     )
 
 
+def is_lora(tensors: Iterable[str]) -> bool:
+    """Whether a file with these tensors is a LoRA, or another change of a model's weights."""
+    return any(part in tensor.lower() for tensor in tensors for part in _LORA_PARTS)
+
+
 def _refuse_other_files(shapes: Mapping[str, Any], name: str) -> None:
-    if any("lora" in tensor.lower() for tensor in shapes):
+    if is_lora(shapes):
         raise ModelError(f"{name} is a LoRA, not a model; serve its model, with this file as --lora.")
     if any(tensor.startswith(("control_model.", "controlnet_cond_embedding.")) for tensor in shapes):
         raise ModelError(

@@ -164,6 +164,7 @@ class LoraSummary:
 
     model: str
     layout: str
+    layers: int
     ranks: tuple[int, ...]
     size_bytes: int
 
@@ -185,7 +186,8 @@ def summarise(path: Path) -> LoraSummary:
         raise ModelError(f"{path.name} has no LoRA layers.")
     kohya = any(key.startswith(("lora_unet_", "lora_te")) for key in downs)
     ranks = tuple(sorted({shape[0] for shape in downs.values() if shape}))
-    return LoraSummary(_model(downs), "kohya" if kohya else "diffusers", ranks, path.stat().st_size)
+    layout = "kohya" if kohya else "diffusers"
+    return LoraSummary(_model(downs), layout, len(downs), ranks, path.stat().st_size)
 
 
 def _model(downs: dict[str, list[int]]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypergen.errors import ModelError
+from hypergen.served_model_config import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,19 @@ class Report:
     ignored: Mapping[str, str]
 
 
-def check_in_process(folder: Path) -> Report:
+def check_in_process(folder: Path, options: ModelOptions | None = None) -> Report:
     """Check a folder in diffusers' layout, which may have a single-file checkpoint; takes some seconds.
+
+    Components without weights are not checked: their weights may not be downloaded yet.
+
+    Args:
+        options: of its served-model file.
 
     Raises:
         ModelError: the check itself failed.
     """
-    command = [sys.executable, "-m", "hypergen.models.check_model", str(folder)]
+    given = (options or ModelOptions()).model_dump_json(exclude_none=True)
+    command = [sys.executable, "-m", "hypergen.models.check_model", str(folder), given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -40,10 +47,10 @@ def check_in_process(folder: Path) -> Report:
     return Report(**json.loads(lines[-1]))
 
 
-def refuse_unusable(folder: Path) -> None:
+def refuse_unusable(folder: Path, options: ModelOptions | None = None) -> None:
     """
     Raises:
         ModelError: the model cannot be loaded.
     """
-    if fault := check_in_process(folder).fault:
+    if fault := check_in_process(folder, options).fault:
         raise ModelError(fault)

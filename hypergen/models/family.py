@@ -73,11 +73,23 @@ class Family(ABC):
         self.vae: Any = pipeline.vae
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.space = LatentSpace(self.vae, self.denoiser.dtype)
-        self.inpaint_model: InpaintModel | None = None
+        self.inpaint_model = self.find_inpaint_model(self.denoiser, self.vae)
         self.model_card = model_card
         self.lora_manager = LoraManager(pipeline, settings) if "lora" in self.spec.settings else None
         self.controlnets: Mapping[str, nn.Module] = {}  # set by `load_any`
         self._networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        """How a denoiser takes the mask, by its input channels; None: it was not trained for inpainting.
+
+        Args:
+            denoiser, vae: networks, with or without values.
+
+        Raises:
+            ModelError: it takes other inputs, such as an input image alone (InstructPix2Pix).
+        """
+        return None
 
     def set_options(self, options: ModelOptions) -> None:
         """Apply the options for requests that do not choose themselves.

@@ -52,7 +52,6 @@ class Flux(Family):
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
-        self.inpaint_model = self._inpaint_model()
         self.true_cfg_scale: float = model_card.get("true_cfg_scale", 4.0)
         self.schedulers = FlowSchedulerFactory(pipeline.scheduler, sigmas_end_at_last_step=True)
         self.takes_guidance: bool = self.denoiser.config.guidance_embeds
@@ -69,6 +68,22 @@ class Flux(Family):
                 cache_bytes,
                 self.lora_manager,
             )
+
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        """By the transformer's input channels, which are those of a patch."""
+        latent_channels = vae.config.latent_channels
+        scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        found, patch = denoiser.config.in_channels, _PATCH**2
+        fill = patch * (2 * latent_channels + scale_factor**2)
+        if found == patch * latent_channels:
+            return None
+        if found != fill:
+            raise ModelError(
+                f"The transformer has {found} input channels ('x_embedder.weight'); supported are "
+                f"{patch * latent_channels}, and {fill} for FLUX.1 Fill."
+            )
+        return InpaintModel(mask_pixels_as_channels=True, samples_unused_image=True)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -126,24 +141,6 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return functional.pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
-
-    def _inpaint_model(self) -> InpaintModel | None:
-        """By the transformer's input channels, which are those of a patch.
-
-        Raises:
-            ModelError: it takes other inputs, such as a control image.
-        """
-        latent_channels = self.vae.config.latent_channels
-        found, patch = self.denoiser.config.in_channels, _PATCH**2
-        fill = patch * (2 * latent_channels + self.vae_scale_factor**2)
-        if found == patch * latent_channels:
-            return None
-        if found != fill:
-            raise ModelError(
-                f"The transformer has {found} input channels ('x_embedder.weight'); supported are "
-                f"{patch * latent_channels}, and {fill} for FLUX.1 Fill."
-            )
-        return InpaintModel(mask_pixels_as_channels=True, samples_unused_image=True)
 
     def _cfg_scale(self, request: GenerationRequest) -> float:
         """The scale of classifier-free guidance."""

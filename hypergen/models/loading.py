@@ -196,7 +196,7 @@ def load_pipeline(
         given: dict[str, Any] = {**left_out, **(replaced or {})}
         if (path / CHECKPOINT).is_file():
             given |= load_networks(path, dtype, given)
-        elif fault := account_for_folder(path, given).fault:
+        if fault := account_for_folder(path, given).fault:
             raise ModelError(fault)
         return pipeline_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True, **given

@@ -39,6 +39,22 @@ def apply_options(pipeline: Any, path: Path, options: ModelOptions) -> None:
     Raises:
         ModelError: the scheduler does not support an option.
     """
+    statistics = edm_statistics(path)
+    if statistics:
+        pipeline.vae.register_to_config(**statistics)
+    scheduler = with_options(pipeline.scheduler, options, is_edm_model=bool(statistics))
+    pipeline.register_modules(scheduler=scheduler)
+
+
+def with_options(scheduler: Any, options: ModelOptions, *, is_edm_model: bool) -> Any:
+    """The scheduler of a model with these options.
+
+    Args:
+        is_edm_model: the checkpoint file says so.
+
+    Raises:
+        ModelError: the scheduler does not support an option.
+    """
     changes: dict[str, Any] = {}
     if options.prediction_type is not None:
         changes["prediction_type"] = options.prediction_type
@@ -48,12 +64,9 @@ def apply_options(pipeline: Any, path: Path, options: ModelOptions) -> None:
             changes["timestep_spacing"] = "trailing"
     if options.timestep_spacing is not None:
         changes["timestep_spacing"] = options.timestep_spacing
-    if (path / CHECKPOINT).is_file() and (statistics := edm_statistics(path)):
-        pipeline.vae.register_to_config(**statistics)
-        if not is_edm(pipeline.scheduler):
-            pipeline.register_modules(scheduler=EDMDPMSolverMultistepScheduler())
-    if changes:
-        pipeline.register_modules(scheduler=_changed(pipeline.scheduler, changes))
+    if is_edm_model and not is_edm(scheduler):
+        scheduler = EDMDPMSolverMultistepScheduler()
+    return _changed(scheduler, changes) if changes else scheduler
 
 
 def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:

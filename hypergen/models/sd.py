@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergen.conditioning import controlnet
+from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.schedulers import SchedulerFactory
@@ -35,7 +36,6 @@ class StableDiffusion(Family):
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
-        self.inpaint_model = unet_inputs.inpaint_model(self.denoiser, self.vae)
         self.schedulers = SchedulerFactory(pipeline.scheduler)
         with torch.inference_mode():
             encode = ClipEncoder(
@@ -43,6 +43,10 @@ class StableDiffusion(Family):
             )
             self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.lora_manager)
         self.clip_encoders = (self.prompts,)
+
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        return unet_inputs.find_inpaint_model(denoiser, vae)
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         native = self.model_card.get("max_native_area"), self.model_card.get("min_native_side")

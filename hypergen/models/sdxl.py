@@ -12,6 +12,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor, nn
 
 from hypergen.conditioning import controlnet
+from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
@@ -41,7 +42,6 @@ class StableDiffusionXL(Family):
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         super().__init__(pipeline, model_card, settings)
         self.space = LatentSpace(self.vae, self.denoiser.dtype, upcast=self.vae.config.force_upcast)
-        self.inpaint_model = unet_inputs.inpaint_model(self.denoiser, self.vae)
         self.schedulers = SchedulerFactory(pipeline.scheduler)
         self.force_zeros_for_empty_prompt: bool = pipeline.config.force_zeros_for_empty_prompt
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
@@ -62,6 +62,10 @@ class StableDiffusionXL(Family):
         self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings) if settings.refiner else None
         if self.refiner is not None:
             self.denoiser = Experts(self.denoiser, self.refiner.unet)
+
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        return unet_inputs.find_inpaint_model(denoiser, vae)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -47,11 +47,16 @@ def load_networks(path: Path, dtype: torch.dtype, skipped: Mapping[str, Any]) ->
     return {**networks, **_left_out_encoders(path, checkpoint, skipped)}
 
 
+def is_edm_checkpoint(path: Path) -> bool:
+    """Whether the model in `path` has a checkpoint with EDM's markers."""
+    return (path / CHECKPOINT).is_file() and set(EDM_MARKERS) <= json.loads(_header(path)).keys()
+
+
 def edm_statistics(path: Path) -> dict[str, Any]:
     """The fields of the VAE's configuration that a checkpoint with EDM's markers has; else empty."""
+    if not is_edm_checkpoint(path):
+        return {}
     with safe_open(path / CHECKPOINT, framework="pt") as file:
-        if not set(EDM_MARKERS) <= set(file.keys()):
-            return {}
         mean, std = (file.get_tensor(name).flatten().tolist() for name in EDM_MARKERS)
     # The scaling factor is that of all such models.
     return {"latents_mean": mean, "latents_std": std, "scaling_factor": 0.5}
@@ -81,13 +86,21 @@ def _of_checkpoint(checkpoint: Checkpoint, fault: str) -> str:
     )
 
 
+def changed_channels(path: Path) -> dict[str, int]:
+    """The input channels of a checkpoint's UNet, as a change of its configuration: those of text-to-image
+    models also fit inpainting models, which have more.
+    """
+    checkpoint = open_checkpoint(path) if (path / CHECKPOINT).is_file() else None
+    if checkpoint is None or checkpoint.layout.denoiser != "unet" or not checkpoint.in_channels:
+        return {}
+    return {"in_channels": checkpoint.in_channels}
+
+
 def _empty_networks(path: Path, checkpoint: Checkpoint) -> dict[str, nn.Module]:
     networks: dict[str, nn.Module] = {}
     for name, component_class in component_classes(path):
         if name in checkpoint.components:
-            # Configurations of text-to-image models also fit inpainting models, which have more channels.
-            is_unet = name == checkpoint.layout.denoiser == "unet" and checkpoint.in_channels
-            changes = {"in_channels": checkpoint.in_channels} if is_unet else {}
+            changes = changed_channels(path) if name == checkpoint.layout.denoiser else {}
             networks[name] = empty_network(path / name, component_class, **changes)
     return networks
 

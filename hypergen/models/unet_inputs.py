@@ -12,12 +12,8 @@ from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.errors import ModelError
 
 
-def inpaint_model(unet: Any, vae: Any) -> InpaintModel | None:
-    """How a UNet takes the mask, by its input channels; None: it was not trained for inpainting.
-
-    Raises:
-        ModelError: it takes other inputs, such as an input image alone (InstructPix2Pix).
-    """
+def find_inpaint_model(unet: Any, vae: Any) -> InpaintModel | None:
+    """`Family.find_inpaint_model` of families with a UNet."""
     channels, latent_channels = unet.config.in_channels, vae.config.latent_channels
     if channels not in (latent_channels, 2 * latent_channels + 1):
         raise ModelError(

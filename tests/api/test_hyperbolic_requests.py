@@ -133,7 +133,7 @@ def test_clip_skip_is_rejected_by_models_without_it() -> None:
         for model_info in (FULL_MODEL_INFO, flux):
             request = dialect.to_request({**body, "clip_skip": None}, model_info, SETTINGS, "id")
             assert request.generation.clip_skip is None
-        with pytest.raises(InvalidRequestError, match=r"not supported by the served model \(flux\)") as raised:
+        with pytest.raises(InvalidRequestError, match="not supported by the served model") as raised:
             dialect.to_request({**body, "clip_skip": 2}, flux, SETTINGS, "id")
         assert raised.value.param == "clip_skip"
         assert raised.value.code == "unsupported_parameter"

@@ -6,6 +6,8 @@ for Stable Diffusion, and 3 for SDXL. It skips no layers of a negative prompt.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,26 +54,26 @@ def _stock(folder: Path) -> Any:
     return pipeline
 
 
-@pytest.fixture
-def text_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def _text_model() -> Iterator[None]:
     """diffusers' SD pipeline expects the attribute of transformers before 5.6, to skip layers."""
-    monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
+        yield
 
 
-@pytest.mark.usefixtures("text_model")
 @pytest.mark.parametrize(("name", "clip_skip"), _CASES)
 def test_a_request_skips_layers_as_diffusers_does(
     name: str, clip_skip: int, folders: dict[str, Path], families: dict[str, Any]
 ) -> None:
     request = replace(_UNGUIDED, clip_skip=clip_skip)
     skipped = clip_skip - _TAKEN[name]
-    images = _stock(folders[name])(
-        request.prompt, clip_skip=skipped or None, **common_arguments(request)
-    ).images
+    pipeline = _stock(folders[name])
+    with _text_model():
+        images = pipeline(request.prompt, clip_skip=skipped or None, **common_arguments(request)).images
     assert_same(generate_alone(families[name], request), np.asarray(images[0]))
 
 
-@pytest.mark.usefixtures("text_model")
 @pytest.mark.parametrize(("name", "clip_skip"), _CASES)
 def test_layers_of_the_negative_prompt_are_skipped_too(
     name: str, clip_skip: int, folders: dict[str, Path], families: dict[str, Any]
@@ -80,13 +82,14 @@ def test_layers_of_the_negative_prompt_are_skipped_too(
     skipped = clip_skip - _TAKEN[name]
     embeds: dict[str, torch.Tensor] = {}
     for prefix, text in (("", _GUIDED.prompt), ("negative_", _NEGATIVE)):
-        outputs = pipeline.encode_prompt(
-            text,
-            device="cpu",
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            clip_skip=skipped or None,
-        )
+        with _text_model():
+            outputs = pipeline.encode_prompt(
+                text,
+                device="cpu",
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=skipped or None,
+            )
         embeds[f"{prefix}prompt_embeds"] = outputs[0]
         if name == "sdxl":
             embeds[f"{prefix}pooled_prompt_embeds"] = outputs[2]
