@@ -62,8 +62,8 @@ def _inspect_folder(path: Path, given: str) -> Iterator[Row]:
 
 def _inspect_file(file: Path, given: str, configuration: str | None) -> Iterator[Row]:
     if file.suffix != single_file.SUFFIX:
-        raise ModelError(f"{given} must be a folder or a {single_file.SUFFIX} file.")
-    header = safetensors_header(file, str(file.parent), file.name)
+        raise ModelError(single_file.other_suffix(given))
+    header = safetensors_header(file, str(file.absolute().parent), file.name)
     tensors: dict[str, Any] = json.loads(header)
     metadata = tensors.pop(METADATA, None) or {}
     if is_lora(tensors):
@@ -74,8 +74,8 @@ def _inspect_file(file: Path, given: str, configuration: str | None) -> Iterator
     folder = _find_configuration(given, checkpoint, configuration)
     if folder is None:
         source = checkpoint.usual_source(given, ModelOptions())
-        yield "configuration", f"{source}, which is not on this machine"
-        yield "can be served", "if its tensors fit that configuration, with which they were not compared"
+        yield "configuration", f"{source}, which is not on this machine (see --single-file-config)"
+        yield "can be served", "if its tensors fit that configuration; they were not compared"
         return
     yield "configuration", str(folder)
     yield from _served(_check_checkpoint(given, folder))

@@ -35,6 +35,15 @@ _OTHERS = {
     "time_stack.": "Stable Video Diffusion",
     "edm_vpred.": "CosXL",
 }
+# Start of a tensor name -> what a file without a denoiser is, and how it is used.
+_PARTS = {
+    "decoder.up": "a VAE, not a model; give it as `vae` in a served-model file",
+    "first_stage_model.decoder.": "a VAE, not a model; give it as `vae` in a served-model file",
+    "emb_params": "a textual inversion, not a model",
+    "clip_l": "a textual inversion, not a model",
+    "text_model.": "a text encoder, not a model",
+    "encoder.block.": "a text encoder, not a model",
+}
 _LORA_PARTS = ("lora", "lycoris_", ".hada_w", ".lokr_w")
 # End of a tensor name -> the format of the weights, which is not read.
 _FORMATS = {
@@ -181,6 +190,9 @@ def _find_family(shapes: Mapping[str, Any], name: str) -> tuple[FamilySpec, Sing
     for spec in FAMILIES.values():
         if (layout := spec.single_file) and any(mark in shapes for mark in layout.marks):
             return spec, layout
+    for start, part in _PARTS.items():
+        if any(tensor.startswith(start) for tensor in shapes):
+            raise ModelError(f"{name} is {part}.")
     supported = ", ".join(spec.name for spec in FAMILIES.values() if spec.single_file)
     first = next(iter(shapes), "no tensors")
     raise ModelError(

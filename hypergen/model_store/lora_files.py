@@ -183,7 +183,8 @@ def summarise(path: Path) -> LoraSummary:
         if any(part in key for part in (".lora_A.", ".lora_down.", ".lora.down.", "_lora.down."))
     }
     if not downs:
-        raise ModelError(f"{path.name} has no LoRA layers.")
+        first = next(iter(shapes), "no tensors")
+        raise ModelError(f"{path.name} has no LoRA layers (its first tensor is '{first}').")
     kohya = any(key.startswith(("lora_unet_", "lora_te")) for key in downs)
     ranks = tuple(sorted({shape[0] for shape in downs.values() if shape}))
     layout = "kohya" if kohya else "diffusers"

@@ -64,7 +64,7 @@ def select(
     """
     file = Path(os.path.expanduser(given)).absolute()
     if file.suffix != SUFFIX:
-        raise ModelError(f"{given} must be a folder or a {SUFFIX} file.")
+        raise ModelError(other_suffix(given))
     checkpoint = read_checkpoint(safetensors_header(file, str(file.parent), file.name), given)
 
     def check(pipeline_file: Path) -> None:
@@ -103,6 +103,11 @@ def select(
         )
     selection = select_in_folder(folder, prefer_fp16=prefer_fp16).without_weights(checkpoint.components)
     return folder, _with_checkpoint(selection, file)
+
+
+def other_suffix(given: str) -> str:
+    """The message for a file that is no safetensors file."""
+    return f"{given} must be a folder or a {SUFFIX} file; docs/models.md shows how to convert others."
 
 
 def find_configuration(given: str, checkpoint: Checkpoint, find_local_folder: FindLocalFolder) -> Path | None:

@@ -50,8 +50,12 @@ def check_model(path: Path, options: ModelOptions) -> Report:
     except ModelError as error:
         return Report(str(error), ignored)
     except _DAMAGED as error:
-        return Report(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ignored)
+        return Report(_one_line(error), ignored)
     return Report(None, ignored)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _check_configurations(path: Path, options: ModelOptions) -> None:
@@ -59,7 +63,10 @@ def _check_configurations(path: Path, options: ModelOptions) -> None:
     classes = dict(component_classes(path))
     for name, component_class in classes.items():
         if issubclass(component_class, (SchedulerMixin, PreTrainedTokenizerBase)):
-            parts[name] = component_class.from_pretrained(path / name, local_files_only=True)
+            try:
+                parts[name] = component_class.from_pretrained(path / name, local_files_only=True)
+            except _DAMAGED as error:
+                raise ModelError(f"The folder's {name} cannot be loaded: {_one_line(error)}") from None
     name = pipeline_class_of(path, str(path))
     if name in PIPELINES:
         _check_family(path, PIPELINES[name], classes, parts["scheduler"], options)

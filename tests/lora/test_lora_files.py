@@ -256,5 +256,6 @@ def test_a_header_shows_model_layout_and_ranks(
 ) -> None:
     found = summarise(_file(tmp_path / "a.safetensors", shapes))
     assert (found.model, found.layout, found.ranks) == (model, layout, ranks)
+    assert found.layers == sum(not name.endswith("alpha") for name in shapes)
     with pytest.raises(ModelError, match="has no LoRA layers"):
         summarise(_file(tmp_path / "b.safetensors", {"unet.conv_in.weight": [1]}))

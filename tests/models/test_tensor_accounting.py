@@ -51,7 +51,9 @@ def _changes(header: dict[str, Any], ignored: Any) -> Iterator[tuple[dict[str, A
     """Headers with one change, and the names of which the message must have one."""
     source = random.Random(0)
     weights = [
-        name for name in header if name not in ignored and not name.endswith(("scale", "scale_weight"))
+        name
+        for name in header
+        if name not in ignored and not name.endswith(("scale", "scale_weight", "__metadata__"))
     ]
     for name in source.sample(weights, _CHANGED):
         rest = {key: value for key, value in header.items() if key != name}

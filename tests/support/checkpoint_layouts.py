@@ -294,6 +294,13 @@ REFUSED: dict[str, Refused] = {
         metadata={"modelspec.timestep_range": "0,200"},
         reasons=("modelspec.timestep_range", "0,200"),
     ),
+    "a VAE alone": Refused(
+        tensors={"decoder.up.0.block.0.conv1.weight": (8, 8, 3, 3)}, reasons=("is a VAE", "`vae`")
+    ),
+    "a textual inversion": Refused(tensors={"emb_params": (2, 768)}, reasons=("is a textual inversion",)),
+    "a text encoder alone": Refused(
+        tensors={"text_model.final_layer_norm.weight": (8,)}, reasons=("is a text encoder",)
+    ),
     "SD 2 that does not state its prediction type": Refused(
         tensors={**_SD_UNET, **_SD2_ATTENTION},
         reasons=(
