@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.errors import ModelError
-from hypergen.model_families import servable
+from hypergen.model_families import REFINER_PIPELINE, servable
 from hypergen.model_store import lora_files, single_file, store
 from hypergen.model_store.checkpoint_detection import METADATA, Checkpoint, is_lora, read_checkpoint
 from hypergen.model_store.diffusers_layout import (
@@ -55,9 +55,11 @@ def inspect(given: str, configuration: str | None) -> Iterator[Row]:
 
 def _inspect_folder(path: Path, given: str) -> Iterator[Row]:
     check_folder(path)
-    yield "pipeline", pipeline_class_of(path, given)
-    require_pipeline(given, servable(), path / PIPELINE_FILE)
-    yield from _served(check_in_process(path))
+    pipeline = pipeline_class_of(path, given)
+    yield "pipeline", pipeline
+    if pipeline != REFINER_PIPELINE:
+        require_pipeline(given, servable(), path / PIPELINE_FILE)
+    yield from _served(check_in_process(path), pipeline)
 
 
 def _inspect_file(file: Path, given: str, configuration: str | None) -> Iterator[Row]:
@@ -78,7 +80,7 @@ def _inspect_file(file: Path, given: str, configuration: str | None) -> Iterator
         yield "can be served", "if its tensors fit that configuration; they were not compared"
         return
     yield "configuration", str(folder)
-    yield from _served(_check_checkpoint(given, folder))
+    yield from _served(_check_checkpoint(given, folder), checkpoint.pipelines[0])
 
 
 def _describe_checkpoint(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> Iterator[Row]:
@@ -111,10 +113,7 @@ def _describe_lora(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str
     yield "layout", lora.layout
     yield "layers", str(lora.layers)
     yield "ranks", ", ".join(map(str, lora.ranks))
-    yield (
-        "can be served",
-        f"with --lora {file.name} and a model of this family, with which it is compared then",
-    )
+    yield "can be served", "with --lora and a model of this family, whose layers it is compared with then"
 
 
 def _ending(name: str) -> str:
@@ -151,7 +150,7 @@ def _check_checkpoint(given: str, folder: Path) -> Report:
         return check_in_process(entry)
 
 
-def _served(report: Report) -> Iterator[Row]:
+def _served(report: Report, pipeline: str) -> Iterator[Row]:
     examples: dict[str, list[str]] = {}
     for tensor, reason in report.ignored.items():
         examples.setdefault(reason, []).append(tensor)
@@ -160,4 +159,4 @@ def _served(report: Report) -> Iterator[Row]:
         yield "ignored", f"{names[0]}{more}: {reason}"
     if report.fault:
         raise ModelError(report.fault)
-    yield "can be served", "yes"
+    yield "can be served", "with --refiner and an SDXL model" if pipeline == REFINER_PIPELINE else "yes"

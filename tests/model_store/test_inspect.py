@@ -130,6 +130,8 @@ def test_a_folder_that_fails_to_load_does_not_stay(break_folder: str, tmp_path: 
 def test_a_damaged_refiner_does_not_stay(tmp_path: Path) -> None:
     refiner = save_refiner(tmp_path / "refiner", save_sdxl(tmp_path / "base"))
     assert store.get_or_import_refiner(str(refiner), check_files=refuse_unusable)
+    result = CliRunner().invoke(main, ["inspect", str(refiner)])
+    assert "can be served:     with --refiner" in result.output
     file = next((refiner / "unet").glob("*.safetensors"))
     tensors = load_file(file)
     del tensors["conv_out.bias"]
