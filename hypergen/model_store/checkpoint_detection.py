@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hypergen.errors import ModelError
-from hypergen.model_families import FAMILIES, FamilySpec, SingleFile, Variant
+from hypergen.model_families import EDM_MARKERS, FAMILIES, FamilySpec, SingleFile, Variant
 from hypergen.model_store.stated_options import stated_options
 from hypergen.served_model_config import ModelOptions
 
@@ -124,6 +125,7 @@ def read_checkpoint(header: bytes, name: str) -> Checkpoint:
     _refuse_formats(tensors, metadata, name)
     spec, layout = _find_family(shapes, name)
     in_channels = next((shapes[layer][1] for layer in layout.first_layers if layer in shapes), 0)
+    _check_edm_markers(shapes, in_channels, name)
     variants = _find_variants(layout, shapes, in_channels, name)
     return Checkpoint(
         family=spec.name,
@@ -221,6 +223,18 @@ def _find_variants(
             "which is not served."
         )
     return (first,) if first.prediction_type is None else tuple(v for v in fitting if v.prediction_type)
+
+
+def _check_edm_markers(shapes: Mapping[str, tuple[int, ...]], in_channels: int, name: str) -> None:
+    found = [marker for marker in EDM_MARKERS if marker in shapes]
+    for marker in EDM_MARKERS if found else ():
+        if marker not in shapes:
+            raise ModelError(f"{name}: the tensor '{marker}' is missing, but '{found[0]}' is in the file.")
+        if math.prod(shapes[marker]) != in_channels:
+            raise ModelError(
+                f"{name}: the tensor '{marker}' has a shape of {list(shapes[marker])}; it must have "
+                f"{in_channels} values."
+            )
 
 
 def _split(tensors: Iterable[str], layout: SingleFile) -> dict[str, tuple[str, ...]]:

@@ -106,14 +106,21 @@ def _mapping(network: nn.Module) -> dict[str, Any] | None:
 
 
 def _apply_scales(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Multiply weights in 8-bit floating point by their scales, as ComfyUI's `fp8_scaled` files mean them."""
+    """Multiply weights in 8-bit floating point by their scales, as ComfyUI's `fp8_scaled` files mean them.
+
+    Raises:
+        ModelError: some of the weights have a scale, and another has none.
+    """
     scaled = dict(tensors)
-    for name, scale in tensors.items():
-        ending = next((end for end in _SCALES if name.endswith(end)), None)
-        weight_name = f"{name.removesuffix(ending)}.weight" if ending else ""
-        weight = tensors.get(weight_name)
-        if weight is None or weight.dtype not in _FLOAT8:
+    ending = next((end for end in _SCALES if any(name.endswith(end) for name in tensors)), None)
+    if ending is None:
+        return scaled
+    for weight_name, weight in tensors.items():
+        if weight.dtype not in _FLOAT8 or weight.dim() < 2 or not weight_name.endswith(".weight"):
             continue
+        name = f"{weight_name.removesuffix('.weight')}{ending}"
+        if (scale := tensors.get(name)) is None:
+            raise ModelError(f"The tensor '{name}' is missing.")
         per_row = (weight.shape[0], *(1,) * (weight.dim() - 1))
         if scale.numel() == 1 or tuple(scale.shape) == per_row:
             factor = scale.float() if tuple(scale.shape) == per_row else scale.float().reshape(())
