@@ -233,7 +233,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         repr=False,
         description="bearer key that requests must carry; absent: no authentication",
     )
-    api_key_file: Path | None = Field(None, description="file whose lines are bearer keys")
+    api_key_file: Path | None = Field(
+        None,
+        description="file of bearer keys, one per line, with names and limits; read again when it changes",
+    )
     allowed_host: tuple[str, ...] = Field(
         (),
         description="further host name that clients may use, in addition to the server's address, localhost "

@@ -35,7 +35,7 @@ from hypergen.images.decoding import decoding_cancelled
 from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
 from hypergen.model_info import ModelInfo
-from hypergen.request import GenerationRequest
+from hypergen.request import ApiKey, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ async def parse_request(
     model_info: ModelInfo,
     settings: Settings,
     request_id: str,
+    api_key: ApiKey,
     wait_for_disconnect: Callable[[], Awaitable[object]],
     deadline: float,
 ) -> ValidatedRequest:
@@ -78,7 +79,7 @@ async def parse_request(
     """
     arguments = (body, model_info, settings.server, request_id)
     if endpoint.image_fields.isdisjoint(body):
-        return endpoint.to_request(*arguments)
+        return endpoint.to_request(*arguments).with_api_key(api_key)
     cancelled = threading.Event()
     context = contextvars.copy_context()
     context.run(decoding_cancelled.set, cancelled)
@@ -86,7 +87,8 @@ async def parse_request(
         _DECODING_THREADS, lambda: context.run(endpoint.to_request, *arguments)
     )
     try:
-        return await run_until_disconnect(decoding, wait_for_disconnect(), deadline)
+        validated = await run_until_disconnect(decoding, wait_for_disconnect(), deadline)
+        return validated.with_api_key(api_key)
     finally:
         cancelled.set()
 
@@ -106,7 +108,14 @@ async def handle_image_request(
     deadline: float = request.state.deadline
     wait_for_disconnect = partial(client_disconnected, request)
     validated = await parse_request(
-        endpoint, body, model_info, settings, request.state.request_id, wait_for_disconnect, deadline
+        endpoint,
+        body,
+        model_info,
+        settings,
+        request.state.request_id,
+        request.state.api_key,
+        wait_for_disconnect,
+        deadline,
     )
     body.clear()  # or the base64 of input images would stay in memory while the request waits
     request.state.body.release()

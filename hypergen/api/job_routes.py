@@ -46,7 +46,14 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         deadline: float = request.state.deadline
         wait_for_disconnect = partial(client_disconnected, request)
         validated = await parse_request(
-            endpoint, body, model_info, settings, request.state.request_id, wait_for_disconnect, deadline
+            endpoint,
+            body,
+            model_info,
+            settings,
+            request.state.request_id,
+            request.state.api_key,
+            wait_for_disconnect,
+            deadline,
         )
         body.clear()
         request.state.body.release()

@@ -18,12 +18,12 @@ from pydantic import (
     ValidationError,
 )
 
-from hypergen.api.sampler_aliases import public_name
+from hypergen.api.sampler_aliases import schedule_name, split_name
 from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.images.decoding import decode, from_base64, to_input_image
 from hypergen.metrics import Price
 from hypergen.model_info import Capability, ModelInfo
-from hypergen.request import ControlInput, GenerationRequest, Preprocessor
+from hypergen.request import ApiKey, ControlInput, GenerationRequest, Preprocessor
 
 MAX_SEED = 2**63 - 1
 SMALLEST_SIDE = 64
@@ -58,6 +58,10 @@ class ValidatedRequest:
         if self.stream:
             raise InvalidRequestError("'stream' is not supported by this route.", param="stream")
 
+    def with_api_key(self, api_key: ApiKey) -> Self:
+        """For the limits of the key, and for its share of the queue and the engine."""
+        return replace(self, generation=replace(self.generation, api_key=api_key))
+
     def without_input_images(self) -> Self:
         """Without input images, which may be large and are not needed for the response."""
         return replace(self, generation=self.generation.without_input_images())
@@ -71,8 +75,16 @@ class ValidatedRequest:
 
 
 class ModelFields(BaseModel, extra="ignore"):
-    """HyperGen's own fields, which only some model families support. They are the same in all dialects."""
+    """Fields that are the same in all dialects; only some model families support them."""
 
+    sampler: StrictStr | None = Field(
+        None,
+        description="one of the samplers in /health, which may end in a schedule, such as `dpmpp_2m_karras`; "
+        "names of A1111, ComfyUI and InvokeAI are accepted; default: the model's scheduler",
+    )
+    scheduler: StrictStr | None = Field(
+        None, description="the sampler's schedule, one of those in /health; default: the model's"
+    )
     prompt_2: StrictStr | None = Field(
         None,
         max_length=32000,
@@ -163,28 +175,54 @@ def choose_seed(seed: int | None, n: int) -> int:
     return seed
 
 
-def read_sampler(name: str | None, steps: int, model_info: ModelInfo, steps_param: str) -> str | None:
-    """The public name of a requested sampler; None: the model's own scheduler.
+def read_sampler(
+    name: str | None, scheduler: str | None, steps: int, model_info: ModelInfo, steps_param: str
+) -> str | None:
+    """The public name of a requested sampler, with its schedule; None: the model's own scheduler.
 
     Args:
+        name: which may end in a schedule.
+        scheduler: name of a schedule.
         steps_param: the dialect's name for the number of steps.
 
     Raises:
-        InvalidRequestError: the sampler is unknown, or needs more steps.
+        InvalidRequestError: the sampler or the schedule is unknown, or the sampler needs more steps.
     """
-    sampler = None if name is None else public_name(name)
-    if name is not None and sampler not in model_info.samplers:
+    requested = None if scheduler is None else schedule_name(scheduler)
+    if name is None:
+        if requested is not None:
+            raise InvalidRequestError("'scheduler' needs a 'sampler'.", param="scheduler")
+        _check_min_steps("default", model_info.min_steps, steps, steps_param)
+        return None
+    sampler, own = split_name(name)
+    if sampler not in model_info.samplers:
         available = ", ".join(model_info.samplers) or "none"
         raise InvalidRequestError(
             f"'sampler' '{name[:40]}' is unknown; available samplers: {available}.", param="sampler"
         )
-    min_steps = model_info.min_steps if sampler is None else model_info.samplers[sampler]
+    if None not in (requested, own) and requested != own:
+        raise InvalidRequestError(
+            f"'scheduler' must be '{own}' or absent, because 'sampler' names it.", param="scheduler"
+        )
+    _check_min_steps(sampler, model_info.samplers[sampler], steps, steps_param)
+    schedule = own if requested is None else requested
+    if schedule is None:
+        return sampler
+    schedules = model_info.schedules.get(sampler, ())
+    if schedule not in schedules:
+        param = "sampler" if requested is None else "scheduler"
+        available = ", ".join(schedules) or "none"
+        raise InvalidRequestError(
+            f"'{param}': {sampler} has no schedule '{schedule[:40]}'; available: {available}.", param=param
+        )
+    return f"{sampler}_{schedule}"
+
+
+def _check_min_steps(sampler: str, min_steps: int, steps: int, steps_param: str) -> None:
     if steps < min_steps:
         raise InvalidRequestError(
-            f"'{steps_param}' must be at least {min_steps} with the {sampler or 'default'} sampler.",
-            param=steps_param,
+            f"'{steps_param}' must be at least {min_steps} with the {sampler} sampler.", param=steps_param
         )
-    return sampler
 
 
 def default_size(model_info: ModelInfo, max_side: int) -> tuple[int, int]:

@@ -28,16 +28,18 @@ from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
 from hypergen.events import ImageFinished
+from hypergen.request import ApiKey
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """State of one request, shared by its items: whether the client disconnected, and the deadline."""
+    """State of one request, shared by its items; `disconnected` is of its client."""
 
     disconnected: asyncio.Event
     deadline: float
+    api_key: ApiKey
 
 
 _CALL: ContextVar[_Call] = ContextVar("call")
@@ -74,7 +76,8 @@ class BatchContext:
                 pass
             disconnected.set()
 
-        _CALL.set(_Call(disconnected, scope["state"]["deadline"]))
+        state = scope["state"]
+        _CALL.set(_Call(disconnected, state["deadline"], state["api_key"]))
         watching = asyncio.create_task(watch())
         try:
             await self._app(scope, receive_body, send)
@@ -116,6 +119,10 @@ class BatchItem(RootModel[dict[str, Any]]):
         await self._call.disconnected.wait()
 
     @property
+    def api_key(self) -> ApiKey:
+        return self._call.api_key
+
+    @property
     def deadline(self) -> float:
         """In seconds of the event loop's clock."""
         return self._call.deadline
@@ -134,7 +141,14 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
         body = {name: value for name, value in item.root.items() if value is not None}
         model_info = require_model(generator, body.get(GENERATIONS.model_field))
         validated = await parse_request(
-            GENERATIONS, body, model_info, settings, item_id, item.wait_for_disconnect, item.deadline
+            GENERATIONS,
+            body,
+            model_info,
+            settings,
+            item_id,
+            item.api_key,
+            item.wait_for_disconnect,
+            item.deadline,
         )
         validated.reject_stream()
         images = await generate_images(

@@ -1,4 +1,4 @@
-"""Noise schedulers: public sampler name -> diffusers scheduler and its configuration."""
+"""Noise schedulers: public names of samplers and schedules -> diffusers scheduler and its configuration."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import functools
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -23,6 +24,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
@@ -38,32 +40,81 @@ from hypergen.errors import ModelError
 Scheduler = Any
 
 
+# Schedule -> changes to the scheduler configuration, as in diffusers' table of A1111's schedules:
+# https://huggingface.co/docs/diffusers/api/schedulers/overview#noise-schedules-and-schedule-types.
+# A scheduler class has a schedule if it has its first field.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True, "timestep_spacing": "linspace"},
+    "beta": {"use_beta_sigmas": True, "timestep_spacing": "linspace"},
+    "sgm_uniform": {"timestep_spacing": "trailing"},
+    "simple": {"timestep_spacing": "trailing"},
+    "normal": {"timestep_spacing": "linspace"},
+}
+# Each schedule replaces that of the model, and diffusers refuses two of them.
+_SIGMA_FIELDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler class, its changes to the model's scheduler configuration, and its fewest steps."""
+    """A scheduler class, its changes to the model's scheduler configuration, and its fewest steps.
+
+    `own_timesteps`: it takes its timesteps from distillation, so that it has no schedules.
+    """
 
     scheduler: type[Scheduler]
     overrides: dict[str, Any] = field(default_factory=dict)
     min_steps: int = 1
+    own_timesteps: bool = False
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Names of the schedules that diffusers has for this sampler."""
+        fields = inspect.signature(self.scheduler).parameters
+        schedules = (name for name, changes in SCHEDULES.items() if next(iter(changes)) in fields)
+        return () if self.own_timesteps else tuple(schedules)
+
+    def with_schedule(self, schedule: str) -> Sampler:
+        changes = dict.fromkeys(_SIGMA_FIELDS, False) | SCHEDULES[schedule]
+        fields = inspect.signature(self.scheduler).parameters
+        known = {name: value for name, value in changes.items() if name in fields}
+        return replace(self, overrides={**self.overrides, **known})
+
+
+def find_sampler(name: str, samplers: Mapping[str, Sampler]) -> Sampler:
+    """The sampler of a name that may end in a schedule, such as `dpmpp_2m_karras`.
+
+    Raises:
+        KeyError: the sampler does not exist, or does not have the schedule.
+    """
+    for schedule in SCHEDULES:
+        sampler = samplers.get(name.removesuffix(f"_{schedule}"))
+        if name.endswith(f"_{schedule}") and sampler is not None and schedule in sampler.schedules:
+            return sampler.with_schedule(schedule)
+    return samplers[name]
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(DDIMScheduler),
     "ddpm": Sampler(DDPMScheduler),
+    "deis": Sampler(DEISMultistepScheduler),
     "dpmpp_2m": Sampler(DPMSolverMultistepScheduler),
-    "dpmpp_2m_karras": Sampler(DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "dpmpp_2m_sde": Sampler(DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_3m": Sampler(DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "dpmpp_3m_sde": Sampler(
+        DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    ),
     "dpmpp_sde": Sampler(DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}, min_steps=2),
     "dpmpp_singlestep": Sampler(DPMSolverSinglestepScheduler, min_steps=2),
     "euler": Sampler(EulerDiscreteScheduler),
-    "euler_karras": Sampler(EulerDiscreteScheduler, {"use_karras_sigmas": True}),
     "euler_a": Sampler(EulerAncestralDiscreteScheduler),
     "heun": Sampler(HeunDiscreteScheduler),
     "kdpm2": Sampler(KDPM2DiscreteScheduler),
-    "lcm": Sampler(LCMScheduler),
+    "kdpm2_a": Sampler(KDPM2AncestralDiscreteScheduler),
+    "lcm": Sampler(LCMScheduler, own_timesteps=True),
     "lms": Sampler(LMSDiscreteScheduler),
     "pndm": Sampler(PNDMScheduler, {"skip_prk_steps": True}),
-    "tcd": Sampler(TCDScheduler),
+    "tcd": Sampler(TCDScheduler, own_timesteps=True),
     "unipc": Sampler(UniPCMultistepScheduler),
 }
 
@@ -130,20 +181,27 @@ class SchedulerFactory:
         }
 
     def set_default(self, sampler: str | None) -> None:
-        """The sampler of requests that name none; None: the model's own.
+        """The sampler of requests that name none, see `find_sampler`; None: the model's own.
 
         Raises:
             ModelError: unknown sampler.
         """
-        if sampler is not None and sampler not in self.samplers:
-            raise ModelError(f"Unknown scheduler '{sampler}'; this model has {', '.join(self.samplers)}.")
+        try:
+            if sampler is not None:
+                find_sampler(sampler, self.samplers)
+        except KeyError:
+            known = ", ".join(self.samplers)
+            raise ModelError(
+                f"Unknown scheduler '{sampler}'; this model has {known}, some of them with a schedule after the "
+                "name, such as _karras."
+            ) from None
         self._default = sampler
 
     @property
     def min_steps(self) -> int:
         """The fewest steps of the model's own scheduler."""
         if self._default is not None:
-            return self.samplers[self._default].min_steps
+            return find_sampler(self._default, self.samplers).min_steps
         published = type(self.published)
         return max((s.min_steps for s in self.samplers.values() if s.scheduler is published), default=1)
 
@@ -151,7 +209,7 @@ class SchedulerFactory:
         """A new scheduler for one image, with its timesteps set.
 
         Args:
-            sampler: None: the model's own.
+            sampler: name, which may end in a schedule, see `find_sampler`. None: the model's own.
             image_tokens: number of patches, for models whose timesteps depend on the image size.
         """
         scheduler = copy.copy(self._prototype(sampler or self._default, num_inference_steps, image_tokens))
@@ -166,7 +224,8 @@ class SchedulerFactory:
 
     def _make_prototype(self, sampler: str | None, num_inference_steps: int, image_tokens: int) -> Scheduler:
         if sampler not in self._without_steps:
-            entry = Sampler(type(self.published)) if sampler is None else self.samplers[sampler]
+            own = Sampler(type(self.published))
+            entry = own if sampler is None else find_sampler(sampler, self.samplers)
             self._without_steps[sampler] = self._configured(entry)
         scheduler = copy.copy(self._without_steps[sampler])
         self._set_timesteps(scheduler, num_inference_steps, image_tokens)

@@ -140,7 +140,7 @@ class EnginePool:
         state = self.status().state
         if state != "ready":
             raise _unavailable(state)
-        ticket = self._admission.enter(request.work, request.input_image_bytes)
+        ticket = self._admission.enter(request.work, request.input_image_bytes, request.api_key, request.n)
         # From here on the request is admitted, whatever happens to the engines.
         handle = PoolHandle(request, ticket, on_event, on_cancel=self._end)
         if ticket.turn.is_set():

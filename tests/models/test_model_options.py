@@ -47,8 +47,8 @@ def _stock(folder: Path, request: GenerationRequest, changes: Any = None, **argu
 
 
 def test_the_scheduler_is_that_of_requests_without_a_sampler(sd_folder: Path) -> None:
-    family, other = _load(sd_folder, scheduler="heun"), _load(sd_folder)
-    named = make_request(num_inference_steps=3, sampler="heun")
+    family, other = _load(sd_folder, scheduler="heun_karras"), _load(sd_folder)
+    named = make_request(num_inference_steps=3, sampler="heun_karras")
     unnamed = make_request(num_inference_steps=3)
     assert (generate_alone(family, unnamed) == generate_alone(other, named)).all()
     assert (generate_alone(other, unnamed) != generate_alone(other, named)).any()

@@ -100,9 +100,6 @@ class ImageGenerationRequest(ModelFields):
         description="image i uses seed + i; the same seed gives the same image; -1 or absent: random",
     )
     n: StrictInt = Field(1, ge=1, le=4, description="number of images")
-    sampler: StrictStr | None = Field(
-        None, description="one of the samplers in /health; default: the model's scheduler"
-    )
     backend: Literal["auto", "tvm", "torch"] = Field(
         "auto", description="accepted for compatibility; always torch"
     )
@@ -150,7 +147,7 @@ def to_request(
         default_steps = _DEFAULT_STEPS
     steps = fields.steps or min(default_steps, settings.max_steps)
     check_steps(steps, settings.max_steps, "steps")
-    sampler = read_sampler(fields.sampler, steps, model_info, "steps")
+    sampler = read_sampler(fields.sampler, fields.scheduler, steps, model_info, "steps")
     check_work(fields.n, steps, width, height, settings.max_megapixel_steps, size_param="width")
     seed = choose_seed(fields.seed, fields.n)
     _check_loras(fields.lora, model_info)

@@ -99,9 +99,6 @@ class ImagesBody(ModelFields):
         None,
         description="image i uses seed + i; the same seed gives the same bytes; -1 or absent: random",
     )
-    sampler: StrictStr | None = Field(
-        None, description="one of the samplers in /health; default: the model's scheduler"
-    )
     strength: Number | None = Field(
         None,
         ge=0,
@@ -166,7 +163,9 @@ def resolve(
     num_inference_steps = fields.num_inference_steps or default_steps
     check_steps(num_inference_steps, settings.max_steps, "num_inference_steps")
     guidance_scale = defaults.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
-    sampler = read_sampler(fields.sampler, num_inference_steps, model_info, "num_inference_steps")
+    sampler = read_sampler(
+        fields.sampler, fields.scheduler, num_inference_steps, model_info, "num_inference_steps"
+    )
     loras = _loras(fields, model_info)
     check_work(fields.n, num_inference_steps, width, height, settings.max_megapixel_steps)
     params = ("control_image", "control_model")
