@@ -192,8 +192,8 @@ class SchedulerFactory:
         except KeyError:
             known = ", ".join(self.samplers)
             raise ModelError(
-                f"Unknown scheduler '{sampler}'; this model has {known}, some of them with a schedule after the "
-                "name, such as _karras."
+                f"Unknown scheduler '{sampler}'; this model has {known}, some of them with a schedule "
+                "after the name, such as _karras."
             ) from None
         self._default = sampler
 
