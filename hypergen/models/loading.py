@@ -24,6 +24,7 @@ from hypergen.models.family import Family
 from hypergen.models.folder_accounting import account_for_folder
 from hypergen.models.memory import apply_memory_settings
 from hypergen.models.model_options import apply_options, check_configurations, load_vae, options_of
+from hypergen.models.networks import OLD_FEATURE_EXTRACTOR
 from hypergen.models.single_file_loading import load_networks
 from hypergen.served_model_config import ModelOptions
 
@@ -194,7 +195,8 @@ def load_pipeline(
     """
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     # diffusers requires an explicit None for some components that are null in the index, such as SD 3's T5.
-    left_out = {name: None for name, entry in index.items() if entry == [None, None] or name in without}
+    empty = ([None, None], OLD_FEATURE_EXTRACTOR)
+    left_out = {name: None for name, entry in index.items() if entry in empty or name in without}
     if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
         left_out["safety_checker"] = None
     try:

@@ -12,7 +12,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from hypergen.errors import ModelError
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE
+
+# transformers 5 has removed it, and older models name it. Only the safety checker needs it.
+OLD_FEATURE_EXTRACTOR = ["transformers", "CLIPFeatureExtractor"]
 
 
 def empty_network(folder: Path, component_class: Any, **changes: Any) -> nn.Module:
@@ -30,12 +34,24 @@ def empty_network(folder: Path, component_class: Any, **changes: Any) -> nn.Modu
 
 
 def component_classes(path: Path) -> Iterator[tuple[str, Any]]:
-    """The components of a folder in diffusers' layout and their classes."""
+    """The components of a folder in diffusers' layout and their classes.
+
+    Raises:
+        ModelError: the installed version of a library does not have a class.
+    """
     index = json.loads((path / PIPELINE_FILE).read_text(encoding="utf-8"))
     for name, entry in index.items():
+        if entry == OLD_FEATURE_EXTRACTOR:
+            continue
         match entry:
             case ["diffusers" | "transformers" as library, str(class_name)]:
-                yield name, getattr(importlib.import_module(library), class_name)
+                component_class = getattr(importlib.import_module(library), class_name, None)
+                if component_class is None:
+                    raise ModelError(
+                        f"{PIPELINE_FILE} has a {class_name} as {name}, which the installed {library} does "
+                        "not have."
+                    )
+                yield name, component_class
 
 
 def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from hypergen.model_families import servable
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE, require_pipeline
+from hypergen.model_store.model_check import refuse_unusable
 from hypergen.models import loading
 from hypergen.request import GenerationRequest
 from hypergen.resolve_models import find_vae
@@ -138,6 +139,21 @@ def test_fields_that_would_be_ignored_are_refused(
     if "FlowMatch" in reason or "PNDM" in reason:
         save = with_fields(save, PIPELINE_FILE, scheduler=["diffusers", fields["_class_name"]])
     assert reason in error_message(loading.load, save(tmp_path / "model"), make_settings())
+
+
+def test_an_old_name_of_the_feature_extractor_is_ignored(sd_folder: Path, tmp_path: Path) -> None:
+    """Only the safety checker, which is not loaded, needs it; a class that is needed is named."""
+    entry = ["transformers", "CLIPFeatureExtractor"]
+    folder = with_fields(save_sd, PIPELINE_FILE, feature_extractor=entry)(tmp_path / "old")
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor/preprocessor_config.json").write_text("{}")
+    refuse_unusable(folder)
+    assert (generate_alone(_load(folder), _REQUEST) == generate_alone(_load(sd_folder), _REQUEST)).all()
+    folder = with_fields(save_sd, PIPELINE_FILE, text_encoder=["transformers", "NoModel"])(tmp_path / "new")
+    for refuse in (refuse_unusable, _load):
+        assert "has a NoModel as text_encoder, which the installed transformers" in error_message(
+            refuse, folder
+        )
 
 
 def test_zero_terminal_snr_replaces_a_scheduler_that_lacks_it(tmp_path: Path) -> None:
