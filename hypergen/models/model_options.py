@@ -73,7 +73,7 @@ def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
     if isinstance(scheduler, _FLOW):
         raise ModelError(f"The option {_option(next(iter(changes)))} does not apply to flow matching models.")
     config = {**scheduler.config, **changes}
-    if config.get("rescale_betas_zero_snr") and config["prediction_type"] == "epsilon":
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
         raise ModelError("zero_terminal_snr needs prediction_type v_prediction: noise alone tells nothing.")
     classes = [type(scheduler)] if is_edm(scheduler) else [type(scheduler), EulerDiscreteScheduler]
     for scheduler_class in classes:
