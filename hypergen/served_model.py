@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.config import EngineSettings
+from hypergen.served_model_config import ModelOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,7 @@ class ServedModel:
         path: the model's folder, in diffusers layout.
         settings: the engine settings with the LoRAs, ControlNets and refiner of this model.
         defaults: field of `ModelDefaults` -> value for requests without it.
+        options: of its served-model file; `vae` is an absolute path.
     """
 
     id: str
@@ -29,6 +31,7 @@ class ServedModel:
     path: Path
     settings: EngineSettings
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    options: ModelOptions = field(default_factory=ModelOptions)
 
     def is_called(self, name: str) -> bool:
         """Whether `name` is the id or an alias, ignoring case."""

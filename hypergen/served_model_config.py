@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field
@@ -46,7 +46,33 @@ class ModelDefaultsEntry(BaseModel, frozen=True, extra="forbid"):
     height: int | None = Field(None, ge=64, le=8192, multiple_of=8)  # pixels
 
 
-class ModelEntry(BaseModel, frozen=True, extra="forbid"):
+class ModelOptions(BaseModel, frozen=True, extra="forbid"):
+    """Properties of a model that its files may not state; None means what they state.
+
+    Attributes:
+        prediction_type: what the denoiser predicts.
+        zero_terminal_snr: the model was trained with zero terminal SNR; the spacing is then trailing by
+            default.
+        timestep_spacing: how the timesteps of a request are spread over those of the training.
+        scheduler: name of the sampler of requests that name none.
+        clip_skip: the hidden layer of CLIP whose output is the embedding, counted from the last one, which
+            is 1; for requests that choose none.
+        vae: folder, hub id or .safetensors file of another VAE.
+    """
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    zero_terminal_snr: bool | None = None
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    scheduler: str | None = None
+    clip_skip: int | None = Field(default=None, ge=1, le=12)
+    vae: str | None = None
+
+    def overridden_by(self, other: ModelOptions) -> ModelOptions:
+        """These options, with those that `other` has."""
+        return self.model_copy(update=other.model_dump(exclude_none=True))
+
+
+class ModelEntry(ModelOptions, frozen=True, extra="forbid"):
     """One model to serve. These settings apply to this model alone.
 
     Attributes:
@@ -71,6 +97,10 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
     controlnet: NamedSources = Field(default_factory=dict[str, str])
     embeddings: NamedSources = Field(default_factory=dict[str, str])
     refiner: str | None = None
+
+    @property
+    def options(self) -> ModelOptions:
+        return ModelOptions.model_validate({name: getattr(self, name) for name in ModelOptions.model_fields})
 
 
 def is_model_file(given: str) -> bool:
@@ -125,7 +155,7 @@ def _read_file(file: Path) -> Any:
         raise ValueError(f"the served-model file {file} must be a mapping of names to values")
     tree = cast(dict[str, Any], tree)
     folder = file.resolve().parent
-    for name in ("source", "single_file_config", "refiner"):
+    for name in ("source", "single_file_config", "refiner", "vae"):
         if isinstance(tree.get(name), str):
             tree[name] = _from_folder(folder, tree[name])
     for name in ("loras", "embeddings", "controlnet"):

@@ -165,13 +165,23 @@ def test_serve_rejects_an_unknown_pipeline_class(tmp_path: Path, sd_folder: Path
     assert_one_line_error(hypergen(tmp_path, "serve", str(folder)), "NonsensePipeline", "diffusers")
 
 
-def test_serve_exits_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -> None:
+def test_serve_refuses_a_model_that_cannot_be_loaded(tmp_path: Path, sd_folder: Path) -> None:
     folder = tmp_path / "odd"
     shutil.copytree(sd_folder, folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "block_out_channels": [32, 96]}))
     result = hypergen(tmp_path, "serve", str(folder), "--port", str(free_port()))
+    assert_one_line_error(result, "gives the unet a shape of [64]")
+    assert "TAG" in hypergen(tmp_path, "models").stdout
+    assert "odd" not in hypergen(tmp_path, "models").stdout
+
+
+def test_serve_exits_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(f"source: {sd_folder}\nscheduler: eular\n")
+    result = hypergen(tmp_path, "serve", str(file), "--port", str(free_port()))
     assert_one_line_error(result, "could not be loaded")
+    assert "Unknown scheduler 'eular'" in result.stderr
     assert str(tmp_path) not in result.stderr.splitlines()[-1]
 
 

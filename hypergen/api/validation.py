@@ -109,6 +109,13 @@ class ModelFields(BaseModel, extra="ignore"):
     negative_prompt_2: StrictStr | None = Field(
         None, max_length=32000, description="negative prompt for the second text encoder"
     )
+    clip_skip: StrictInt | None = Field(
+        None,
+        ge=1,
+        le=12,
+        description="the hidden layer of CLIP that encodes prompts, counted from the last, which is 1; "
+        "default: the model's, 1 for Stable Diffusion, 2 for SDXL; unsupported by other models",
+    )
     true_cfg_scale: Number | None = Field(
         None,
         ge=1,
@@ -278,19 +285,22 @@ def capability_fields(
     """The fields of `GenerationRequest` that need a capability.
 
     Fields that the model does not support are left out, because Hyperbolic's documents say that they have no
-    effect. `true_cfg_scale`, which is not in these documents, is an error instead.
+    effect. `clip_skip` and `true_cfg_scale`, which are not in these documents, are errors instead.
 
     Raises:
-        InvalidRequestError: the model does not support `true_cfg_scale`.
+        InvalidRequestError: the model does not support one of these.
     """
-    if fields.true_cfg_scale is not None:
-        check_capability("true_cfg_scale", "true_cfg_scale", model_info)
+    own: tuple[Capability, ...] = ("clip_skip", "true_cfg_scale")
+    for name in own:
+        if getattr(fields, name) is not None:
+            check_capability(name, name, model_info)
     by_capability: dict[Capability, dict[str, Any]] = {
         "negative_prompt": {"negative_prompt": negative_prompt or None},
         "prompt_2": {
             "prompt_2": fields.prompt_2 or None,
             "negative_prompt_2": fields.negative_prompt_2 or None,
         },
+        "clip_skip": {"clip_skip": fields.clip_skip},
         "true_cfg_scale": {"true_cfg_scale": fields.true_cfg_scale},
         "enable_refiner": {"enable_refiner": fields.enable_refiner},
     }

@@ -1,4 +1,4 @@
-"""The command line: hypergen serve | generate | models | import | loras | bench."""
+"""The command line: hypergen serve | generate | models | import | inspect | remove | loras | bench."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from math import isfinite
@@ -21,8 +21,8 @@ import click
 
 from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
+from hypergen.cli.model_commands import import_model, inspect_file, list_models, print_table, remove_models
 from hypergen.cli.setting_options import setting_options
-from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.load_settings import environment_of, load_settings
 
@@ -48,6 +48,10 @@ CONFIG = click.option(
 @click.version_option(__version__)
 def main() -> None:
     """Serve open diffusion models with OpenAI's and Hyperbolic's image APIs."""
+
+
+for command in (list_models, import_model, inspect_file, remove_models):
+    main.add_command(command)
 
 
 @main.command()
@@ -136,18 +140,6 @@ def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, .
 
 
 @main.command()
-def models() -> None:
-    """List the models in the model store."""
-    from hypergen.model_store import store
-
-    rows = [("TAG", "SIZE", "IMPORTED", "SOURCE")]
-    for model in store.list_models():
-        created = model.created.strftime("%Y-%m-%d %H:%M")
-        rows.append((model.tag, f"{model.size_bytes / 1e6:.1f} MB", created, model.source))
-    _table(rows)
-
-
-@main.command()
 @click.argument("model", required=False)
 @CONFIG
 @setting_options("lora", "lora_dir")
@@ -179,20 +171,7 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
             rows.append((shown, lora.model, lora.layout, ranks, f"{lora.size_bytes / 1e6:.1f} MB"))
         unfilled = (name for name, file in sorted(entry.loras.items()) if not file)
         rows += [(name, "-", "no file yet, not offered", "-", "-") for name in unfilled]
-        _table(rows)
-
-
-@main.command("import")
-@click.argument("source", required=False)
-@setting_options("revision", "dtype", "single_file_config")
-def import_(source: str | None, dtype: Any, **flags: Any) -> None:
-    """Import SOURCE into the model store: a hub id, a folder or a file; by default the embedded model."""
-    from hypergen.model_store import store
-    from hypergen.resolve_models import prefers_fp16
-
-    prefer_fp16 = prefers_fp16(EngineSettings.model_validate({"dtype": dtype}))
-    stored = store.import_model(source, prefer_fp16=prefer_fp16, **flags, report_progress=_print)
-    click.echo(stored.tag)
+        print_table(rows)
 
 
 def _comma_separated(item: click.ParamType) -> Callable[..., tuple[Any, ...]]:
@@ -294,12 +273,6 @@ def bench(
         bench.plot_results(results, plot)
     if interrupted or all(result.error for result in results):
         sys.exit(130 if interrupted else 1)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _print(message: str) -> None:

@@ -19,7 +19,7 @@ def prepare_initial_latents(
     size: tuple[int, int],
     generator: torch.Generator,
     *,
-    is_inpaint_model: bool = False,
+    inpaint_model: inpaint.InpaintModel | None = None,
 ) -> InitialLatents:
     """Prepare the latents of one image before its first step.
 
@@ -27,7 +27,7 @@ def prepare_initial_latents(
         scheduler: this image's; with an input image its first steps are skipped.
         size: generation size (width, height) in pixels.
         generator: this image's, not used before.
-        is_inpaint_model: see `inpaint.prepare_latents`.
+        inpaint_model: see `inpaint.prepare_latents`.
 
     Raises:
         InvalidRequestError: there is a mask but no input image.
@@ -40,10 +40,8 @@ def prepare_initial_latents(
     ):
         # No step runs: the latents only give the image its shape.
         return InitialLatents(space.noise(*size, generator), len(scheduler.timesteps), skip_denoising=True)
-    if request.mask is not None or is_inpaint_model:
-        return inpaint.prepare_latents(
-            request, scheduler, space, size, generator, is_inpaint_model=is_inpaint_model
-        )
+    if request.mask is not None or inpaint_model is not None:
+        return inpaint.prepare_latents(request, scheduler, space, size, generator, model=inpaint_model)
     if request.image is not None:
         return img2img.prepare_latents(request, request.image, scheduler, space, size, generator)
     return InitialLatents(scale_initial_noise(scheduler, space.noise(*size, generator)))

@@ -22,6 +22,21 @@ from hypergen.request import GenerationRequest
 
 
 @dataclass(frozen=True)
+class InpaintModel:
+    """How a denoiser that was trained for inpainting takes the mask, next to the latents of the kept region.
+
+    Attributes:
+        mask_pixels_as_channels: all pixels of the mask as channels, as FLUX.1 Fill; otherwise one value per
+            latent pixel.
+        samples_unused_image: diffusers samples latents of the input image at full strength, too, which
+            advances the generator.
+    """
+
+    mask_pixels_as_channels: bool = False
+    samples_unused_image: bool = False
+
+
+@dataclass(frozen=True)
 class MaskBlend:
     """Restores the kept region after a step, with the noise of the next step added.
 
@@ -52,15 +67,14 @@ def prepare_latents(
     size: tuple[int, int],
     generator: torch.Generator,
     *,
-    is_inpaint_model: bool,
+    model: InpaintModel | None,
 ) -> InitialLatents:
-    """Prepare latents and mask as diffusers' StableDiffusionInpaintPipeline does.
+    """Prepare latents and mask as diffusers' StableDiffusionInpaintPipeline and FluxFillPipeline do.
 
     Without a mask the whole image is generated; without an input image, from grey at full strength.
 
     Args:
-        is_inpaint_model: the denoiser was trained for inpainting: it takes the mask and the kept region as
-            1 + C more channels, so nothing is restored after a step.
+        model: of a denoiser that was trained for inpainting, so that nothing is restored after a step.
     """
     width, height = size
     strength = request.strength if request.image is not None else 1.0
@@ -73,14 +87,18 @@ def prepare_latents(
         mask = to_mask(resize_to_generation_size(request.mask, size))
 
     # diffusers samples in this order: the image's latents, the noise, the latents of the kept region.
-    image_latents = space.encode(image, generator) if strength < 1 or not is_inpaint_model else None
+    is_sampled = model is None or strength < 1 or model.samples_unused_image
+    image_latents = space.encode(image, generator) if is_sampled else None
     noise = space.noise(*size, generator)
-    latent_mask = functional.interpolate(mask, size=noise.shape[-2:]).to(noise)
+    if model is not None and model.mask_pixels_as_channels:
+        latent_mask = functional.pixel_unshuffle(mask, mask.shape[-1] // noise.shape[-1]).to(noise)
+    else:
+        latent_mask = functional.interpolate(mask, size=noise.shape[-2:]).to(noise)
     if image_latents is None or strength == 1:
         latents = scale_initial_noise(scheduler, noise)
     else:
         latents = add_noise(scheduler, image_latents, noise, scheduler.timesteps[index])
-    if is_inpaint_model or image_latents is None:
+    if model is not None or image_latents is None:
         masked_image_latents = space.encode(image * (mask < 0.5), generator)
         return InitialLatents(latents, index, mask=latent_mask, masked_image_latents=masked_image_latents)
     # diffusers also samples the unused kept region here, which advances the generator for later steps.

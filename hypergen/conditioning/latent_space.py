@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,31 @@ class InitialLatents:
 def scale_initial_noise(scheduler: Any, noise: Tensor) -> Tensor:
     """Scale noise by the scheduler's `init_noise_sigma`, which flow matching schedulers do not have."""
     return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def normalize_latents(vae: Any, latents: Tensor) -> Tensor:
+    """From the latents of a VAE to those of the denoiser, by the fields of the VAE's configuration."""
+    shift, scale = _shift_and_scale(vae, latents)
+    return (latents - shift) * scale
+
+
+def denormalize_latents(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of `normalize_latents`."""
+    shift, scale = _shift_and_scale(vae, latents)
+    return latents / scale + shift
+
+
+def _shift_and_scale(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.get("shift_factor") or 0.0, config.scaling_factor
+    return _per_channel(mean, latents), config.scaling_factor / _per_channel(std, latents)
+
+
+def _per_channel(values: Sequence[float], latents: Tensor) -> Tensor:
+    # Filled on the device: a copy from the host would wait for its other work.
+    return torch.cat([latents.new_full((1, 1, 1, 1), value) for value in values], dim=1)
 
 
 class LatentSpace:
@@ -73,9 +98,7 @@ class LatentSpace:
         key = hashlib.sha256(repr(image.shape).encode() + image.numpy().tobytes()).digest()
         if (distribution := self._distributions.get(key)) is None:
             distribution = self._distributions[key] = self._distribution(image)
-        sample = distribution.sample(generator).to(self._dtype)
-        shift = self._vae.config.get("shift_factor") or 0.0
-        return self._vae.config.scaling_factor * (sample - shift)
+        return normalize_latents(self._vae, distribution.sample(generator).to(self._dtype))
 
     def clear(self) -> None:
         """Forget the encoded images."""

@@ -17,6 +17,8 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -31,6 +33,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from hypergen.errors import ModelError
 
 # A diffusers scheduler: both SchedulerMixin and ConfigMixin, which its stubs cannot express.
 Scheduler = Any
@@ -122,6 +126,33 @@ FLOW_SAMPLERS: dict[str, Sampler] = {
 }
 
 
+# For models with the preconditioning of EDM, such as Playground 2.5; any other sampler gives them noise.
+EDM_SAMPLERS: dict[str, Sampler] = {
+    "dpmpp_2m": Sampler(EDMDPMSolverMultistepScheduler),
+    "dpmpp_2m_sde": Sampler(EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": Sampler(EDMEulerScheduler),
+}
+# Fields of a scheduler's configuration that say what the model was trained on, and their usual values.
+_TRAINED_ON = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None}
+
+
+def is_edm(scheduler: Scheduler) -> bool:
+    return isinstance(scheduler, EDMDPMSolverMultistepScheduler | EDMEulerScheduler)
+
+
+def ignored_field(scheduler_class: type[Scheduler], config: Mapping[str, Any]) -> str | None:
+    """The first field by which a model was trained and which a scheduler class does not have."""
+    known = inspect.signature(scheduler_class.__init__).parameters
+    return next(
+        (
+            name
+            for name, usual in _TRAINED_ON.items()
+            if config.get(name, usual) != usual and name not in known
+        ),
+        None,
+    )
+
+
 class SchedulerFactory:
     """Makes one scheduler per image, configured like the scheduler that the model was published with.
 
@@ -131,16 +162,46 @@ class SchedulerFactory:
     """
 
     _KEPT_PROTOTYPES = 256
-    samplers = SAMPLERS
 
     def __init__(self, published: Scheduler) -> None:
         self.published = published
+        self.samplers = self._samplers_for(published)
+        self._default: str | None = None
         self._without_steps: dict[str | None, Scheduler] = {}  # KDPM2 takes half a second to construct
         self._prototype = functools.lru_cache(self._KEPT_PROTOTYPES)(self._make_prototype)
+
+    def _samplers_for(self, published: Scheduler) -> dict[str, Sampler]:
+        """The samplers that use all that the model's configuration says of its training."""
+        if is_edm(published):
+            return EDM_SAMPLERS
+        return {
+            name: sampler
+            for name, sampler in SAMPLERS.items()
+            if ignored_field(sampler.scheduler, published.config) is None
+        }
+
+    def set_default(self, sampler: str | None) -> None:
+        """The sampler of requests that name none, see `find_sampler`; None: the model's own.
+
+        Raises:
+            ModelError: unknown sampler.
+        """
+        try:
+            if sampler is not None:
+                find_sampler(sampler, self.samplers)
+        except KeyError:
+            known = ", ".join(self.samplers)
+            raise ModelError(
+                f"Unknown scheduler '{sampler}'; this model has {known}, some of them with a schedule "
+                "after the name, such as _karras."
+            ) from None
+        self._default = sampler
 
     @property
     def min_steps(self) -> int:
         """The fewest steps of the model's own scheduler."""
+        if self._default is not None:
+            return find_sampler(self._default, self.samplers).min_steps
         published = type(self.published)
         return max((s.min_steps for s in self.samplers.values() if s.scheduler is published), default=1)
 
@@ -151,7 +212,7 @@ class SchedulerFactory:
             sampler: name, which may end in a schedule, see `find_sampler`. None: the model's own.
             image_tokens: number of patches, for models whose timesteps depend on the image size.
         """
-        scheduler = copy.copy(self._prototype(sampler, num_inference_steps, image_tokens))
+        scheduler = copy.copy(self._prototype(sampler or self._default, num_inference_steps, image_tokens))
         # Tensors are shared, they are never written to. Lists hold the multistep history of one image.
         for name, value in vars(scheduler).items():
             if isinstance(value, list):
@@ -188,12 +249,13 @@ class FlowSchedulerFactory(SchedulerFactory):
             otherwise schedulers compute their own.
     """
 
-    samplers = FLOW_SAMPLERS
-
     def __init__(self, published: Scheduler, *, sigmas_end_at_last_step: bool) -> None:
         super().__init__(published)
         self._sigmas_end_at_last_step = sigmas_end_at_last_step
         self._shifts: bool = published.config.get("use_dynamic_shifting", False)
+
+    def _samplers_for(self, published: Scheduler) -> dict[str, Sampler]:
+        return FLOW_SAMPLERS
 
     def _configured(self, sampler: Sampler) -> Scheduler:
         # Heun's scheduler has a fixed shift only; `_set_timesteps` sets it.

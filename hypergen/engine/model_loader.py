@@ -65,7 +65,9 @@ class Loader:
         """
         started = time.monotonic()
         with log_progress(model.id, loading.expected_bytes(model.path, model.settings)):
-            loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
+            loaded = loading.load_any(
+                model.path, model.settings, model.defaults, model.options, alone=self._alone
+            )
         weights_s = time.monotonic() - started
         self.seconds["weights"] += weights_s
         logger.info(

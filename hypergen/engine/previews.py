@@ -21,8 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from hypergen.conditioning.latent_space import normalize_latents
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.denoising.offload import device_of
+from hypergen.denoising.schedulers import is_edm
 from hypergen.engine.host_copy import HostCopy
 from hypergen.engine.postprocess import Report, to_pixels
 from hypergen.events import Preview
@@ -137,7 +139,8 @@ def pred_original_sample(state: DenoisingState, prediction: Tensor) -> Tensor:
     """The predicted clean latents at the current step, shape (1, C, h, w).
 
     The model input of every sampler is sqrt(alpha_bar) * clean + sqrt(1 - alpha_bar) * noise for a
-    variance-preserving model, and (1 - sigma) * clean + sigma * noise for flow matching.
+    variance-preserving model, and (1 - sigma) * clean + sigma * noise for flow matching. Models of EDM
+    (https://arxiv.org/abs/2206.00364) predict a part of the clean latents.
 
     Args:
         prediction: of the model's prediction type (noise, velocity or flow), guidance applied.
@@ -146,6 +149,9 @@ def pred_original_sample(state: DenoisingState, prediction: Tensor) -> Tensor:
     noisy, timestep = state.model_input().float(), state.timestep.float().cpu()
     prediction = prediction.float()
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if is_edm(scheduler):
+        sigma = (4 * timestep).exp()
+        return scheduler.precondition_outputs(state.latents.float(), prediction, sigma)
     if alphas_cumprod is None:
         return noisy - float(timestep) / scheduler.config["num_train_timesteps"] * prediction
     # Timesteps of some samplers are between two training timesteps.
@@ -164,9 +170,8 @@ def pred_original_sample(state: DenoisingState, prediction: Tensor) -> Tensor:
 
 def _encode_latents(vae: Any, pixels: Tensor) -> Tensor:
     """Pixels in -1..1 to scaled latents."""
-    config = vae.config
     latents = vae.encode(pixels.to(device_of(vae), vae.dtype)).latent_dist.mode()
-    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    return normalize_latents(vae, latents)
 
 
 def _random_image(rectangles: int, generator: torch.Generator) -> Tensor:

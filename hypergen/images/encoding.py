@@ -19,7 +19,7 @@ from hypergen.request import GenerationRequest, InputImage
 # The keyword of the PNG text chunk; JPEG and WebP have the metadata as EXIF image description.
 METADATA_KEY = "hypergen"
 # Request fields of few models; in the metadata only if they were given.
-_OPTIONAL_FIELDS = ("prompt_2", "negative_prompt_2", "enable_refiner")
+_OPTIONAL_FIELDS = ("prompt_2", "negative_prompt_2", "clip_skip", "enable_refiner")
 # EXIF must fit into one JPEG segment of at most 64 KB, with the tags around the text.
 _JPEG_METADATA_BYTES = 65_000
 

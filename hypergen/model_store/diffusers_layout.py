@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hypergen.errors import ModelError
-from hypergen.model_families import optional_encoders
+from hypergen.model_families import PIPELINES, optional_encoders
 from hypergen.model_store.checkpoint_detection import read_checkpoint
+from hypergen.model_store.pipeline_arguments import image_argument
 
 PIPELINE_FILE = "model_index.json"
 # Weights of several components in one file; its folder has everything else. See `single_file.py`.
@@ -45,6 +43,16 @@ class Selection:
 
     files: dict[str, str]
     fp16: str
+
+    def without_weights(self, components: Collection[str] | None = None) -> Selection:
+        """A selection without the weights of these components; None: of all."""
+        files = {
+            stored: name
+            for stored, name in self.files.items()
+            if not (stored.endswith(".safetensors") or ".index." in stored)
+            or (components is not None and stored.partition("/")[0] not in components)
+        }
+        return replace(self, files=files)
 
 
 def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
@@ -94,6 +102,10 @@ def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_fil
     pipeline = pipeline_class_of(pipeline_file.parent, model)
     if pipelines is not None and pipeline not in pipelines:
         raise ModelError(f"{model} is a {pipeline}, which the installed diffusers does not have.")
+    if pipelines is not None and pipeline not in PIPELINES and (name := image_argument(pipeline)):
+        raise ModelError(
+            f"{model} is a {pipeline}, which cannot generate from a prompt alone: it needs '{name}'."
+        )
 
 
 def select_files(names: Iterable[str], components: Iterable[str], *, prefer_fp16: bool) -> Selection:
@@ -204,7 +216,7 @@ def components_in_checkpoint(path: Path) -> frozenset[str]:
     file = path / CHECKPOINT
     if not file.is_file():
         return frozenset()
-    return read_checkpoint(safetensors_header(file, str(path), file.name), CHECKPOINT).components
+    return frozenset(read_checkpoint(safetensors_header(file, str(path), file.name), CHECKPOINT).components)
 
 
 def safetensors_header(file: Path, model: str, name: str) -> bytes:
@@ -230,34 +242,6 @@ def safetensors_header(file: Path, model: str, name: str) -> bytes:
     if (expected := 8 + length + max(ends, default=0)) != size:
         raise ModelError(f"{model}: {name} is damaged: it should have {expected} bytes and has {size}.")
     return header
-
-
-def link_or_copy(original: Path, target: Path, *, copy_weights: bool) -> None:
-    """Hard-link weights; if that fails, copy them or, without `copy_weights`, add a symbolic link.
-
-    Other files are copied, because people edit configurations in place. The original may itself be a symbolic
-    link, as in the hub's cache.
-    """
-    original = original.resolve()
-    if target.suffix == ".safetensors":
-        with suppress(OSError):  # another file system, or no support for hard links
-            os.link(original, target)
-            return
-        if not copy_weights:
-            target.symlink_to(original)
-            return
-    shutil.copyfile(original, target)
-
-
-def is_unchanged(file: Path, size: int, mtime_ns: int) -> bool:
-    """Whether a stored file still has the size and, if it is a link, the modification time of the import."""
-    try:
-        stat = file.stat()
-    except OSError:
-        return False
-    # A linked file can be changed in its original folder. A copy of the store may have other times.
-    is_linked = file.is_symlink() or stat.st_nlink > 1
-    return stat.st_size == size and (not is_linked or stat.st_mtime_ns == mtime_ns)
 
 
 def check_component(model: Path, name: str, class_name: str) -> None:

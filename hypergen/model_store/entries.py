@@ -6,6 +6,7 @@ incomplete entry. Its metadata lists its files with sizes and times, so that lat
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,13 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.errors import ModelError
-from hypergen.model_store.diffusers_layout import (
-    PIPELINE_FILE,
-    Selection,
-    check_folder,
-    is_unchanged,
-    link_or_copy,
-)
+from hypergen.model_store.diffusers_layout import PIPELINE_FILE, Selection, check_folder
 
 MAX_COPY_BYTES = 2 * 1024**3
 
@@ -63,7 +58,7 @@ def open_entry(tag: str) -> StoredModel:
         raise ModelError(f"No model '{tag}' in the store.")
     files: dict[str, list[int]] = metadata.get("files", {})
     for name, (size, mtime_ns) in files.items():
-        if not is_unchanged(path / name, size, mtime_ns):
+        if not _is_unchanged(path / name, size, mtime_ns):
             origin = metadata["origin"]
             raise ModelError(
                 f"{tag}: {name} is missing or has changed since the import; import {origin} again."
@@ -72,11 +67,40 @@ def open_entry(tag: str) -> StoredModel:
     return StoredModel(tag, str(metadata.get("source", tag)), path, size_bytes, model.creation_time)
 
 
-def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str, Any]) -> None:
+def find_by_tag(tag: str) -> StoredModel:
+    """Look up "name:version", "name:latest" or "name"; the latest is the newest undamaged entry."""
+    name, _, version = tag.lower().partition(":")
+    if version not in ("", "latest") and (store_folder() / name / version).is_dir():
+        return open_entry(f"{name}:{version}")
+    versions = [stored for stored in list_models() if stored.tag.startswith(f"{name}:")]
+    if version not in ("", "latest") or not versions:
+        raise ModelError(unknown_model(tag))
+    return versions[0]
+
+
+def list_models() -> list[StoredModel]:
+    """Every undamaged model of the store in diffusers layout, newest first."""
+    found: list[StoredModel] = []
+    for folder in store_folder().glob("*/*/"):
+        with suppress(ModelError):
+            found.append(open_entry(f"{folder.parent.name}:{folder.name}"))
+    return sorted(found, key=lambda stored: stored.created, reverse=True)
+
+
+def write_entry(
+    tag: str,
+    folder: Path,
+    selection: Selection,
+    metadata: dict[str, Any],
+    check_files: Callable[[Path], None] | None = None,
+) -> None:
     """Write the entry into a staging store and move it into the store.
 
     `bentoml.models.create` copies the files of its folder when it exits, so links would not survive. It
     therefore writes only `model.yaml`; the files are added in the staging store.
+
+    Args:
+        check_files: raises a ModelError if the model in a folder cannot be served.
     """
     import bentoml
     from bentoml._internal.models import ModelStore
@@ -96,8 +120,8 @@ def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str
         for stored, file in selection.files.items():
             target = staging / name / version / stored
             target.parent.mkdir(exist_ok=True)
-            link_or_copy(folder / file, target, copy_weights=small)
-        _check_staged(staging / name / version, metadata["source"])
+            _link_or_copy(folder / file, target, copy_weights=small)
+        _check_staged(staging / name / version, metadata["source"], check_files)
         shutil.rmtree(store / name / version, ignore_errors=True)  # a damaged entry with this tag
         (store / name).mkdir(parents=True, exist_ok=True)
         (store / name / "latest").unlink(missing_ok=True)
@@ -108,11 +132,59 @@ def write_entry(tag: str, folder: Path, selection: Selection, metadata: dict[str
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_staged(folder: Path, source: str) -> None:
+def _check_staged(folder: Path, source: str, check_files: Callable[[Path], None] | None) -> None:
     try:
         check_folder(folder)
+        if check_files is not None:
+            check_files(folder)
     except ModelError as error:
         raise ModelError(str(error).replace(str(folder), source)) from None
+
+
+def _link_or_copy(original: Path, target: Path, *, copy_weights: bool) -> None:
+    """Hard-link weights; if that fails, copy them or, without `copy_weights`, add a symbolic link.
+
+    Other files are copied, because people edit configurations in place. The original may itself be a symbolic
+    link, as in the hub's cache.
+    """
+    original = original.resolve()
+    if target.suffix == ".safetensors":
+        with suppress(OSError):  # another file system, or no support for hard links
+            os.link(original, target)
+            return
+        if not copy_weights:
+            target.symlink_to(original)
+            return
+    shutil.copyfile(original, target)
+
+
+def _is_unchanged(file: Path, size: int, mtime_ns: int) -> bool:
+    """Whether a stored file still has the size and, if it is a link, the modification time of the import."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return False
+    # A linked file can be changed in its original folder. A copy of the store may have other times.
+    is_linked = file.is_symlink() or stat.st_nlink > 1
+    return stat.st_size == size and (not is_linked or stat.st_mtime_ns == mtime_ns)
+
+
+def remove_entry(tag: str) -> None:
+    """Remove the entry with this tag, also a damaged one. Files that its links point to stay.
+
+    Raises:
+        ModelError: there is no such entry.
+    """
+    import bentoml
+    from bentoml.exceptions import BentoMLException
+
+    name, _, version = tag.partition(":")
+    if not (name and version and (store_folder() / name / version).is_dir()):
+        raise ModelError(f"No model '{tag}' in the store; {_tags_in_store()}.")
+    try:
+        bentoml.models.delete(tag)
+    except BentoMLException as error:
+        raise ModelError(f"{tag} cannot be removed: {error}") from None
 
 
 @contextmanager
@@ -147,3 +219,16 @@ def state_folder() -> Path:
     folder = Path(BentoMLContainer.bentoml_home.get()) / "hypergen"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def unknown_model(given: str) -> str:
+    """The message for a model that is neither a source nor in the store."""
+    return (
+        f"Unknown model '{given}': it must be a hub id (owner/name), a folder, or a tag of the model store "
+        f"(name:version; {_tags_in_store()})."
+    )
+
+
+def _tags_in_store() -> str:
+    tags = [stored.tag for stored in list_models()]
+    return f"it has {', '.join(tags[:5])}{' ...' if len(tags) > 5 else ''}" if tags else "it is empty"

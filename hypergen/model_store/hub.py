@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,22 @@ def cached_folders(repo: str) -> list[Path]:
     snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
     found = sorted(snapshots.glob(f"*/{PIPELINE_FILE}"), key=lambda file: file.lstat().st_mtime, reverse=True)
     return [file.parent for file in sorted(found, key=lambda file: str(file) != main)]
+
+
+def download_network(repo: str, revision: str | None) -> Path:
+    """The folder of one network that is a hub model of its own, such as a VAE; from the hub's cache if it is
+    there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    files = ["config.json", "diffusion_pytorch_model.safetensors"]
+    with suppress(LocalEntryNotFoundError):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+        if all((folder / name).is_file() for name in files):
+            return folder
+    with _one_line_errors(repo, revision):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT_S))
 
 
 @contextmanager

@@ -8,9 +8,11 @@ become one entry of the model store.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hypergen.errors import ModelError
 from hypergen.model_store.checkpoint_detection import Checkpoint, read_checkpoint
@@ -25,19 +27,26 @@ from hypergen.model_store.diffusers_layout import (
     safetensors_header,
     select_in_folder,
 )
-from hypergen.model_store.hub import HUB_ID, cached_folders, download, resolve_hub_model
+from hypergen.model_store.hub import HUB_ID, HubModel, cached_folders, download, resolve_hub_model
+from hypergen.served_model_config import ModelOptions
 
 SUFFIX = ".safetensors"
 # Returns the folder of a model that is on this machine, else None.
 FindLocalFolder = Callable[[str], Path | None]
 ReportProgress = Callable[[str], None]
+# Raises a ModelError if the file or folder cannot be served.
+Check = Callable[[Path], None]
 
 
 def select(
     given: str,
     configuration: str | None,
-    prefer_fp16: bool,
+    options: ModelOptions,
     find_local_folder: FindLocalFolder,
+    *,
+    prefer_fp16: bool,
+    check_pipeline: Check,
+    check_files: Check,
     report_progress: ReportProgress,
 ) -> tuple[Path, Selection]:
     """The configuration folder of a checkpoint, and the files to store: selected ones and the checkpoint.
@@ -46,55 +55,82 @@ def select(
         given: the checkpoint file.
         configuration: folder, hub id or store tag from --single-file-config; None: searched next to the file,
             in the store and on the hub.
+        options: of its served-model file.
         prefer_fp16: see `select_files`.
+        check_pipeline, check_files: see `get_or_import`.
 
     Raises:
         ModelError: the file is not a complete checkpoint, or its configuration is not found.
     """
     file = Path(os.path.expanduser(given)).absolute()
     if file.suffix != SUFFIX:
-        raise ModelError(f"{given} must be a folder or a {SUFFIX} file.")
+        raise ModelError(other_suffix(given))
     checkpoint = read_checkpoint(safetensors_header(file, str(file.parent), file.name), given)
-    folder = None
-    if configuration:
-        folder = _given_folder(configuration, checkpoint, prefer_fp16, find_local_folder, report_progress)
-    folder = folder or _folder_next_to(file, checkpoint) or find_local_folder(checkpoint.usual_source)
-    if folder is None:
-        try:
-            folder = _hub_folder(checkpoint.usual_source, checkpoint, prefer_fp16, report_progress)
-        except ModelError as error:
+
+    def check(pipeline_file: Path) -> None:
+        pipeline_class = pipeline_class_of(pipeline_file.parent, str(pipeline_file.parent))
+        if pipeline_class not in checkpoint.pipelines:
             raise ModelError(
-                f"{given} needs the configuration of its model, usually {checkpoint.usual_source}; give a "
-                f"folder, hub id or store tag that has it with --single-file-config. ({error})"
-            ) from None
-    pipeline_class = pipeline_class_of(folder, str(folder))
-    if pipeline_class not in checkpoint.pipelines:
-        raise ModelError(
-            f"{given} is a checkpoint of a {checkpoint.pipelines[0]}, but the configuration in {folder} is "
-            f"of a {pipeline_class}."
-        )
+                f"{given} is a checkpoint of a {checkpoint.pipelines[0]}, but the configuration in "
+                f"{configuration or pipeline_file.parent} is of a {pipeline_class}."
+            )
+        check_pipeline(pipeline_file)
+
+    folder = find_local_folder(configuration) if configuration else _folder_next_to(file, checkpoint)
+    if folder is None:
+        source = configuration or checkpoint.usual_source(given, options)
+        if not HUB_ID.fullmatch(source):
+            raise ModelError(f"No such folder, hub id or store tag for --single-file-config: {source}")
+        folder = (None if configuration else find_local_folder(source)) or _cached_folder(source, checkpoint)
+        if folder is None:
+            report_progress(f"Looking up {source} on the hub")
+            try:
+                model = resolve_hub_model(source, revision=None, prefer_fp16=prefer_fp16, check=check)
+            except ModelError as error:
+                if configuration:
+                    raise
+                raise ModelError(
+                    f"{given} needs the configuration of its model, usually {source}; give a "
+                    f"folder, hub id or store tag that has it with --single-file-config. ({error})"
+                ) from None
+            folder = _download(model, file, checkpoint, check_files, report_progress)
+    check(folder / PIPELINE_FILE)
     missing = missing_components(folder, checkpoint.components)
     if missing:
         raise ModelError(
             f"Neither {given} nor {folder} has weights for {', '.join(missing)}; give a complete model with "
             "--single-file-config."
         )
-    selection = _without_weights(select_in_folder(folder, prefer_fp16=prefer_fp16), checkpoint.components)
-    return folder, replace(selection, files={**selection.files, CHECKPOINT: str(file)})
+    selection = select_in_folder(folder, prefer_fp16=prefer_fp16).without_weights(checkpoint.components)
+    return folder, _with_checkpoint(selection, file)
 
 
-def _given_folder(
-    configuration: str,
-    checkpoint: Checkpoint,
-    prefer_fp16: bool,
-    find_local_folder: FindLocalFolder,
-    report_progress: ReportProgress,
-) -> Path:
-    if (folder := find_local_folder(configuration)) is not None:
+def other_suffix(given: str) -> str:
+    """The message for a file that is no safetensors file."""
+    return f"{given} must be a folder or a {SUFFIX} file; docs/models.md shows how to convert others."
+
+
+def find_configuration(given: str, checkpoint: Checkpoint, find_local_folder: FindLocalFolder) -> Path | None:
+    """The configuration folder that `select` would take, if it is on this machine."""
+    if (folder := _folder_next_to(Path(os.path.expanduser(given)).absolute(), checkpoint)) is not None:
         return folder
-    if HUB_ID.fullmatch(configuration):
-        return _hub_folder(configuration, checkpoint, prefer_fp16, report_progress)
-    raise ModelError(f"No such folder, hub id or store tag for --single-file-config: {configuration}")
+    source = checkpoint.usual_source(given, ModelOptions())
+    return find_local_folder(source) or _cached_folder(source, checkpoint)
+
+
+@contextmanager
+def linked(folder: Path, selection: Selection) -> Iterator[Path]:
+    """A temporary folder of links, with the files of a selection as the store would have them."""
+    with TemporaryDirectory(prefix="hypergen-") as name:
+        for stored, source in selection.files.items():
+            target = Path(name, stored)
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to((folder / source).absolute())
+        yield Path(name)
+
+
+def _with_checkpoint(selection: Selection, file: Path) -> Selection:
+    return replace(selection, files={**selection.files, CHECKPOINT: str(file)})
 
 
 def _folder_next_to(file: Path, checkpoint: Checkpoint) -> Path | None:
@@ -107,33 +143,25 @@ def _folder_next_to(file: Path, checkpoint: Checkpoint) -> Path | None:
     return None
 
 
-def _hub_folder(
-    repo: str, checkpoint: Checkpoint, prefer_fp16: bool, report_progress: ReportProgress
-) -> Path:
-    """The model's folder in the hub's cache; files that are neither cached nor in the checkpoint are
-    downloaded.
-    """
+def _cached_folder(repo: str, checkpoint: Checkpoint) -> Path | None:
+    """The model's folder in the hub's cache, if it has everything that the checkpoint lacks."""
     for folder in cached_folders(repo):
         components = read_components(folder / PIPELINE_FILE, repo).keys() - {OPTIONAL}
         has_folders = all((folder / component).is_dir() for component in components)
         if has_folders and not missing_components(folder, checkpoint.components):
             return folder
-    report_progress(f"Looking up {repo} on the hub")
-    model = resolve_hub_model(repo, revision=None, prefer_fp16=prefer_fp16, check=lambda _: None)
-    selection = _without_weights(model.selection, checkpoint.components)
-    report_progress(f"Downloading the files of {repo} that the checkpoint lacks: {len(selection.files)}")
+    return None
+
+
+def _download(
+    model: HubModel, file: Path, checkpoint: Checkpoint, check_files: Check, report_progress: ReportProgress
+) -> Path:
+    """Download what the checkpoint lacks: first configurations, against which it is checked, then weights."""
+    configurations = model.selection.without_weights()
+    folder = download(replace(model, selection=configurations))
+    with linked(folder, _with_checkpoint(configurations, file)) as entry:
+        check_files(entry)
+    selection = model.selection.without_weights(checkpoint.components)
+    repo, count = model.repo, len(selection.files)
+    report_progress(f"Downloading the files of {repo} that the checkpoint lacks: {count}")
     return download(replace(model, selection=selection))
-
-
-def _without_weights(selection: Selection, components: Collection[str]) -> Selection:
-    """A selection without the weights of these components."""
-
-    def is_weights(name: str) -> bool:
-        return name.endswith(".safetensors") or ".index." in name
-
-    files = {
-        stored: name
-        for stored, name in selection.files.items()
-        if stored.partition("/")[0] not in components or not is_weights(stored)
-    }
-    return replace(selection, files=files)

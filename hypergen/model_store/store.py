@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,39 @@ from hypergen.model_store.diffusers_layout import (
     select_in_folder,
 )
 from hypergen.model_store.diffusers_layout import check_folder as check_folder
-from hypergen.model_store.entries import StoredModel, import_lock, open_entry, store_folder, write_entry
+from hypergen.model_store.entries import StoredModel, import_lock, open_entry, unknown_model, write_entry
+from hypergen.model_store.entries import find_by_tag as find_by_tag
+from hypergen.model_store.entries import list_models as list_models
+from hypergen.model_store.entries import remove_entry as remove_entry
 from hypergen.model_store.hub import HUB_ID, download, resolve_hub_model
-from hypergen.model_store.single_file import ReportProgress
+from hypergen.model_store.single_file import Check, ReportProgress
+from hypergen.served_model_config import ModelOptions
 
 EMBEDDED_NAME = "hypergen-tiny"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
 
-PipelineCheck = Callable[[Path], None]
+
+def _ignore(_: object) -> None:
+    """No checks, and no progress reports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Import:
+    """How a model is found and imported; see `get_or_import`.
+
+    Attributes:
+        check_pipeline: raises a ModelError if the model of a `model_index.json` cannot be served.
+        check_for_update: look for a newer commit of a hub model that is in the store.
+    """
+
+    check_pipeline: Check
+    check_files: Check = _ignore
+    report_progress: ReportProgress = _ignore
+    revision: str | None = None
+    prefer_fp16: bool = False
+    single_file_config: str | None = None
+    options: ModelOptions = field(default_factory=ModelOptions)
+    check_for_update: bool = False
 
 
 def get_or_import(
@@ -47,7 +72,9 @@ def get_or_import(
     revision: str | None = None,
     prefer_fp16: bool = False,
     single_file_config: str | None = None,
+    options: ModelOptions | None = None,
     pipelines: Collection[str] | None = None,
+    check_files: Check | None = None,
     report_progress: ReportProgress | None = None,
 ) -> StoredModel:
     """Get a model from the store; a model that is not in the store is imported first.
@@ -60,17 +87,25 @@ def get_or_import(
         prefer_fp16: select fp16 variants of weights where there are any. Without them, and of a stored hub
             model, the other files serve too.
         single_file_config: source of a single-file checkpoint's configuration, see `single_file`.
+        options: of its served-model file, which the configuration may depend on.
         pipelines: supported pipeline classes; others are refused before their weights are downloaded.
+        check_files: raises a ModelError if the model in a folder cannot be served. It is called with the
+            configurations alone before weights are downloaded, and before the model is added to the store.
         report_progress: called with one line per stage, for example "Downloading ...".
 
     Raises:
         ModelError: the model is unknown, damaged or not supported.
     """
-    check = partial(require_pipeline, model or EMBEDDED_NAME, pipelines)
-    report_progress = report_progress or _ignore
-    return _resolve(
-        model, revision, prefer_fp16, single_file_config, check, report_progress, check_for_update=False
+    how = _Import(
+        check_pipeline=partial(require_pipeline, model or EMBEDDED_NAME, pipelines),
+        check_files=check_files or _ignore,
+        report_progress=report_progress or _ignore,
+        revision=revision,
+        prefer_fp16=prefer_fp16,
+        single_file_config=single_file_config,
+        options=options or ModelOptions(),
     )
+    return _resolve(model, how)
 
 
 def import_model(
@@ -79,18 +114,37 @@ def import_model(
     revision: str | None = None,
     prefer_fp16: bool = False,
     single_file_config: str | None = None,
+    pipelines: Collection[str] | None = None,
+    check_files: Check | None = None,
     report_progress: ReportProgress | None = None,
 ) -> StoredModel:
-    """Import the source's current state; an unchanged source is not imported again."""
-    check = partial(require_pipeline, source or EMBEDDED_NAME, None)
-    report_progress = report_progress or _ignore
-    return _resolve(
-        source, revision, prefer_fp16, single_file_config, check, report_progress, check_for_update=True
+    """Import the source's current state, which may also be a refiner; an unchanged source is not imported
+    again.
+    """
+
+    def check(pipeline_file: Path) -> None:
+        name = source or EMBEDDED_NAME
+        if pipeline_class_of(pipeline_file.parent, name) != REFINER_PIPELINE:
+            require_pipeline(name, pipelines, pipeline_file)
+
+    how = _Import(
+        check_pipeline=check,
+        check_files=check_files or _ignore,
+        report_progress=report_progress or _ignore,
+        revision=revision,
+        prefer_fp16=prefer_fp16,
+        single_file_config=single_file_config,
+        check_for_update=True,
     )
+    return _resolve(source, how)
 
 
 def get_or_import_refiner(
-    refiner: str | None, *, prefer_fp16: bool = False, report_progress: ReportProgress | None = None
+    refiner: str | None,
+    *,
+    prefer_fp16: bool = False,
+    check_files: Check | None = None,
+    report_progress: ReportProgress | None = None,
 ) -> StoredModel | None:
     """`get_or_import` for the refiner in the settings; None without one.
 
@@ -107,8 +161,13 @@ def get_or_import_refiner(
 
     if refiner is None:
         return None
-    report_progress = report_progress or _ignore
-    return _resolve(refiner, None, prefer_fp16, None, check, report_progress, check_for_update=False)
+    how = _Import(
+        check_pipeline=check,
+        check_files=check_files or _ignore,
+        report_progress=report_progress or _ignore,
+        prefer_fp16=prefer_fp16,
+    )
+    return _resolve(refiner, how)
 
 
 def local_folder(model: str | None) -> Path | None:
@@ -122,102 +181,92 @@ def local_folder(model: str | None) -> Path | None:
     return next((stored.path for stored in list_models() if stored.source == model), None)
 
 
-def find_by_tag(tag: str) -> StoredModel:
-    """Look up "name:version", "name:latest" or "name"; the latest is the newest undamaged entry."""
-    name, _, version = tag.lower().partition(":")
-    if version not in ("", "latest") and (store_folder() / name / version).is_dir():
-        return open_entry(f"{name}:{version}")
-    versions = [stored for stored in list_models() if stored.tag.startswith(f"{name}:")]
-    if version not in ("", "latest") or not versions:
-        raise ModelError(_unknown(tag))
-    return versions[0]
-
-
-def list_models() -> list[StoredModel]:
-    """Every undamaged model of the store in diffusers layout, newest first."""
-    found: list[StoredModel] = []
-    for folder in store_folder().glob("*/*/"):
-        with suppress(ModelError):
-            found.append(open_entry(f"{folder.parent.name}:{folder.name}"))
-    return sorted(found, key=lambda stored: stored.created, reverse=True)
-
-
-def _resolve(
-    given: str | None,
-    revision: str | None,
-    prefer_fp16: bool,
-    single_file_config: str | None,
-    check: PipelineCheck,
-    report_progress: ReportProgress,
-    *,
-    check_for_update: bool,
-) -> StoredModel:
+def _resolve(given: str | None, how: _Import) -> StoredModel:
     path = os.path.expanduser(given or "")  # Path.expanduser raises for unknown users
+    is_checkpoint = given is not None and given.endswith(single_file.SUFFIX)
+    is_tag = given is not None and "/" not in given and not os.path.isdir(path)
+    only_checkpoints = ModelError(
+        f"--single-file-config is only for single-file checkpoints; {given} is not one."
+    )
+    if how.single_file_config is not None and not (is_checkpoint or is_tag):
+        raise only_checkpoints
     if given is None or given == EMBEDDED_NAME:
-        stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, prefer_fp16, report_progress)
+        stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, replace(how, check_files=_ignore))
     elif os.path.isdir(path):
-        stored = _import_folder(Path(path), given, prefer_fp16, report_progress)
+        stored = _import_folder(Path(path), given, how)
     elif os.path.isfile(path):
-        stored = _import_single_file(given, single_file_config, prefer_fp16, report_progress)
-    elif given.endswith(single_file.SUFFIX):
+        stored = _import_single_file(given, how)
+    elif is_checkpoint:
         raise ModelError(f"No such file: {given}")
     elif given.startswith(("/", ".", "~")):
         raise ModelError(f"No such folder: {given}")
-    elif "/" not in given:
+    elif is_tag:
         stored = find_by_tag(given)
+        if how.single_file_config is not None and not (stored.path / CHECKPOINT).is_file():
+            raise only_checkpoints
     elif HUB_ID.fullmatch(given):
-        stored = None if check_for_update else _find_hub_model(given, revision, prefer_fp16)
-        stored = stored or _import_hub_model(given, revision, prefer_fp16, check, report_progress)
+        stored = None if how.check_for_update else _find_hub_model(given, how)
+        stored = stored or _import_hub_model(given, how)
     else:
-        raise ModelError(_unknown(given))
-    if single_file_config is not None and not (stored.path / CHECKPOINT).is_file():
-        raise ModelError(f"--single-file-config is only for single-file checkpoints; {given} is not one.")
+        raise ModelError(unknown_model(given))
     check_folder(stored.path)
-    check(stored.path / PIPELINE_FILE)
+    how.check_pipeline(stored.path / PIPELINE_FILE)
     return stored
 
 
-def _import_folder(
-    folder: Path, source: str, prefer_fp16: bool, report_progress: ReportProgress
-) -> StoredModel:
+def _import_folder(folder: Path, source: str, how: _Import) -> StoredModel:
     check_folder(folder)
+    how.check_pipeline(folder / PIPELINE_FILE)
     folder = folder.resolve()
-    selection = select_in_folder(folder, prefer_fp16=prefer_fp16)
+    selection = select_in_folder(folder, prefer_fp16=how.prefer_fp16)
     is_embedded = source == EMBEDDED_NAME
     version = digest(folder, selection, of_contents=is_embedded)
     name = EMBEDDED_NAME if is_embedded else _store_name(folder.name)
-    stored = _import(f"{name}:{version}", source, folder, selection, {}, report_progress)
-    return replace(stored, source=source)
+    return replace(_import(f"{name}:{version}", source, folder, selection, {}, how), source=source)
 
 
-def _import_single_file(
-    given: str, configuration: str | None, prefer_fp16: bool, report_progress: ReportProgress
-) -> StoredModel:
-    folder, selection = single_file.select(given, configuration, prefer_fp16, local_folder, report_progress)
+def _import_single_file(given: str, how: _Import) -> StoredModel:
+    folder, selection = single_file.select(
+        given,
+        how.single_file_config,
+        how.options,
+        local_folder,
+        prefer_fp16=how.prefer_fp16,
+        check_pipeline=how.check_pipeline,
+        check_files=how.check_files,
+        report_progress=how.report_progress,
+    )
     file = Path(selection.files[CHECKPOINT])
     tag = f"{_store_name(file.stem)}:{digest(folder, selection, of_contents=False)}"
-    stored = _import(tag, given, folder, selection, {"origin": str(file)}, report_progress)
+    stored = _import(tag, given, folder, selection, {"origin": str(file)}, how)
     return replace(stored, source=given)
 
 
-def _import_hub_model(
-    repo: str, revision: str | None, prefer_fp16: bool, check: PipelineCheck, report_progress: ReportProgress
-) -> StoredModel:
-    report_progress(f"Looking up {repo} on the hub")
-    model = resolve_hub_model(repo, revision=revision, prefer_fp16=prefer_fp16, check=check)
+def _import_hub_model(repo: str, how: _Import) -> StoredModel:
+    how.report_progress(f"Looking up {repo} on the hub")
+    model = resolve_hub_model(
+        repo, revision=how.revision, prefer_fp16=how.prefer_fp16, check=how.check_pipeline
+    )
     version = model.commit[:12] + ("-fp16" if model.selection.fp16 == "taken" else "")
     tag = f"{_store_name(repo)}:{version}"
     with suppress(ModelError):
         return open_entry(tag)
-    report_progress(
+    configurations = model.selection.without_weights()
+    with single_file.linked(download(replace(model, selection=configurations)), configurations) as folder:
+        how.check_files(folder)
+    how.report_progress(
         f"Downloading {repo}: {len(model.selection.files)} files, {model.size_bytes / 1e9:.1f} GB"
     )
     # The keys and values are stored in existing entries, so they must not change.
-    metadata = {"revision": model.commit, "asked_revision": revision or "", "fp16": model.selection.fp16}
-    return _import(tag, repo, download(model), model.selection, metadata, report_progress)
+    metadata = {
+        "revision": model.commit,
+        "asked_revision": how.revision or "",
+        "fp16": model.selection.fp16,
+    }
+    return _import(tag, repo, download(model), model.selection, metadata, how)
 
 
-def _find_hub_model(repo: str, revision: str | None, prefer_fp16: bool) -> StoredModel | None:
+def _find_hub_model(repo: str, how: _Import) -> StoredModel | None:
     import bentoml
 
     fp32 = None
@@ -225,41 +274,33 @@ def _find_hub_model(repo: str, revision: str | None, prefer_fp16: bool) -> Store
         metadata = bentoml.models.get(stored.tag).info.metadata
         if stored.source != repo or "revision" not in metadata:
             continue
-        revisions = [metadata["asked_revision"]] + ([metadata["revision"]] if revision else [])
-        if (revision or "") not in revisions:
+        revisions = [metadata["asked_revision"]] + ([metadata["revision"]] if how.revision else [])
+        if (how.revision or "") not in revisions:
             continue
-        if metadata["fp16"] == "none" or (metadata["fp16"] == "taken") == prefer_fp16:
+        if metadata["fp16"] == "none" or (metadata["fp16"] == "taken") == how.prefer_fp16:
             return stored
-        if prefer_fp16:  # converted when it is loaded, which takes less time than another download
+        if how.prefer_fp16:  # converted when it is loaded, which takes less time than another download
             fp32 = fp32 or stored
     return fp32
 
 
 def _import(
-    tag: str,
-    source: str,
-    folder: Path,
-    selection: Selection,
-    metadata: dict[str, Any],
-    report_progress: ReportProgress,
+    tag: str, source: str, folder: Path, selection: Selection, metadata: dict[str, Any], how: _Import
 ) -> StoredModel:
     """Write the entry unless it exists; only one of several processes does so."""
     with suppress(ModelError):
         return open_entry(tag)
     name = tag.partition(":")[0]
     try:
-        with import_lock(name, report_progress):
+        with import_lock(name, how.report_progress):
             with suppress(ModelError):
                 return open_entry(tag)
-            report_progress(f"Importing {source} as {tag}")
-            write_entry(tag, folder, selection, {"source": source, "origin": str(folder), **metadata})
+            how.report_progress(f"Importing {source} as {tag}")
+            metadata = {"source": source, "origin": str(folder), **metadata}
+            write_entry(tag, folder, selection, metadata, how.check_files)
     except OSError as error:
         raise ModelError(f"{source} cannot be imported: {error}") from error
     return open_entry(tag)
-
-
-def _ignore(_: str) -> None:
-    """No progress reports."""
 
 
 def _store_name(given: str) -> str:
@@ -268,10 +309,3 @@ def _store_name(given: str) -> str:
     if len(name) > 63:
         name = f"{name[:54]}-{hashlib.sha256(given.encode()).hexdigest()[:8]}"
     return f"{name}-folder" if name == EMBEDDED_NAME else name
-
-
-def _unknown(given: str) -> str:
-    tags = [stored.tag for stored in list_models()]
-    known_tags = f"it has {', '.join(tags[:5])}{' ...' if len(tags) > 5 else ''}" if tags else "it is empty"
-    accepted = f"a hub id (owner/name), a folder, or a tag of the model store (name:version; {known_tags})"
-    return f"Unknown model '{given}': it must be {accepted}."

@@ -22,6 +22,25 @@ _NATIVE_SIDE = 1024
 _REQUIRED = ("prompt", "num_inference_steps", "generator")
 
 
+def require_text_to_image(pipeline_class: Any) -> None:
+    """
+    Raises:
+        ModelError: a pipeline class does not generate an image from a prompt alone.
+    """
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    missing = [name for name in _REQUIRED if name not in parameters]
+    extra = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in ("self", "prompt")
+    ]
+    if missing or extra:
+        reason = f"has no argument '{missing[0]}'" if missing else f"also needs '{extra[0]}'"
+        raise ModelError(f"{pipeline_class.__name__} is not a text-to-image pipeline: it {reason}.")
+
+
 class DiffusersPipeline:
     """A diffusers pipeline without step-level batching.
 
@@ -41,17 +60,7 @@ class DiffusersPipeline:
         self.min_steps = 1
         self.parameters = inspect.signature(pipeline.__call__).parameters
         self.name = type(pipeline).__name__
-        missing = [name for name in _REQUIRED if name not in self.parameters]
-        extra = [
-            name
-            for name, parameter in self.parameters.items()
-            if parameter.default is parameter.empty
-            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            and name != "prompt"
-        ]
-        if missing or extra:
-            reason = f"has no argument '{missing[0]}'" if missing else f"also needs '{extra[0]}'"
-            raise ModelError(f"{self.name} is not a text-to-image pipeline: it {reason}.")
+        require_text_to_image(type(pipeline))
         pipeline.set_progress_bar_config(disable=True)
         # The scale of classifier-free guidance; FLUX and others also have a distilled `guidance_scale`.
         self._scale = next((n for n in ("true_cfg_scale", "guidance_scale") if n in self.parameters), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from hypergen.conditioning import controlnet
 from hypergen.conditioning.initial_latents import prepare_initial_latents
-from hypergen.conditioning.latent_space import LatentSpace
+from hypergen.conditioning.inpaint import InpaintModel
+from hypergen.conditioning.latent_space import LatentSpace, denormalize_latents
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SchedulerFactory, takes_generator
+from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import LoraManager
 from hypergen.model_families import FamilySpec
 from hypergen.model_info import Capability, ModelDefaults, ModelInfo
 from hypergen.models.text_encoders.prompt_cache import PromptCache
 from hypergen.request import GenerationRequest
+from hypergen.served_model_config import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Family(ABC):
         half_dtype: 16-bit dtype for accelerators.
         denoiser: the UNet or transformer, which runs in every step.
         schedulers, prompt_caches: set by the subclass.
+        clip_encoders: those that `clip_skip` applies to; set by the subclass.
+        inpaint_model: of denoisers that take the mask and the kept region as more channels.
         controlnets: name in requests -> network.
         lora_manager: None: the family does not support LoRA.
     """
@@ -62,16 +67,48 @@ class Family(ABC):
     half_dtype: ClassVar[torch.dtype] = torch.bfloat16
     schedulers: SchedulerFactory
     prompt_caches: tuple[PromptCache, ...]
+    clip_encoders: Sequence[PromptCache] = ()
 
     def __init__(self, pipeline: Any, model_card: dict[str, Any], settings: EngineSettings) -> None:
         self.denoiser: Any = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
         self.vae: Any = pipeline.vae
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.space = LatentSpace(self.vae, self.denoiser.dtype)
+        self.inpaint_model = self.find_inpaint_model(self.denoiser, self.vae)
         self.model_card = model_card
         self.lora_manager = LoraManager(pipeline, settings) if "lora" in self.spec.settings else None
         self.controlnets: Mapping[str, nn.Module] = {}  # set by `load_any`
         self._networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        """How a denoiser takes the mask, by its input channels; None: it was not trained for inpainting.
+
+        Args:
+            denoiser, vae: networks, with or without values.
+
+        Raises:
+            ModelError: it takes other inputs, such as an input image alone (InstructPix2Pix).
+        """
+        return None
+
+    def set_options(self, options: ModelOptions) -> None:
+        """Apply the options for requests that do not choose themselves.
+
+        Raises:
+            ModelError: the model does not have the sampler or the layer of CLIP.
+        """
+        self.schedulers.set_default(options.scheduler)
+        if options.clip_skip is None:
+            return
+        if "clip_skip" not in self.spec.capabilities:
+            raise ModelError(f"clip_skip does not apply to models of {self.spec.name}.")
+        try:
+            with torch.inference_mode():
+                for encoder in self.clip_encoders:
+                    encoder.set_clip_skip(options.clip_skip)
+        except InvalidRequestError as error:
+            raise ModelError(error.message) from None
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +185,6 @@ class Family(ABC):
         loras: Loras,
         *,
         image_tokens: int = 0,
-        is_inpaint_model: bool = False,
         guidance_scale: float | None = None,
         **inputs: Tensor,
     ) -> DenoisingState:
@@ -156,7 +192,6 @@ class Family(ABC):
 
         Args:
             image_tokens: see `SchedulerFactory.make`.
-            is_inpaint_model: see `inpaint.prepare_latents`.
             guidance_scale: of classifier-free guidance; None: the request's.
             inputs: more fields of `ModelInputs`, of prompt and negative prompt.
         """
@@ -164,7 +199,7 @@ class Family(ABC):
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
         scheduler = self.schedulers.make(request.sampler, request.num_inference_steps, image_tokens)
         initial = prepare_initial_latents(
-            request, scheduler, self.space, size, generator, is_inpaint_model=is_inpaint_model
+            request, scheduler, self.space, size, generator, inpaint_model=self.inpaint_model
         )
         control = controlnet.prepare_controlnet(
             request.control, self.controlnets, size, scheduler, initial.step_index
@@ -212,7 +247,5 @@ class Family(ABC):
 
     def decode(self, state: DenoisingState) -> Tensor:
         """Decode the latents of one image: -1..1, shape (1, 3, height, width) at the generation size."""
-        latents = state.latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        if (shift := self.vae.config.get("shift_factor")) is not None:
-            latents = latents + shift
+        latents = denormalize_latents(self.vae, state.latents.to(self.vae.dtype))
         return self.vae.decode(latents, return_dict=False)[0]

@@ -1,19 +1,23 @@
-"""FLUX.1 schnell and dev: a transformer over 2x2 patches, T5 token embeddings and a pooled CLIP embedding."""
+"""FLUX.1 schnell, dev and Fill: a transformer over 2x2 patches, T5 embeddings and a pooled CLIP embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.schedulers import FlowSchedulerFactory
+from hypergen.errors import ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.model_families import FAMILIES
+from hypergen.model_info import ModelInfo
 from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.resolution import round_up
 from hypergen.models.text_encoders.clip import PooledClipEncoder
@@ -24,6 +28,7 @@ from hypergen.request import GenerationRequest
 _PATCH = 2  # side of a patch in latent pixels
 _SIDE = 1024
 _DEV_DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5, "width": _SIDE, "height": _SIDE}
+_FILL_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 30.0, "width": _SIDE, "height": _SIDE}
 # Distilled to a few steps, without guidance.
 _SCHNELL_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": _SIDE, "height": _SIDE}
 # Tokens of T5, as in training.
@@ -36,7 +41,8 @@ class Flux(Family):
     `guidance_scale` is the distilled guidance of FLUX.1 dev, an input of the transformer. A negative prompt
     needs classifier-free guidance, with two rows per image; its scale is `true_cfg_scale`.
 
-    Latents stay (1, C, h, w); `forward` packs them into patches.
+    Latents stay (1, C, h, w); `forward` packs them into patches. FLUX.1 Fill also takes the kept region and
+    the pixels of the mask.
 
     Args:
         model_card: also has the default of `true_cfg_scale`, 4 if absent.
@@ -64,9 +70,33 @@ class Flux(Family):
             )
         self.prompt_caches = (self.clip, self.t5)
 
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        """By the transformer's input channels, which are those of a patch."""
+        latent_channels = vae.config.latent_channels
+        scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        found, patch = denoiser.config.in_channels, _PATCH**2
+        fill = patch * (2 * latent_channels + scale_factor**2)
+        if found == patch * latent_channels:
+            return None
+        if found != fill:
+            raise ModelError(
+                f"The transformer has {found} input channels ('x_embedder.weight'); supported are "
+                f"{patch * latent_channels}, and {fill} for FLUX.1 Fill."
+            )
+        return InpaintModel(mask_pixels_as_channels=True, samples_unused_image=True)
+
     @property
     def defaults(self) -> dict[str, Any]:
+        if self.inpaint_model is not None:
+            return _FILL_DEFAULTS
         return _DEV_DEFAULTS if self.takes_guidance else _SCHNELL_DEFAULTS
+
+    def model_info(self, model_id: str) -> ModelInfo:
+        info = super().model_info(model_id)
+        if self.inpaint_model is None:
+            return info
+        return replace(info, capabilities=info.capabilities | {"image", "mask"})
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         multiple = self.vae_scale_factor * _PATCH
@@ -97,6 +127,8 @@ class Flux(Family):
     ) -> Tensor:
         prompt_embeds = inputs.encoder_hidden_states
         height, width = (side // _PATCH for side in latents.shape[-2:])
+        if inputs.mask is not None and inputs.masked_image_latents is not None:
+            latents = torch.cat([latents, inputs.masked_image_latents, inputs.mask], dim=1)
         packed = functional.pixel_unshuffle(latents, _PATCH).flatten(2).transpose(1, 2)
         output = self.denoiser(
             hidden_states=packed,

@@ -21,8 +21,12 @@ from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors
 from hypergen.models import attention
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
+from hypergen.models.folder_accounting import account_for_folder
 from hypergen.models.memory import apply_memory_settings, direct_device
-from hypergen.models.single_file_loading import load_checkpoint
+from hypergen.models.model_options import apply_options, check_configurations, load_vae, options_of
+from hypergen.models.networks import OLD_FEATURE_EXTRACTOR
+from hypergen.models.single_file_loading import load_networks
+from hypergen.served_model_config import ModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +56,18 @@ def load(path: Path, settings: EngineSettings) -> Family:
 
 
 def load_any(
-    path: Path, settings: EngineSettings, defaults: Mapping[str, Any] | None = None, *, alone: bool = True
+    path: Path,
+    settings: EngineSettings,
+    defaults: Mapping[str, Any] | None = None,
+    options: ModelOptions | None = None,
+    *,
+    alone: bool = True,
 ) -> Family | DiffusersPipeline:
     """Load the model in `path` onto the device of the settings, or the best available one.
 
     Args:
         defaults: default values of requests, in addition to the model's own.
+        options: what its files do not state.
         alone: it is the only served model: settings that do not apply to it are errors, otherwise warnings.
 
     Raises:
@@ -75,13 +85,19 @@ def load_any(
     check_device_settings(settings, device)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
-    pipeline = load_pipeline(pipeline_class, path, dtype, direct_device(settings, device))
+    options = options_of(path, options or ModelOptions())
+    replaced = {"vae": load_vae(Path(options.vae), path, dtype)} if options.vae else {}
+    pipeline = load_pipeline(pipeline_class, path, dtype, direct_device(settings, device), replaced=replaced)
+    apply_options(pipeline, path, options)
+    if spec is not None:
+        check_configurations(path, spec, pipeline.scheduler, type(pipeline.vae))
     pipeline = apply_memory_settings(pipeline, settings, device)
     if settings.attention is not None:
         _set_attention_backend(pipeline, settings.attention, name, alone)
     if family is None:
         return DiffusersPipeline(pipeline, model_card)
     model = family(pipeline, model_card, settings)
+    model.set_options(options)
     if settings.vae_dtype is not None:
         model.vae.to(getattr(torch, settings.vae_dtype))
     if settings.controlnet:
@@ -171,7 +187,9 @@ def load_pipeline(
     path: Path,
     dtype: torch.dtype,
     device: torch.device | None = None,
+    *,
     without: Collection[str] = (),
+    replaced: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a diffusers pipeline.
 
@@ -179,21 +197,26 @@ def load_pipeline(
         device: where to load the weights, tensor by tensor; None: the CPU. Those of single-file checkpoints,
             and of pipelines that diffusers cannot load so, are on the CPU in any case.
         without: components to skip.
+        replaced: components that come from elsewhere.
 
     Raises:
         ModelError: the files do not match.
     """
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     # diffusers requires an explicit None for some components that are null in the index, such as SD 3's T5.
-    left_out = {name: None for name, entry in index.items() if entry == [None, None] or name in without}
+    empty = ([None, None], OLD_FEATURE_EXTRACTOR)
+    left_out = {name: None for name, entry in index.items() if entry in empty or name in without}
     if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
         left_out["safety_checker"] = None
     device_map = None if device is None or pipeline_class._load_connected_pipes else device.type
     try:
+        given: dict[str, Any] = {**left_out, **(replaced or {})}
         if (path / CHECKPOINT).is_file():
-            return load_checkpoint(pipeline_class, path, dtype, left_out)
+            given |= load_networks(path, dtype, given)
+        if fault := account_for_folder(path, given).fault:
+            raise ModelError(fault)
         return pipeline_class.from_pretrained(
-            path, dtype=dtype, device_map=device_map, use_safetensors=True, local_files_only=True, **left_out
+            path, dtype=dtype, device_map=device_map, use_safetensors=True, local_files_only=True, **given
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         logger.exception("Loading %s failed.", path)

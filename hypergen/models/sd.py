@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from hypergen.conditioning import controlnet
+from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.textual_inversion import load_embeddings
 from hypergen.model_families import FAMILIES
+from hypergen.models import unet_inputs
 from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.resolution import choose_generation_size
 from hypergen.models.text_encoders.clip import ClipEncoder, max_length
@@ -47,17 +49,22 @@ class StableDiffusion(Family):
             )
             self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.lora_manager)
         self.prompt_caches = (self.prompts,)
+        self.clip_encoders = (self.prompts,)
+
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        return unet_inputs.find_inpaint_model(denoiser, vae)
 
     def generation_size(self, width: int, height: int) -> tuple[int, int]:
         native = self.model_card.get("max_native_area"), self.model_card.get("min_native_side")
         return choose_generation_size(width, height, self.vae_scale_factor, *native)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
-        prompt = self.prompts.get(request.prompt, loras)
+        prompt = self.prompts.get(request.prompt, loras, request.clip_skip)
         if request.guidance_scale <= 1:
             return PromptEmbeds(ModelInputs(prompt.embeds), None, prompt.tokens)
-        negative = self.prompts.get(request.negative_prompt or "", loras)
-        empty = self.prompts.get("", loras).embeds
+        negative = self.prompts.get(request.negative_prompt or "", loras, request.clip_skip)
+        empty = self.prompts.get("", loras, request.clip_skip).embeds
         length = max_length([prompt, negative])
         return PromptEmbeds(
             ModelInputs(pad_with_empty_chunks(prompt.embeds, length, empty)),
@@ -68,9 +75,7 @@ class StableDiffusion(Family):
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
     ) -> DenoisingState:
-        # The UNet of an inpainting model takes mask and kept region as more channels.
-        is_inpaint_model = self.denoiser.config.in_channels > self.vae.config.latent_channels
-        return self._prepare(request, index, prompts, loras, is_inpaint_model=is_inpaint_model)
+        return self._prepare(request, index, prompts, loras)
 
     def forward(
         self,
@@ -82,8 +87,7 @@ class StableDiffusion(Family):
         residuals: dict[str, Any] = {}
         if (network := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
             residuals = controlnet.residuals(network, latents, timesteps, inputs)
-        if inputs.mask is not None and inputs.masked_image_latents is not None:
-            latents = torch.cat([latents, inputs.mask, inputs.masked_image_latents], dim=1)
+        latents = unet_inputs.with_mask(latents, inputs)
         return self.denoiser(
             latents,
             timesteps,

@@ -12,14 +12,17 @@ from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor, nn
 
 from hypergen.conditioning import controlnet
+from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
-from hypergen.denoising.schedulers import SchedulerFactory
+from hypergen.denoising.schedulers import SchedulerFactory, is_edm
+from hypergen.errors import ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.textual_inversion import load_embeddings
 from hypergen.model_families import FAMILIES
 from hypergen.model_info import ModelInfo
+from hypergen.models import unet_inputs
 from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.refiner import Experts, Refiner
 from hypergen.models.resolution import round_up
@@ -64,6 +67,9 @@ class StableDiffusionXL(Family):
                 cached(pipeline.tokenizer, "text_encoder"),
                 cached(pipeline.tokenizer_2, "text_encoder_2"),
             )
+        self.clip_encoders = self.encoders
+        if settings.refiner and is_edm(pipeline.scheduler):
+            raise ModelError("--refiner is not supported for models with an EDM scheduler.")
         self.refiner = None
         if settings.refiner:
             self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings, embeddings)
@@ -71,6 +77,10 @@ class StableDiffusionXL(Family):
         if self.refiner is not None:
             self.prompt_caches = (*self.encoders, self.refiner.prompts)
             self.denoiser = Experts(self.denoiser, self.refiner.unet)
+
+    @classmethod
+    def find_inpaint_model(cls, denoiser: Any, vae: Any) -> InpaintModel | None:
+        return unet_inputs.find_inpaint_model(denoiser, vae)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -91,16 +101,18 @@ class StableDiffusionXL(Family):
         refiner = None
         if self.refiner is not None and request.enable_refiner:
             refiner = self.refiner.encode_prompts(request, loras)
-        positive = self._encode(request.prompt, request.prompt_2, loras)
+        clip_skip = request.clip_skip
+        positive = self._encode(request.prompt, request.prompt_2, loras, clip_skip)
         tokens = positive[0].tokens
         if request.guidance_scale <= 1:
-            return PromptEmbeds(self._build_inputs(positive, max_length(positive)), None, tokens, refiner)
-        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras)
+            inputs = self._build_inputs(positive, max_length(positive), clip_skip)
+            return PromptEmbeds(inputs, None, tokens, refiner)
+        negative = self._encode(request.negative_prompt or "", request.negative_prompt_2, loras, clip_skip)
         length = max_length([*positive, *negative])
-        negative_inputs = self._build_inputs(negative, length)
+        negative_inputs = self._build_inputs(negative, length, clip_skip)
         if self.force_zeros_for_empty_prompt and not (request.negative_prompt or request.negative_prompt_2):
             negative_inputs = negative_inputs.map(torch.zeros_like)
-        return PromptEmbeds(self._build_inputs(positive, length), negative_inputs, tokens, refiner)
+        return PromptEmbeds(self._build_inputs(positive, length, clip_skip), negative_inputs, tokens, refiner)
 
     def prepare(
         self, request: GenerationRequest, index: int, prompts: PromptEmbeds, loras: Loras = ()
@@ -127,7 +139,7 @@ class StableDiffusionXL(Family):
         if (network := controlnet.controlnet_from_key(batch_key_extra, self.controlnets)) is not None:
             residuals = controlnet.residuals(network, latents, timesteps, inputs, added_cond_kwargs=added)
         return self.denoiser(
-            latents,
+            unet_inputs.with_mask(latents, inputs),
             timesteps,
             encoder_hidden_states=inputs.encoder_hidden_states,
             added_cond_kwargs=added,
@@ -135,12 +147,16 @@ class StableDiffusionXL(Family):
             **residuals,
         )[0]
 
-    def _encode(self, text: str, text_2: str | None, loras: Loras) -> tuple[EncodedPrompt, EncodedPrompt]:
+    def _encode(
+        self, text: str, text_2: str | None, loras: Loras, clip_skip: int | None
+    ) -> tuple[EncodedPrompt, EncodedPrompt]:
         first, second = self.encoders
-        return first.get(text, loras), second.get(text_2 or text, loras)
+        return first.get(text, loras, clip_skip), second.get(text_2 or text, loras, clip_skip)
 
-    def _build_inputs(self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int) -> ModelInputs:
-        return ModelInputs(concat_embeds(self.encoders, encoded, length), encoded[1].pooled)
+    def _build_inputs(
+        self, encoded: tuple[EncodedPrompt, EncodedPrompt], length: int, clip_skip: int | None
+    ) -> ModelInputs:
+        return ModelInputs(concat_embeds(self.encoders, encoded, length, clip_skip), encoded[1].pooled)
 
 
 def _is_turbo(published: Any) -> bool:

@@ -1,69 +1,149 @@
-"""Load a single-file checkpoint with diffusers' `from_single_file`.
-
-Configurations, and weights that the file does not have, come from the folder that the model store made.
-"""
+"""Load the networks of a single-file checkpoint; configurations come from the folder that the store made."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from hypergen.errors import ModelError
-from hypergen.model_families import optional_encoders
-from hypergen.model_store.diffusers_layout import (
-    CHECKPOINT,
-    PIPELINE_FILE,
-    components_in_checkpoint,
-    read_components,
-)
+from hypergen.model_families import EDM_MARKERS, optional_encoders
+from hypergen.model_store.checkpoint_detection import METADATA, PREFIX, Checkpoint, read_checkpoint
+from hypergen.model_store.diffusers_layout import CHECKPOINT, PIPELINE_FILE, safetensors_header
+from hypergen.models.checkpoint_conversion import convert
+from hypergen.models.networks import assign_weights, component_classes, empty_network
+from hypergen.models.tensor_accounting import Account, take_account, traced
 
 logger = logging.getLogger(__name__)
 
-_INCOMPLETE = (
-    "The checkpoint lacks weights that its configuration needs; is the configuration of another model?"
-)
 
-
-def load_checkpoint(pipeline_class: Any, path: Path, dtype: torch.dtype, left_out: dict[str, None]) -> Any:
-    """A pipeline of diffusers, on the CPU.
+def load_networks(path: Path, dtype: torch.dtype, skipped: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks of a checkpoint, on the CPU; None for optional text encoders that are nowhere.
 
     Args:
         path: a folder in diffusers' layout; its `checkpoint.safetensors` has the weights.
-        left_out: components to skip.
+        skipped: components that are not loaded.
 
     Raises:
-        ModelError: file and configuration do not match.
+        ModelError: file and configuration do not match; names the first tensor.
     """
-    index = json.loads((path / PIPELINE_FILE).read_text(encoding="utf-8"))
-    in_checkpoint = components_in_checkpoint(path)
-    components: dict[str, Any] = dict(left_out)
-    for name in read_components(path / PIPELINE_FILE, str(path)):
-        if name not in components and any((path / name).glob("*.safetensors")):
-            library, class_name = index[name]
-            component_class = getattr(importlib.import_module(library), class_name)
-            components[name] = component_class.from_pretrained(
-                path / name, dtype=dtype, local_files_only=True
+    checkpoint = open_checkpoint(path)
+    networks = {name: n for name, n in _empty_networks(path, checkpoint).items() if name not in skipped}
+    account = _take_account(path, checkpoint, networks, skipped)
+    if account.fault:
+        raise ModelError(_of_checkpoint(checkpoint, account.fault))
+    if account.ignored:
+        logger.info("The checkpoint's tensors without effect: %s.", ", ".join(account.ignored))
+    with safe_open(path / CHECKPOINT, framework="pt") as file:
+        for component, network in networks.items():
+            tensors = {name: file.get_tensor(name) for name in checkpoint.components[component]}
+            assign_weights(network, convert(network, tensors, _prefix(checkpoint, component), dtype), dtype)
+    return {**networks, **_left_out_encoders(path, checkpoint, skipped)}
+
+
+def is_edm_checkpoint(path: Path) -> bool:
+    """Whether the model in `path` has a checkpoint with EDM's markers."""
+    return (path / CHECKPOINT).is_file() and set(EDM_MARKERS) <= json.loads(_header(path)).keys()
+
+
+def edm_statistics(path: Path) -> dict[str, Any]:
+    """The fields of the VAE's configuration that a checkpoint with EDM's markers has; else empty."""
+    if not is_edm_checkpoint(path):
+        return {}
+    with safe_open(path / CHECKPOINT, framework="pt") as file:
+        mean, std = (file.get_tensor(name).flatten().tolist() for name in EDM_MARKERS)
+    # The scaling factor is that of all such models.
+    return {"latents_mean": mean, "latents_std": std, "scaling_factor": 0.5}
+
+
+def account_for(path: Path) -> Account:
+    """What the model in `path` uses of its checkpoint file; reads no weights."""
+    checkpoint = open_checkpoint(path)
+    account = _take_account(path, checkpoint, _empty_networks(path, checkpoint), {})
+    if account.fault:
+        account.fault = _of_checkpoint(checkpoint, account.fault)
+    return account
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    return read_checkpoint(_header(path), CHECKPOINT)
+
+
+def _header(path: Path) -> bytes:
+    return safetensors_header(path / CHECKPOINT, str(path), CHECKPOINT)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, fault: str) -> str:
+    return (
+        f"The checkpoint ({checkpoint.family}) does not match its configuration: {fault} Serve a file of "
+        "that model, or give its configuration with --single-file-config."
+    )
+
+
+def changed_channels(path: Path) -> dict[str, int]:
+    """The input channels of a checkpoint's UNet, as a change of its configuration: those of text-to-image
+    models also fit inpainting models, which have more.
+    """
+    checkpoint = open_checkpoint(path) if (path / CHECKPOINT).is_file() else None
+    if checkpoint is None or checkpoint.layout.denoiser != "unet" or not checkpoint.in_channels:
+        return {}
+    return {"in_channels": checkpoint.in_channels}
+
+
+def _empty_networks(path: Path, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    networks: dict[str, nn.Module] = {}
+    for name, component_class in component_classes(path):
+        if name in checkpoint.components:
+            changes = changed_channels(path) if name == checkpoint.layout.denoiser else {}
+            networks[name] = empty_network(path / name, component_class, **changes)
+    return networks
+
+
+def _take_account(
+    path: Path, checkpoint: Checkpoint, networks: Mapping[str, nn.Module], skipped: Mapping[str, Any]
+) -> Account:
+    header: dict[str, Any] = json.loads(_header(path))
+    converted: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
+    try:
+        for component, network in networks.items():
+            tensors = traced(header, checkpoint.components[component])
+            converted[component] = (
+                network,
+                convert(network, tensors, _prefix(checkpoint, component), torch.float32),
             )
+    except ModelError as error:
+        return Account(fault=str(error))
+    unread = {c for c, _ in component_classes(path) if c in skipped and c in checkpoint.components}
+    left_out = {name for component in unread for name in checkpoint.components[component]}
+    header = {name: entry for name, entry in header.items() if name != METADATA and name not in left_out}
+    return take_account(header, converted, checkpoint.layout.markers)
+
+
+def _prefix(checkpoint: Checkpoint, component: str) -> str:
+    if component == checkpoint.layout.denoiser:
+        return PREFIX
+    name = checkpoint.components[component][0]
+    return next(
+        prefix
+        for prefix, of in checkpoint.layout.components.items()
+        if of == component and name.startswith(prefix)
+    )
+
+
+def _left_out_encoders(path: Path, checkpoint: Checkpoint, skipped: Mapping[str, Any]) -> dict[str, None]:
+    index = json.loads((path / PIPELINE_FILE).read_text(encoding="utf-8"))
+    left_out: dict[str, None] = {}
     for encoder, tokenizer in optional_encoders(index["_class_name"]).items():
-        if encoder in index and encoder not in {*components, *in_checkpoint}:
+        is_here = encoder in checkpoint.components or any((path / encoder).glob("*.safetensors"))
+        if encoder in index and not is_here and encoder not in skipped:
             logger.info(
                 "Neither the checkpoint nor its folder has %s: prompts are encoded without it.", encoder
             )
-            components |= {encoder: None, tokenizer: None}
-    try:
-        pipeline: Any = pipeline_class.from_single_file(
-            str(path / CHECKPOINT), config=str(path), dtype=dtype, local_files_only=True, **components
-        )
-    except NotImplementedError:  # diffusers moves weights that the file does not have
-        raise ModelError(_INCOMPLETE) from None
-    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    if any(parameter.is_meta for network in networks for parameter in network.parameters()):
-        raise ModelError(_INCOMPLETE)
-    pipeline.register_to_config(_name_or_path=str(path))  # its LoRAs are there; `from_pretrained` sets it
-    return pipeline
+            left_out |= {encoder: None, tokenizer: None}
+    return left_out

@@ -33,6 +33,7 @@ REJECTED: dict[str, list[Any]] = {
     "negative_prompt": [*NOT_A_STRING, "a" * 32001],
     "num_inference_steps": [*NOT_AN_INTEGER, 0, -1, 151, 2**70],
     "guidance_scale": [*NOT_A_NUMBER, 0, 0.99, -1, 20.01, 21, 10**400],
+    "clip_skip": [*NOT_AN_INTEGER, 0, -1, 13, 3, 12],  # the model's text encoder has two layers
     # Unsupported by Stable Diffusion, for any value.
     "true_cfg_scale": [*NOT_A_NUMBER, 0.99, 20.01, 1, 4.0, 20],
     "seed": [*NOT_AN_INTEGER, -2, 2**63, 2**64, 2**70, 1e300, 10**4000],
@@ -60,6 +61,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "negative_prompt": ["", "text", "a" * 32000],
     "num_inference_steps": [1, 150],
     "guidance_scale": [1, 1.0, 20, 20.0, 7.25],
+    "clip_skip": [1, 2],
     "seed": [-1, 0, 1, 7.0, 2**63 - 1],
     "sampler": ["ddim", "euler"],
     "lora_scale": [0, 0.0, 1, 2, 2.0],

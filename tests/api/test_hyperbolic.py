@@ -73,6 +73,7 @@ REJECTED: dict[str, list[Any]] = {
     "prompt_2": [*NOT_A_STRING, "a" * 32001],
     "negative_prompt_2": NOT_A_STRING,
     "enable_refiner": ["true", 1, 0, ""],
+    "clip_skip": [*NOT_AN_INTEGER, 0, 13, 3],  # the model's text encoder has two layers
     "true_cfg_scale": ["2", 0.99, 20.01, 4.0],
     "image": [*NOT_A_STRING, "", "abc", "https://example.com/a.png"],
     "strength": [*NOT_A_NUMBER, -0.1, 1.1],
@@ -95,6 +96,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "backend": ["auto", "tvm", "torch"],
     "prompt_2": ["", "in oil"],
     "negative_prompt_2": ["", "blurry"],
+    "clip_skip": [1, 2],
     "enable_refiner": [True, False],
     "strength": [0, 1, 0.7],
     "lora": [{}],

@@ -120,6 +120,22 @@ def test_optional_capabilities_reach_models_that_have_them() -> None:
     assert (request.prompt_2, request.negative_prompt_2, request.enable_refiner) == ("in oil", "blurry", True)
 
 
+def test_clip_skip_is_rejected_by_models_without_it() -> None:
+    fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
+    flux = ModelInfo(**{**fields, "family": "flux", "capabilities": frozenset({"prompt_2"})})
+    for dialect, body in ((hyperbolic, BODY), (openai_images, {"prompt": "a cat"})):
+        for layer in (1, 2, 12):
+            request = dialect.to_request({**body, "clip_skip": layer}, FULL_MODEL_INFO, SETTINGS, "id")
+            assert request.generation.clip_skip == layer
+        for model_info in (FULL_MODEL_INFO, flux):
+            request = dialect.to_request({**body, "clip_skip": None}, model_info, SETTINGS, "id")
+            assert request.generation.clip_skip is None
+        with pytest.raises(InvalidRequestError, match="not supported by the served model") as raised:
+            dialect.to_request({**body, "clip_skip": 2}, flux, SETTINGS, "id")
+        assert raised.value.param == "clip_skip"
+        assert raised.value.code == "unsupported_parameter"
+
+
 def test_true_cfg_scale_is_rejected_by_models_without_it() -> None:
     fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
     flux = ModelInfo(

@@ -93,6 +93,7 @@ _CHANGED_VALUES: dict[str, Any] = {
     "guidance_scale": 7.0,
     "seed": 6,
     "sampler": "euler",
+    "clip_skip": 2,
     "true_cfg_scale": 2.5,
     "prompt_2": "in oil",
     "negative_prompt_2": "blurred",

@@ -16,23 +16,23 @@ from hypergen.model_store.diffusers_layout import (
     require_pipeline,
     select_in_folder,
 )
+from tests.support.checkpoint_layouts import with_fields
 from tests.support.model_folders import files_of
 from tests.support.small_models import save_flux, save_sd, save_sd3, save_sdxl
 
 
-def _save_inpainting(folder: Path) -> Path:
-    """The layout is that of Stable Diffusion; the name and the UNet's channels differ."""
-    file = save_sd(folder) / PIPELINE_FILE
-    index = json.loads(file.read_text())
-    file.write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
-    return folder
+def _inpainting(save: Callable[[Path], Path], pipeline_class: str) -> Callable[[Path], Path]:
+    """The layout is that of the text-to-image model; the name and the UNet's channels differ."""
+    return with_fields(save, PIPELINE_FILE, _class_name=pipeline_class)
 
 
 _SAVE: dict[str, Callable[[Path], Path]] = {
+    "FluxFillPipeline": partial(save_flux, variant="fill"),
     "FluxPipeline": save_flux,
     "StableDiffusion3Pipeline": partial(save_sd3, t5=False),
-    "StableDiffusionInpaintPipeline": _save_inpainting,
+    "StableDiffusionInpaintPipeline": _inpainting(save_sd, "StableDiffusionInpaintPipeline"),
     "StableDiffusionPipeline": save_sd,
+    "StableDiffusionXLInpaintPipeline": _inpainting(save_sdxl, "StableDiffusionXLInpaintPipeline"),
     "StableDiffusionXLPipeline": save_sdxl,
 }
 

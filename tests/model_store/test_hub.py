@@ -14,11 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch_file
 
 from hypergen.config import Settings
+from hypergen.model_families import servable
 from hypergen.model_store import store
+from hypergen.model_store.model_check import refuse_unusable
 from hypergen.resolve_models import find_models
+from tests.support.checkpoint_layouts import LAYOUTS
 from tests.support.model_folders import COMMIT, WEIGHTS, error_message, files_of
+from tests.support.small_models import save_sd
 
 
 @dataclass
@@ -230,3 +236,46 @@ def test_a_model_that_is_not_a_refiner_is_refused_before_its_weights_are_downloa
     refiner = store.get_or_import_refiner("owner/model")
     assert refiner is not None
     assert refiner.source == "owner/model"
+
+
+@pytest.mark.parametrize("resolve", [store.get_or_import, store.import_model])
+def test_a_pipeline_that_needs_an_image_is_refused_by_its_index(hub: Hub, resolve: Any):
+    index = json.loads(hub.files["model_index.json"])
+    index["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
+    hub.files["model_index.json"] = json.dumps(index).encode()
+    assert "needs 'image'" in error_message(resolve, "owner/model", pipelines=servable())
+    assert hub.downloaded() == {"model_index.json"}
+
+
+def test_configurations_are_checked_before_weights_are_downloaded(hub: Hub, tmp_path: Path):
+    model = save_sd(tmp_path / "model")
+    hub.files = {name: (model / name).read_bytes() for name in files_of(model)}
+    config = json.loads(hub.files["unet/config.json"])
+    hub.files["unet/config.json"] = json.dumps({**config, "in_channels": 8}).encode()
+    message = error_message(store.get_or_import, "owner/model", check_files=refuse_unusable)
+    assert "8 input channels" in message
+    assert hub.downloaded() == {name for name in hub.files if not name.endswith(".safetensors")}
+    assert not store.list_models()
+
+
+def test_a_checkpoint_is_checked_before_the_weights_that_it_lacks_are_downloaded(hub: Hub, tmp_path: Path):
+    file, _, model = LAYOUTS["FLUX fp8_scaled"].build(tmp_path)
+    hub.files = {name: (model / name).read_bytes() for name in files_of(model)}
+    tensors = load_file(file)
+    tensors["surplus"] = tensors["x_embedder.bias"].clone()
+    bad = tmp_path / "bad.safetensors"
+    save_torch_file(tensors, bad)
+    options: dict[str, Any] = {"single_file_config": "owner/model", "check_files": refuse_unusable}
+    assert "'surplus'" in error_message(store.get_or_import, str(bad), **options)
+    assert hub.downloaded() == {name for name in hub.files if not name.endswith(".safetensors")}
+    assert not store.list_models()
+    stored = store.get_or_import(str(file), **options)
+    assert hub.downloaded() == {name for name in hub.files if not name.startswith("transformer/diff")}
+    assert (stored.path / "checkpoint.safetensors").is_file()
+
+
+def test_a_configuration_of_another_family_is_refused_by_its_index(hub: Hub, tmp_path: Path):
+    file, _, _ = LAYOUTS["FLUX fp8_scaled"].build(tmp_path)
+    message = error_message(store.get_or_import, str(file), single_file_config="owner/model")
+    assert "owner/model is of a StableDiffusionPipeline" in message
+    assert hub.downloaded() == {"model_index.json"}

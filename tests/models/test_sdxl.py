@@ -138,7 +138,8 @@ def test_turbo_defaults_to_four_steps_without_guidance(tmp_path: Path, family: F
     turbo = loading.load(save_sdxl(tmp_path / "turbo", turbo=True), make_settings())
     assert turbo.model_info("turbo").defaults == ModelDefaults(4, 1.0, 1024, 1024)
     assert family.model_info("base").defaults == ModelDefaults(50, 7.5, 128, 128)
-    assert family.model_info("base").capabilities == {"prompt_2", "negative_prompt", "image", "mask", "loras"}
+    own = {"prompt_2", "negative_prompt", "clip_skip", "image", "mask", "loras"}
+    assert family.model_info("base").capabilities == own
     pipeline = stock_pipeline(StableDiffusionXLPipeline, tmp_path / "turbo")
     request = replace(_GUIDED, num_inference_steps=4, guidance_scale=1.0)
     assert_same(generate_alone(turbo, request), _stock_image(pipeline, request))

@@ -15,7 +15,7 @@ FULL_MODEL_INFO = ModelInfo(
     device="cpu",
     dtype="float32",
     capabilities=frozenset(
-        {"prompt_2", "negative_prompt", "enable_refiner", "image", "mask", "control", "loras"}
+        {"prompt_2", "negative_prompt", "clip_skip", "enable_refiner", "image", "mask", "control", "loras"}
     ),
     loras=("Pixel_Art", "Logo", "Paint_Splash"),
     max_loras=4,

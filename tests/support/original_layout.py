@@ -79,7 +79,13 @@ _JOINT = {
 
 
 def save_original(pipeline: Any, file: Path, *, second_version: bool = False) -> Path:
-    """One file with the UNet, the VAE and the text encoders of a pipeline.
+    """`original_tensors` in one file."""
+    save_file(original_tensors(pipeline, second_version=second_version), file)
+    return file
+
+
+def original_tensors(pipeline: Any, *, second_version: bool = False) -> dict[str, Tensor]:
+    """The UNet, the VAE and the text encoders of a pipeline.
 
     Args:
         second_version: the layout of Stable Diffusion 2.x, with an OpenCLIP text encoder.
@@ -96,8 +102,7 @@ def save_original(pipeline: Any, file: Path, *, second_version: bool = False) ->
     else:
         tensors |= _prefixed("conditioner.embedders.0.", _clip(pipeline.text_encoder))
         tensors |= _prefixed("conditioner.embedders.1.model.", _open_clip(second))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    return file
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,11 +188,16 @@ def _open_clip(encoder: Any) -> dict[str, Tensor]:
 
 
 def save_original_sd3(pipeline: Any, file: Path) -> Path:
-    """One file with Stable Diffusion 3's transformer and VAE, without text encoders."""
+    """`original_tensors_sd3` in one file."""
+    save_file(original_tensors_sd3(pipeline), file)
+    return file
+
+
+def original_tensors_sd3(pipeline: Any) -> dict[str, Tensor]:
+    """Stable Diffusion 3's transformer and VAE, without text encoders."""
     tensors = _prefixed("model.diffusion_model.", _joint_transformer(pipeline.transformer))
     tensors |= _prefixed("first_stage_model.", _vae(pipeline.vae))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    return file
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _joint_transformer(transformer: Any) -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -68,11 +70,17 @@ _XL_UNETS: dict[str, dict[str, Any]] = {
 
 
 def save_sdxl(
-    folder: Path, layout: Literal["base", "ssd"] = "base", *, turbo: bool = False, zeros: bool = True
+    folder: Path,
+    layout: Literal["base", "ssd"] = "base",
+    *,
+    turbo: bool = False,
+    zeros: bool = True,
+    in_channels: int = 4,
 ) -> Path:
     """A Stable Diffusion XL with about a million weights; native size 128x128.
 
     Args:
+        in_channels: of the UNet; 9 for inpainting.
         zeros: `force_zeros_for_empty_prompt`.
     """
     torch.manual_seed(0)
@@ -88,9 +96,27 @@ def save_sdxl(
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 48, projection_dim=40)).eval(),
         tokenizer=tokenizer,
         tokenizer_2=_second_tokenizer(),
-        unet=_xl_unet(32 + 48, 40 + 6 * 8, **_XL_UNETS[layout]),
+        unet=_xl_unet(32 + 48, 40 + 6 * 8, in_channels=in_channels, **_XL_UNETS[layout]),
         scheduler=scheduler,
         force_zeros_for_empty_prompt=zeros,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+# Playground 2.5's statistics of latents.
+EDM_LATENTS: dict[str, Any] = {
+    "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+    "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+}
+
+
+def save_playground(folder: Path) -> Path:
+    """A small SDXL in the layout of Playground 2.5: EDM, and a VAE with statistics of its latents."""
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(save_sdxl(folder))
+    pipeline.register_modules(
+        vae=AutoencoderKL(**SMALL_VAE, scaling_factor=0.5, **EDM_LATENTS).eval(),
+        scheduler=EDMDPMSolverMultistepScheduler(),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -142,15 +168,18 @@ def _xl_unet(cross_attention_dim: int, embedding_dim: int, **layers: Any) -> Any
     ).eval()
 
 
-def save_flux(folder: Path, variant: Literal["dev", "schnell"] = "dev") -> Path:
-    """A FLUX.1 with a hundred thousand weights; dev has guidance embeddings and dynamic shifting."""
+def save_flux(folder: Path, variant: Literal["dev", "schnell", "fill"] = "dev") -> Path:
+    """A FLUX.1 with a hundred thousand weights; dev and Fill have guidance embeddings, dynamic shifting."""
     torch.manual_seed(0)
-    is_dev = variant == "dev"
+    is_dev = variant != "schnell"
+    is_fill = variant == "fill"
     tokenizer = bytewise_tokenizer()
-    pipeline: Any = FluxPipeline(
+    pipeline: Any = (FluxFillPipeline if is_fill else FluxPipeline)(
         transformer=FluxTransformer2DModel(
             patch_size=1,
-            in_channels=16,
+            # Four pixels in a patch; Fill also takes the kept region and 64 pixels of the mask.
+            in_channels=4 * (4 + 4 + 64) if is_fill else 16,
+            out_channels=16,
             num_layers=1,
             num_single_layers=1,
             attention_head_dim=16,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.offload import device_of
+from hypergen.errors import InvalidRequestError
 from hypergen.lora.textual_inversion import Embeddings
 from hypergen.models.text_encoders.prompt_cache import (
     EncodedPrompt,
@@ -66,11 +67,24 @@ class ClipEncoder:
         self._component = component
         self._width: int = text_encoder.get_input_embeddings().embedding_dim
 
-    def __call__(self, text: str, *, bundled: Sequence[Embeddings] = ()) -> EncodedPrompt:
+    def __call__(
+        self, text: str, *, bundled: Sequence[Embeddings] = (), clip_skip: int | None = None
+    ) -> EncodedPrompt:
         """
         Args:
             bundled: textual inversions in LoRA files, which win over the server's; the first ones first.
+            clip_skip: the hidden layer to take, counted from the last one, which is 1; None: the model's.
+                Models that take the last layer normalize any other one, too, as in diffusers.
+
+        Raises:
+            InvalidRequestError: the text encoder has fewer layers.
         """
+        layers: int = self._text_encoder.config.num_hidden_layers
+        if clip_skip is not None and clip_skip > layers:
+            raise InvalidRequestError(
+                f"'clip_skip' must be at most {layers}, the number of layers of this model's text encoder.",
+                param="clip_skip",
+            )
         weighted = parse_weights(text) if self._weighting else WeightedText(text)
         chunks, tokens = chunk_tokens(
             self._tokenizer,
@@ -79,23 +93,28 @@ class ClipEncoder:
             embeddings_of(self._component, self._width, [*bundled, self._embeddings]),
         )
         outputs = [self._encode(chunk) for chunk in chunks]
-        embeds = [self._token_embeds(output) for output in outputs]
+        embeds = [self._token_embeds(output, clip_skip) for output in outputs]
         if any(weight != 1 for weight in weighted.weights):
             # Not cached: a LoRA may change the embeddings of the empty text, too.
-            empty = self._token_embeds(self._encode(chunk_tokens(self._tokenizer, "", 1)[0][0]))
+            empty = self._token_embeds(self._encode(chunk_tokens(self._tokenizer, "", 1)[0][0]), clip_skip)
             weights = token_weights(weighted, chunks)
             embeds = [apply_token_weights(e, empty, w) for e, w in zip(embeds, weights, strict=True)]
         # Encoders with a projection return its output, the others the last hidden state at the end token.
         pooled = outputs[0].get("text_embeds", outputs[0].get("pooler_output"))
         return EncodedPrompt(torch.cat(embeds, dim=1).to(self._dtype), tokens, pooled.to(self._dtype))
 
-    def _token_embeds(self, output: Any) -> Tensor:
-        return output.hidden_states[-2] if self._penultimate else output[0]
+    def _token_embeds(self, output: Any, clip_skip: int | None) -> Tensor:
+        if self._penultimate:
+            return output.hidden_states[-(clip_skip or 2)]
+        if clip_skip in (None, 1):
+            return output[0]
+        encoder = getattr(self._text_encoder, "text_model", self._text_encoder)
+        return encoder.final_layer_norm(output.hidden_states[-clip_skip])
 
     def _encode(self, chunk: Chunk) -> Any:
         ids = torch.tensor([chunk.ids], device=device_of(self._text_encoder))
         with replace_token_embeddings(self._text_encoder, chunk):
-            return self._text_encoder(ids, output_hidden_states=self._penultimate)
+            return self._text_encoder(ids, output_hidden_states=True)
 
 
 class PooledClipEncoder:
@@ -120,15 +139,19 @@ def max_length(encoded: Sequence[EncodedPrompt]) -> int:
 
 
 def concat_embeds(
-    encoders: Sequence[PromptCache], encoded: Sequence[EncodedPrompt], length: int
+    encoders: Sequence[PromptCache],
+    encoded: Sequence[EncodedPrompt],
+    length: int,
+    clip_skip: int | None = None,
 ) -> torch.Tensor:
     """Concatenate the embeddings of several encoders along the features: shape (1, length, D1 + D2).
 
     Args:
         encoded: one per encoder; each is padded with empty chunks to `length` tokens.
+        clip_skip: that they were encoded with.
     """
     columns: list[Tensor] = [
-        pad_with_empty_chunks(prompt.embeds, length, encoder.get("").embeds)
+        pad_with_empty_chunks(prompt.embeds, length, encoder.get("", clip_skip=clip_skip).embeds)
         for encoder, prompt in zip(encoders, encoded, strict=True)
     ]
     return torch.cat(columns, dim=-1)

@@ -35,13 +35,13 @@ class EncodedPrompt:
 
 
 class PromptCache:
-    """Least recently used cache of encoded prompts, by text and text-encoder LoRAs.
+    """Least recently used cache of encoded prompts, by text, text-encoder LoRAs and `clip_skip`.
 
     The empty text without LoRAs is never evicted. An encoder gets one chunk per call, so that the bits of its
     output do not depend on a batch size.
 
     Args:
-        encode: of a text and, for CLIP, the textual inversions of its LoRAs, see `ClipEncoder`.
+        encode: of a text and, for CLIP, textual inversions and a `clip_skip`, see `ClipEncoder`.
         lora_manager: of the LoRAs; None: the family has none.
     """
 
@@ -51,20 +51,32 @@ class PromptCache:
         self._encode = encode
         self._lora_manager = lora_manager
         self._entries: LRUCache[Hashable, EncodedPrompt] = LRUCache(max_bytes, lambda entry: entry.nbytes)
+        self._clip_skip: int | None = None
         self._empty = encode("")
 
-    def get(self, text: str, loras: Loras = ()) -> EncodedPrompt:
+    def set_clip_skip(self, clip_skip: int) -> None:
+        """The layer of requests that choose none."""
+        self._empty = self._encode("", clip_skip=clip_skip)
+        self._clip_skip = clip_skip
+
+    def get(self, text: str, loras: Loras = (), clip_skip: int | None = None) -> EncodedPrompt:
+        """
+        Args:
+            clip_skip: None: the model's.
+        """
         loras = text_encoder_loras(loras)
-        if not (text or loras):
+        clip_skip = clip_skip or self._clip_skip
+        if not (text or loras) and clip_skip == self._clip_skip:
             return self._empty
-        key = text, prompt_cache_key(loras)
+        key = text, prompt_cache_key(loras), clip_skip
         encoded = self._entries.get(key)
         count_lookup("prompt", found=encoded is not None)
         if encoded is not None:
             return encoded
         bundled = [lora.embeddings for lora, _ in loras if lora.embeddings]
+        options = {"bundled": bundled, "clip_skip": clip_skip}  # which other encoders do not have
         with lora_context(self._lora_manager, [loras]):
-            encoded = self._encode(text, bundled=bundled) if bundled else self._encode(text)
+            encoded = self._encode(text, **{name: value for name, value in options.items() if value})
         with suppress(ValueError):  # larger than the cache
             self._entries[key] = encoded
         return encoded

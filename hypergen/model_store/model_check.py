@@ -1,0 +1,56 @@
+"""Check a model's tensors and configurations in a process of its own, because that needs torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypergen.errors import ModelError
+from hypergen.served_model_config import ModelOptions
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `hypergen.models.check_model`.
+
+    Attributes:
+        fault: the first things that do not fit, in one line; None: the model can be loaded.
+        ignored: name of a tensor that changes nothing -> why.
+    """
+
+    fault: str | None
+    ignored: Mapping[str, str]
+
+
+def check_in_process(folder: Path, options: ModelOptions | None = None) -> Report:
+    """Check a folder in diffusers' layout, which may have a single-file checkpoint; takes some seconds.
+
+    Components without weights are not checked: their weights may not be downloaded yet.
+
+    Args:
+        options: of its served-model file.
+
+    Raises:
+        ModelError: the check itself failed.
+    """
+    given = (options or ModelOptions()).model_dump_json(exclude_none=True)
+    command = [sys.executable, "-m", "hypergen.models.check_model", str(folder), given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ModelError(f"The model cannot be checked: {reason[:300]}")
+    return Report(**json.loads(lines[-1]))
+
+
+def refuse_unusable(folder: Path, options: ModelOptions | None = None) -> None:
+    """
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    if fault := check_in_process(folder, options).fault:
+        raise ModelError(fault)

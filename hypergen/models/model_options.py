@@ -1,0 +1,146 @@
+"""Apply what a model's files state, and what its served-model file says, to a loaded pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EDMDPMSolverMultistepScheduler, EulerDiscreteScheduler
+from safetensors import safe_open
+
+from hypergen.denoising.schedulers import FLOW_SAMPLERS, ignored_field, is_edm
+from hypergen.errors import ModelError
+from hypergen.model_families import FamilySpec
+from hypergen.model_store.checkpoint_detection import METADATA
+from hypergen.model_store.diffusers_layout import CHECKPOINT, PIPELINE_FILE, safetensors_header
+from hypergen.models.checkpoint_conversion import convert
+from hypergen.models.folder_accounting import account_for_component
+from hypergen.models.networks import assign_weights, empty_network
+from hypergen.models.single_file_loading import edm_statistics, open_checkpoint
+from hypergen.models.tensor_accounting import take_account, traced
+from hypergen.served_model_config import ModelOptions
+
+_FLOW = tuple(sampler.scheduler for sampler in FLOW_SAMPLERS.values())
+
+
+def options_of(path: Path, given: ModelOptions) -> ModelOptions:
+    """The options that a model's checkpoint file states, overridden by those of its served-model file."""
+    if not (path / CHECKPOINT).is_file():
+        return given
+    return open_checkpoint(path).options.overridden_by(given)
+
+
+def apply_options(pipeline: Any, path: Path, options: ModelOptions) -> None:
+    """Change the configurations of a pipeline's scheduler and VAE.
+
+    Raises:
+        ModelError: the scheduler does not support an option.
+    """
+    statistics = edm_statistics(path)
+    if statistics:
+        pipeline.vae.register_to_config(**statistics)
+    scheduler = with_options(pipeline.scheduler, options, is_edm_model=bool(statistics))
+    pipeline.register_modules(scheduler=scheduler)
+
+
+def with_options(scheduler: Any, options: ModelOptions, *, is_edm_model: bool) -> Any:
+    """The scheduler of a model with these options.
+
+    Args:
+        is_edm_model: the checkpoint file says so.
+
+    Raises:
+        ModelError: the scheduler does not support an option.
+    """
+    changes: dict[str, Any] = {}
+    if options.prediction_type is not None:
+        changes["prediction_type"] = options.prediction_type
+    if options.zero_terminal_snr is not None:
+        changes["rescale_betas_zero_snr"] = options.zero_terminal_snr
+        if options.zero_terminal_snr:  # the last timestep is the only one without signal
+            changes["timestep_spacing"] = "trailing"
+    if options.timestep_spacing is not None:
+        changes["timestep_spacing"] = options.timestep_spacing
+    if is_edm_model and not is_edm(scheduler):
+        scheduler = EDMDPMSolverMultistepScheduler()
+    return _changed(scheduler, changes) if changes else scheduler
+
+
+def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
+    if isinstance(scheduler, _FLOW):
+        raise ModelError(f"The option {_option(next(iter(changes)))} does not apply to flow matching models.")
+    config = {**scheduler.config, **changes}
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
+        raise ModelError("zero_terminal_snr needs prediction_type v_prediction: noise alone tells nothing.")
+    classes = [type(scheduler)] if is_edm(scheduler) else [type(scheduler), EulerDiscreteScheduler]
+    for scheduler_class in classes:
+        known = inspect.signature(scheduler_class.__init__).parameters
+        if all(name in known for name in changes):
+            return scheduler_class.from_config(config)
+    raise ModelError(f"{type(scheduler).__name__} has no {_option(next(iter(changes)))}.")
+
+
+def _option(field: str) -> str:
+    return "zero_terminal_snr" if field == "rescale_betas_zero_snr" else field
+
+
+def check_configurations(path: Path, spec: FamilySpec, scheduler: Any, vae_class: Any) -> None:
+    """Refuse fields of a model's configurations that its family would ignore.
+
+    Raises:
+        ModelError: names the first one.
+    """
+    index = json.loads((path / PIPELINE_FILE).read_bytes())
+    if index.get("requires_aesthetics_score"):
+        raise ModelError(
+            f"{PIPELINE_FILE} has requires_aesthetics_score, which only refiners may have (--refiner)."
+        )
+    if isinstance(scheduler, _FLOW) != (spec.name in ("flux", "sd3")):
+        raise ModelError(f"Models of {spec.name} cannot use the scheduler {type(scheduler).__name__}.")
+    if (field := ignored_field(type(scheduler), scheduler.config)) is not None:
+        raise ModelError(
+            f"scheduler/scheduler_config.json has {field}, which {type(scheduler).__name__} does not have; "
+            "change its _class_name, for example to EulerDiscreteScheduler."
+        )
+    if not issubclass(vae_class, AutoencoderKL):
+        raise ModelError(f"The VAE is an {vae_class.__name__}; only AutoencoderKL is supported.")
+    if not (path / "vae/config.json").is_file():
+        return
+    config = json.loads((path / "vae/config.json").read_bytes())
+    known = inspect.signature(AutoencoderKL.__init__).parameters
+    for field, value in config.items():
+        if field not in known and not field.startswith("_") and value is not None:
+            raise ModelError(f"vae/config.json has {field}, which AutoencoderKL does not have.")
+
+
+def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
+    """Another VAE for the model in `path`.
+
+    Args:
+        source: a folder with config.json, or a .safetensors file in the layout of diffusers or of the
+            original code.
+
+    Raises:
+        ModelError: its tensors do not fit; names the first one.
+    """
+    if source.is_dir():
+        if fault := account_for_component(source, AutoencoderKL, "vae").fault:
+            raise ModelError(f"{source}: {fault}")
+        return AutoencoderKL.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=True)
+    network = empty_network(path / "vae", AutoencoderKL)
+    header: dict[str, Any] = json.loads(safetensors_header(source, str(source.parent), source.name))
+    header.pop(METADATA, None)
+    try:
+        converted = convert(network, traced(header, header), "", torch.float32)
+        fault = take_account(header, {"vae": (network, converted)}).fault
+    except ModelError as error:
+        fault = str(error)
+    if fault:
+        raise ModelError(f"{source.name} is not a VAE for this model: {fault}")
+    with safe_open(source, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in header}
+    assign_weights(network, convert(network, tensors, "", dtype), dtype)
+    return network
