@@ -169,7 +169,7 @@ def test_the_minimum_steps_of_a_pipeline_are_in_its_model_info(
     assert loaded.model_info.min_steps == min_steps
     if min_steps > 1:
         with pytest.raises(InvalidRequestError, match=f"must be at least {min_steps} ") as refused:
-            read_sampler(None, min_steps - 1, loaded.model_info, "num_inference_steps")
+            read_sampler(None, None, min_steps - 1, loaded.model_info, "num_inference_steps")
         assert refused.value.param == "num_inference_steps"
 
 
