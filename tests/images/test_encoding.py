@@ -107,6 +107,7 @@ _CHANGED_VALUES: dict[str, Any] = {
 # Fields that do not change the pixels, or that the metadata has under another name.
 _NOT_IN_METADATA = {
     "id",
+    "api_key",
     "seed_given",
     "n",
     "model",
