@@ -21,7 +21,7 @@ from hypergen.api.schemas import BatchResult
 from hypergen.app import create_app
 from hypergen.bentoml_integration import metrics_folder, server_logs
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
-from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService
+from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService, tls_options
 from hypergen.engine_client.pool import EnginePool
 from hypergen.load_settings import load_settings
 from hypergen.process_lifecycle import drain_on_sigterm, leave_with_parent
@@ -47,6 +47,8 @@ pool = EnginePool(settings)
     # Deadlines and limits are ours: BentoML's would answer before the key check and without Retry-After.
     traffic={"timeout": 86400, "concurrency": settings.engine.max_batch_size},
     logging={"access": {"enabled": False}},
+    backlog=settings.server.backlog,
+    ssl=tls_options(settings.server),
 )
 class HyperGen:
     # BentoML takes those for the service's own that are attributes of the class: one each.

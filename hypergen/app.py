@@ -60,7 +60,12 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
             yield
 
     app = FastAPI(
-        title="HyperGen", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan
+        title="HyperGen",
+        version=__version__,
+        redirect_slashes=False,
+        redoc_url=None,
+        lifespan=lifespan,
+        servers=[{"url": settings.server.root_path}] if settings.server.root_path else None,
     )
     fastapi_openapi = app.openapi
     schemas = [schema for endpoint in ENDPOINTS for schema in endpoint.schemas]

@@ -242,7 +242,20 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     host: str = Field(
         "127.0.0.1", description="address to listen on; 0.0.0.0 is every address of the machine"
     )
-    port: int = Field(8000, ge=1, le=65535, description="TCP port to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0: a free one")
+    ssl_certfile: Path | None = Field(
+        None, description="TLS certificate with its chain, in PEM; the server then speaks HTTPS only"
+    )
+    ssl_keyfile: Path | None = Field(
+        None, validate_default=True, description="key of the TLS certificate, in PEM"
+    )
+    backlog: int = Field(2048, ge=64, description="connections that may wait to be accepted")
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[^\s?#]*[^\s?#/])?$",
+        description="path below which a proxy publishes the server, such as /images, for /openapi.json and "
+        "`url` results; the proxy removes it",
+    )
     api_key: str | None = Field(
         None,
         min_length=1,
@@ -319,6 +332,13 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="disk space for `url` results, in MB; the oldest are removed first",
     )
+
+    @field_validator("ssl_keyfile")
+    @classmethod
+    def _check_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if (key is None) != (info.data.get("ssl_certfile") is None):
+            raise ValueError("certificate and key must be given together")
+        return key
 
     @field_validator("allowed_host")
     @classmethod

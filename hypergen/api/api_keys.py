@@ -25,6 +25,8 @@ from hypergen.request import ApiKey, Priority
 
 logger = logging.getLogger(__name__)
 
+# A variable with a random key by which `hypergen serve` reads all of its service's /health.
+LAUNCHER_KEY = "_HYPERGEN_LAUNCHER_KEY"
 _LINE = re.compile(r"(?:(?P<name>[A-Za-z0-9._-]{1,64}):\s+)?(?P<key>\S+)(?P<limits>(\s+\S+=\S*)*)")
 _HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _COMMENT = re.compile(r"(^|\s)#.*")
@@ -48,6 +50,8 @@ class ApiKeys:
     def __init__(self, settings: ServerSettings) -> None:
         self._file = settings.api_key_file
         self._own = {_digest(settings.api_key.encode()): ApiKey("api-key")} if settings.api_key else {}
+        if (self._own or self._file) and (launcher := os.environ.get(LAUNCHER_KEY)):
+            self._own[_digest(launcher.encode())] = ApiKey("hypergen-serve")
         self._version = self._file_version()
         self._by_digest = self._own | (_read(self._file) if self._file else {})
 

@@ -20,18 +20,20 @@ class BearerAuth:
         self._keys = keys
 
     def check(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> ApiKey:
-        """The key of a request; `ANONYMOUS` where none is needed.
+        """The key of a request; `ANONYMOUS` without keys, and where a path needs none.
 
         Raises:
             AuthenticationError: there is not exactly one Authorization header with the scheme Bearer and a
                 valid key.
         """
         is_file = path.startswith(FILES_PREFIX) and method in ("GET", "HEAD")
-        if not self._keys or path in OPEN_PATHS or is_file:
+        if not self._keys or is_file:
             return ANONYMOUS
         values = [value for name, value in headers if name == b"authorization"]
         scheme, _, secret = (values[0] if len(values) == 1 else b"").partition(b" ")
         key = self._keys.find(secret.strip(b" "))
-        if scheme.lower() != b"bearer" or key is None:
-            raise AuthenticationError("Invalid API key")
-        return key
+        if scheme.lower() == b"bearer" and key is not None:
+            return key
+        if path in OPEN_PATHS:
+            return ANONYMOUS
+        raise AuthenticationError("Invalid API key")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from hypergen import __version__
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.events import EngineStatus, ServerStatus
 from hypergen.model_info import ModelInfo
 from hypergen.served_model import ServedModel
+
+_STARTED_AT = time.monotonic()
 
 
 def health_body(
@@ -22,6 +26,8 @@ def health_body(
     """
     return {
         "status": "healthy" if status.state == "ready" else status.state,
+        "version": __version__,
+        "uptime_s": round(time.monotonic() - _STARTED_AT),
         "model": models[0].id,
         "models": [_model(model, generator.model_info(model.id), status) for model in models],
         "queue_size": status.queue_size,

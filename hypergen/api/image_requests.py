@@ -298,7 +298,7 @@ def url_base(request: Request, settings: Settings, validated: ValidatedRequest) 
     host = request.headers.get("host", "")
     local_address, _ = request.scope.get("server") or (None, None)
     if is_named_host(host, settings.server, local_address):
-        return f"{request.scope['scheme']}://{host}{FILES_PREFIX}"
+        return f"{request.scope['scheme']}://{host}{settings.server.root_path}{FILES_PREFIX}"
     _warn_unknown_host()
     if validated.response_format == "url":
         raise InvalidRequestError(

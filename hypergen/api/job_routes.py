@@ -63,7 +63,9 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         request.state.record.set_generation(validated.generation)
         job = await jobs.submit(endpoint, validated, deadline)
         return json_response(
-            jobs.status(job), 202, {"Location": f"{PATH}/{job.id}", **validated.response_headers}
+            jobs.status(job),
+            202,
+            {"Location": f"{settings.server.root_path}{PATH}/{job.id}", **validated.response_headers},
         )
 
     @router.get(

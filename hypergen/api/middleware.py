@@ -28,6 +28,7 @@ from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import CHUNK_BYTES, iter_chunks
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, RequestError
+from hypergen.request import ANONYMOUS
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ _HIDDEN_HEADERS = ("server", "x-bentoml-request-id")
 class OuterMiddleware:
     """Pure ASGI, because Starlette's `BaseHTTPMiddleware` breaks streams and hides disconnects.
 
-    It sets in the request's state: `request_id`, `deadline` (of the event loop's clock), `api_key`, `body`
-    (`BodyLimit`), `outgoing` (`OutgoingResponse`) and `record` (`RequestRecord`).
+    It sets in the request's state: `request_id`, `deadline` (of the event loop's clock), `api_key`,
+    `authenticated` (False for a request without a key, where the server has keys), `body` (`BodyLimit`),
+    `outgoing` (`OutgoingResponse`) and `record` (`RequestRecord`).
     """
 
     # Time after the deadline in which the handler can raise its own DeadlineExceededError.
@@ -85,6 +87,7 @@ class OuterMiddleware:
             if preflight is None:
                 key = self._auth.check(scope["method"], scope["path"], scope["headers"])
                 scope["state"]["api_key"] = record.api_key = key
+                scope["state"]["authenticated"] = not self._keyed or key is not ANONYMOUS
             if not self._keyed:
                 allowed = self._cors.allows(scope)
                 reject_cross_site(scope["method"], scope["path"], scope["headers"], self._server, allowed)

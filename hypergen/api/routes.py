@@ -118,12 +118,14 @@ def create_router(
 
     @router.get(
         "/health",
-        summary="State of the server, its queue and its models (no key needed)",
+        summary="State of the server (no key needed), and with a key its queue and its models",
         openapi_extra=openapi.server_route("health", Health, 200, 503),
     )
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         status = generator.status()
         body = health_body(generator, status, models, settings.engine.device or "auto")
+        if not request.state.authenticated:
+            body = {"status": body["status"]}
         return json_response(body, 200 if status.state == "ready" else 503)
 
     @router.api_route(

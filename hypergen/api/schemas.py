@@ -51,10 +51,13 @@ class ServedModelHealth(BaseModel):
 
 class Health(BaseModel):
     status: Literal["healthy", "loading", "recovering", "draining", "failed"]
-    model: str = Field(description="the first of the models")
-    models: list[ServedModelHealth]
-    device: str
-    queue_size: int = Field(description="unfinished requests")
+    # The rest is absent from a response to a request without a valid key, if the server has keys.
+    version: str | None = None
+    uptime_s: int | None = None
+    model: str | None = Field(None, description="the first of the models")
+    models: list[ServedModelHealth] | None = None
+    device: str | None = None
+    queue_size: int | None = Field(None, description="unfinished requests")
 
 
 class JobProgress(BaseModel):

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 from _bentoml_impl.server.app import ServiceAppFactory
+from _bentoml_sdk.service.config import SSLSchema
 from _bentoml_sdk.service.factory import Service
 from bentoml._internal.marshal.dispatcher import CorkDispatcher, Job, NonBlockSema
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
@@ -22,6 +23,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from hypergen.api.http_protocol import GuardedProtocol
 from hypergen.bentoml_integration.metric_paths import NamedEndpoints, TruePaths
+from hypergen.config import ServerSettings
 
 _BATCHES_IN_FLIGHT = 1024
 
@@ -67,6 +69,13 @@ class ContinuousBatchingService(Service[Any]):
             dispatcher._sema = NonBlockSema(_BATCHES_IN_FLIGHT)
             dispatcher._get_inputs = partial(_one_call, dispatcher)
         return factory()
+
+
+def tls_options(server: ServerSettings) -> SSLSchema:
+    """BentoML's options for the certificate in the settings."""
+    if server.ssl_certfile is None:
+        return {}
+    return {"enabled": True, "certfile": str(server.ssl_certfile), "keyfile": str(server.ssl_keyfile)}
 
 
 def _one_call(

@@ -74,15 +74,19 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     log_setup.export(settings.server.log_format, settings.server.log_level)
     log_setup.configure("serve")
     keys = ApiKeys(settings.server)
-    check_port(settings.server)
+    port = check_port(settings.server)
+    if port != settings.server.port:
+        flags["port"] = port
+        settings = load_settings(config, os.environ, {**flags, "models": models})
     found = find_models(settings, logger.info)
     host = settings.server.host
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("No API key is set and %s can be reached from outside this machine.", host)
     # The service loads the settings from its environment, so that no secret is on its command line. It runs
     # in its own folder, so models and paths are resolved here.
-    if settings.server.api_key_file:
-        flags["api_key_file"] = settings.server.api_key_file.resolve()
+    for name in ("api_key_file", "ssl_certfile", "ssl_keyfile"):
+        if file := getattr(settings.server, name):
+            flags[name] = file.resolve()
     flags["models"] = as_json(resolved_entries(settings, found))
     flags |= resolved_flags(settings.engine)
     environment = environment_of(flags)

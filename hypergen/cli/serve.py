@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from hypergen.api.api_keys import LAUNCHER_KEY
 from hypergen.config import ServerSettings, Settings
 from hypergen.engine_client.prestart import PrestartedEngine
 from hypergen.errors import ConfigurationError, ModelError
@@ -37,8 +40,8 @@ def service_folder() -> Path:
     return packaged if packaged.exists() else _PACKAGE.parent
 
 
-def check_port(server: ServerSettings) -> None:
-    """Check before the model is loaded that the server can listen on its address.
+def check_port(server: ServerSettings) -> int:
+    """Check before the model is loaded that the server can listen on its address; returns the port.
 
     Raises:
         ConfigurationError: the port is in use, or the host is no address of this machine.
@@ -51,6 +54,8 @@ def check_port(server: ServerSettings) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
+            port: int = probe.getsockname()[1]
+            return port
     except OSError as error:
         where = f"{server.host}:{server.port}"
         raise ConfigurationError(
@@ -81,6 +86,7 @@ def run_service(
     if reload:
         command.append("--reload")
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}
+    launcher[LAUNCHER_KEY] = key = secrets.token_urlsafe()
     started = time.monotonic()
     prestarted = PrestartedEngine(model_path)
     launcher |= prestarted.environment
@@ -88,7 +94,7 @@ def run_service(
     child = subprocess.Popen(command, env={**os.environ, **environment, **launcher}, start_new_session=True)
     _forward_signals(child)
     try:
-        status = _wait_until_loaded(child, _local_url(server))
+        status = _wait_until_loaded(child, _health_request(server, key))
         if status:
             seconds, url = time.monotonic() - started, _url(server, server.host)
             stages = _stages(status, seconds)
@@ -110,17 +116,21 @@ def _stages(status: dict[str, Any], seconds: float) -> str:
     return ", ".join(f"{name} {stage_s:.1f}" for name, stage_s in stages.items())
 
 
-def _wait_until_loaded(child: subprocess.Popen[bytes], url: str) -> dict[str, Any]:
+def _wait_until_loaded(child: subprocess.Popen[bytes], request: urllib.request.Request) -> dict[str, Any]:
     """The `/health` body once the model is loaded; empty if the service ended before.
 
     Raises:
         ModelError: the model could not be loaded, or the service does not respond.
     """
-    # Without the proxy of the environment: the child is local.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # Without the proxy of the environment, and whatever its certificate says: the child is local.
+    tls = ssl.create_default_context()
+    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls)
+    )
     silent_since = time.monotonic()
     while child.poll() is None:
-        status = _health(opener, url)
+        status = _health(opener, request)
         if status:
             silent_since = time.monotonic()
         if status.get("status") == "failed":
@@ -133,11 +143,11 @@ def _wait_until_loaded(child: subprocess.Popen[bytes], url: str) -> dict[str, An
     return {}
 
 
-def _health(opener: urllib.request.OpenerDirector, url: str) -> dict[str, Any]:
+def _health(opener: urllib.request.OpenerDirector, request: urllib.request.Request) -> dict[str, Any]:
     """The body of `/health`; empty while nothing listens."""
     try:
         try:
-            body = opener.open(f"{url}/health", timeout=2).read()
+            body = opener.open(request, timeout=2).read()
         except urllib.error.HTTPError as error:
             body = error.read()
         return json.loads(body)
@@ -145,12 +155,14 @@ def _health(opener: urllib.request.OpenerDirector, url: str) -> dict[str, Any]:
         return {}
 
 
-def _local_url(server: ServerSettings) -> str:
-    return _url(server, {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host))
+def _health_request(server: ServerSettings, key: str) -> urllib.request.Request:
+    url = _url(server, {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host))
+    return urllib.request.Request(f"{url}/health", headers={"Authorization": f"Bearer {key}"})
 
 
 def _url(server: ServerSettings, host: str) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+    scheme = "https" if server.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 def _forward_signals(child: subprocess.Popen[bytes]) -> None:

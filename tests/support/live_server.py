@@ -37,7 +37,8 @@ class LiveServer:
         return client
 
     def health(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/health", timeout=10).json()
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return httpx.get(f"{self.url}/health", headers=headers, timeout=10).json()
 
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
