@@ -5,7 +5,6 @@ Each family with LoRAs has one `LoraManager`. Forward passes of the pipeline's m
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
@@ -25,6 +24,7 @@ from torch.nn import functional
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights, loras_of, upload_weights
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
 from hypergen.lora.weights import IncompatibleLoraError, LayerWeights, Lora, read_weights
 from hypergen.model_info import Capability
@@ -66,7 +66,9 @@ class LoraManager:
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
         self._lock = threading.Lock()  # guards both
         # Of the current forward pass; None: no row has a LoRA.
-        self.batch: LoraBatch | None = None
+        self.batch: LoraBatch | AcceleratorLoraBatch | None = None
+        # Of the latest batch: they change only when images join or leave.
+        self._row_weights: tuple[Hashable, RowWeights] | None = None
         self._loading_threads = ThreadPoolExecutor(2, "lora")  # so that a large file does not block the next
         self._hooked: set[str] = set()  # layer names
         self._reason = next(
@@ -138,7 +140,7 @@ class LoraManager:
                 lora = self._in_use.get(version)
             if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
-                lora = Lora({layer: self._pad_rank(factors) for layer, factors in weights.items()})
+                lora = Lora({layer: self._pad_rank(factors) for layer, factors in weights.items()}, name)
                 logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
@@ -176,13 +178,27 @@ class LoraManager:
             self._in_use[version] = lora
             self._cache[version] = lora
 
+    def make_batch(self, rows: Sequence[Loras]) -> LoraBatch | AcceleratorLoraBatch | None:
+        """The LoRAs of the rows of a batch; None: no row has one."""
+        if not any(rows):
+            return None
+        loras = loras_of(rows)
+        device = next(iter(loras[0].layers.values())).down.device
+        if device.type == "cpu":
+            return LoraBatch(rows, self._batch_sizes)
+        key = tuple(loras_key(own) for own in rows)
+        if self._row_weights is None or self._row_weights[0] != key:
+            self._row_weights = key, upload_weights(loras, rows, device)
+        return AcceleratorLoraBatch(loras, self._row_weights[1], rows)
+
     @contextmanager
-    def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:
+    def applied(self, batch: LoraBatch | AcceleratorLoraBatch) -> Iterator[None]:
+        """Apply the LoRAs of a batch to the forward passes inside."""
         # Not in `load`, which runs in other threads: a hook must not be added while its layer runs.
-        for lora, _ in itertools.chain(*loras):
+        for lora in batch.loras:
             if not lora.hooked:
                 self._hook(lora)
-        self.batch = LoraBatch(loras, self._batch_sizes)
+        self.batch = batch
         try:
             yield
         finally:
@@ -197,10 +213,11 @@ def lora_context(lora_manager: LoraManager | None, loras: Sequence[Loras]) -> It
         lora_manager: the manager that loaded them; None: the family has no LoRAs.
         loras: of each row.
     """
-    if lora_manager is None or not any(loras):
+    batch = None if lora_manager is None else lora_manager.make_batch(loras)
+    if lora_manager is None or batch is None:
         yield
         return
-    with lora_manager._applied(loras):
+    with lora_manager.applied(batch):
         yield
 
 
@@ -209,6 +226,6 @@ def text_encoder_loras(loras: Loras) -> Loras:
     return tuple((lora, weight) for lora, weight in loras if lora.changes_text_encoder)
 
 
-def prompt_cache_key(loras: Loras) -> Hashable:
-    """The LoRA part of the key of a prompt in the prompt cache."""
+def loras_key(loras: Loras) -> Hashable:
+    """The LoRAs of a row with their weights, for the keys of caches."""
     return tuple((lora.number, weight) for lora, weight in loras)

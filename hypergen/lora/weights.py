@@ -70,8 +70,9 @@ class Lora:
 
     _numbers = itertools.count()
 
-    def __init__(self, layers: dict[str, LayerWeights]) -> None:
+    def __init__(self, layers: dict[str, LayerWeights], name: str = "") -> None:
         self.layers = layers
+        self.name = name
         self.hooked = False
         self.number = next(self._numbers)  # unique, for cache keys
         self.changes_text_encoder = any(name.startswith("text_encoder") for name in layers)

@@ -18,6 +18,7 @@ from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.model_loader import Loader
+from hypergen.engine.optimizations import apply_optimizations
 from hypergen.events import Preview, Progress
 from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest, InputImage
@@ -384,6 +385,7 @@ def lora_files(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("loras")
     save_lora(folder / "attention.safetensors", pipeline, rank=4, targets=ATTENTION, seed=1)
     save_lora(folder / "everything.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=2)
+    save_lora(folder / "another.safetensors", pipeline, rank=4, targets=EVERYTHING, seed=4)
     save_lora(folder / "dora.safetensors", pipeline, rank=8, targets=ATTENTION, seed=3, use_dora=True)
     return folder
 
@@ -393,7 +395,8 @@ _LORAS: list[tuple[tuple[str, float], ...]] = [
     (("attention", 1.0),),
     (("attention", 0.5),),
     (("everything", 0.7),),
-    (("everything", 0.5), ("attention", -0.3)),
+    (("attention", -0.3), ("everything", 0.5)),
+    (("another", 0.4), ("attention", 0.2), ("dora", 0.6), ("everything", 0.5)),
     (("dora", 0.8),),
 ]
 
@@ -415,28 +418,58 @@ def test_loras_of_other_rows_do_not_change_an_image(
         assert alone.data(request) == batched.data(request), request.loras
 
 
-def test_one_lora_for_all_rows_is_three_launches_a_layer(
-    sd_folder: Path, device: FakeCuda, lora_files: Path
+@pytest.mark.parametrize("settings", [{}, {"channels_last": True}], ids=["default", "channels_last"])
+@pytest.mark.parametrize(
+    ("rows", "launches"),
+    [
+        ([(("everything", 0.7),)] * 4, 3),
+        ([(("everything", 0.7),)] * 3 + [()], 4),
+        ([(("everything", 0.7),)] * 2 + [(("another", -0.5),)] * 2, 7),
+        ([(("everything", 0.7), ("another", 0.2))] * 4, 7),
+    ],
+    ids=["one LoRA", "a row without", "two LoRAs", "two LoRAs in each row"],
+)
+def test_launches_of_loras_for_each_layer(
+    sd_folder: Path, device: FakeCuda, lora_files: Path, rows: list[Any], launches: int, settings: Any
 ) -> None:
-    def count(loras: tuple[tuple[str, float], ...]) -> tuple[int, list[str]]:
-        family = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,)))
-        step = AcceleratorStep(family, graphs=False)
-        states = [prepare_image(family, make_request(seed=seed, loras=loras)) for seed in range(4)]
+    family = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,)))
+    apply_optimizations(family, make_settings(**settings))
+    step = AcceleratorStep(family, graphs=False)
+
+    def count(loras: list[Any]) -> int:
+        states = [prepare_image(family, make_request(seed=i, loras=own)) for i, own in enumerate(loras)]
         step.predict(states, 8)
         device.reset()
         step.predict(states, 8)
-        step.close()
-        return sum(device.launches.values()), list(device.waits)
+        assert not device.waits
+        return sum(device.launches.values())
 
     with torch.inference_mode():
-        plain, _ = count(())
-        launches, waits = count((("attention", 0.7),))
-    manager = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,))).lora_manager
-    assert manager is not None
-    ((lora, _),) = manager.load((("attention", 1.0),))
+        added = count(rows) - count([()] * 4)
+    assert family.lora_manager is not None
+    ((lora, _),) = family.lora_manager.load((("everything", 1.0),))
     layers = sum(name.startswith("unet") for name in lora.layers)
-    assert not waits
-    assert launches - plain <= 3 * layers
+    assert added <= launches * layers
+    step.close()
+
+
+def test_an_infinite_product_harms_only_the_rows_of_its_lora(
+    sd_folder: Path, device: FakeCuda, lora_files: Path
+) -> None:
+    settings = {"lora_dir": (lora_files,), "determinism": "strict"}
+    family = loading.load(sd_folder, make_settings(device="cuda", **settings))
+    assert family.lora_manager is not None
+    ((broken, _),) = family.lora_manager.load((("everything", 1.0),))
+    for weights in broken.layers.values():
+        weights.down.fill_(torch.finfo(torch.float32).max)
+    requests = [make_request(seed=seed, loras=_LORAS[choice]) for seed, choice in enumerate((3, 0, 1))]
+    engine = InlineEngine(family, device="cuda", **settings)
+    engine.run(*requests)
+    assert list(engine.errors) == [requests[0].id]
+    for request in requests[1:]:
+        alone = _engine(sd_folder, "cuda", **settings)
+        alone.run(request)
+        assert alone.data(request) == engine.data(request)
 
 
 def test_a_controlnet_gives_the_images_of_the_cpu(

@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import LoraManager, lora_context, prompt_cache_key, text_encoder_loras
+from hypergen.lora.manager import LoraManager, lora_context, loras_key, text_encoder_loras
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class PromptCache:
         loras = text_encoder_loras(loras)
         if not (text or loras):
             return self._empty
-        key = text, prompt_cache_key(loras)
+        key = text, loras_key(loras)
         if (encoded := self._entries.get(key)) is not None:
             return encoded
         with lora_context(self._lora_manager, [loras]):
