@@ -26,6 +26,7 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights, loras_of, upload_weights
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
+from hypergen.lora.slots import LoraSlots, pack
 from hypergen.lora.weights import IncompatibleLoraError, LayerWeights, Lora, read_weights
 from hypergen.model_info import Capability
 from hypergen.model_store.lora_files import LoraRegistry, open_registry
@@ -63,6 +64,7 @@ class LoraManager:
         # Recently used LoRAs, and all LoRAs that are still referenced.
         cache_bytes = settings.lora_cache_mb * 1e6
         self._cache: LRUCache[_Version, Lora] = LRUCache(cache_bytes, lambda lora: lora.nbytes)
+        self.slots = LoraSlots(cache_bytes)  # of CUDA graphs
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
         self._lock = threading.Lock()  # guards both
         # Of the current forward pass; None: no row has a LoRA.
@@ -140,14 +142,13 @@ class LoraManager:
                 lora = self._in_use.get(version)
             if lora is None:
                 weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
-                lora = Lora({layer: self._pad_rank(factors) for layer, factors in weights.items()}, name)
+                lora = pack({layer: self._pad_rank(factors) for layer, factors in weights.items()}, name)
                 logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
         except IncompatibleLoraError as error:
             raise InvalidRequestError(f"The LoRA '{name}' {error}.", param="loras") from None
-        self._keep(version, lora)
-        return lora
+        return self._keep(version, lora)
 
     def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
         """Pad to the maximum rank with zeros: LoRAs of other ranks in the batch then change no shape."""
@@ -173,10 +174,13 @@ class LoraManager:
         if self.batch is not None:
             self.batch.add(layer, name, inputs[0], output)
 
-    def _keep(self, version: _Version, lora: Lora) -> None:
-        with self._lock, suppress(ValueError):  # larger than the cache
-            self._in_use[version] = lora
-            self._cache[version] = lora
+    def _keep(self, version: _Version, lora: Lora) -> Lora:
+        """The LoRA itself, or the one that another thread has loaded meanwhile."""
+        with self._lock:
+            lora = self._in_use.setdefault(version, lora)
+            with suppress(ValueError):  # larger than the cache
+                self._cache[version] = lora
+        return lora
 
     def make_batch(self, rows: Sequence[Loras]) -> LoraBatch | AcceleratorLoraBatch | None:
         """The LoRAs of the rows of a batch; None: no row has one."""
@@ -192,10 +196,10 @@ class LoraManager:
         return AcceleratorLoraBatch(loras, self._row_weights[1], rows)
 
     @contextmanager
-    def applied(self, batch: LoraBatch | AcceleratorLoraBatch) -> Iterator[None]:
-        """Apply the LoRAs of a batch to the forward passes inside."""
+    def applied(self, batch: LoraBatch | AcceleratorLoraBatch | None) -> Iterator[None]:
+        """Apply the LoRAs of a batch, if it has any, to the forward passes inside."""
         # Not in `load`, which runs in other threads: a hook must not be added while its layer runs.
-        for lora in batch.loras:
+        for lora in batch.loras if batch is not None else ():
             if not lora.hooked:
                 self._hook(lora)
         self.batch = batch
@@ -213,17 +217,21 @@ def lora_context(lora_manager: LoraManager | None, loras: Sequence[Loras]) -> It
         lora_manager: the manager that loaded them; None: the family has no LoRAs.
         loras: of each row.
     """
-    batch = None if lora_manager is None else lora_manager.make_batch(loras)
-    if lora_manager is None or batch is None:
+    if lora_manager is None:
         yield
         return
-    with lora_manager.applied(batch):
+    with lora_manager.applied(lora_manager.make_batch(loras)):
         yield
 
 
 def text_encoder_loras(loras: Loras) -> Loras:
     """The LoRAs that change the text encoder, and so the prompt embeddings."""
     return tuple((lora, weight) for lora, weight in loras if lora.changes_text_encoder)
+
+
+def denoiser_loras(loras: Loras) -> Loras:
+    """The LoRAs that change the denoiser."""
+    return tuple((lora, weight) for lora, weight in loras if lora.changes_denoiser)
 
 
 def loras_key(loras: Loras) -> Hashable:

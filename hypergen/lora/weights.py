@@ -66,16 +66,29 @@ class LayerWeights:
 
 
 class Lora:
-    """A loaded LoRA; denoising states that use it keep it in memory."""
+    """A loaded LoRA; denoising states that use it keep it in memory.
+
+    Args:
+        memory, layout: of the factors of the denoiser, see `slots.pack`.
+    """
 
     _numbers = itertools.count()
 
-    def __init__(self, layers: dict[str, LayerWeights], name: str = "") -> None:
+    def __init__(
+        self,
+        layers: dict[str, LayerWeights],
+        name: str = "",
+        memory: Tensor | None = None,
+        layout: bytes = b"",
+    ) -> None:
         self.layers = layers
         self.name = name
+        self.memory = memory
+        self.layout = layout
         self.hooked = False
         self.number = next(self._numbers)  # unique, for cache keys
-        self.changes_text_encoder = any(name.startswith("text_encoder") for name in layers)
+        in_text_encoder = [layer.startswith("text_encoder") for layer in layers]
+        self.changes_text_encoder, self.changes_denoiser = any(in_text_encoder), not all(in_text_encoder)
         self.nbytes = sum(weights.nbytes for weights in layers.values())
 
 

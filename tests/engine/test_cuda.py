@@ -315,7 +315,7 @@ def test_a_shape_runs_as_a_graph_from_its_second_forward_pass_on(
     sd_folder: Path, device: FakeCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
     requests = [make_request(seed=seed, num_inference_steps=5) for seed in range(3)]
-    with caplog.at_level("INFO", "hypergen.engine.forward_graphs"):
+    with caplog.at_level("INFO", "hypergen.engine.cuda_graphs"):
         engine = _engine(sd_folder, "cuda")
         engine.engine.warm_up()
         assert caplog.text.count("Captured a CUDA graph") == 1  # of the default size

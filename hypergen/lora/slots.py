@@ -1,0 +1,99 @@
+"""Slots: LoRA factors at fixed addresses, which CUDA graphs read.
+
+A slot takes any LoRA of one layout: the same layers with factors of the same shapes. One copy fills it.
+An evicted slot never comes back, so a graph that read it does not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from hypergen.lora.weights import LayerWeights, Lora
+
+# Bytes: as if each factor had been allocated alone, because kernels are also chosen by alignment.
+_ALIGNMENT = 512
+
+
+def pack(layers: dict[str, LayerWeights], name: str) -> Lora:
+    """A LoRA whose factors of the denoiser lie in one block of memory, unless some are of DoRA."""
+    own = {layer: layers[layer] for layer in sorted(layers) if not layer.startswith("text_encoder")}
+    if not own or any(weights.magnitude is not None for weights in own.values()):
+        return Lora(layers, name)
+    size = sum(_padded(tensor) for weights in own.values() for tensor in (weights.down, weights.up))
+    memory = torch.empty(size, dtype=torch.uint8, device=next(iter(own.values())).down.device)
+    packed = _views(own, memory)
+    for layer, weights in packed.items():
+        weights.down.copy_(own[layer].down)
+        weights.up.copy_(own[layer].up)
+    shapes = [(layer, w.down.shape, w.up.shape, w.down.dtype) for layer, w in own.items()]
+    return Lora({**layers, **packed}, name, memory, hashlib.sha256(repr(shapes).encode()).digest())
+
+
+def _padded(tensor: Tensor) -> int:
+    return math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(layers: dict[str, LayerWeights], memory: Tensor) -> dict[str, LayerWeights]:
+    """Factors in the shapes of `layers`, one after another in a block of memory."""
+    end = 0
+
+    def view(like: Tensor) -> Tensor:
+        nonlocal end
+        start, end = end, end + _padded(like)
+        return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    return {layer: LayerWeights(view(weights.down), view(weights.up)) for layer, weights in layers.items()}
+
+
+@dataclass
+class _Slot:
+    lora: Lora
+    memory: Tensor
+    holds: int | None = None  # number of the LoRA whose factors it has
+
+
+class LoraSlots:
+    """The least recently used slots are evicted. Belongs to the engine's thread.
+
+    Args:
+        max_bytes: of all slots.
+    """
+
+    def __init__(self, max_bytes: float) -> None:
+        self._slots: LRUCache[tuple[bytes, int], _Slot] = LRUCache(max_bytes, lambda slot: slot.memory.nbytes)
+
+    def fill(self, loras: Sequence[Lora]) -> list[Lora] | None:
+        """Slots with the factors of these LoRAs, as LoRAs; None: one cannot be in a slot, or no room for all.
+
+        Valid until the next call. The `number` of a slot is its identity.
+        """
+        packed = [(lora, lora.memory) for lora in loras if lora.memory is not None]
+        if len(packed) < len(loras) or sum(m.nbytes for _, m in packed) > self._slots.maxsize:
+            return None
+        used: Counter[bytes] = Counter()
+        slots: list[Lora] = []
+        for lora, memory in packed:
+            key = lora.layout, used[lora.layout]
+            used[lora.layout] += 1
+            slot = self._slots.get(key)
+            if slot is None:
+                slot = self._slots[key] = _make_slot(lora, memory)
+            if slot.holds != lora.number:
+                slot.memory.copy_(memory)
+                slot.holds = lora.number
+            slots.append(slot.lora)
+        return slots
+
+
+def _make_slot(lora: Lora, like: Tensor) -> _Slot:
+    memory = torch.empty_like(like)
+    own = {layer: lora.layers[layer] for layer in sorted(lora.layers) if not layer.startswith("text_encoder")}
+    return _Slot(Lora(_views(own, memory)), memory)
