@@ -81,7 +81,9 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         "TORCHINDUCTOR_CACHE_DIR keeps the result",
     )
     cuda_graphs: bool = Field(
-        True, description="run forward passes as CUDA graphs, with the same bits; needs CUDA, else ignored"
+        True,
+        description="run forward passes and the decoder as CUDA graphs, with the same bits; needs CUDA, else "
+        "ignored",
     )
     channels_last: bool = Field(False, description="use torch's channels_last memory format")
     attention: Attention | None = Field(

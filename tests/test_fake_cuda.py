@@ -136,6 +136,31 @@ def test_nothing_waits_while_a_graph_is_captured(device: FakeCuda) -> None:
         x.add_(torch.ones(2, 4).to(CUDA))
 
 
+@pytest.mark.parametrize("shared", ["pool", "stream", "nothing"])
+def test_graphs_that_run_at_the_same_time_share_nothing(device: FakeCuda, shared: str) -> None:
+    x = torch.ones(2, device=CUDA)
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    for graph in graphs:
+        with torch.cuda.graph(
+            graph,
+            pool=pool if shared == "pool" else torch.cuda.graph_pool_handle(),
+            stream=stream if shared == "stream" else torch.cuda.Stream(),
+        ):
+            x + 1
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    graphs[0].replay()
+    with torch.cuda.stream(other):
+        if shared == "nothing":
+            graphs[1].replay()
+            return
+        with pytest.raises(RuntimeError, match="Race"):
+            graphs[1].replay()
+        other.wait_stream(torch.cuda.default_stream())
+        graphs[1].replay()
+
+
 def test_an_allocation_fails_on_demand(device: FakeCuda) -> None:
     device.fails = lambda size: size > 1000
     torch.ones(100, device=CUDA)

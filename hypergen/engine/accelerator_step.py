@@ -62,6 +62,11 @@ class AcceleratorStep:
         self._schedulers: dict[_SchedulerKey, Any] = {}
         self._steps = lru_cache(_MAX_TABLES)(self._find_steps)
 
+    def clear_graphs(self) -> None:
+        """Free the memory of CUDA graphs."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
     def close(self) -> None:
         self._noise_thread.shutdown()
 

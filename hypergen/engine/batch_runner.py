@@ -26,6 +26,7 @@ class BatchRunner:
     Args:
         shape_profiles: has the row counts of batches, and gets the cost of each forward pass.
         clock: seconds; not used on CUDA.
+        free_memory: called when the device is out of memory, before another try.
 
     Attributes:
         forward_s: seconds of the latest measured forward pass.
@@ -38,7 +39,9 @@ class BatchRunner:
         settings: EngineSettings,
         shape_profiles: ShapeProfiles,
         clock: Callable[[], float],
+        free_memory: Callable[[], None] = free_cached_memory,
     ) -> None:
+        self._free_memory = free_memory
         self.forward_s = 0.0
         self.forwards = 0
         self.image_steps = 0
@@ -51,6 +54,11 @@ class BatchRunner:
             graphs = family.device.type == "cuda" and settings.cuda_graphs and settings.offload == "off"
             self._accelerator = AcceleratorStep(family, graphs=graphs)
 
+    def clear_graphs(self) -> None:
+        """Free the memory of CUDA graphs."""
+        if self._accelerator is not None:
+            self._accelerator.clear_graphs()
+
     def close(self) -> None:
         if self._accelerator is not None:
             self._accelerator.close()
@@ -62,7 +70,7 @@ class BatchRunner:
         """
         rows = sum(state.rows for state in batch)
         try:
-            predictions = self.run_forward(batch)
+            predictions = self._run_with_freed_memory(batch)
         except Exception as error:  # Isolate the failure: only the request that causes it fails.
             out_of_memory = is_out_of_memory(error)
             key = batch_key(batch[0]).shared
@@ -82,11 +90,21 @@ class BatchRunner:
             return
         # Outside the handler: inside, the error's frames would keep the memory of the failed forward pass.
         if out_of_memory:
-            free_cached_memory()
+            self._free_memory()
             self._shape_profiles.limit_rows(key, row_count)
         # Not in halves: batch size 1 is the only one that is sure to be among the probed sizes.
         for state in batch:
             yield from self.predict([state])
+
+    def _run_with_freed_memory(self, batch: list[DenoisingState]) -> list[Tensor]:
+        """`run_forward`; if the device is out of memory, once more after what can be freed is freed."""
+        try:
+            return self.run_forward(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._free_memory()
+        return self.run_forward(batch)
 
     def run_forward(self, batch: list[DenoisingState]) -> list[Tensor]:
         """One forward pass over a batch, measured for the cost curve of its shape.

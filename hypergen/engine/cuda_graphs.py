@@ -15,6 +15,8 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from hypergen.engine.request_errors import free_cached_memory
+
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 32
@@ -80,7 +82,8 @@ class CudaGraphs(Generic[Output]):
         return function(inputs) if graph is None else graph.replay(inputs)
 
     def clear(self) -> None:
-        """Free the memory of all graphs."""
+        """Free the memory of all graphs; they are captured again when they are needed."""
+        torch.cuda.synchronize()  # one may be running
         self._graphs.clear()
 
     def _try_to_capture(self, inputs: Inputs, function: Callable[[Inputs], Output]) -> _Graph[Output] | None:
@@ -89,10 +92,12 @@ class CudaGraphs(Generic[Output]):
             graph = self._capture(inputs, function)
         except RuntimeError as error:  # no memory, or what a capture does not allow
             reason = str(error).partition("\n")[0]
-            logger.warning("%s of latents %s run without a CUDA graph: %s", self._what, size, reason)
+            logger.warning("%s of latents %s runs without a CUDA graph: %s", self._what, size, reason)
         else:
-            logger.info("Captured a CUDA graph: %s of latents %s.", self._what, size)
+            logger.info("%s of latents %s runs as a CUDA graph.", self._what, size)
             return graph
+        # Outside the handler: inside, the error's frames would keep the memory of the failed capture.
+        free_cached_memory()
         return None
 
     def _capture(self, inputs: Inputs, function: Callable[[Inputs], Output]) -> _Graph[Output]:

@@ -26,7 +26,7 @@ from hypergen.engine.batch_runner import BatchRunner
 from hypergen.engine.optimizations import apply_optimizations
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
-from hypergen.engine.request_errors import as_request_error
+from hypergen.engine.request_errors import as_request_error, free_cached_memory
 from hypergen.engine.scheduler import RunningImages, batch_key
 from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import RequestError
@@ -96,20 +96,23 @@ class Engine:
         self._decode_queue: deque[DenoisingState] = deque()
         # From the encoder threads: the id of a request whose image could not be encoded, or a device error.
         self._encoding_failures: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+        # With offload, networks are moved and run on one stream.
+        own_stream = family.device.type == "cuda" and settings.offload == "off"
         self._postprocessor = PostProcessor(
             family,
             model_id,
             report,
             self._encoding_failures.put,
             clock=clock,
-            # With offload, networks are moved and run on one stream.
-            own_stream=family.device.type == "cuda" and settings.offload == "off",
+            own_stream=own_stream,
+            graphs=own_stream and settings.cuda_graphs,
             tile_if_needed=settings.vae_tiling == "off",
+            free_memory=self._free_memory,
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
         self.shape_profiles = ShapeProfiles(family, settings, clock, buckets)
-        self._runner = BatchRunner(family, settings, self.shape_profiles, clock)
+        self._runner = BatchRunner(family, settings, self.shape_profiles, clock, self._free_memory)
 
     def add_request(self, request: GenerationRequest) -> None:
         """Add a request and start to load its LoRAs."""
@@ -185,6 +188,13 @@ class Engine:
         if self._waiting_for_loras:
             return _LORA_POLL_S
         return 0.0 if had_requests else math.inf
+
+    def _free_memory(self) -> None:
+        """Give memory back to a device that has too little: also that of CUDA graphs, which keep theirs."""
+        self._runner.clear_graphs()
+        if self._postprocessor.graphs is not None:
+            self._postprocessor.graphs.clear()
+        free_cached_memory()
 
     def _heartbeat(self) -> None:
         """Tell the watchdog that the engine works. Compiling a new batch size may take minutes: no stall."""

@@ -24,7 +24,7 @@ class ForwardGraphs:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._graphs: CudaGraphs[Tensor] = CudaGraphs("Forward passes")
+        self._graphs: CudaGraphs[Tensor] = CudaGraphs("The forward pass")
 
     def clear(self) -> None:
         """Free the memory of all graphs."""

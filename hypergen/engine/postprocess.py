@@ -6,11 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.cuda_graphs import CudaGraphs, Inputs
 from hypergen.engine.host_copy import HostCopy
 from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
 from hypergen.errors import GenerationError, RequestError
@@ -31,7 +34,10 @@ class PostProcessor:
         on_failure: called from any thread with the id of a failed request, whose other images then stop, or
             with the error of a lost device.
         own_stream: decode in parallel with the next step instead of before it; needs CUDA.
+        graphs: decode as CUDA graphs, with their own memory pool, because they run in parallel with those of
+            forward passes; needs `own_stream`.
         tile_if_needed: decode in tiles where the device has too little memory for an image at once.
+        free_memory: called when the device is out of memory, before another try.
         encoders: executor that encodes files; None: two threads.
     """
 
@@ -46,7 +52,9 @@ class PostProcessor:
         *,
         clock: Callable[[], float],
         own_stream: bool,
+        graphs: bool = False,
         tile_if_needed: bool = False,
+        free_memory: Callable[[], None] = free_cached_memory,
         encoders: Executor | None,
     ) -> None:
         self._family = family
@@ -55,6 +63,8 @@ class PostProcessor:
         self._on_failure = on_failure
         self._clock = clock
         self._stream = torch.cuda.Stream() if own_stream else None
+        self.graphs: CudaGraphs[tuple[Tensor, Tensor]] | None = CudaGraphs("Decoding") if graphs else None
+        self._free_memory = free_memory
         self._tile_if_needed = tile_if_needed and hasattr(family.vae, "tile_latent_min_size")
         # By the shape of the latents: True where it was decoded at once, which then must not change.
         self._fits: dict[torch.Size, bool] = {}
@@ -107,30 +117,38 @@ class PostProcessor:
         self.encoders.shutdown()
 
     def _decode(self, state: DenoisingState) -> HostCopy:
-        image = self._decode_image(state)
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in (state.latents, image)])
-        return HostCopy(to_pixels(image), finite)
-
-    def _decode_image(self, state: DenoisingState) -> Tensor:
         """Decode at once, or in tiles at sizes that never fitted: tiles change pixels."""
         shape = state.latents.shape
         if self._fits.get(shape, True):
-            try:
-                image = self._family.decode(state)
-            except RuntimeError as error:
-                if not self._tile_if_needed or not is_out_of_memory(error) or shape in self._fits:
-                    raise
-                logger.warning(
-                    "No memory to decode an image of latents %s at once; using tiles.", tuple(shape)
-                )
-            else:
-                self._fits[shape] = True
-                return image
-            # Outside the handler: inside, the error's frames would keep the memory of the failed attempt.
-            free_cached_memory()
+            may_tile = self._tile_if_needed and shape not in self._fits
+            for is_last_try in (False, True):
+                try:
+                    decoded = self._decode_at_once(state)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or (is_last_try and not may_tile):
+                        raise
+                else:
+                    self._fits[shape] = True
+                    return decoded
+                # Outside the handler: inside, the error's frames would keep the memory of the failed attempt.
+                self._free_memory()
+            logger.warning("No memory to decode an image of latents %s at once; using tiles.", tuple(shape))
             self._fits[shape] = False
         with vae_tiling(self._family.vae):
-            return self._family.decode(state)
+            return HostCopy(*self._pixels(state, {"latents": state.latents}))
+
+    def _decode_at_once(self, state: DenoisingState) -> HostCopy:
+        inputs = {"latents": state.latents}
+        if self.graphs is None:
+            return HostCopy(*self._pixels(state, inputs))
+        # The next run of the graph waits for the copy, on the same stream.
+        return HostCopy(*self.graphs.run((), inputs, partial(self._pixels, state)))
+
+    def _pixels(self, state: DenoisingState, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The pixels, and whether latents and image are finite, on the device."""
+        latents = inputs["latents"]
+        image = self._family.decode(replace(state, latents=latents))
+        return to_pixels(image), torch.stack([torch.isfinite(tensor).all() for tensor in (latents, image)])
 
     def _encode(self, state: DenoisingState, decoded: HostCopy, engine_s: float) -> None:
         request = state.request

@@ -47,16 +47,17 @@ def _engine(folder: Path, **settings: Any) -> InlineEngine:
     return InlineEngine(loading.load(folder, make_settings(**settings)), **settings)
 
 
-def _serve(engine: InlineEngine, *requests: GenerationRequest) -> None:
+def _serve(engine: InlineEngine, *requests: GenerationRequest) -> int:
+    """Returns how often the denoiser ran eagerly or in a capture."""
+    calls: list[None] = []
+    hook = engine.engine.family.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
     for request in requests:
         engine.submit(request)
     while not all(request.id in engine.images for request in requests):
         assert not engine.errors
         engine.step(0.01)
-
-
-def _replays(device: FakeCuda) -> int:
-    return sum(count for entry, count in device.launches.items() if entry.startswith("graph "))
+    hook.remove()
+    return len(calls)
 
 
 def _request(seed: int, **changes: Any) -> GenerationRequest:
@@ -66,9 +67,7 @@ def _request(seed: int, **changes: Any) -> GenerationRequest:
 def test_the_default_size_is_captured_at_warm_up(sd_folder: Path, device: FakeCuda) -> None:
     engine = _engine(sd_folder)
     engine.engine.warm_up()
-    device.reset()
-    _serve(engine, _request(1, width=128, height=128))
-    assert _replays(device) == _STEPS
+    assert _serve(engine, _request(1, width=128, height=128)) == 0
 
 
 # The LoRAs of requests that are served one after another, two at a time; all but the first need no capture.
@@ -97,14 +96,15 @@ def test_a_graph_serves_whatever_loras_come(
     ]
     graphs = _engine(sd_folder, lora_dir=(lora_files,))
     eager = _engine(sd_folder, lora_dir=(lora_files,), cuda_graphs=False)
+    manager = graphs.engine.family.lora_manager
+    assert manager is not None
+    loaded = manager.load(tuple((name, 1.0) for name in "abc"))  # so that both images of a pair start at once
     for i, pair in enumerate(requests):
-        device.reset()
-        _serve(graphs, *pair)
-        if i:
-            assert _replays(device) == _STEPS
+        assert _serve(graphs, *pair) == 0 or i == 0
         _serve(eager, *pair)
         for request in pair:
             assert graphs.data(request) == eager.data(request), request.loras
+    assert len(loaded) == 3
 
 
 def test_a_graph_does_not_read_the_memory_of_an_evicted_lora(
@@ -142,9 +142,7 @@ def test_loras_that_cannot_be_in_slots_run_eagerly(
         for cuda_graphs in (True, False)
     )
     _serve(eager, request)
-    device.reset()
-    _serve(graphs, request)
-    assert _replays(device) == 0
+    assert _serve(graphs, request) >= _STEPS
     assert graphs.data(request) == eager.data(request)
 
 
@@ -188,9 +186,38 @@ def test_a_graph_copies_control_images(
     graphs, eager = (_engine(sd_folder, cuda_graphs=cuda_graphs, **settings) for cuda_graphs in (True, False))
     for number, each in enumerate(requests):
         _serve(eager, each)
-        device.reset()
-        _serve(graphs, each)
+        assert _serve(graphs, each) == 0 or number in (0, 3)
         assert graphs.data(each) == eager.data(each)
-        if number in (1, 2):
-            assert _replays(device) == _STEPS
     assert len({graphs.data(each) for each in requests}) == len(requests)
+
+
+def test_images_are_decoded_by_a_graph_on_a_stream_of_its_own(sd_folder: Path, device: FakeCuda) -> None:
+    sizes = [(64, 64), (64, 64), (96, 64), (64, 64), (96, 64)]
+    requests = [_request(seed, width=w, height=h) for seed, (w, h) in enumerate(sizes)]
+    graphs, eager = (_engine(sd_folder, cuda_graphs=cuda_graphs) for cuda_graphs in (True, False))
+    decoded: list[tuple[int, int]] = []
+    graphs.engine.family.vae.decoder.register_forward_pre_hook(
+        lambda _module, inputs: decoded.append((inputs[0].shape[-1] * 8, inputs[0].shape[-2] * 8))
+    )
+    for request in requests:
+        _serve(graphs, request)
+        _serve(eager, request)
+        assert graphs.data(request) == eager.data(request)
+    # Eagerly, then before and in the capture.
+    assert [decoded.count(size) for size in ((64, 64), (96, 64))] == [3, 3]
+    graphs.run(*[_request(seed) for seed in range(6)])  # decoded while others run
+    assert not graphs.errors
+
+
+def test_graphs_give_their_memory_back_when_it_is_needed(sd_folder: Path, device: FakeCuda) -> None:
+    graphs, eager = (_engine(sd_folder, cuda_graphs=cuda_graphs) for cuda_graphs in (True, False))
+    small, large = [_request(seed) for seed in range(2)], _request(3, width=96, height=96)
+    _serve(graphs, *small)
+    graphs.probe_shapes(large)
+    device.fails = lambda size: size > 10_000 and bool(device.graphs)
+    _serve(graphs, large)
+    device.fails = lambda _size: False
+    _serve(eager, large)
+    assert graphs.data(large) == eager.data(large)
+    buckets = [each.engine.status().row_counts["96x96"] for each in (graphs, eager)]
+    assert buckets[0] == buckets[1]  # no smaller one, and so the same bits

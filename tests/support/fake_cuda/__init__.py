@@ -7,7 +7,8 @@ GPU forgives at times and punishes at others:
 - an asynchronous copy to the host holds garbage until its event or stream is waited for;
 - an operation on another stream than the one that wrote its input raises, unless it waited for that stream;
 - pinned memory that is changed before its copy to the device is done raises at the next wait;
-- while a graph is captured nothing may wait, and what was captured holds garbage until the first replay.
+- while a graph is captured nothing may wait, and what was captured holds garbage until the first replay;
+- graphs of one memory pool, or captured on one stream, that may run at the same time raise.
 
 Launches, copies and waits of the host are counted, with the line of code that caused each.
 """
@@ -61,7 +62,7 @@ def _graph_context(
 ) -> Iterator[None]:
     current().synchronize()
     with stream or FakeStream():
-        graph.capture_begin()
+        graph.capture_begin(pool)
         try:
             yield
         finally:
@@ -89,7 +90,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
             "Expected all tensors to be on the same device, but attention got CPU tensors too."
         )
     for tensor in ours:
-        device.check_order(tensor, stream, "attention")
+        device.check_order(tensor.memory, stream, "attention")
 
     def run(*inner: Any, **named: Any) -> Tensor:
         with _disable_current_modes():
@@ -99,7 +100,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     arguments = (query, key, value, *args)
     data = run(*unwrap(arguments), **unwrap(kwargs))
     made = FakeTensor(data)
-    device.written(made, stream)
+    device.written(made.memory, stream)
     if device.capturing is not None:
         device.capturing.calls.append((run, arguments, kwargs, made))
     return made
@@ -146,7 +147,7 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "is_current_stream_capturing": lambda: device.capturing is not None,
             "CUDAGraph": FakeGraph,
             "graph": _graph_context,
-            "graph_pool_handle": lambda: (0, 0),
+            "graph_pool_handle": object,
         },
         torch: {"tensor": _tensor},
         functional: {"scaled_dot_product_attention": _attention},

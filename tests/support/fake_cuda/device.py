@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tests.support.fake_cuda.graphs import FakeGraph
 from tests.support.fake_cuda.streams import FakeStream, current_stream
 from tests.support.fake_cuda.tensors import (
     FakeTensor,
+    Memory,
     change_tensors,
     fill_with_garbage,
     is_cuda,
@@ -81,6 +83,8 @@ class FakeCuda:
         )
         self.known: Counter[FakeStream] = Counter()  # how far the host has seen each stream
         self.capturing: FakeGraph | None = None
+        self.graph_memory: dict[object, Memory] = {}  # by memory pool, and by stream of a capture
+        self.graphs: WeakSet[FakeGraph] = WeakSet()  # captured and not deleted
         self.default_stream = FakeStream()
         self.streams: set[FakeStream] = set()
         self._copies: list[_Copy] = []
@@ -115,24 +119,24 @@ class FakeCuda:
     def wait_for(self, kind: str, tensor: FakeTensor) -> None:
         """Let the host wait until the current stream has done all, the tensor's last write among it."""
         stream = current_stream()
-        self.check_order(tensor, stream, kind)
+        self.check_order(tensor.memory, stream, kind)
         stream.count += 1
         self.wait(kind, Counter({**stream.seen, stream: stream.count}))
 
     def synchronize(self, _device: object = None) -> None:
         self.wait("device", Counter({stream: stream.count for stream in self.streams}))
 
-    def check_order(self, tensor: FakeTensor, stream: FakeStream, what: object) -> None:
+    def check_order(self, memory: Memory, stream: FakeStream, what: object) -> None:
         """Raise where a stream uses what another one may still be writing."""
-        writer, at = tensor.memory.stream, tensor.memory.at
+        writer, at = memory.stream, memory.at
         if writer is None or writer is stream or stream.seen[writer] >= at or self.known[writer] >= at:
             return
         raise RuntimeError(f"Race: {what} uses a tensor that another stream may still be writing; {place()}")
 
-    def written(self, tensor: FakeTensor, stream: FakeStream) -> None:
+    def written(self, memory: Memory, stream: FakeStream) -> None:
         stream.count += 1
         self.streams.add(stream)
-        tensor.memory.stream, tensor.memory.at = stream, stream.count
+        memory.stream, memory.at = stream, stream.count
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -175,7 +179,7 @@ class FakeCuda:
             return func(*args, **plain)
         stream = current_stream()
         for tensor in ours:
-            self.check_order(tensor, stream, func)
+            self.check_order(tensor.memory, stream, func)
         if name in _WAITING:
             self.wait_for(name, ours[0])
         output = func(*unwrap(args), **plain)
@@ -192,17 +196,17 @@ class FakeCuda:
         storage = value.untyped_storage().data_ptr()
         for tensor in inputs:
             if tensor.data_on_cpu is value:
-                self.written(tensor, stream)
+                self.written(tensor.memory, stream)
                 return tensor
         base = next((t for t in inputs if t.data_on_cpu.untyped_storage().data_ptr() == storage != 0), None)
         if base is not None:
             view = FakeTensor(value, base.memory)
             if not (func.is_view or func._schema.name.partition("::")[2] in _NO_LAUNCH):
-                self.written(view, stream)
+                self.written(view.memory, stream)
             return view
         self._allocate(value.untyped_storage().nbytes())
         made = FakeTensor(value)
-        self.written(made, stream)
+        self.written(made.memory, stream)
         return made
 
     def _allocate(self, size: int) -> None:
@@ -223,13 +227,13 @@ class FakeCuda:
             made = FakeTensor(data.clone() if data is source else data)
             self._host_to_device(source, made, non_blocking)
             return made
-        self.check_order(source, stream, "copy")
+        self.check_order(source.memory, stream, "copy")
         if target is None or is_cuda(target):
             data = aten._to_copy.default(source.data_on_cpu, **kwargs)
             self._allocate(data.untyped_storage().nbytes())
             self.count("launches", "copy")
             made = FakeTensor(data)
-            self.written(made, stream)
+            self.written(made.memory, stream)
             if self.capturing is not None:
                 self.capturing.calls.append((aten._to_copy.default, (source,), kwargs, made))
             return made
@@ -242,14 +246,14 @@ class FakeCuda:
             self._host_to_device(source, target, non_blocking)
             return target
         ours = cast(FakeTensor, source)
-        self.check_order(ours, current_stream(), "copy")
+        self.check_order(ours.memory, current_stream(), "copy")
         data = ours.data_on_cpu.to(target.dtype).expand_as(target).clone()
         return self._device_to_host(ours, data, target, non_blocking and is_pinned(target))
 
     def _host_to_device(self, source: Tensor, made: FakeTensor, non_blocking: bool) -> None:
         self.count("copies", "host to device")
         stream = current_stream()
-        self.written(made, stream)
+        self.written(made.memory, stream)
         if non_blocking and is_pinned(source):
             version = source._version
 
