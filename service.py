@@ -34,7 +34,7 @@ pool = EnginePool(settings)
 @bentoml.asgi_app(create_app(settings, pool, models), path="/")
 @bentoml.service(
     name="hypergen",
-    service_class=ContinuousBatchingService,
+    service_class=ContinuousBatchingService.with_keep_alive(settings.server.keep_alive_s),
     workers=1,  # one queue, one set of limits; more accelerators are more engines, not more workers
     # Deadlines and limits are ours: BentoML's would answer before the key check and without Retry-After.
     traffic={"timeout": 86400, "concurrency": settings.engine.max_batch_size},

@@ -9,21 +9,50 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
 
 from hypergen.served_model_config import ModelEntry, NamedSources, read_entries
 
 Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Determinism = Literal["strict", "fast"]
-Compile = Literal["off", "on"]
-VaeTiling = Literal["off", "on", "auto"]
-Offload = Literal["off", "model"]
-Quantization = Literal["off", "int8", "fp8"]
-Attention = Literal["flash", "cudnn", "efficient", "math"]
+
+
+def _read_on_off(value: Any) -> Any:
+    """YAML reads on and off as booleans."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+_OnOff = BeforeValidator(_read_on_off)
+Compile = Annotated[Literal["off", "on"], _OnOff]
+VaeTiling = Annotated[Literal["off", "on"], _OnOff]
+Offload = Annotated[Literal["off", "model"], _OnOff]
+Quantization = Annotated[Literal["off", "int8", "fp8"], _OnOff]
+
+
+def _read_sizes(value: Any) -> Any:
+    """Parse WIDTHxHEIGHT, one or several separated by commas, or a list of them."""
+    if not isinstance(value, (str, list, tuple)):
+        return value
+    given = [value] if isinstance(value, str) else cast(Sequence[Any], value)
+    return tuple(dict.fromkeys(_read_size(part) for entry in given for part in str(entry).split(",")))
+
+
+def _read_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", text)
+    width, height = map(int, match.groups()) if match else (0, 0)
+    if any(side % 8 or not 64 <= side <= 8192 for side in (width, height)):
+        raise ValueError(
+            "must be sizes such as 1024x1024,512x512: width and height are multiples of 8, from 64 to 8192"
+        )
+    return width, height
+
+
+Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
 
 
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):
@@ -77,22 +106,28 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     compile: Compile = Field(
         "off",
-        description="compile the denoiser with torch.compile. Takes minutes at startup; "
-        "TORCHINDUCTOR_CACHE_DIR keeps the result",
+        description="compile the denoiser with torch.compile while the model is loaded, which takes minutes "
+        "for each of --compile-sizes; the result is kept beside the model store",
+    )
+    compile_sizes: Sizes = Field(
+        (),
+        description="WIDTHxHEIGHT to compile for, several separated by commas; absent: the model's default "
+        "size. Other sizes, long prompts, LoRAs and ControlNets run uncompiled",
     )
     cuda_graphs: bool = Field(
         True,
         description="run forward passes and the decoder as CUDA graphs, with the same bits; needs CUDA, else "
         "ignored",
     )
-    channels_last: bool = Field(False, description="use torch's channels_last memory format")
-    attention: Attention | None = Field(
-        None, description="kernel for scaled dot product attention; absent: torch chooses"
+    attention: str | None = Field(
+        None,
+        description="attention backend of diffusers for FLUX and other transformers, such as _flash_3_hub or "
+        "sage_hub, whose kernels come from the hub with the package kernels; absent: torch chooses",
     )
     vae_tiling: VaeTiling = Field(
         "off",
-        description="VAE tiles of 512 pixels, which take less memory and change pixels; auto: only for "
-        "images that would not fit into the device's memory otherwise (CUDA)",
+        description="VAE tiles of 512 pixels, which take less memory and change pixels; off: tiles only for "
+        "images that did not fit into the device's memory",
     )
     offload: Offload = Field(
         "off",
@@ -141,6 +176,13 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="seconds without a denoising step after which a busy engine is restarted",
     )
+
+    @field_validator("compile_sizes")
+    @classmethod
+    def _check_sizes(cls, sizes: Any, info: ValidationInfo) -> Any:
+        if sizes and info.data.get("compile") == "off":
+            raise ValueError("needs --compile on")
+        return sizes
 
     @field_validator("lora", "lora_dir", mode="before")
     @classmethod
@@ -199,6 +241,18 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="further host name that clients may use, in addition to the server's address, localhost "
         "and IP addresses; HYPERGEN_ALLOWED_HOST separates several by commas",
     )
+    cors_origin: tuple[str, ...] = Field(
+        (),
+        description="origin, such as https://app.example, whose web pages may use the server from a browser; "
+        "* is every origin; HYPERGEN_CORS_ORIGIN separates several by commas",
+    )
+    keep_alive_s: float = Field(
+        75,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds for which a connection stays open between two requests; longer than a proxy in "
+        "front keeps it, mostly 60, else the proxy sends requests into closed connections",
+    )
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
@@ -240,7 +294,19 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
                 raise ValueError("must be a name without scheme, port and path, such as images.example")
         return tuple(host.rstrip(".").lower() for host in hosts)
 
-    @field_validator("allowed_host", mode="before")
+    @field_validator("cors_origin")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(
+                r"[a-z][a-z0-9+.-]{0,30}://[a-z0-9._:\[\]-]{1,260}", origin
+            ):
+                raise ValueError(
+                    "must be * or a scheme and a host in lower case, without a path, such as https://app.example"
+                )
+        return origins
+
+    @field_validator("allowed_host", "cors_origin", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (

@@ -17,6 +17,8 @@ from hypergen.errors import ConfigurationError
 from hypergen.served_model_config import as_text
 
 PREFIX = "HYPERGEN_"
+# Separated by commas in the environment. Others are paths, which may contain commas.
+_WITH_COMMAS = ("allowed_host", "compile_sizes", "cors_origin")
 # Variables that Kubernetes sets in every pod for a service called "hypergen".
 _KUBERNETES_NAME = re.compile(r"HYPERGEN_(SERVICE_|PORT_)")
 
@@ -87,8 +89,7 @@ def load_settings(
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Flags as environment variables, for `load_settings` in a child process."""
     return {
-        # Paths may contain commas. An invalid host with a port contains the separator of paths.
-        PREFIX + option_name(name).upper(): as_text(value, "," if name == "allowed_host" else os.pathsep)
+        PREFIX + option_name(name).upper(): as_text(value, "," if name in _WITH_COMMAS else os.pathsep)
         for name, value in flags.items()
         if value not in (None, ())
     }

@@ -11,6 +11,7 @@ from hypergen.config import EngineSettings, Settings
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_families import servable
 from hypergen.model_store import store
+from hypergen.model_store.attention_kernels import provide_attention_kernel
 from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
@@ -23,10 +24,13 @@ def find_models(
 ) -> tuple[ServedModel, ...]:
     """All models of the settings, imported into the store if necessary; the first is the default.
 
+    The kernel of an attention backend is fetched too.
+
     Raises:
         ConfigurationError: two models have the same name, or a setting for one model is ambiguous.
-        ModelError: a model cannot be found, read or served.
+        ModelError: a model or the kernel cannot be found, read or served.
     """
+    provide_attention_kernel(settings.engine.attention, report_progress)
     entries = entries_of(settings)
     own = [settings_of(entry, settings.engine) for entry in entries]
     models: list[ServedModel] = []

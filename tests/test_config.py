@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from hypergen.config import Settings
+from hypergen.engine_client.environment import engine_environment
 from hypergen.errors import ConfigurationError
 from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
+from hypergen.model_store.entries import state_folder
 from hypergen.model_store.hub import HUB_ID
 from hypergen.resolve_models import find_controlnets
 
@@ -169,3 +171,53 @@ def test_allowed_hosts_given_as_flags_reach_the_service() -> None:
 def test_allowed_hosts_are_separated_by_commas() -> None:
     settings = load_settings(environment={"HYPERGEN_ALLOWED_HOST": "a.example, B.example."})
     assert settings.server.allowed_host == ("a.example", "b.example")
+
+
+def test_compile_sizes_are_separated_by_commas_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine: {compile: on, compile_sizes: [1024x1024, 768x1344]}\n")
+    environment = environment_of({"compile": "on", "compile_sizes": ("1024x1024, 768x1344", "1024x1024")})
+    for settings in (load_settings(file), load_settings(environment=environment)):
+        assert settings.engine.compile_sizes == ((1024, 1024), (768, 1344))
+
+
+@pytest.mark.parametrize("value", ["1024", "1024x", "1020x1024", "32x64", "16384x64", "1024x1024,"])
+def test_an_invalid_compile_size_is_named(value: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^Setting 'engine.compile_sizes': must be sizes such as"):
+        load_settings(environment={"HYPERGEN_COMPILE": "on", "HYPERGEN_COMPILE_SIZES": value})
+
+
+def test_compile_sizes_without_compile_are_an_error() -> None:
+    with pytest.raises(ConfigurationError, match=r"'engine.compile_sizes': needs --compile on"):
+        load_settings(flags={"compile_sizes": ("1024x1024",)})
+
+
+def test_engines_keep_compiled_code_beside_the_model_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert engine_environment()["TORCHINDUCTOR_CACHE_DIR"] == str(state_folder() / "torchinductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    assert engine_environment()["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_on_and_off_need_no_quotes_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine: {compile: on, vae_tiling: on, offload: off, quantization: off}\n")
+    engine = load_settings(file).engine
+    assert (engine.compile, engine.vae_tiling, engine.offload, engine.quantization) == (
+        "on",
+        "on",
+        "off",
+        "off",
+    )
+
+
+@pytest.mark.parametrize("origin", ["app.example", "https://app.example/", "https://App.example", "null"])
+def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
+    with pytest.raises(ConfigurationError, match="cors_origin"):
+        load_settings(environment={"HYPERGEN_CORS_ORIGIN": f"https://ok.example:8443,{origin}"})
+
+
+def test_origins_given_as_flags_reach_the_service() -> None:
+    environment = environment_of({"cors_origin": ("https://a.example", "http://b.example:3000")})
+    expected = ("https://a.example", "http://b.example:3000")
+    assert load_settings(environment=environment).server.cors_origin == expected

@@ -39,9 +39,16 @@ def is_named_host(host: str, server: ServerSettings, local_address: str | None) 
 
 
 def reject_cross_site(
-    method: str, path: str, headers: Iterable[tuple[bytes, bytes]], server: ServerSettings
+    method: str,
+    path: str,
+    headers: Iterable[tuple[bytes, bytes]],
+    server: ServerSettings,
+    origin_allowed: bool = False,
 ) -> None:
     """For servers without a key: reject requests that a page of another site sends through a browser.
+
+    Args:
+        origin_allowed: the operator allowed the origin of the request.
 
     Raises:
         ForbiddenError: the Host is not this server's, or the request comes from a page of another site.
@@ -65,9 +72,10 @@ def reject_cross_site(
         any(not _is_own_origin(value, hosts, server) for name, value in relevant if name == b"origin")
         or (b"sec-fetch-site", "cross-site") in relevant
     )
-    if is_cross_site and not is_file:
+    if is_cross_site and not (is_file or origin_allowed):
         raise ForbiddenError(
-            "Pages of other sites cannot use this server without an API key.", code="cross_site"
+            "Pages of other sites cannot use this server without an API key or --cors-origin.",
+            code="cross_site",
         )
 
 

@@ -7,7 +7,7 @@ The limits are a time for a request's head, a time in which the client must read
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import h11
 from starlette.types import Receive, Scope, Send
@@ -41,12 +41,14 @@ class GuardedProtocol(H11Protocol):
     """One connection, with timeouts that are checked every `check_interval_s`.
 
     Attributes:
-        head_timeout_s: from the connection, or the previous response, to the end of a request's head.
+        keep_alive_s: from a response to the first byte of the next request.
+        head_timeout_s: from the connection, or the first byte of a later request, to the end of its head.
         write_timeout_s: how long a client may read nothing of its response.
         drain_timeout_s: how long a client may send the rest of its body after an early response.
         max_connections: beyond this number the connection that has been idle longest is closed.
     """
 
+    keep_alive_s: ClassVar[float] = 75.0
     head_timeout_s = 20.0
     write_timeout_s = 60.0
     check_interval_s = 5.0
@@ -55,7 +57,9 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.idle_since = self.loop.time()  # for a request's head
+        self.timeout_keep_alive = cast(int, self.keep_alive_s)  # uvicorn passes it to `loop.call_later`
+        self.idle_since = self.loop.time()
+        self._head_since: float | None = self.idle_since  # None: no byte of the next request has arrived
         self._unsent_bytes = 0
         self._progress_at = self.idle_since
         self._timer: asyncio.TimerHandle | None = None
@@ -86,6 +90,8 @@ class GuardedProtocol(H11Protocol):
         self.app = cast(Any, None)  # breaks a reference cycle, so that the memory is freed at once
 
     def data_received(self, data: bytes) -> None:
+        if self._head_since is None:
+            self._head_since = self.loop.time()
         super().data_received(data)
         reader = self.conn._reader  # pyright: ignore[reportPrivateUsage]  h11 does not expose the chunk size
         if getattr(reader, "_bytes_in_chunk", 0) > _MAX_CHUNK_BYTES:
@@ -108,6 +114,7 @@ class GuardedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         self.idle_since = self.loop.time()
+        self._head_since = None
         super().on_response_complete()
 
     def resume_writing(self) -> None:
@@ -125,8 +132,11 @@ class GuardedProtocol(H11Protocol):
         if now - self._progress_at >= self.write_timeout_s:
             self.transport.abort()
             return
-        timeout_s = self.head_timeout_s if self.conn.their_state is h11.IDLE else self.drain_timeout_s
-        if self.idle and now - self.idle_since >= timeout_s:
+        if self.conn.their_state is h11.IDLE:
+            since, timeout_s = self._head_since, self.head_timeout_s
+        else:
+            since, timeout_s = self.idle_since, self.drain_timeout_s
+        if self.idle and since is not None and now - since >= timeout_s:
             self.transport.close()
         self._timer = self.loop.call_later(self.check_interval_s, self._check_timeouts)
 

@@ -1,4 +1,4 @@
-"""The outermost middleware: request id, deadline, key check, body limits, and the error body.
+"""The outermost middleware: request id, deadline, CORS, key check, body limits, and the error body.
 
 It also covers BentoML's own routes, whose errors it rewrites into the error body.
 """
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api import errors
 from hypergen.api.auth import OPEN_PATHS, BearerAuth
+from hypergen.api.cors import Cors
 from hypergen.api.hosts import reject_cross_site
 from hypergen.api.http_protocol import ABORT
 from hypergen.api.outgoing_answers import OutgoingMemory, OutgoingResponse
@@ -48,6 +49,7 @@ class OuterMiddleware:
         self._app = app
         self._auth = BearerAuth(keys)
         self._keyed = bool(keys)
+        self._cors = Cors(app, settings.server.cors_origin)
         self._server = settings.server
         self._max_body_bytes = int(settings.server.max_body_mb * 1e6)
         self._timeout_s = settings.queue.request_timeout_s
@@ -73,11 +75,18 @@ class OuterMiddleware:
 
         outgoing = self._outgoing.open(abort)
         scope["state"] |= {"deadline": deadline, "body": limit, "outgoing": outgoing}
+        preflight = self._cors.preflight(scope)
+        if preflight is None:
+            send = self._cors.with_headers(scope, send)
         response = _Response(scope, send, limit, outgoing)
         try:
-            self._auth.check(scope["method"], scope["path"], scope["headers"])
+            if preflight is None:
+                self._auth.check(scope["method"], scope["path"], scope["headers"])
             if not self._keyed:
-                reject_cross_site(scope["method"], scope["path"], scope["headers"], self._server)
+                allowed = self._cors.allows(scope)
+                reject_cross_site(scope["method"], scope["path"], scope["headers"], self._server, allowed)
+            if preflight is not None:
+                return await preflight(scope, receive, response.send)
             if limit.error:
                 raise limit.error
             async with timeout:

@@ -32,7 +32,7 @@ _MAX_HEADER_BYTES = 1024
 # Others, such as punycode, may take quadratic time to decode.
 _CHARSETS = {"utf-8", "ascii", "iso8859-1", "iso8859-15", "cp1252"}
 
-_IMAGE = re.compile(r"image(?:\[([0-9]{0,3})\])?", re.ASCII)
+_FILE = re.compile(r"(image|mask)(?:\[([0-9]{0,3})\])?", re.ASCII)
 _NESTED = re.compile(r"([^\[\]]{1,100})\[([^\[\]]{0,100})\]")
 _INTEGER = re.compile(r"-?[0-9]{1,20}", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
@@ -77,7 +77,7 @@ class _Parser(MultiPartParser):
         super().on_part_data(data, start, end)
 
     def _is_image(self, name: str) -> bool:
-        return name in self._image_fields or _IMAGE.fullmatch(name) is not None
+        return name in self._image_fields or _FILE.fullmatch(name) is not None
 
     def on_end(self) -> None:
         self.ended = True
@@ -124,8 +124,9 @@ async def read_form(
 ) -> dict[str, Any]:
     """A multipart form as a JSON-like body, with files as bytes.
 
-    `image`, `image[]` and `image[0]` become the list `image`, sorted by number; it is empty without them.
-    `name[key]` becomes an entry of the object `name`. Empty text and `null` mean null.
+    `image`, `image[]` and `image[0]` become the list `image`, sorted by number; it is empty without them. The
+    same names of `mask` become the list `mask`, which is absent without them. `name[key]` becomes an entry of
+    the object `name`. Empty text and `null` mean null.
 
     Args:
         fields: the model whose field types decide the conversion of text.
@@ -166,12 +167,12 @@ async def read_form(
 def _to_body(items: list[tuple[str, str | bytes]], fields: type[BaseModel]) -> dict[str, Any]:
     types = _json_types(fields)
     body: dict[str, Any] = {}
-    images: list[tuple[int, str | bytes]] = []
+    files: dict[str, list[tuple[int, str | bytes]]] = {"image": [], "mask": []}
     for name, value in items:
         if value in ("", "null"):
             continue
-        if match := _IMAGE.fullmatch(name):
-            images.append((int(match[1] or 0), value))
+        if match := _FILE.fullmatch(name):
+            files[match[1]].append((int(match[2] or 0), value))
         elif match := _NESTED.fullmatch(name):
             inner = body.setdefault(match[1], {})
             if not isinstance(inner, dict) or match[2] in inner:
@@ -180,12 +181,18 @@ def _to_body(items: list[tuple[str, str | bytes]], fields: type[BaseModel]) -> d
                 raise _duplicate_field(match[1])
             cast(dict[str, Any], inner)[match[2]] = _convert(value, {"number"})
         elif name in body:
-            if name in types or name == "mask":
+            if name in types:
                 raise _duplicate_field(name)
         else:
             body[name] = _convert(value, types.get(name, set()))
-    if images or "images" not in body:
-        body["image"] = [value for _, value in sorted(images, key=lambda image: image[0])]
+    sorted_files = {
+        name: [value for _, value in sorted(numbered, key=lambda file: file[0])]
+        for name, numbered in files.items()
+    }
+    if sorted_files["image"] or "images" not in body:
+        body["image"] = sorted_files["image"]
+    if sorted_files["mask"]:
+        body["mask"] = sorted_files["mask"]
     return body
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterable
 from typing import Any, cast
@@ -26,6 +27,8 @@ _MIN_BYTES_PER_S = 10_000
 # The default of the setting.
 MAX_TEXT_BYTES = 1_000_000
 _MAX_TOKENS = 100_000
+_CHARSET = re.compile(r";\s{0,9}charset=\"?([\w.:+-]{1,40})", re.ASCII | re.IGNORECASE)
+_UTF_8 = ("utf-8", "utf8", "utf-8-sig", "us-ascii", "ascii")
 MAX_ITEMS = 64  # per call of the batchable API, because items are validated on the event loop
 
 
@@ -167,7 +170,8 @@ async def read_json_object(
         InvalidRequestError: it is not a JSON object in UTF-8, has duplicate keys, NaN or Infinity, or has too
             many tokens.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json":
         form = " or as a form, with 'multipart/form-data'" if accepts_form else ""
         raise UnsupportedMediaTypeError(
@@ -180,19 +184,28 @@ async def read_json_object(
     async for chunk in request.stream():
         bounds.feed(chunk)
         body += chunk
-    return parse_json_object(body)
+    charset = _CHARSET.search(content_type)
+    return parse_json_object(body, charset[1] if charset else None)
 
 
-def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:
-    """Parse strict JSON; see `read_json_object`."""
+def parse_json_object(data: bytes | bytearray, charset: str | None = None) -> dict[str, Any]:
+    """Parse strict JSON, with or without a byte order mark; see `read_json_object`.
+
+    Args:
+        charset: that the client declared; only for the error message, because JSON is in UTF-8 whatever it
+            says.
+    """
     try:
-        body = json.loads(data.decode("utf-8"), **_PARSER_OPTIONS)
+        body = json.loads(data.decode("utf-8-sig"), **_PARSER_OPTIONS)
     except InvalidRequestError:
         raise
     except RecursionError:
         raise InvalidRequestError("The body is nested too deeply.", code="invalid_json") from None
     except ValueError:  # also invalid UTF-8 and integers of thousands of digits
-        raise InvalidRequestError("The body is not valid JSON.", code="invalid_json") from None
+        if charset is None or charset.lower() in _UTF_8:
+            charset = json.detect_encoding(bytes(data[:4]))
+        reason = "" if charset in _UTF_8 else f": it is in {charset}, and JSON must be in UTF-8"
+        raise InvalidRequestError(f"The body is not valid JSON{reason}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
     fields = cast(dict[str, Any], body)

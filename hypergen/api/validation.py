@@ -7,7 +7,16 @@ from collections.abc import Sized
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, Field, StrictBool, StrictBytes, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StrictBool,
+    StrictBytes,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from hypergen.api.sampler_aliases import public_name
 from hypergen.errors import InvalidRequestError, RequestError
@@ -25,6 +34,11 @@ InputFile = StrictStr | StrictBytes
 # An integer is a number here, but `true` and "7" are not.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LoraWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)]
+# -1 is a random seed in other programs.
+Seed = Annotated[
+    Annotated[StrictInt, Field(ge=-1, le=MAX_SEED)] | None,
+    AfterValidator(lambda seed: None if seed == -1 else seed),
+]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import logging
 import uuid
 from contextvars import ContextVar
@@ -81,7 +82,7 @@ class BatchContext:
             watching.cancel()
 
     async def _read_body(self, receive: Receive) -> list[bytes]:
-        """The whole body as one chunk.
+        """The whole body as one chunk, without a byte order mark.
 
         Raises:
             ClientDisconnectedError: the client disconnected.
@@ -96,7 +97,7 @@ class BatchContext:
             chunks.append(message.get("body", b""))
             bounds.feed(chunks[-1])
             more = message.get("more_body", False)
-        return [b"".join(chunks)]
+        return [b"".join(chunks).removeprefix(codecs.BOM_UTF8)]
 
 
 def _is_json(scope: Scope) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from _bentoml_impl.server.app import ServiceAppFactory
 from _bentoml_sdk.service.factory import Service
@@ -20,6 +20,7 @@ from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddle
 from starlette.middleware import Middleware
 from uvicorn.config import HTTP_PROTOCOLS
 
+from hypergen.api.http_protocol import GuardedProtocol
 from hypergen.bentoml_integration.metric_paths import NamedEndpoints, TruePaths
 
 _BATCHES_IN_FLIGHT = 1024
@@ -43,9 +44,18 @@ class ContinuousBatchingService(Service[Any]):
     that they exist.
     """
 
+    protocol: ClassVar[type[GuardedProtocol]] = GuardedProtocol
+
+    @classmethod
+    def with_keep_alive(cls, keep_alive_s: float) -> type[ContinuousBatchingService]:
+        """The same service, whose connections stay open for this long between two requests."""
+        protocol = type("Protocol", (GuardedProtocol,), {"keep_alive_s": keep_alive_s})
+        return type(cls.__name__, (cls,), {"protocol": protocol})
+
     def to_asgi(self, is_main: bool = True) -> Any:
-        # BentoML creates uvicorn's configuration after this call, without a protocol.
-        HTTP_PROTOCOLS["auto"] = "hypergen.api.http_protocol:GuardedProtocol"
+        # BentoML creates uvicorn's configuration after this call, without a protocol. Uvicorn imports names,
+        # and takes classes as they are.
+        cast(dict[str, Any], HTTP_PROTOCOLS)["auto"] = self.protocol
         self.inject_config()
         factory = _AppFactory(self, is_main=is_main)
         for dispatcher in factory.dispatchers.values():

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.engine.batch_runner import BatchRunner
-from hypergen.engine.optimizations import apply_optimizations
+from hypergen.engine.compiled_forward import CompiledForward
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.request_errors import as_request_error, free_cached_memory
@@ -82,7 +82,7 @@ class Engine:
         encoders: Executor | None = None,
         buckets: BucketStore | None = None,
     ) -> None:
-        apply_optimizations(family, settings)
+        compiled = None if settings.compile == "off" else CompiledForward(family)
         self.family = family
         self.model_id = model_id
         self.settings = settings
@@ -111,7 +111,7 @@ class Engine:
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
-        self.shape_profiles = ShapeProfiles(family, settings, clock, buckets)
+        self.shape_profiles = ShapeProfiles(family, settings, clock, buckets, compiled)
         self._runner = BatchRunner(family, settings, self.shape_profiles, clock, self._free_memory)
 
     def add_request(self, request: GenerationRequest) -> None:
@@ -146,12 +146,17 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Probe the default size and generate an image in two steps, so that "ready" is tested.
+        """Compile, probe the default size and generate an image in two steps, so that "ready" is tested.
 
         Raises:
+            ModelError: torch.compile failed.
             GenerationError: the model cannot generate an image.
         """
         request = warm_up_request(self.family.model_info(self.model_id))
+        if self.settings.compile != "off":
+            for width, height in self.settings.compile_sizes or [(request.width, request.height)]:
+                sized = replace(request, width=width, height=height)
+                self.shape_profiles.compile(self.family.prepare(sized, 0, self.family.encode_prompts(sized)))
         state = self.family.prepare(request, 0, self.family.encode_prompts(request))
         deque(self.shape_profiles.probe_minimum(state), maxlen=0)
         while state.remaining_steps:
@@ -197,8 +202,8 @@ class Engine:
         free_cached_memory()
 
     def _heartbeat(self) -> None:
-        """Tell the watchdog that the engine works. Compiling a new batch size may take minutes: no stall."""
-        self.last_step_at = math.inf if self.settings.compile != "off" else self._clock()
+        """Tell the watchdog that the engine works."""
+        self.last_step_at = self._clock()
 
     def _run_for_time_slice(
         self, pending: Callable[[], Collection[object]], process_next: Callable[[], None]
@@ -254,6 +259,9 @@ class Engine:
         loras = () if progress.loras is None else progress.loras.result()  # raises the loading error, if any
         prompts = self.family.encode_prompts(request, loras)
         states = [self.family.prepare(request, index, prompts, loras) for index in range(request.n)]
+        if loras and self.shape_profiles.is_compiled(states[0]):
+            for state in states:  # compiled code has no LoRAs, so others cannot share their batches
+                state.batch_key_extra = (*state.batch_key_extra, "eager")
         yield from self.shape_profiles.probe_minimum(states[0])
         for state in states:
             state.queued_at = progress.queued_at

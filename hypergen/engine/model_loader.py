@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from hypergen.engine.engine import Engine
 from hypergen.engine.model_manager import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
+from hypergen.errors import HyperGenError, ModelError
 from hypergen.models import loading
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
 from hypergen.served_model import ServedModel
 
+logger = logging.getLogger(__name__)
+
 # Settings by which forward passes get other bits or costs.
-_SETTINGS_OF_BITS = ("attention", "channels_last", "compile", "max_batch_size", "offload", "quantization")
+_SETTINGS_OF_BITS = ("attention", "compile", "max_batch_size", "offload", "quantization")
 
 
 class Loader:
@@ -45,7 +49,7 @@ class Loader:
         """See `ModelManager`.
 
         Raises:
-            ModelError: the model cannot be loaded.
+            ModelError: the model cannot be loaded, or its attention backend failed.
             GenerationError: the warm-up image cannot be generated.
         """
         started = time.monotonic()
@@ -58,15 +62,25 @@ class Loader:
         else:
             buckets = self._buckets(model, loaded)
             engine = Engine(loaded, model.id, model.settings, self._report, buckets=buckets)
-        engine.warm_up()
+        try:
+            engine.warm_up()
+        except Exception as error:
+            if model.settings.attention is None or isinstance(error, HyperGenError):
+                raise
+            logger.exception("The warm-up with --attention %s failed.", model.settings.attention)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ModelError(
+                f"The warm-up with --attention {model.settings.attention} failed: {reason[:300]}"
+            ) from None
         self.seconds["warm-up"] += time.monotonic() - started
         return LoadedModel(engine, loaded.model_info(model.id), size_bytes)
 
     def _buckets(self, model: ServedModel, family: Family) -> BucketStore | None:
-        """The row counts chosen in earlier runs, on an accelerator."""
-        if family.device.type == "cpu" or self._state_folder is None:
-            return None
+        """The row counts chosen in earlier runs, on an accelerator or for compiled shapes."""
         settings = model.settings
+        chooses = family.device.type != "cpu" or settings.compile != "off"
+        if not chooses or self._state_folder is None:
+            return None
         key = {
             "model": model.tags[0] if model.tags else str(model.path),
             "dtype": str(family.denoiser.dtype),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from hypergen.model_store.entries import state_folder
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _ADDED = {
@@ -25,4 +28,8 @@ def engine_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     # Images of any size fragment the memory of a GPU otherwise.
     if not any(name in environment for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # torch's default is a temporary folder, so that a container would compile at each start.
+    if "TORCHINDUCTOR_CACHE_DIR" not in environment:
+        with suppress(OSError):
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(state_folder() / "torchinductor")
     return environment | {"PYTHONPATH": os.pathsep.join(python_path)} | _ADDED | dict(more or {})

@@ -11,7 +11,9 @@ import re
 import threading
 from contextvars import ContextVar
 from io import BytesIO
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageChops
 
 from hypergen.errors import InvalidRequestError
@@ -124,10 +126,11 @@ def decode(data: bytes, param: str) -> Image.Image:
     """
     image, orientation = _open(data, param)
     try:
+        _scale_transparent_value(image)
         image.load()
         raise_if_cancelled()
-        if image.mode.startswith(("I", "F")):  # 16-bit greyscale, which `convert("L")` alone would clip
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        if image.mode.startswith(("I", "F")):
+            image = _to_8_bits(image)
         mode = "RGBA" if image.has_transparency_data else "RGB"
         if image.mode != mode:
             image = image.convert(mode)
@@ -136,6 +139,30 @@ def decode(data: bytes, param: str) -> Image.Image:
         raise
     except Exception:  # Pillow raises many types for broken files
         raise _unreadable(param) from None
+
+
+def _scale_transparent_value(image: Image.Image) -> None:
+    """Scale the transparent value of a PNG like its pixels.
+
+    Pillow scales the pixels of 2, 4 and 16 bits to 8, but compares them with the value in the file.
+    """
+    value = image.info.get("transparency")
+    tiles: list[Any] = getattr(image, "tile", [])
+    raw_mode = tiles[0][3] if tiles else None
+    if isinstance(value, int) and raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = value * 255 // (3 if raw_mode == "L;2" else 15)
+    elif isinstance(value, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit greyscale as L, or as LA if one of its values is transparent; `convert("L")` would clip it."""
+    grey = image.convert("I").point(lambda value: value / 257).convert("L")
+    value = grey.info.pop("transparency", None)
+    if value is None:
+        return grey
+    alpha = Image.fromarray(np.where(np.asarray(image) == value, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
 
 
 def to_input_image(image: Image.Image, width: int, height: int) -> InputImage:

@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 LoraWeights = tuple[tuple[str, float], ...]
 # Name, size and modification time: a changed file is loaded again.
 _Version = tuple[str, int, int]
-# A compiled denoiser has no layers to hook; offloaded weights are elsewhere when a LoRA is loaded.
-_EXCLUDING = ("compile", "offload")
 
 
 def _version_of(name: str, path: Path) -> _Version:
@@ -73,9 +71,8 @@ class LoraManager:
         self._row_weights: tuple[Hashable, RowWeights] | None = None
         self._loading_threads = ThreadPoolExecutor(2, "lora")  # so that a large file does not block the next
         self._hooked: set[str] = set()  # layer names
-        self._reason = next(
-            (f"with --{name}" for name in _EXCLUDING if getattr(settings, name) != "off"), None
-        )
+        # Offloaded weights are elsewhere when a LoRA is loaded.
+        self._reason = None if settings.offload == "off" else "with --offload"
         self._possible = self._reason is None and hasattr(pipeline, "lora_state_dict")
         self.registry = self._open_registry()
         if self.registry.default is not None:

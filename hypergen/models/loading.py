@@ -18,6 +18,7 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.model_families import FAMILIES, PIPELINES, FamilySetting, FamilySpec, servable
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
+from hypergen.models import attention
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
 from hypergen.models.memory import apply_memory_settings
@@ -26,7 +27,7 @@ from hypergen.models.single_file_loading import load_checkpoint
 logger = logging.getLogger(__name__)
 
 # Settings that only apply to models with step-level batching.
-_STEP_LEVEL = ("compile", "channels_last", "attention")
+_STEP_LEVEL = ("compile",)
 _FAMILY_SETTINGS: tuple[FamilySetting, ...] = ("refiner", "controlnet", "prompt_weighting", "lora")
 
 
@@ -61,16 +62,16 @@ def load_any(
     name = spec.name if spec else pipeline_class.__name__
     _check_family_settings(settings, spec, name)
     for setting in _ignored_settings(settings, spec):
-        message = f"{_flag(setting)} is not supported for {name}."
-        if alone:
-            raise ModelError(message)
-        logger.warning("%s: %s", path.name, message)
+        _refuse(f"{_flag(setting)} is not supported for {name}.", alone)
     model_card = _read_model_card(path)
     model_card["defaults"] = {**model_card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
+    check_device_settings(settings, device)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
     pipeline = apply_memory_settings(load_pipeline(pipeline_class, path, dtype), settings, device)
+    if settings.attention is not None:
+        _set_attention_backend(pipeline, settings.attention, name, alone)
     if family is None:
         return DiffusersPipeline(pipeline, model_card)
     model = family(pipeline, model_card, settings)
@@ -79,6 +80,25 @@ def load_any(
     if settings.controlnet:
         model.controlnets = controlnet.load(settings.controlnet, pipeline.unet, dtype)
     return model
+
+
+def _refuse(message: str, alone: bool) -> None:
+    """Refuse a setting, unless it may be for another of several served models."""
+    if alone:
+        raise ModelError(message)
+    logger.warning("%s", message)
+
+
+def _set_attention_backend(pipeline: Any, backend: str, name: str, alone: bool) -> None:
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if denoiser is not None and attention.supports_attention_backends(denoiser):
+        attention.set_attention_backend(denoiser, backend)
+        return
+    _refuse(
+        f"--attention is not supported for {name}, whose attention is always torch's; it is for FLUX and "
+        "other transformers with diffusers' attention backends.",
+        alone,
+    )
 
 
 def _check_family_settings(settings: EngineSettings, spec: FamilySpec | None, name: str) -> None:
@@ -199,17 +219,38 @@ def _device(name: str) -> torch.device:
     return torch.device(name) if name == "cpu" else torch.device(name, 0)
 
 
+def check_device_settings(settings: EngineSettings, device: torch.device) -> None:
+    """Refuse settings that a device does not support.
+
+    Raises:
+        ModelError: names the setting.
+    """
+    if settings.offload != "off" and device.type != "cuda":
+        raise ModelError(
+            f"--offload needs a CUDA device, whose memory is its own; this model runs on {device.type}."
+        )
+    if device.type != "mps":
+        return
+    if settings.compile != "off":
+        raise ModelError("--compile needs a CUDA device or a CPU; this model runs on mps.")
+    if settings.quantization == "fp8":
+        raise ModelError("--quantization fp8 needs a CUDA device or a CPU: mps has no float8; use int8.")
+
+
 def choose_dtype(
     settings: EngineSettings, device: torch.device, model_card: dict[str, Any], half_dtype: torch.dtype
 ) -> torch.dtype:
     """The dtype of the settings, else of the model card, else the fastest one of the device.
 
     Args:
-        half_dtype: the family's 16-bit dtype for accelerators.
+        half_dtype: the family's 16-bit dtype for accelerators; float16 replaces bfloat16 where a GPU only
+            emulates it.
     """
     name = settings.dtype or model_card.get("dtype")
     if name is not None:
         return getattr(torch, name)
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
     if device.type != "cpu":
         return half_dtype
     # Without these instructions bfloat16 is emulated, and slower than float32.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypergen.engine.optimizations import compile_network
+from hypergen.engine.compiled_forward import compile_network
 from scripts.bench.clock import Clock
 from scripts.bench.figures import Run
 from scripts.bench.gates import Gate
@@ -21,15 +21,10 @@ from scripts.bench.work import GUIDANCE_SCALE, Work
 DEFAULT = "as by default"
 OURS = "HyperGen, "  # and a variant
 STOCK, STOCK_COMPILED = "stock, eager", "stock, compiled"
-# Each setting alone, then combinations for GPUs.
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
-    "channels_last": {"channels_last": True},
-    "attention=flash": {"attention": "flash"},
-    "attention=cudnn": {"attention": "cudnn"},
     "compile": {"compile": "on"},
     "cuda_graphs off": {"cuda_graphs": False},
-    "all of it": {"compile": "on", "channels_last": True},
 }
 _SINGLE_IMAGES = 4  # the first one is a warm-up
 
@@ -58,7 +53,7 @@ class Speed:
     """The speed of stock diffusers or of a variant of the engine, with guidance.
 
     Attributes:
-        way: for example "stock, compiled" or "HyperGen, channels_last".
+        way: for example "stock, compiled" or "HyperGen, compile".
         alone_s: seconds of a single image.
         batch_images_per_s: images per second with `Plan.batch_size` images at once.
         batch_rows: mean rows of their forward passes.

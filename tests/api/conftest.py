@@ -15,12 +15,15 @@ from tests.support.health_latency import HealthLatency
 from tests.support.http_client import GENERATIONS, QUICK, client_of
 from tests.support.live_server import LiveServer, start_server
 
+CORS_ORIGIN = "https://app.example"
 TIGHT = {
     "HYPERGEN_MAX_QUEUE_SIZE": "1",
     "HYPERGEN_QUEUE_TIMEOUT": "0",
     "HYPERGEN_REQUEST_TIMEOUT": "2",
     "HYPERGEN_MAX_BODY_MB": "0.1",
     "HYPERGEN_MAX_JOBS": "3",
+    "HYPERGEN_KEEP_ALIVE": "3",
+    "HYPERGEN_CORS_ORIGIN": f"http://localhost:3000,{CORS_ORIGIN}",
     "HYPERGEN_MAX_INPUT_IMAGE_MB": "0.01",
     "HYPERGEN_PRICE_RATE": "0.01",
     "HYPERGEN_IMAGE_METADATA": "false",

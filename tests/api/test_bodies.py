@@ -16,7 +16,9 @@ from starlette.types import Message, Receive, Scope, Send
 from hypergen.api import request_body
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.config import Settings
+from hypergen.errors import InvalidRequestError
 from tests.api.conftest import TightServer
+from tests.api.test_json_bounds import read
 from tests.support.http_client import GENERATIONS, JSON, QUICK, assert_error
 
 GOOD = json.dumps(QUICK).encode()
@@ -33,7 +35,7 @@ INVALID_BODIES = {
     "single quotes": b"{'prompt': 'a'}",
     "comment": b'{"prompt": "a" /* a */}',
     "trailing comma": b'{"prompt": "a",}',
-    "BOM": b"\xef\xbb\xbf" + GOOD,
+    "two BOMs": b"\xef\xbb\xbf" * 2 + GOOD,
     "UTF-16": GOOD.decode().encode("utf-16"),
     "UTF-16 without a BOM": GOOD.decode().encode("utf-16-le"),
     "UTF-32": GOOD.decode().encode("utf-32"),
@@ -57,6 +59,44 @@ INVALID_BODIES = {
 @pytest.mark.parametrize("body", INVALID_BODIES.values(), ids=INVALID_BODIES)
 def test_anything_but_one_json_object_is_rejected(client: httpx.Client, body: bytes) -> None:
     assert_error(client.post(GENERATIONS, content=body, headers=JSON), 400, param=None, code="invalid_json")
+
+
+def test_a_byte_order_mark_is_ignored(client: httpx.Client) -> None:
+    """RFC 8259, section 8.1, allows it."""
+    body = b"\xef\xbb\xbf" + GOOD
+    assert client.post(GENERATIONS, content=body, headers=JSON).status_code == 200
+    items = b"\xef\xbb\xbf" + json.dumps({"items": [QUICK]}).encode()
+    response = client.post("/generate", content=items, headers=JSON)
+    assert (response.status_code, response.json()[0]["status"]) == (200, 200)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared", "named"),
+    [
+        ("iso-8859-1", "; charset=iso-8859-1", "iso-8859-1"),
+        ("iso-8859-1", '; charset="ISO-8859-1"', "ISO-8859-1"),
+        ("utf-16", "; charset=utf-16", "utf-16"),
+        ("utf-16", "", "utf-16"),
+        ("utf-32-le", "", "utf-32-le"),
+        ("utf-16", "; charset=utf-8", "utf-16"),
+    ],
+)
+def test_the_error_names_the_charset_of_a_body_that_is_not_in_utf_8(
+    encoding: str, declared: str, named: str
+) -> None:
+    body = json.dumps({"prompt": "Fuchs im Fluß"}, ensure_ascii=False).encode(encoding)
+    content_type = "application/json" + declared
+    with pytest.raises(InvalidRequestError) as raised:
+        read(body, content_type=content_type)
+    expected = f"The body is not valid JSON: it is in {named}, and JSON must be in UTF-8."
+    assert raised.value.message == expected
+
+
+def test_a_body_in_utf_8_is_accepted_whatever_charset_it_declares() -> None:
+    """RFC 8259, section 11, defines no charset parameter."""
+    body = {"prompt": "Fuchs im Fluß"}
+    data = json.dumps(body, ensure_ascii=False).encode()
+    assert read(data, content_type="application/json; charset=ISO-8859-1") == body
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.client
 import json
 import socket
+import time
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -20,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hypergen.api.http_protocol import GuardedProtocol
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.config import Settings
+from tests.api.conftest import TightServer
 from tests.support.live_server import LiveServer
 
 HALF_HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -101,6 +104,48 @@ async def test_a_connection_with_an_incomplete_second_head_is_closed() -> None:
         writer.write(HALF_HEAD)
         await _until_closed(reader)
         writer.close()
+
+
+async def test_a_connection_stays_open_between_requests_for_its_keep_alive_time() -> None:
+    """Which may be longer than the timeout of a head."""
+
+    class LongKeepAlive(ShortTimeouts):
+        keep_alive_s = 1.5
+
+    request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with _server(LongKeepAlive) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(request)
+            assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(2 * LongKeepAlive.head_timeout_s)
+        answered = asyncio.get_running_loop().time() - 2 * LongKeepAlive.head_timeout_s
+        assert await _until_closed(reader) == b""
+        assert 1.4 < asyncio.get_running_loop().time() - answered < 5
+        writer.close()
+
+
+def _open_after(server: LiveServer, idle_s: float) -> bool:
+    """Whether the server still answers on a connection that was idle for so long after a response."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    connection.request("GET", "/livez")
+    connection.getresponse().read()
+    connection.auto_open = 0
+    time.sleep(idle_s)
+    try:
+        connection.request("GET", "/livez")
+        return connection.getresponse().status == 200
+    except ConnectionError:
+        return False
+    finally:
+        connection.close()
+
+
+def test_the_setting_is_the_keep_alive_time_of_the_server(server: LiveServer, tight: TightServer) -> None:
+    """By default longer than uvicorn's 5 s."""
+    assert _open_after(server, 6)
+    assert _open_after(tight.server, 1)
+    assert not _open_after(tight.server, 4)
 
 
 async def test_a_client_that_does_not_read_its_response_is_disconnected() -> None:

@@ -24,6 +24,7 @@ EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
 INPUT_IMAGE = as_file(gradient(96, 64))
 MASK = as_file(Image.new("RGBA", (96, 64), (0, 0, 0, 0)))
+OTHER_MASK = as_file(Image.new("RGBA", (96, 64), (0, 0, 0, 255)))
 
 
 def in_json(data: bytes) -> dict[str, str]:
@@ -102,6 +103,41 @@ def test_only_the_first_input_image_is_used() -> None:
     assert rejection(images=[in_json(INPUT_IMAGE), in_json(b"x")]).param == "images"
 
 
+@pytest.mark.parametrize(
+    "image",
+    [
+        as_data_url(INPUT_IMAGE),
+        {"image_url": {"url": as_data_url(INPUT_IMAGE)}},
+        {"image_url": {"url": as_data_url(INPUT_IMAGE), "detail": "high"}, "type": "image_url"},
+        {"image_url": as_data_url(INPUT_IMAGE), "type": "input_image", "file_id": None},
+        {"url": as_data_url(INPUT_IMAGE), "type": "image_url"},
+        {"b64_json": as_base64(INPUT_IMAGE)},
+    ],
+)
+def test_an_image_in_json_may_have_any_of_the_usual_forms(image: Any) -> None:
+    assert edit(images=[image], seed=1) == edit(images=image, seed=1) == edit(seed=1)
+    mask = {"b64_json": as_base64(MASK)}
+    assert edit(images=[image], mask=mask, seed=1) == edit(mask=in_json(MASK), seed=1)
+
+
+@pytest.mark.parametrize(
+    "names", [["mask[]"], ["mask[0]"], ["mask", "mask"], ["mask", "mask[]"], ["mask[]", "mask[]"]]
+)
+def test_a_mask_may_be_sent_as_a_list_or_twice(names: list[str]) -> None:
+    parts = [("image", ("a", INPUT_IMAGE)), *((name, ("m", MASK)) for name in names)]
+    body = form_of(parts, {"prompt": "a", "seed": "1"})
+    expected = edit(mask=in_json(MASK), seed=1)
+    assert openai_edits.to_edit(body, FULL_MODEL_INFO, SETTINGS, "id").generation == expected
+    assert edit(mask=[in_json(MASK)] * len(names), seed=1) == expected
+
+
+def test_of_one_mask_per_image_the_first_is_used() -> None:
+    images = [in_json(INPUT_IMAGE), in_json(INPUT_IMAGE)]
+    masks = [in_json(MASK), in_json(OTHER_MASK)]
+    assert edit(images=images, mask=masks, seed=1) == edit(mask=in_json(MASK), seed=1)
+    assert rejection(images=images, mask=[in_json(MASK), in_json(b"x")]).param == "mask"
+
+
 @pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
 def test_an_unreadable_image_is_rejected(data: bytes) -> None:
     assert rejection(images=[in_json(data)]).param == "images"
@@ -120,6 +156,12 @@ REJECTED: dict[str, list[Any]] = {
         [None],
         [{"image_url": 1}],
         [{"image_url": {"url": "data:"}}],
+        [{"image_url": {"url": "https://x/"}}],
+        [{"image_url": {"url": {"url": as_data_url(INPUT_IMAGE)}}}],
+        [{"url": "https://x/"}],
+        [{"type": "image_url"}],
+        [{"b64_json": "?"}],
+        [{"b64_json": as_base64(INPUT_IMAGE), **in_json(INPUT_IMAGE)}],
         [{"image_url": "http://127.0.0.1:1/x.png"}],
         [{"image_url": "https://[::1]/x.png"}],
         [{"image_url": "file:///etc/passwd"}],
@@ -127,7 +169,15 @@ REJECTED: dict[str, list[Any]] = {
         [{"file_id": "file-1", **in_json(INPUT_IMAGE)}],
         [in_json(INPUT_IMAGE)] * 17,
     ],
-    "mask": ["x", 1, {}, [in_json(MASK)], in_json(as_file(gradient(64, 64))), {"image_url": "https://x/"}],
+    "mask": [
+        "x",
+        1,
+        {},
+        [[in_json(MASK)]],
+        [in_json(MASK), in_json(OTHER_MASK)],
+        in_json(as_file(gradient(64, 64))),
+        {"image_url": "https://x/"},
+    ],
     "strength": [-0.1, 1.1, "1", True],
     "input_fidelity": ["", "medium", 1],
     "markup": ["<x/>"],

@@ -35,7 +35,7 @@ REJECTED: dict[str, list[Any]] = {
     "guidance_scale": [*NOT_A_NUMBER, 0, 0.99, -1, 20.01, 21, 10**400],
     # Unsupported by Stable Diffusion, for any value.
     "true_cfg_scale": [*NOT_A_NUMBER, 0.99, 20.01, 1, 4.0, 20],
-    "seed": [*NOT_AN_INTEGER, -1, 2**63, 2**64, 2**70, 1e300, 10**4000],
+    "seed": [*NOT_AN_INTEGER, -2, 2**63, 2**64, 2**70, 1e300, 10**4000],
     "sampler": [*NOT_A_STRING, "", "eular", "Euler 2", "__class__"],
     "lora_path": [*NOT_A_STRING, "", "no-style", "/etc/passwd", "../x.safetensors", "a\0b", "http://x/y"],
     "lora_scale": [*NOT_A_NUMBER, -0.1, 2.1, 10**400],
@@ -60,7 +60,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "negative_prompt": ["", "text", "a" * 32000],
     "num_inference_steps": [1, 150],
     "guidance_scale": [1, 1.0, 20, 20.0, 7.25],
-    "seed": [0, 1, 7.0, 2**63 - 1],
+    "seed": [-1, 0, 1, 7.0, 2**63 - 1],
     "sampler": ["ddim", "euler"],
     "lora_scale": [0, 0.0, 1, 2, 2.0],
     "lora_path": ["style", "style.safetensors"],
@@ -158,6 +158,12 @@ def test_query_parameters_and_unknown_headers_are_ignored(client: httpx.Client) 
     response = client.post(GENERATIONS, json=QUICK, params=query, headers=headers)
     assert response.status_code == 200
     assert len(response.json()["data"]) == 1
+
+
+def test_a_seed_of_minus_one_is_random(client: httpx.Client) -> None:
+    seeds = {generate(client, seed=-1)["data"][0]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+    assert min(seeds) >= 0
 
 
 def test_png_supports_no_output_compression(client: httpx.Client) -> None:

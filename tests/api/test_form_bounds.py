@@ -88,7 +88,7 @@ def test_the_text_of_a_form_may_have_1_000_000_bytes() -> None:
         read_parts(parts + part("n", b"1") + END)
 
 
-@pytest.mark.parametrize("name", ["image", "image[]", "image[2]", "mask", "control_image"])
+@pytest.mark.parametrize("name", ["image", "image[]", "image[2]", "mask", "mask[]", "control_image"])
 def test_an_input_image_may_be_larger_text(name: str) -> None:
     assert read_parts(part(name, b"a" * 2_000_000) + END)
 
@@ -118,7 +118,7 @@ def test_an_object_in_a_form_may_have_64_entries(in_json: bool) -> None:
 
 
 names = st.sampled_from(
-    ["image", "image[]", "image[1]", "mask", "n", "loras", "loras[a]", "n[b]", "x", "x[y]"]
+    ["image", "image[]", "image[1]", "mask", "mask[]", "n", "loras", "loras[a]", "n[b]", "x", "x[y]"]
 )
 texts = st.text() | st.text(string.digits + '-.eE{}:,"tru') | st.sampled_from(["", "null", "true"])
 

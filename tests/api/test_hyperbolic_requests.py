@@ -34,6 +34,7 @@ def test_defaults_are_those_of_the_documents_or_of_the_model() -> None:
     usual = hyperbolic.to_request(bare, FULL_MODEL_INFO, SETTINGS, "id").generation
     assert (usual.num_inference_steps, usual.guidance_scale) == (30, 7.5)
     assert (usual.width, usual.height, usual.n, usual.seed_given) == (1024, 1024, 1, False)
+    assert not request_of(seed=-1).seed_given
     turbo = ModelDefaults(num_inference_steps=4, guidance_scale=1.0, width=512, height=512)
     fields = {name: getattr(FULL_MODEL_INFO, name) for name in FULL_MODEL_INFO.__slots__}
     quick = hyperbolic.to_request(bare, ModelInfo(**{**fields, "defaults": turbo}), SETTINGS, "id").generation

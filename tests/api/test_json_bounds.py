@@ -24,7 +24,7 @@ MAX_TEXT_BYTES = 1_000_000
 IMAGE = b'{"image":"'
 
 
-def read(data: bytes, chunk: int = 65_536) -> dict[str, Any]:
+def read(data: bytes, chunk: int = 65_536, content_type: str = "application/json") -> dict[str, Any]:
     """Parse a body that arrives in chunks."""
     starts = iter(range(0, len(data) or 1, chunk))
 
@@ -36,7 +36,7 @@ def read(data: bytes, chunk: int = 65_536) -> dict[str, Any]:
             "more_body": start + chunk < len(data),
         }
 
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"content-type", content_type.encode())]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
     return asyncio.run(read_json_object(Request(scope, receive), False, MAX_TEXT_BYTES, IMAGE_FIELDS))
 

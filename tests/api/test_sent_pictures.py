@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -12,7 +14,16 @@ from PIL import Image
 from hypergen.errors import InvalidRequestError
 from hypergen.images.decoding import decode, from_base64, to_input_image, to_mask
 from hypergen.request import InputImage
-from tests.support.image_files import BROKEN, as_base64, as_data_url, as_file, gradient, png_header
+from tests.support.image_files import (
+    BROKEN,
+    as_base64,
+    as_data_url,
+    as_file,
+    gradient,
+    png_header,
+    png_of,
+    with_png_chunk,
+)
 
 ORIENTATION = 0x0112
 
@@ -58,6 +69,43 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 96 * 64).reshape(64, 96).astype(np.uint16)
     input_image = to_input_image(decode(as_file(Image.fromarray(ramp)), "image"), 96, 64)
     assert np.abs(pixels(input_image)[:, :, 0] - ramp / 257).max() <= 1
+
+
+def _words(*values: int) -> bytes:
+    return b"".join(value.to_bytes(2) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("png", "transparent_value", "expected"),
+    [
+        # The low byte of the value is 48, which once made the second pixel white.
+        (png_of(3, 1, 16, 0, [_words(30000, 48 * 257, 30001)]), _words(30000), [255, 48, 116]),
+        (png_of(2, 1, 16, 0, [_words(30000, 48 * 257)]), _words(31000), [116, 48]),
+        (png_of(4, 1, 4, 0, [bytes([0x01, 0x2F])]), _words(2), [0, 17, 255, 255]),
+        (png_of(4, 1, 2, 0, [bytes([0b00_01_10_11])]), _words(1), [0, 255, 170, 255]),
+        (png_of(3, 1, 8, 0, [bytes([0, 1, 2])]), _words(1), [0, 255, 2]),
+        (png_of(2, 1, 16, 2, [_words(30000, 0, 9, 0x3000, 7, 7)]), _words(30000, 0, 9), [255, 48]),
+    ],
+    ids=["16 bits", "16 bits, not in the image", "4 bits", "2 bits", "8 bits", "16 bits, RGB"],
+)
+def test_the_transparent_value_of_a_png_has_the_bit_depth_of_the_file(
+    png: bytes, transparent_value: bytes, expected: list[int]
+) -> None:
+    image = decode(with_png_chunk(png, b"tRNS", transparent_value), "image")
+    opaque = Image.new("RGBA", image.size, "white")
+    opaque.alpha_composite(image)
+    assert np.asarray(opaque)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("chunk_type", "start"), [(b"iCCP", b"x\0\0"), (b"zTXt", b"workflow\0\0"), (b"iTXt", b"x\0\1\0\0\0")]
+)
+def test_large_compressed_metadata_of_a_png_is_skipped(chunk_type: bytes, start: bytes) -> None:
+    """Pillow refuses more than 1 MiB of it."""
+    png = with_png_chunk(as_file(gradient()), chunk_type, start + zlib.compress(bytes(2_000_000)))
+    with pytest.raises(ValueError, match="Decompressed data too large"):
+        Image.open(BytesIO(png)).load()
+    assert difference(to_input_image(decode(png, "image"), 96, 64), gradient()) == 0
 
 
 def test_transparent_pixels_become_white() -> None:

@@ -18,7 +18,6 @@ from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.model_loader import Loader
-from hypergen.engine.optimizations import apply_optimizations
 from hypergen.events import Preview, Progress
 from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest, InputImage

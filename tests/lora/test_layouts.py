@@ -186,10 +186,10 @@ def test_a_lora_changes_each_network_as_in_diffusers(make: Any, run: Any, state:
 
 def test_unsupported_combinations_with_loras_are_an_error(tmp_path: Path) -> None:
     pipeline = _sdxl()
-    folder = make_settings(lora_dir=[str(tmp_path)], compile="on")
-    with pytest.raises(ConfigurationError, match="with --compile"):
+    folder = make_settings(lora_dir=[str(tmp_path)], offload="model")
+    with pytest.raises(ConfigurationError, match="with --offload"):
         LoraManager(pipeline, folder)
-    assert LoraManager(pipeline, make_settings(compile="on")).info_fields()["max_loras"] == 0
+    assert LoraManager(pipeline, make_settings(offload="model")).info_fields()["max_loras"] == 0
     with pytest.raises(ConfigurationError, match="by object"):
         LoraManager(object(), make_settings(lora_dir=[str(tmp_path)]))
 

@@ -177,8 +177,6 @@ def test_the_minimum_steps_of_a_pipeline_are_in_its_model_info(
     "settings",
     [
         {"compile": "on"},
-        {"channels_last": True},
-        {"attention": "math"},
         {"lora_dir": ("loras",)},
     ],
     ids=str,

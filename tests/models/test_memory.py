@@ -20,7 +20,7 @@ from hypergen.engine.postprocess import to_pixels
 from hypergen.errors import ModelError
 from hypergen.model_store.store import EMBEDDED_FOLDER
 from hypergen.models import loading
-from hypergen.models.memory import apply_memory_settings, enable_vae_tiling, max_untiled_pixels
+from hypergen.models.memory import apply_memory_settings, enable_vae_tiling
 from hypergen.models.sd import StableDiffusion
 from tests.support.compare_with_diffusers import generate_one_at_a_time
 from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings
@@ -51,28 +51,6 @@ def test_a_tiled_image_is_close_to_the_untiled_one() -> None:
     assert (tiled_latents - latents).abs().mean() < latents.std() / 5
 
 
-@torch.inference_mode()
-def test_images_that_fit_into_memory_are_not_tiled(sd_folder: Path) -> None:
-    loaded: list[Any] = [AutoencoderKL.from_pretrained(sd_folder / "vae") for _ in range(2)]
-    vae, other = loaded
-    latents = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0))
-    untiled = _decode(vae, latents)
-    each = 1e9 / max_untiled_pixels(vae, 1e9)
-    enable_vae_tiling(vae, 64, each * 128 * 96 * 1.01)
-    assert (_decode(vae, latents) == untiled).all()
-    enable_vae_tiling(other, 64, each * 128 * 96 * 0.99)
-    assert (_decode(other, latents) != untiled).any()
-
-
-def test_the_untiled_size_depends_on_memory_and_dtype(sd_folder: Path) -> None:
-    vae: Any = AutoencoderKL.from_pretrained(sd_folder / "vae")
-    assert max_untiled_pixels(vae, 2e9) == 2 * max_untiled_pixels(vae, 1e9) > 0
-    assert max_untiled_pixels(vae.to(torch.bfloat16), 1e9) == 2 * max_untiled_pixels(
-        vae.to(torch.float32), 1e9
-    )
-    assert max_untiled_pixels(vae, -1.0) == 0
-
-
 def test_tiling_applies_to_images_larger_than_a_tile(sd_folder: Path) -> None:
     plain = loading.load(sd_folder, make_settings())
     tiled = loading.load(sd_folder, make_settings(vae_tiling="on"))
@@ -84,8 +62,7 @@ def test_tiling_applies_to_images_larger_than_a_tile(sd_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vae_tiling": "auto"}, "--vae-tiling auto needs a CUDA device"),
-        ({"offload": "model"}, "--offload needs an accelerator"),
+        ({"offload": "model"}, "--offload needs a CUDA device.* runs on cpu"),
         pytest.param(
             {"quantization": "int8"},
             "--quantization int8 needs torchao",
@@ -100,6 +77,33 @@ def test_unsupported_memory_settings_are_errors_at_startup(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         loading.load(sd_folder, make_settings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"offload": "model"}, "--offload needs a CUDA device.* runs on mps"),
+        ({"compile": "on"}, "--compile needs a CUDA device or a CPU.* runs on mps"),
+        ({"quantization": "fp8"}, "--quantization fp8 needs .* mps has no float8; use int8"),
+    ],
+)
+def test_unsupported_settings_on_mps_are_errors(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        loading.check_device_settings(make_settings(**settings), torch.device("mps", 0))
+    loading.check_device_settings(make_settings(**settings), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("has_bfloat16", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_gpus_that_emulate_bfloat16_get_float16(
+    monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *, including_emulation: has_bfloat16 or including_emulation
+    )
+    device = torch.device("cuda", 0)
+    assert loading.choose_dtype(make_settings(dtype=None), device, {}, torch.bfloat16) == chosen
+    given = make_settings(dtype="bfloat16")
+    assert loading.choose_dtype(given, device, {}, torch.bfloat16) == torch.bfloat16
 
 
 def test_offload_keeps_one_network_on_the_device_and_the_bytes(sd_folder: Path) -> None:

@@ -31,20 +31,36 @@ def as_data_url(data: bytes, media_type: str = "image/png") -> str:
     return f"data:{media_type};base64,{as_base64(data)}"
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG with a header of any size but no pixels."""
+def png_chunk(chunk_type: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(chunk_type + data)
+    return len(data).to_bytes(4) + chunk_type + data + checksum.to_bytes(4)
 
-    def chunk(chunk_type: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(chunk_type + data)
-        return len(data).to_bytes(4) + chunk_type + data + checksum.to_bytes(4)
 
-    header = width.to_bytes(4) + height.to_bytes(4) + bytes((8, 2, 0, 0, 0))
+def with_png_chunk(png: bytes, chunk_type: bytes, data: bytes) -> bytes:
+    """The PNG with another chunk before its pixels."""
+    end_of_header = 33
+    return png[:end_of_header] + png_chunk(chunk_type, data) + png[end_of_header:]
+
+
+def png_of(width: int, height: int, bit_depth: int, colour_type: int, rows: list[bytes]) -> bytes:
+    """A PNG of any bit depth, of which Pillow writes only some.
+
+    Args:
+        rows: the bytes of each row; none for a file without pixels.
+    """
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes((bit_depth, colour_type, 0, 0, 0))
+    unfiltered = b"".join(b"\0" + row for row in rows)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(unfiltered))
+        + png_chunk(b"IEND", b"")
     )
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG with a header of any size but no pixels."""
+    return png_of(width, height, 8, 2, [])
 
 
 BROKEN: dict[str, bytes] = {

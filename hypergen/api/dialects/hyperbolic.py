@@ -17,11 +17,11 @@ from hypergen.api.errors import to_json
 from hypergen.api.loras import resolve_loras
 from hypergen.api.openapi import reference, request_body, responses
 from hypergen.api.validation import (
-    MAX_SEED,
     SMALLEST_SIDE,
     LoraWeight,
     ModelFields,
     Number,
+    Seed,
     ValidatedRequest,
     capability_fields,
     check_capability,
@@ -95,11 +95,9 @@ class ImageGenerationRequest(ModelFields):
     width: StrictInt | None = Field(
         None, ge=SMALLEST_SIDE, le=_LARGEST_SIDE, multiple_of=8, description="as height"
     )
-    seed: StrictInt | None = Field(
+    seed: Seed = Field(
         None,
-        ge=0,
-        le=MAX_SEED,
-        description="image i uses seed + i; the same seed gives the same image; default: random",
+        description="image i uses seed + i; the same seed gives the same image; -1 or absent: random",
     )
     n: StrictInt = Field(1, ge=1, le=4, description="number of images")
     sampler: StrictStr | None = Field(

@@ -35,6 +35,8 @@ from hypergen.model_info import ModelInfo
 # The prompt of variations.
 NEUTRAL_PROMPT = "a picture"
 _DEFAULT_STRENGTH = 0.7
+# Keys of an image's object in JSON.
+_SOURCES = ("image_url", "url", "b64_json")
 
 
 class EditBody(openai_images.ImagesBody):
@@ -63,6 +65,7 @@ def to_edit(
     check_capability("image", param, model_info)
     if "mask" in body:
         check_capability("mask", "mask", model_info)
+    masks = _input_masks(body, len(files))
     for file in files[1:]:
         check_header(file, param)
     image = decode(files[0], param)
@@ -71,7 +74,7 @@ def to_edit(
         fields, model_info, settings, request_id, image_size if fields.size in (None, "auto") else None
     )
     size = (validated.generation.width, validated.generation.height)
-    mask = _read_mask(body["mask"], image) if "mask" in body else None
+    mask = _read_mask(masks[0], image) if masks else None
     default_strength = _DEFAULT_STRENGTH if mask is None else 1.0
     generation = replace(
         validated.generation,
@@ -86,8 +89,8 @@ def to_variation(
     body: dict[str, Any], model_info: ModelInfo, settings: ServerSettings, request_id: str
 ) -> ImagesRequest:
     """Validate a variation: an edit with a neutral prompt. A mask is validated but ignored."""
-    if "mask" in body:
-        check_header(_file(body["mask"], "mask"), "mask")
+    for mask in _input_masks(body, MAX_INPUT_IMAGES):
+        check_header(mask, "mask")
     without_mask = {name: value for name, value in body.items() if name != "mask"}
     return to_edit({"prompt": NEUTRAL_PROMPT, **without_mask}, model_info, settings, request_id)
 
@@ -107,15 +110,42 @@ def _input_files(body: dict[str, Any]) -> tuple[list[bytes], str]:
     return [_file(item, param) for item in values], param
 
 
+def _input_masks(body: dict[str, Any], images: int) -> list[bytes]:
+    """The files of the masks; the first is for the first input image, and further ones are not used.
+
+    Args:
+        images: number of input images, of which each may have a mask.
+    """
+    value: object = body.get("mask", [])
+    values = cast(list[object], value) if isinstance(value, list) else [value]
+    masks = [_file(item, "mask") for item in values[: MAX_INPUT_IMAGES + 1]]
+    masks = masks[:1] if len(set(masks)) == 1 else masks
+    if len(masks) > images:
+        raise InvalidRequestError("'mask' has more masks than there are input images.", param="mask")
+    for mask in masks[1:]:
+        check_header(mask, "mask")
+    return masks
+
+
 def _file(value: object, param: str) -> bytes:
-    """The bytes of a file in a form, or of `{"image_url": "data:..."}` in JSON."""
+    """The bytes of a file in a form, or of an object with base64 or a data: URL in JSON.
+
+    Objects are `{"image_url": ...}`, as text or as `{"url": ...}`, `{"url": ...}` and `{"b64_json": ...}`.
+    """
     if isinstance(value, dict):
         keys = cast(dict[str, object], value)
-        value = keys.get("image_url")
         if keys.get("file_id") is not None:
             raise InvalidRequestError(
                 f"'{param}' must contain the image itself; 'file_id' is not supported.", param=param
             )
+        sources = [keys[name] for name in _SOURCES if keys.get(name) is not None]
+        if len(sources) > 1:
+            raise InvalidRequestError(
+                f"'{param}' must contain one of {', '.join(_SOURCES)} per image.", param=param
+            )
+        value = sources[0] if sources else None
+        if isinstance(value, dict):
+            value = cast(dict[str, object], value).get("url")
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -125,8 +155,8 @@ def _file(value: object, param: str) -> bytes:
     )
 
 
-def _read_mask(value: object, image: Image) -> Image:
-    mask = decode(_file(value, "mask"), "mask")
+def _read_mask(data: bytes, image: Image) -> Image:
+    mask = decode(data, "mask")
     if mask.size != image.size:
         sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
         raise InvalidRequestError(
@@ -151,7 +181,13 @@ def _content(required: list[str]) -> dict[str, Any]:
         "required": ["image", *required],
     }
     url = {"type": "string", "format": "data-url", "description": "data: URL with base64"}
-    image = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
+    nested = {"anyOf": [url, {"type": "object", "properties": {"url": url}, "required": ["url"]}]}
+    sources = {"image_url": nested, "url": url, "b64_json": {"type": "string", "description": "base64"}}
+    image = {
+        "type": "object",
+        "properties": sources,
+        "oneOf": [{"required": [name]} for name in sources],
+    }
     images = {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
     in_json = {
         **body,

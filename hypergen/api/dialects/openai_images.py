@@ -23,12 +23,12 @@ from hypergen.api.dialects.openai_answers import (
 from hypergen.api.loras import resolve_loras
 from hypergen.api.openapi import EXAMPLE_PROMPT, media, request_body, responses
 from hypergen.api.validation import (
-    MAX_SEED,
     SMALLEST_SIDE,
     InputFile,
     LoraWeight,
     ModelFields,
     Number,
+    Seed,
     capability_fields,
     check_prompt,
     check_steps,
@@ -95,11 +95,9 @@ class ImagesBody(ModelFields):
         le=20,
         description="guidance scale; 1 is no guidance; default: the model's",
     )
-    seed: StrictInt | None = Field(
+    seed: Seed = Field(
         None,
-        ge=0,
-        le=MAX_SEED,
-        description="image i uses seed + i; the same seed gives the same bytes; default: random",
+        description="image i uses seed + i; the same seed gives the same bytes; -1 or absent: random",
     )
     sampler: StrictStr | None = Field(
         None, description="one of the samplers in /health; default: the model's scheduler"

@@ -8,7 +8,8 @@ in batches of 1, 2, 3, 4, 6 ... rows, at every position. Row counts that are not
 
 The kernels of an accelerator change with the row count, and no layer can prevent it. There all batches of a
 shape have one row count, its bucket: the largest that costs little more than one image alone. Smaller batches
-are padded to it.
+are padded to it. Compiled shapes have a bucket on every device, because each row count takes minutes to
+compile.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.layers import make_convolutions_invariant, make_linears_invariant
+from hypergen.engine.compiled_forward import CompiledForward
 from hypergen.engine.request_errors import is_out_of_memory
 from hypergen.engine.scheduler import BatchKey, batch_key
 from hypergen.events import Verdict
@@ -67,12 +69,15 @@ class BatchInvariance:
 
     Args:
         enabled: False probes and reports, but replaces no layer (`--determinism fast`).
-        replace_layers: False replaces no layer, because a compiled denoiser would not use it.
+        compiled: the family's `forward`, if shapes are compiled.
         max_rows: rows of the largest batch.
         rows_per_image: of an image with the model's default parameters: 2 with guidance.
-        buckets: chosen earlier, on an accelerator.
+        buckets: chosen earlier.
         budget_s: a probe tries no more row counts after this many seconds, for large models on slow devices.
         clock: seconds, for the first points of the cost curve.
+
+    Attributes:
+        compiled_shapes: the shapes to compile.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class BatchInvariance:
         family: Family,
         *,
         enabled: bool,
-        replace_layers: bool = True,
+        compiled: CompiledForward | None = None,
         max_rows: int,
         rows_per_image: int = 2,
         buckets: BucketStore | None = None,
@@ -89,13 +94,15 @@ class BatchInvariance:
     ) -> None:
         self._family = family
         self._enabled = enabled
+        self._compiled = compiled
+        self.compiled_shapes: set[BatchKey] = set()
         self._max_rows = max_rows
         self._budget_s = budget_s
         self._clock = clock
         self._rows_per_image = rows_per_image
         self._buckets = buckets or BucketStore(None, {})
         self._on_cpu = family.device.type == "cpu"
-        self._replace_layers = enabled and replace_layers and self._on_cpu
+        self._replace_layers = enabled and self._on_cpu
         self._networks = nn.ModuleList([family.denoiser, *family.controlnets.values()])
         if self._replace_layers:
             make_linears_invariant(self._networks)
@@ -109,25 +116,33 @@ class BatchInvariance:
 
     def restart(self, probe: Probe, state: DenoisingState) -> None:
         """Restart a stopped probe with an image of the same shape."""
-        run = self._compare_row_counts if self._on_cpu else self._choose_bucket
+        choose_bucket = not self._on_cpu or batch_key(state).shared in self.compiled_shapes
+        run = self._choose_bucket if choose_bucket else self._compare_row_counts
         probe.forwards = run(probe, state)
 
+    def has_bucket(self, key: BatchKey) -> bool:
+        """Whether all batches of a shape have one row count."""
+        return key in self.compiled_shapes or (self._enabled and not self._on_cpu)
+
     def limit_bucket(self, key: BatchKey, max_rows: int) -> int:
-        """The bucket of a shape from now on, after the larger one was out of memory."""
+        """The bucket of a shape from now on, after the larger one was out of memory; it runs eagerly."""
+        self.compiled_shapes.discard(key)
         bucket = max((count for count in _BUCKETS if count <= max_rows), default=1)
         return self._buckets.put(str(key), bucket, replace=True)
 
     def _choose_bucket(self, probe: Probe, state: DenoisingState) -> Iterator[None]:
         """Choose the row count of all batches of a shape, or in fast mode measure the row counts.
 
-        Clocks choose once: the bucket is kept in a file.
+        Clocks choose once: the bucket is kept in a file. Forward passes are measured before the shape is
+        compiled.
         """
+        shape = batch_key(state).shared
+        has_bucket = self.has_bucket(shape)
         generator = torch.Generator("cpu").manual_seed(0)
         own = self._rows_per_image
         largest = max(own, self._max_rows)
         inputs, batch_key_extra = random_rows(state, largest, generator), state.batch_key_extra
-        key = str(batch_key(state).shared)
-        chosen = self._buckets.get(key) if self._enabled else None
+        chosen = self._buckets.get(str(shape)) if has_bucket else None
         counts = [count for count in _BUCKETS if own <= count <= (chosen or largest)]
         seconds: dict[int, float] = {}
         for count in [chosen] if chosen else counts:
@@ -142,31 +157,42 @@ class BatchInvariance:
                 if count == own or not is_out_of_memory(error):
                     raise
                 break
-            if self._enabled and not chosen and seconds[count] > _MAX_BUCKET_COST * seconds[own]:
+            if has_bucket and not chosen and seconds[count] > _MAX_BUCKET_COST * seconds[own]:
                 break
-            if not self._enabled and count > own and _MIN_SPEEDUP * seconds[count] > 2 * seconds[count // 2]:
+            if not has_bucket and count > own and _MIN_SPEEDUP * seconds[count] > 2 * seconds[count // 2]:
                 break
-        if not self._enabled:
+        if not has_bucket:
             probe.seconds = seconds
             return
-        bucket = chosen or max(
-            count for count in seconds if seconds[count] <= _MAX_BUCKET_COST * seconds[own]
+        bucket = chosen or self._buckets.put(
+            str(shape), max(count for count in seconds if seconds[count] <= _MAX_BUCKET_COST * seconds[own])
         )
-        while bucket > own and not (yield from self._is_exact(bucket, inputs, batch_key_extra)):
-            probe.differing.add(bucket)
-            bucket = counts[counts.index(bucket) - 1]
-        if own < bucket or own == 1 or (yield from self._is_exact(own, inputs, batch_key_extra)):
-            probe.verdict = "exact"
-        else:
-            probe.verdict = "close"
-        bucket = self._buckets.put(key, bucket)
-        probe.seconds = {bucket: seconds.get(bucket, 0.0)}
+        exact = False
+        while not exact:
+            batch = map_rows(inputs, itemgetter(slice(bucket)))
+            if self._compiled is not None and shape in self.compiled_shapes:
+                self._compiled.compile(batch, f"{probe.width}x{probe.height}")
+                seconds.clear()
+            if bucket not in seconds:
+                seconds[bucket] = self._timed_forward(batch, batch_key_extra)[1]
+                yield
+            exact = yield from self._is_exact(batch, batch_key_extra)
+            if bucket == own:
+                break
+            if not exact:
+                probe.differing.add(bucket)
+                bucket = self._buckets.put(
+                    str(shape), max(count for count in counts if count < bucket), replace=True
+                )
+        probe.verdict = "exact" if exact else "close"
+        probe.seconds = {bucket: seconds[bucket]}
 
     def _is_exact(
-        self, count: int, inputs: ForwardInputs, batch_key_extra: tuple[Hashable, ...]
+        self, batch: ForwardInputs, batch_key_extra: tuple[Hashable, ...]
     ) -> Generator[None, None, bool]:
         """Whether the bits of a row depend neither on its position nor on the other rows of the batch."""
-        batch = map_rows(inputs, itemgetter(slice(count)))
+        if len(batch[0]) == 1:
+            return True
         output, _ = self._timed_forward(batch, batch_key_extra)
         yield
         reversed_output, _ = self._timed_forward(map_rows(batch, lambda t: t.flip(0)), batch_key_extra)

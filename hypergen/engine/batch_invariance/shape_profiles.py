@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.probe import BatchInvariance, Probe
+from hypergen.engine.compiled_forward import CompiledForward
 from hypergen.engine.scheduler import BatchKey, CostCurve, batch_key
 from hypergen.engine.warmup import rows_per_image
 from hypergen.events import Verdict
@@ -41,15 +42,16 @@ class ShapeProfiles:
         settings: EngineSettings,
         clock: Callable[[], float] = time.monotonic,
         buckets: BucketStore | None = None,
+        compiled: CompiledForward | None = None,
     ) -> None:
         self._strict = settings.determinism == "strict"
         self._max_rows = 2 * settings.max_batch_size
-        self._compiled = settings.compile != "off"
-        self._on_cpu = family.device.type == "cpu"
+        self._compiles = compiled is not None
+        self._uncompiled_sizes: set[str] = set()  # that were logged
         self._batch_invariance = BatchInvariance(
             family,
             enabled=self._strict,
-            replace_layers=not self._compiled,
+            compiled=compiled,
             max_rows=self._max_rows,
             rows_per_image=rows_per_image(family),
             buckets=buckets,
@@ -62,6 +64,18 @@ class ShapeProfiles:
         self._paused: set[BatchKey] = set()
         self._preparing: Counter[BatchKey] = Counter()  # the keys of requests in `probe_minimum`
         self.costs: dict[BatchKey, CostCurve] = {}
+
+    def compile(self, state: DenoisingState) -> None:
+        """Compile the forward pass of an image's shape; takes minutes.
+
+        Raises:
+            ModelError: torch.compile failed.
+        """
+        self._batch_invariance.compiled_shapes.add(batch_key(state).shared)
+        deque(self.probe_minimum(state), maxlen=0)
+
+    def is_compiled(self, state: DenoisingState) -> bool:
+        return batch_key(state).shared in self._batch_invariance.compiled_shapes
 
     def probe_minimum(self, state: DenoisingState) -> Iterator[None]:
         """Run the first part of the probe for each denoiser of an image, if its shape is new.
@@ -91,6 +105,8 @@ class ShapeProfiles:
         if key in self._probes:
             return
         probe = self._batch_invariance.make_probe(state)
+        if self._compiles and not self.is_compiled(state):
+            self._log_uncompiled(f"{probe.width}x{probe.height}")
         self._probing.add(key)
         try:
             for _ in probe.forwards:
@@ -102,6 +118,14 @@ class ShapeProfiles:
         self._probes[key] = probe
         self._add_unfinished(key)
         self._update_costs(key)
+
+    def _log_uncompiled(self, size: str) -> None:
+        if size not in self._uncompiled_sizes:
+            self._uncompiled_sizes.add(size)
+            logger.info(
+                "%s runs uncompiled: not in --compile-sizes, or with a long prompt, a LoRA or a ControlNet.",
+                size,
+            )
 
     def _add_unfinished(self, key: BatchKey) -> None:
         """Let a probe try larger batches later. The oldest of too many pauses until a request needs it."""
@@ -135,8 +159,6 @@ class ShapeProfiles:
         return next(pending, None)
 
     def _fits_idle_time(self, key: BatchKey) -> bool:
-        if self._compiled:  # compilation takes minutes and should be done before a request needs it
-            return True
         seconds = self._probes[key].seconds
         return 2 * seconds[max(seconds)] <= self._MAX_IDLE_FORWARD_S  # at most twice the rows
 
@@ -160,7 +182,7 @@ class ShapeProfiles:
         """Use smaller batches for a shape and stop its probe, because this many rows do not fit in memory."""
         self._stop(key)
         curve = self.costs[key]
-        if self._strict and not self._on_cpu:
+        if self._batch_invariance.has_bucket(key):
             bucket = self._batch_invariance.limit_bucket(key, rows // 2)
             logger.warning(
                 "Out of memory with %d rows: this size now uses %d, with other last bits.", rows, bucket
@@ -174,8 +196,9 @@ class ShapeProfiles:
     def _update_costs(self, key: BatchKey) -> None:
         """Update the cost curve of a shape from its probe."""
         probe = self._probes[key]
-        # Other row counts would have to be compiled first, or are not known to be bit-exact.
-        probed_only = self._compiled or (self._strict and probe.verdict == "exact")
+        # Other row counts are not compiled, or not known to be bit-exact.
+        compiled = key in self._batch_invariance.compiled_shapes
+        probed_only = compiled or (self._strict and probe.verdict == "exact")
         if key not in self.costs:
             self.costs[key] = CostCurve(self._max_rows)
         curve = self.costs[key]

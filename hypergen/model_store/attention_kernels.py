@@ -1,0 +1,41 @@
+"""Kernels for attention backends of diffusers: fetched from the hub here, because engines use no network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from hypergen.errors import ModelError
+
+# Of the package `kernels`: the folders of kernels on this machine.
+_VARIABLE = "LOCAL_KERNELS"
+
+
+def provide_attention_kernel(
+    backend: str | None, report_progress: Callable[[str], None] | None = None
+) -> None:
+    """Fetch the kernel of a backend whose name ends in `_hub`, for the child processes of this one.
+
+    Does nothing where LOCAL_KERNELS is set, by the user or by a parent process.
+
+    Raises:
+        ModelError: the package `kernels` is missing, or the kernel cannot be fetched.
+    """
+    if backend is None or not backend.endswith("_hub") or os.environ.get(_VARIABLE):
+        return
+    if find_spec("kernels") is None:
+        raise ModelError(f"--attention {backend} needs the package kernels: pip install kernels.")
+    if report_progress is not None:
+        report_progress(f"Fetching the kernel of --attention {backend}")
+    # In a process of its own: it imports torch.
+    command = [sys.executable, "-P", "-m", "hypergen.models.attention", backend]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    if done.returncode or not lines:
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise ModelError(f"The kernel of --attention {backend} cannot be fetched: {reason}")
+    os.environ[_VARIABLE] = lines[-1]
