@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,6 +135,22 @@ def test_nothing_waits_while_a_graph_is_captured(device: FakeCuda) -> None:
         x.sum().item()
     with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="capturing"):
         x.add_(torch.ones(2, 4).to(CUDA))
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+def test_another_thread_may_work_while_a_graph_is_captured_in_thread_local_mode(
+    device: FakeCuda, mode: str
+) -> None:
+    x, y = torch.ones(2, device=CUDA), torch.ones(2, device=CUDA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode), ThreadPoolExecutor(1) as thread:
+        x.add_(1)
+        other = thread.submit(lambda: y.add_(1).sum().item())
+        error = other.exception()
+    assert (error is None) == (mode == "thread_local")
+    before = float(y.sum())
+    graph.replay()
+    assert y.sum() == before  # not captured
 
 
 @pytest.mark.parametrize("shared", ["pool", "stream", "nothing"])

@@ -7,7 +7,8 @@ GPU forgives at times and punishes at others:
 - an asynchronous copy to the host holds garbage until its event or stream is waited for;
 - an operation on another stream than the one that wrote its input raises, unless it waited for that stream;
 - pinned memory that is changed before its copy to the device is done raises at the next wait;
-- while a graph is captured nothing may wait, and what was captured holds garbage until the first replay;
+- while a graph is captured nothing may wait, but other threads if the capture is "thread_local", and what was
+  captured holds garbage until the first replay;
 - graphs of one memory pool, or captured on one stream, that may run at the same time raise.
 
 Launches, copies and waits of the host are counted, with the line of code that caused each.
@@ -62,7 +63,7 @@ def _graph_context(
 ) -> Iterator[None]:
     current().synchronize()
     with stream or FakeStream():
-        graph.capture_begin(pool)
+        graph.capture_begin(pool, capture_error_mode)
         try:
             yield
         finally:
@@ -101,8 +102,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     data = run(*unwrap(arguments), **unwrap(kwargs))
     made = FakeTensor(data)
     device.written(made.memory, stream)
-    if device.capturing is not None:
-        device.capturing.calls.append((run, arguments, kwargs, made))
+    device.record(run, arguments, kwargs, made)
     return made
 
 

@@ -104,7 +104,7 @@ class FakeCuda:
     def wait(self, kind: str, until: dict[FakeStream, int] | Counter[FakeStream]) -> None:
         """Let the host wait until these streams have come so far."""
         with self._lock:
-            if self.capturing is not None:
+            if self.capturing is not None and self.capturing.forbids_waits():
                 raise RuntimeError(f"operation not permitted when stream is capturing: wait for {kind}")
             waited = any(self.known[stream] < at for stream, at in until.items())
             self.known |= Counter(until)
@@ -137,6 +137,11 @@ class FakeCuda:
         stream.count += 1
         self.streams.add(stream)
         memory.stream, memory.at = stream, stream.count
+
+    def record(self, function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Let a graph that is captured on the current stream have this operation."""
+        if self.capturing is not None and self.capturing.stream is current_stream():
+            self.capturing.calls.append((function, args, kwargs, output))
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -186,8 +191,7 @@ class FakeCuda:
         if not (func.is_view or name in _NO_LAUNCH):
             self.count("launches", name)
         wrapped = change_tensors(lambda value: self._wrap(value, ours, stream, func), output)
-        if self.capturing is not None:
-            self.capturing.calls.append((func, args, plain, wrapped))
+        self.record(func, args, plain, wrapped)
         return wrapped
 
     def _wrap(self, value: Any, inputs: Sequence[FakeTensor], stream: FakeStream, func: Any) -> Any:
@@ -234,8 +238,7 @@ class FakeCuda:
             self.count("launches", "copy")
             made = FakeTensor(data)
             self.written(made.memory, stream)
-            if self.capturing is not None:
-                self.capturing.calls.append((aten._to_copy.default, (source,), kwargs, made))
+            self.record(aten._to_copy.default, (source,), kwargs, made)
             return made
         data = aten._to_copy.default(source.data_on_cpu, **kwargs)
         return self._device_to_host(source, data, torch.empty_like(data), non_blocking)
@@ -262,8 +265,7 @@ class FakeCuda:
                     raise RuntimeError("Pinned memory was changed before its copy to the device was done.")
 
             self._copies.append(_Copy(stream, stream.count, unchanged))
-            if self.capturing is not None:
-                self.capturing.calls.append((_upload, (made, source), {}, made))
+            self.record(_upload, (made, source), {}, made)
             return
         # From pageable memory the stream is waited for, whatever `non_blocking` says.
         self.wait("copy to the device", Counter({**stream.seen, stream: stream.count}))

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.support.fake_cuda.active import current
-from tests.support.fake_cuda.streams import current_stream
+from tests.support.fake_cuda.streams import FakeStream, current_stream
 from tests.support.fake_cuda.tensors import FakeTensor, Memory, fill_with_garbage, tensors_in, unwrap
 
 
@@ -25,15 +25,22 @@ class FakeGraph:
     calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list[tuple[Any, Any, Any, Any]])
     replays: int = 0
     shared: tuple[Memory, ...] = ()
+    stream: FakeStream | None = None  # of the capture
+    capture_error_mode: str = "global"
 
-    def capture_begin(self, pool: object = None, **_: object) -> None:
+    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
         device = current()
         if device.capturing is not None:
             raise RuntimeError("A graph is captured already.")
         device.capturing = self
         device.graphs.add(self)
+        self.stream, self.capture_error_mode = current_stream(), capture_error_mode
         owners = (self if pool is None else pool, current_stream())
         self.shared = tuple(device.graph_memory.setdefault(owner, Memory()) for owner in owners)
+
+    def forbids_waits(self) -> bool:
+        """Whether the calling thread may not wait during the capture."""
+        return self.capture_error_mode == "global" or self.stream is current_stream()
 
     def capture_end(self) -> None:
         device = current()
