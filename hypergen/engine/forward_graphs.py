@@ -15,6 +15,9 @@ from hypergen.lora.batched_lora import Loras
 from hypergen.lora.weights import Lora
 from hypergen.models.family import Family
 
+# Before the names of a batch's `RowWeights` among the inputs of its graph.
+_LORA = "lora_"
+
 
 class ForwardGraphs:
     """Runs forward passes as CUDA graphs, one for each shape, row count, ControlNet and layout of LoRAs.
@@ -41,23 +44,26 @@ class ForwardGraphs:
         """See `Family.forward`.
 
         Args:
-            loras: of each row. A batch with DoRA, or more LoRAs than the slots have room for, runs eagerly.
+            loras: of each row. A batch runs eagerly if a LoRA is not plain, or if not all fit into slots.
         """
         manager = self._family.lora_manager
+        batch = None if manager is None else manager.make_batch(loras)
+        slots: list[Lora] | None = []
         tensors: dict[str, Tensor | None] = {"latents": latents, "timesteps": timesteps, **vars(inputs)}
-        slots: list[Lora] = []
-        if manager is not None and isinstance(batch := manager.make_batch(loras), AcceleratorLoraBatch):
-            filled = manager.slots.fill(batch.loras)
-            if filled is None:
+        key = type(inputs), batch_key_extra
+        if manager is not None and isinstance(batch, AcceleratorLoraBatch):
+            slots = manager.slots.fill(batch.loras)
+            if slots is None:
                 with manager.applied(batch):
                     return self._family.forward(latents, timesteps, inputs, batch_key_extra=batch_key_extra)
-            slots = filled
-            tensors |= {"lora_scales": batch.weights.scales, "rows_without": batch.weights.without}
+            tensors |= {_LORA + name: tensor for name, tensor in batch.weights._asdict().items()}
+            key = *key, batch.shared, tuple(slot.number for slot in slots)
 
         def forward(given: Inputs) -> Tensor:
             own = None
-            if slots:
-                own = AcceleratorLoraBatch(slots, RowWeights(given["lora_scales"], given.get("rows_without")))
+            if isinstance(batch, AcceleratorLoraBatch):
+                static = {name: given[_LORA + name] for name in RowWeights._fields if _LORA + name in given}
+                own = batch.with_slots(slots, RowWeights(**static))
             with nullcontext() if manager is None else manager.applied(own):
                 return self._family.forward(
                     given["latents"],
@@ -66,6 +72,5 @@ class ForwardGraphs:
                     batch_key_extra=batch_key_extra,
                 )
 
-        key = type(inputs), batch_key_extra, tuple(slot.number for slot in slots)
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return self._graphs.run(key, present, forward)

@@ -64,7 +64,7 @@ class LoraBatch:
             weights = entry.lora.layers.get(name)
             if weights is None:
                 continue
-            if weights.down.dim() > 2 or weights.magnitude is not None or _strided(layer):
+            if not weights.is_plain or has_window(layer):
                 add_row(layer, weights, entry.row, entry.weight, x, output)
             else:
                 by_rank.setdefault(weights.rank, []).append(entry)
@@ -126,9 +126,10 @@ class BatchSizeProbe:
         return not self._strict or self._probed[shape, size]
 
 
-def _strided(layer: nn.Module) -> bool:
+def has_window(layer: nn.Module) -> bool:
+    """Whether the layer is a convolution that is more than a matrix product for each pixel."""
     return isinstance(layer, nn.Conv2d) and (
-        tuple(layer.stride) != (1, 1) or layer.padding not in ((0, 0), 0, "valid")
+        layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.padding not in ((0, 0), "valid")
     )
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
-from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights, loras_of, upload_weights
+from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
 from hypergen.lora.slots import LoraSlots, pack
 from hypergen.lora.weights import IncompatibleLoraError, LayerWeights, Lora, read_weights
@@ -69,6 +69,7 @@ class LoraManager:
         self.batch: LoraBatch | AcceleratorLoraBatch | None = None
         # Of the latest batch: they change only when images join or leave.
         self._row_weights: tuple[Hashable, RowWeights] | None = None
+        self._zeros: dict[Hashable, Tensor] = {}  # factors of the rows without a LoRA, by shape and dtype
         self._loading_threads = ThreadPoolExecutor(2, "lora")  # so that a large file does not block the next
         self._hooked: set[str] = set()  # layer names
         # Offloaded weights are elsewhere when a LoRA is loaded.
@@ -150,7 +151,7 @@ class LoraManager:
     def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
         """Pad to the maximum rank with zeros: LoRAs of other ranks in the batch then change no shape."""
         missing = self._settings.max_lora_rank - weights.rank
-        if missing <= 0 or weights.down.dim() > 2 or weights.magnitude is not None:
+        if missing <= 0 or weights.down.dim() > 2 or not weights.is_plain:
             return weights
         return replace(
             weights,
@@ -183,14 +184,14 @@ class LoraManager:
         """The LoRAs of the rows of a batch; None: no row has one."""
         if not any(rows):
             return None
-        loras = loras_of(rows)
-        device = next(iter(loras[0].layers.values())).down.device
+        device: torch.device = self._pipeline.device
         if device.type == "cpu":
             return LoraBatch(rows, self._batch_sizes)
         key = tuple(loras_key(own) for own in rows)
-        if self._row_weights is None or self._row_weights[0] != key:
-            self._row_weights = key, upload_weights(loras, rows, device)
-        return AcceleratorLoraBatch(loras, self._row_weights[1], rows)
+        known = None if self._row_weights is None or self._row_weights[0] != key else self._row_weights[1]
+        batch = AcceleratorLoraBatch(rows, device, self._zeros, known)
+        self._row_weights = key, batch.weights
+        return batch
 
     @contextmanager
     def applied(self, batch: LoraBatch | AcceleratorLoraBatch | None) -> Iterator[None]:

@@ -23,9 +23,9 @@ _ALIGNMENT = 512
 
 
 def pack(layers: dict[str, LayerWeights], name: str) -> Lora:
-    """A LoRA whose factors of the denoiser lie in one block of memory, unless some are of DoRA."""
+    """A LoRA whose factors of the denoiser lie in one block of memory, if all of them are plain."""
     own = {layer: layers[layer] for layer in sorted(layers) if not layer.startswith("text_encoder")}
-    if not own or any(weights.magnitude is not None for weights in own.values()):
+    if not own or not all(weights.is_plain for weights in own.values()):
         return Lora(layers, name)
     size = sum(_padded(tensor) for weights in own.values() for tensor in (weights.down, weights.up))
     memory = torch.empty(size, dtype=torch.uint8, device=next(iter(own.values())).down.device)

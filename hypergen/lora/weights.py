@@ -61,6 +61,11 @@ class LayerWeights:
         return self.down.shape[0]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the layer changes by the product alone. Others run row by row, and not in CUDA graphs."""
+        return self.magnitude is None
+
+    @property
     def nbytes(self) -> int:
         return self.down.nbytes + self.up.nbytes
 

@@ -385,7 +385,8 @@ def lora_files(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("loras")
     save_lora(folder / "attention.safetensors", pipeline, rank=4, targets=ATTENTION, seed=1)
     save_lora(folder / "everything.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=2)
-    save_lora(folder / "another.safetensors", pipeline, rank=4, targets=EVERYTHING, seed=4)
+    save_lora(folder / "another.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=4)
+    save_lora(folder / "third.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=5)
     save_lora(folder / "dora.safetensors", pipeline, rank=8, targets=ATTENTION, seed=3, use_dora=True)
     return folder
 
@@ -418,22 +419,32 @@ def test_loras_of_other_rows_do_not_change_an_image(
         assert alone.data(request) == batched.data(request), request.loras
 
 
-@pytest.mark.parametrize("settings", [{}, {"channels_last": True}], ids=["default", "channels_last"])
+_ONE, _OTHER, _THIRD = ("everything", 0.7), ("another", -0.5), ("third", 0.2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    ("rows", "launches"),
+    ("rows", "launches", "launches_of_convolutions"),
     [
-        ([(("everything", 0.7),)] * 4, 3),
-        ([(("everything", 0.7),)] * 3 + [()], 4),
-        ([(("everything", 0.7),)] * 2 + [(("another", -0.5),)] * 2, 7),
-        ([(("everything", 0.7), ("another", 0.2))] * 4, 7),
+        ([(_ONE,)] * 4, 3, 3),
+        ([(_ONE,)] * 3 + [()], 7, 4),
+        ([(_ONE,)] * 2 + [(_OTHER,)] * 2, 7, 7),
+        ([(_ONE,), (_OTHER,), (_THIRD,), ()], 7, 10),
+        ([(_ONE, _OTHER)] * 4, 6, 6),
     ],
-    ids=["one LoRA", "a row without", "two LoRAs", "two LoRAs in each row"],
+    ids=["one LoRA", "a row without", "two LoRAs", "three LoRAs", "two LoRAs in each row"],
 )
 def test_launches_of_loras_for_each_layer(
-    sd_folder: Path, device: FakeCuda, lora_files: Path, rows: list[Any], launches: int, settings: Any
+    sd_folder: Path,
+    device: FakeCuda,
+    lora_files: Path,
+    rows: list[Any],
+    launches: int,
+    launches_of_convolutions: int,
+    memory_format: torch.memory_format,
 ) -> None:
     family = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,)))
-    apply_optimizations(family, make_settings(**settings))
+    family.denoiser.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
     step = AcceleratorStep(family, graphs=False)
 
     def count(loras: list[Any]) -> int:
@@ -448,8 +459,10 @@ def test_launches_of_loras_for_each_layer(
         added = count(rows) - count([()] * 4)
     assert family.lora_manager is not None
     ((lora, _),) = family.lora_manager.load((("everything", 1.0),))
-    layers = sum(name.startswith("unet") for name in lora.layers)
-    assert added <= launches * layers
+    layers = [weights for name, weights in lora.layers.items() if name.startswith("unet")]
+    convolutions = sum(weights.down.dim() > 2 for weights in layers)
+    assert convolutions
+    assert added == launches * (len(layers) - convolutions) + launches_of_convolutions * convolutions
     step.close()
 
 

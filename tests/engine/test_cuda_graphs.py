@@ -81,12 +81,18 @@ _CHANGES: list[list[list[tuple[str, float]]]] = [
 _MIXES: list[list[list[tuple[str, float]]]] = [
     [[("a", 1.0)], [("b", 1.0)]],
     [[("c", 0.4)], [("a", 1.0)]],
+    [[("c", -0.7)], [("b", 0.1)]],
+]
+_SEVERAL: list[list[list[tuple[str, float]]]] = [
     [[("a", 1.0), ("b", 0.5)], [("b", 0.2)]],
-    [[("b", 0.2)], [("b", 1.0), ("c", 0.5)]],
+    [[("c", 0.2)], [("c", 1.0), ("b", 0.5)]],
+    [[("c", 0.2), ("a", 0.3)], [("c", -1.0)]],
 ]
 
 
-@pytest.mark.parametrize("choices", [_CHANGES, _MIXES], ids=["one LoRA", "two LoRAs"])
+@pytest.mark.parametrize(
+    "choices", [_CHANGES, _MIXES, _SEVERAL], ids=["one LoRA", "two LoRAs", "two LoRAs in a row"]
+)
 def test_a_graph_serves_whatever_loras_come(
     sd_folder: Path, device: FakeCuda, lora_files: Path, choices: list[Any]
 ) -> None:
@@ -125,6 +131,55 @@ def test_a_graph_does_not_read_the_memory_of_an_evicted_lora(
 
     graphs.run(first, second, on_event=reuse_memory)
     for request in (first, second):
+        assert graphs.data(request) == eager.data(request)
+
+
+def test_loras_load_in_other_threads_while_a_graph_is_captured(
+    sd_folder: Path, device: FakeCuda, lora_files: Path
+) -> None:
+    graphs, eager = (
+        _engine(sd_folder, lora_dir=(lora_files,), cuda_graphs=cuda_graphs) for cuda_graphs in (True, False)
+    )
+    first, second = _request(1, loras=(("a", 1.0),)), _request(2, loras=(("b", 1.0),))
+    _serve(eager, first, second)
+    family = graphs.engine.family
+    assert family.lora_manager is not None
+    loading_b = []
+
+    def load(*_: object) -> None:
+        if device.capturing is not None:
+            loading_b.append(family.load_loras(second))
+            loading_b[-1].result()
+
+    hook = family.denoiser.register_forward_pre_hook(load)
+    _serve(graphs, first)
+    hook.remove()
+    assert loading_b
+    assert _serve(graphs, second) == 0  # in the slot of the first
+    for request in (first, second):
+        assert graphs.data(request) == eager.data(request)
+
+
+def test_a_graph_does_not_run_after_its_slot_was_evicted(
+    sd_folder: Path, device: FakeCuda, lora_files: Path
+) -> None:
+    eager = _engine(sd_folder, lora_dir=(lora_files,), cuda_graphs=False)
+    assert eager.engine.family.lora_manager is not None
+    loaded = eager.engine.family.lora_manager.load((("a", 1.0), ("attention", 1.0)))
+    bytes_of_one = max(lora.nbytes for lora, _ in loaded) * 1.1  # with alignment
+    graphs = _engine(sd_folder, lora_dir=(lora_files,), lora_cache_mb=bytes_of_one / 1e6)
+    manager = graphs.engine.family.lora_manager
+    assert manager is not None
+    requests = [_request(seed, loras=((name, 1.0),)) for seed, name in enumerate(("a", "attention", "a"))]
+    _serve(graphs, requests[0])
+    slots = manager.slots.fill([lora for lora, _ in manager.load(requests[0].loras)])
+    assert slots is not None
+    _serve(graphs, requests[1])
+    for weights in slots[0].layers.values():  # what its memory may have when others use it
+        weights.down.fill_(float("nan"))
+    assert _serve(graphs, requests[2]) > 0
+    _serve(eager, *requests)
+    for request in requests:
         assert graphs.data(request) == eager.data(request)
 
 
