@@ -264,6 +264,23 @@ def test_images_are_decoded_by_a_graph_on_a_stream_of_its_own(sd_folder: Path, d
     assert not graphs.errors
 
 
+def test_a_decoder_that_cannot_be_captured_runs_without_a_graph(
+    sd_folder: Path, device: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [_request(seed) for seed in range(3)]
+    eager, graphs = (_engine(sd_folder, cuda_graphs=cuda_graphs) for cuda_graphs in (False, True))
+
+    def wait(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        inputs[0].sum().item()
+
+    graphs.engine.family.vae.decoder.register_forward_pre_hook(wait)
+    for request in requests:
+        _serve(eager, request)
+        _serve(graphs, request)
+        assert graphs.data(request) == eager.data(request)
+    assert caplog.text.count("Decoding of latents 1x4x8x8 runs without a CUDA graph") == 1
+
+
 def test_graphs_give_their_memory_back_when_it_is_needed(sd_folder: Path, device: FakeCuda) -> None:
     graphs, eager = (_engine(sd_folder, cuda_graphs=cuda_graphs) for cuda_graphs in (True, False))
     small, large = [_request(seed) for seed in range(2)], _request(3, width=96, height=96)
