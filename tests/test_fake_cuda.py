@@ -178,6 +178,20 @@ def test_graphs_that_run_at_the_same_time_share_nothing(device: FakeCuda, shared
         graphs[1].replay()
 
 
+def test_the_memory_of_tensors_is_counted_and_limited(device: FakeCuda) -> None:
+    x = torch.ones(1000, device=CUDA)
+    view = x[:10]
+    assert torch.cuda.memory_allocated() == 4000
+    y = x + 1
+    del x, y
+    assert (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) == (4000, 8000)
+    torch.cuda.set_per_process_memory_fraction(6000 / device.total_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ones(1000, device=CUDA)
+    del view
+    torch.ones(1000, device=CUDA)
+
+
 def test_an_allocation_fails_on_demand(device: FakeCuda) -> None:
     device.fails = lambda size: size > 1000
     torch.ones(100, device=CUDA)

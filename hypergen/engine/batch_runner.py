@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from hypergen.engine.request_errors import free_cached_memory, is_out_of_memory
 from hypergen.engine.scheduler import batch_key
 from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
+from hypergen.models.memory import LeaveRoom
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class BatchRunner:
         shape_profiles: has the row counts of batches, and gets the cost of each forward pass.
         clock: seconds; not used on CUDA.
         free_memory: called when the device is out of memory, before another try.
+        leave_room: see `PostProcessor`.
 
     Attributes:
         forward_s: seconds of the latest measured forward pass.
@@ -39,9 +42,12 @@ class BatchRunner:
         settings: EngineSettings,
         shape_profiles: ShapeProfiles,
         clock: Callable[[], float],
+        *,
         free_memory: Callable[[], None] = free_cached_memory,
+        leave_room: LeaveRoom = nullcontext,
     ) -> None:
         self._free_memory = free_memory
+        self._leave_room = leave_room
         self.forward_s = 0.0
         self.forwards = 0
         self.image_steps = 0
@@ -119,7 +125,7 @@ class BatchRunner:
             self.forward_s = seconds
             costs.record(rows, seconds)
 
-        with self._timer.measure(record):
+        with self._timer.measure(record), self._leave_room(batch[0].latents):
             if self._accelerator is not None:
                 predictions = self._accelerator.predict(batch, rows)
             else:

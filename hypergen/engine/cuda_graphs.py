@@ -81,6 +81,10 @@ class CudaGraphs(Generic[Output]):
         graph = self._graphs[key]
         return function(inputs) if graph is None else graph.replay(inputs)
 
+    def captured(self, name: str) -> list[Tensor]:
+        """This input of each graph."""
+        return [graph.static[name] for graph in self._graphs.values() if graph is not None]
+
     def clear(self) -> None:
         """Free the memory of all graphs; they are captured again when they are needed."""
         torch.cuda.synchronize()  # one may be running

@@ -111,8 +111,16 @@ class Engine:
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
-        self.shape_profiles = ShapeProfiles(family, settings, clock, buckets, compiled)
-        self._runner = BatchRunner(family, settings, self.shape_profiles, clock, self._free_memory)
+        leave_room = self._postprocessor.leave_room
+        self.shape_profiles = ShapeProfiles(family, settings, clock, buckets, compiled, leave_room)
+        self._runner = BatchRunner(
+            family,
+            settings,
+            self.shape_profiles,
+            clock,
+            free_memory=self._free_memory,
+            leave_room=leave_room,
+        )
 
     def add_request(self, request: GenerationRequest) -> None:
         """Add a request and start to load its LoRAs."""
@@ -158,6 +166,8 @@ class Engine:
                 sized = replace(request, width=width, height=height)
                 self.shape_profiles.compile(self.family.prepare(sized, 0, self.family.encode_prompts(sized)))
         state = self.family.prepare(request, 0, self.family.encode_prompts(request))
+        if self.family.device.type == "cuda":
+            self._postprocessor.decode(state)  # noise, to measure the memory that forward passes must leave
         deque(self.shape_profiles.probe_minimum(state), maxlen=0)
         while state.remaining_steps:
             for _, error in self._runner.step_schedulers([(state, self._runner.run_forward([state])[0])]):

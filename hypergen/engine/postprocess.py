@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +21,7 @@ from hypergen.errors import GenerationError, RequestError
 from hypergen.events import Event, ImageFinished
 from hypergen.images import encoding
 from hypergen.models.family import Family
-from hypergen.models.memory import vae_tiling
+from hypergen.models.memory import memory_left_free, vae_tiling
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class PostProcessor:
         self._tile_if_needed = tile_if_needed and hasattr(family.vae, "tile_latent_min_size")
         # By the shape of the latents: True where it was decoded at once, which then must not change.
         self._fits: dict[torch.Size, bool] = {}
+        self._bytes_per_latent = 0.0  # of decoding at once, for each number of the latents
         self.encoders = encoders or ThreadPoolExecutor(self._ENCODER_THREADS, thread_name_prefix="encode")
 
     def decode(self, state: DenoisingState) -> HostCopy:
@@ -88,6 +90,23 @@ class PostProcessor:
         with torch.cuda.stream(self._stream):
             state.latents.record_stream(self._stream)
             return self._decode(state)
+
+    @contextmanager
+    def leave_room(self, latents: Tensor) -> Iterator[None]:
+        """Let a forward pass fail rather than take the memory that decoding of its images needs meanwhile.
+
+        Args:
+            latents: of one image or more, shape (N, ...).
+        """
+        held = (
+            0 if self.graphs is None else max((t.numel() for t in self.graphs.captured("latents")), default=0)
+        )
+        missing = latents[0].numel() - held  # graphs have their memory already, and share it
+        if self._stream is None or missing <= 0 or not self._bytes_per_latent:
+            yield
+            return
+        with memory_left_free(missing * self._bytes_per_latent):
+            yield
 
     def submit_encode(self, state: DenoisingState, decoded: HostCopy) -> None:
         """Encode the file in an encoder thread, which then reports the image."""
@@ -139,10 +158,24 @@ class PostProcessor:
 
     def _decode_at_once(self, state: DenoisingState) -> HostCopy:
         inputs = {"latents": state.latents}
+        run = partial(self._pixels, state)
+        if self._stream is not None and state.latents.shape not in self._fits:
+            run = partial(self._measured, run)
         if self.graphs is None:
-            return HostCopy(*self._pixels(state, inputs))
+            return HostCopy(*run(inputs))
         # The next run of the graph waits for the copy, on the same stream.
-        return HostCopy(*self.graphs.run((), inputs, partial(self._pixels, state)))
+        return HostCopy(*self.graphs.run((), inputs, run))
+
+    def _measured(
+        self, run: Callable[[Inputs], tuple[Tensor, Tensor]], inputs: Inputs
+    ) -> tuple[Tensor, Tensor]:
+        """Run, and measure the memory that this takes."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output = run(inputs)
+        used = torch.cuda.max_memory_allocated() - before
+        self._bytes_per_latent = max(self._bytes_per_latent, used / inputs["latents"].numel())
+        return output
 
     def _pixels(self, state: DenoisingState, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The pixels, and whether latents and image are finite, on the device."""

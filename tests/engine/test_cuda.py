@@ -317,12 +317,12 @@ def test_a_shape_runs_as_a_graph_from_its_second_forward_pass_on(
     with caplog.at_level("INFO", "hypergen.engine.cuda_graphs"):
         engine = _engine(sd_folder, "cuda")
         engine.engine.warm_up()
-        assert caplog.text.count("runs as a CUDA graph") == 1  # of the default size
+        assert caplog.text.count("runs as a CUDA graph") == 2  # forward pass and decoding of the default size
         engine.run(*requests)
         assert caplog.text.count("The forward pass of latents 16x4x8x8 runs as a CUDA graph") == 1
     graphs = [entry for entry in device.launches if entry.startswith("graph ")]
-    # All but the first forward pass of each shape, and all but the first decode.
-    assert sum(device.launches[entry] for entry in graphs) == 1 + 4 + 2
+    # All but the first forward pass and the first decode of each shape.
+    assert sum(device.launches[entry] for entry in graphs) == (1 + 4) + (1 + 2)
     eager = _engine(sd_folder, "cuda", cuda_graphs=False)
     eager.run(*requests)
     for request in requests:

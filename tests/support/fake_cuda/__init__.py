@@ -100,7 +100,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     device.count("launches", "attention")
     arguments = (query, key, value, *args)
     data = run(*unwrap(arguments), **unwrap(kwargs))
-    made = FakeTensor(data)
+    made = device.allocate(data)
     device.written(made.memory, stream)
     device.record(run, arguments, kwargs, made)
     return made
@@ -137,9 +137,14 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "stream": _stream_context,
             "synchronize": device.synchronize,
             "empty_cache": lambda: None,
-            "mem_get_info": lambda *_: (total_memory // 2, total_memory),
-            "memory_allocated": lambda *_: 0,
-            "max_memory_allocated": lambda *_: 0,
+            "mem_get_info": lambda *_: (total_memory - device.allocated, total_memory),
+            "memory_allocated": lambda *_: device.allocated,
+            "memory_reserved": lambda *_: device.allocated,
+            "max_memory_allocated": lambda *_: device.peak,
+            "reset_peak_memory_stats": lambda *_: setattr(device, "peak", device.allocated),
+            "set_per_process_memory_fraction": lambda fraction, *_: setattr(
+                device, "memory_limit", fraction * total_memory
+            ),
             "get_device_properties": lambda *_: properties,
             "get_device_name": lambda *_: properties.name,
             "get_device_capability": lambda *_: (9, 0),

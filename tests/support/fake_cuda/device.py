@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor
@@ -68,10 +69,13 @@ class FakeCuda:
         fails: asked before each allocation of so many bytes; True raises an out-of-memory error.
         out_of_memory: what it raises.
         total_memory: of the device, in bytes.
+        allocated, peak: bytes of tensors now, and at most since the peak was reset.
     """
 
     def __init__(self, total_memory: int = 24 * 10**9) -> None:
         self.total_memory = total_memory
+        self.memory_limit: float = total_memory
+        self.allocated = self.peak = 0
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -208,14 +212,26 @@ class FakeCuda:
             if not (func.is_view or func._schema.name.partition("::")[2] in _NO_LAUNCH):
                 self.written(view.memory, stream)
             return view
-        self._allocate(value.untyped_storage().nbytes())
-        made = FakeTensor(value)
+        made = self.allocate(value)
         self.written(made.memory, stream)
         return made
 
-    def _allocate(self, size: int) -> None:
-        if self.fails(size):
+    def allocate(self, data: Tensor) -> FakeTensor:
+        """A tensor with memory of its own."""
+        size = data.untyped_storage().nbytes()
+        if self.allocated + size > self.memory_limit:
+            gc.collect()
+        if self.fails(size) or self.allocated + size > self.memory_limit:
             raise self.out_of_memory()
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        made = FakeTensor(data)
+        finalize(made.memory, self._free, size)
+        return made
+
+    def _free(self, size: int) -> None:
+        with self._lock:
+            self.allocated -= size
 
     def _to_copy(self, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         target = kwargs.pop("device", None)
@@ -227,16 +243,14 @@ class FakeCuda:
                 self.cpu_operations += 1
                 return aten._to_copy.default(source, device=torch.device("cpu"), **kwargs)
             data = aten._to_copy.default(source, **kwargs)
-            self._allocate(data.untyped_storage().nbytes())
-            made = FakeTensor(data.clone() if data is source else data)
+            made = self.allocate(data.clone() if data is source else data)
             self._host_to_device(source, made, non_blocking)
             return made
         self.check_order(source.memory, stream, "copy")
         if target is None or is_cuda(target):
             data = aten._to_copy.default(source.data_on_cpu, **kwargs)
-            self._allocate(data.untyped_storage().nbytes())
+            made = self.allocate(data)
             self.count("launches", "copy")
-            made = FakeTensor(data)
             self.written(made.memory, stream)
             self.record(aten._to_copy.default, (source,), kwargs, made)
             return made
