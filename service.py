@@ -7,6 +7,7 @@ the file that HYPERGEN_CONFIG names. Importing this file starts nothing and impo
 import asyncio
 import logging
 import os
+import signal
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
@@ -14,19 +15,20 @@ import bentoml
 from bentoml.models import BentoModel
 
 from hypergen import log_setup
+from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.schemas import BatchResult
 from hypergen.app import create_app
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService
 from hypergen.engine_client.pool import EnginePool
-from hypergen.load_settings import api_keys, load_settings
+from hypergen.load_settings import load_settings
 from hypergen.process_lifecycle import drain_on_sigterm, leave_with_parent
 from hypergen.resolve_models import find_models
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
-keys = api_keys(settings.server)
+keys = ApiKeys(settings.server)
 models = find_models(settings)
 pool = EnginePool(settings)
 
@@ -49,6 +51,7 @@ class HyperGen:
     async def start(self) -> None:
         log_setup.configure("http")
         drain_on_sigterm(pool, settings.queue.drain_timeout_s)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
         launcher = os.environ.get("_HYPERGEN_LAUNCHER_PID")
         if not keys and not launcher:
             logger.warning("No API key is set: whoever reaches this server can use it.")

@@ -235,7 +235,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         repr=False,
         description="bearer key that requests must carry; absent: no authentication",
     )
-    api_key_file: Path | None = Field(None, description="file whose lines are bearer keys")
+    api_key_file: Path | None = Field(
+        None,
+        description="file of bearer keys, one per line, with names and limits; read again when it changes",
+    )
     allowed_host: tuple[str, ...] = Field(
         (),
         description="further host name that clients may use, in addition to the server's address, localhost "
@@ -252,6 +255,14 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="seconds for which a connection stays open between two requests; longer than a proxy in "
         "front keeps it, mostly 60, else the proxy sends requests into closed connections",
+    )
+    strict: bool = Field(
+        False,
+        description="refuse requests with unknown fields; otherwise the header x-hypergen-ignored names them",
+    )
+    unknown_model: Literal["error", "first"] = Field(
+        "error",
+        description="with several models, what a request gets that names none of them: 404, or the first",
     )
     public_url: str | None = Field(
         None,

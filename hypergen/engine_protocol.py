@@ -50,6 +50,14 @@ class ImageGenerator(Protocol):
         """The served model of this name, else the first; None until the models are loaded."""
         ...
 
+    def model_names(self) -> list[str]:
+        """The ids of the served models; the first is the default."""
+        ...
+
+    def find_model(self, name: str) -> str | None:
+        """The id of the served model with this id or alias, ignoring case; None if there is none."""
+        ...
+
     def status(self) -> ServerStatus:
         """The current state; never waits."""
         ...

@@ -44,7 +44,7 @@ class ImageFinished:
 
     index: int
     seed: int
-    data: bytes
+    data: bytes = field(repr=False)
     prompt_tokens: int
     # Forward passes that this image shared with rows of other requests.
     shared_forwards: int
@@ -61,7 +61,7 @@ class Preview:
 
     index: int
     number: int  # 0, 1, 2 ... within this image
-    data: bytes
+    data: bytes = field(repr=False)
 
 
 Event = Started | Progress | Preview | ImageFinished

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from hypergen.config import ServerSettings, Settings
+from hypergen.config import Settings
 from hypergen.errors import ConfigurationError
 from hypergen.served_model_config import as_text
 
@@ -69,6 +69,8 @@ def load_settings(
             raise ConfigurationError(
                 f"Unknown environment variable {name}; known ones are {', '.join(sorted(field_of))}."
             )
+        if name == PREFIX + "API_KEY" and not value.strip():
+            raise ConfigurationError(f"{name} is empty; unset it for a server without a key.")
         if value != "":
             given[field_of[name]] = value
     # An empty tuple is a repeatable flag that was not given.
@@ -121,22 +123,3 @@ def _explain(error: ValidationError) -> str:
         return f"Unknown setting '{name}'."
     given = "" if name.endswith("api_key") else f" (given: {first['input']!r})"
     return f"Setting '{name}': {first['msg'].removeprefix('Value error, ')}{given}."
-
-
-def api_keys(server: ServerSettings) -> tuple[str, ...]:
-    """The API keys of the server; empty without authentication.
-
-    Raises:
-        ConfigurationError: the key file cannot be read or has no key.
-    """
-    keys = [server.api_key] if server.api_key else []
-    if server.api_key_file:
-        try:
-            lines = server.api_key_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"The key file {server.api_key_file} cannot be read: {error}.") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise ConfigurationError(f"The key file {server.api_key_file} has no key.")
-        keys += found
-    return tuple(keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 # Capabilities that not every family has, named after the field of `GenerationRequest` that uses them.
@@ -38,3 +38,4 @@ class ModelInfo:
     default_lora: str | None = None  # for requests without one
     max_loras: int = 0  # in one request
     controlnets: tuple[str, ...] = ()
+    schedules: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # of samplers

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 Preprocessor = Literal["none", "canny"]
+
+
+Priority = Literal["low", "normal", "high"]
+_WEIGHTS: dict[Priority, int] = {"low": 1, "normal": 4, "high": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """An API key by its name, without the secret.
+
+    `max_requests` are those that may be unfinished at once. None: not limited.
+    """
+
+    name: str
+    priority: Priority = "normal"
+    max_requests: int | None = None
+    images_per_minute: int | None = None
+
+    @property
+    def weight(self) -> int:
+        """Its share of queue and engine, relative to other keys."""
+        return _WEIGHTS[self.priority]
+
+
+# All requests to a server without keys.
+ANONYMOUS = ApiKey("anonymous")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +46,7 @@ class InputImage:
 
     width: int
     height: int
-    pixels: bytes
+    pixels: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +85,7 @@ class GenerationRequest:
     seed: int
     seed_given: bool
     n: int = 1
+    api_key: ApiKey = ANONYMOUS
     sampler: str | None = None  # None: the model's own scheduler
     model: str | None = None  # id of a served model; None: the first
     prompt_2: str | None = None  # for the second text encoder; None: the same prompt

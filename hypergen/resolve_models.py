@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def find_models(
             )
         )
     _refuse_equal_names(models)
-    return tuple(models)
+    return _with_store_names(models)
 
 
 def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:
@@ -124,6 +125,16 @@ def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
             "lora": (*(with_absolute_path(given) for given in engine.lora), *loras),
             "controlnet": find_controlnets({**engine.controlnet, **entry.controlnet}),
         }
+    )
+
+
+def _with_store_names(models: list[ServedModel]) -> tuple[ServedModel, ...]:
+    """The models, whose names in the store are aliases too, unless they name several."""
+    store_names = [model.tags[0].partition(":")[0] for model in models]
+    taken = [name.casefold() for model in models for name in (model.id, *model.aliases)]
+    return tuple(
+        model if [*taken, *store_names].count(name) > 1 else replace(model, aliases=(*model.aliases, name))
+        for model, name in zip(models, store_names, strict=True)
     )
 
 

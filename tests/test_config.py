@@ -9,7 +9,7 @@ import pytest
 from hypergen.config import Settings
 from hypergen.engine_client.environment import engine_environment
 from hypergen.errors import ConfigurationError
-from hypergen.load_settings import api_keys, environment_of, fields, load_settings, option_name
+from hypergen.load_settings import environment_of, fields, load_settings, option_name
 from hypergen.model_store.entries import state_folder
 from hypergen.model_store.hub import HUB_ID
 from hypergen.resolve_models import find_controlnets
@@ -119,15 +119,10 @@ def test_an_invalid_key_is_not_in_the_error_message() -> None:
     assert "sk-secret" not in str(raised.value)
 
 
-def test_keys_come_from_the_setting_and_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "keys.txt"
-    file.write_text("# team\nsk-one\n\nsk-two\n")
-    settings = load_settings(flags={"api_key": "sk-three", "api_key_file": file})
-    assert api_keys(settings.server) == ("sk-three", "sk-one", "sk-two")
-    assert "sk-three" not in repr(settings)
-    file.write_text("# nothing\n")
-    with pytest.raises(ConfigurationError, match="has no key"):
-        api_keys(settings.server)
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_key_is_refused(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="HYPERGEN_API_KEY is empty"):
+        load_settings(environment={"HYPERGEN_API_KEY": value})
 
 
 def test_named_sources_come_from_flags_the_environment_and_the_file(tmp_path: Path) -> None:

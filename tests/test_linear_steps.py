@@ -9,12 +9,16 @@ import torch
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
 )
 from torch import Tensor
 
 from hypergen.denoising.linear_steps import apply_step, linear_steps, next_history
-from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS, SchedulerFactory, takes_generator
+from hypergen.denoising.schedulers import (
+    FlowSchedulerFactory,
+    SchedulerFactory,
+    takes_generator,
+)
+from tests.support.samplers import ALL_FLOW_NAMES, ALL_NAMES, SOME_NAMES
 
 _SHAPE = (1, 4, 8, 8)
 
@@ -58,14 +62,14 @@ def _errors(scheduler: Any, begin: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ALL_NAMES)
 @pytest.mark.parametrize("steps", [2, 8, 30])
 def test_every_sampler_is_linear(sampler: str, prediction: str, steps: int) -> None:
     factory = SchedulerFactory(_published(prediction_type=prediction))
     assert max(_errors(factory.make(sampler, steps))) < 1e-4
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SOME_NAMES)
 def test_steps_that_begin_later_have_their_own_coefficients(sampler: str) -> None:
     scheduler = SchedulerFactory(_published()).make(sampler, 20)
     begin = 8 * scheduler.order
@@ -74,13 +78,10 @@ def test_steps_that_begin_later_have_their_own_coefficients(sampler: str) -> Non
     assert max(_errors(scheduler, begin)) < 1e-4
 
 
-@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("sampler", ALL_FLOW_NAMES)
 def test_flow_matching_is_linear(sampler: str) -> None:
-    published = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler}[sampler]
-    scheduler = published(shift=3.0)
-    scheduler.set_timesteps(12)
-    scheduler.set_begin_index(0)
-    assert max(_errors(scheduler)) < 1e-4
+    factory = FlowSchedulerFactory(FlowMatchEulerDiscreteScheduler(shift=3.0), sigmas_end_at_last_step=False)
+    assert max(_errors(factory.make(sampler, 12))) < 1e-4
 
 
 def test_schedulers_that_clip_are_not_linear() -> None:
@@ -94,7 +95,7 @@ def test_few_terms_are_enough() -> None:
     factory = SchedulerFactory(_published())
     terms = {
         sampler: max(len(step.inputs) for step in linear_steps(factory.make(sampler, 20)) or ())
-        for sampler in SAMPLERS
+        for sampler in SOME_NAMES
     }
     assert terms["euler"] == terms["ddim"] == 2
     assert terms["euler_a"] == terms["dpmpp_2m_karras"] == terms["lcm"] == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +11,17 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from hypergen.api.sampler_aliases import public_name
+from hypergen.api.sampler_aliases import ALIASES, SCHEDULE_ALIASES, schedule_name, split_name
 from hypergen.denoising.schedulers import (
     FLOW_SAMPLERS,
     SAMPLERS,
+    SCHEDULES,
     FlowSchedulerFactory,
     SchedulerFactory,
+    find_sampler,
     takes_generator,
 )
+from tests.support.samplers import ALL_NAMES, WITH_SCHEDULES
 
 _STABLE_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -40,7 +45,7 @@ _PUBLISHED = {
         **_STABLE_DIFFUSION,
     ),
 }
-_NAMES: list[str | None] = [None, *SAMPLERS]
+_NAMES: list[str | None] = [None, *ALL_NAMES]
 
 
 class Image:
@@ -70,7 +75,7 @@ class Image:
 @pytest.mark.parametrize("sampler", _NAMES)
 def test_every_sampler_supports_few_and_many_steps(sampler: str | None, published: str) -> None:
     factory = SchedulerFactory(_PUBLISHED[published])
-    min_steps = SAMPLERS[sampler].min_steps if sampler else 1
+    min_steps = find_sampler(sampler, SAMPLERS).min_steps if sampler else 1
     for steps in {min_steps, 2, 3, 4, 7, 20, 150}:
         latents = Image(factory, sampler, steps, seed=steps).run()
         assert latents.dtype == torch.float32
@@ -78,7 +83,7 @@ def test_every_sampler_supports_few_and_many_steps(sampler: str | None, publishe
         assert latents.abs().max() < 1e3
 
 
-@pytest.mark.parametrize("sampler", _NAMES)
+@pytest.mark.parametrize("sampler", [None, *SAMPLERS, "dpmpp_3m_sde_karras", "kdpm2_a_beta"])
 def test_interleaved_images_share_no_scheduler_state(sampler: str | None) -> None:
     factory = SchedulerFactory(_PUBLISHED["v_prediction"])
     alone = [Image(factory, sampler, steps, seed).run() for seed, steps in enumerate((6, 6, 9))]
@@ -135,7 +140,7 @@ def test_flow_timesteps_shift_with_the_image_size(sampler: str, image_tokens: in
         assert len(factory.make(sampler, 6, image_tokens).timesteps) == 11
 
 
-@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler_karras", "euler_exponential", "euler_beta"])
 @pytest.mark.parametrize("shifts", [True, False])
 def test_every_flow_sampler_supports_few_and_many_steps(sampler: str, shifts: bool) -> None:
     published = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shifts)
@@ -151,18 +156,137 @@ def test_every_flow_sampler_supports_few_and_many_steps(sampler: str, shifts: bo
             assert scheduler.sigmas[-1] == 0
 
 
+@pytest.mark.parametrize("published", ["epsilon", "v_prediction, zero terminal snr"])
+def test_every_schedule_of_a_sampler_changes_its_steps(published: str) -> None:
+    for name, sampler in SAMPLERS.items():
+        factory = SchedulerFactory(_PUBLISHED[published])
+        steps: dict[str, Any] = {}
+        for schedule in sampler.schedules:
+            scheduler = factory.make(f"{name}_{schedule}", 7)
+            steps[schedule] = scheduler.timesteps.tolist()
+        distinct = {str(timesteps) for timesteps in steps.values()}
+        # diffusers has one setting for these two.
+        assert steps.get("simple") == steps.get("sgm_uniform")
+        assert len(distinct) == len(steps) - ("simple" in steps), name
+
+
+def test_a_schedule_replaces_that_of_the_model() -> None:
+    published = _PUBLISHED["epsilon"]
+    karras: Any = find_sampler("dpmpp_2m_karras", SAMPLERS).scheduler.from_config(
+        published.config, use_karras_sigmas=True
+    )
+    factory = SchedulerFactory(karras)
+    assert factory.make(None, 5).config.use_karras_sigmas
+    assert factory.make("dpmpp_2m", 5).config.use_karras_sigmas
+    plain = SchedulerFactory(published)
+    for name in ("dpmpp_2m_exponential", "dpmpp_2m_normal", "euler_beta"):
+        assert torch.equal(factory.make(name, 5).timesteps, plain.make(name, 5).timesteps)
+
+
+@pytest.mark.parametrize("name", ["euler_a_karras", "ddim_exponential", "lcm_simple", "euler_k", "karras"])
+def test_a_schedule_that_diffusers_does_not_have_is_not_found(name: str) -> None:
+    with pytest.raises(KeyError):
+        find_sampler(name, SAMPLERS)
+
+
+_OF_OTHER_PROGRAMS = {
+    # A1111
+    "DPM++ 2M": ("dpmpp_2m", None),
+    "DPM++ 2M Karras": ("dpmpp_2m", "karras"),
+    "DPM++ 2M SDE Karras": ("dpmpp_2m_sde", "karras"),
+    "DPM++ 2M SDE Exponential": ("dpmpp_2m_sde", "exponential"),
+    "DPM++ 2M SGM Uniform": ("dpmpp_2m", "sgm_uniform"),
+    "DPM++ SDE": ("dpmpp_sde", None),
+    "DPM++ SDE Karras": ("dpmpp_sde", "karras"),
+    "DPM++ 3M SDE": ("dpmpp_3m_sde", None),
+    "DPM++ 3M SDE Karras": ("dpmpp_3m_sde", "karras"),
+    "DPM2": ("kdpm2", None),
+    "DPM2 Karras": ("kdpm2", "karras"),
+    "DPM2 a Karras": ("kdpm2_a", "karras"),
+    "Euler": ("euler", None),
+    "Euler a": ("euler_a", None),
+    "Euler a Karras": ("euler_a", "karras"),  # which diffusers does not have
+    "LMS Karras": ("lms", "karras"),
+    "Heun Beta": ("heun", "beta"),
+    "UniPC": ("unipc", None),
+    "PLMS": ("pndm", None),
+    "DDIM": ("ddim", None),
+    "LCM": ("lcm", None),
+    "TCD": ("tcd", None),
+    # ComfyUI
+    "euler_ancestral": ("euler_a", None),
+    "dpm_2": ("kdpm2", None),
+    "dpm_2_ancestral": ("kdpm2_a", None),
+    "dpmpp_2m_sde_gpu": ("dpmpp_2m_sde", None),
+    "dpmpp_3m_sde_gpu": ("dpmpp_3m_sde", None),
+    "dpmpp_sde_gpu": ("dpmpp_sde", None),
+    "uni_pc": ("unipc", None),
+    "deis": ("deis", None),
+    # InvokeAI
+    "dpmpp_2m_k": ("dpmpp_2m", "karras"),
+    "dpmpp_2m_sde_k": ("dpmpp_2m_sde", "karras"),
+    "dpmpp_2s_k": ("dpmpp_singlestep", "karras"),
+    "dpmpp_3m_k": ("dpmpp_3m", "karras"),
+    "dpmpp_sde_k": ("dpmpp_sde", "karras"),
+    "deis_k": ("deis", "karras"),
+    "euler_k": ("euler", "karras"),
+    "kdpm_2": ("kdpm2", None),
+    "kdpm_2_a_k": ("kdpm2_a", "karras"),
+    "lms_k": ("lms", "karras"),
+    "unipc_k": ("unipc", "karras"),
+    # k-diffusion
+    "k_euler_ancestral": ("euler_a", None),
+    "k_dpm_2_a": ("kdpm2_a", None),
+    "k_dpmpp_2m": ("dpmpp_2m", None),
+}
+
+
 def test_sampler_names_of_other_programs_are_aliases() -> None:
-    names = {
-        "DPM++ 2M Karras": "dpmpp_2m_karras",
-        "DPM++ SDE": "dpmpp_sde",
-        "Euler a": "euler_a",
-        "k_euler_ancestral": "euler_a",
-        "DPM2": "kdpm2",
-        "UniPC": "unipc",
-        "PLMS": "pndm",
-        "TCD": "tcd",
-    }
-    assert {name: public_name(name) for name in names} == names
-    assert set(names.values()) <= SAMPLERS.keys()
-    assert [public_name(name) for name in [*SAMPLERS, *FLOW_SAMPLERS]] == [*SAMPLERS, *FLOW_SAMPLERS]
-    assert public_name("Eular?") not in SAMPLERS
+    assert {name: split_name(name) for name in _OF_OTHER_PROGRAMS} == _OF_OTHER_PROGRAMS
+    assert {sampler for sampler, _ in _OF_OTHER_PROGRAMS.values()} <= SAMPLERS.keys()
+    assert set(ALIASES.values()) <= SAMPLERS.keys()
+    assert split_name("Eular?")[0] not in SAMPLERS
+
+
+def test_our_names_are_not_aliases_of_others() -> None:
+    assert [split_name(name) for name in SAMPLERS] == [(name, None) for name in SAMPLERS]
+    assert [split_name(f"{sampler}_{name}") for sampler, name in WITH_SCHEDULES] == WITH_SCHEDULES
+    assert [schedule_name(name) for name in SCHEDULES] == [*SCHEDULES]
+    assert set(SCHEDULE_ALIASES.values()) == set(SCHEDULES)
+    names = {"Karras": "karras", "SGM Uniform": "sgm_uniform", "Uniform": "normal", "Automatic": None}
+    assert {name: schedule_name(name) for name in names} == names
+
+
+# The tables of docs/api.md.
+
+
+def _code(names: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in names)
+
+
+def sampler_rows() -> list[str]:
+    rows = [
+        (name, sampler.schedules, [alias for alias, ours in ALIASES.items() if ours == name])
+        for name, sampler in SAMPLERS.items()
+    ]
+    return [f"| `{name}` | {_code(schedules)} | {_code(others)} |" for name, schedules, others in rows]
+
+
+def flow_rows() -> list[str]:
+    return [f"| `{name}` | {_code(sampler.schedules)} |" for name, sampler in FLOW_SAMPLERS.items()]
+
+
+def schedule_rows() -> list[str]:
+    rows: list[str] = []
+    for name, changes in SCHEDULES.items():
+        others = [alias for alias, ours in SCHEDULE_ALIASES.items() if ours == name != alias and alias != "k"]
+        fields = _code(f"{field}={value!r}" for field, value in changes.items())
+        rows.append(f"| `{name}` | {fields} | {_code(others)} |")
+    return rows
+
+
+def test_the_tables_of_the_documents_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Samplers\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert rows == [*sampler_rows(), *flow_rows(), *schedule_rows()]

@@ -19,6 +19,8 @@ _EXPOSED = (
     "openai-processing-ms",
     "retry-after",
     "server-timing",
+    "x-hypergen-ignored",
+    "x-hypergen-model",
     "x-hypergen-price",
     "x-hypergen-shared-forwards",
     "x-request-id",

@@ -46,9 +46,10 @@ def _model(model: ServedModel, model_info: ModelInfo | None, status: ServerStatu
 
 
 def _capabilities(model_info: ModelInfo | None) -> dict[str, Any]:
-    """Samplers, capabilities, LoRAs and ControlNets of a model; empty until it is loaded."""
+    """What requests may use of a model; empty until it is loaded."""
     return {
         "samplers": list(model_info.samplers) if model_info else [],
+        "schedules": model_info.schedules if model_info else {},
         "options": sorted(model_info.capabilities) if model_info else [],
         "loras": list(model_info.loras) if model_info else [],
         "control_models": list(model_info.controlnets) if model_info else [],

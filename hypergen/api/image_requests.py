@@ -29,13 +29,13 @@ from hypergen.api.sse import EventStream
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator, generate_all
-from hypergen.errors import InvalidRequestError, UnavailableError
+from hypergen.errors import InvalidRequestError, NotFoundError, UnavailableError
 from hypergen.events import Event, ImageFinished, Preview
 from hypergen.images.decoding import decoding_cancelled
 from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
 from hypergen.model_info import ModelInfo
-from hypergen.request import GenerationRequest
+from hypergen.request import ApiKey, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ async def read_body(request: Request, endpoint: Endpoint, settings: Settings) ->
     """
     max_text_bytes = int(settings.server.max_text_body_mb * 1e6)
     try:
-        if endpoint.form is not None and is_form(request):
-            return await read_form(request, endpoint.form, IMAGE_FIELDS, max_text_bytes)
-        return await read_json_object(request, endpoint.form is not None, max_text_bytes, IMAGE_FIELDS)
+        if endpoint.accepts_forms and is_form(request):
+            return await read_form(request, endpoint.body, IMAGE_FIELDS, max_text_bytes)
+        return await read_json_object(request, endpoint.accepts_forms, max_text_bytes, IMAGE_FIELDS)
     except ClientDisconnect:
         raise ClientDisconnectedError from None
 
@@ -65,6 +65,7 @@ async def parse_request(
     model_info: ModelInfo,
     settings: Settings,
     request_id: str,
+    api_key: ApiKey,
     wait_for_disconnect: Callable[[], Awaitable[object]],
     deadline: float,
 ) -> ValidatedRequest:
@@ -76,9 +77,13 @@ async def parse_request(
         ClientDisconnectedError: the client disconnected.
         RequestError: the body is invalid, or the deadline has passed.
     """
+    unknown = endpoint.unknown_fields(body)
+    if unknown and settings.server.strict:
+        name = unknown[0][:100]
+        raise InvalidRequestError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
     arguments = (body, model_info, settings.server, request_id)
     if endpoint.image_fields.isdisjoint(body):
-        return endpoint.to_request(*arguments)
+        return endpoint.to_request(*arguments).of_request(api_key, unknown)
     cancelled = threading.Event()
     context = contextvars.copy_context()
     context.run(decoding_cancelled.set, cancelled)
@@ -86,7 +91,8 @@ async def parse_request(
         _DECODING_THREADS, lambda: context.run(endpoint.to_request, *arguments)
     )
     try:
-        return await run_until_disconnect(decoding, wait_for_disconnect(), deadline)
+        validated = await run_until_disconnect(decoding, wait_for_disconnect(), deadline)
+        return validated.of_request(api_key, unknown)
     finally:
         cancelled.set()
 
@@ -102,11 +108,18 @@ async def handle_image_request(
     started = time.monotonic()
     require_model(generator)
     body = await read_body(request, endpoint, settings)
-    model_info = require_model(generator, body.get(endpoint.model_field))
+    model_info = choose_model(generator, body, endpoint, settings)
     deadline: float = request.state.deadline
     wait_for_disconnect = partial(client_disconnected, request)
     validated = await parse_request(
-        endpoint, body, model_info, settings, request.state.request_id, wait_for_disconnect, deadline
+        endpoint,
+        body,
+        model_info,
+        settings,
+        request.state.request_id,
+        request.state.api_key,
+        wait_for_disconnect,
+        deadline,
     )
     body.clear()  # or the base64 of input images would stay in memory while the request waits
     request.state.body.release()
@@ -133,7 +146,7 @@ async def handle_image_request(
     shared = ",".join(str(image.shared_forwards) for image in images)
     response.headers["x-hypergen-shared-forwards"] = shared
     response.headers["server-timing"] = server_timing(images)
-    response.headers.update(validated.headers)
+    response.headers.update(validated.response_headers)
     return response
 
 
@@ -146,16 +159,39 @@ def chunked_json_response(pieces: list[bytes], outgoing: OutgoingResponse) -> St
     return response
 
 
-def require_model(generator: ImageGenerator, name: object = None) -> ModelInfo:
-    """The served model of this name, else the first.
+def choose_model(
+    generator: ImageGenerator, body: dict[str, Any], endpoint: Endpoint, settings: Settings
+) -> ModelInfo:
+    """The model that a body names, else the first.
+
+    A single model answers to every name, as clients of hosted APIs send names of hosted models.
 
     Args:
-        name: the unvalidated field of a body.
+        body: not validated.
+
+    Raises:
+        NotFoundError: several models are served, and none has this name.
+        UnavailableError: the models are still loading, or loading failed.
+    """
+    name, names = body.get(endpoint.model_field), generator.model_names()
+    if not isinstance(name, str) or not name:
+        return require_model(generator)
+    if len(names) > 1 and settings.server.unknown_model == "error" and generator.find_model(name) is None:
+        raise NotFoundError(
+            f"'{endpoint.model_field}': this server has no model '{name[:100]}'; it has {', '.join(names)}.",
+            param=endpoint.model_field,
+            code="model_not_found",
+        )
+    return require_model(generator, name)
+
+
+def require_model(generator: ImageGenerator, name: str | None = None) -> ModelInfo:
+    """The served model of this name, else the first.
 
     Raises:
         UnavailableError: the models are still loading, or loading failed.
     """
-    model_info = generator.model_info(name if isinstance(name, str) else None)
+    model_info = generator.model_info(name)
     if model_info is None:
         state = generator.status().state
         messages = {"failed": "The model could not be loaded; /health has the reason."}
@@ -214,7 +250,9 @@ async def stream_events(
         if isinstance(error, InvalidRequestError):
             raise validated.with_client_field_names(error) from None
         raise
-    return EventStream(event, handle, to_sse_event, outgoing, deadline)
+    response = EventStream(event, handle, to_sse_event, outgoing, deadline)
+    response.headers.update(validated.response_headers)
+    return response
 
 
 def server_timing(images: list[ImageFinished]) -> str:

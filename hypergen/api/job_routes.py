@@ -13,6 +13,7 @@ from hypergen.api.dialects.endpoints import EDITS, ENDPOINTS, VARIATIONS
 from hypergen.api.disconnects import client_disconnected
 from hypergen.api.errors import json_response, to_json
 from hypergen.api.image_requests import (
+    choose_model,
     chunked_json_response,
     parse_request,
     read_body,
@@ -42,18 +43,27 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         body = await read_body(request, EDITS, settings)
         sent_as_form = is_form(request)
         endpoint = next(endpoint for endpoint in ENDPOINTS if endpoint.claims(body, sent_as_form))
-        model_info = require_model(generator, body.get(endpoint.model_field))
+        model_info = choose_model(generator, body, endpoint, settings)
         deadline: float = request.state.deadline
         wait_for_disconnect = partial(client_disconnected, request)
         validated = await parse_request(
-            endpoint, body, model_info, settings, request.state.request_id, wait_for_disconnect, deadline
+            endpoint,
+            body,
+            model_info,
+            settings,
+            request.state.request_id,
+            request.state.api_key,
+            wait_for_disconnect,
+            deadline,
         )
         body.clear()
         request.state.body.release()
         validated.reject_stream()
         url_base(request, settings, validated)  # rejects a `url` that the result could not have
         job = await jobs.submit(endpoint, validated, deadline)
-        return json_response(jobs.status(job), 202, {"Location": f"{PATH}/{job.id}", **validated.headers})
+        return json_response(
+            jobs.status(job), 202, {"Location": f"{PATH}/{job.id}", **validated.response_headers}
+        )
 
     @router.get(
         PATH + "/{job_id}", openapi_extra=openapi.job("Get the status and result of a job", "getImageJob")

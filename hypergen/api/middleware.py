@@ -10,7 +10,6 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api import errors
+from hypergen.api.api_keys import ApiKeys
 from hypergen.api.auth import OPEN_PATHS, BearerAuth
 from hypergen.api.cors import Cors
 from hypergen.api.hosts import reject_cross_site
@@ -38,14 +38,14 @@ _HIDDEN_HEADERS = ("server", "x-bentoml-request-id")
 class OuterMiddleware:
     """Pure ASGI, because Starlette's `BaseHTTPMiddleware` breaks streams and hides disconnects.
 
-    It sets in the request's state: `request_id`, `deadline` (of the event loop's clock), `body` (`BodyLimit`)
-    and `outgoing` (`OutgoingResponse`).
+    It sets in the request's state: `request_id`, `deadline` (of the event loop's clock), `api_key`, `body`
+    (`BodyLimit`) and `outgoing` (`OutgoingResponse`).
     """
 
     # Time after the deadline in which the handler can raise its own DeadlineExceededError.
     _GRACE_S = 1.0
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, settings: Settings) -> None:
         self._app = app
         self._auth = BearerAuth(keys)
         self._keyed = bool(keys)
@@ -81,7 +81,8 @@ class OuterMiddleware:
         response = _Response(scope, send, limit, outgoing)
         try:
             if preflight is None:
-                self._auth.check(scope["method"], scope["path"], scope["headers"])
+                key = self._auth.check(scope["method"], scope["path"], scope["headers"])
+                scope["state"]["api_key"] = key
             if not self._keyed:
                 allowed = self._cors.allows(scope)
                 reject_cross_site(scope["method"], scope["path"], scope["headers"], self._server, allowed)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from urllib.parse import quote
 
 from pydantic import (
     AfterValidator,
@@ -18,12 +19,12 @@ from pydantic import (
     ValidationError,
 )
 
-from hypergen.api.sampler_aliases import public_name
+from hypergen.api.sampler_aliases import schedule_name, split_name
 from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.images.decoding import decode, from_base64, to_input_image
 from hypergen.metrics import Price
 from hypergen.model_info import Capability, ModelInfo
-from hypergen.request import ControlInput, GenerationRequest, Preprocessor
+from hypergen.request import ApiKey, ControlInput, GenerationRequest, Preprocessor
 
 MAX_SEED = 2**63 - 1
 SMALLEST_SIDE = 64
@@ -34,11 +35,18 @@ InputFile = StrictStr | StrictBytes
 # An integer is a number here, but `true` and "7" are not.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LoraWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)]
+# Ignored fields in a response header.
+_MAX_NAMES, _MAX_NAME = 20, 40
 # -1 is a random seed in other programs.
 Seed = Annotated[
     Annotated[StrictInt, Field(ge=-1, le=MAX_SEED)] | None,
     AfterValidator(lambda seed: None if seed == -1 else seed),
 ]
+
+
+def to_header(text: str) -> str:
+    """The value of a header, percent-encoded where a header cannot have it."""
+    return quote(text, safe="/:@ ()[]+=!~*'")
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,25 @@ class ValidatedRequest:
     stream: bool = False
     # Field of `GenerationRequest` -> the dialect's name for it, for errors of the engine.
     client_fields: dict[str, str] = field(default_factory=dict[str, str])
+    ignored_fields: tuple[str, ...] = ()  # as in a header
 
     def reject_stream(self) -> None:
         """For routes without streaming."""
         if self.stream:
             raise InvalidRequestError("'stream' is not supported by this route.", param="stream")
+
+    @property
+    def response_headers(self) -> dict[str, str]:
+        """The model that answers, the fields that had no effect, and the headers of the dialect."""
+        headers = {"x-hypergen-model": to_header(self.generation.model or "")}
+        if self.ignored_fields:
+            headers["x-hypergen-ignored"] = ", ".join(self.ignored_fields)
+        return headers | self.headers
+
+    def of_request(self, api_key: ApiKey, unknown_fields: Sequence[str]) -> Self:
+        """With the key that the request was sent with, and the fields of its body that are not ours."""
+        ignored = tuple(to_header(name[:_MAX_NAME]) for name in unknown_fields[:_MAX_NAMES])
+        return replace(self, generation=replace(self.generation, api_key=api_key), ignored_fields=ignored)
 
     def without_input_images(self) -> Self:
         """Without input images, which may be large and are not needed for the response."""
@@ -71,8 +93,16 @@ class ValidatedRequest:
 
 
 class ModelFields(BaseModel, extra="ignore"):
-    """HyperGen's own fields, which only some model families support. They are the same in all dialects."""
+    """Fields that are the same in all dialects; only some model families support them."""
 
+    sampler: StrictStr | None = Field(
+        None,
+        description="one of the samplers in /health, which may end in a schedule, such as `dpmpp_2m_karras`; "
+        "names of A1111, ComfyUI and InvokeAI are accepted; default: the model's scheduler",
+    )
+    scheduler: StrictStr | None = Field(
+        None, description="the sampler's schedule, one of those in /health; default: the model's"
+    )
     prompt_2: StrictStr | None = Field(
         None,
         max_length=32000,
@@ -156,28 +186,54 @@ def choose_seed(seed: int | None, n: int) -> int:
     return seed
 
 
-def read_sampler(name: str | None, steps: int, model_info: ModelInfo, steps_param: str) -> str | None:
-    """The public name of a requested sampler; None: the model's own scheduler.
+def read_sampler(
+    name: str | None, scheduler: str | None, steps: int, model_info: ModelInfo, steps_param: str
+) -> str | None:
+    """The public name of a requested sampler, with its schedule; None: the model's own scheduler.
 
     Args:
+        name: which may end in a schedule.
+        scheduler: name of a schedule.
         steps_param: the dialect's name for the number of steps.
 
     Raises:
-        InvalidRequestError: the sampler is unknown, or needs more steps.
+        InvalidRequestError: the sampler or the schedule is unknown, or the sampler needs more steps.
     """
-    sampler = None if name is None else public_name(name)
-    if name is not None and sampler not in model_info.samplers:
+    requested = None if scheduler is None else schedule_name(scheduler)
+    if name is None:
+        if requested is not None:
+            raise InvalidRequestError("'scheduler' needs a 'sampler'.", param="scheduler")
+        _check_min_steps("default", model_info.min_steps, steps, steps_param)
+        return None
+    sampler, own = split_name(name)
+    if sampler not in model_info.samplers:
         available = ", ".join(model_info.samplers) or "none"
         raise InvalidRequestError(
             f"'sampler' '{name[:40]}' is unknown; available samplers: {available}.", param="sampler"
         )
-    min_steps = model_info.min_steps if sampler is None else model_info.samplers[sampler]
+    if None not in (requested, own) and requested != own:
+        raise InvalidRequestError(
+            f"'scheduler' must be '{own}' or absent, because 'sampler' names it.", param="scheduler"
+        )
+    _check_min_steps(sampler, model_info.samplers[sampler], steps, steps_param)
+    schedule = own if requested is None else requested
+    if schedule is None:
+        return sampler
+    schedules = model_info.schedules.get(sampler, ())
+    if schedule not in schedules:
+        param = "sampler" if requested is None else "scheduler"
+        available = ", ".join(schedules) or "none"
+        raise InvalidRequestError(
+            f"'{param}': {sampler} has no schedule '{schedule[:40]}'; available: {available}.", param=param
+        )
+    return f"{sampler}_{schedule}"
+
+
+def _check_min_steps(sampler: str, min_steps: int, steps: int, steps_param: str) -> None:
     if steps < min_steps:
         raise InvalidRequestError(
-            f"'{steps_param}' must be at least {min_steps} with the {sampler or 'default'} sampler.",
-            param=steps_param,
+            f"'{steps_param}' must be at least {min_steps} with the {sampler} sampler.", param=steps_param
         )
-    return sampler
 
 
 def default_size(model_info: ModelInfo, max_side: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen.api.dialects.endpoints import GENERATIONS, IMAGE_FIELDS
 from hypergen.api.errors import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, error_body, status_of
-from hypergen.api.image_requests import generate_images, parse_request, require_model
+from hypergen.api.image_requests import choose_model, generate_images, parse_request
 from hypergen.api.request_body import MAX_ITEMS, JsonBounds
 from hypergen.api.responses import write
 from hypergen.api.schemas import BatchImage, BatchResult, ErrorDetail
@@ -28,16 +28,18 @@ from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
 from hypergen.events import ImageFinished
+from hypergen.request import ApiKey
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """State of one request, shared by its items: whether the client disconnected, and the deadline."""
+    """State of one request, shared by its items; `disconnected` is of its client."""
 
     disconnected: asyncio.Event
     deadline: float
+    api_key: ApiKey
 
 
 _CALL: ContextVar[_Call] = ContextVar("call")
@@ -74,7 +76,8 @@ class BatchContext:
                 pass
             disconnected.set()
 
-        _CALL.set(_Call(disconnected, scope["state"]["deadline"]))
+        state = scope["state"]
+        _CALL.set(_Call(disconnected, state["deadline"], state["api_key"]))
         watching = asyncio.create_task(watch())
         try:
             await self._app(scope, receive_body, send)
@@ -116,6 +119,10 @@ class BatchItem(RootModel[dict[str, Any]]):
         await self._call.disconnected.wait()
 
     @property
+    def api_key(self) -> ApiKey:
+        return self._call.api_key
+
+    @property
     def deadline(self) -> float:
         """In seconds of the event loop's clock."""
         return self._call.deadline
@@ -132,9 +139,16 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
     item_id = f"item_{uuid.uuid4().hex}"
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
-        model_info = require_model(generator, body.get(GENERATIONS.model_field))
+        model_info = choose_model(generator, body, GENERATIONS, settings)
         validated = await parse_request(
-            GENERATIONS, body, model_info, settings, item_id, item.wait_for_disconnect, item.deadline
+            GENERATIONS,
+            body,
+            model_info,
+            settings,
+            item_id,
+            item.api_key,
+            item.wait_for_disconnect,
+            item.deadline,
         )
         validated.reject_stream()
         images = await generate_images(

@@ -19,9 +19,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import click
 
 from hypergen import __version__
+from hypergen.api.api_keys import ApiKeys
 from hypergen.cli.setting_options import setting_options
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
-from hypergen.load_settings import api_keys, environment_of, load_settings
+from hypergen.load_settings import environment_of, load_settings
 
 # Settings that apply without a server.
 _LOCAL_SETTINGS = (
@@ -62,7 +63,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     from hypergen.served_model_config import as_json
 
     settings = load_settings(config, os.environ, {**flags, "models": models})
-    keys = api_keys(settings.server)
+    keys = ApiKeys(settings.server)
     check_port(settings.server)
     found = find_models(settings, _print)
     if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):

@@ -165,6 +165,15 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> None:
             for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
                 process.kill()
 
+    def reload_keys(_signum: int, _frame: object) -> None:
+        with suppress(
+            psutil.Error
+        ):  # the children of BentoML's main process, which itself would restart them
+            for worker in psutil.Process(child.pid).children():
+                worker.send_signal(signal.SIGHUP)
+
+    if not sys.stdin.isatty():  # else it says that the terminal was closed
+        signal.signal(signal.SIGHUP, reload_keys)
     signal.signal(signal.SIGINT, forward)
     signal.signal(signal.SIGTERM, forward)
 

@@ -1,4 +1,4 @@
-"""Noise schedulers: public sampler name -> diffusers scheduler and its configuration."""
+"""Noise schedulers: public names of samplers and schedules -> diffusers scheduler and its configuration."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import copy
 import functools
 import inspect
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -20,6 +22,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
@@ -33,32 +36,81 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 Scheduler = Any
 
 
+# Schedule -> changes to the scheduler configuration, as in diffusers' table of A1111's schedules:
+# https://huggingface.co/docs/diffusers/api/schedulers/overview#noise-schedules-and-schedule-types.
+# A scheduler class has a schedule if it has its first field.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True, "timestep_spacing": "linspace"},
+    "beta": {"use_beta_sigmas": True, "timestep_spacing": "linspace"},
+    "sgm_uniform": {"timestep_spacing": "trailing"},
+    "simple": {"timestep_spacing": "trailing"},
+    "normal": {"timestep_spacing": "linspace"},
+}
+# Each schedule replaces that of the model, and diffusers refuses two of them.
+_SIGMA_FIELDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler class, its changes to the model's scheduler configuration, and its fewest steps."""
+    """A scheduler class, its changes to the model's scheduler configuration, and its fewest steps.
+
+    `own_timesteps`: it takes its timesteps from distillation, so that it has no schedules.
+    """
 
     scheduler: type[Scheduler]
     overrides: dict[str, Any] = field(default_factory=dict)
     min_steps: int = 1
+    own_timesteps: bool = False
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Names of the schedules that diffusers has for this sampler."""
+        fields = inspect.signature(self.scheduler).parameters
+        schedules = (name for name, changes in SCHEDULES.items() if next(iter(changes)) in fields)
+        return () if self.own_timesteps else tuple(schedules)
+
+    def with_schedule(self, schedule: str) -> Sampler:
+        changes = dict.fromkeys(_SIGMA_FIELDS, False) | SCHEDULES[schedule]
+        fields = inspect.signature(self.scheduler).parameters
+        known = {name: value for name, value in changes.items() if name in fields}
+        return replace(self, overrides={**self.overrides, **known})
+
+
+def find_sampler(name: str, samplers: Mapping[str, Sampler]) -> Sampler:
+    """The sampler of a name that may end in a schedule, such as `dpmpp_2m_karras`.
+
+    Raises:
+        KeyError: the sampler does not exist, or does not have the schedule.
+    """
+    for schedule in SCHEDULES:
+        sampler = samplers.get(name.removesuffix(f"_{schedule}"))
+        if name.endswith(f"_{schedule}") and sampler is not None and schedule in sampler.schedules:
+            return sampler.with_schedule(schedule)
+    return samplers[name]
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(DDIMScheduler),
     "ddpm": Sampler(DDPMScheduler),
+    "deis": Sampler(DEISMultistepScheduler),
     "dpmpp_2m": Sampler(DPMSolverMultistepScheduler),
-    "dpmpp_2m_karras": Sampler(DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "dpmpp_2m_sde": Sampler(DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_3m": Sampler(DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "dpmpp_3m_sde": Sampler(
+        DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    ),
     "dpmpp_sde": Sampler(DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}, min_steps=2),
     "dpmpp_singlestep": Sampler(DPMSolverSinglestepScheduler, min_steps=2),
     "euler": Sampler(EulerDiscreteScheduler),
-    "euler_karras": Sampler(EulerDiscreteScheduler, {"use_karras_sigmas": True}),
     "euler_a": Sampler(EulerAncestralDiscreteScheduler),
     "heun": Sampler(HeunDiscreteScheduler),
     "kdpm2": Sampler(KDPM2DiscreteScheduler),
-    "lcm": Sampler(LCMScheduler),
+    "kdpm2_a": Sampler(KDPM2AncestralDiscreteScheduler),
+    "lcm": Sampler(LCMScheduler, own_timesteps=True),
     "lms": Sampler(LMSDiscreteScheduler),
     "pndm": Sampler(PNDMScheduler, {"skip_prk_steps": True}),
-    "tcd": Sampler(TCDScheduler),
+    "tcd": Sampler(TCDScheduler, own_timesteps=True),
     "unipc": Sampler(UniPCMultistepScheduler),
 }
 
@@ -96,7 +148,7 @@ class SchedulerFactory:
         """A new scheduler for one image, with its timesteps set.
 
         Args:
-            sampler: None: the model's own.
+            sampler: name, which may end in a schedule, see `find_sampler`. None: the model's own.
             image_tokens: number of patches, for models whose timesteps depend on the image size.
         """
         scheduler = copy.copy(self._prototype(sampler, num_inference_steps, image_tokens))
@@ -111,7 +163,8 @@ class SchedulerFactory:
 
     def _make_prototype(self, sampler: str | None, num_inference_steps: int, image_tokens: int) -> Scheduler:
         if sampler not in self._without_steps:
-            entry = Sampler(type(self.published)) if sampler is None else self.samplers[sampler]
+            own = Sampler(type(self.published))
+            entry = own if sampler is None else find_sampler(sampler, self.samplers)
             self._without_steps[sampler] = self._configured(entry)
         scheduler = copy.copy(self._without_steps[sampler])
         self._set_timesteps(scheduler, num_inference_steps, image_tokens)

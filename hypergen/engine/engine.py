@@ -26,6 +26,7 @@ from hypergen.engine.batch_runner import BatchRunner
 from hypergen.engine.compiled_forward import CompiledForward
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
+from hypergen.engine.reordered_weights import use_reordered_weights
 from hypergen.engine.request_errors import as_request_error, free_cached_memory
 from hypergen.engine.scheduler import RunningImages, batch_key
 from hypergen.engine.warmup import warm_up_request
@@ -83,6 +84,8 @@ class Engine:
         buckets: BucketStore | None = None,
     ) -> None:
         compiled = None if settings.compile == "off" else CompiledForward(family)
+        if compiled is None and family.device.type == "cpu":  # compiled code shares the original weights
+            use_reordered_weights(family)
         self.family = family
         self.model_id = model_id
         self.settings = settings
@@ -252,9 +255,12 @@ class Engine:
     def _prepare_next(self) -> None:
         """Prepare one request up to the next forward pass of a probe.
 
-        Round-robin, so that no request waits for the probes of another.
+        Round-robin, so that no request waits for the probes of another; among API keys by their fair share.
         """
-        progress, preparation = self._preparing.popleft()
+        share = self._running.fair_share
+        first = min(self._preparing, key=lambda entry: share.time_of(entry[0].request.api_key))
+        self._preparing.remove(first)
+        progress, preparation = first
         try:
             next(preparation)
             self._preparing.append((progress, preparation))

@@ -54,7 +54,6 @@ class Loader:
         """
         started = time.monotonic()
         loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
-        size_bytes = loading.weight_bytes(loaded)
         self.seconds["weights"] += time.monotonic() - started
         started = time.monotonic()
         if isinstance(loaded, DiffusersPipeline):
@@ -73,7 +72,8 @@ class Loader:
                 f"The warm-up with --attention {model.settings.attention} failed: {reason[:300]}"
             ) from None
         self.seconds["warm-up"] += time.monotonic() - started
-        return LoadedModel(engine, loaded.model_info(model.id), size_bytes)
+        # After the warm-up: it reorders weights on a CPU.
+        return LoadedModel(engine, loaded.model_info(model.id), loading.weight_bytes(loaded))
 
     def _buckets(self, model: ServedModel, family: Family) -> BucketStore | None:
         """The row counts chosen in earlier runs, on an accelerator or for compiled shapes."""

@@ -1,4 +1,5 @@
-"""The scheduler: which images share the next denoising step, by batch key, cost curve and priority."""
+"""The scheduler: which images share the next denoising step, by API key, batch key, cost curve and
+priority."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hypergen.denoising.denoising_state import DenoisingState
+from hypergen.engine.fair_share import FairShare
 
 
 class BatchKey(NamedTuple):
@@ -105,6 +107,7 @@ class RunningImages:
     def __init__(self, images: Iterable[DenoisingState] = ()) -> None:
         self._groups: dict[BatchKey, _Group] = {}
         self._keys: dict[DenoisingState, BatchKey] = {}
+        self.fair_share = FairShare()
         for image in images:
             self.add(image)
 
@@ -118,10 +121,18 @@ class RunningImages:
         return state in self._keys
 
     def add(self, state: DenoisingState) -> None:
+        self.fair_share.add_image(state.request.api_key)
+        self._group(state)
+
+    def _group(self, state: DenoisingState) -> None:
         key = self._keys[state] = batch_key(state).shared
-        self._groups.setdefault(key, _Group()).add(state)
+        self._groups.setdefault(key, _Group()).add(state, self.fair_share.id_of(state.request.api_key))
 
     def remove(self, state: DenoisingState) -> None:
+        self._ungroup(state)
+        self.fair_share.remove_image(state.request.api_key)
+
+    def _ungroup(self, state: DenoisingState) -> None:
         key = self._keys.pop(state)
         group = self._groups[key]
         group.remove(state)
@@ -138,28 +149,40 @@ class RunningImages:
         if batch_key(state).shared == key:
             self._groups[key].update(state)
         else:
-            self.remove(state)
-            self.add(state)
+            self._ungroup(state)
+            self._group(state)
 
     def next_batch(
         self, costs: Mapping[BatchKey, CostCurve], max_batch_size: int, aging: float, now: float
     ) -> list[DenoisingState]:
         """Choose the images of the next denoising step.
 
-        The image with the shortest remaining work goes first. Each second of waiting subtracts `aging`
-        seconds of work, so that long requests do not starve. The first image determines the batch key; images
-        with the same key fill the batch up to its efficient rows.
+        The API key with the smallest share so far goes first, and of its images the one with the shortest
+        remaining work. Each second of waiting subtracts `aging` seconds of work, so that long requests do not
+        starve. The first image determines the batch key; images with the same key fill the batch up to its
+        efficient rows.
         """
         priorities = {
-            key: group.priorities(costs[key].seconds_per_row(), aging, now)
+            key: group.priorities(costs[key].seconds_per_row(), aging, now, self._times())
             for key, group in self._groups.items()
         }
         if not priorities:
             return []
-        key = min(priorities, key=lambda key: priorities[key].min())
-        free_rows = costs[key].efficient_rows()
+        key = min(priorities, key=lambda key: priorities[key].first())
+        batch = self._fill(key, priorities[key], costs[key].efficient_rows(), max_batch_size)
+        seconds = costs[key].seconds_per_row() or 1.0
+        for state in batch:
+            self.fair_share.charge(state.request.api_key, state.rows * seconds)
+        return batch
+
+    def _times(self) -> np.ndarray | None:
+        return self.fair_share.times if self.fair_share.is_shared else None
+
+    def _fill(
+        self, key: BatchKey, priorities: _Priorities, free_rows: int, max_batch_size: int
+    ) -> list[DenoisingState]:
         batch: list[DenoisingState] = []
-        for state in self._groups[key].in_order(priorities[key]):
+        for state in self._groups[key].in_order(priorities):
             if len(batch) == max_batch_size or free_rows <= 0:
                 break
             fits = state.rows <= free_rows or not batch
@@ -170,22 +193,38 @@ class RunningImages:
         return batch
 
 
+class _Priorities(NamedTuple):
+    """Of the images of a group: the lowest time of the API key goes first, then the lowest work."""
+
+    times: np.ndarray | None  # None: all have the same key
+    work: np.ndarray
+
+    def first(self) -> tuple[float, float]:
+        if self.times is None:
+            return 0.0, float(self.work.min())
+        least = self.times.min()
+        return float(least), float(self.work[self.times == least].min())
+
+
 class _Group:
-    """Images of one shape, with their remaining rows and their arrival in arrays."""
+    """Images of one shape, with their remaining rows, arrival and API key in arrays."""
 
     def __init__(self) -> None:
         self.states: list[DenoisingState] = []
         self._index: dict[DenoisingState, int] = {}
         self._remaining_rows = np.empty(8)
         self._queued_at = np.empty(8)
+        self._api_keys = np.empty(8, int)
 
-    def add(self, state: DenoisingState) -> None:
+    def add(self, state: DenoisingState, api_key: int) -> None:
         if len(self.states) == len(self._queued_at):
             self._remaining_rows = np.concatenate([self._remaining_rows, np.empty(len(self.states))])
             self._queued_at = np.concatenate([self._queued_at, np.empty(len(self.states))])
+            self._api_keys = np.concatenate([self._api_keys, np.empty(len(self.states), int)])
         self._index[state] = len(self.states)
         self.states.append(state)
         self._queued_at[self._index[state]] = state.queued_at
+        self._api_keys[self._index[state]] = api_key
         self.update(state)
 
     def update(self, state: DenoisingState) -> None:
@@ -199,13 +238,24 @@ class _Group:
             self._index[last] = index
             self._remaining_rows[index] = self._remaining_rows[len(self.states)]
             self._queued_at[index] = self._queued_at[len(self.states)]
+            self._api_keys[index] = self._api_keys[len(self.states)]
 
-    def priorities(self, seconds_per_row: float, aging: float, now: float) -> np.ndarray:
-        """The lowest goes first."""
+    def priorities(
+        self, seconds_per_row: float, aging: float, now: float, times: np.ndarray | None
+    ) -> _Priorities:
+        """The priority of each image.
+
+        Args:
+            times: of all API keys; None if one has all images.
+        """
         count = len(self.states)
-        return self._remaining_rows[:count] * seconds_per_row - aging * (now - self._queued_at[:count])
+        work = self._remaining_rows[:count] * seconds_per_row - aging * (now - self._queued_at[:count])
+        return _Priorities(None if times is None else times[self._api_keys[:count]], work)
 
-    def in_order(self, priorities: np.ndarray) -> Iterator[DenoisingState]:
+    def in_order(self, priorities: _Priorities) -> Iterator[DenoisingState]:
         """Lowest priority first, then in order of arrival."""
-        for index in np.lexsort((self._queued_at[: len(self.states)], priorities)):
+        columns = [self._queued_at[: len(self.states)], priorities.work]
+        if priorities.times is not None:
+            columns.append(priorities.times)
+        for index in np.lexsort(columns):
             yield self.states[index]

@@ -1,17 +1,22 @@
-"""Admission: a slot in the request queue, a wait in the overflow queue, or a refusal with a retry time."""
+"""Admission: a slot in the request queue, a wait in the overflow queue, or a refusal with a retry time.
+
+API keys share both queues by their weights, so that one of them cannot take all slots.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypergen.config import QueueSettings
+from hypergen.engine_client.key_limits import ImageRates
 from hypergen.errors import QueueFullError, RequestError
 from hypergen.events import QueuePosition
+from hypergen.request import ANONYMOUS, ApiKey
 
 
 @dataclass(eq=False)
@@ -21,8 +26,9 @@ class AdmissionTicket:
     """
 
     admission: Admission
+    api_key: ApiKey
     work: float
-    input_image_bytes: int = 0
+    input_image_bytes: int
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     running: bool = False
     share_done: float = 0.0  # of `work`, 0..1
@@ -40,7 +46,7 @@ class AdmissionTicket:
             self.admission.throughput.skip()
         else:
             self.running = True
-            self.admission.ticket_started()
+            self.admission.ticket_started(self)
 
     def progress(self, share_done: float) -> None:
         """Record the share of `work` that is done, 0..1."""
@@ -102,6 +108,9 @@ class Admission:
     """At most `max_queue_size` requests wait in the request queue. Up to four times as many wait in the
     overflow queue, in order of arrival, for at most `queue_timeout_s`. The rest is refused. So is a request
     whose input images exceed the memory left by those of unfinished requests. Belongs to the event loop.
+
+    If several API keys have unfinished requests, each has a share of both limits by its weight. A key below
+    its share is admitted even if others fill the queue. The queue then exceeds the limit: nothing is dropped.
     """
 
     _OVERFLOW_FACTOR = 4
@@ -110,34 +119,41 @@ class Admission:
 
     def __init__(self, settings: QueueSettings) -> None:
         self._settings = settings
-        self._overflow: deque[AdmissionTicket] = deque()
+        self._overflow: list[AdmissionTicket] = []  # in order of arrival
         self._tickets: list[AdmissionTicket] = []  # in order of arrival
         self._closed: Callable[[], RequestError] | None = None
+        self._rates = ImageRates()
+        self._waiting_of: Counter[str] = Counter()
         self.throughput = Throughput()
-        self.waiting = 0
         self.running = 0
 
     @property
     def overflow(self) -> int:
         return len(self._overflow)
 
-    def enter(self, work: float, input_image_bytes: int = 0) -> AdmissionTicket:
-        """A ticket for one request, held until its `leave`.
+    @property
+    def waiting(self) -> int:
+        return self._waiting_of.total()
+
+    def enter(
+        self, work: float, input_image_bytes: int = 0, api_key: ApiKey = ANONYMOUS, n: int = 1
+    ) -> AdmissionTicket:
+        """A ticket for one request of `n` images, held until its `leave`.
 
         Raises:
-            QueueFullError: the overflow queue or the memory for input images is full.
+            InvalidRequestError: the API key may never have as many images at once.
+            QueueFullError: a limit of the API key, the overflow queue or the memory for input images.
             RequestError: the one given to `close`.
         """
         if self._closed:
             raise self._closed()
-        self._refuse_if_full(input_image_bytes)
-        ticket = AdmissionTicket(self, work, input_image_bytes)
-        if self._has_room():
-            self.waiting += 1
-            ticket.turn.set()
-        else:
-            self._overflow.append(ticket)
+        self._refuse_if_limited(api_key, n)
+        self._refuse_if_full(api_key, input_image_bytes)
+        self._rates.record(api_key, n)
+        ticket = AdmissionTicket(self, api_key, work, input_image_bytes)
         self._tickets.append(ticket)
+        self._overflow.append(ticket)
+        self._fill_queue()
         return ticket
 
     async def wait(self, ticket: AdmissionTicket) -> None:
@@ -166,23 +182,38 @@ class Admission:
         """None if the ticket does not wait."""
         if ticket.running or ticket.left:
             return None
-        ahead = self._tickets[: self._tickets.index(ticket)]
-        work = sum(other.work_left for other in [*ahead, ticket])
-        return QueuePosition(sum(not other.running for other in ahead), self.throughput.seconds_for(work))
+        own = [other for other in self._tickets if other.api_key.name == ticket.api_key.name]
+        ahead = own[: own.index(ticket)]
+        own_position = sum(not other.running for other in ahead)
+        own_work = sum(other.work_left for other in [*ahead, ticket])
+        position, work = float(own_position), own_work
+        # Meanwhile every other key gets the same, by its weight.
+        others: defaultdict[ApiKey, list[AdmissionTicket]] = defaultdict(list)
+        for other in self._tickets:
+            if other.api_key.name != ticket.api_key.name:
+                others[other.api_key].append(other)
+        for key, tickets in others.items():
+            weight = key.weight / ticket.api_key.weight
+            waiting = sum(not other.running for other in tickets)
+            position += min(waiting, weight * own_position)
+            work += min(sum(other.work_left for other in tickets), weight * own_work)
+        return QueuePosition(round(position), self.throughput.seconds_for(work))
 
-    def ticket_started(self) -> None:
+    def ticket_started(self, ticket: AdmissionTicket) -> None:
         if not self.running:
             self.throughput.busy(True)
         self.running += 1
-        self._leave_queue()
+        self._waiting_of[ticket.api_key.name] -= 1
+        self._fill_queue()
 
     def ticket_left(self, ticket: AdmissionTicket) -> None:
         self._tickets.remove(ticket)
         if ticket in self._overflow:
             self._overflow.remove(ticket)
-            return
+        elif not ticket.running:
+            self._waiting_of[ticket.api_key.name] -= 1
+        self._fill_queue()  # also if it ran: the shares of the other keys may have grown
         if not ticket.running:
-            self._leave_queue()
             return
         self.running -= 1
         if self.running:
@@ -198,26 +229,45 @@ class Admission:
             self._UNMEASURED_RETRY_AFTER_S if seconds is None else min(max(math.ceil(seconds), least), most)
         )
 
-    def _refuse_if_full(self, input_image_bytes: int) -> None:
+    def _refuse_if_limited(self, key: ApiKey, n: int) -> None:
+        self._rates.check(key, n)
+        unfinished = sum(ticket.api_key.name == key.name for ticket in self._tickets)
+        if key.max_requests is not None and unfinished >= key.max_requests:
+            raise self._refusal(f"This key has {key.max_requests} requests at once, which are unfinished.")
+
+    def _refuse_if_full(self, key: ApiKey, input_image_bytes: int) -> None:
         held = sum(ticket.input_image_bytes for ticket in self._tickets)
         # A single request is always admitted.
         if held and input_image_bytes and held + input_image_bytes > self._settings.max_input_image_mb * 1e6:
             raise self._refusal("The input images of unfinished requests fill the memory for them.")
-        overflow = (
-            self._OVERFLOW_FACTOR * self._settings.max_queue_size if self._settings.queue_timeout_s else 0
-        )
-        if not self._has_room() and len(self._overflow) >= overflow:
+        own = sum(ticket.api_key.name == key.name for ticket in self._overflow)
+        limit = self._OVERFLOW_FACTOR * self._settings.max_queue_size if self._settings.queue_timeout_s else 0
+        if not self._has_room(key) and len(self._overflow) >= limit and own >= self._share(key, limit):
             raise self._refusal("The queue is full.")
 
-    def _has_room(self) -> bool:
-        return self.waiting < self._settings.max_queue_size and not self._overflow
+    def _fill_queue(self) -> None:
+        """Move requests from the overflow queue to free slots, of the key with the fewest slots first."""
+        while self._overflow:
+            ticket = min(self._overflow, key=lambda ticket: self._slots_taken(ticket.api_key))
+            if not self._has_room(ticket.api_key):
+                return
+            self._overflow.remove(ticket)
+            self._waiting_of[ticket.api_key.name] += 1
+            ticket.turn.set()
 
-    def _leave_queue(self) -> None:
-        """Give a free slot to the first in the overflow queue; `waiting` then does not change."""
-        if self._overflow:
-            self._overflow.popleft().turn.set()
-        else:
-            self.waiting -= 1
+    def _has_room(self, key: ApiKey) -> bool:
+        limit = self._settings.max_queue_size
+        return self.waiting < limit or self._waiting_of[key.name] < self._share(key, limit)
+
+    def _slots_taken(self, key: ApiKey) -> float:
+        return self._waiting_of[key.name] / key.weight
+
+    def _share(self, key: ApiKey, limit: int) -> float:
+        """The part of a limit that a key has, among the keys with unfinished requests."""
+        weights = {ticket.api_key.name: ticket.api_key.weight for ticket in self._tickets} | {
+            key.name: key.weight
+        }
+        return limit * key.weight / sum(weights.values())
 
     def _refusal(self, message: str) -> QueueFullError:
         seconds = self.retry_after_s()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from hypergen import ipc
@@ -109,7 +108,7 @@ class EngineRequests:
         if self.submitted.pop(handle.request.id, None) and cancel:
             self.supervisor.send(ipc.Cancel(handle.request.id))
         for waiting in (self.suspects, self.held):
-            with suppress(ValueError):
+            if handle in waiting:  # the error of `remove` would contain the request's images as text
                 waiting.remove(handle)
         self.submit_next()
 

@@ -106,8 +106,14 @@ class EnginePool:
         infos = {info.id: info for engine in self._engines for info in engine.supervisor.model_infos}
         if not infos:
             return None
-        named = (model.id for model in self._models if name is not None and model.is_called(name))
-        return infos[next(named, self._models[0].id)]
+        found = None if name is None else self.find_model(name)
+        return infos[found or self._models[0].id]
+
+    def model_names(self) -> list[str]:
+        return [model.id for model in self._models]
+
+    def find_model(self, name: str) -> str | None:
+        return next((model.id for model in self._models if model.is_called(name)), None)
 
     def status(self) -> ServerStatus:
         statuses = tuple(engine.supervisor.status for engine in self._engines)
@@ -140,7 +146,7 @@ class EnginePool:
         state = self.status().state
         if state != "ready":
             raise _unavailable(state)
-        ticket = self._admission.enter(request.work, request.input_image_bytes)
+        ticket = self._admission.enter(request.work, request.input_image_bytes, request.api_key, request.n)
         # From here on the request is admitted, whatever happens to the engines.
         handle = PoolHandle(request, ticket, on_event, on_cancel=self._end)
         if ticket.turn.is_set():

@@ -205,5 +205,7 @@ def _magnitude_factor(layer: nn.Module, weights: LayerWeights, weight: float) ->
     """DoRA's scale of each output of a layer, shape (out,)."""
     assert weights.magnitude is not None
     base: Any = layer.weight
+    if base.is_mkldnn:  # see hypergen/engine/reordered_weights.py
+        base = base.to_dense()
     merged = base.flatten(1) + weight * (weights.up @ weights.down.flatten(1))
     return weights.magnitude / merged.norm(dim=1)

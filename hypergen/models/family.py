@@ -94,6 +94,7 @@ class Family(ABC):
             family=self.spec.name,
             defaults=ModelDefaults(**{**self.defaults, **self.model_card.get("defaults", {})}),
             samplers={name: sampler.min_steps for name, sampler in self.schedulers.samplers.items()},
+            schedules={name: sampler.schedules for name, sampler in self.schedulers.samplers.items()},
             min_steps=self.schedulers.min_steps,
             device=self.device.type,
             dtype=str(self.denoiser.dtype).removeprefix("torch."),

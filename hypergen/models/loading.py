@@ -145,7 +145,12 @@ def _count_weights(folder: Path) -> int:
 def weight_bytes(model: Family | DiffusersPipeline) -> int:
     """Bytes of all networks of a loaded model, with refiner and ControlNets."""
     tensors = [t for module in model.modules for t in (*module.parameters(), *module.buffers())]
-    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+    return sum({id(tensor): _bytes(tensor) for tensor in tensors}.values())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    # The layout of oneDNN's kernels may pad a reordered weight.
+    return torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.nbytes
 
 
 def _read_model_card(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, HyperGenError
 from scripts.bench import gates, http, on_device, report
 from scripts.bench.alone import same_bytes_alone, single_request_ratio
-from scripts.bench.device import VARIANTS
+from scripts.bench.device import MEASUREMENTS
 from scripts.bench.figures import Run
 from scripts.bench.goals import plan_for
 from scripts.bench.jobs import job_list
@@ -73,48 +73,42 @@ _BATCH = 8
     show_default=True,
     help="mixed: three guidance scales; one: the same for all, which suits static batching",
 )
-@click.option("--jobs", type=click.IntRange(10), default=100, show_default=True, help="length of a job list")
+@click.option("--jobs", type=click.IntRange(2), default=100, show_default=True, help="length of a job list")
 @click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="number of job lists")
 @click.option(
     "--max-batch-size",
     type=click.IntRange(1),
     help="of the engine and of static batching; with --speeds also how many images are requested at once  "
-    "[default: 8; for sdxl and flux-dev 4 in the trace and 1 elsewhere]",
+    "[default: 8; for sdxl and flux-dev 1 at once]",
 )
 @click.option(
     "--speeds",
     "compare_speeds",
     is_flag=True,
-    help="only measure the optimization settings, on a wall clock; implied by cuda",
+    help="measure diffusers and the engine's settings one after another, on a wall clock; implied by cuda",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
-    "--variant",
-    "variants",
-    type=NameList(tuple(VARIANTS)),
-    help=f"with --speeds, one or more of {', '.join(VARIANTS)}; the last runs the trace  "
-    "[default: those that can matter for the model, on a CPU without compilation]",
+    "--only",
+    type=NameList(MEASUREMENTS),
+    help=f"with --speeds, one or more of {', '.join(MEASUREMENTS)}, which is also their order  "
+    "[default: all; on a CPU those without compilation and graphs]",
 )
 @click.option("--steps", type=click.IntRange(1), help="with --speeds  [default: 30; for flux-dev 28]")
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    default=7,
+    default=8,
     show_default=True,
-    help="with --speeds, time for one model: measurements that would not end in it are left out and listed, "
-    "running ones are finished",
+    help="with --speeds, time for one model: a running measurement is finished, later ones are listed",
 )
 @click.option(
-    "--determinism",
-    type=click.Choice(["strict", "fast"]),
-    default="strict",
-    show_default=True,
-    help="of the engine, with --speeds; other runs have the policies step and step-fast",
+    "--profile", is_flag=True, help="with --speeds, also write a trace of torch's profiler, for Perfetto"
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="default: float32; bfloat16 on cuda",
+    help="default: float32; on cuda float16 or bfloat16, as the server chooses for the model",
 )
 @click.option(
     "--gates",
@@ -148,10 +142,10 @@ def main(
     max_batch_size: int | None,
     compare_speeds: bool,
     device: Any,
-    variants: tuple[str, ...] | None,
+    only: tuple[str, ...] | None,
     steps: int | None,
     minutes: float,
-    determinism: str,
+    profile: bool,
     dtype: Any,
     check_gates: bool,
     only_alone: bool,
@@ -175,20 +169,24 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     if over_http:
         _print_and_exit(console, http.measure(console, output)[1])
-    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    if device == "cpu":
+        dtype = dtype or "float32"
     settings = EngineSettings.model_validate(
         {"device": device, "dtype": dtype, "max_batch_size": max_batch_size or _BATCH}
     )
     if compare_speeds:
-        settings = settings.model_copy(update={"determinism": determinism})
         trace = on_device.Trace(loads or (1.5,), seeds, jobs)
+        options = {"only": only, "profile": profile, "minutes": minutes}
+        plans = {
+            model: plan_for(model, device, steps=steps, batch_size=max_batch_size, **options)
+            for model in models or (("sd15",) if device == "cuda" else ("small",))
+        }
         unmeasured: list[str] = []
         gate_results = list[gates.Gate]()
-        for model in models or (("sd15",) if device == "cuda" else ("small",)):
-            plan = plan_for(model, device, steps, max_batch_size, variants)
-            measured = on_device.measure(console, output, model, settings, plan, trace, minutes)
+        for model, plan in plans.items():
+            measured = on_device.measure(console, output, model, settings, plan, trace)
             gate_results += measured.goals
-            unmeasured += [f"{model}: {part}" for part in measured.unmeasured]
+            unmeasured += measured.unmeasured
         if check_gates:
             _exit(console, gate_results, unmeasured)
         return

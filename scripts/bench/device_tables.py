@@ -1,124 +1,134 @@
-"""The tables of `python -m scripts.bench --device`."""
+"""The results of `python -m scripts.bench --device` as Markdown, for docs/benchmarks.md."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from hypergen.config import EngineSettings
-from scripts.bench import report
-from scripts.bench.device import DEFAULT, OURS, VARIANTS, Measured, Speed
-from scripts.bench.timeline import FORWARD
-
-
-def print_work(console: Console, measured: Measured) -> None:
-    """Print the operations of an image, before the measurements."""
-    work, steps = measured.work, measured.plan.steps
-    console.print(
-        f"{measured.model}: {work.forward_flops / 1e12:.3g} TFLOP per row, {work.rows} rows per image, "
-        f"{work.decode_flops / 1e12:.3g} TFLOP to decode; this device {work.peak_flops / 1e12:.3g} TFLOP/s: "
-        f"an image of {steps} steps takes at least {work.floor_s(steps):.3g} s",
-        highlight=False,
-    )
+from scripts.bench.device import DEFAULT, LABELS, Measured
+from scripts.bench.figures import Run, median_of, median_ratio
+from scripts.bench.report import environment_lines, median_images
+from scripts.bench.rows import Shape
 
 
-def print_all(console: Console, measured: Measured) -> None:
-    _print_speeds(console, measured)
-    _print_settings(console, measured)
-    _print_forwards(console, measured)
-    _print_stages(console, measured)
-    if measured.runs:
-        console.print(
-            f"The trace, run by {measured.served_by}; every request gives its seed, determinism is "
-            f"{measured.determinism}; sequential: one request at a time to the same engine.",
-            highlight=False,
-        )
-    report.print_runs(console, measured.runs)
-    if measured.goals:
-        report.print_gates(console, measured.goals, "Goals")
-    elif measured.environment["accelerator"] is None:
-        console.print("Goals are only checked for published models on CUDA.", highlight=False)
-    for part in measured.unmeasured:
-        console.print(f"Goal without a measurement: {part}", highlight=False)
-    for what, why in measured.left_out.items():
-        console.print(f"Not measured: {what}: {why}", highlight=False)
+def markdown(measured: Measured) -> str:
+    """All measurements so far, with machine, command, date and versions."""
+    plan, work, environment = measured.plan, measured.work, measured.environment
+    blocks = [
+        f"### {measured.model}",
+        f"    {environment['command']}        # {environment['date']}",
+        "\n".join(environment_lines(environment)),
+        f"Weights {measured.dtype}, VAE in the engine {measured.vae_dtype}, {plan.steps} steps, guidance. "
+        f"Operations: {work.forward_flops / 1e12:.3g} TFLOP per row, {work.rows} rows per image, "
+        f"{work.decode_flops / 1e12:.3g} TFLOP to decode; at {work.peak_flops / 1e12:.3g} TFLOP/s an image "
+        f"takes at least {work.floor_s(plan.steps):.3g} s (the floor).",
+        *_speeds(measured),
+        *(block for shape in measured.shapes for block in _rows(shape)),
+        *_trace(measured),
+        *_goals(measured),
+    ]
+    if measured.device_busy is not None:
+        blocks.append(f"Under the profiler the GPU was busy for {measured.device_busy:.0%} of the time.")
+    if measured.left_out:
+        blocks.append("\n".join(f"- Not measured: {what}: {why}" for what, why in measured.left_out.items()))
+    return "\n\n".join(blocks)
 
 
-def _print_speeds(console: Console, measured: Measured) -> None:
-    plan = measured.plan
-    size = f"{measured.side}x{measured.side}"
-    title = f"{measured.model}, {size}, {plan.steps} steps, single and {plan.batch_size} at once"
-    table = Table(title=title, title_justify="left")
-    for column in ("way", "single s", "of floor", "images/s", "of floor", "rows/batch"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for speed in measured.speeds:
-        table.add_row(
-            speed.way,
-            f"{speed.alone_s:.3f}",
-            f"{speed.alone_of_floor:.0%}",
-            f"{speed.batch_images_per_s:.2f}",
-            f"{speed.batch_of_floor:.0%}",
-            f"{speed.batch_rows:.1f}",
-        )
-    console.print(table)
-
-
-def _print_settings(console: Console, measured: Measured) -> None:
-    """Print the speedup of each optimization setting against its default."""
-    table = Table(title="Settings, against the defaults", title_justify="left")
-    for column in ("setting", "default", "tried", "single", "batch"):
-        table.add_column(column, justify="left" if column in ("setting", "default", "tried") else "right")
-    speeds = {speed.way.removeprefix(OURS): speed for speed in measured.speeds}
-    baseline = speeds.get(DEFAULT)
-    for variant, changes in VARIANTS.items():
-        if len(changes) != 1:
-            continue
-        ((setting, tried),) = changes.items()
-        default = EngineSettings.model_fields[setting].default
-        table.add_row(setting, _shown(default), _shown(tried), *_speedups(speeds.get(variant), baseline))
-    console.print(table)
-
-
-def _speedups(speed: Speed | None, baseline: Speed | None) -> tuple[str, str]:
-    if speed is None or baseline is None:
-        return "not measured", "not measured"
-    return (
-        f"x{baseline.alone_s / speed.alone_s:.2f}",
-        f"x{speed.batch_images_per_s / baseline.batch_images_per_s:.2f}",
-    )
-
-
-def _shown(value: object) -> str:
-    return {True: "on", False: "off", None: "torch chooses"}.get(value, str(value))  # pyright: ignore[reportArgumentType, reportCallIssue]  any value may be a key here
-
-
-def _print_forwards(console: Console, measured: Measured) -> None:
-    table = Table(title=f"Forward passes, determinism {measured.determinism}", title_justify="left")
-    for column in ("way", "size", "rows", "ms", "bit-exact", "used", "verdict of the size"):
-        table.add_column(column, justify="right" if column in ("rows", "ms") else "left")
-    for entry in measured.forwards:
-        seconds = entry["seconds"]
-        table.add_row(
-            entry["way"],
-            entry["size"],
-            str(entry["rows"]),
-            "" if seconds is None else f"{1000 * seconds:.1f}",
-            "yes" if entry["exact"] else "no",
-            "yes" if entry["serves"] else "no",
-            entry["verdict"],
-        )
-    console.print(table)
-
-
-def _print_stages(console: Console, measured: Measured) -> None:
-    if not measured.stages:
+def _speeds(measured: Measured) -> Iterator[str]:
+    if not measured.speeds:
         return
-    table = Table(title=f"Timeline of concurrent images, {measured.served_by}", title_justify="left")
-    for column in ("stage", "seconds", "overlapped", "holding up forwards", "of the time"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for share in measured.stages:
-        holding_up = (
-            ("", "") if share.stage == FORWARD else (f"{share.holding_up_s:.3f}", f"{share.holding_up:.1%}")
-        )
-        table.add_row(share.stage, f"{share.seconds:.3f}", f"{share.overlapped_s:.3f}", *holding_up)
-    console.print(table)
+    size, at_once = f"{measured.side}x{measured.side}", measured.plan.batch_size
+    header = (size, "single image, s", "of floor", f"images/s, {at_once} at once", "of floor")
+    yield _table(
+        (*header, "rows per batch", "peak memory, GB"),
+        (
+            (
+                LABELS[speed.way],
+                f"{speed.alone_s:.3f}",
+                f"{speed.alone_of_floor:.0%}",
+                f"{speed.batch_images_per_s:.2f}",
+                f"{speed.batch_of_floor:.0%}",
+                f"{speed.batch_rows:.1f}",
+                _shown(speed.peak_gb, ".1f"),
+            )
+            for speed in measured.speeds
+        ),
+    )
+
+
+def _rows(shape: Shape) -> Iterator[str]:
+    yield (
+        f"Forward passes at {shape.size}. Rows of the engine's batches: {shape.bucket}; "
+        f"its probe says {shape.verdict}."
+    )
+    yield _table(
+        (
+            "rows",
+            "ms",
+            "ms without graph",
+            "images/s",
+            "bits as alone",
+            f"bits as in a batch of {shape.bucket}",
+        ),
+        (
+            (
+                str(entry.rows),
+                f"{1000 * entry.forward_s:.2f}",
+                _shown(entry.eager_s and 1000 * entry.eager_s, ".2f"),
+                _shown(entry.images_per_s, ".2f"),
+                "yes" if entry.equal_alone else "no",
+                "yes" if entry.equal_in_bucket else "no",
+            )
+            for entry in shape.row_counts
+        ),
+    )
+
+
+def _trace(measured: Measured) -> Iterator[str]:
+    """Medians over the job lists, and ratios to `sequential`."""
+    if not measured.runs:
+        return
+    runs, (equal, total) = measured.runs, measured.same_bytes
+    seeds = len({run.seed for run in runs})
+    yield (
+        f"Mixed trace, {runs[0].model}, {LABELS[DEFAULT]}, median of {seeds} job lists; sequential: one "
+        f"request at a time to the same engine. {equal} of {total} images have the same bytes as alone."
+    )
+    columns = ("load", "policy", "jobs/s", "p50 s", "p95 s", "short p95 s", "batch size")
+    loads = dict.fromkeys(run.load for run in runs)
+    yield _table(
+        columns,
+        (
+            _figures([run for run in runs if run.load == load], load, policy)
+            for load in loads
+            for policy in ("sequential", "step")
+        ),
+    )
+
+
+def _figures(runs: Sequence[Run], load: float, policy: str) -> tuple[str, ...]:
+    ratios = asdict(median_ratio(runs, policy, "sequential"))
+    values = asdict(median_of(runs, policy))
+    cells = (f"{value:.2f} (x{ratios[name]:.2f})" for name, value in values.items())
+    return f"{load:g}", policy, *cells, f"{median_images(runs, policy):.2f}"
+
+
+def _goals(measured: Measured) -> Iterator[str]:
+    if not (measured.goals or measured.unmeasured):
+        return
+    rows = [
+        (gate.what, f"{gate.measured:.3f}", gate.shown_limit, "" if gate.reached else "missed")
+        for gate in measured.goals
+    ]
+    rows += [(what, "", "", "not measured") for what in measured.unmeasured]
+    yield _table(("goal", "measured", "limit", ""), rows)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    first, *others = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return "\n".join([first, "|" + "---|" * len(columns), *others])

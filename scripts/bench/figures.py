@@ -47,7 +47,7 @@ class Run:
     policy: str
     figures: Figures
     # Mean batch size.
-    images_per_forward: float
+    mean_batch_size: float
 
     @property
     def experiment(self) -> tuple[str, str, float]:

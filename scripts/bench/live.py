@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import threading
 import time
@@ -25,18 +24,18 @@ from scripts.bench.work import family_of
 
 
 class LiveEngine:
-    """An engine after its warm-up, with all batch sizes probed and compiled.
+    """An engine after its warm-up, with all batch sizes probed.
 
     Attributes:
         side: height and width of the images, in pixels.
-        images_per_forward: mean batch size of the latest run.
-        encoding_spans: start and end of encoding each file of the latest run, monotonic seconds.
+        mean_batch_size: images per batch of the latest run.
+        files: PNG files of the latest run, by job number.
     """
 
     def __init__(self, family: Family, side: int, settings: EngineSettings) -> None:
         self.side = side
-        self.images_per_forward = 1.0
-        self.encoding_spans: list[tuple[float, float]] = []
+        self.mean_batch_size = 1.0
+        self.files: dict[int, bytes] = {}
         self._finished_at: dict[int, float] = {}
         self._changed = threading.Condition()
         self._ready = False
@@ -52,7 +51,7 @@ class LiveEngine:
     def run(self, jobs: Sequence[Job], interval_s: float) -> list[FinishedJob]:
         """Run all jobs with a mean interval of `interval_s` seconds between arrivals."""
         self._finished_at.clear()
-        self.encoding_spans.clear()
+        self.files.clear()
         before = self.engine.status()
         queued_at: dict[int, float] = {}
         clock = Clock(time.monotonic)
@@ -65,9 +64,7 @@ class LiveEngine:
             time.sleep(0.0005)
         self._wait_until(lambda: len(self._finished_at) == len(jobs))
         after = self.engine.status()
-        self.images_per_forward = (after.image_steps - before.image_steps) / (
-            after.forwards - before.forwards
-        )
+        self.mean_batch_size = (after.image_steps - before.image_steps) / (after.forwards - before.forwards)
         return [FinishedJob(job, queued_at[job.number], self._finished_at[job.number]) for job in jobs]
 
     def close(self) -> None:
@@ -78,7 +75,7 @@ class LiveEngine:
     def _run_thread(self) -> None:
         try:
             self.engine.warm_up()
-            with torch.inference_mode():  # also compiles all batch sizes
+            with torch.inference_mode():
                 self.engine.shape_profiles.finish_probes()
             with self._changed:
                 self._ready = True
@@ -114,7 +111,7 @@ class LiveEngine:
             now = time.monotonic()
             with self._changed:
                 self._finished_at[int(request_id)] = now
-                self.encoding_spans.append((now - event.encode_s, now))
+                self.files[int(request_id)] = event.data
                 self._changed.notify_all()
 
 
@@ -123,22 +120,16 @@ def live_engine(pipeline: Any, side: int, settings: EngineSettings) -> Iterator[
     """A running engine for the block.
 
     Args:
-        pipeline: is not changed; the engine gets a copy of its networks.
+        pipeline: the engine changes its networks.
         side: height and width of the images, in pixels.
     """
     # Without a prompt cache: prompts repeat between runs, and diffusers encodes them each time.
     settings = settings.model_copy(update={"prompt_cache_mb": 0})
-    engine = LiveEngine(family_of(copy_pipeline(pipeline), side, settings), side, settings)
+    engine = LiveEngine(family_of(pipeline, side, settings), side, settings)
     try:
         yield engine
     finally:
         engine.close()
-
-
-def copy_pipeline(pipeline: Any) -> Any:
-    """A copy with shared text encoders, for engines and compilers, which change the other networks."""
-    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
-    return copy.deepcopy(pipeline, {id(encoder): encoder for encoder in encoders})
 
 
 def free_memory() -> None:

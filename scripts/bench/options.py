@@ -7,8 +7,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-# Options for measuring optimization settings, and options for comparing policies.
-_SPEED_OPTIONS = ("variants", "steps", "minutes", "determinism")
+# Options for measuring the speed of one model, and options for comparing policies.
+_SPEED_OPTIONS = ("only", "steps", "minutes", "profile")
 _POLICY_OPTIONS = ("policies", "guidance", "only_alone")
 
 

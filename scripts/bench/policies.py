@@ -39,10 +39,10 @@ class Policy(Protocol):
     """Runs jobs on one thread, from prompts to PNG files.
 
     Attributes:
-        images_per_forward: mean batch size of the latest run.
+        mean_batch_size: images per batch of the latest run.
     """
 
-    images_per_forward: float
+    mean_batch_size: float
 
     def run(self, jobs: Sequence[Job], interval_s: float) -> list[FinishedJob]:
         """Run all jobs with a mean interval of `interval_s` seconds between arrivals."""
@@ -84,7 +84,7 @@ class StaticBatching:
     side: int  # height and width of the images, in pixels
     max_batch_size: int
     clock: Clock
-    images_per_forward: float = 1
+    mean_batch_size: float = 1
 
     def run(self, jobs: Sequence[Job], interval_s: float) -> list[FinishedJob]:
         arrivals = Arrivals(jobs, interval_s, self.clock)
@@ -102,7 +102,7 @@ class StaticBatching:
             self.generate([job for _, job in batch])
             forwards += batch[0][1].num_inference_steps
             finished += [FinishedJob(job, queued_at, self.clock()) for queued_at, job in batch]
-        self.images_per_forward = sum(job.num_inference_steps for job in jobs) / forwards
+        self.mean_batch_size = sum(job.num_inference_steps for job in jobs) / forwards
         return finished
 
     def generate(self, jobs: Sequence[Job]) -> list[bytes]:
@@ -151,7 +151,7 @@ class StepLevelBatching:
         self.side = side
         self.clock = clock
         self.files: dict[int, bytes] = {}
-        self.images_per_forward = 1.0
+        self.mean_batch_size = 1.0
         self._finished_at: dict[int, float] = {}
         self.engine = Engine(
             family, "benchmark", settings, self._report, clock=clock, encoders=_InlineExecutor()
@@ -175,9 +175,7 @@ class StepLevelBatching:
                 continue
             self.engine.step()
         after = self.engine.status()
-        self.images_per_forward = (after.image_steps - before.image_steps) / (
-            after.forwards - before.forwards
-        )
+        self.mean_batch_size = (after.image_steps - before.image_steps) / (after.forwards - before.forwards)
         return [FinishedJob(job, queued_at[job.number], self._finished_at[job.number]) for job in jobs]
 
     def _report(self, request_id: str, event: Event | RequestError) -> None:

@@ -6,8 +6,8 @@ black-forest-labs/FLUX.1-dev. Only the tokenizers differ; their cost does not ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -20,7 +20,10 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError
+from hypergen.model_families import FAMILIES
+from hypergen.models import loading
 from tests.support.random_models import (
     RANDOM_MODELS,
     SMALL_VAE,
@@ -36,6 +39,8 @@ from tests.support.random_models import (
 @dataclass(frozen=True)
 class RandomXL:
     """A Stable Diffusion XL with random weights; see `RandomModel`."""
+
+    family: ClassVar[str] = "sdxl"
 
     latent_side: int
     unet: dict[str, Any]
@@ -76,6 +81,8 @@ class RandomFlux:
     Attributes:
         text_encoder, text_encoder_2: CLIP and T5.
     """
+
+    family: ClassVar[str] = "flux"
 
     latent_side: int
     transformer: dict[str, Any]
@@ -181,7 +188,8 @@ PUBLISHED: dict[str, RandomModel | RandomXL | RandomFlux] = {
         text_encoder_2=_T5_XXL,
     ),
 }
-TINY: dict[str, RandomXL | RandomFlux] = {
+TINY: dict[str, RandomModel | RandomXL | RandomFlux] = {
+    "tiny-sd": replace(RANDOM_MODELS["tiny"], latent_side=8),
     "tiny-sdxl": RandomXL(
         latent_side=16,
         unet={
@@ -229,6 +237,12 @@ TINY: dict[str, RandomXL | RandomFlux] = {
 # Every model with random weights.
 RANDOM_WEIGHTS: dict[str, RandomModel | RandomXL | RandomFlux] = {**RANDOM_MODELS, **TINY, **PUBLISHED}
 _FOR_CPUS = {"sd15": "small", "sdxl": "tiny-sdxl", "flux-dev": "tiny-flux"}
+
+
+def dtype_for(model: RandomModel | RandomXL | RandomFlux, settings: EngineSettings) -> torch.dtype:
+    """The dtype that a server with these settings chooses for a model."""
+    half_dtype = FAMILIES[model.family].import_class().half_dtype
+    return loading.choose_dtype(settings, torch.device(settings.device or "cpu"), {}, half_dtype)
 
 
 def refuse_on_cpu(name: str) -> None:

@@ -32,6 +32,8 @@ _SHOWN = {
 def environment(command: Sequence[str]) -> dict[str, Any]:
     """The machine, date, versions and command of a measurement."""
     libraries = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")}
+    if torch.cuda.is_available():
+        libraries |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return {
         "command": " ".join(command),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -53,15 +55,16 @@ def _processor() -> str:
 
 
 def print_environment(console: Console, environment: dict[str, Any]) -> None:
+    for line in environment_lines(environment):
+        console.print(line, highlight=False)
+
+
+def environment_lines(environment: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    console.print(
+    return [
         f"{environment['date']}; {environment['machine']}; {environment['accelerator'] or 'no accelerator'}",
-        highlight=False,
-    )
-    console.print(
         f"{environment['threads']} threads, load average {environment['load_average']}; {versions}",
-        highlight=False,
-    )
+    ]
 
 
 def print_runs(console: Console, runs: Sequence[Run]) -> None:
@@ -74,7 +77,7 @@ def print_runs(console: Console, runs: Sequence[Run]) -> None:
             title=f"{model}, load {load:g}, {guidance} guidance, median of {seeds} seeds",
             title_justify="left",
         )
-        columns = ("policy", "jobs/s", "p50 s", "p95 s", "short p95 s", "images/forward")
+        columns = ("policy", "jobs/s", "p50 s", "p95 s", "short p95 s", "batch size")
         for column in columns:
             table.add_column(column, justify="left" if column == "policy" else "right")
         policies = list(dict.fromkeys(run.policy for run in selected))
@@ -91,7 +94,7 @@ def print_runs(console: Console, runs: Sequence[Run]) -> None:
 
 
 def median_images(runs: Sequence[Run], policy: str) -> float:
-    values = sorted(run.images_per_forward for run in runs if run.policy == policy)
+    values = sorted(run.mean_batch_size for run in runs if run.policy == policy)
     return values[len(values) // 2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -17,7 +18,6 @@ from hypergen.models.family import Family
 from scripts.bench.clock import Clock
 from scripts.bench.figures import Run, figures_of
 from scripts.bench.jobs import GUIDANCE_SCALES, ONE_GUIDANCE_SCALE, STEPS, Job, job_list
-from scripts.bench.live import copy_pipeline
 from scripts.bench.policies import Policy, StaticBatching, StepLevelBatching, sequential_at_interval
 from scripts.bench.published import RANDOM_WEIGHTS, refuse_on_cpu
 from scripts.bench.work import family_of
@@ -104,10 +104,16 @@ def load_comparison(model: str, settings: EngineSettings) -> Comparison:
         pipeline, side = RANDOM_WEIGHTS[model].pipeline(), RANDOM_WEIGHTS[model].side
 
         def family(settings: EngineSettings) -> Family:
-            return family_of(copy_pipeline(pipeline), side, settings)
+            return family_of(_copy_pipeline(pipeline), side, settings)
 
     pipeline.set_progress_bar_config(disable=True)
     return Comparison(model, side, pipeline, family, settings)
+
+
+def _copy_pipeline(pipeline: Any) -> Any:
+    """A copy with shared text encoders; engines change the other networks."""
+    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
+    return copy.deepcopy(pipeline, {id(encoder): encoder for encoder in encoders})
 
 
 def measure(
@@ -147,5 +153,5 @@ def measure(
                     seed,
                     name,
                     figures_of(finished),
-                    policy.images_per_forward,
+                    policy.mean_batch_size,
                 )

@@ -20,6 +20,8 @@ from scripts.bench.jobs import Job
 from scripts.bench.policies import request_for
 
 GUIDANCE_SCALE = 5.0
+# A product of this many seconds is large enough: launching it takes far less.
+_LARGE_S, _MAX_SIDE = 5e-3, 16384
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,20 @@ def family_of(pipeline: Any, side: int, settings: EngineSettings) -> Family:
 def work_of(family: Family, side: int) -> Work:
     """Count the operations of an image and measure the peak of its device."""
     weight = next(family.denoiser.parameters())
-    matrix_side = 8192 if weight.is_cuda else 1024
-    with torch.inference_mode():
-        matrix = torch.randn(matrix_side, matrix_side, device=weight.device, dtype=weight.dtype)
-        seconds = [_timed(lambda: matrix @ matrix) for _ in range(8)]
-    return Work(2 * matrix_side**3 / min(seconds), *operations_of(family, side))
+    return Work(_peak_flops(weight.device, weight.dtype), *operations_of(family, side))
+
+
+@torch.inference_mode()
+def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The peak of matrix products, which are large enough for this device."""
+    side, peak = 512, 0.0
+    while True:
+        side *= 2
+        matrix = torch.randn(side, side, device=device, dtype=dtype)
+        seconds = min(_timed(lambda matrix=matrix: matrix @ matrix) for _ in range(8))
+        peak = max(peak, 2 * side**3 / seconds)
+        if seconds > _LARGE_S or side == _MAX_SIDE:
+            return peak
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from hypergen.api import request_body
+from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.config import Settings
 from hypergen.errors import InvalidRequestError
@@ -202,7 +203,8 @@ async def test_a_body_that_stalls_times_out(monkeypatch: pytest.MonkeyPatch, sen
         messages.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    await OuterMiddleware(app, (), Settings.model_validate({}))(scope, receive, send)
+    settings = Settings.model_validate({})
+    await OuterMiddleware(app, ApiKeys(settings.server), settings)(scope, receive, send)
     assert messages[0]["status"] == status
     if status == 408:
         assert (b"connection", b"close") in [(name.lower(), value) for name, value in messages[0]["headers"]]

@@ -19,6 +19,7 @@ import uvicorn
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hypergen.api.api_keys import ApiKeys
 from hypergen.api.http_protocol import GuardedProtocol
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.config import Settings
@@ -163,7 +164,7 @@ async def test_a_client_that_does_not_read_its_response_is_disconnected() -> Non
 async def test_a_response_in_one_chunk_ends_at_the_deadline_of_its_request() -> None:
     """BentoML's routes send one chunk; a client that reads a little at a time does not stall."""
     settings = Settings.model_validate({"queue": {"request_timeout_s": 0.5}})
-    app = OuterMiddleware(Response(bytes(MEGABYTES * 1_000_000)), (), settings)
+    app = OuterMiddleware(Response(bytes(MEGABYTES * 1_000_000)), ApiKeys(settings.server), settings)
     async with _server(GuardedProtocol, app) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
         writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -175,7 +176,8 @@ async def test_a_response_in_one_chunk_ends_at_the_deadline_of_its_request() -> 
 
 
 async def test_a_response_in_one_chunk_is_complete() -> None:
-    app = OuterMiddleware(Response(bytes(range(256)) * 100_000), (), Settings.model_validate({}))
+    settings = Settings.model_validate({})
+    app = OuterMiddleware(Response(bytes(range(256)) * 100_000), ApiKeys(settings.server), settings)
     async with _server(GuardedProtocol, app) as (_, port), httpx.AsyncClient() as client:
         assert (await client.get(f"http://127.0.0.1:{port}/")).content == bytes(range(256)) * 100_000
 

@@ -6,6 +6,7 @@ import httpx
 import pytest
 from starlette.responses import Response
 
+from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.config import Settings
 from tests.api.conftest import CORS_ORIGIN, TightServer
@@ -89,8 +90,8 @@ def test_without_the_setting_no_origin_is_allowed(client: httpx.Client) -> None:
 @pytest.fixture
 def keyed() -> httpx.AsyncClient:
     """A server with a key that allows every origin."""
-    settings = Settings.model_validate({"server": {"cors_origin": ["*"]}})
-    app = OuterMiddleware(Response("done"), ["secret"], settings)
+    settings = Settings.model_validate({"server": {"cors_origin": ["*"], "api_key": "secret"}})
+    app = OuterMiddleware(Response("done"), ApiKeys(settings.server), settings)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://hypergen.example")
 
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.support.http_client import assert_error
 from tests.support.live_server import LiveServer, start_server
 
 _QUICK = {"prompt": "a cat", "seed": 5, "response_format": "b64_json"}
@@ -45,7 +46,9 @@ def _generate(server: LiveServer, **body: Any) -> tuple[tuple[int, int], bytes]:
     return image.size, image.tobytes()
 
 
-def test_both_models_are_listed_and_found_by_name(several: LiveServer) -> None:
+def test_both_models_are_listed_and_found_by_name(
+    several: LiveServer, sd_folder: Path, v_prediction_folder: Path
+) -> None:
     client = several.openai()
     assert [model.id for model in client.models.list().data] == ["owner/first", "second"]
     for name in ("owner/first", "SD1.5"):
@@ -54,20 +57,47 @@ def test_both_models_are_listed_and_found_by_name(several: LiveServer) -> None:
         client.models.retrieve("third")
     health = several.health()
     assert health["model"] == "owner/first"
+    store_names = [folder.name for folder in (sd_folder, v_prediction_folder)]
     assert [(model["id"], model["aliases"]) for model in health["models"]] == [
-        ("owner/first", ["SD1.5"]),
-        ("second", ["SD2"]),
+        ("owner/first", ["SD1.5", store_names[0]]),
+        ("second", ["SD2", store_names[1]]),
     ]
     assert sum(model["in_memory"] for model in health["models"]) <= 1
 
 
-def test_a_name_or_alias_selects_a_model_and_other_names_the_first(several: LiveServer) -> None:
+def test_a_name_or_alias_selects_a_model(several: LiveServer) -> None:
     first, second = _generate(several), _generate(several, model="second")
     assert first[0] == (64, 64)
     assert second[0] == (96, 64)
-    for name, expected in (("sd2", second), ("gpt-image-1", first), ("OWNER/first", first), ("SD2", second)):
+    for name, expected in (("sd2", second), ("", first), ("OWNER/first", first), ("SD2", second)):
         assert _generate(several, model=name) == expected
     assert _generate(several, model="second", size="64x64") != first
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/images/generations", {"prompt": "a cat", "model": "gpt-image-1"}, "model"),
+        ("/v1/images/jobs", {"prompt": "a cat", "model": "third"}, "model"),
+        ("/v1/image/generation", {"prompt": "a cat", "model_name": "SDXL"}, "model_name"),
+    ],
+)
+def test_an_unknown_name_is_not_found(
+    several: LiveServer, path: str, body: dict[str, Any], param: str
+) -> None:
+    response = httpx.post(f"{several.url}{path}", json=body, timeout=60)
+    message = assert_error(response, 404, param=param, code="model_not_found")
+    assert message == f"'{param}': this server has no model '{body[param]}'; it has owner/first, second."
+
+
+def test_answers_name_their_model(several: LiveServer) -> None:
+    for name, expected in (("SD1.5", "owner/first"), ("second", "second")):
+        for changes in ({}, {"stream": True}):
+            body = {**_QUICK, "model": name, **changes}
+            response = httpx.post(f"{several.url}/v1/images/generations", json=body, timeout=60)
+            assert response.headers["x-hypergen-model"] == expected
+    job = httpx.post(f"{several.url}/v1/images/jobs", json={**_QUICK, "model": "SD2"}, timeout=60)
+    assert job.headers["x-hypergen-model"] == "second"
 
 
 def test_every_route_selects_models_by_name(several: LiveServer) -> None:

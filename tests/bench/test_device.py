@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from click.testing import CliRunner
 
 from hypergen.config import EngineSettings
+from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.errors import ConfigurationError
-from scripts.bench.device import OURS, STOCK, VARIANTS, Plan, Speed
+from scripts.bench.__main__ import main
+from scripts.bench.device import MEASUREMENTS, VARIANTS, Measured, Speed, stock
 from scripts.bench.figures import Figures, Run
-from scripts.bench.goals import PLANS, goals, plan_for, unmeasured_goals
-from scripts.bench.on_device import Trace, measure
+from scripts.bench.goals import PLANS, goals, plan_for
+from scripts.bench.jobs import Job
 from scripts.bench.published import PUBLISHED, RANDOM_WEIGHTS
-from scripts.bench.timeline import (
-    DECODING,
-    FILE_ENCODING,
-    FORWARD,
-    PREPARATION,
-    PROMPT_ENCODING,
-    Share,
-    Span,
-    shares,
-)
+from scripts.bench.rows import measure_rows
+from scripts.bench.timeline import STAGES, busy_share
 from scripts.bench.traces import load_comparison
 from scripts.bench.work import Work, family_of, operations_of
+from tests.support.fake_cuda import fake_cuda
 from tests.support.sync_engine import make_settings
 
 # Weights of the published files.
@@ -87,69 +83,166 @@ def test_operations_are_the_same_on_a_real_device() -> None:
     assert counts[0] == counts[1]
 
 
-def _measure(tmp_path: Path, name: str, *variants: str, minutes: float = 5, **changes: Any) -> dict[str, Any]:
-    values = {
-        "steps": 2,
-        "batch_size": 2,
-        "trace_side": None,
-        "trace_batch": 4,
-        "variants": variants,
-        **changes,
-    }
-    trace = Trace(loads=[1.5], seeds=1, jobs=3)
-    measured = measure(Console(quiet=True), tmp_path, name, make_settings(), Plan(**values), trace, minutes)
-    assert measured.goals == []  # only for GPUs
-    return json.loads((tmp_path / f"{name}.json").read_text())
+def _run(folder: Path, model: str, *options: str) -> dict[str, Any]:
+    """The results of the command for one model, with its shortest measurements."""
+    short = ("--steps", "2", "--jobs", "2", "--seeds", "1", "--max-batch-size", "2")
+    command = ["--speeds", "--model", model, *short, "--output", str(folder), *options]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    content = json.loads((folder / f"{model}.json").read_text())
+    written = (folder / f"{model}.md").read_text()
+    assert written.strip() in result.output
+    return {**content, "markdown": written}
 
 
-@pytest.mark.parametrize(("name", "trace_side"), [("small", 64), ("tiny-sdxl", 128), ("tiny-flux", 64)])
-def test_each_architecture_is_measured_completely(tmp_path: Path, name: str, trace_side: int) -> None:
-    content = _measure(tmp_path, name, "as by default", trace_side=trace_side)
-    stock, ours = content["speeds"]
-    assert [stock["way"], ours["way"]] == [STOCK, OURS + "as by default"]
-    assert 0 < stock["alone_of_floor"] < 1
-    assert 0 < ours["alone_of_floor"] < 1
-    rows = 1 if name == "tiny-flux" else 2
-    assert stock["batch_rows"] == 2 * rows
-    assert rows <= ours["batch_rows"] <= 2 * rows
-    assert content["left_out"] == {}
+def _tables(markdown: str) -> dict[str, list[list[str]]]:
+    """The first column's name of each table -> its rows, as lists of cells."""
+    tables: dict[str, list[list[str]]] = {}
+    for block in markdown.split("\n\n"):
+        if block.startswith("| "):
+            header, _, *rows = [
+                [cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()
+            ]
+            assert all(len(row) == len(header) for row in rows)
+            tables[header[0]] = rows
+    return tables
 
-    sizes = dict.fromkeys(f"{side}x{side}" for side in (RANDOM_WEIGHTS[name].side, trace_side))
-    probed = [(entry["size"], entry["rows"]) for entry in content["forwards"]]
-    assert probed == [(size, rows) for size in sizes for rows in (1, 2, 3, 4, 6, 8)]
-    assert all(entry["serves"] == entry["exact"] for entry in content["forwards"])
-    assert [run["policy"] for run in content["runs"]] == ["sequential", "step"]
-    assert {run["model"] for run in content["runs"]} == {f"{name} {trace_side}x{trace_side}"}
 
-    assert [stage["stage"] for stage in content["stages"]] == [
-        PROMPT_ENCODING,
-        PREPARATION,
-        FORWARD,
-        DECODING,
-        FILE_ENCODING,
+@pytest.fixture(scope="module", params=["tiny-sd", "tiny-sdxl", "tiny-flux"])
+def on_fake_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The whole command on the fake GPU, with a torch that cannot compile."""
+    model = RANDOM_WEIGHTS[request.param]
+    # What libraries import at a first use must not see the fake device.
+    pipeline = model.pipeline()
+    stock(pipeline, model.side, 1, compiled=False).run([Job(0, 0, 1, 5.0)], 0)
+    family_of(pipeline, model.side, make_settings())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("This torch cannot compile.\nSecond line.")
+
+    with pytest.MonkeyPatch.context() as patches, warnings.catch_warnings(), fake_cuda():
+        # Of diffusers, which warns about itself with SDXL's VAE.
+        warnings.filterwarnings("ignore", "`upcast_vae`", FutureWarning)
+        patches.setattr(torch.nn.Module, "compile", refuse)
+        patches.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+        return _run(tmp_path_factory.mktemp(request.param), request.param, "--device", "cuda")
+
+
+def test_everything_is_measured_in_order_on_a_gpu(on_fake_cuda: dict[str, Any]) -> None:
+    assert list(on_fake_cuda["seconds"]) == list(MEASUREMENTS)
+    assert [speed["way"] for speed in on_fake_cuda["speeds"]] == ["stock", "default", "graphs-off", "fast"]
+    assert len(on_fake_cuda["runs"]) == 2
+    # An error does not end the run.
+    reason = "RuntimeError: This torch cannot compile."
+    assert on_fake_cuda["left_out"] == {"compile": reason, "stock-compiled": reason}
+
+
+def test_a_gpu_uses_the_dtypes_of_the_server(on_fake_cuda: dict[str, Any]) -> None:
+    expected = {"tiny-sd": ("float16", "float16"), "tiny-sdxl": ("float16", "float32")}
+    dtypes = expected.get(on_fake_cuda["model"], ("bfloat16", "bfloat16"))
+    assert (on_fake_cuda["dtype"], on_fake_cuda["vae_dtype"]) == dtypes
+
+
+def test_each_way_has_its_speed_and_peak_memory(on_fake_cuda: dict[str, Any]) -> None:
+    rows = 1 if on_fake_cuda["model"] == "tiny-flux" else 2
+    for speed in on_fake_cuda["speeds"]:
+        assert 0 < speed["alone_of_floor"] < 1
+        assert 0 < speed["batch_of_floor"] < 1
+        assert rows <= speed["batch_rows"] <= 2 * rows
+        assert speed["peak_gb"] == 3
+    assert on_fake_cuda["speeds"][0]["batch_rows"] == 2 * rows
+
+
+def test_each_row_count_has_its_bits_and_times(on_fake_cuda: dict[str, Any]) -> None:
+    (shape,) = on_fake_cuda["shapes"]
+    own = 1 if on_fake_cuda["model"] == "tiny-flux" else 2
+    assert [entry["rows"] for entry in shape["row_counts"]] == [1, 2, 4, 8, 16]
+    assert shape["bucket"] in (own, 2, 4)
+    assert shape["verdict"] == "exact"
+    by_rows = {entry["rows"]: entry for entry in shape["row_counts"]}
+    assert by_rows[1]["equal_alone"]
+    assert by_rows[shape["bucket"]]["equal_in_bucket"]
+    assert by_rows[1]["images_per_s"] is None or own == 1
+    for entry in shape["row_counts"]:
+        # A graph is one launch, which is the clock of the fake GPU.
+        assert 0 < entry["forward_s"] < entry["eager_s"]
+
+
+def test_the_results_are_written_as_markdown(on_fake_cuda: dict[str, Any]) -> None:
+    text, side = on_fake_cuda["markdown"], on_fake_cuda["side"]
+    tables = _tables(text)
+    assert list(tables) == [f"{side}x{side}", "rows", "load"]
+    assert [row[0] for row in tables[f"{side}x{side}"]] == [
+        "diffusers",
+        "HyperGen",
+        "HyperGen, `--no-cuda-graphs`",
+        "HyperGen, `--determinism fast`",
     ]
-    assert all(stage["seconds"] > 0 for stage in content["stages"])
-    assert content["stages"][-1]["holding_up"] == 0  # other threads encode files
-    trace = json.loads((tmp_path / f"{name}-timeline.json").read_text())
-    labels = {event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"}
-    assert {PROMPT_ENCODING, PREPARATION, FORWARD, DECODING} <= labels
-    assert len({event.get("tid") for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}) >= 2
-    assert (tmp_path / f"{name}-timeline.png").stat().st_size > 5_000
-    assert (tmp_path / f"{name}-{trace_side}x{trace_side}-mixed.png").stat().st_size > 5_000
+    assert [row[0] for row in tables["rows"]] == ["1", "2", "4", "8", "16"]
+    assert [row[:2] for row in tables["load"]] == [["1.5", "sequential"], ["1.5", "step"]]
+    assert "2 of 2 images have the same bytes as alone" in text
+    assert "- Not measured: compile: RuntimeError: This torch cannot compile.\n" in text
+    for part in ("    python -m scripts.bench", "Fake GPU", "torch 2", "diffusers 0", "UTC"):
+        assert part in text
+
+
+def test_rows_whose_bits_depend_on_their_number_are_found() -> None:
+    family: Any = family_of(RANDOM_WEIGHTS["small"].pipeline(), 64, make_settings())
+    forward = family.forward
+    family.forward = lambda latents, *args, **kwargs: (
+        forward(latents, *args, **kwargs) * (1.001 if len(latents) > 4 else 1)
+    )
+    shape = measure_rows(family, ShapeProfiles(family, make_settings()), 64, 2)
+    assert (shape.bucket, shape.verdict) == (2, "exact")
+    assert [entry.equal_alone for entry in shape.row_counts] == [True, True, True, False, False]
+    assert [entry.equal_in_bucket for entry in shape.row_counts] == [True, True, True, False, False]
+
+
+def test_row_counts_that_do_not_fit_in_memory_are_left_out() -> None:
+    family: Any = family_of(RANDOM_WEIGHTS["small"].pipeline(), 64, make_settings())
+    forward = family.forward
+
+    def limited(latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(latents, *args, **kwargs)
+
+    family.forward = limited
+    shape = measure_rows(family, ShapeProfiles(family, make_settings()), 64, 2)
+    assert [entry.rows for entry in shape.row_counts] == [1, 2, 4]
+
+
+def test_a_cpu_measures_what_applies_to_it_and_a_profile_on_request(tmp_path: Path) -> None:
+    content = _run(tmp_path, "tiny-flux", "--profile")
+    assert list(content["seconds"]) == ["stock", "default", "rows", "fast", "trace", "profile"]
+    assert content["left_out"] == {}
+    assert (content["dtype"], content["device_busy"]) == ("float32", None)
+    assert all(speed["peak_gb"] is None for speed in content["speeds"])
+    assert all(entry["eager_s"] is None for entry in content["shapes"][0]["row_counts"])
+    events = json.loads((tmp_path / "tiny-flux-timeline.json").read_text())["traceEvents"]
+    assert {event["name"] for event in events if event.get("cat") == "user_annotation"} >= set(STAGES)
+    assert len({event.get("tid") for event in events if event.get("cat") == "cpu_op"}) >= 2
+
+
+def test_one_measurement_can_be_chosen(tmp_path: Path) -> None:
+    content = _run(tmp_path, "tiny-flux", "--only", "rows")
+    assert list(content["seconds"]) == ["rows"]
+    assert content["speeds"] == content["runs"] == []
+    assert not (tmp_path / "tiny-flux-timeline.json").exists()
 
 
 def test_measurements_without_time_are_listed(tmp_path: Path) -> None:
-    content = _measure(tmp_path, "tiny-flux", "as by default", minutes=1e-9)
-    assert content["speeds"] == []
-    assert list(content["left_out"]) == [STOCK, "as by default"]
-    assert "minutes are over" in content["left_out"][STOCK]
+    content = _run(tmp_path, "tiny-flux", "--minutes", "1e-9")
+    assert content["seconds"] == {}
+    assert content["left_out"] == dict.fromkeys(
+        ("stock", "default", "rows", "fast", "trace"), "the 1e-09 minutes are over"
+    )
 
 
-def test_a_failing_measurement_does_not_affect_the_others(tmp_path: Path) -> None:
-    content = _measure(tmp_path, "tiny-flux", "as by default", trace_side=-64)
-    assert [speed["way"] for speed in content["speeds"]] == [STOCK, OURS + "as by default"]
-    assert list(content["left_out"]) == ["as by default"]
-    assert content["runs"] == []
+def test_job_lists_without_time_are_listed(tmp_path: Path) -> None:
+    content = _run(tmp_path, "tiny-flux", "--only", "trace", "--seeds", "3", "--minutes", "0.05")
+    assert {run["seed"] for run in content["runs"]} == {0}
+    assert list(content["left_out"]) == ["2 of 3 job lists of the trace"]
 
 
 def test_models_too_large_for_a_cpu_are_errors() -> None:
@@ -158,79 +251,65 @@ def test_models_too_large_for_a_cpu_are_errors() -> None:
 
 
 def test_a_plan_follows_the_command_line_and_the_device() -> None:
-    assert plan_for("flux-dev", "cuda", None, None, None) == PLANS["flux-dev"]
-    custom = plan_for("sdxl", "cuda", 20, 2, ("compile",))
-    assert (custom.steps, custom.batch_size, custom.trace_batch, custom.variants) == (20, 2, 2, ("compile",))
-    assert custom.trace_side == 512
-    on_cpu = plan_for("tiny-flux", "cpu", None, None, None).variants
-    assert on_cpu[-1] == "as by default"
-    assert not any("compile" in variant or "all" in variant for variant in on_cpu)
+    assert plan_for("flux-dev", "cuda") == PLANS["flux-dev"]
+    custom = plan_for("sdxl", "cuda", steps=20, batch_size=2, only=("trace", "compile"), profile=True)
+    assert (custom.steps, custom.batch_size, custom.trace_side) == (20, 2, 512)
+    assert custom.measurements == ("compile", "trace", "profile")
+    assert plan_for("small", "cpu", only=("compile",)).measurements == ("compile",)
+    with pytest.raises(ConfigurationError, match="--only graphs-off needs --device cuda"):
+        plan_for("small", "cpu", only=("graphs-off",))
 
 
-def _run(model: str, policy: str, factor: float) -> Run:
+def _measured(model: str, **results: Any) -> Measured:
+    values = {"plan": PLANS.get(model), **results}
+    return Measured(model, 1024, "float16", "float32", {}, work=Work(1e12, 2, 1, 1), **values)
+
+
+def _trace_run(policy: str, factor: float) -> Run:
     figures = Figures(factor, 1 / factor, 1 / factor, 1 / factor)
-    return Run(model, "mixed", 1.5, 0, policy, figures, 1)
+    return Run("sdxl 512x512", "mixed", 1.5, 0, policy, figures, 1)
 
 
 def _speed(way: str, alone_s: float, batch_images_per_s: float, rows: float) -> Speed:
-    return Speed(way, alone_s, 0.5, batch_images_per_s, 0.5, rows)
+    return Speed(way, alone_s, 0.5, batch_images_per_s, 0.5, rows, 1.0)
 
 
 def test_goals_name_the_fastest_variant() -> None:
-    runs = [_run("sdxl 512x512", "sequential", 1), _run("sdxl 512x512", "step", 1.5)]
-    speeds = [_speed(STOCK, 0.5, 9, 2), _speed(OURS + "compile", 1.1, 1, 2), _speed(OURS + "slow", 2, 1, 2)]
-    stages = [
-        Share(FORWARD, 9, 9, 0, 0),
-        Share(PROMPT_ENCODING, 1, 0.9, 0.1, 0.02),
-        Share(DECODING, 1, 0.7, 0.3, 0.04),
-    ]
-    gates = {gate.what: gate for gate in goals("sdxl", PLANS["sdxl"], speeds, runs, stages)}
-    single, throughput, short, holding_up = gates
-    assert "1024x1024 in 30 steps" in single
-    assert "(HyperGen, compile)" in single
-    assert [(gate.measured, gate.reached) for gate in gates.values()] == [
+    runs = [_trace_run("sequential", 1), _trace_run("step", 1.5)]
+    speeds = [_speed("stock", 0.5, 9, 2), _speed("compile", 1.1, 1, 2), _speed("default", 2, 1, 2)]
+    gates, unmeasured = goals(_measured("sdxl", speeds=speeds, runs=runs, same_bytes=(9, 10)))
+    assert gates[0].what == "sdxl: a single image of 1024x1024 in 30 steps, s (HyperGen, `--compile on`)"
+    assert [(gate.measured, gate.reached) for gate in gates] == [
         (1.1, True),
-        (1.5, True),
-        (1.5, False),
-        (pytest.approx(0.06), False),
+        (1.5, True),  # throughput
+        (1.5, False),  # p95 of short jobs
+        (0.9, False),  # same bytes
     ]
-    assert "throughput" in throughput
-    assert "short jobs" in short
-    assert "hold up" in holding_up
-    assert unmeasured_goals("sdxl", list(gates.values())) == []
+    assert unmeasured == []
 
 
 def test_the_batch_goal_needs_enough_rows() -> None:
-    small, large = _speed(OURS + "a", 1, 9, 4), _speed(OURS + "b", 1, 6, 16)
-    (gate,) = goals("sd15", PLANS["sd15"], [small, large], [], [])
-    assert (gate.measured, gate.reached) == (6, True)
-    assert list(goals("sd15", PLANS["sd15"], [small], [], [])) == []
-    assert len(unmeasured_goals("sd15", [])) == 4
-    assert unmeasured_goals("sd15", [gate]) == unmeasured_goals("sd15", [])[1:]
+    small, large = _speed("default", 1, 9, 4), _speed("fast", 1, 6, 16)
+    gates, unmeasured = goals(_measured("sd15", speeds=[small, large]))
+    assert [(gate.measured, gate.reached) for gate in gates] == [(6, True)]
+    assert len(unmeasured) == 3
+    gates, unmeasured = goals(_measured("sd15", speeds=[small]))
+    assert gates == []
+    assert len(unmeasured) == 4
+    assert unmeasured[0] == "sd15: images/s in batches of at least 8 rows"
 
 
 def test_goals_need_the_planned_steps_and_a_published_model() -> None:
-    speeds = [_speed(OURS + "compile", 1, 1, 8)]
-    short = plan_for("sdxl", "cuda", 4, None, None)
-    assert list(goals("sdxl", short, speeds, [], [])) == []
-    assert list(goals("tiny-sdxl", PLANS["sdxl"], speeds, [], [])) == []
+    speeds = [_speed("compile", 1, 1, 8)]
+    gates, unmeasured = goals(_measured("sdxl", speeds=speeds, plan=plan_for("sdxl", "cuda", steps=4)))
+    assert gates == []
+    assert len(unmeasured) == 4
+    assert goals(_measured("tiny-sdxl", speeds=speeds, plan=PLANS["sdxl"])) == ([], [])
 
 
-def test_only_stages_on_the_engine_thread_hold_up_forward_passes() -> None:
-    spans = [
-        Span(FORWARD, 0, 1, True),
-        Span(PROMPT_ENCODING, 1, 1.5, True),
-        Span(FORWARD, 1.5, 3, True),
-        Span(FILE_ENCODING, 2, 5, False),
-        Span(DECODING, 2.75, 3.25, True),
-        Span(FORWARD, 4, 5, True),
-        Span(DECODING, 5, 6, True),  # after the last forward pass
-    ]
-    by_stage = {share.stage: share for share in shares(spans)}
-    assert (by_stage[PROMPT_ENCODING].holding_up_s, by_stage[PROMPT_ENCODING].holding_up) == (0.5, 0.1)
-    assert (by_stage[DECODING].seconds, by_stage[DECODING].holding_up_s) == (1.5, 0.25)
-    assert (by_stage[FILE_ENCODING].seconds, by_stage[FILE_ENCODING].holding_up_s) == (3, 0)
-    assert by_stage[FORWARD].holding_up_s == 0
+def test_the_busy_share_counts_overlapping_kernels_once() -> None:
+    assert busy_share([(4, 5), (0, 2), (1, 3), (1.5, 2.5)]) == pytest.approx(4 / 5)
+    assert busy_share([]) is None
 
 
 def test_the_shortest_time_counts_all_rows_of_an_image() -> None:

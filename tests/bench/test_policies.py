@@ -37,8 +37,8 @@ def test_every_policy_runs_every_job_once_after_its_arrival(small: Comparison) -
         finished = small.policy(name).run(jobs, interval_s=0.02)
         assert sorted(entry.job.number for entry in finished) == list(range(12))
         assert all(entry.finished_at > entry.queued_at for entry in finished)
-    assert small.sequential.images_per_forward == 1
-    assert small.step.images_per_forward > 1
+    assert small.sequential.mean_batch_size == 1
+    assert small.step.mean_batch_size > 1
     assert same_bytes_alone(small, jobs, count=4) == (4, 4)
 
 
@@ -54,7 +54,7 @@ def test_static_batches_have_jobs_with_equal_settings(small: Comparison) -> None
     static = RecordingStaticBatching(small.sequential.pipeline, small.side, 2, Clock())
     static.run(jobs, 0)
     assert batches == [[0, 2], [1, 4], [3]]
-    assert static.images_per_forward == pytest.approx(12 / 7)
+    assert static.mean_batch_size == pytest.approx(12 / 7)
 
 
 def test_the_order_of_the_policies_rotates_and_all_loads_are_measured(small: Comparison) -> None:

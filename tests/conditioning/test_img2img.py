@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.scheduler import batch_key
 from hypergen.request import GenerationRequest
 from tests.support.diffusers_edits import (
@@ -18,6 +17,7 @@ from tests.support.diffusers_edits import (
     sample_image,
     to_pillow,
 )
+from tests.support.samplers import SOME_NAMES
 from tests.support.sync_engine import InlineEngine, generate_alone, make_request, prepare_image
 
 
@@ -32,7 +32,7 @@ def _request(**changes: Any) -> GenerationRequest:
 
 
 def test_every_image_equals_that_of_diffusers(stock: Any, family: Any) -> None:
-    requests = [_request(sampler=name) for name in [None, *SAMPLERS]]
+    requests = [_request(sampler=name) for name in [None, *SOME_NAMES]]
     requests.append(_request(sampler="heun", strength=1.0, seed=3))
     requests.append(_request(sampler="euler_a", strength=0.3, guidance_scale=5.0, negative_prompt="blurred"))
     requests.append(_request(width=96, strength=0.5, guidance_scale=5.0))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
-from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.scheduler import batch_key
 from hypergen.errors import InvalidRequestError
 from hypergen.models import loading
@@ -23,6 +22,7 @@ from tests.support.diffusers_edits import (
     sample_image,
     to_pillow,
 )
+from tests.support.samplers import SOME_NAMES
 from tests.support.sync_engine import InlineEngine, generate_alone, make_request, make_settings, prepare_image
 
 
@@ -62,7 +62,7 @@ def _expected(stock: Any, request: GenerationRequest) -> np.ndarray:
 
 
 def test_every_image_equals_that_of_diffusers(stock: Any, family: Any) -> None:
-    requests = [_request(sampler=name) for name in [None, *SAMPLERS]]
+    requests = [_request(sampler=name) for name in [None, *SOME_NAMES]]
     requests.append(_request(sampler="euler_a", strength=1.0, guidance_scale=5.0, negative_prompt="blurred"))
     requests.append(_request(sampler="kdpm2", strength=0.4, width=96, guidance_scale=5.0))
     batched = InlineEngine(family)

@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from hypergen.denoising.schedulers import FLOW_SAMPLERS
+from hypergen.denoising.schedulers import FLOW_SAMPLERS, find_sampler
 from hypergen.engine.postprocess import to_pixels
 from hypergen.models import loading
 from hypergen.request import GenerationRequest
@@ -53,7 +53,7 @@ def family(folder: Path) -> Any:
 def _stock_image(pipeline: Any, request: GenerationRequest, **arguments: Any) -> Any:
     assert request.image is not None
     pipeline.set_progress_bar_config(disable=True)
-    with use_sampler(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
+    with use_sampler(pipeline, find_sampler(request.sampler, FLOW_SAMPLERS) if request.sampler else None):
         return pipeline(
             request.prompt,
             negative_prompt=request.negative_prompt,
@@ -69,6 +69,7 @@ def test_every_image_equals_that_of_diffusers(parts: dict[str, Any], family: Any
     requests = [
         _IMG2IMG,
         replace(_IMG2IMG, id="heun", sampler="heun", strength=0.5, seed=3),
+        replace(_IMG2IMG, id="exponential", sampler="euler_exponential", strength=0.6),
         replace(_IMG2IMG, id="euler", sampler="euler", guidance_scale=1.0, strength=0.9),
         replace(_IMG2IMG, id="whole", strength=1.0),
         # A fraction of a step runs as one step, as in diffusers.

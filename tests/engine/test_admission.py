@@ -11,8 +11,10 @@ import pytest
 
 from hypergen.config import QueueSettings
 from hypergen.engine_client import admission as admissions
+from hypergen.engine_client import key_limits
 from hypergen.engine_client.admission import Admission, AdmissionTicket
-from hypergen.errors import QueueFullError, UnavailableError
+from hypergen.errors import InvalidRequestError, QueueFullError, UnavailableError
+from hypergen.request import ApiKey
 
 
 def _admission(size: int = 1, timeout_s: float = 60) -> Admission:
@@ -314,3 +316,73 @@ async def test_the_time_of_a_stall_and_restart_is_not_counted(clock: _Clock) -> 
         ticket.progress((step + 1) / 10)
     ticket.leave()
     assert admission.throughput.seconds_for(10.0) == pytest.approx(10)
+
+
+async def test_a_key_below_its_share_is_admitted_to_a_full_queue() -> None:
+    admission, busy, other = _admission(4), ApiKey("busy"), ApiKey("other")
+    for _ in range(20):
+        admission.enter(1.0, api_key=busy)
+    with pytest.raises(QueueFullError):
+        admission.enter(1.0, api_key=busy)
+    assert (admission.waiting, admission.overflow) == (4, 16)
+    tickets = [admission.enter(1.0, api_key=other) for _ in range(10)]
+    # Half of both limits: two do not wait in the overflow queue, eight do.
+    assert [ticket.turn.is_set() for ticket in tickets] == [True] * 2 + [False] * 8
+    with pytest.raises(QueueFullError):
+        admission.enter(1.0, api_key=other)
+
+
+async def test_free_slots_go_to_the_key_with_the_fewest() -> None:
+    admission = _admission(2)
+    busy = [admission.enter(1.0, api_key=ApiKey("busy")) for _ in range(6)]
+    other = [admission.enter(1.0, api_key=ApiKey("other", "high")) for _ in range(8)]
+    assert [ticket.turn.is_set() for ticket in other].count(True) == 2  # 16 of 20 shares of two slots
+    for ticket in busy[:2]:
+        ticket.started()
+    assert [ticket.turn.is_set() for ticket in busy] == [True] * 3 + [False] * 3
+    assert [ticket.turn.is_set() for ticket in other].count(True) == 2
+    for ticket in other[:2]:
+        ticket.started()
+    assert [ticket.turn.is_set() for ticket in busy].count(True) == 3
+    assert [ticket.turn.is_set() for ticket in other].count(True) == 4
+    for ticket in [*busy, *other]:
+        ticket.leave()
+    assert _counts(admission) == (0, 0, 0)
+
+
+async def test_a_key_has_a_number_of_requests_at_once() -> None:
+    admission, key = _admission(8), ApiKey("small", max_requests=2)
+    first, _ = admission.enter(1.0, api_key=key), admission.enter(1.0, api_key=key)
+    with pytest.raises(QueueFullError, match="2 requests at once") as refusal:
+        admission.enter(1.0, api_key=key)
+    assert refusal.value.retry_after_s
+    admission.enter(1.0)
+    first.leave()
+    admission.enter(1.0, api_key=key)
+
+
+async def test_a_key_has_a_number_of_images_per_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(key_limits.time, "monotonic", lambda: now)
+    admission, key = _admission(8), ApiKey("small", images_per_minute=5)
+    with pytest.raises(InvalidRequestError, match="at most 5"):
+        admission.enter(1.0, api_key=key, n=6)
+    admission.enter(1.0, api_key=key, n=2)
+    now += 20
+    admission.enter(1.0, api_key=key, n=3)
+    for n, seconds in ((1, 40), (2, 40), (3, 60)):
+        with pytest.raises(QueueFullError, match="5 images per minute") as refusal:
+            admission.enter(1.0, api_key=key, n=n)
+        assert refusal.value.retry_after_s == seconds
+    now += 40
+    admission.enter(1.0, api_key=key, n=2)
+
+
+async def test_the_position_counts_what_other_keys_get_meanwhile() -> None:
+    admission = _admission(100)
+    for _ in range(50):
+        admission.enter(1.0, api_key=ApiKey("busy"))
+    keys = (ApiKey("other"), ApiKey("other"), ApiKey("high", "high"))
+    first, second, high = (admission.enter(1.0, api_key=key) for key in keys)
+    positions = [admission.queue_position(ticket) for ticket in (first, second, high)]
+    assert [position.position for position in positions if position] == [0, 3, 0]

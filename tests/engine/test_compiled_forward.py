@@ -65,6 +65,12 @@ def _nothing_compiled_yet() -> None:
     torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def _original_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code shares the original weights, so on a CPU the eager images must have them too."""
+    monkeypatch.setattr("hypergen.engine.reordered_weights.can_reorder", lambda _layer: False)
+
+
 @pytest.fixture
 def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module: Callable[..., None] = nn.Module.compile

@@ -14,7 +14,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.model_loader import Loader
@@ -24,6 +23,7 @@ from hypergen.request import ControlInput, GenerationRequest, InputImage
 from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.lora_files import ATTENTION, EVERYTHING, save_lora
+from tests.support.samplers import ALL_FLOW_NAMES, SOME_NAMES
 from tests.support.small_models import save_flux, save_refiner, save_sd, save_sd3, save_sdxl
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image, served_model
 
@@ -248,7 +248,7 @@ def _steady_steps(folder: Path, device: FakeCuda, images: int, **changes: Any) -
     return launches, waits
 
 
-@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [None, *SOME_NAMES])
 def test_the_host_waits_for_nothing_in_a_step(sd_folder: Path, device: FakeCuda, sampler: str | None) -> None:
     launches, waits = _steady_steps(sd_folder, device, 8, sampler=sampler)
     assert not waits
@@ -256,7 +256,7 @@ def test_the_host_waits_for_nothing_in_a_step(sd_folder: Path, device: FakeCuda,
     assert launches <= (24 if sampler in few else 2 * 8)
 
 
-@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("sampler", ALL_FLOW_NAMES)
 def test_flow_samplers_wait_for_nothing(
     tmp_path_factory: pytest.TempPathFactory, device: FakeCuda, sampler: str
 ) -> None:
@@ -286,7 +286,9 @@ _CONDITIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("condition", _CONDITIONS)
-@pytest.mark.parametrize("sampler", [None, "euler_a", "dpmpp_2m_karras", "heun", "unipc"])
+@pytest.mark.parametrize(
+    "sampler", [None, "euler_a", "dpmpp_2m_karras", "dpmpp_3m_sde_exponential", "heun", "unipc_beta"]
+)
 def test_conditions_give_the_images_of_the_cpu(
     sd_folder: Path, device: FakeCuda, condition: str, sampler: str | None
 ) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hypergen.denoising.schedulers import SAMPLERS
 from hypergen.engine.previews import LatentToRgb, pred_original_sample, preview_steps
 from hypergen.events import ImageFinished, Preview
 from hypergen.models import loading
 from tests.support.diffusers_edits import sample_image
+from tests.support.samplers import SOME_NAMES
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -93,7 +93,7 @@ def test_previews_are_spread_over_the_steps_without_the_last() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [None, *SOME_NAMES])
 def test_pred_original_sample_of_the_true_noise_is_the_clean_latents(
     sd_folder: Path, sampler: str | None
 ) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
+
+import pytest
 
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.scheduler import CostCurve, RunningImages, batch_key
 from hypergen.models.family import Family
+from hypergen.request import ApiKey
 from tests.support.sync_engine import make_request, prepare_image
 
 _LINEAR = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}  # more rows are not more efficient
@@ -90,3 +94,46 @@ def test_the_cost_curve_follows_measured_forward_passes() -> None:
     assert curve.seconds[4] < 1.6
     curve.max_rows = 2  # out of memory
     assert curve.efficient_rows() == 2
+
+
+def _served(images: RunningImages, keys: list[ApiKey], rounds: int) -> Counter[str]:
+    """Rows per API key after some batches of endless images."""
+    costs = {batch_key(image).shared: CostCurve(8, seconds=dict(_FLAT)) for image in images}
+    served: Counter[str] = Counter()
+    for _ in range(rounds):
+        for image in images.next_batch(costs, 8, 0.2, now=0):
+            served[image.request.api_key.name] += image.rows
+    assert set(served) == {key.name for key in keys}
+    return served
+
+
+def test_keys_share_the_engine_by_their_weights(family: Family) -> None:
+    busy, other, high = ApiKey("busy"), ApiKey("other"), ApiKey("high", "high")
+    for keys, weights in (([busy, other], (1, 1)), ([busy, other, high], (1, 1, 4))):
+        images = RunningImages(_state(family, api_key=key) for key in keys for _ in range(20))
+        served = _served(images, keys, 120)
+        total, shares = served.total(), sum(weights)
+        for key, weight in zip(keys, weights, strict=True):
+            assert served[key.name] == pytest.approx(total * weight / shares, rel=0.05)
+
+
+def test_one_image_of_a_key_is_in_the_second_batch_at_the_latest(family: Family) -> None:
+    busy, other = ApiKey("busy"), ApiKey("other")
+    images = RunningImages(_state(family, waited_s=100, api_key=busy) for _ in range(500))
+    _served(images, [busy], 50)
+    lone = _state(family, num_inference_steps=50, api_key=other)
+    images.add(lone)
+    costs = {batch_key(image).shared: CostCurve(8, seconds=dict(_FLAT)) for image in images}
+    batches = [images.next_batch(costs, 8, 0.2, now=0) for _ in range(10)]
+    assert all(lone in batch for batch in batches[1:])  # the first is a tie, which the shorter images win
+    assert all(len(batch) == 4 for batch in batches)  # the rest of each batch is filled
+
+
+def test_a_key_gains_nothing_by_waiting(family: Family) -> None:
+    busy, other = ApiKey("busy"), ApiKey("other")
+    images = RunningImages(_state(family, api_key=busy) for _ in range(20))
+    _served(images, [busy], 100)
+    for _ in range(20):
+        images.add(_state(family, api_key=other))
+    served = _served(images, [busy, other], 10)
+    assert served["busy"] == served["other"]

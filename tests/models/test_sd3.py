@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from hypergen.denoising.schedulers import FLOW_SAMPLERS
+from hypergen.denoising.schedulers import FLOW_SAMPLERS, find_sampler
 from hypergen.model_info import ModelDefaults
 from hypergen.models import loading
 from hypergen.models.family import Family
@@ -49,7 +49,7 @@ def family(folder: Path) -> Family:
 
 
 def _stock_image(pipeline: Any, request: GenerationRequest) -> np.ndarray:
-    with use_sampler(pipeline, FLOW_SAMPLERS[request.sampler] if request.sampler else None):
+    with use_sampler(pipeline, find_sampler(request.sampler, FLOW_SAMPLERS) if request.sampler else None):
         image = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
@@ -67,6 +67,8 @@ def test_every_image_equals_that_of_diffusers(stock: Any, family: Family) -> Non
         replace(_GUIDED, id="no-negative", negative_prompt=None, num_inference_steps=3),
         replace(_GUIDED, id="unguided", guidance_scale=1.0, num_inference_steps=7),
         replace(_GUIDED, id="heun", sampler="heun"),
+        replace(_GUIDED, id="karras", sampler="euler_karras"),
+        replace(_GUIDED, id="beta", sampler="euler_beta", num_inference_steps=5),
         replace(_GUIDED, id="euler", sampler="euler", guidance_scale=2.0),
     ]
     assert_matches_diffusers(family, requests, lambda request: _stock_image(stock, request))

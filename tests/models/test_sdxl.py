@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from hypergen.denoising.schedulers import SAMPLERS
+from hypergen.denoising.schedulers import SAMPLERS, find_sampler
 from hypergen.model_info import ModelDefaults
 from hypergen.models import loading
 from hypergen.models.family import Family
@@ -49,7 +49,7 @@ def family(base: Path) -> Family:
 
 
 def _stock_image(pipeline: Any, request: GenerationRequest) -> np.ndarray:
-    with use_sampler(pipeline, SAMPLERS[request.sampler] if request.sampler else None):
+    with use_sampler(pipeline, find_sampler(request.sampler, SAMPLERS) if request.sampler else None):
         image = pipeline(
             request.prompt,
             prompt_2=request.prompt_2,
@@ -61,7 +61,7 @@ def _stock_image(pipeline: Any, request: GenerationRequest) -> np.ndarray:
 
 
 def test_every_image_equals_that_of_diffusers(stock: Any, family: Family) -> None:
-    samplers = ("euler_a", "dpmpp_2m_karras", "heun", "ddim")
+    samplers = ("euler_a", "dpmpp_2m_karras", "dpmpp_3m_sde_exponential", "heun", "ddim", "euler_beta")
     requests = [
         _GUIDED,
         replace(_GUIDED, id="two", prompt_2="a dog", negative_prompt_2="grey", seed=12),

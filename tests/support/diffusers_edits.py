@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hypergen.denoising.schedulers import SAMPLERS
+from hypergen.denoising.schedulers import SAMPLERS, find_sampler
 from hypergen.request import GenerationRequest, InputImage
 
 
@@ -87,7 +87,7 @@ def record_rows(family: Any) -> tuple[list[int], Callable[[], None]]:
 def _sampler(pipeline: Any, name: str | None) -> Iterator[None]:
     original = pipeline.scheduler
     if name:
-        sampler = SAMPLERS[name]
+        sampler = find_sampler(name, SAMPLERS)
         pipeline.scheduler = sampler.scheduler.from_config(original.config, **sampler.overrides)
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -18,9 +18,12 @@ class RandomModel:
     """A Stable Diffusion with random weights.
 
     Attributes:
+        family: its name in `FAMILIES`.
         latent_side: height and width of the latents; an image has 8 times as many pixels.
         unet, vae, text_encoder: arguments that differ from the classes' defaults.
     """
+
+    family: ClassVar[str] = "sd"
 
     latent_side: int
     unet: dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ class Endpoint:
         image_fields: the fields with input images. A body with one of them may be large; it is parsed in a
             thread.
         claims: whether the body of a job is for this route: (body, is a form) -> bool.
-        form: the model whose field types are used to parse a multipart form; None: only JSON.
+        body: the model of the body.
+        accepts_forms: whether the body may be a multipart form, whose types are those of `body`.
         to_request: (body, model info, settings, request id) -> `ValidatedRequest`; raises
             `InvalidRequestError`.
         to_response: (validated, images, their URLs if any, Unix time) -> pieces of JSON.
@@ -36,9 +37,14 @@ class Endpoint:
     model_field: str
     image_fields: frozenset[str]
     claims: Callable[[dict[str, Any], bool], bool]
-    form: type[BaseModel] | None = None
+    body: type[BaseModel]
+    accepts_forms: bool = False
     to_request: Callable[[dict[str, Any], ModelInfo, ServerSettings, str], ValidatedRequest]
     to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
     to_sse_event: Callable[[Any, int, Preview | ImageFinished], list[bytes]] | None = None
     openapi: dict[str, Any]
     schemas: tuple[type[BaseModel], ...]
+
+    def unknown_fields(self, body: Iterable[str]) -> list[str]:
+        """The fields of a body that this route ignores, sorted."""
+        return sorted(set(body) - self.body.model_fields.keys())

@@ -63,7 +63,7 @@ class ImageGenerationRequest(ModelFields):
 
     model_name: StrictStr = Field(
         min_length=1,
-        description="id or alias of a served model; any other name selects the first model",
+        description="id or alias of a served model; a single model answers to every name",
         examples=["SDXL1.0-base"],
     )
     prompt: StrictStr = Field(
@@ -100,9 +100,6 @@ class ImageGenerationRequest(ModelFields):
         description="image i uses seed + i; the same seed gives the same image; -1 or absent: random",
     )
     n: StrictInt = Field(1, ge=1, le=4, description="number of images")
-    sampler: StrictStr | None = Field(
-        None, description="one of the samplers in /health; default: the model's scheduler"
-    )
     backend: Literal["auto", "tvm", "torch"] = Field(
         "auto", description="accepted for compatibility; always torch"
     )
@@ -150,7 +147,7 @@ def to_request(
         default_steps = _DEFAULT_STEPS
     steps = fields.steps or min(default_steps, settings.max_steps)
     check_steps(steps, settings.max_steps, "steps")
-    sampler = read_sampler(fields.sampler, steps, model_info, "steps")
+    sampler = read_sampler(fields.sampler, fields.scheduler, steps, model_info, "steps")
     check_work(fields.n, steps, width, height, settings.max_megapixel_steps, size_param="width")
     seed = choose_seed(fields.seed, fields.n)
     _check_loras(fields.lora, model_info)
@@ -256,6 +253,7 @@ HYPERBOLIC = Endpoint(
     model_field="model_name",
     image_fields=frozenset({"image", "controlnet_image"}),
     claims=lambda body, is_form: not is_form and "model_name" in body,
+    body=ImageGenerationRequest,
     to_request=to_request,
     to_response=to_response,
     # As in Hyperbolic's OpenAPI file v1.

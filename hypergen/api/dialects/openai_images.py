@@ -56,7 +56,7 @@ class ImagesBody(ModelFields):
     )
     model: StrictStr | None = Field(
         None,
-        description="id or alias of a served model; any other name selects the first model",
+        description="id or alias of a served model; a single model answers to every name",
     )
     n: StrictInt = Field(1, ge=1, le=10, description="number of images")
     size: StrictStr | None = Field(
@@ -98,9 +98,6 @@ class ImagesBody(ModelFields):
     seed: Seed = Field(
         None,
         description="image i uses seed + i; the same seed gives the same bytes; -1 or absent: random",
-    )
-    sampler: StrictStr | None = Field(
-        None, description="one of the samplers in /health; default: the model's scheduler"
     )
     strength: Number | None = Field(
         None,
@@ -166,7 +163,9 @@ def resolve(
     num_inference_steps = fields.num_inference_steps or default_steps
     check_steps(num_inference_steps, settings.max_steps, "num_inference_steps")
     guidance_scale = defaults.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
-    sampler = read_sampler(fields.sampler, num_inference_steps, model_info, "num_inference_steps")
+    sampler = read_sampler(
+        fields.sampler, fields.scheduler, num_inference_steps, model_info, "num_inference_steps"
+    )
     loras = _loras(fields, model_info)
     check_work(fields.n, num_inference_steps, width, height, settings.max_megapixel_steps)
     params = ("control_image", "control_model")
@@ -238,6 +237,7 @@ GENERATIONS = Endpoint(
     model_field="model",
     image_fields=frozenset({"control_image"}),
     claims=lambda body, is_form: not is_form,
+    body=ImagesBody,
     to_request=to_request,
     to_response=to_response,
     to_sse_event=partial(to_sse_event, "image_generation"),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
-from hypergen.engine.batch_invariance.layers import make_convolutions_invariant, make_linears_invariant
+from hypergen.engine.batch_invariance.layers import make_layers_invariant, make_linears_invariant
 from hypergen.engine.compiled_forward import CompiledForward
 from hypergen.engine.request_errors import is_out_of_memory
 from hypergen.engine.scheduler import BatchKey, batch_key
@@ -219,7 +219,7 @@ class BatchInvariance:
         inputs, batch_key_extra = random_rows(state, max_rows, generator), state.batch_key_extra
         if self._replace_layers:
             one_row = map_rows(inputs, lambda tensor: tensor[:1])
-            probe.replaced_layers = make_convolutions_invariant(
+            probe.replaced_layers = make_layers_invariant(
                 self._networks,
                 lambda: self._family.forward(*one_row, batch_key_extra=batch_key_extra),
                 self._max_rows,

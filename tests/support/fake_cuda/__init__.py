@@ -71,8 +71,10 @@ def _graph_context(
 
 
 def _tensor(data: Any, *, dtype: Any = None, device: Any = None, **others: Any) -> Tensor:
-    made = _real_tensor(data, dtype=dtype, **others)
-    return made.to(device) if is_cuda(device) else made
+    device = torch.empty(0).device if device is None else torch.device(device)
+    if not is_cuda(device):
+        return _real_tensor(data, dtype=dtype, device=device, **others)
+    return _real_tensor(data, dtype=dtype, device="cpu", **others).to(device)
 
 
 _real_tensor = torch.tensor
@@ -148,7 +150,7 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "get_device_properties": lambda *_: properties,
             "get_device_name": lambda *_: properties.name,
             "get_device_capability": lambda *_: (9, 0),
-            "is_bf16_supported": lambda *_: True,
+            "is_bf16_supported": lambda including_emulation=True: True,
             "is_current_stream_capturing": lambda: device.capturing is not None,
             "CUDAGraph": FakeGraph,
             "graph": _graph_context,

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakSet, finalize
 
@@ -47,6 +48,8 @@ _NO_LAUNCH = {
 }
 # Results that only the host can know.
 _WAITING = {"nonzero", "equal", "masked_select", "unique_dim", "_unique2", "is_nonzero", "bincount"}
+# Computed in float32: a GPU accumulates in it, and float16 is slow on a CPU.
+_PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
 _TAKE_CPU_TENSORS = {"index", "index_put", "index_put_", "copy_", "_to_copy"}
 
 
@@ -180,7 +183,7 @@ class FakeCuda:
             self.wait_for("index", ours[0])
         on_device = bool(ours) or is_cuda(kwargs.get("device"))
         plain = unwrap(kwargs)
-        if "device" in plain:
+        if is_cuda(plain.get("device")):
             plain["device"] = torch.device("cpu")
         plain.pop("pin_memory", None)
         if not on_device:
@@ -191,11 +194,13 @@ class FakeCuda:
             self.check_order(tensor.memory, stream, func)
         if name in _WAITING:
             self.wait_for(name, ours[0])
-        output = func(*unwrap(args), **plain)
+        in_float32 = name in _PRODUCTS and {tensor.dtype for tensor in ours} == {torch.float16}
+        compute = partial(_in_float32, func) if in_float32 else func
+        output = compute(*unwrap(args), **plain)
         if not (func.is_view or name in _NO_LAUNCH):
             self.count("launches", name)
         wrapped = change_tensors(lambda value: self._wrap(value, ours, stream, func), output)
-        self.record(func, args, plain, wrapped)
+        self.record(compute, args, plain, wrapped)
         return wrapped
 
     def _wrap(self, value: Any, inputs: Sequence[FakeTensor], stream: FakeStream, func: Any) -> Any:
@@ -302,6 +307,11 @@ class FakeCuda:
 
         self._copies.append(_Copy(stream, stream.count, arrive))
         return target
+
+
+def _in_float32(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    as_float32 = change_tensors(lambda tensor: tensor.float(), args)
+    return func(*as_float32, **kwargs).half()
 
 
 def _upload(target: Tensor, source: Tensor) -> Tensor:

@@ -60,6 +60,11 @@ class FakeTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return current().run(func, args, kwargs or {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "data":  # a network that gets another dtype keeps its parameters
+            self.data_on_cpu, self.memory = value.data_on_cpu, value.memory
+
     def record_stream(self, s: object) -> None:
         pass
 
