@@ -93,15 +93,14 @@ class PostProcessor:
 
     @contextmanager
     def leave_room(self, latents: Tensor) -> Iterator[None]:
-        """Let a forward pass fail rather than take the memory that decoding of its images needs meanwhile.
+        """Let a forward pass fail rather than take the memory that decoding one of its images needs.
 
         Args:
             latents: of one image or more, shape (N, ...).
         """
-        held = (
-            0 if self.graphs is None else max((t.numel() for t in self.graphs.captured("latents")), default=0)
-        )
-        missing = latents[0].numel() - held  # graphs have their memory already, and share it
+        captured = [] if self.graphs is None else self.graphs.captured("latents")
+        # Graphs have their memory already, and share it.
+        missing = latents[0].numel() - max((tensor.numel() for tensor in captured), default=0)
         if self._stream is None or missing <= 0 or not self._bytes_per_latent:
             yield
             return
