@@ -19,6 +19,7 @@ from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.schemas import BatchResult
 from hypergen.app import create_app
+from hypergen.bentoml_integration import metrics_folder, server_logs
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService
 from hypergen.engine_client.pool import EnginePool
@@ -28,6 +29,11 @@ from hypergen.resolve_models import find_models
 
 logger = logging.getLogger("hypergen.service")
 settings = load_settings(environment=os.environ)
+# Uvicorn reads it; its own default trusts every process of this machine.
+os.environ["FORWARDED_ALLOW_IPS"] = ",".join(settings.server.trusted_proxy)
+log_setup.export(settings.server.log_format, settings.server.log_level)
+server_logs.use_our_form()
+metrics_folder.use_own_folder()
 keys = ApiKeys(settings.server)
 models = find_models(settings)
 pool = EnginePool(settings)

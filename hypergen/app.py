@@ -29,7 +29,8 @@ from hypergen.api.routes import create_router
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import RequestError
-from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
+from hypergen.images.storage import ImageStorage
+from hypergen.images.temporary_folders import remove_folders_of_killed_servers
 from hypergen.served_model import ServedModel
 
 logger = logging.getLogger(__name__)

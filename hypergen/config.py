@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -20,6 +21,8 @@ from hypergen.served_model_config import ModelEntry, NamedSources, read_entries
 Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Determinism = Literal["strict", "fast"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def _read_on_off(value: Any) -> Any:
@@ -170,6 +173,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         description="ControlNet that requests may name: NAME=SOURCE; SOURCE is a folder or a hub id, which "
         "may end in @REVISION; HYPERGEN_CONTROLNET separates several by commas",
     )
+    embedding: NamedSources = Field(
+        default_factory=dict[str, str],
+        description="textual inversion that prompts use by its name: NAME=FILE; for Stable Diffusion and "
+        "SDXL; HYPERGEN_EMBEDDING separates several by commas",
+    )
     engine_stall_timeout_s: float = Field(
         300,
         gt=0,
@@ -239,6 +247,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         None,
         description="file of bearer keys, one per line, with names and limits; read again when it changes",
     )
+    log_format: LogFormat = Field(
+        "text", description="form of the log's lines on standard error: text, or one JSON object per line"
+    )
+    log_level: LogLevel = Field("info", description="least severe level that is logged")
     allowed_host: tuple[str, ...] = Field(
         (),
         description="further host name that clients may use, in addition to the server's address, localhost "
@@ -248,6 +260,11 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         (),
         description="origin, such as https://app.example, whose web pages may use the server from a browser; "
         "* is every origin; HYPERGEN_CORS_ORIGIN separates several by commas",
+    )
+    trusted_proxy: tuple[str, ...] = Field(
+        (),
+        description="address or network, such as 10.0.0.0/8, of a proxy whose X-Forwarded-For and "
+        "X-Forwarded-Proto count; * is every client; HYPERGEN_TRUSTED_PROXY separates several by commas",
     )
     keep_alive_s: float = Field(
         75,
@@ -317,7 +334,20 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
                 )
         return origins
 
-    @field_validator("allowed_host", "cors_origin", mode="before")
+    @field_validator("trusted_proxy")
+    @classmethod
+    def _check_proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                if proxy != "*":
+                    ip_network(proxy)
+            except ValueError:
+                raise ValueError(
+                    "must be * or an IP address or network, such as 127.0.0.1 or 10.0.0.0/8"
+                ) from None
+        return proxies
+
+    @field_validator("allowed_host", "cors_origin", "trusted_proxy", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (

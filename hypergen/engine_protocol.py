@@ -79,9 +79,11 @@ class ImageGenerator(Protocol):
         ...
 
 
-async def generate_all(generator: ImageGenerator, request: GenerationRequest) -> list[ImageFinished]:
-    """Generate all images of a request; returns them in order."""
-    with await generator.submit(request) as handle:
+async def generate_all(
+    generator: ImageGenerator, request: GenerationRequest, on_event: Callable[[Event], None] | None = None
+) -> list[ImageFinished]:
+    """Generate all images of a request; returns them in order. For `on_event` see `ImageGenerator.submit`."""
+    with await generator.submit(request, on_event) as handle:
         images = [event async for event in handle if isinstance(event, ImageFinished)]
     if len(images) != request.n:
         raise GenerationError("The engine ended the request before all images were generated.")

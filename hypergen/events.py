@@ -27,7 +27,13 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first image of the request joined a batch: the request no longer waits."""
+    """The first image of the request joined a batch: the request no longer waits.
+
+    Attributes:
+        encode_s: seconds to encode the prompts and to prepare the images.
+    """
+
+    encode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,9 @@ class ImageFinished:
     prompt_tokens: int
     # Forward passes that this image shared with rows of other requests.
     shared_forwards: int
+    images_per_forward: float = 0.0  # mean batch size of its forward passes; 0: it had none
     engine_s: float = 0.0  # seconds from the engine's receipt of the request to decoded pixels
+    decode_s: float = 0.0  # seconds from the last denoising step to decoded pixels
     encode_s: float = 0.0  # seconds to encode the file, in a thread
 
 
@@ -65,6 +73,20 @@ class Preview:
 
 
 Event = Started | Progress | Preview | ImageFinished
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """One forward pass of the denoiser of a model.
+
+    Attributes:
+        rows: two for each guided image, and those that pad the batch.
+    """
+
+    model: str
+    images: int
+    rows: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +106,12 @@ class EngineStatus:
     models: tuple[str, ...] = ()  # ids of the models in memory
     # Seconds of each stage of the startup: imports, weights, warm-up.
     startup_s: dict[str, float] = field(default_factory=dict[str, float])
+    load_s: dict[str, float] = field(default_factory=dict[str, float])  # model -> seconds of its latest load
+    # Of the process: resident; on CUDA also allocated and reserved by torch, and total of the GPU.
+    memory_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    loras: int = 0  # LoRAs in memory
+    # Cache -> hits and misses since the start of the process.
+    cache_lookups: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

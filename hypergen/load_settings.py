@@ -18,7 +18,7 @@ from hypergen.served_model_config import as_text
 
 PREFIX = "HYPERGEN_"
 # Separated by commas in the environment. Others are paths, which may contain commas.
-_WITH_COMMAS = ("allowed_host", "compile_sizes", "cors_origin")
+_WITH_COMMAS = ("allowed_host", "compile_sizes", "cors_origin", "trusted_proxy")
 # Variables that Kubernetes sets in every pod for a service called "hypergen".
 _KUBERNETES_NAME = re.compile(r"HYPERGEN_(SERVICE_|PORT_)")
 

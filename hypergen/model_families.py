@@ -19,7 +19,7 @@ from hypergen.model_info import Capability
 REFINER_PIPELINE = "StableDiffusionXLImg2ImgPipeline"
 
 # Engine settings that a family may support.
-FamilySetting = Literal["controlnet", "lora", "prompt_weighting", "refiner"]
+FamilySetting = Literal["controlnet", "embedding", "lora", "prompt_weighting", "refiner"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ _SPECS = (
                 Variant(source="black-forest-labs/FLUX.1-schnell"),
             ),
         ),
-        lora_layers=("single_blocks", "double_blocks", "single_transformer_blocks"),
+        lora_layers=("single_blocks", "double_blocks", "single_transformer_blocks", "img_in", "guidance_in"),
     ),
     FamilySpec(
         "sd3",
@@ -153,7 +153,7 @@ _SPECS = (
         "hypergen.models.sdxl:StableDiffusionXL",
         ("StableDiffusionXLPipeline",),
         ("prompt_2", "negative_prompt", "image", "mask"),
-        settings=("controlnet", "lora", "prompt_weighting", "refiner"),
+        settings=("controlnet", "embedding", "lora", "prompt_weighting", "refiner"),
         single_file=SingleFile(
             marks=("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
             denoiser="unet",
@@ -184,7 +184,7 @@ _SPECS = (
         "hypergen.models.sd:StableDiffusion",
         ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
         ("negative_prompt", "image", "mask"),
-        settings=("controlnet", "lora", "prompt_weighting"),
+        settings=("controlnet", "embedding", "lora", "prompt_weighting"),
         single_file=SingleFile(
             marks=("input_blocks.0.0.weight", "conv_in.weight"),
             denoiser="unet",

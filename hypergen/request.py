@@ -113,6 +113,16 @@ class GenerationRequest:
         steps = self.num_inference_steps * (self.strength if self.image is not None else 1)
         return self.n * rows * steps * self.width * self.height / 1e6
 
+    def price(self, rate: float) -> float:
+        """What the images cost by Hyperbolic's formula.
+
+        Args:
+            rate: price of a 1024x1024 image with 25 steps.
+
+        Source: price = rate x (width / 1024) x (height / 1024) x (steps / 25), per image.
+        """
+        return self.n * rate * (self.width / 1024) * (self.height / 1024) * (self.num_inference_steps / 25)
+
     @property
     def input_image_bytes(self) -> int:
         """Memory of the input images."""

@@ -19,6 +19,8 @@ from hypergen.model_store.lora_files import open_registry, with_absolute_path
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
+_EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
+
 
 def find_models(
     settings: Settings, report_progress: Callable[[str], None] | None = None
@@ -77,6 +79,7 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
                 for name, file in entry.loras.items()
             },
             controlnet=find_controlnets(entry.controlnet),
+            embeddings=find_embeddings(entry.embeddings),
             refiner=next(iter(model.tags[1:]), None),
         )
         for entry, model in zip(entries_of(settings), models, strict=True)
@@ -89,6 +92,7 @@ def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
         "controlnet": find_controlnets(engine.controlnet) or None,
+        "embedding": find_embeddings(engine.embedding) or None,
     }
 
 
@@ -108,7 +112,7 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     if len(entries) == 1:
         return (entries[0].model_copy(update=changes),)
     engine = settings.engine
-    of_engine = {"lora": engine.lora, "controlnet": engine.controlnet, "refiner": engine.refiner}
+    of_engine = {name: getattr(engine, name) for name in ("lora", "controlnet", "embedding", "refiner")}
     given = [*changes, *(name for name, value in of_engine.items() if value)]
     if given:
         raise ConfigurationError(
@@ -118,12 +122,13 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
-    """The engine settings with the LoRAs and ControlNets of this model, without its refiner."""
+    """The engine settings with what the entry of this model adds to them, except for its refiner."""
     loras = tuple(f"{name}={file}" for name, file in entry.loras.items() if file)
     return engine.model_copy(
         update={
             "lora": (*(with_absolute_path(given) for given in engine.lora), *loras),
             "controlnet": find_controlnets({**engine.controlnet, **entry.controlnet}),
+            "embedding": find_embeddings({**engine.embedding, **entry.embeddings}),
         }
     )
 
@@ -166,4 +171,24 @@ def find_controlnets(sources: Mapping[str, str]) -> dict[str, str]:
             found[name] = source
         else:
             raise ModelError(f"ControlNet '{name}': no such folder: {source}")
+    return found
+
+
+def find_embeddings(files: Mapping[str, str]) -> dict[str, str]:
+    """The same files of textual inversions with absolute paths.
+
+    Raises:
+        ConfigurationError: a file does not exist or has another extension, or a name differs from another one
+            by case alone.
+    """
+    found: dict[str, str] = {}
+    for name, given in files.items():
+        path = Path(given).expanduser().absolute()
+        if path.suffix not in _EMBEDDING_SUFFIXES or not path.is_file():
+            raise ConfigurationError(
+                f"Textual inversion '{name}': no such {' or '.join(_EMBEDDING_SUFFIXES)} file: {given}"
+            )
+        if name.casefold() in map(str.casefold, found):
+            raise ConfigurationError(f"Two textual inversions have the name '{name}'; change one of them.")
+        found[name] = str(path)
     return found

@@ -57,6 +57,7 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
         aliases: other names for requests.
         loras: name -> file. A name without a file is a placeholder and is not offered.
         controlnet: name -> folder or hub id of a ControlNet.
+        embeddings: name in prompts -> file of a textual inversion.
         refiner: for an SDXL model: hub id, folder, checkpoint file or tag of the store.
     """
 
@@ -68,6 +69,7 @@ class ModelEntry(BaseModel, frozen=True, extra="forbid"):
     defaults: ModelDefaultsEntry = Field(default_factory=lambda: ModelDefaultsEntry.model_validate({}))
     loras: dict[str, str | None] = Field(default_factory=dict[str, str | None])
     controlnet: NamedSources = Field(default_factory=dict[str, str])
+    embeddings: NamedSources = Field(default_factory=dict[str, str])
     refiner: str | None = None
 
 
@@ -126,10 +128,10 @@ def _read_file(file: Path) -> Any:
     for name in ("source", "single_file_config", "refiner"):
         if isinstance(tree.get(name), str):
             tree[name] = _from_folder(folder, tree[name])
-    for name in ("loras", "controlnet"):
+    for name in ("loras", "embeddings", "controlnet"):
         if isinstance(tree.get(name), dict):
             sources = cast(dict[str, Any], tree[name])
-            tree[name] = dict(_from_folders(folder, sources, always=name == "loras"))
+            tree[name] = dict(_from_folders(folder, sources, always=name != "controlnet"))
     return tree
 
 

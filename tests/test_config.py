@@ -216,3 +216,11 @@ def test_origins_given_as_flags_reach_the_service() -> None:
     environment = environment_of({"cors_origin": ("https://a.example", "http://b.example:3000")})
     expected = ("https://a.example", "http://b.example:3000")
     assert load_settings(environment=environment).server.cors_origin == expected
+
+
+@pytest.mark.parametrize("proxy", ["localhost", "10.0.0.1/8", "10.0.0.0/33", "http://10.0.0.1", "**"])
+def test_a_trusted_proxy_is_an_address_or_a_network(proxy: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"trusted_proxy.*an IP address or network"):
+        load_settings(environment={"HYPERGEN_TRUSTED_PROXY": f"127.0.0.1, {proxy}"})
+    trusted = load_settings(environment={"HYPERGEN_TRUSTED_PROXY": "::1, 10.0.0.0/8"}).server.trusted_proxy
+    assert trusted == ("::1", "10.0.0.0/8")

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.support.live_server import LiveServer, free_port, start_server
+from tests.support.log_lines import logged
 
 ROOT = Path(__file__).parents[1]
 ITEM = {"prompt": "a cat", "seed": 1, "num_inference_steps": 4, "size": "64x64"}
@@ -113,8 +114,8 @@ def test_bentoml_serve_gives_the_same_responses(tmp_path: Path, server: LiveServ
     port = free_port()
     environment = {**os.environ, "BENTOML_HOME": str(tmp_path / "home"), "HYPERGEN_CONFIG": str(config)}
     command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    with (tmp_path / "log").open("wb") as log, (tmp_path / "stdout").open("wb") as stdout:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=log)
     other = LiveServer(f"http://127.0.0.1:{port}", process, tmp_path / "log", None)
     try:
         until = time.monotonic() + 90
@@ -128,6 +129,8 @@ def test_bentoml_serve_gives_the_same_responses(tmp_path: Path, server: LiveServ
         body = {**ITEM, "response_format": "b64_json"}
         assert generate(other, body).json()["data"] == generate(server, body).json()["data"]
         assert other.openai().models.list().data[0].id == server.openai().models.list().data[0].id
+        assert f"INFO Ready: engine 1 of 1, {sd_folder} on cpu (" in logged(other, "Ready")
+        assert (tmp_path / "stdout").read_bytes() == b""
     finally:
         process.terminate()
         process.wait(30)

@@ -6,7 +6,7 @@ must find the file in one of two ways:
 - by name: it consists of whole words of the file's or its folder's name, and finds at most five files;
 - by content: the file is the first of `grep -rlF WORD hypergen --include=*.py`, in sorted order.
 
-This must hold for at least 20 of the 25 questions.
+This must hold for at least four of five questions.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def is_found_by_question(row: Row) -> bool:
     return normalize(row.word) in normalize(row.question) and finds_file
 
 
-def test_there_are_25_questions_and_each_search_word_finds_its_file() -> None:
-    assert len(table()) == 25
+def test_there_are_questions_and_each_search_word_finds_its_file() -> None:
+    assert len(table()) >= 25
     for row in table():
         assert row.file.is_file(), row
         assert row.file in found_by_name(row.word) or row.word in row.file.read_text(encoding="utf-8"), row
@@ -64,7 +64,7 @@ def test_there_are_25_questions_and_each_search_word_finds_its_file() -> None:
 
 def test_most_questions_are_found_by_their_own_words() -> None:
     missed = [row.question for row in table() if not is_found_by_question(row)]
-    assert len(missed) <= 4, missed
+    assert len(missed) <= len(table()) / 5, missed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

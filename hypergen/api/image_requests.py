@@ -24,6 +24,7 @@ from hypergen.api.hosts import is_named_host
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import OutgoingResponse
 from hypergen.api.request_body import read_json_object
+from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import iter_chunks, write
 from hypergen.api.sse import EventStream
 from hypergen.api.validation import ValidatedRequest
@@ -121,6 +122,8 @@ async def handle_image_request(
         wait_for_disconnect,
         deadline,
     )
+    record: RequestRecord = request.state.record
+    record.set_generation(validated.generation)
     body.clear()  # or the base64 of input images would stay in memory while the request waits
     request.state.body.release()
     base = url_base(request, settings, validated)  # before generation, because it may reject the request
@@ -128,15 +131,15 @@ async def handle_image_request(
     if endpoint.to_sse_event is not None and validated.stream:
         to_sse_event = partial(endpoint.to_sse_event, validated.without_input_images(), int(time.time()))
         return await stream_events(
-            generator, validated, to_sse_event, wait_for_disconnect, deadline, outgoing
+            generator, validated, to_sse_event, wait_for_disconnect, deadline, outgoing, record
         )
     try:
-        images = await generate_images(generator, validated.generation, wait_for_disconnect(), deadline)
+        images = await generate_images(
+            generator, validated.generation, wait_for_disconnect(), deadline, record.times.observe
+        )
     except InvalidRequestError as error:
         raise validated.with_client_field_names(error) from None
     validated = validated.without_input_images()
-    if validated.price is not None:
-        validated.price.count()
     urls = None
     if base is not None:
         urls = await asyncio.to_thread(store_images, storage, validated.generation, images, base)
@@ -206,18 +209,20 @@ async def generate_images(
     request: GenerationRequest,
     disconnected: Awaitable[object],
     deadline: float,
+    on_event: Callable[[Event], None] | None = None,
 ) -> list[ImageFinished]:
     """Generate all images; cancel the request if the client disconnects or the deadline passes.
 
     Args:
         disconnected: returns when the client has disconnected.
         deadline: time of the event loop's clock.
+        on_event: see `ImageGenerator.submit`.
 
     Raises:
         ClientDisconnectedError: the client disconnected.
         DeadlineExceededError: the deadline has passed.
     """
-    generating = asyncio.ensure_future(generate_all(generator, request))
+    generating = asyncio.ensure_future(generate_all(generator, request, on_event))
     return await run_until_disconnect(generating, disconnected, deadline)
 
 
@@ -228,6 +233,7 @@ async def stream_events(
     wait_for_disconnect: Callable[[], Awaitable[object]],
     deadline: float,
     outgoing: OutgoingResponse,
+    record: RequestRecord,
 ) -> Response:
     """Submit a request; the response streams its events.
 
@@ -238,6 +244,7 @@ async def stream_events(
 
     def count(event: Event) -> None:
         """Count the event's memory until it is sent: a slow client must not slow down the engine."""
+        record.times.observe(event)
         if isinstance(event, Preview | ImageFinished):
             outgoing.add_pending(len(event.data))
 
@@ -250,7 +257,7 @@ async def stream_events(
         if isinstance(error, InvalidRequestError):
             raise validated.with_client_field_names(error) from None
         raise
-    response = EventStream(event, handle, to_sse_event, outgoing, deadline)
+    response = EventStream(event, handle, to_sse_event, outgoing, deadline, record)
     response.headers.update(validated.response_headers)
     return response
 

@@ -60,6 +60,7 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         request.state.body.release()
         validated.reject_stream()
         url_base(request, settings, validated)  # rejects a `url` that the result could not have
+        request.state.record.set_generation(validated.generation)
         job = await jobs.submit(endpoint, validated, deadline)
         return json_response(
             jobs.status(job), 202, {"Location": f"{PATH}/{job.id}", **validated.response_headers}

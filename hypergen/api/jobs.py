@@ -28,6 +28,8 @@ from hypergen.errors import (
 from hypergen.events import ImageFinished, Progress, Started
 from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
+from hypergen.metrics import outcome_of, record_request
+from hypergen.request import ANONYMOUS
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Job:
     state: JobState = "queued"
     step: int = 0
     steps: int | None = None
+    created_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0  # monotonic seconds
     ended_at: float | None = None
     error: RequestError | None = None
@@ -203,12 +206,19 @@ class Jobs:
                 job.images.append((replace(event, data=b""), name))
         if len(job.images) != job.validated.generation.n:
             raise GenerationError("The engine ended the job before all images were generated.")
-        if job.validated.price is not None:
-            job.validated.price.count()
         job.images.sort(key=lambda stored: stored[0].index)
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()
+        outcome = "cancelled" if state == "cancelled" else outcome_of(status_of(error) if error else 200)
+        request, seconds = job.validated.generation, job.ended_at - job.created_at
+        record_request("job", request.model, request.api_key.name, outcome, seconds)
+        fields: dict[str, Any] = {"ms": round(seconds * 1000), "model": request.model}
+        if request.api_key is not ANONYMOUS:
+            fields["key"] = request.api_key.name
+        if error is not None:
+            fields["error_code"] = error.code
+        logger.info("Job %s %s", job.id, state, extra={"fields": fields})
         if job.handle is not None:
             job.handle.cancel()
             job.handle = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 import uuid
 from contextlib import suppress
 from typing import Any, cast
@@ -25,6 +24,7 @@ from hypergen.api.hosts import reject_cross_site
 from hypergen.api.http_protocol import ABORT
 from hypergen.api.outgoing_answers import OutgoingMemory, OutgoingResponse
 from hypergen.api.request_body import BodyLimit, BodyMemory
+from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import CHUNK_BYTES, iter_chunks
 from hypergen.config import Settings
 from hypergen.errors import DeadlineExceededError, RequestError
@@ -39,7 +39,7 @@ class OuterMiddleware:
     """Pure ASGI, because Starlette's `BaseHTTPMiddleware` breaks streams and hides disconnects.
 
     It sets in the request's state: `request_id`, `deadline` (of the event loop's clock), `api_key`, `body`
-    (`BodyLimit`) and `outgoing` (`OutgoingResponse`).
+    (`BodyLimit`), `outgoing` (`OutgoingResponse`) and `record` (`RequestRecord`).
     """
 
     # Time after the deadline in which the handler can raise its own DeadlineExceededError.
@@ -75,14 +75,16 @@ class OuterMiddleware:
 
         outgoing = self._outgoing.open(abort)
         scope["state"] |= {"deadline": deadline, "body": limit, "outgoing": outgoing}
+        record = RequestRecord.of(scope, request_id)
+        scope["state"]["record"] = record
         preflight = self._cors.preflight(scope)
         if preflight is None:
             send = self._cors.with_headers(scope, send)
-        response = _Response(scope, send, limit, outgoing)
+        response = _Response(scope, send, limit, outgoing, record)
         try:
             if preflight is None:
                 key = self._auth.check(scope["method"], scope["path"], scope["headers"])
-                scope["state"]["api_key"] = key
+                scope["state"]["api_key"] = record.api_key = key
             if not self._keyed:
                 allowed = self._cors.allows(scope)
                 reject_cross_site(scope["method"], scope["path"], scope["headers"], self._server, allowed)
@@ -93,6 +95,7 @@ class OuterMiddleware:
             async with timeout:
                 await self._app(scope, limit.receive, response.send)
         except errors.ClientDisconnectedError:
+            record.disconnect()
             if not response.started:
                 await response.send_client_closed_request()
         except Exception as error:  # Isolate the failure: only this request fails.
@@ -102,12 +105,14 @@ class OuterMiddleware:
                 logger.exception("%s failed.", request_id)
             if not response.started:
                 await response.send_exception(scope, receive, error)
-            elif not timeout.expired() or not await self._abort_connection(scope, request_id):
-                raise error
+            else:
+                record.fail(error)
+                if not timeout.expired() or not await self._abort_connection(scope, request_id):
+                    raise error
         finally:
             limit.release()
             self._outgoing.close(outgoing)
-            response.log()
+            record.finish()
 
     async def _abort_connection(self, scope: Scope, request_id: str) -> bool:
         """Close the connection of an unfinished response; False if the server does not support it."""
@@ -126,22 +131,22 @@ class OuterMiddleware:
 class _Response:
     """One response: adds headers, and replaces error bodies that do not have our format."""
 
-    def __init__(self, scope: Scope, send: Send, limit: BodyLimit, outgoing: OutgoingResponse) -> None:
+    def __init__(
+        self, scope: Scope, send: Send, limit: BodyLimit, outgoing: OutgoingResponse, record: RequestRecord
+    ) -> None:
         self._scope = scope
         self._send = send
         self._limit = limit
         self._outgoing = outgoing
-        self._request_id: str = scope["state"]["request_id"]
-        self._arrived = time.monotonic()
-        self._status = 0
+        self._record = record
         self._error_start: Message | None = None  # of an error response, until its body is complete
         self._body = b""
         self.started = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._status = message["status"]
-            if self._status >= 400:
+            self._record.status = message["status"]
+            if message["status"] >= 400:
                 self._error_start = message
                 return
             await self._start(message)
@@ -182,7 +187,7 @@ class _Response:
         for name in _HIDDEN_HEADERS:
             if name in headers:
                 del headers[name]
-        headers["x-request-id"] = self._request_id
+        headers["x-request-id"] = self._record.request_id
         headers["x-content-type-options"] = "nosniff"
         await self._send(message)
 
@@ -199,14 +204,17 @@ class _Response:
             await self._send_instead(errors.to_response(error))
             return
         is_probe = self._scope["path"] in OPEN_PATHS  # their 503 is a state, not an error
-        if not _has_error_body(body) and not is_probe and self._scope["method"] != "HEAD":
+        error_fields = _error_fields(body)
+        if error_fields is None and not is_probe and self._scope["method"] != "HEAD":
             await self._send_instead(_to_error_response(start["status"], body))
             return
+        self._record.set_error(error_fields or {})
         await self._start(start)
         await self._send({"type": "http.response.body", "body": body})
 
     async def _send_instead(self, response: Response) -> None:
-        self._status = response.status_code
+        self._record.status = response.status_code
+        self._record.set_error(_error_fields(bytes(response.body)) or {})
         await self._start(
             {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         )
@@ -216,26 +224,18 @@ class _Response:
         """A status for the log; BentoML also waits for a response."""
         await self._send_instead(Response(status_code=errors.CLIENT_CLOSED_REQUEST))
 
-    def log(self) -> None:
-        if self._scope["path"] in OPEN_PATHS:  # probes come every few seconds
-            return
-        # Escaped, because line feeds and terminal codes in a path could forge log lines.
-        path = self._scope["path"].encode("unicode_escape").decode("ascii")[:200]
-        milliseconds = (time.monotonic() - self._arrived) * 1000
-        logger.info(
-            "%s %s %d %.0f ms %s", self._scope["method"], path, self._status, milliseconds, self._request_id
-        )
-
 
 def _deadline_exceeded() -> DeadlineExceededError:
     return DeadlineExceededError("The request did not finish before its deadline.")
 
 
-def _has_error_body(body: bytes) -> bool:
+def _error_fields(body: bytes) -> dict[str, Any] | None:
+    """The error in a body of our format; None: it has another."""
     try:
-        return isinstance(json.loads(body)["error"]["message"], str)
+        error: dict[str, Any] = json.loads(body)["error"]
+        return error if isinstance(error["message"], str) else None
     except (ValueError, TypeError, KeyError):
-        return False
+        return None
 
 
 def _to_error_response(status: int, body: bytes) -> Response:

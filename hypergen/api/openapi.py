@@ -164,7 +164,11 @@ def _bentoml_paths() -> Json:
     return {
         "/generate": {"post": _generate()},
         "/metrics": {
-            "get": _text("metrics", "Prometheus metrics", "BentoML's metrics and hypergen_price_total")
+            "get": _text(
+                "metrics",
+                "Prometheus metrics",
+                "hypergen_...: requests, images, queue, stages, batches, engines, prices; and BentoML's own",
+            )
         },
         "/livez": {"get": _probe("livez", "Liveness probe")},
         "/healthz": {"get": _probe("healthz", "Liveness probe, as /livez")},

@@ -17,10 +17,11 @@ from starlette.types import Receive, Scope, Send
 
 from hypergen.api.errors import error_body, to_json
 from hypergen.api.outgoing_answers import OutgoingResponse
+from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import iter_chunks, write
 from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import DeadlineExceededError, GenerationError, RequestError
-from hypergen.events import Event, ImageFinished, Preview
+from hypergen.events import Event, ImageFinished, Preview, RequestState
 
 # Proxies close connections that are silent for a minute.
 _PING_S = 15.0
@@ -35,6 +36,7 @@ class EventStream(StreamingResponse):
         to_sse_event: encodes an event, in pieces; runs in a thread.
         outgoing: counts the memory of events that are not sent yet.
         deadline: time of the event loop's clock.
+        record: gets the error of a request that fails after the start of its response.
     """
 
     def __init__(
@@ -44,14 +46,20 @@ class EventStream(StreamingResponse):
         to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
         outgoing: OutgoingResponse,
         deadline: float,
+        record: RequestRecord,
     ) -> None:
-        frames = _frames(first, handle, to_sse_event, outgoing, deadline)
+        frames = _frames(first, handle, to_sse_event, outgoing, deadline, record)
         super().__init__(frames, media_type="text/event-stream", headers=_HEADERS)
         self._handle = handle
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._handle:
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                if self._handle.state is not RequestState.FINISHED:
+                    self._record.disconnect()
 
 
 def sse_event(name: str, body: dict[str, Any]) -> bytes:
@@ -65,6 +73,7 @@ async def _frames(
     to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
     outgoing: OutgoingResponse,
     deadline: float,
+    record: RequestRecord,
 ) -> AsyncGenerator[bytes, None]:
     sent: set[tuple[int, int]] = set()  # after an engine crash, the retry repeats previews
     try:
@@ -85,8 +94,10 @@ async def _frames(
                 except TimeoutError:
                     yield _PING
     except RequestError as error:
+        record.fail(error)
         yield _error(error)
-    except Exception:  # The status is already sent, so the client gets an error event.
+    except Exception as error:  # The status is already sent, so the client gets an error event.
+        record.fail(error)
         yield _error(GenerationError("The server failed on this request; see its log."))
         raise
 

@@ -22,7 +22,6 @@ from pydantic import (
 from hypergen.api.sampler_aliases import schedule_name, split_name
 from hypergen.errors import InvalidRequestError, RequestError
 from hypergen.images.decoding import decode, from_base64, to_input_image
-from hypergen.metrics import Price
 from hypergen.model_info import Capability, ModelInfo
 from hypergen.request import ApiKey, ControlInput, GenerationRequest, Preprocessor
 
@@ -56,7 +55,6 @@ class ValidatedRequest:
     generation: GenerationRequest
     response_format: Literal["url", "b64_json"] | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])
-    price: Price | None = None  # counted when the images are finished
     stream: bool = False
     # Field of `GenerationRequest` -> the dialect's name for it, for errors of the engine.
     client_fields: dict[str, str] = field(default_factory=dict[str, str])

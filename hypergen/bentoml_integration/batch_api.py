@@ -10,6 +10,7 @@ import asyncio
 import base64
 import codecs
 import logging
+import time
 import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import GenerationError, RequestError, UnsupportedMediaTypeError
 from hypergen.events import ImageFinished
+from hypergen.metrics import outcome_of, record_rejection, record_request
 from hypergen.request import ApiKey
 
 logger = logging.getLogger(__name__)
@@ -137,6 +139,8 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
     Errors are returned, because an exception would fail the whole batch.
     """
     item_id = f"item_{uuid.uuid4().hex}"
+    started, model = time.monotonic(), None
+    result = BatchResult(status=CLIENT_CLOSED_REQUEST, images=[])
     try:
         body = {name: value for name, value in item.root.items() if value is not None}
         model_info = choose_model(generator, body, GENERATIONS, settings)
@@ -151,17 +155,23 @@ async def generate_item(generator: ImageGenerator, settings: Settings, item: Bat
             item.deadline,
         )
         validated.reject_stream()
+        model = validated.generation.model
         images = await generate_images(
             generator, validated.generation, item.wait_for_disconnect(), item.deadline
         )
+        result = BatchResult(status=200, images=await write(_to_base64, images))
     except ClientDisconnectedError:
-        return BatchResult(status=CLIENT_CLOSED_REQUEST, images=[])
+        pass
     except Exception as error:  # Isolate the failure: only this item fails.
         if not isinstance(error, RequestError):
             logger.exception("%s of the batchable API failed.", item_id)
             error = GenerationError("The server failed on this item; see its log.")
-        return _failed(error)
-    return BatchResult(status=200, images=await write(_to_base64, images))
+        result = _failed(error)
+        if result.status in (429, 503):
+            record_rejection(error.code)
+    seconds = time.monotonic() - started
+    record_request("/generate", model, item.api_key.name, outcome_of(result.status), seconds)
+    return result
 
 
 def _to_base64(images: list[ImageFinished]) -> list[BatchImage]:

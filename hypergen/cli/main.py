@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import click
 
-from hypergen import __version__
+from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
 from hypergen.cli.setting_options import setting_options
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.load_settings import environment_of, load_settings
+
+logger = logging.getLogger("hypergen.cli")
 
 # Settings that apply without a server.
 _LOCAL_SETTINGS = (
@@ -63,13 +66,14 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     from hypergen.served_model_config import as_json
 
     settings = load_settings(config, os.environ, {**flags, "models": models})
+    log_setup.export(settings.server.log_format, settings.server.log_level)
+    log_setup.configure("serve")
     keys = ApiKeys(settings.server)
     check_port(settings.server)
-    found = find_models(settings, _print)
-    if not keys and settings.server.host not in ("127.0.0.1", "localhost", "::1"):
-        _print(
-            f"Warning: no API key is set and {settings.server.host} can be reached from outside this machine."
-        )
+    found = find_models(settings, logger.info)
+    host = settings.server.host
+    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("No API key is set and %s can be reached from outside this machine.", host)
     # The service loads the settings from its environment, so that no secret is on its command line. It runs
     # in its own folder, so models and paths are resolved here.
     if settings.server.api_key_file:
@@ -80,7 +84,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     file = config or os.environ.get("HYPERGEN_CONFIG")
     if file:
         environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
-    sys.exit(run_service(settings, environment, found[0].path, reload, _print))
+    sys.exit(run_service(settings, environment, found[0].path, reload))
 
 
 @main.command()
@@ -151,8 +155,9 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
 
     The LoRAs of a hub model are listed if it is in the store; nothing is downloaded.
     """
+    from hypergen.lora.summary import summarise
     from hypergen.model_store import store
-    from hypergen.model_store.lora_files import open_registry, summarise
+    from hypergen.model_store.lora_files import open_registry
     from hypergen.resolve_models import entries_of, settings_of
 
     settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})

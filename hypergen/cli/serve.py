@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import psutil
 from hypergen.config import ServerSettings, Settings
 from hypergen.engine_client.prestart import PrestartedEngine
 from hypergen.errors import ConfigurationError, ModelError
+
+logger = logging.getLogger(__name__)
 
 _SILENCE_S = 120  # BentoML restarts a worker that cannot be imported for ever
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -60,7 +63,6 @@ def run_service(
     environment: Mapping[str, str],
     model_path: Path,
     reload: bool,
-    report: Callable[[str], None],
 ) -> int:
     """Run the service until it ends or a signal ends it; returns its exit code.
 
@@ -90,7 +92,8 @@ def run_service(
         if status:
             seconds, url = time.monotonic() - started, _url(server, server.host)
             stages = _stages(status, seconds)
-            report(f"Ready after {seconds:.1f} s ({stages}): {status['model']} on {status['device']}, {url}")
+            model, device = status["model"], status["device"]
+            logger.info("Ready after %.1f s (%s): %s on %s, %s", seconds, stages, model, device, url)
         return _exit_code(child.wait())
     except ModelError:
         child.terminate()

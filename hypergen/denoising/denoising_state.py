@@ -94,7 +94,10 @@ class DenoisingState:
         skip_denoising: no step runs; the input image is the result.
         must_run_alone: batching changes the bits of this shape, and the client sent a seed.
         next_denoiser: the switch to another denoiser at a later step.
-        shared_forwards: forward passes shared with other images so far.
+        forwards: forward passes so far.
+        shared_forwards: those of them that were shared with images of other requests.
+        batch_images: images in this image's forward passes so far, in total.
+        denoised_at: monotonic time of the last step; before that, of the preparation.
         linear: on an accelerator, the scheduler's steps as linear forms, where they are.
     """
 
@@ -117,6 +120,9 @@ class DenoisingState:
     next_denoiser: DenoiserSwitch | None = None
     step_index: int = 0
     shared_forwards: int = 0
+    forwards: int = 0
+    batch_images: int = 0
+    denoised_at: float = field(default_factory=time.monotonic)
     linear: LinearSampler | None = None
     queued_at: float = field(default_factory=time.monotonic)
 

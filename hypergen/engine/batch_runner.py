@@ -30,6 +30,7 @@ class BatchRunner:
         clock: seconds; not used on CUDA.
         free_memory: called when the device is out of memory, before another try.
         leave_room: see `PostProcessor`.
+        on_forward: called with the images, rows and seconds of each forward pass.
 
     Attributes:
         forward_s: seconds of the latest measured forward pass.
@@ -45,6 +46,7 @@ class BatchRunner:
         *,
         free_memory: Callable[[], None] = free_cached_memory,
         leave_room: LeaveRoom = nullcontext,
+        on_forward: Callable[[int, int, float], None] = lambda *_: None,
     ) -> None:
         self._free_memory = free_memory
         self._leave_room = leave_room
@@ -53,6 +55,7 @@ class BatchRunner:
         self.image_steps = 0
         self._family = family
         self._shape_profiles = shape_profiles
+        self._on_forward = on_forward
         self._timer = ForwardTimer(family.device, clock)
         self._accelerator = None
         if family.device.type != "cpu":
@@ -124,17 +127,21 @@ class BatchRunner:
         def record(seconds: float) -> None:
             self.forward_s = seconds
             costs.record(rows, seconds)
+            self._on_forward(images, rows, seconds)
 
+        images = len(batch)
         with self._timer.measure(record), self._leave_room(batch[0].latents):
             if self._accelerator is not None:
                 predictions = self._accelerator.predict(batch, rows)
             else:
                 predictions = denoise(self._family, batch, rows)
         self.forwards += 1
-        self.image_steps += len(batch)
+        self.image_steps += images
         shared = len({state.request.id for state in batch}) > 1
         for state in batch:
+            state.forwards += 1
             state.shared_forwards += shared
+            state.batch_images += images
         return predictions
 
     def step_schedulers(

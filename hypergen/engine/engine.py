@@ -31,7 +31,7 @@ from hypergen.engine.request_errors import as_request_error, free_cached_memory
 from hypergen.engine.scheduler import RunningImages, batch_key
 from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import RequestError
-from hypergen.events import EngineStatus, Progress, RequestState, Started
+from hypergen.events import EngineStatus, ForwardPass, Progress, RequestState, Started
 from hypergen.lora.batched_lora import Loras
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
@@ -48,6 +48,7 @@ class _RequestProgress:
 
     Attributes:
         queued_at: seconds of the engine's clock.
+        encode_s: seconds to encode the prompts and to prepare the images.
         loras: None for a request without LoRAs.
     """
 
@@ -55,6 +56,7 @@ class _RequestProgress:
     queued_at: float
     loras: Future[Loras] | None
     state: RequestState = RequestState.WAITING
+    encode_s: float = 0.0
     images_left: int = 0
     steps_done: int = 0
     total_steps: int = 0
@@ -70,6 +72,7 @@ class Engine:
         clock: seconds, for the time of forward passes and of waiting; a benchmark passes CPU time.
         encoders: executor that encodes image files; None: threads of its own.
         buckets: row counts that were chosen in earlier runs.
+        on_forward: called after the forward passes of requests.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         encoders: Executor | None = None,
         buckets: BucketStore | None = None,
+        on_forward: Callable[[ForwardPass], None] = lambda _: None,
     ) -> None:
         compiled = None if settings.compile == "off" else CompiledForward(family)
         if compiled is None and family.device.type == "cpu":  # compiled code shares the original weights
@@ -114,6 +118,7 @@ class Engine:
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
+        self._on_forward = on_forward
         leave_room = self._postprocessor.leave_room
         self.shape_profiles = ShapeProfiles(family, settings, clock, buckets, compiled, leave_room)
         self._runner = BatchRunner(
@@ -123,6 +128,7 @@ class Engine:
             clock,
             free_memory=self._free_memory,
             leave_room=leave_room,
+            on_forward=self._forward_done,
         )
 
     def add_request(self, request: GenerationRequest) -> None:
@@ -153,6 +159,7 @@ class Engine:
             row_counts=self.shape_profiles.row_counts(),
             forwards=self._runner.forwards,
             image_steps=self._runner.image_steps,
+            loras=self.family.lora_manager.count_in_memory if self.family.lora_manager else 0,
         )
 
     @torch.inference_mode()
@@ -214,6 +221,10 @@ class Engine:
             self._postprocessor.graphs.clear()
         free_cached_memory()
 
+    def _forward_done(self, images: int, rows: int, seconds: float) -> None:
+        if self._requests:  # not the warm-up
+            self._on_forward(ForwardPass(self.model_id, images, rows, seconds))
+
     def _heartbeat(self) -> None:
         """Tell the watchdog that the engine works."""
         self.last_step_at = self._clock()
@@ -272,6 +283,7 @@ class Engine:
     def _prepare(self, progress: _RequestProgress) -> Generator[None]:
         """Prepare the images of a request; yields between the forward passes of a probe."""
         request = progress.request
+        started_at = time.monotonic()
         loras = () if progress.loras is None else progress.loras.result()  # raises the loading error, if any
         prompts = self.family.encode_prompts(request, loras)
         states = [self.family.prepare(request, index, prompts, loras) for index in range(request.n)]
@@ -284,6 +296,7 @@ class Engine:
             state.must_run_alone = any(
                 self.shape_profiles.must_run_alone(variant) for variant in state.with_each_denoiser()
             )
+        progress.encode_s = time.monotonic() - started_at
         progress.images_left = request.n
         progress.total_steps = sum(state.remaining_steps for state in states)
         if states[0].skip_denoising:
@@ -308,7 +321,7 @@ class Engine:
         for progress in self._requests_of(batch):
             if progress.state is RequestState.PREPARING:
                 progress.state = RequestState.RUNNING
-                self._report(progress.request.id, Started())
+                self._report(progress.request.id, Started(progress.encode_s))
         return batch
 
     def _requests_of(self, states: Iterable[DenoisingState]) -> list[_RequestProgress]:
@@ -352,6 +365,7 @@ class Engine:
             self._running.advanced(state)
         else:
             self._running.remove(state)
+            state.denoised_at = time.monotonic()
             self._decode_queue.append(state)
 
     def _decode_next(self) -> None:

@@ -13,10 +13,12 @@ import torch
 
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.engine import Engine
+from hypergen.engine.loading_progress import log_progress
 from hypergen.engine.model_manager import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
 from hypergen.errors import HyperGenError, ModelError
+from hypergen.events import ForwardPass
 from hypergen.models import loading
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
@@ -34,16 +36,25 @@ class Loader:
     Args:
         alone: see `loading.load_any`.
         state_folder: for what outlives the process; None keeps nothing.
+        on_forward: called after the forward passes of requests.
 
     Attributes:
         seconds: stage -> its duration, summed over all models.
     """
 
-    def __init__(self, report: Report, *, alone: bool, state_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        report: Report,
+        *,
+        alone: bool,
+        state_folder: Path | None = None,
+        on_forward: Callable[[ForwardPass], None] = lambda _: None,
+    ) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._report = report
         self._alone = alone
         self._state_folder = state_folder
+        self._on_forward = on_forward
 
     def __call__(self, model: ServedModel, between_steps: Callable[[], None]) -> LoadedModel:
         """See `ModelManager`.
@@ -53,14 +64,27 @@ class Loader:
             GenerationError: the warm-up image cannot be generated.
         """
         started = time.monotonic()
-        loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
-        self.seconds["weights"] += time.monotonic() - started
+        with log_progress(model.id, loading.expected_bytes(model.path, model.settings)):
+            loaded = loading.load_any(model.path, model.settings, model.defaults, alone=self._alone)
+        weights_s = time.monotonic() - started
+        self.seconds["weights"] += weights_s
+        logger.info(
+            "Loaded %s in %.1f s: %.3g GB on %s.",
+            model.id,
+            weights_s,
+            loading.weight_bytes(loaded) / 1e9,
+            loaded.device,
+        )
         started = time.monotonic()
         if isinstance(loaded, DiffusersPipeline):
-            engine = PipelineEngine(loaded, model.id, model.settings, self._report, between_steps)
+            engine = PipelineEngine(
+                loaded, model.id, model.settings, self._report, between_steps, self._on_forward
+            )
         else:
             buckets = self._buckets(model, loaded)
-            engine = Engine(loaded, model.id, model.settings, self._report, buckets=buckets)
+            engine = Engine(
+                loaded, model.id, model.settings, self._report, buckets=buckets, on_forward=self._on_forward
+            )
         try:
             engine.warm_up()
         except Exception as error:

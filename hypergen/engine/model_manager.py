@@ -21,6 +21,9 @@ from typing import Never, Protocol
 
 import torch
 
+from hypergen import log_setup
+from hypergen.cache_lookups import cache_lookups
+from hypergen.engine.device_memory import memory_bytes
 from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.request_queue import RequestQueue
@@ -71,6 +74,7 @@ class _ModelSlot:
     model: ServedModel
     expected_bytes: int
     loaded: LoadedModel | None = None
+    load_s: float = 0.0  # seconds of the latest load
     last_used_at: float = 0.0
     waiting: deque[_QueuedRequest] = field(default_factory=deque[_QueuedRequest])
     # The status before the last eviction; the counts over all evictions.
@@ -157,6 +161,10 @@ class ModelManager:
             image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in loaded),
             models=tuple(slot.model.id for slot, _ in loaded),
             startup_s=self.startup_s,
+            load_s={slot.model.id: slot.load_s for slot in slots if slot.load_s},
+            memory_bytes=memory_bytes(),
+            loras=sum(status.loras for _, status in loaded),
+            cache_lookups=cache_lookups(),
         )
 
     def load_all(self) -> tuple[ModelInfo, ...]:
@@ -195,6 +203,7 @@ class ModelManager:
             if slot.loaded is None:
                 continue
             engine = slot.loaded.engine
+            log_setup.current_model.set(slot.model.id)
             if engine.has_requests:
                 slot.last_used_at = time.monotonic()
             self._running_engine = engine
@@ -250,15 +259,18 @@ class ModelManager:
         Raises:
             ModelError: the model cannot be loaded.
         """
+        log_setup.current_model.set(slot.model.id)
         if slot.loaded is not None:
             return True
         if not self._evict_until_fits(slot):
             return False
+        started_at = time.monotonic()
         self._last_progress_at = math.inf  # loading a large model takes minutes: no stall
         try:
             slot.loaded = self._load(slot.model, self._read_queue)
         finally:
             self._last_progress_at = time.monotonic()
+        slot.load_s = round(self._last_progress_at - started_at, 3)
         slot.last_used_at = self._last_progress_at
         slot.expected_bytes = slot.loaded.size_bytes
         self._refuse_if_too_large(slot.model, slot.expected_bytes)

@@ -15,7 +15,7 @@ from hypergen.config import EngineSettings
 from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.warmup import warm_up_request
-from hypergen.events import EngineStatus, ImageFinished, Progress, Started
+from hypergen.events import EngineStatus, ForwardPass, ImageFinished, Progress, Started
 from hypergen.images import encoding
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.request import GenerationRequest
@@ -38,6 +38,7 @@ class PipelineEngine:
     Args:
         between_steps: called after every denoising step. It reads the request queue and may call `cancel`,
             because one call of `step` runs a whole request.
+        on_forward: called after every denoising step.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class PipelineEngine:
         settings: EngineSettings,
         report: Report,
         between_steps: Callable[[], None] = lambda: None,
+        on_forward: Callable[[ForwardPass], None] = lambda _: None,
     ) -> None:
         self.model = model
         self.model_id = model_id
@@ -54,6 +56,7 @@ class PipelineEngine:
         self.last_step_at = time.monotonic()
         self._report = report
         self._between_steps = between_steps
+        self._on_forward = on_forward
         self._waiting: deque[GenerationRequest] = deque()
         self._running: GenerationRequest | None = None
         self._steps = 0
@@ -132,15 +135,19 @@ class PipelineEngine:
         steps = request.num_inference_steps
 
         def on_step(step: int) -> None:
+            nonlocal step_started
             self._heartbeat(step)
             self._steps += 1
+            self._on_forward(ForwardPass(self.model_id, 1, rows, self.last_step_at - step_started))
+            step_started = self.last_step_at
             # A pipeline with two forward passes per step would report more steps than requested.
             self._report(request.id, Progress(index * steps + min(step, steps), request.n * steps))
             self._between_steps()
             if self._running is not request:
                 raise _CancelledError
 
-        started = time.monotonic()
+        rows = 2 if request.guidance_scale > 1 else 1
+        started = step_started = time.monotonic()
         pixels = self.model.generate(request, index, on_step)
         generated_at = time.monotonic()
         data = encoding.encode_image(pixels, request, index, self.model_id)
@@ -152,7 +159,9 @@ class PipelineEngine:
                 data=data,
                 prompt_tokens=prompt_tokens,
                 shared_forwards=0,
+                images_per_forward=1,
                 engine_s=generated_at - started,
+                decode_s=generated_at - step_started,
                 encode_s=time.monotonic() - generated_at,
             ),
         )

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hypergen import log_setup
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.cuda_graphs import CudaGraphs, Inputs
 from hypergen.engine.host_copy import HostCopy
@@ -70,7 +71,9 @@ class PostProcessor:
         # By the shape of the latents: True where it was decoded at once, which then must not change.
         self._fits: dict[torch.Size, bool] = {}
         self._bytes_per_latent = 0.0  # of decoding at once, for each number of the latents
-        self.encoders = encoders or ThreadPoolExecutor(self._ENCODER_THREADS, thread_name_prefix="encode")
+        self.encoders = encoders or ThreadPoolExecutor(
+            self._ENCODER_THREADS, "encode", log_setup.current_model.set, (log_setup.current_model.get(),)
+        )
 
     def decode(self, state: DenoisingState) -> HostCopy:
         """Start to decode an image. Without denoising, the result is the input image itself.
@@ -184,8 +187,9 @@ class PostProcessor:
 
     def _encode(self, state: DenoisingState, decoded: HostCopy, engine_s: float) -> None:
         request = state.request
-        started = time.monotonic()
         try:
+            decoded.wait()
+            decoded_at = time.monotonic()
             data = self.encode(state, decoded)
         except Exception as error:  # Isolate the failure: only this request fails.
             self._on_failure(request.id)
@@ -199,8 +203,10 @@ class PostProcessor:
                 data=data,
                 prompt_tokens=state.prompt_tokens,
                 shared_forwards=state.shared_forwards,
+                images_per_forward=state.batch_images / max(1, state.forwards),
                 engine_s=engine_s,
-                encode_s=time.monotonic() - started,
+                decode_s=decoded_at - state.denoised_at,
+                encode_s=time.monotonic() - decoded_at,
             ),
         )
 

@@ -51,6 +51,7 @@ def main() -> None:
     start = ipc.receive(connection)
     if not isinstance(start, ipc.Start):
         os._exit(0)
+    log_setup.configure("engine", ", ".join(model.id for model in start.models))
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_run_thread, args=(_write, connection, outbox), daemon=True).start()
 
@@ -109,7 +110,7 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     settings = start.models[0].settings
     report = _reporter(outbox)
     alone = len(start.models) == 1
-    loader = Loader(report, alone=alone, state_folder=start.state_folder)
+    loader = Loader(report, alone=alone, state_folder=start.state_folder, on_forward=outbox.put)
     if alone:  # without other models to evict, a limit is of no use
         return ModelManager([(start.models[0], 0)], None, loader, report), loader
     limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
@@ -157,20 +158,22 @@ def import_all(model_path: Path) -> None:
     """
     import torch  # noqa: F401
 
+    _silence_libraries()
     from hypergen.engine import model_loader  # noqa: F401
     from hypergen.models import loading
 
-    _silence_libraries()
     loading.import_family(model_path)
 
 
 def _silence_libraries() -> None:
-    """Turn off progress bars and hints, which are for notebooks. Errors that matter are raised."""
+    """Turn off progress bars and hints, which are for notebooks; errors are logged as ours are."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
+        library.disable_default_handler()
+        library.enable_propagation()
         library.disable_progress_bar()
 
 

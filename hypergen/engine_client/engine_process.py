@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hypergen import ipc
+from hypergen import ipc, metrics
 from hypergen.engine_client.environment import engine_environment
 from hypergen.engine_client.prestart import EngineProcess, attach
-from hypergen.events import EngineStatus
+from hypergen.events import EngineStatus, ForwardPass
 from hypergen.model_info import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,8 @@ class Supervisor:
         match message:
             case ipc.EventMessage() | ipc.Failed():
                 self._on_message(message)
+            case ForwardPass():
+                metrics.record_forward(message)
             case ipc.Heartbeat(step_age_s, status):
                 self._step_seen_at = time.monotonic() - step_age_s
                 self._set_status(status)

@@ -14,6 +14,7 @@ from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import RequestError
 from hypergen.events import Event, QueuePosition, RequestState
 from hypergen.request import GenerationRequest
+from hypergen.request_times import RequestTimes
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class PoolHandle(RequestHandle):
     finished: set[int] = field(default_factory=set)  # indices of the images received, read or not
     engine_exits: int = 0  # engines that exited while they had the request
     crashes: int = 0  # those of them that it may have crashed
+    times: RequestTimes = field(default_factory=RequestTimes)
     in_overflow: asyncio.Task[None] | None = None
     _events: asyncio.Queue[Event | RequestError | None] = field(default_factory=asyncio.Queue)
 
@@ -51,6 +53,7 @@ class PoolHandle(RequestHandle):
         self.on_cancel(self)
 
     def put(self, event: Event) -> None:
+        self.times.observe(event)
         if self.on_event:
             self.on_event(event)
         self._events.put_nowait(event)

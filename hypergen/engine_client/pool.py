@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from hypergen import ipc
+from hypergen import ipc, metrics
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import visible_accelerators
 from hypergen.engine_client.admission import Admission
@@ -56,7 +57,8 @@ class EnginePool:
         self._engines: list[EngineRequests] = []
         self._models: tuple[ServedModel, ...] = ()
         self._draining = False
-        self._watch: asyncio.Task[None] | None = None
+        self._drained: Counter[str] = Counter()  # how requests ended since the drain began
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Start the engines, each with all models; does not wait for them to load. The first model is the
@@ -77,22 +79,26 @@ class EnginePool:
             )
             self._engines.append(EngineRequests(supervisor))
             supervisor.launch()
-        self._watch = asyncio.create_task(self._watch_for_stalls())
+        self._tasks = [asyncio.create_task(self._watch_for_stalls()), asyncio.create_task(self._report())]
 
     async def stop(self) -> None:
         """Stop the engines. Unfinished requests end with 503."""
         self._draining = True
-        if self._watch:
-            self._watch.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._end_all()
         stops = (engine.supervisor.stop() for engine in self._engines)
         for error in await asyncio.gather(*stops, return_exceptions=True):
             if error is not None:  # the others have stopped
                 logger.error("An engine could not be stopped.", exc_info=error)
+        if self._drained.total():
+            ends = ", ".join(f"{count} {state}" for state, count in self._drained.items())
+            logger.info("Drained: %s.", ends)
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests; admitted ones may run for `timeout_s` more, then they end with 503."""
         if not self._draining:
+            logger.info("Draining %d requests, for at most %g s.", self.status().queue_size, timeout_s)
             self._draining = True
             asyncio.get_running_loop().call_later(timeout_s, self._end_all)
 
@@ -172,11 +178,30 @@ class EnginePool:
         complete = len(handle.finished) == handle.request.n
         for engine in self._engines:
             engine.remove(handle, cancel=not complete)
+        if complete:
+            request, rate = handle.request, self._settings.server.price_rate
+            price = None if rate is None else request.price(rate)
+            model = request.model or self._models[0].id
+            metrics.record_generation(model, request.api_key.name, handle.times, price)
         done = RequestState.FINISHED if complete else RequestState.CANCELLED
-        handle.end(RequestState.FAILED if error else done, error)
+        state = RequestState.FAILED if error else done
+        if self._draining:
+            self._drained[f"failed ({error.code})" if error else state] += 1
+        handle.end(state, error)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
+        status = supervisor.status
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in status.startup_s.items())
+        names = ", ".join(model.id for model in self._models)
+        logger.info(
+            "Ready: engine %d of %d, %s on %s (%s).",
+            self._engines.index(engine) + 1,
+            len(self._engines),
+            names,
+            status.device,
+            stages,
+        )
         for other in self._engines:
             if other.supervisor.status.state != "ready":  # its held requests need not wait for it
                 engine.held.extend(other.held)
@@ -232,6 +257,13 @@ class EnginePool:
         handle.put(message.event)
         if len(handle.finished) == handle.request.n:
             self._end(handle)
+
+    async def _report(self) -> None:
+        """Update the metrics that follow from the status."""
+        report = metrics.StatusMetrics()
+        while True:
+            report.update(self.status())
+            await asyncio.sleep(1)
 
     async def _watch_for_stalls(self) -> None:
         while True:

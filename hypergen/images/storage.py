@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -14,13 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypergen.errors import StorageFullError
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders of killed servers are not removed
-    fcntl = None
-
-_PREFIX = "hypergen-images-"
+from hypergen.images.temporary_folders import IMAGES, create_and_lock, make_folder
 
 
 @dataclass(frozen=True)
@@ -108,13 +101,10 @@ class ImageStorage:
         """
         with self._lock:
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            while self._descriptor is None or not self._folder.is_dir():
+                self._folder = make_folder(IMAGES)
+            if self._descriptor is None or not self._folder.is_dir():
                 self._unlock()
-                self._folder.mkdir(mode=0o700, exist_ok=True)
-                # Another server that starts between these two lines may remove the folder: hence the loop.
-                self._descriptor = os.open(self._folder, os.O_RDONLY)
-                _lock(self._descriptor)
+                self._descriptor = create_and_lock(self._folder)
             return self._folder
 
     def _unlock(self) -> None:
@@ -137,28 +127,3 @@ class ImageStorage:
 def _remove(path: Path) -> None:
     with suppress(OSError):  # the current request must not fail because of another one's file
         path.unlink()
-
-
-def remove_folders_of_killed_servers() -> None:
-    """Remove the folders of servers that were killed before they could close their storage."""
-    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-        except OSError:  # another user's, or removed meanwhile
-            continue
-        try:
-            if _lock(descriptor):
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Take a lock that the system releases when the process ends; False if another process has it."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hypergen.lora.batched_lora import Loras, add_row, has_window, project_down
+from hypergen.lora.batched_lora import Loras, add_norm, add_row, has_window, project_down
 from hypergen.lora.weights import LayerWeights, Lora
 
 # Elements, at least 256 bytes: kernels are also chosen by the alignment of their inputs.
@@ -112,10 +112,15 @@ class AcceleratorLoraBatch:
         return batch
 
     def add(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> None:
-        """Add the LoRA products of the layer's input `x` to its output, in place."""
+        """Add the LoRAs' changes of the layer's output, in place.
+
+        Args:
+            x: the layer's input.
+        """
         if x.shape[0] != len(self._rows):
             raise RuntimeError(f"{name} has {x.shape[0]} input rows, but the batch has {len(self._rows)}.")
         factors = {i: lora.layers[name] for i, lora in enumerate(self.loras) if name in lora.layers}
+        norms = {i: lora.norms[name] for i, lora in enumerate(self.loras) if name in lora.norms}
         plain = {i: each for i, each in factors.items() if each.is_plain}
         if has_window(layer) and plain:
             self._add_convolutions(layer, plain, x, output)
@@ -125,6 +130,8 @@ class AcceleratorLoraBatch:
             for row, position in enumerate(positions):
                 if position in factors.keys() - plain.keys():
                     add_row(layer, factors[position], row, self._rows[row][i][1], x, output)
+                if position in norms:
+                    add_norm(layer, norms[position], row, self._rows[row][i][1], x, output)
 
     def _add_round(
         self, layer: nn.Module, factors: Mapping[int, LayerWeights], i: int, x: Tensor, output: Tensor

@@ -4,7 +4,7 @@ Base weights never change. On a CPU only rows with a LoRA are multiplied and add
 over several rows at once, in batch sizes that were probed on the layer's shape and gave each row the bits
 that it gets alone. Convolutions larger than 1 x 1 run row by row.
 
-DoRA runs row by row. `accelerator_batch.py` has the batches of accelerators.
+DoRA, changed biases and changed norms run row by row. `accelerator_batch.py` has the batches of accelerators.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hypergen.lora.weights import LayerWeights, Lora
+from hypergen.lora.weights import LayerWeights, Lora, NormWeights
 
 # The LoRAs of one row with their weights, in the order in which they are summed.
 Loras = tuple[tuple[Lora, float], ...]
@@ -50,11 +50,18 @@ class LoraBatch:
         self._tensors: dict[tuple[tuple[int, float], ...], tuple[Tensor, Tensor]] = {}
 
     def add(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> None:
-        """Add the LoRA products of the layer's input `x` to its output, in place."""
+        """Add the LoRAs' changes of the layer's output, in place.
+
+        Args:
+            x: the layer's input.
+        """
         if x.shape[0] != self._rows:
             raise RuntimeError(f"{name} has {x.shape[0]} input rows, but the batch has {self._rows}.")
         for entries in self._rounds:
             self._add_round(layer, name, entries, x, output)
+            for row, lora, weight in entries:
+                if (norm := lora.norms.get(name)) is not None:
+                    add_norm(layer, norm, row, weight, x, output)
 
     def _add_round(
         self, layer: nn.Module, name: str, entries: list[_Entry], x: Tensor, output: Tensor
@@ -171,19 +178,24 @@ def _same_bits(layer: nn.Module, weights: LayerWeights, x: Tensor, count: int) -
 def add_row(
     layer: nn.Module, weights: LayerWeights, row: int, weight: float, x: Tensor, output: Tensor
 ) -> None:
-    """Add the LoRA product of one row of the layer's input `x` to its output, in place."""
-    result = output[row : row + 1]
-    added = weight * _row_product(layer, weights, x[row : row + 1].contiguous())
-    if weights.magnitude is not None:
-        # DoRA scales the layer's own output too, without its bias.
-        factor = _magnitude_factor(layer, weights, weight)
-        bias = getattr(layer, "bias", None)
-        if isinstance(layer, nn.Conv2d):
-            factor = factor.view(-1, 1, 1)
-            bias = None if bias is None else bias.view(-1, 1, 1)
-        base = result if bias is None else result - bias
-        added = (factor - 1) * base + factor * added
+    """Add the LoRA's change of one row of the layer's output, in place.
+
+    Args:
+        x: the layer's input, of all rows.
+    """
+    own, result = x[row : row + 1].contiguous(), output[row : row + 1]
+    if weights.magnitude is None:
+        added = weight * _row_product(layer, weights, own)
+    else:
+        added = _dora_change(layer, weights, weight, own, result)
+    if weights.bias is not None:
+        added = added + weight * _of_channels(layer, weights.bias)
     result += added.to(result.dtype)
+
+
+def add_norm(layer: nn.Module, norm: NormWeights, row: int, weight: float, x: Tensor, output: Tensor) -> None:
+    """Add the LoRA's change of one row of a normalization layer's output, in place; see `add_row`."""
+    output[row : row + 1] += weight * _normalized(layer, norm, x[row : row + 1])
 
 
 def project_down(layer: nn.Module, weights: LayerWeights, x: Tensor) -> Tensor:
@@ -201,11 +213,53 @@ def _row_product(layer: nn.Module, weights: LayerWeights, row: Tensor) -> Tensor
     return functional.linear(hidden, weights.up)
 
 
+def _dora_change(
+    layer: nn.Module, weights: LayerWeights, weight: float, row: Tensor, result: Tensor
+) -> Tensor:
+    """What DoRA adds to the output `result` of one row, whose own weights it scales too, but not the bias."""
+    if weights.magnitude_of_inputs:
+        factor = _of_channels(layer, _magnitude_factor(layer, weights, weight))
+        added = weight * _row_product(layer, weights, factor * row)
+        return added + _own_product(layer, (factor - 1) * row)
+    factor = _of_channels(layer, _magnitude_factor(layer, weights, weight))
+    bias: Any = layer.bias
+    base = result if bias is None else result - _of_channels(layer, bias)
+    return (factor - 1) * base + factor * weight * _row_product(layer, weights, row)
+
+
 def _magnitude_factor(layer: nn.Module, weights: LayerWeights, weight: float) -> Tensor:
-    """DoRA's scale of each output of a layer, shape (out,)."""
+    """DoRA's scale of each output of a layer, shape (out,), or of each input, shape (in,)."""
     assert weights.magnitude is not None
-    base: Any = layer.weight
-    if base.is_mkldnn:  # see hypergen/engine/reordered_weights.py
-        base = base.to_dense()
+    base = _dense_weight(layer)
     merged = base.flatten(1) + weight * (weights.up @ weights.down.flatten(1))
+    if weights.magnitude_of_inputs:
+        return weights.magnitude / merged.unflatten(1, (base.shape[1], -1)).norm(dim=(0, 2))
     return weights.magnitude / merged.norm(dim=1)
+
+
+def _own_product(layer: Any, x: Tensor) -> Tensor:
+    """The layer's output without its bias."""
+    weight = _dense_weight(layer)
+    if isinstance(layer, nn.Conv2d):
+        return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    return functional.linear(x, weight)
+
+
+def _dense_weight(layer: Any) -> Tensor:
+    """The weight; a CPU's engine may have reordered it, see hypergen/engine/reordered_weights.py."""
+    return layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
+
+
+def _of_channels(layer: nn.Module, values: Tensor) -> Tensor:
+    """One value per channel, shaped to be broadcast over the layer's input or output."""
+    return values.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
+
+
+def _normalized(layer: nn.Module, norm: NormWeights, x: Tensor) -> Tensor:
+    """The output of a normalization layer with the weight and the bias of a LoRA."""
+    if isinstance(layer, nn.GroupNorm):
+        return functional.group_norm(x, layer.num_groups, norm.weight, norm.bias, layer.eps)
+    if isinstance(layer, nn.LayerNorm):
+        return functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, layer.eps)
+    assert isinstance(layer, nn.RMSNorm)
+    return functional.rms_norm(x, norm.weight.shape, norm.weight, layer.eps) + norm.bias

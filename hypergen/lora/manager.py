@@ -5,6 +5,7 @@ Each family with LoRAs has one `LoraManager`. Forward passes of the pipeline's m
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -22,26 +23,32 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hypergen import log_setup
+from hypergen.cache_lookups import count_lookup
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
+from hypergen.lora.factors import IncompatibleLoraError
+from hypergen.lora.files import families_of
+from hypergen.lora.layer_names import LayerNames
 from hypergen.lora.slots import LoraSlots, pack
-from hypergen.lora.weights import IncompatibleLoraError, LayerWeights, Lora, read_weights
+from hypergen.lora.textual_inversion import embedding_widths
+from hypergen.lora.weights import LayerWeights, Lora, read_lora
 from hypergen.model_info import Capability
-from hypergen.model_store.lora_files import LoraRegistry, open_registry
+from hypergen.model_store.lora_files import LoraRegistry, open_registry, peft_config_file
 
 logger = logging.getLogger(__name__)
 
 # LoRA names and weights of a request.
 LoraWeights = tuple[tuple[str, float], ...]
-# Name, size and modification time: a changed file is loaded again.
-_Version = tuple[str, int, int]
+# Name, and size and modification time of its files: a changed file is loaded again.
+_Version = tuple[str | int, ...]
 
 
 def _version_of(name: str, path: Path) -> _Version:
-    status = os.stat(path)
-    return name, status.st_size, status.st_mtime_ns
+    files = [os.stat(file) for file in (path, peft_config_file(path)) if file]
+    return name, *(value for file in files for value in (file.st_size, file.st_mtime_ns))
 
 
 class LoraManager:
@@ -70,7 +77,9 @@ class LoraManager:
         # Of the latest batch: they change only when images join or leave.
         self._row_weights: tuple[Hashable, RowWeights] | None = None
         self._zeros: dict[Hashable, Tensor] = {}  # factors of the rows without a LoRA, by shape and dtype
-        self._loading_threads = ThreadPoolExecutor(2, "lora")  # so that a large file does not block the next
+        self._loading_threads = ThreadPoolExecutor(  # so that a large file does not block the next
+            2, "lora", initializer=log_setup.current_model.set, initargs=(log_setup.current_model.get(),)
+        )
         self._hooked: set[str] = set()  # layer names
         # Offloaded weights are elsewhere when a LoRA is loaded.
         self._reason = None if settings.offload == "off" else "with --offload"
@@ -105,6 +114,11 @@ class LoraManager:
             "max_loras": self._settings.max_loras if self._possible else 0,
         }
 
+    @property
+    def count_in_memory(self) -> int:
+        with self._lock:
+            return len(self._in_use)
+
     def load_in_background(self, names_and_weights: LoraWeights) -> Future[Loras] | None:
         """Load the LoRAs of a request in a thread, or at once if they are in memory; None: it has none."""
         if not names_and_weights:
@@ -138,15 +152,25 @@ class LoraManager:
             version = _version_of(name, path)
             with self._lock:
                 lora = self._in_use.get(version)
+            count_lookup("lora", found=lora is not None)
             if lora is None:
-                weights = read_weights(path, self._pipeline, self._settings.max_lora_mb * 1e6)
-                lora = pack({layer: self._pad_rank(factors) for layer, factors in weights.items()}, name)
-                logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers))
+                lora = self._read(path, name)
+                logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers) + len(lora.norms))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
         except IncompatibleLoraError as error:
             raise InvalidRequestError(f"The LoRA '{name}' {error}.", param="loras") from None
         return self._keep(version, lora)
+
+    def _read(self, path: Path, name: str) -> Lora:
+        families, widths = families_of(self._pipeline), embedding_widths(self._pipeline)
+        content = read_lora(path, self._layer_names, families, widths, self._settings.max_lora_mb * 1e6)
+        padded = {layer: self._pad_rank(factors) for layer, factors in content.layers.items()}
+        return pack(replace(content, layers=padded), name)
+
+    @functools.cached_property
+    def _layer_names(self) -> LayerNames:
+        return LayerNames(self._pipeline)
 
     def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
         """Pad to the maximum rank with zeros: LoRAs of other ranks in the batch then change no shape."""
@@ -161,7 +185,7 @@ class LoraManager:
 
     def _hook(self, lora: Lora) -> None:
         """Register forward hooks; not new `forward` methods, because batch invariance replaces those."""
-        for name in lora.layers.keys() - self._hooked:
+        for name in {*lora.layers, *lora.norms} - self._hooked:
             component, _, inside = name.partition(".")
             layer = getattr(self._pipeline, component).get_submodule(inside)
             layer.register_forward_hook(partial(self._add, name))

@@ -9,24 +9,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from hypergen.lora.weights import LayerWeights, Lora
+from hypergen.lora.weights import LayerWeights, Lora, LoraFile
 
 # Bytes: as if each factor had been allocated alone, because kernels are also chosen by alignment.
 _ALIGNMENT = 512
 
+_Weights = TypeVar("_Weights")
 
-def pack(layers: dict[str, LayerWeights], name: str) -> Lora:
-    """A LoRA whose factors of the denoiser lie in one block of memory, if all of them are plain."""
-    own = {layer: layers[layer] for layer in sorted(layers) if not layer.startswith("text_encoder")}
-    if not own or not all(weights.is_plain for weights in own.values()):
-        return Lora(layers, name)
+
+def pack(content: LoraFile, name: str) -> Lora:
+    """A LoRA whose factors of the denoiser lie in one block of memory, if nothing else of it changes."""
+    own = _of_denoiser(content.layers)
+    if not own or _of_denoiser(content.norms) or not all(weights.is_plain for weights in own.values()):
+        return Lora(content, name)
     size = sum(_padded(tensor) for weights in own.values() for tensor in (weights.down, weights.up))
     memory = torch.empty(size, dtype=torch.uint8, device=next(iter(own.values())).down.device)
     packed = _views(own, memory)
@@ -34,7 +37,12 @@ def pack(layers: dict[str, LayerWeights], name: str) -> Lora:
         weights.down.copy_(own[layer].down)
         weights.up.copy_(own[layer].up)
     shapes = [(layer, w.down.shape, w.up.shape, w.down.dtype) for layer, w in own.items()]
-    return Lora({**layers, **packed}, name, memory, hashlib.sha256(repr(shapes).encode()).digest())
+    layout = hashlib.sha256(repr(shapes).encode()).digest()
+    return Lora(replace(content, layers={**content.layers, **packed}), name, memory, layout)
+
+
+def _of_denoiser(layers: Mapping[str, _Weights]) -> dict[str, _Weights]:
+    return {layer: layers[layer] for layer in sorted(layers) if not layer.startswith("text_encoder")}
 
 
 def _padded(tensor: Tensor) -> int:
@@ -95,5 +103,4 @@ class LoraSlots:
 
 def _make_slot(lora: Lora, like: Tensor) -> _Slot:
     memory = torch.empty_like(like)
-    own = {layer: lora.layers[layer] for layer in sorted(lora.layers) if not layer.startswith("text_encoder")}
-    return _Slot(Lora(_views(own, memory)), memory)
+    return _Slot(Lora(LoraFile(_views(_of_denoiser(lora.layers), memory))), memory)

@@ -1,60 +1,56 @@
 """LoRA weights: from a downloaded file to checked factors per layer of a loaded pipeline.
 
-Nothing here changes the pipeline: an incompatible file is an error before anything is applied.
+Every tensor of a file is applied, changes nothing, or is the reason why the file is refused. Nothing here
+changes the pipeline: an incompatible file is an error before anything is applied.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import os
-import re
-import stat
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
 from torch import Tensor, nn
+
+from hypergen.lora.factors import Factors, IncompatibleLoraError, Parts, Scale, read_factors
+from hypergen.lora.files import check_base_model, read_file, read_safetensors
+from hypergen.lora.layer_names import NORMS, LayerNames, Target
+from hypergen.lora.peft_config import PeftConfig, read_header, read_json
+from hypergen.lora.textual_inversion import Embeddings, check_embedding, is_of_output
+from hypergen.model_store.lora_files import peft_config_file
+from hypergen.model_store.lora_layout import is_peft, parse_embedding, parse_name
 
 logger = logging.getLogger(__name__)
 
-StateDict = dict[str, Tensor]
+# Parts that change nothing if they are zeros, whatever the layer.
+_SUMMANDS = {"up", "diff", "diff_bias"}
 
-# The key of the file's header under which diffusers stores the LoRA's configuration.
-_CONFIG_KEY = "lora_adapter_metadata"
-_PARTS = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
-# Names of the two factors in layouts that store an `alpha` per layer.
-_FACTORS = (("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora.down", "lora.up"))
-
-
-class IncompatibleLoraError(Exception):
-    """A file is not a LoRA for this model. The message is for the client."""
+_Weights = TypeVar("_Weights", "LayerWeights", "NormWeights")
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """The factors of one layer, which adds `up(down(x))`; `up` includes alpha.
+    """The change of one layer, which adds `up(down(x)) + bias`; `up` includes alpha.
 
     Attributes:
         down: shape (rank, in), or (rank, in, kh, kw) of a convolution.
         up: shape (out, rank).
-        magnitude: only of DoRA, shape (out,); Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+        bias: shape (out,).
+        magnitude: only of DoRA, shape (out,), or (in,) if `magnitude_of_inputs`; Liu et al. 2024,
+            https://arxiv.org/abs/2402.09353.
     """
 
     down: Tensor
     up: Tensor
     magnitude: Tensor | None = None
+    magnitude_of_inputs: bool = False
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -63,11 +59,38 @@ class LayerWeights:
     @property
     def is_plain(self) -> bool:
         """Whether the layer changes by the product alone. Others run row by row, and not in CUDA graphs."""
-        return self.magnitude is None
+        return self.magnitude is None and self.bias is None
 
     @property
-    def nbytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        every = self.down, self.up, self.magnitude, self.bias
+        return tuple(tensor for tensor in every if tensor is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class NormWeights:
+    """The change of a normalization layer's weight and bias, each of shape (channels,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.bias
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The content of a LoRA file.
+
+    Attributes:
+        layers: layer name, such as "unet.mid_block.attentions.0.proj_in", -> factors.
+        embeddings: bundled textual inversions.
+    """
+
+    layers: dict[str, LayerWeights] = field(default_factory=dict[str, LayerWeights])
+    norms: dict[str, NormWeights] = field(default_factory=dict[str, NormWeights])
+    embeddings: Embeddings = field(default_factory=dict[str, Parts])
 
 
 class Lora:
@@ -80,169 +103,200 @@ class Lora:
     _numbers = itertools.count()
 
     def __init__(
-        self,
-        layers: dict[str, LayerWeights],
-        name: str = "",
-        memory: Tensor | None = None,
-        layout: bytes = b"",
+        self, content: LoraFile, name: str = "", memory: Tensor | None = None, layout: bytes = b""
     ) -> None:
-        self.layers = layers
+        self.layers = content.layers
+        self.norms = content.norms
+        self.embeddings = content.embeddings
         self.name = name
         self.memory = memory
         self.layout = layout
         self.hooked = False
         self.number = next(self._numbers)  # unique, for cache keys
-        in_text_encoder = [layer.startswith("text_encoder") for layer in layers]
-        self.changes_text_encoder, self.changes_denoiser = any(in_text_encoder), not all(in_text_encoder)
-        self.nbytes = sum(weights.nbytes for weights in layers.values())
+        in_text_encoder = [layer.startswith("text_encoder") for layer in (*self.layers, *self.norms)]
+        self.changes_text_encoder = bool(self.embeddings) or any(in_text_encoder)
+        self.changes_denoiser = not all(in_text_encoder)
+        weights = *self.layers.values(), *self.norms.values()
+        tensors = [tensor for layer in weights for tensor in layer.tensors]
+        tensors += [tensor for vectors in self.embeddings.values() for tensor in vectors.values()]
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
 
 
-def read_weights(path: Path, pipeline: Any, max_bytes: float) -> dict[str, LayerWeights]:
-    """Layer name, such as "unet.mid_block.attentions.0.proj_in", -> factors.
+def read_lora(
+    path: Path,
+    names: LayerNames,
+    families: frozenset[str],
+    embedding_widths: Mapping[str, int],
+    max_bytes: float,
+) -> LoraFile:
+    """Read a file for the pipeline of `names`.
+
+    Args:
+        families: see `check_base_model`.
+        embedding_widths: see `textual_inversion.embedding_widths`.
+        max_bytes: largest file, and largest size of the factors of its full, LoHa and LoKr layers.
 
     Raises:
         IncompatibleLoraError: the file is damaged, not a LoRA, or a LoRA for another model.
     """
-    data = _read_file(path, max_bytes)
     try:
-        state_dict = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        config = json.loads(header.get(_CONFIG_KEY) or "{}")
-        _fold_alphas(state_dict)
-        state_dict = _convert(state_dict, pipeline)
-        weights = dict(_read_layers(state_dict, config, pipeline))
+        tensors, metadata = read_safetensors(path, max_bytes)
+        check_base_model(metadata, families)
+        config = read_header(metadata)
+        if (file := peft_config_file(path)) is not None and any(map(is_peft, tensors)):
+            config = read_json(read_file(file, 1e6))
+        content = _read_tensors(tensors, names, config, max_bytes)
+        content = replace(content, embeddings=_read_embeddings(tensors, embedding_widths))
     except IncompatibleLoraError:
         raise
     except Exception as error:  # an untrusted file may make the libraries that read it raise anything
         logger.warning("A LoRA file cannot be read.", exc_info=error)
         raise IncompatibleLoraError("is damaged, or has an unknown layout") from None
-    if not weights:
-        raise IncompatibleLoraError("is not a LoRA for this model")
-    return weights
+    if not (content.layers or content.norms or content.embeddings):
+        raise IncompatibleLoraError("is not a LoRA for this model: it changes none of its layers")
+    return content
 
 
-def _read_file(path: Path, max_bytes: float) -> bytes:
-    """Read a file after checks on the same descriptor, so that it cannot be exchanged in between."""
-    try:
-        descriptor = os.open(path.resolve(strict=True), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, RuntimeError):
-        raise IncompatibleLoraError("cannot be read") from None
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise IncompatibleLoraError("cannot be read")
-        if status.st_size > max_bytes:
-            raise IncompatibleLoraError(f"is larger than {max_bytes / 1e6:.0f} MB")
-        return file.read()
-
-
-def _fold_alphas(state_dict: StateDict) -> None:
-    """Multiply alpha / rank into the up factors. Alphas that converters need stay, as alpha = rank."""
-    if any("dora_scale" in key for key in state_dict):
-        raise IncompatibleLoraError("is a DoRA in Kohya's layout; DoRA is supported in PEFT's layout only")
-    for key in [key for key in state_dict if key.endswith(".alpha")]:
-        name = key.removesuffix(".alpha")
-        for down, up in _FACTORS:
-            if f"{name}.{down}.weight" in state_dict:
-                rank = state_dict[f"{name}.{down}.weight"].shape[0]
-                alpha = float(state_dict.pop(key))
-                factor = state_dict[f"{name}.{up}.weight"].to(torch.float32)
-                state_dict[f"{name}.{up}.weight"] = factor * (alpha / rank)
-                if down == "lora_down":
-                    state_dict[key] = torch.tensor(float(rank))
-
-
-def _convert(state_dict: StateDict, pipeline: Any) -> StateDict:
-    """Convert to the names of diffusers and PEFT: component, layer, `lora_A` or `lora_B`."""
-    # SDXL's files may number blocks as the original code does; diffusers maps them by the UNet's config.
-    sdxl = hasattr(pipeline, "unet") and hasattr(pipeline, "text_encoder_2")
-    options: dict[str, Any] = {"unet_config": pipeline.unet.config} if sdxl else {}
-    converted = pipeline.lora_state_dict(state_dict, use_safetensors=True, **options)
-    return converted[0] if isinstance(converted, tuple) else converted
-
-
-def _read_layers(
-    state_dict: StateDict, config: dict[str, Any], pipeline: Any
-) -> Iterator[tuple[str, LayerWeights]]:
-    unused = set(state_dict)
-    for component in pipeline._lora_loadable_modules:
-        prefix = f"{component}."
-        part = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        if not part:
-            continue
-        unused -= {prefix + key for key in part}
-        module = getattr(pipeline, component, None)
-        if module is None:
-            raise IncompatibleLoraError("is not a LoRA for this model")
-        if component.startswith("text_encoder"):
-            part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
-            if not hasattr(module, "text_model"):
-                part = {key.removeprefix("text_model."): value for key, value in part.items()}
-        elif not any("lora_A" in key for key in part):
-            part = convert_unet_state_dict_to_peft(part)
-        own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-        for name, weights in _check_layers(part, own, module):
-            yield prefix + name, weights
-    if unused:
-        raise IncompatibleLoraError("is not a LoRA for this model")
-
-
-def _check_layers(
-    state_dict: StateDict, config: dict[str, Any], module: nn.Module
-) -> Iterator[tuple[str, LayerWeights]]:
-    """Check the factors of each layer against the layer."""
-    layers = dict(module.named_modules())
-    parts: defaultdict[str, StateDict] = defaultdict(dict)
-    for key, tensor in state_dict.items():
-        match = _PARTS.fullmatch(key)
-        if match is None:
-            raise IncompatibleLoraError("has weights that are not LoRA factors")
-        parts[match["layer"]][match["part"]] = tensor
+def _read_tensors(tensors: Parts, names: LayerNames, config: PeftConfig, max_bytes: float) -> LoraFile:
+    content = LoraFile()
+    parts = _by_layer(tensors)
+    config.check(has_magnitudes=any(part.keys() & {"magnitude", "dora_scale"} for part in parts.values()))
+    factor_bytes = 0
     for name, part in parts.items():
-        layer = layers.get(name)
-        if layer is None:
-            raise IncompatibleLoraError("is for another model: this one does not have its layers")
-        yield name, _check_layer(layer, part, _scale(config, name, part["lora_A"].shape[0]))
+        targets = names.find(name)
+        if targets is None and not _changes_nothing(part):
+            key = next(key for key in tensors if (found := parse_name(key)) and found.layer == name)
+            raise _not_applied(key, "this model has no such layer")
+        try:
+            for target, weights in _read_layer(part, targets or (), partial(config.scale, name)):
+                if isinstance(weights, NormWeights):
+                    _add(content.norms, target, weights)
+                else:
+                    _add(content.layers, target, weights)
+                    if "down" not in part:  # LoHa and LoKr are larger in memory than in their file
+                        factor_bytes += weights.down.nbytes + weights.up.nbytes
+        except IncompatibleLoraError as error:
+            raise IncompatibleLoraError(f"{error}: '{name[:200]}'") from None
+        if factor_bytes > max_bytes:
+            raise IncompatibleLoraError(f"has factors of more than {max_bytes / 1e6:.0f} MB")
+    return content
 
 
-def _check_layer(layer: nn.Module, part: StateDict, scale: float) -> LayerWeights:
-    down, up, magnitude = part["lora_A"], part["lora_B"], part.get("lora_magnitude_vector")
-    if isinstance(layer, nn.Linear):
-        in_features, kernel = layer.in_features, (1, 1)
-    elif isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
-        in_features, kernel = layer.in_channels, layer.kernel_size
-    else:
+def _by_layer(tensors: Parts) -> dict[str, Parts]:
+    """The tensors of each layer by their part, without those of bundled textual inversions."""
+    parts: defaultdict[str, Parts] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if parse_embedding(key) is not None:
+            continue
+        if (found := parse_name(key)) is None:
+            raise _not_applied(key, "it is no part of a LoRA")
+        if found.part in parts[found.layer]:
+            raise _not_applied(key, "the layer has another tensor for the same part")
+        parts[found.layer][found.part] = tensor
+    return parts
+
+
+def _read_embeddings(tensors: Parts, widths: Mapping[str, int]) -> Embeddings:
+    """The bundled textual inversions.
+
+    Those that replace outputs of the text encoder, and all if the model takes none, are left out with a line
+    in the log.
+    """
+    bundled: defaultdict[str, Parts] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if (found := parse_embedding(key)) is None:
+            continue
+        name, part = found
+        if part in bundled[name]:
+            raise _not_applied(key, "the embedding has another tensor for the same text encoder")
+        bundled[name][part] = tensor
+    left_out = [name for name, parts in bundled.items() if not widths or any(map(is_of_output, parts))]
+    if left_out:
+        logger.warning("Left out the embeddings of a LoRA: %s.", ", ".join(left_out)[:200])
+    embeddings: dict[str, Mapping[str, Tensor]] = {}
+    for name, parts in bundled.items():
+        if name in left_out:
+            continue
+        try:
+            embeddings[name] = check_embedding(parts, widths)
+        except IncompatibleLoraError as error:
+            raise IncompatibleLoraError(f"has an embedding '{name[:200]}' that {error}") from None
+    return embeddings
+
+
+def _read_layer(
+    parts: Parts, targets: tuple[Target, ...], scale: Scale
+) -> Iterator[tuple[Target, LayerWeights | NormWeights]]:
+    if not targets:
+        return
+    if isinstance(targets[0].layer, NORMS):
+        yield targets[0], _check_norm(targets[0].layer, parts)
+        return
+    factors = read_factors(parts, _shape(targets), scale)
+    for target in targets:
+        own = factors if target.rows is None else factors.rows(target.rows)
+        yield target, _check_layer(target.layer, own)
+
+
+def _add(content: dict[str, Any], target: Target, weights: LayerWeights | NormWeights) -> None:
+    """Add a layer; a file may have it twice, by two names, if both are equal."""
+    known = content.setdefault(target.name, weights)
+    for part in fields(weights):
+        one, other = getattr(known, part.name), getattr(weights, part.name)
+        if one is not other and not (_are_tensors(one, other) and torch.equal(one, other)):
+            raise IncompatibleLoraError("has two different changes of the same layer")
+
+
+def _are_tensors(*values: Any) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _shape(targets: tuple[Target, ...]) -> tuple[int, ...]:
+    """Shape of the weight of a file's layer, whose outputs are those of all `targets`."""
+    layer: Any = targets[0].layer
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise IncompatibleLoraError("changes layers of an unsupported type")
-    rank, out_features = down.shape[0], layer.weight.shape[0]
-    if (
-        down.numel() != rank * in_features * kernel[0] * kernel[1]
-        or up.numel() != out_features * rank
-        or not rank
-    ):
-        raise IncompatibleLoraError("is for another model: the shapes of its layers differ")
-    if down.dim() == 4 and down.shape[2:] != kernel:
-        raise IncompatibleLoraError("is for another model: the shapes of its layers differ")
+    weights: list[Any] = [target.layer.weight for target in targets]
+    outputs = sum(weight.shape[0] for weight in weights)
+    inside = layer.weight.shape[1:]
+    # A 1 x 1 convolution is a matrix product.
+    return outputs, inside[0], *(() if inside[1:] == (1, 1) else inside[1:])
+
+
+def _check_layer(layer: Any, factors: Factors) -> LayerWeights:
     like = layer.weight
-    weights = LayerWeights(
-        # A 1 x 1 convolution is a matrix product.
-        down.reshape(rank, in_features, *(() if kernel == (1, 1) else kernel)).to(like),
-        (up.reshape(out_features, rank).to(torch.float32) * scale).to(like),
-        None if magnitude is None else magnitude.reshape(out_features).to(like),
+    return _finite(
+        LayerWeights(
+            factors.down.to(like),
+            factors.up.to(like),
+            None if factors.magnitude is None else factors.magnitude.to(like),
+            factors.magnitude_of_inputs,
+            None if factors.bias is None else factors.bias.to(like),
+        )
     )
-    tensors = [weights.down, weights.up, *([] if magnitude is None else [weights.magnitude])]
-    if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor is not None):
+
+
+def _check_norm(layer: Any, parts: Parts) -> NormWeights:
+    if not parts.keys() <= {"diff", "diff_bias"} or layer.weight is None:
+        raise IncompatibleLoraError("changes normalization layers in an unsupported way")
+    zeros = torch.zeros_like(layer.weight)
+    weight, bias = parts.get("diff", zeros), parts.get("diff_bias", zeros)
+    if {weight.numel(), bias.numel()} != {zeros.numel()}:
+        raise IncompatibleLoraError("is for another model: the shapes of its layers differ")
+    return _finite(NormWeights(weight.flatten().to(zeros), bias.flatten().to(zeros)))
+
+
+def _finite(weights: _Weights) -> _Weights:
+    if not all(torch.isfinite(tensor).all() for tensor in weights.tensors):
         raise IncompatibleLoraError("has NaN or Inf weights")
     return weights
 
 
-def _scale(config: dict[str, Any], name: str, rank: int) -> float:
-    """alpha / rank of a layer by PEFT's configuration; without one alpha is the rank."""
-    alpha = config.get("lora_alpha")
-    for pattern, value in config.get("alpha_pattern", {}).items():
-        with suppress(re.error):
-            if re.fullmatch(rf"(.*\.)?({pattern})", name):
-                alpha = value
-                break
-    if alpha is None:
-        return 1.0
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+def _changes_nothing(parts: Parts) -> bool:
+    summands = parts.keys() & _SUMMANDS
+    others = parts.keys() - _SUMMANDS - {"down", "mid", "alpha"}
+    return bool(summands) and not others and not any(parts[name].any() for name in summands)
+
+
+def _not_applied(key: str, reason: str) -> IncompatibleLoraError:
+    return IncompatibleLoraError(f"cannot be applied: '{key[:200]}': {reason}")

@@ -1,29 +1,29 @@
-"""The LoRA registry: the names and files of the LoRAs that a server offers. It reads headers, no tensors.
+"""The LoRA registry: the names and files of the LoRAs that a server offers.
 
 The operator chooses them: single files, files in given folders, and files in the folder `loras` of the model.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
-from hypergen.model_families import FAMILIES
-from hypergen.model_store.diffusers_layout import LORAS, safetensors_header
+from hypergen.errors import ConfigurationError, InvalidRequestError
+from hypergen.model_store.diffusers_layout import LORAS
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 # The same message for every unknown name or path, so that it does not reveal whether a file exists.
 NOT_OFFERED = "must name a LoRA this server offers."
-_NAME = re.compile(r"\w[\w .()+-]{0,99}(/\w[\w .()+-]{0,99}){0,7}")
+_PART = r"[\w(\['!@#&~%+][\w .()+,\[\]'&!#%~@-]{0,99}"
+_NAME = re.compile(rf"{_PART}(/{_PART}){{0,7}}")
+# PEFT saves a folder with these two files.
+_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def open_registry(settings: EngineSettings, model_folder: Path | None) -> LoraRe
             default = name = path.stem
         if not _NAME.fullmatch(name):
             raise ConfigurationError(f"'{name}' is not a valid LoRA name; use --lora NAME={path}.")
+        if path.is_dir():
+            path = path / _PEFT_WEIGHTS
         if path.suffix != SUFFIX or not path.is_file():
             raise ConfigurationError(f"--lora {given}: no such {SUFFIX} file.")
         _add(files, name, path)
@@ -104,6 +106,12 @@ def with_absolute_path(given: str) -> str:
     """The same setting with an absolute path, for a process with another working folder."""
     name, path = split_name(given)
     return str(path.absolute()) if name is None else f"{name}={path.absolute()}"
+
+
+def peft_config_file(path: Path) -> Path | None:
+    """PEFT's configuration next to a LoRA file."""
+    file = path.parent / _PEFT_CONFIG
+    return file if file.is_file() else None
 
 
 def name_of(given: str, names: tuple[str, ...], folders: tuple[str, ...]) -> str | None:
@@ -145,7 +153,7 @@ def _scan(folder: Path) -> dict[str, Path]:
         name = file.relative_to(folder).as_posix().removesuffix(SUFFIX)
         if not _NAME.fullmatch(name):
             logger.warning(
-                "Skipping %s: its name may only have letters, digits, spaces and the characters ._()+-", file
+                "Skipping %s: its name may only have letters, digits, spaces and ._()+-,[]'&!#%%~@", file
             )
         elif file.is_file():
             found[name] = file
@@ -156,47 +164,3 @@ def _add(files: dict[str, Path], name: str, path: Path) -> None:
     if name in files and files[name].resolve() != path.resolve():
         raise ConfigurationError(f"Two LoRAs have the name {name}: {files[name]} and {path}.")
     files[name] = path
-
-
-@dataclass(frozen=True)
-class LoraSummary:
-    """Properties of a LoRA file from its header, for `hypergen loras`."""
-
-    model: str
-    layout: str
-    ranks: tuple[int, ...]
-    size_bytes: int
-
-
-def summarise(path: Path) -> LoraSummary:
-    """Read a file's header.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    tensors: dict[str, Any] = json.loads(safetensors_header(path, path.parent.name, path.name))
-    shapes = {key: tensor["shape"] for key, tensor in tensors.items() if key != "__metadata__"}
-    downs = {
-        key: shape
-        for key, shape in shapes.items()
-        if any(part in key for part in (".lora_A.", ".lora_down.", ".lora.down.", "_lora.down."))
-    }
-    if not downs:
-        raise ModelError(f"{path.name} has no LoRA layers.")
-    kohya = any(key.startswith(("lora_unet_", "lora_te")) for key in downs)
-    ranks = tuple(sorted({shape[0] for shape in downs.values() if shape}))
-    return LoraSummary(_model(downs), "kohya" if kohya else "diffusers", ranks, path.stat().st_size)
-
-
-def _model(downs: dict[str, list[int]]) -> str:
-    """The model family, detected by layer names and the width of the prompt embeddings."""
-    widths = [shape[1] for key, shape in downs.items() if "attn2" in key and "to_k" in key.replace(".", "_")]
-    width = max(widths, default=0)
-    for spec in FAMILIES.values():
-        if width in spec.lora_text_widths:
-            return spec.lora_text_widths[width]
-        if any(layer in key for layer in spec.lora_layers for key in downs):
-            return spec.name
-    if any(key.startswith(("unet", "lora_unet")) for key in downs):
-        return " or ".join(sorted(spec.name for spec in FAMILIES.values() if spec.lora_text_widths))
-    return "transformer" if any(key.startswith("transformer") for key in downs) else "text encoder"

@@ -28,7 +28,13 @@ logger = logging.getLogger(__name__)
 
 # Settings that only apply to models with step-level batching.
 _STEP_LEVEL = ("compile",)
-_FAMILY_SETTINGS: tuple[FamilySetting, ...] = ("refiner", "controlnet", "prompt_weighting", "lora")
+_FAMILY_SETTINGS: tuple[FamilySetting, ...] = (
+    "refiner",
+    "controlnet",
+    "embedding",
+    "prompt_weighting",
+    "lora",
+)
 
 
 def load(path: Path, settings: EngineSettings) -> Family:

@@ -15,6 +15,8 @@ from hypergen.denoising.denoising_state import DenoiserSwitch, DenoisingState, M
 from hypergen.denoising.offload import device_of, offloader_of
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.errors import ModelError
+from hypergen.lora.batched_lora import Loras
+from hypergen.lora.textual_inversion import Embeddings
 from hypergen.model_store.diffusers_layout import check_folder
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.loading import load_pipeline
@@ -34,12 +36,13 @@ class Refiner:
 
     Args:
         unet: of the base model; the refiner gets its device and dtype.
+        embeddings: textual inversions of the base model, whose second text encoder is the refiner's.
 
     Raises:
         ModelError: the folder has no refiner for this model.
     """
 
-    def __init__(self, folder: Path, unet: Any, settings: EngineSettings) -> None:
+    def __init__(self, folder: Path, unet: Any, settings: EngineSettings, embeddings: Embeddings) -> None:
         check_folder(folder)
         pipeline = load_pipeline(StableDiffusionXLImg2ImgPipeline, folder, unet.dtype, without=["vae"])
         apply_memory_settings(pipeline, settings, device_of(unet), offloader_of(unet))
@@ -57,16 +60,20 @@ class Refiner:
             settings,
             unet.dtype,
             penultimate=True,
+            embeddings=embeddings,
+            component="text_encoder_2",
         )
         with torch.inference_mode():
             self._prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 3)
 
-    def encode_prompts(self, request: GenerationRequest) -> PromptEmbeds:
-        positive = self._prompts.get(request.prompt)
+    def encode_prompts(self, request: GenerationRequest, loras: Loras) -> PromptEmbeds:
+        """Of the LoRAs only bundled textual inversions apply: their layers are those of the base model."""
+        loras = tuple((lora, weight) for lora, weight in loras if lora.embeddings)
+        positive = self._prompts.get(request.prompt, loras)
         embeds = positive.embeds
         if request.guidance_scale <= 1:
             return PromptEmbeds(ModelInputs(embeds, positive.pooled), None, positive.tokens)
-        negative_prompt = self._prompts.get(request.negative_prompt or "")
+        negative_prompt = self._prompts.get(request.negative_prompt or "", loras)
         length = max(embeds.shape[1], negative_prompt.embeds.shape[1])
         empty = self._prompts.get("").embeds
         padded = pad_with_empty_chunks(negative_prompt.embeds, length, empty)

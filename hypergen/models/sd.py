@@ -13,6 +13,7 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.lora.batched_lora import Loras
+from hypergen.lora.textual_inversion import load_embeddings
 from hypergen.model_families import FAMILIES
 from hypergen.models.family import Family, PromptEmbeds
 from hypergen.models.resolution import choose_generation_size
@@ -37,7 +38,12 @@ class StableDiffusion(Family):
         self.schedulers = SchedulerFactory(pipeline.scheduler)
         with torch.inference_mode():
             encode = ClipEncoder(
-                pipeline.tokenizer, pipeline.text_encoder, settings, self.denoiser.dtype, penultimate=False
+                pipeline.tokenizer,
+                pipeline.text_encoder,
+                settings,
+                self.denoiser.dtype,
+                penultimate=False,
+                embeddings=load_embeddings(pipeline, settings),
             )
             self.prompts = PromptCache(encode, settings.prompt_cache_mb * 1_000_000, self.lora_manager)
 

@@ -17,6 +17,7 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.lora.batched_lora import Loras
+from hypergen.lora.textual_inversion import load_embeddings
 from hypergen.model_families import FAMILIES
 from hypergen.model_info import ModelInfo
 from hypergen.models.family import Family, PromptEmbeds
@@ -44,16 +45,28 @@ class StableDiffusionXL(Family):
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.to(torch.float32)  # it overflows in float16
 
-        def cached(tokenizer: Any, text_encoder: Any) -> PromptCache:
-            encode = ClipEncoder(tokenizer, text_encoder, settings, self.denoiser.dtype, penultimate=True)
+        embeddings = load_embeddings(pipeline, settings)
+
+        def cached(tokenizer: Any, component: str) -> PromptCache:
+            encode = ClipEncoder(
+                tokenizer,
+                getattr(pipeline, component),
+                settings,
+                self.denoiser.dtype,
+                penultimate=True,
+                embeddings=embeddings,
+                component=component,
+            )
             return PromptCache(encode, settings.prompt_cache_mb * 1_000_000 // 2, self.lora_manager)
 
         with torch.inference_mode():
             self.encoders = (
-                cached(pipeline.tokenizer, pipeline.text_encoder),
-                cached(pipeline.tokenizer_2, pipeline.text_encoder_2),
+                cached(pipeline.tokenizer, "text_encoder"),
+                cached(pipeline.tokenizer_2, "text_encoder_2"),
             )
-        self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings) if settings.refiner else None
+        self.refiner = None
+        if settings.refiner:
+            self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings, embeddings)
         if self.refiner is not None:
             self.denoiser = Experts(self.denoiser, self.refiner.unet)
 
@@ -73,7 +86,9 @@ class StableDiffusionXL(Family):
         return round_up(width, self.vae_scale_factor), round_up(height, self.vae_scale_factor)
 
     def encode_prompts(self, request: GenerationRequest, loras: Loras = ()) -> PromptEmbeds:
-        refiner = self.refiner.encode_prompts(request) if self.refiner and request.enable_refiner else None
+        refiner = None
+        if self.refiner is not None and request.enable_refiner:
+            refiner = self.refiner.encode_prompts(request, loras)
         positive = self._encode(request.prompt, request.prompt_2, loras)
         tokens = positive[0].tokens
         if request.guidance_scale <= 1:

@@ -104,4 +104,4 @@ def _post(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
 
 def _ready_line(server: Server) -> str:
     """The line that `hypergen serve` prints when it is ready."""
-    return next((line for line in server.log().splitlines() if line.startswith("Ready after")), "")
+    return next((line for line in server.log().splitlines() if "Ready after" in line), "")

@@ -33,6 +33,17 @@ TIGHT = {
 }
 
 
+# What an operator runs: a key, prices, a short queue, and a log for programs.
+OBSERVED = {
+    "HYPERGEN_LOG_FORMAT": "json",
+    "HYPERGEN_MAX_QUEUE_SIZE": "1",
+    "HYPERGEN_QUEUE_TIMEOUT": "0",
+    "HYPERGEN_PRICE_RATE": "0.01",
+    "HYPERGEN_SERVED_MODEL_NAME": "owner/small-sd",
+    "TZ": "Asia/Tokyo",  # the log has UTC
+}
+
+
 @dataclass(frozen=True)
 class TightServer:
     """A server with tight limits, and its responses while the model was loading."""
@@ -50,6 +61,22 @@ def client(server: LiveServer) -> Iterator[httpx.Client]:
     """A client of the server without a key."""
     with client_of(server) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def observed(
+    tmp_path_factory: pytest.TempPathFactory, sd_folder: Path, lora_folder: Path
+) -> Iterator[LiveServer]:
+    """A server whose figures and log lines tests read; with `OBSERVED`."""
+    folder = tmp_path_factory.mktemp("observed")
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    arguments = (str(sd_folder), "--device", "cpu", "--dtype", "float32", "--lora-dir", str(lora_folder))
+    environment = {**OBSERVED, "TMPDIR": str(temporary)}
+    with start_server(
+        folder / "server", *arguments, environment=environment, api_key="sk-observed"
+    ) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

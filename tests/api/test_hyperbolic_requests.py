@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from hypergen.api.dialects import hyperbolic, openai_images
-from hypergen.api.dialects.hyperbolic import price
 from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
-from hypergen.metrics import Price
 from hypergen.model_info import ModelDefaults, ModelInfo
 from hypergen.request import GenerationRequest
 from tests.api.test_hyperbolic import BODY, INPUT_IMAGE
@@ -77,16 +75,15 @@ def test_other_sizes_beyond_2048_are_rejected() -> None:
     [(1024, 25, "0.01"), (1024, 50, "0.02"), (2048, 25, "0.04"), (2048, 50, "0.08"), (512, 25, "0.0025")],
 )
 def test_the_price_equals_that_of_the_documented_table(width: int, steps: int, expected: str) -> None:
-    assert price(request_of(width=width, height=width, steps=steps), 0.01) == pytest.approx(float(expected))
+    assert request_of(width=width, height=width, steps=steps).price(0.01) == pytest.approx(float(expected))
     rated = ServerSettings.model_validate({"price_rate": 0.01})
     body = {**BODY, "width": width, "height": width, "steps": steps}
     validated = hyperbolic.to_request(body, FULL_MODEL_INFO, rated, "id")
     assert validated.headers == {"x-hypergen-price": expected}
-    assert validated.price == Price(FULL_MODEL_INFO.id, price(validated.generation, 0.01))
 
 
 def test_the_price_is_per_image() -> None:
-    assert price(request_of(width=1024, height=1024, steps=25, n=4), 0.01) == pytest.approx(0.04)
+    assert request_of(width=1024, height=1024, steps=25, n=4).price(0.01) == pytest.approx(0.04)
 
 
 def test_an_input_image_is_decoded_and_resized() -> None:

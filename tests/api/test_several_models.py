@@ -110,6 +110,17 @@ def test_every_route_selects_models_by_name(several: LiveServer) -> None:
     assert Image.open(io.BytesIO(base64.b64decode(native[0]["images"][0]["b64_json"]))).tobytes() == second
 
 
+def test_the_engine_names_the_model_of_each_log_line(several: LiveServer) -> None:
+    _generate(several, model="second")
+    _generate(several, model="owner/first")
+    for model in ("owner/first", "second"):
+        for start in (f"Loading {model}: ", f"Loaded {model} in "):
+            lines = [line for line in several.log().splitlines() if start in line]
+            assert lines
+            assert {f"[engine {model}] INFO {start}" in line for line in lines} == {True}
+    assert "[engine] " not in several.log()
+
+
 def test_concurrent_requests_for_both_models_succeed(several: LiveServer) -> None:
     expected = {name: _generate(several, model=name) for name in ("SD1.5", "SD2")}
     names = ["SD1.5", "SD2"] * 4

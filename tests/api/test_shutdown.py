@@ -20,7 +20,8 @@ from hypergen.api.jobs import Jobs
 from hypergen.app import create_app
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
-from hypergen.images.storage import ImageStorage, remove_folders_of_killed_servers
+from hypergen.images.storage import ImageStorage
+from hypergen.images.temporary_folders import create_and_lock, remove_folders_of_killed_servers
 from tests.support.http_client import GENERATIONS as GENERATIONS_PATH
 from tests.support.http_client import QUICK, SLOW, assert_error, generate
 from tests.support.live_server import LiveServer, start_server
@@ -46,6 +47,8 @@ def test_all_requests_get_503_at_the_end_of_a_drain(tmp_path: Path, sd_folder: P
         assert 2.5 < time.monotonic() - started < 10
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.log()
+        assert " INFO Draining 5 requests, for at most 3 s." in server.log()
+        assert " INFO Drained: 5 failed (draining)." in server.log()
 
 
 def _workers(server: LiveServer) -> list[psutil.Process]:
@@ -78,11 +81,18 @@ def test_folders_of_running_servers_are_not_removed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storage = ImageStorage(lifetime_s=60, max_bytes=1000)
     name = storage.put(b"data", "png", "image/png")
-    (tmp_path / "hypergen-images-killed").mkdir()
+    metrics = tmp_path / "hypergen-metrics-running"
+    lock = create_and_lock(metrics)
+    for kind in ("images", "metrics"):
+        (tmp_path / f"hypergen-{kind}-killed").mkdir()
     os.mkfifo(tmp_path / "hypergen-images-trap")  # opening it would block for ever
     remove_folders_of_killed_servers()
     assert storage.read(name) == b"data"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert metrics.is_dir()
+    assert len(list(tmp_path.iterdir())) == 3
+    os.close(lock)
+    remove_folders_of_killed_servers()
+    assert not metrics.exists()
     storage.close()
 
 

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from hypergen.events import Progress
 from hypergen.lora.slots import LoraSlots, pack
-from hypergen.lora.weights import LayerWeights, Lora
+from hypergen.lora.weights import LayerWeights, Lora, LoraFile
 from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest, InputImage
 from tests.conditioning.test_controlnet import random_controlnet
@@ -202,7 +202,7 @@ def test_loras_that_cannot_be_in_slots_run_eagerly(
 
 
 def _lora(rank: int) -> Lora:
-    return pack({"unet.layer": LayerWeights(torch.ones(rank, 64), torch.ones(64, rank))}, "")
+    return pack(LoraFile({"unet.layer": LayerWeights(torch.ones(rank, 64), torch.ones(64, rank))}), "")
 
 
 def test_slots_are_reused_within_a_limit_of_memory() -> None:

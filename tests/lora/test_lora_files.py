@@ -12,10 +12,10 @@ import pytest
 
 from hypergen.api.dialects import openai_images
 from hypergen.config import EngineSettings, Settings
-from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.errors import ConfigurationError, InvalidRequestError
 from hypergen.load_settings import environment_of, load_settings
 from hypergen.model_info import ModelDefaults, ModelInfo
-from hypergen.model_store.lora_files import name_of, open_registry, summarise
+from hypergen.model_store.lora_files import name_of, open_registry
 
 
 def _file(path: Path, shapes: dict[str, list[int]] | None = None) -> Path:
@@ -69,6 +69,17 @@ def test_names_come_from_flags_folders_and_the_model(lora_folder: Path, tmp_path
     names = {"Logo", "secret", "ink", "styles/oil paint", "Pixel_Art", "inside"}
     assert names <= registry.files.keys()
     assert not {"link", "pipe", "socket", "folder", "loop", "pickle"} & registry.files.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["a, b", "[ill] x", "it's", "b&w", "new!", "#1", "90%", "~x", "me@site", "(v2) a+b", "x/[y], z"]
+)
+def test_names_of_published_files_are_offered(name: str, tmp_path: Path) -> None:
+    _file(tmp_path / f"{name}.safetensors")
+    model_info = _model_info(tmp_path)
+    assert model_info.loras == (name,)
+    assert _loras(model_info, lora_path=name) == ((name, 1.0),)
+    assert _loras(model_info, lora_path=f"{name}.safetensors") == ((name, 1.0),)
 
 
 @pytest.mark.parametrize(
@@ -225,36 +236,3 @@ def test_the_engine_rejects_unknown_names_too(lora_folder: Path) -> None:
         with pytest.raises(InvalidRequestError):
             registry.path_of(name)
     assert name_of("/dev/null", (), ()) is None
-
-
-@pytest.mark.parametrize(
-    ("shapes", "model", "layout", "ranks"),
-    [
-        ({"unet.d.attn2.to_k.lora_A.weight": [8, 768]}, "sd 1.x", "diffusers", (8,)),
-        ({"unet.d.attn2.processor.to_k_lora.down.weight": [4, 1024]}, "sd 2.x", "diffusers", (4,)),
-        (
-            {
-                "lora_unet_d_attn2_to_k.lora_down.weight": [16, 2048],
-                "lora_te1_x.lora_down.weight": [8, 768],
-                "lora_te1_x.alpha": [],
-            },
-            "sdxl",
-            "kohya",
-            (8, 16),
-        ),
-        (
-            {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": [4, 3072]},
-            "flux",
-            "diffusers",
-            (4,),
-        ),
-        ({"lora_unet_double_blocks_0_x.lora_down.weight": [4, 9]}, "flux", "kohya", (4,)),
-    ],
-)
-def test_a_header_shows_model_layout_and_ranks(
-    tmp_path: Path, shapes: dict[str, list[int]], model: str, layout: str, ranks: tuple[int, ...]
-) -> None:
-    found = summarise(_file(tmp_path / "a.safetensors", shapes))
-    assert (found.model, found.layout, found.ranks) == (model, layout, ranks)
-    with pytest.raises(ModelError, match="has no LoRA layers"):
-        summarise(_file(tmp_path / "b.safetensors", {"unet.conv_in.weight": [1]}))

@@ -24,11 +24,13 @@ def _write(folder: Path, text: str, name: str = "model.yaml") -> Path:
 
 def test_a_served_model_file_sets_all_properties_of_a_model(tmp_path: Path, sd_folder: Path) -> None:
     shutil.copy(LORA, tmp_path / "logo.safetensors")
+    (tmp_path / "ink.pt").touch()
     file = _write(
         tmp_path,
         f"source: {sd_folder}\nname: owner/small\naliases: [SD1.5, small]\n"
         "defaults: {num_inference_steps: 3, width: 64}\n"
-        "loras: {Logo: logo.safetensors, Later: '', Never: null}\n",
+        "loras: {Logo: logo.safetensors, Later: '', Never: null}\n"
+        "embeddings: {ink: ink.pt}\n",
     )
     (model,) = find_models(load_settings(flags={"models": (str(file),)}))
     assert model.id == "owner/small"
@@ -36,6 +38,7 @@ def test_a_served_model_file_sets_all_properties_of_a_model(tmp_path: Path, sd_f
     assert not model.is_called("large")
     assert model.defaults == {"num_inference_steps": 3, "width": 64}
     assert model.settings.lora == (f"Logo={tmp_path / 'logo.safetensors'}",)
+    assert model.settings.embedding == {"ink": str(tmp_path / "ink.pt")}
 
 
 def test_models_are_the_same_in_a_child_process(tmp_path: Path, sd_folder: Path) -> None:
@@ -76,6 +79,12 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
         ([{"sorce": "x"}], {}, "Unknown setting 'models.0.sorce'"),
         ([{"defaults": {"width": 65}}], {}, "models.0.defaults.width"),
         ([{"loras": {"Logo": "/nowhere.safetensors"}}], {}, "/nowhere.safetensors"),
+        (
+            [{"embeddings": {"ink": "/nowhere.pt"}}],
+            {},
+            "no such .safetensors or .pt or .bin file: /nowhere.pt",
+        ),
+        (["hypergen-tiny", {"name": "b"}], {"embedding": ("ink=/ink.pt",)}, "'embedding' applies to one"),
         ([{"refiner": "/nowhere"}], {}, "No such folder: /nowhere"),
     ],
 )

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from hypergen.errors import ModelError
 from hypergen.models import loading
+from hypergen.models.text_encoders.prompt_tokens import chunk_tokens
 from hypergen.models.text_encoders.prompt_weighting import parse_weights, token_weights
 from tests.support.compare_with_diffusers import (
     CHUNK,
@@ -139,7 +140,7 @@ def test_weighted_prompts_of_any_length_share_batches_and_keep_their_bytes(famil
 
 def test_a_word_in_a_later_chunk_is_weighted(stock: Any) -> None:
     parsed = parse_weights(f"{CHUNK} a (dog:2) sat")
-    weights = token_weights(stock.tokenizer, parsed, [[0] * 77, [0] * 77])
+    weights = token_weights(parsed, chunk_tokens(stock.tokenizer, parsed.text, 2)[0])
     assert (weights[0] == 1).all()
     assert weights[1, :9].tolist() == [1, 1, 2, 2, 2, 1, 1, 1, 1]
 

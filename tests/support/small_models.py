@@ -96,8 +96,12 @@ def save_sdxl(
     return folder
 
 
-def save_refiner(folder: Path, base: Path) -> Path:
-    """A refiner for the model in `base`, with that model's VAE and its own text encoder."""
+def save_refiner(folder: Path, base: Path, width: int = 56) -> Path:
+    """A refiner for the model in `base`, with that model's VAE and its own text encoder.
+
+    Args:
+        width: of the text encoder; 48 is that of the base model's second one.
+    """
     torch.manual_seed(1)
     tokenizer = _second_tokenizer()
     base_pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
@@ -105,9 +109,9 @@ def save_refiner(folder: Path, base: Path) -> Path:
         vae=base_pipeline.vae,
         text_encoder=None,  # pyright: ignore[reportArgumentType]  optional, whatever its annotation says
         tokenizer=None,  # pyright: ignore[reportArgumentType]  the same
-        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, 56, projection_dim=40)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, width, projection_dim=40)).eval(),
         tokenizer_2=tokenizer,
-        unet=_xl_unet(56, 40 + 5 * 8, **_XL_UNETS["base"]),
+        unet=_xl_unet(width, 40 + 5 * 8, **_XL_UNETS["base"]),
         scheduler=base_pipeline.scheduler,
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,

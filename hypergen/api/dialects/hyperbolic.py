@@ -38,7 +38,6 @@ from hypergen.config import ServerSettings
 from hypergen.errors import InvalidRequestError
 from hypergen.events import ImageFinished
 from hypergen.images.decoding import decode, from_base64, to_input_image
-from hypergen.metrics import Price
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
 
@@ -183,9 +182,8 @@ def to_request(
     validated = ValidatedRequest(request, response_format="b64_json", client_fields=_CLIENT_FIELDS)
     if settings.price_rate is None:
         return validated
-    amount = price(request, settings.price_rate)
-    headers = {"x-hypergen-price": f"{amount:.8f}".rstrip("0").rstrip(".")}
-    return replace(validated, headers=headers, price=Price(model_info.id, amount))
+    price = f"{request.price(settings.price_rate):.8f}".rstrip("0").rstrip(".")
+    return replace(validated, headers={"x-hypergen-price": price})
 
 
 def to_response(
@@ -201,18 +199,6 @@ def to_response(
         start = b',{"image":"' if position else b'{"image":"'
         pieces += [start, base64.b64encode(image.data), b'",' + to_json({"seed": image.seed})[1:]]
     return [*pieces, b"]," + to_json({"inference_time": round(inference_time, 4)})[1:]]
-
-
-def price(request: GenerationRequest, rate: float) -> float:
-    """What a request costs by Hyperbolic's formula.
-
-    Args:
-        rate: price of a 1024x1024 image with 25 steps.
-
-    Source: price = rate x (width / 1024) x (height / 1024) x (steps / 25), per image.
-    """
-    per_image = rate * (request.width / 1024) * (request.height / 1024) * (request.num_inference_steps / 25)
-    return per_image * request.n
 
 
 def _check_size(width: int, height: int, max_side: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,11 +12,17 @@ from torch import Tensor
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.offload import device_of
+from hypergen.lora.textual_inversion import Embeddings
 from hypergen.models.text_encoders.prompt_cache import (
     EncodedPrompt,
     PromptCache,
-    chunk_tokens,
     pad_with_empty_chunks,
+)
+from hypergen.models.text_encoders.prompt_tokens import (
+    Chunk,
+    chunk_tokens,
+    embeddings_of,
+    replace_token_embeddings,
 )
 from hypergen.models.text_encoders.prompt_weighting import (
     WeightedText,
@@ -34,6 +41,8 @@ class ClipEncoder:
     Args:
         penultimate: take the penultimate hidden layer, without the final norm, as models with several
             encoders do; otherwise the last one.
+        embeddings: textual inversions of the server.
+        component: the encoder's name in the pipeline.
     """
 
     def __init__(
@@ -44,6 +53,8 @@ class ClipEncoder:
         dtype: torch.dtype,
         *,
         penultimate: bool,
+        embeddings: Embeddings = MappingProxyType({}),
+        component: str = "text_encoder",
     ) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
@@ -51,16 +62,28 @@ class ClipEncoder:
         self._weighting = settings.prompt_weighting
         self._dtype = dtype
         self._penultimate = penultimate
+        self._embeddings = embeddings
+        self._component = component
+        self._width: int = text_encoder.get_input_embeddings().embedding_dim
 
-    def __call__(self, text: str) -> EncodedPrompt:
+    def __call__(self, text: str, *, bundled: Sequence[Embeddings] = ()) -> EncodedPrompt:
+        """
+        Args:
+            bundled: textual inversions in LoRA files, which win over the server's; the first ones first.
+        """
         weighted = parse_weights(text) if self._weighting else WeightedText(text)
-        chunks, tokens = chunk_tokens(self._tokenizer, weighted.text, self._max_chunks)
+        chunks, tokens = chunk_tokens(
+            self._tokenizer,
+            weighted.text,
+            self._max_chunks,
+            embeddings_of(self._component, self._width, [*bundled, self._embeddings]),
+        )
         outputs = [self._encode(chunk) for chunk in chunks]
         embeds = [self._token_embeds(output) for output in outputs]
         if any(weight != 1 for weight in weighted.weights):
             # Not cached: a LoRA may change the embeddings of the empty text, too.
             empty = self._token_embeds(self._encode(chunk_tokens(self._tokenizer, "", 1)[0][0]))
-            weights = token_weights(self._tokenizer, weighted, chunks)
+            weights = token_weights(weighted, chunks)
             embeds = [apply_token_weights(e, empty, w) for e, w in zip(embeds, weights, strict=True)]
         # Encoders with a projection return its output, the others the last hidden state at the end token.
         pooled = outputs[0].get("text_embeds", outputs[0].get("pooler_output"))
@@ -69,9 +92,10 @@ class ClipEncoder:
     def _token_embeds(self, output: Any) -> Tensor:
         return output.hidden_states[-2] if self._penultimate else output[0]
 
-    def _encode(self, chunk: list[int]) -> Any:
-        ids = torch.tensor([chunk], device=device_of(self._text_encoder))
-        return self._text_encoder(ids, output_hidden_states=self._penultimate)
+    def _encode(self, chunk: Chunk) -> Any:
+        ids = torch.tensor([chunk.ids], device=device_of(self._text_encoder))
+        with replace_token_embeddings(self._text_encoder, chunk):
+            return self._text_encoder(ids, output_hidden_states=self._penultimate)
 
 
 class PooledClipEncoder:
@@ -86,7 +110,7 @@ class PooledClipEncoder:
 
     def __call__(self, text: str) -> EncodedPrompt:
         chunks, tokens = chunk_tokens(self._tokenizer, text, sys.maxsize)
-        output = self._text_encoder(torch.tensor([chunks[0]], device=device_of(self._text_encoder)))
+        output = self._text_encoder(torch.tensor([chunks[0].ids], device=device_of(self._text_encoder)))
         return EncodedPrompt(output.pooler_output.to(self._dtype), tokens)
 
 

@@ -1,21 +1,18 @@
-"""Prompt embeddings: chunks for CLIP, and the cache of encoded prompts."""
+"""The cache of encoded prompts."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from hypergen.cache_lookups import count_lookup
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import LoraManager, lora_context, loras_key, text_encoder_loras
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,29 +34,6 @@ class EncodedPrompt:
         return self.embeds.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
 
-def chunk_tokens(tokenizer: Any, text: str, max_chunks: int) -> tuple[list[list[int]], int]:
-    """Token ids in chunks of the tokenizer's length (77 for CLIP), each with start, end and padding tokens.
-
-    Returns the chunks, at least one, and the number of tokens of the text in them. A longer text is truncated
-    with a warning.
-    """
-    chunk_length = tokenizer.model_max_length - 2
-    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    if len(ids) > chunk_length * max_chunks:
-        logger.warning(
-            "Truncated a prompt from %d to %d tokens (--max-prompt-chunks).",
-            len(ids),
-            chunk_length * max_chunks,
-        )
-        ids = ids[: chunk_length * max_chunks]
-    chunks: list[list[int]] = []
-    for start in range(0, max(len(ids), 1), chunk_length):
-        part = ids[start : start + chunk_length]
-        padding = [tokenizer.pad_token_id] * (chunk_length - len(part))
-        chunks.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding])
-    return chunks, len(ids)
-
-
 class PromptCache:
     """Least recently used cache of encoded prompts, by text and text-encoder LoRAs.
 
@@ -67,11 +41,12 @@ class PromptCache:
     output do not depend on a batch size.
 
     Args:
+        encode: of a text and, for CLIP, the textual inversions of its LoRAs, see `ClipEncoder`.
         lora_manager: of the LoRAs; None: the family has none.
     """
 
     def __init__(
-        self, encode: Callable[[str], EncodedPrompt], max_bytes: int, lora_manager: LoraManager | None = None
+        self, encode: Callable[..., EncodedPrompt], max_bytes: int, lora_manager: LoraManager | None = None
     ) -> None:
         self._encode = encode
         self._lora_manager = lora_manager
@@ -83,10 +58,13 @@ class PromptCache:
         if not (text or loras):
             return self._empty
         key = text, loras_key(loras)
-        if (encoded := self._entries.get(key)) is not None:
+        encoded = self._entries.get(key)
+        count_lookup("prompt", found=encoded is not None)
+        if encoded is not None:
             return encoded
+        bundled = [lora.embeddings for lora, _ in loras if lora.embeddings]
         with lora_context(self._lora_manager, [loras]):
-            encoded = self._encode(text)
+            encoded = self._encode(text, bundled=bundled) if bundled else self._encode(text)
         with suppress(ValueError):  # larger than the cache
             self._entries[key] = encoded
         return encoded

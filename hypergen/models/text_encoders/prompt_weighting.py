@@ -8,15 +8,15 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergen.models.text_encoders.prompt_cache import EncodedPrompt
+from hypergen.models.text_encoders.prompt_tokens import Chunk
 
 _EMPHASIZE, _DEEMPHASIZE = 1.1, 1 / 1.1
 _MAX_WEIGHT = 10.0  # larger weights give noise
@@ -95,19 +95,12 @@ def without_weights(encode: Callable[[str], EncodedPrompt]) -> Callable[[str], E
     return lambda text: encode(parse_weights(text).text)
 
 
-def token_weights(tokenizer: Any, prompt: WeightedText, chunks: list[list[int]]) -> Tensor:
-    """The weight of every token of `chunk_tokens`, special tokens included, shape (chunks, 77)."""
-    chunk_length = tokenizer.model_max_length - 2
-    offsets: list[tuple[int, int]] = tokenizer(
-        prompt.text,
-        add_special_tokens=False,
-        truncation=False,
-        verbose=False,
-        return_offsets_mapping=True,
-    ).offset_mapping
-    weights = torch.ones(len(chunks), chunk_length + 2)
-    for number, (start, _) in enumerate(offsets[: chunk_length * len(chunks)]):
-        weights[number // chunk_length, 1 + number % chunk_length] = prompt.weight_at(start)
+def token_weights(prompt: WeightedText, chunks: Sequence[Chunk]) -> Tensor:
+    """The weight of every token of the chunks, special tokens included, shape (chunks, 77)."""
+    weights = torch.ones(len(chunks), len(chunks[0].ids))
+    for number, chunk in enumerate(chunks):
+        for position, start in enumerate(chunk.starts, 1):
+            weights[number, position] = prompt.weight_at(start)
     return weights
 
 
