@@ -126,7 +126,9 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         "size. Other sizes, long prompts, LoRAs and ControlNets run uncompiled",
     )
     cuda_graphs: bool = Field(
-        True, description="run forward passes as CUDA graphs, with the same bits; needs CUDA, else ignored"
+        True,
+        description="run forward passes and the decoder as CUDA graphs, with the same bits; needs CUDA, else "
+        "ignored",
     )
     attention: str | None = Field(
         None,

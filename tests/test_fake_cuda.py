@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,6 +135,61 @@ def test_nothing_waits_while_a_graph_is_captured(device: FakeCuda) -> None:
         x.sum().item()
     with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="capturing"):
         x.add_(torch.ones(2, 4).to(CUDA))
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+def test_another_thread_may_work_while_a_graph_is_captured_in_thread_local_mode(
+    device: FakeCuda, mode: str
+) -> None:
+    x, y = torch.ones(2, device=CUDA), torch.ones(2, device=CUDA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode), ThreadPoolExecutor(1) as thread:
+        x.add_(1)
+        other = thread.submit(lambda: y.add_(1).sum().item())
+        error = other.exception()
+    assert (error is None) == (mode == "thread_local")
+    before = float(y.sum())
+    graph.replay()
+    assert y.sum() == before  # not captured
+
+
+@pytest.mark.parametrize("shared", ["pool", "stream", "nothing"])
+def test_graphs_that_run_at_the_same_time_share_nothing(device: FakeCuda, shared: str) -> None:
+    x = torch.ones(2, device=CUDA)
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    for graph in graphs:
+        with torch.cuda.graph(
+            graph,
+            pool=pool if shared == "pool" else torch.cuda.graph_pool_handle(),
+            stream=stream if shared == "stream" else torch.cuda.Stream(),
+        ):
+            x + 1
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    graphs[0].replay()
+    with torch.cuda.stream(other):
+        if shared == "nothing":
+            graphs[1].replay()
+            return
+        with pytest.raises(RuntimeError, match="Race"):
+            graphs[1].replay()
+        other.wait_stream(torch.cuda.default_stream())
+        graphs[1].replay()
+
+
+def test_the_memory_of_tensors_is_counted_and_limited(device: FakeCuda) -> None:
+    x = torch.ones(1000, device=CUDA)
+    view = x[:10]
+    assert torch.cuda.memory_allocated() == 4000
+    y = x + 1
+    del x, y
+    assert (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) == (4000, 8000)
+    torch.cuda.set_per_process_memory_fraction(6000 / device.total_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ones(1000, device=CUDA)
+    del view
+    torch.ones(1000, device=CUDA)
 
 
 def test_an_allocation_fails_on_demand(device: FakeCuda) -> None:

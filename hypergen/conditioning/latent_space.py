@@ -105,11 +105,14 @@ class LatentSpace:
         self._distributions.clear()
 
     def _distribution(self, image: Tensor) -> Any:
-        dtype = self._vae.dtype
-        if self._upcast and dtype != torch.float32:
-            self._vae.to(torch.float32)
+        own = self._vae.dtype
+        dtype = torch.float32 if self._upcast else own
+        # Not the decoder: it may be running, and CUDA graphs read its weights at their addresses.
+        encoder = [part for part in (self._vae.encoder, self._vae.quant_conv) if part is not None]
+        for part in encoder:
+            part.to(dtype)
         try:
-            return self._vae.encode(image.to(device_of(self._vae), self._vae.dtype)).latent_dist
+            return self._vae.encode(image.to(device_of(self._vae), dtype)).latent_dist
         finally:
-            if self._vae.dtype != dtype:
-                self._vae.to(dtype)
+            for part in encoder:
+                part.to(own)

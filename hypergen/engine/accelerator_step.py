@@ -8,7 +8,7 @@ that no bit of an image depends on the others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -27,7 +27,8 @@ from hypergen.denoising.linear_steps import (
     next_history,
 )
 from hypergen.engine.forward_graphs import ForwardGraphs
-from hypergen.lora.manager import lora_context
+from hypergen.lora.batched_lora import Loras
+from hypergen.lora.manager import denoiser_loras, lora_context
 from hypergen.models.family import Family
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class AcceleratorStep:
     """Predicts and advances batches. Belongs to the engine's thread.
 
     Args:
-        graphs: whether forward passes without LoRAs run as CUDA graphs.
+        graphs: whether forward passes run as CUDA graphs.
     """
 
     def __init__(self, family: Family, *, graphs: bool) -> None:
@@ -62,10 +63,13 @@ class AcceleratorStep:
         self._steps = lru_cache(_MAX_TABLES)(self._find_steps)
 
     def free_memory(self) -> None:
-        """Drop the inputs of the last batch, and the graphs, which read the weights where they are now."""
+        """Drop the inputs of the last batch."""
         self._stacked = None
+
+    def clear_graphs(self) -> None:
+        """Free the memory of CUDA graphs."""
         if self._graphs is not None:
-            self._graphs = ForwardGraphs(self._family)
+            self._graphs.clear()
 
     def close(self) -> None:
         self._noise_thread.shutdown()
@@ -97,16 +101,13 @@ class AcceleratorStep:
         )
         timesteps, scales, guidance = numbers.split([len(rows), len(rows), len(guided)])
         latents = torch.cat([state.latents for state in rows]) * _column(scales)
-        # The LoRAs of a batch are found by the layers' hooks, which a graph does not run.
-        has_loras = any(state.loras for state in rows)
-        forward = self._family.forward if self._graphs is None or has_loras else self._graphs.forward
-        with lora_context(self._family.lora_manager, [state.loras for state in rows]):
-            noise_pred = forward(
-                latents.to(self._family.denoiser.dtype),
-                timesteps,
-                self._stack(rows, inputs),
-                batch_key_extra=states[0].batch_key_extra,
-            )
+        noise_pred = self._forward(
+            latents.to(self._family.denoiser.dtype),
+            timesteps,
+            self._stack(rows, inputs),
+            states[0].batch_key_extra,
+            [denoiser_loras(state.loras) for state in rows],
+        )
         # A copy: samplers keep predictions, and a graph writes its next one to the same memory.
         noise_pred = noise_pred[: len(guided) + len(ordered)].to(torch.float32, copy=True)
         negative, positive = noise_pred.split([len(guided), len(ordered)])
@@ -117,6 +118,19 @@ class AcceleratorStep:
             predictions[: len(guided)] = torch.addcmul(negative, difference, _column(guidance)).split(1)
         by_state = dict(zip(ordered, predictions, strict=True))
         return [by_state[state] for state in states]
+
+    def _forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        inputs: ModelInputs,
+        batch_key_extra: tuple[Hashable, ...],
+        loras: list[Loras],
+    ) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.forward(latents, timesteps, inputs, batch_key_extra, loras)
+        with lora_context(self._family.lora_manager, loras):
+            return self._family.forward(latents, timesteps, inputs, batch_key_extra=batch_key_extra)
 
     def advance(
         self, pairs: Sequence[tuple[DenoisingState, Tensor]]

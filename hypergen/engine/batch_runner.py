@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from hypergen.engine.request_errors import free_cached_memory, is_out_of_memory
 from hypergen.engine.scheduler import batch_key
 from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
+from hypergen.models.memory import LeaveRoom
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ class BatchRunner:
     Args:
         shape_profiles: has the row counts of batches, and gets the cost of each forward pass.
         clock: seconds; not used on CUDA.
+        free_memory: called when the device is out of memory, before another try.
+        leave_room: see `PostProcessor`.
         on_forward: called with the images, rows and seconds of each forward pass.
 
     Attributes:
@@ -39,8 +43,13 @@ class BatchRunner:
         settings: EngineSettings,
         shape_profiles: ShapeProfiles,
         clock: Callable[[], float],
+        *,
+        free_memory: Callable[[], None] = free_cached_memory,
+        leave_room: LeaveRoom = nullcontext,
         on_forward: Callable[[int, int, float], None] = lambda *_: None,
     ) -> None:
+        self._free_memory = free_memory
+        self._leave_room = leave_room
         self.forward_s = 0.0
         self.forwards = 0
         self.image_steps = 0
@@ -59,6 +68,11 @@ class BatchRunner:
         if self._accelerator is not None:
             self._accelerator.free_memory()
 
+    def clear_graphs(self) -> None:
+        """Free the memory of CUDA graphs."""
+        if self._accelerator is not None:
+            self._accelerator.clear_graphs()
+
     def close(self) -> None:
         if self._accelerator is not None:
             self._accelerator.close()
@@ -70,7 +84,7 @@ class BatchRunner:
         """
         rows = sum(state.rows for state in batch)
         try:
-            predictions = self.run_forward(batch)
+            predictions = self._run_with_freed_memory(batch)
         except Exception as error:  # Isolate the failure: only the request that causes it fails.
             out_of_memory = is_out_of_memory(error)
             key = batch_key(batch[0]).shared
@@ -90,11 +104,21 @@ class BatchRunner:
             return
         # Outside the handler: inside, the error's frames would keep the memory of the failed forward pass.
         if out_of_memory:
-            free_cached_memory()
+            self._free_memory()
             self._shape_profiles.limit_rows(key, row_count)
         # Not in halves: batch size 1 is the only one that is sure to be among the probed sizes.
         for state in batch:
             yield from self.predict([state])
+
+    def _run_with_freed_memory(self, batch: list[DenoisingState]) -> list[Tensor]:
+        """`run_forward`; if the device is out of memory, once more after what can be freed is freed."""
+        try:
+            return self.run_forward(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._free_memory()
+        return self.run_forward(batch)
 
     def run_forward(self, batch: list[DenoisingState]) -> list[Tensor]:
         """One forward pass over a batch, measured for the cost curve of its shape.
@@ -111,7 +135,7 @@ class BatchRunner:
             self._on_forward(images, rows, seconds)
 
         images = len(batch)
-        with self._timer.measure(record):
+        with self._timer.measure(record), self._leave_room(batch[0].latents):
             if self._accelerator is not None:
                 predictions = self._accelerator.predict(batch, rows)
             else:

@@ -27,7 +27,7 @@ from hypergen.engine.compiled_forward import CompiledForward
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.reordered_weights import use_reordered_weights
-from hypergen.engine.request_errors import as_request_error
+from hypergen.engine.request_errors import as_request_error, free_cached_memory
 from hypergen.engine.scheduler import RunningImages, batch_key
 from hypergen.engine.warmup import warm_up_request
 from hypergen.errors import RequestError
@@ -104,21 +104,33 @@ class Engine:
         self._decode_queue: deque[DenoisingState] = deque()
         # From the encoder threads: the id of a request whose image could not be encoded, or a device error.
         self._encoding_failures: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+        # With offload, networks are moved and run on one stream.
+        own_stream = family.device.type == "cuda" and settings.offload == "off"
         self._postprocessor = PostProcessor(
             family,
             model_id,
             report,
             self._encoding_failures.put,
             clock=clock,
-            # With offload, networks are moved and run on one stream.
-            own_stream=family.device.type == "cuda" and settings.offload == "off",
+            own_stream=own_stream,
+            graphs=own_stream and settings.cuda_graphs,
             tile_if_needed=settings.vae_tiling == "off",
+            free_memory=self._free_memory,
             encoders=encoders,
         )
         self._previewer = Previewer(family, report, self._postprocessor.encoders)
-        self.shape_profiles = ShapeProfiles(family, settings, clock, buckets, compiled)
         self._on_forward = on_forward
-        self._runner = BatchRunner(family, settings, self.shape_profiles, clock, self._forward_done)
+        leave_room = self._postprocessor.leave_room
+        self.shape_profiles = ShapeProfiles(family, settings, clock, buckets, compiled, leave_room)
+        self._runner = BatchRunner(
+            family,
+            settings,
+            self.shape_profiles,
+            clock,
+            free_memory=self._free_memory,
+            leave_room=leave_room,
+            on_forward=self._forward_done,
+        )
 
     def add_request(self, request: GenerationRequest) -> None:
         """Add a request and start to load its LoRAs."""
@@ -165,6 +177,8 @@ class Engine:
                 sized = replace(request, width=width, height=height)
                 self.shape_profiles.compile(self.family.prepare(sized, 0, self.family.encode_prompts(sized)))
         state = self.family.prepare(request, 0, self.family.encode_prompts(request))
+        if self.family.device.type == "cuda":
+            self._postprocessor.decode(state)  # noise, to measure the memory that forward passes must leave
         deque(self.shape_profiles.probe_minimum(state), maxlen=0)
         while state.remaining_steps:
             for _, error in self._runner.step_schedulers([(state, self._runner.run_forward([state])[0])]):
@@ -182,6 +196,7 @@ class Engine:
         """
         self.shape_profiles.pause_probes()
         self._runner.free_memory()
+        self._free_graphs()
         self.family.free_memory()
 
     def close(self) -> None:
@@ -209,6 +224,16 @@ class Engine:
         if self._waiting_for_loras:
             return _LORA_POLL_S
         return 0.0 if had_requests else math.inf
+
+    def _free_memory(self) -> None:
+        """Give memory back to a device that has too little: also that of CUDA graphs, which keep theirs."""
+        self._free_graphs()
+        free_cached_memory()
+
+    def _free_graphs(self) -> None:
+        self._runner.clear_graphs()
+        if self._postprocessor.graphs is not None:
+            self._postprocessor.graphs.clear()
 
     def _forward_done(self, images: int, rows: int, seconds: float) -> None:
         if self._requests:  # not the warm-up

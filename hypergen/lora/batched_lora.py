@@ -4,10 +4,7 @@ Base weights never change. On a CPU only rows with a LoRA are multiplied and add
 over several rows at once, in batch sizes that were probed on the layer's shape and gave each row the bits
 that it gets alone. Convolutions larger than 1 x 1 run row by row.
 
-On an accelerator, where kernels change with the row count, each LoRA of a batch runs over all of its rows,
-scaled by 0 in those that do not have it. So the shape of a product never depends on the LoRAs of other rows.
-
-DoRA runs row by row everywhere.
+DoRA, changed biases and changed norms run row by row. `accelerator_batch.py` has the batches of accelerators.
 """
 
 from __future__ import annotations
@@ -42,6 +39,7 @@ class LoraBatch:
     """
 
     def __init__(self, loras: Sequence[Loras], batch_sizes: BatchSizeProbe) -> None:
+        self.loras = {lora for own in loras for lora, _ in own}
         self._rows = len(loras)
         self._batch_sizes = batch_sizes
         # Round i has the i-th LoRA of every row: each row sums its LoRAs in its own order.
@@ -50,56 +48,22 @@ class LoraBatch:
             for i in range(max(map(len, loras)))
         ]
         self._tensors: dict[tuple[tuple[int, float], ...], tuple[Tensor, Tensor]] = {}
-        self._columns_on_device: dict[tuple[tuple[int, float], ...], tuple[Tensor, Tensor | None]] = {}
 
     def add(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> None:
-        """Add the LoRA products of the layer's input `x` to its output, in place."""
+        """Add the LoRAs' changes of the layer's output, in place.
+
+        Args:
+            x: the layer's input.
+        """
         if x.shape[0] != self._rows:
             raise RuntimeError(f"{name} has {x.shape[0]} input rows, but the batch has {self._rows}.")
-        add_round = self._add_selected_rows if x.device.type == "cpu" else self._add_to_all_rows
         for entries in self._rounds:
-            add_round(layer, name, entries, x, output)
-            for entry in entries:
-                if (norm := entry.lora.norms.get(name)) is not None:
-                    row = slice(entry.row, entry.row + 1)
-                    output[row] += entry.weight * _normalized(layer, norm, x[row])
+            self._add_round(layer, name, entries, x, output)
+            for row, lora, weight in entries:
+                if (norm := lora.norms.get(name)) is not None:
+                    add_norm(layer, norm, row, weight, x, output)
 
-    def _add_to_all_rows(
-        self, layer: nn.Module, name: str, entries: list[_Entry], x: Tensor, output: Tensor
-    ) -> None:
-        by_lora: dict[Lora, list[_Entry]] = {}
-        for entry in entries:
-            weights = entry.lora.layers.get(name)
-            if weights is None:
-                continue
-            if weights.magnitude is not None:
-                self._add_row(layer, weights, entry, x, output)
-            else:
-                by_lora.setdefault(entry.lora, []).append(entry)
-        for lora, own in by_lora.items():
-            weights = lora.layers[name]
-            scale, without = self._columns(own, x)
-            hidden = _project_down(layer, weights, x).mul_(scale)
-            if without is not None:  # 0 times infinity would be NaN, of a row that does not have this LoRA
-                hidden.masked_fill_(without, 0)
-            _add_projected_up(layer, weights, hidden, output)
-            if weights.bias is not None:
-                output += (scale * _of_channels(layer, weights.bias)).to(output.dtype)
-
-    def _columns(self, own: list[_Entry], x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The LoRA's weight in each row, and where it is 0 because a row does not have the LoRA; cached."""
-        key = *((entry.row, entry.weight) for entry in own), (x.dim(), 0.0)
-        if key not in self._columns_on_device:
-            weights = torch.zeros(self._rows, dtype=x.dtype)
-            for entry in own:
-                weights[entry.row] = entry.weight
-            if x.is_cuda:
-                weights = weights.pin_memory()
-            scale = weights.to(x.device, non_blocking=x.is_cuda).view(-1, *[1] * (x.dim() - 1))
-            self._columns_on_device[key] = scale, None if len(own) == self._rows else scale == 0
-        return self._columns_on_device[key]
-
-    def _add_selected_rows(
+    def _add_round(
         self, layer: nn.Module, name: str, entries: list[_Entry], x: Tensor, output: Tensor
     ) -> None:
         by_rank: dict[int, list[_Entry]] = {}
@@ -107,12 +71,10 @@ class LoraBatch:
             weights = entry.lora.layers.get(name)
             if weights is None:
                 continue
-            if weights.down.dim() > 2 or weights.magnitude is not None or _strided(layer):
-                self._add_row(layer, weights, entry, x, output)
+            if not weights.is_plain or has_window(layer):
+                add_row(layer, weights, entry.row, entry.weight, x, output)
             else:
                 by_rank.setdefault(weights.rank, []).append(entry)
-                if weights.bias is not None:
-                    output[entry.row] += entry.weight * _of_channels(layer, weights.bias)
         for batch in by_rank.values():
             self._add_batch(layer, name, batch, x, output)
 
@@ -140,18 +102,6 @@ class LoraBatch:
             scales = torch.tensor([entry.weight for entry in batch], device=x.device, dtype=x.dtype)
             self._tensors[key] = rows, scales.view(-1, 1, 1)
         return self._tensors[key]
-
-    def _add_row(
-        self, layer: nn.Module, weights: LayerWeights, entry: _Entry, x: Tensor, output: Tensor
-    ) -> None:
-        row, result = x[entry.row : entry.row + 1].contiguous(), output[entry.row : entry.row + 1]
-        if weights.magnitude is None:
-            added = entry.weight * _row_product(layer, weights, row)
-        else:
-            added = _dora_change(layer, weights, entry.weight, row, result)
-        if weights.bias is not None:
-            added = added + entry.weight * _of_channels(layer, weights.bias)
-        result += added.to(result.dtype)
 
 
 class BatchSizeProbe:
@@ -183,9 +133,10 @@ class BatchSizeProbe:
         return not self._strict or self._probed[shape, size]
 
 
-def _strided(layer: nn.Module) -> bool:
+def has_window(layer: nn.Module) -> bool:
+    """Whether the layer is a convolution that is more than a matrix product for each pixel."""
     return isinstance(layer, nn.Conv2d) and (
-        tuple(layer.stride) != (1, 1) or layer.padding not in ((0, 0), 0, "valid")
+        layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.padding not in ((0, 0), "valid")
     )
 
 
@@ -224,7 +175,30 @@ def _same_bits(layer: nn.Module, weights: LayerWeights, x: Tensor, count: int) -
     )
 
 
-def _project_down(layer: nn.Module, weights: LayerWeights, x: Tensor) -> Tensor:
+def add_row(
+    layer: nn.Module, weights: LayerWeights, row: int, weight: float, x: Tensor, output: Tensor
+) -> None:
+    """Add the LoRA's change of one row of the layer's output, in place.
+
+    Args:
+        x: the layer's input, of all rows.
+    """
+    own, result = x[row : row + 1].contiguous(), output[row : row + 1]
+    if weights.magnitude is None:
+        added = weight * _row_product(layer, weights, own)
+    else:
+        added = _dora_change(layer, weights, weight, own, result)
+    if weights.bias is not None:
+        added = added + weight * _of_channels(layer, weights.bias)
+    result += added.to(result.dtype)
+
+
+def add_norm(layer: nn.Module, norm: NormWeights, row: int, weight: float, x: Tensor, output: Tensor) -> None:
+    """Add the LoRA's change of one row of a normalization layer's output, in place; see `add_row`."""
+    output[row : row + 1] += weight * _normalized(layer, norm, x[row : row + 1])
+
+
+def project_down(layer: nn.Module, weights: LayerWeights, x: Tensor) -> Tensor:
     x = x.to(weights.down.dtype)
     if isinstance(layer, nn.Conv2d):
         down = weights.down if weights.down.dim() == 4 else weights.down[:, :, None, None]
@@ -232,17 +206,8 @@ def _project_down(layer: nn.Module, weights: LayerWeights, x: Tensor) -> Tensor:
     return functional.linear(x, weights.down)
 
 
-def _add_projected_up(layer: nn.Module, weights: LayerWeights, hidden: Tensor, output: Tensor) -> None:
-    if isinstance(layer, nn.Conv2d):
-        output += functional.conv2d(hidden, weights.up[:, :, None, None]).to(output.dtype)
-    elif output.is_contiguous() and output.dtype == hidden.dtype:
-        output.view(-1, output.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), weights.up.T)
-    else:
-        output += functional.linear(hidden, weights.up).to(output.dtype)
-
-
 def _row_product(layer: nn.Module, weights: LayerWeights, row: Tensor) -> Tensor:
-    hidden = _project_down(layer, weights, row)
+    hidden = project_down(layer, weights, row)
     if isinstance(layer, nn.Conv2d):
         return functional.conv2d(hidden, weights.up[:, :, None, None])
     return functional.linear(hidden, weights.up)

@@ -6,7 +6,6 @@ Each family with LoRAs has one `LoraManager`. Forward passes of the pipeline's m
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import threading
@@ -28,10 +27,12 @@ from hypergen import log_setup
 from hypergen.cache_lookups import count_lookup
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
 from hypergen.lora.factors import IncompatibleLoraError
 from hypergen.lora.files import families_of
 from hypergen.lora.layer_names import LayerNames
+from hypergen.lora.slots import LoraSlots, pack
 from hypergen.lora.textual_inversion import embedding_widths
 from hypergen.lora.weights import LayerWeights, Lora, read_lora
 from hypergen.model_info import Capability
@@ -68,10 +69,14 @@ class LoraManager:
         # Recently used LoRAs, and all LoRAs that are still referenced.
         cache_bytes = settings.lora_cache_mb * 1e6
         self._cache: LRUCache[_Version, Lora] = LRUCache(cache_bytes, lambda lora: lora.nbytes)
+        self.slots = LoraSlots(cache_bytes)  # of CUDA graphs
         self._in_use: WeakValueDictionary[_Version, Lora] = WeakValueDictionary()
         self._lock = threading.Lock()  # guards both
         # Of the current forward pass; None: no row has a LoRA.
-        self.batch: LoraBatch | None = None
+        self.batch: LoraBatch | AcceleratorLoraBatch | None = None
+        # Of the latest batch: they change only when images join or leave.
+        self._row_weights: tuple[Hashable, RowWeights] | None = None
+        self._zeros: dict[Hashable, Tensor] = {}  # factors of the rows without a LoRA, by shape and dtype
         self._loading_threads = _loading_threads()
         self._hooked: set[str] = set()  # layer names
         # Offloaded weights are elsewhere when a LoRA is loaded.
@@ -126,6 +131,9 @@ class LoraManager:
         """Forget the loaded LoRAs, also those that are loaded now for cancelled requests."""
         self._loading_threads.shutdown()
         self._loading_threads = _loading_threads()
+        self.slots.clear()
+        self._row_weights = None
+        self._zeros.clear()
         with self._lock:
             self._cache.clear()
 
@@ -154,20 +162,19 @@ class LoraManager:
                 lora = self._in_use.get(version)
             count_lookup("lora", found=lora is not None)
             if lora is None:
-                lora = self._read(path)
+                lora = self._read(path, name)
                 logger.info("Loaded the LoRA %s: %d layers.", name, len(lora.layers) + len(lora.norms))
         except OSError:
             raise InvalidRequestError(f"The LoRA '{name}' cannot be read.", param="loras") from None
         except IncompatibleLoraError as error:
             raise InvalidRequestError(f"The LoRA '{name}' {error}.", param="loras") from None
-        self._keep(version, lora)
-        return lora
+        return self._keep(version, lora)
 
-    def _read(self, path: Path) -> Lora:
+    def _read(self, path: Path, name: str) -> Lora:
         families, widths = families_of(self._pipeline), embedding_widths(self._pipeline)
         content = read_lora(path, self._layer_names, families, widths, self._settings.max_lora_mb * 1e6)
         padded = {layer: self._pad_rank(factors) for layer, factors in content.layers.items()}
-        return Lora(replace(content, layers=padded))
+        return pack(replace(content, layers=padded), name)
 
     @functools.cached_property
     def _layer_names(self) -> LayerNames:
@@ -176,7 +183,7 @@ class LoraManager:
     def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
         """Pad to the maximum rank with zeros: LoRAs of other ranks in the batch then change no shape."""
         missing = self._settings.max_lora_rank - weights.rank
-        if missing <= 0 or weights.down.dim() > 2 or weights.magnitude is not None:
+        if missing <= 0 or weights.down.dim() > 2 or not weights.is_plain:
             return weights
         return replace(
             weights,
@@ -197,18 +204,35 @@ class LoraManager:
         if self.batch is not None:
             self.batch.add(layer, name, inputs[0], output)
 
-    def _keep(self, version: _Version, lora: Lora) -> None:
-        with self._lock, suppress(ValueError):  # larger than the cache
-            self._in_use[version] = lora
-            self._cache[version] = lora
+    def _keep(self, version: _Version, lora: Lora) -> Lora:
+        """The LoRA itself, or the one that another thread has loaded meanwhile."""
+        with self._lock:
+            lora = self._in_use.setdefault(version, lora)
+            with suppress(ValueError):  # larger than the cache
+                self._cache[version] = lora
+        return lora
+
+    def make_batch(self, rows: Sequence[Loras]) -> LoraBatch | AcceleratorLoraBatch | None:
+        """The LoRAs of the rows of a batch; None: no row has one."""
+        if not any(rows):
+            return None
+        device: torch.device = self._pipeline.device
+        if device.type == "cpu":
+            return LoraBatch(rows, self._batch_sizes)
+        key = tuple(loras_key(own) for own in rows)
+        known = None if self._row_weights is None or self._row_weights[0] != key else self._row_weights[1]
+        batch = AcceleratorLoraBatch(rows, device, self._zeros, known)
+        self._row_weights = key, batch.weights
+        return batch
 
     @contextmanager
-    def _applied(self, loras: Sequence[Loras]) -> Iterator[None]:
+    def applied(self, batch: LoraBatch | AcceleratorLoraBatch | None) -> Iterator[None]:
+        """Apply the LoRAs of a batch, if it has any, to the forward passes inside."""
         # Not in `load`, which runs in other threads: a hook must not be added while its layer runs.
-        for lora, _ in itertools.chain(*loras):
+        for lora in batch.loras if batch is not None else ():
             if not lora.hooked:
                 self._hook(lora)
-        self.batch = LoraBatch(loras, self._batch_sizes)
+        self.batch = batch
         try:
             yield
         finally:
@@ -229,10 +253,10 @@ def lora_context(lora_manager: LoraManager | None, loras: Sequence[Loras]) -> It
         lora_manager: the manager that loaded them; None: the family has no LoRAs.
         loras: of each row.
     """
-    if lora_manager is None or not any(loras):
+    if lora_manager is None:
         yield
         return
-    with lora_manager._applied(loras):
+    with lora_manager.applied(lora_manager.make_batch(loras)):
         yield
 
 
@@ -241,6 +265,11 @@ def text_encoder_loras(loras: Loras) -> Loras:
     return tuple((lora, weight) for lora, weight in loras if lora.changes_text_encoder)
 
 
-def prompt_cache_key(loras: Loras) -> Hashable:
-    """The LoRA part of the key of a prompt in the prompt cache."""
+def denoiser_loras(loras: Loras) -> Loras:
+    """The LoRAs that change the denoiser."""
+    return tuple((lora, weight) for lora, weight in loras if lora.changes_denoiser)
+
+
+def loras_key(loras: Loras) -> Hashable:
+    """The LoRAs of a row with their weights, for the keys of caches."""
     return tuple((lora.number, weight) for lora, weight in loras)

@@ -57,6 +57,11 @@ class LayerWeights:
         return self.down.shape[0]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the layer changes by the product alone. Others run row by row, and not in CUDA graphs."""
+        return self.magnitude is None and self.bias is None
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         every = self.down, self.up, self.magnitude, self.bias
         return tuple(tensor for tensor in every if tensor is not None)
@@ -89,19 +94,28 @@ class LoraFile:
 
 
 class Lora:
-    """A loaded LoRA; denoising states that use it keep it in memory."""
+    """A loaded LoRA; denoising states that use it keep it in memory.
+
+    Args:
+        memory, layout: of the factors of the denoiser, see `slots.pack`.
+    """
 
     _numbers = itertools.count()
 
-    def __init__(self, content: LoraFile) -> None:
+    def __init__(
+        self, content: LoraFile, name: str = "", memory: Tensor | None = None, layout: bytes = b""
+    ) -> None:
         self.layers = content.layers
         self.norms = content.norms
         self.embeddings = content.embeddings
+        self.name = name
+        self.memory = memory
+        self.layout = layout
         self.hooked = False
         self.number = next(self._numbers)  # unique, for cache keys
-        self.changes_text_encoder = bool(self.embeddings) or any(
-            name.startswith("text_encoder") for name in (*self.layers, *self.norms)
-        )
+        in_text_encoder = [layer.startswith("text_encoder") for layer in (*self.layers, *self.norms)]
+        self.changes_text_encoder = bool(self.embeddings) or any(in_text_encoder)
+        self.changes_denoiser = not all(in_text_encoder)
         weights = *self.layers.values(), *self.norms.values()
         tensors = [tensor for layer in weights for tensor in layer.tensors]
         tensors += [tensor for vectors in self.embeddings.values() for tensor in vectors.values()]

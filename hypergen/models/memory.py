@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hypergen.config import EngineSettings, Quantization
 from hypergen.denoising.offload import ModelOffloader
 from hypergen.errors import ModelError
+
+# Of a forward pass with these latents: leaves memory for decoding them.
+LeaveRoom = Callable[[Tensor], AbstractContextManager[object]]
 
 # Pixels: decoding a tile takes little memory, and an image has few seams.
 _TILE_SIDE = 512
@@ -88,6 +91,21 @@ def vae_tiling(vae: Any, side: int = _TILE_SIDE) -> Iterator[None]:
         yield
     finally:
         vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
+
+
+@contextmanager
+def memory_left_free(size_bytes: float) -> Iterator[None]:
+    """Let CUDA allocations inside fail where less than `size_bytes` of the device's memory would be left.
+
+    Memory that torch keeps for later allocations counts as free.
+    """
+    free, total = torch.cuda.mem_get_info()
+    limit = free + torch.cuda.memory_reserved() - size_bytes
+    torch.cuda.set_per_process_memory_fraction(max(limit, 0) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _apply_tiling(pipeline: Any) -> None:

@@ -316,14 +316,15 @@ def test_a_shape_runs_as_a_graph_from_its_second_forward_pass_on(
     sd_folder: Path, device: FakeCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
     requests = [make_request(seed=seed, num_inference_steps=5) for seed in range(3)]
-    with caplog.at_level("INFO", "hypergen.engine.forward_graphs"):
+    with caplog.at_level("INFO", "hypergen.engine.cuda_graphs"):
         engine = _engine(sd_folder, "cuda")
         engine.engine.warm_up()
-        assert caplog.text.count("Captured a CUDA graph") == 1  # of the default size
+        assert caplog.text.count("runs as a CUDA graph") == 2  # forward pass and decoding of the default size
         engine.run(*requests)
-        assert caplog.text.count("Captured a CUDA graph") == 2
+        assert caplog.text.count("The forward pass of latents 16x4x8x8 runs as a CUDA graph") == 1
     graphs = [entry for entry in device.launches if entry.startswith("graph ")]
-    assert sum(device.launches[entry] for entry in graphs) == 1 + 4  # all but the first of each shape
+    # All but the first forward pass and the first decode of each shape.
+    assert sum(device.launches[entry] for entry in graphs) == (1 + 4) + (1 + 2)
     eager = _engine(sd_folder, "cuda", cuda_graphs=False)
     eager.run(*requests)
     for request in requests:
@@ -345,7 +346,7 @@ def test_a_network_that_cannot_be_captured_runs_without_a_graph(
     request = make_request()
     engine.run(request)
     assert not engine.errors
-    assert "run without a CUDA graph" in caplog.text
+    assert "runs without a CUDA graph" in caplog.text
     plain = _engine(sd_folder, "cuda")
     plain.run(request)
     assert engine.data(request) == plain.data(request)
@@ -386,6 +387,8 @@ def lora_files(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("loras")
     save_lora(folder / "attention.safetensors", pipeline, rank=4, targets=ATTENTION, seed=1)
     save_lora(folder / "everything.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=2)
+    save_lora(folder / "another.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=4)
+    save_lora(folder / "third.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=5)
     save_lora(folder / "dora.safetensors", pipeline, rank=8, targets=ATTENTION, seed=3, use_dora=True)
     return folder
 
@@ -395,7 +398,8 @@ _LORAS: list[tuple[tuple[str, float], ...]] = [
     (("attention", 1.0),),
     (("attention", 0.5),),
     (("everything", 0.7),),
-    (("everything", 0.5), ("attention", -0.3)),
+    (("attention", -0.3), ("everything", 0.5)),
+    (("another", 0.4), ("attention", 0.2), ("dora", 0.6), ("everything", 0.5)),
     (("dora", 0.8),),
 ]
 
@@ -417,28 +421,70 @@ def test_loras_of_other_rows_do_not_change_an_image(
         assert alone.data(request) == batched.data(request), request.loras
 
 
-def test_one_lora_for_all_rows_is_three_launches_a_layer(
-    sd_folder: Path, device: FakeCuda, lora_files: Path
+_ONE, _OTHER, _THIRD = ("everything", 0.7), ("another", -0.5), ("third", 0.2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("rows", "launches", "launches_of_convolutions"),
+    [
+        ([(_ONE,)] * 4, 3, 3),
+        ([(_ONE,)] * 3 + [()], 7, 4),
+        ([(_ONE,)] * 2 + [(_OTHER,)] * 2, 7, 7),
+        ([(_ONE,), (_OTHER,), (_THIRD,), ()], 7, 10),
+        ([(_ONE, _OTHER)] * 4, 6, 6),
+    ],
+    ids=["one LoRA", "a row without", "two LoRAs", "three LoRAs", "two LoRAs in each row"],
+)
+def test_launches_of_loras_for_each_layer(
+    sd_folder: Path,
+    device: FakeCuda,
+    lora_files: Path,
+    rows: list[Any],
+    launches: int,
+    launches_of_convolutions: int,
+    memory_format: torch.memory_format,
 ) -> None:
-    def count(loras: tuple[tuple[str, float], ...]) -> tuple[int, list[str]]:
-        family = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,)))
-        step = AcceleratorStep(family, graphs=False)
-        states = [prepare_image(family, make_request(seed=seed, loras=loras)) for seed in range(4)]
+    family = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,)))
+    family.denoiser.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
+    step = AcceleratorStep(family, graphs=False)
+
+    def count(loras: list[Any]) -> int:
+        states = [prepare_image(family, make_request(seed=i, loras=own)) for i, own in enumerate(loras)]
         step.predict(states, 8)
         device.reset()
         step.predict(states, 8)
-        step.close()
-        return sum(device.launches.values()), list(device.waits)
+        assert not device.waits
+        return sum(device.launches.values())
 
     with torch.inference_mode():
-        plain, _ = count(())
-        launches, waits = count((("attention", 0.7),))
-    manager = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,))).lora_manager
-    assert manager is not None
-    ((lora, _),) = manager.load((("attention", 1.0),))
-    layers = sum(name.startswith("unet") for name in lora.layers)
-    assert not waits
-    assert launches - plain <= 3 * layers
+        added = count(rows) - count([()] * 4)
+    assert family.lora_manager is not None
+    ((lora, _),) = family.lora_manager.load((("everything", 1.0),))
+    layers = [weights for name, weights in lora.layers.items() if name.startswith("unet")]
+    convolutions = sum(weights.down.dim() > 2 for weights in layers)
+    assert convolutions
+    assert added == launches * (len(layers) - convolutions) + launches_of_convolutions * convolutions
+    step.close()
+
+
+def test_an_infinite_product_harms_only_the_rows_of_its_lora(
+    sd_folder: Path, device: FakeCuda, lora_files: Path
+) -> None:
+    settings = {"lora_dir": (lora_files,), "determinism": "strict"}
+    family = loading.load(sd_folder, make_settings(device="cuda", **settings))
+    assert family.lora_manager is not None
+    ((broken, _),) = family.lora_manager.load((("everything", 1.0),))
+    for weights in broken.layers.values():
+        weights.down.fill_(torch.finfo(torch.float32).max)
+    requests = [make_request(seed=seed, loras=_LORAS[choice]) for seed, choice in enumerate((3, 0, 1))]
+    engine = InlineEngine(family, device="cuda", **settings)
+    engine.run(*requests)
+    assert list(engine.errors) == [requests[0].id]
+    for request in requests[1:]:
+        alone = _engine(sd_folder, "cuda", **settings)
+        alone.run(request)
+        assert alone.data(request) == engine.data(request)
 
 
 def test_a_controlnet_gives_the_images_of_the_cpu(

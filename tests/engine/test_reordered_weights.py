@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hypergen.engine.reordered_weights import can_reorder, reorder_weights
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch
-from hypergen.lora.weights import LayerWeights, Lora
+from hypergen.lora.weights import LayerWeights, Lora, LoraFile
 
 _COUNTS = (1, 2, 3, 4, 6, 8, 16)
 
@@ -113,7 +113,7 @@ def test_dora_reads_the_original_weights(kind: str) -> None:
     x = torch.randn(2, 5, 64) if kind == "linear" else _latents(64, 8)[:2]
     down = torch.randn(4, *layer.weight.shape[1:])
     weights = LayerWeights(down, torch.randn(64, 4), torch.rand(64))
-    batch = LoraBatch([((Lora({"layer": weights}), 0.5),)] * 2, BatchSizeProbe(strict=True))
+    batch = LoraBatch([((Lora(LoraFile({"layer": weights})), 0.5),)] * 2, BatchSizeProbe(strict=True))
     expected = layer(x)
     batch.add(layer, "layer", x, expected)
     reorder_weights(layer)

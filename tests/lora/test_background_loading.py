@@ -85,3 +85,22 @@ def test_a_lora_loaded_in_the_background_is_not_loaded_again(family: Any, folder
     [(lora, _)] = prepared.result()
     assert family.lora_manager.load(weights)[0][0] is lora
     assert family.lora_manager.load_in_background(()) is None
+
+
+def test_two_requests_that_load_a_lora_at_the_same_time_share_it(
+    family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_have_read = threading.Barrier(2, timeout=60)
+    pad_rank = family.lora_manager._pad_rank
+    waited: set[int] = set()
+
+    def pad(weights: Any) -> Any:
+        if threading.get_ident() not in waited:
+            waited.add(threading.get_ident())
+            both_have_read.wait()
+        return pad_rank(weights)
+
+    monkeypatch.setattr(family.lora_manager, "_pad_rank", pad)
+    prepared = [family.lora_manager.load_in_background((("style", weight),)) for weight in (1.0, 0.5)]
+    [(first, _)], [(second, _)] = (each.result() for each in prepared)
+    assert first is second

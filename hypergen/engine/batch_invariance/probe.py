@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -31,6 +32,7 @@ from hypergen.engine.scheduler import BatchKey, batch_key
 from hypergen.events import Verdict
 from hypergen.models.cfg import ForwardInputs, map_rows, random_rows
 from hypergen.models.family import Family
+from hypergen.models.memory import LeaveRoom
 
 _ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _BUCKETS = (1, 2, 4, 8, 16)
@@ -75,6 +77,7 @@ class BatchInvariance:
         buckets: chosen earlier.
         budget_s: a probe tries no more row counts after this many seconds, for large models on slow devices.
         clock: seconds, for the first points of the cost curve.
+        leave_room: see `PostProcessor`; a batch that leaves too little counts as out of memory.
 
     Attributes:
         compiled_shapes: the shapes to compile.
@@ -91,6 +94,7 @@ class BatchInvariance:
         buckets: BucketStore | None = None,
         budget_s: float = 20,
         clock: Callable[[], float] = time.monotonic,
+        leave_room: LeaveRoom = nullcontext,
     ) -> None:
         self._family = family
         self._enabled = enabled
@@ -99,6 +103,7 @@ class BatchInvariance:
         self._max_rows = max_rows
         self._budget_s = budget_s
         self._clock = clock
+        self._leave_room = leave_room
         self._rows_per_image = rows_per_image
         self._buckets = buckets or BucketStore(None, {})
         self._on_cpu = family.device.type == "cpu"
@@ -156,7 +161,12 @@ class BatchInvariance:
             except Exception as error:
                 if count == own or not is_out_of_memory(error):
                     raise
-                break
+            if count not in seconds:
+                if not chosen:
+                    break
+                self.limit_bucket(shape, count // 2)  # it was chosen with more memory
+                yield from self._choose_bucket(probe, state)
+                return
             if has_bucket and not chosen and seconds[count] > _MAX_BUCKET_COST * seconds[own]:
                 break
             if not has_bucket and count > own and _MIN_SPEEDUP * seconds[count] > 2 * seconds[count // 2]:
@@ -259,7 +269,8 @@ class BatchInvariance:
         self, inputs: ForwardInputs, batch_key_extra: tuple[Hashable, ...]
     ) -> tuple[Tensor, float]:
         started = self._clock()
-        output = self._family.forward(*inputs, batch_key_extra=batch_key_extra)
+        with self._leave_room(inputs[0]):
+            output = self._family.forward(*inputs, batch_key_extra=batch_key_extra)
         synchronize(output)
         return output, self._clock() - started
 

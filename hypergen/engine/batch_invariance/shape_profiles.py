@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState
@@ -16,6 +17,7 @@ from hypergen.engine.scheduler import BatchKey, CostCurve, batch_key
 from hypergen.engine.warmup import rows_per_image
 from hypergen.events import Verdict
 from hypergen.models.family import Family
+from hypergen.models.memory import LeaveRoom
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class ShapeProfiles:
         clock: Callable[[], float] = time.monotonic,
         buckets: BucketStore | None = None,
         compiled: CompiledForward | None = None,
+        leave_room: LeaveRoom = nullcontext,
     ) -> None:
         self._strict = settings.determinism == "strict"
         self._max_rows = 2 * settings.max_batch_size
@@ -56,6 +59,7 @@ class ShapeProfiles:
             rows_per_image=rows_per_image(family),
             buckets=buckets,
             clock=clock,
+            leave_room=leave_room,
         )
         self._probes: dict[BatchKey, Probe] = {}
         self._probing: set[BatchKey] = set()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypergen.cache_lookups import count_lookup
 from hypergen.lora.batched_lora import Loras
-from hypergen.lora.manager import LoraManager, lora_context, prompt_cache_key, text_encoder_loras
+from hypergen.lora.manager import LoraManager, lora_context, loras_key, text_encoder_loras
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PromptCache:
         clip_skip = clip_skip or self._clip_skip
         if not (text or loras) and clip_skip == self._clip_skip:
             return self._empty
-        key = text, prompt_cache_key(loras), clip_skip
+        key = text, loras_key(loras), clip_skip
         encoded = self._entries.get(key)
         count_lookup("prompt", found=encoded is not None)
         if encoded is not None:

@@ -7,7 +7,9 @@ GPU forgives at times and punishes at others:
 - an asynchronous copy to the host holds garbage until its event or stream is waited for;
 - an operation on another stream than the one that wrote its input raises, unless it waited for that stream;
 - pinned memory that is changed before its copy to the device is done raises at the next wait;
-- while a graph is captured nothing may wait, and what was captured holds garbage until the first replay.
+- while a graph is captured nothing may wait, but other threads if the capture is "thread_local", and what was
+  captured holds garbage until the first replay;
+- graphs of one memory pool, or captured on one stream, that may run at the same time raise.
 
 Launches, copies and waits of the host are counted, with the line of code that caused each.
 """
@@ -62,7 +64,7 @@ def _graph_context(
 ) -> Iterator[None]:
     current().synchronize()
     with stream or FakeStream():
-        graph.capture_begin()
+        graph.capture_begin(pool, capture_error_mode)
         try:
             yield
         finally:
@@ -100,7 +102,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
             "Expected all tensors to be on the same device, but attention got CPU tensors too."
         )
     for tensor in ours:
-        device.check_order(tensor, stream, "attention")
+        device.check_order(tensor.memory, stream, "attention")
 
     def run(*inner: Any, **named: Any) -> Tensor:
         with _disable_current_modes():
@@ -109,10 +111,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     device.count("launches", "attention")
     arguments = (query, key, value, *args)
     data = run(*unwrap(arguments), **unwrap(kwargs))
-    made = FakeTensor(data)
-    device.written(made, stream)
-    if device.capturing is not None:
-        device.capturing.calls.append((run, arguments, kwargs, made))
+    made = device.allocate(data)
+    device.written(made.memory, stream)
+    device.record(run, arguments, kwargs, made)
     return made
 
 
@@ -147,11 +148,14 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "stream": _stream_context,
             "synchronize": device.synchronize,
             "empty_cache": lambda: None,
-            "mem_get_info": lambda *_: (total_memory // 2, total_memory),
-            "memory_allocated": lambda *_: 0,
-            "memory_reserved": lambda *_: 0,
-            "max_memory_allocated": lambda *_: 0,
-            "reset_peak_memory_stats": lambda *_: None,
+            "mem_get_info": lambda *_: (total_memory - device.allocated, total_memory),
+            "memory_allocated": lambda *_: device.allocated,
+            "memory_reserved": lambda *_: device.allocated,
+            "max_memory_allocated": lambda *_: device.peak,
+            "reset_peak_memory_stats": lambda *_: setattr(device, "peak", device.allocated),
+            "set_per_process_memory_fraction": lambda fraction, *_: setattr(
+                device, "memory_limit", fraction * total_memory
+            ),
             "get_device_properties": lambda *_: properties,
             "get_device_name": lambda *_: properties.name,
             "get_device_capability": lambda *_: (9, 0),
@@ -159,7 +163,7 @@ def fake_cuda(total_memory: int = 24 * 10**9) -> Iterator[FakeCuda]:
             "is_current_stream_capturing": lambda: device.capturing is not None,
             "CUDAGraph": FakeGraph,
             "graph": _graph_context,
-            "graph_pool_handle": lambda: (0, 0),
+            "graph_pool_handle": object,
         },
         torch: {"tensor": _tensor},
         torch.accelerator: {"empty_host_cache": lambda: None},

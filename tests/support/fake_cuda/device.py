@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -19,6 +21,7 @@ from tests.support.fake_cuda.graphs import FakeGraph
 from tests.support.fake_cuda.streams import FakeStream, current_stream
 from tests.support.fake_cuda.tensors import (
     FakeTensor,
+    Memory,
     change_tensors,
     fill_with_garbage,
     is_cuda,
@@ -73,10 +76,13 @@ class FakeCuda:
             memory; True raises an out-of-memory error.
         out_of_memory: what it raises.
         total_memory: of the device, in bytes.
+        allocated, peak: bytes of tensors now, and at most since the peak was reset.
     """
 
     def __init__(self, total_memory: int = 24 * 10**9) -> None:
         self.total_memory = total_memory
+        self.memory_limit: float = total_memory
+        self.allocated = self.peak = 0
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -90,6 +96,8 @@ class FakeCuda:
         )
         self.known: Counter[FakeStream] = Counter()  # how far the host has seen each stream
         self.capturing: FakeGraph | None = None
+        self.graph_memory: dict[object, Memory] = {}  # by memory pool, and by stream of a capture
+        self.graphs: WeakSet[FakeGraph] = WeakSet()  # captured and not deleted
         self.default_stream = FakeStream()
         self.streams: set[FakeStream] = set()
         self._copies: list[_Copy] = []
@@ -119,7 +127,7 @@ class FakeCuda:
     def wait(self, kind: str, until: dict[FakeStream, int] | Counter[FakeStream]) -> None:
         """Let the host wait until these streams have come so far."""
         with self._lock:
-            if self.capturing is not None:
+            if self.capturing is not None and self.capturing.forbids_waits():
                 raise RuntimeError(f"operation not permitted when stream is capturing: wait for {kind}")
             waited = any(self.known[stream] < at for stream, at in until.items())
             self.known |= Counter(until)
@@ -134,24 +142,29 @@ class FakeCuda:
     def wait_for(self, kind: str, tensor: FakeTensor) -> None:
         """Let the host wait until the current stream has done all, the tensor's last write among it."""
         stream = current_stream()
-        self.check_order(tensor, stream, kind)
+        self.check_order(tensor.memory, stream, kind)
         stream.count += 1
         self.wait(kind, Counter({**stream.seen, stream: stream.count}))
 
     def synchronize(self, _device: object = None) -> None:
         self.wait("device", Counter({stream: stream.count for stream in self.streams}))
 
-    def check_order(self, tensor: FakeTensor, stream: FakeStream, what: object) -> None:
+    def check_order(self, memory: Memory, stream: FakeStream, what: object) -> None:
         """Raise where a stream uses what another one may still be writing."""
-        writer, at = tensor.memory.stream, tensor.memory.at
+        writer, at = memory.stream, memory.at
         if writer is None or writer is stream or stream.seen[writer] >= at or self.known[writer] >= at:
             return
         raise RuntimeError(f"Race: {what} uses a tensor that another stream may still be writing; {place()}")
 
-    def written(self, tensor: FakeTensor, stream: FakeStream) -> None:
+    def written(self, memory: Memory, stream: FakeStream) -> None:
         stream.count += 1
         self.streams.add(stream)
-        tensor.memory.stream, tensor.memory.at = stream, stream.count
+        memory.stream, memory.at = stream, stream.count
+
+    def record(self, function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Let a graph that is captured on the current stream have this operation."""
+        if self.capturing is not None and self.capturing.stream is current_stream():
+            self.capturing.calls.append((function, args, kwargs, output))
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -194,7 +207,7 @@ class FakeCuda:
             return self._make_pinned(func, args, plain) if pinned else func(*args, **plain)
         stream = current_stream()
         for tensor in ours:
-            self.check_order(tensor, stream, func)
+            self.check_order(tensor.memory, stream, func)
         if name in _WAITING:
             self.wait_for(name, ours[0])
         in_float32 = name in _PRODUCTS and {tensor.dtype for tensor in ours} == {torch.float16}
@@ -203,8 +216,7 @@ class FakeCuda:
         if not (func.is_view or name in _NO_LAUNCH):
             self.count("launches", name)
         wrapped = change_tensors(lambda value: self._wrap(value, ours, stream, func), output)
-        if self.capturing is not None:
-            self.capturing.calls.append((compute, args, plain, wrapped))
+        self.record(compute, args, plain, wrapped)
         return wrapped
 
     def _make_pinned(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -220,22 +232,34 @@ class FakeCuda:
         storage = value.untyped_storage().data_ptr()
         for tensor in inputs:
             if tensor.data_on_cpu is value:
-                self.written(tensor, stream)
+                self.written(tensor.memory, stream)
                 return tensor
         base = next((t for t in inputs if t.data_on_cpu.untyped_storage().data_ptr() == storage != 0), None)
         if base is not None:
             view = FakeTensor(value, base.memory)
             if not (func.is_view or func._schema.name.partition("::")[2] in _NO_LAUNCH):
-                self.written(view, stream)
+                self.written(view.memory, stream)
             return view
-        self._allocate(value.untyped_storage().nbytes())
-        made = FakeTensor(value)
-        self.written(made, stream)
+        made = self.allocate(value)
+        self.written(made.memory, stream)
         return made
 
-    def _allocate(self, size: int) -> None:
-        if self.fails(size):
+    def allocate(self, data: Tensor) -> FakeTensor:
+        """A tensor with memory of its own."""
+        size = data.untyped_storage().nbytes()
+        if self.allocated + size > self.memory_limit:
+            gc.collect()
+        if self.fails(size) or self.allocated + size > self.memory_limit:
             raise self.out_of_memory()
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        made = FakeTensor(data)
+        finalize(made.memory, self._free, size)
+        return made
+
+    def _free(self, size: int) -> None:
+        with self._lock:
+            self.allocated -= size
 
     def _to_copy(self, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         target = kwargs.pop("device", None)
@@ -247,19 +271,16 @@ class FakeCuda:
                 self.cpu_operations += 1
                 return aten._to_copy.default(source, device=torch.device("cpu"), **kwargs)
             data = aten._to_copy.default(source, **kwargs)
-            self._allocate(data.untyped_storage().nbytes())
-            made = FakeTensor(data.clone() if data is source else data)
+            made = self.allocate(data.clone() if data is source else data)
             self._host_to_device(source, made, non_blocking)
             return made
-        self.check_order(source, stream, "copy")
+        self.check_order(source.memory, stream, "copy")
         if target is None or is_cuda(target):
             data = aten._to_copy.default(source.data_on_cpu, **kwargs)
-            self._allocate(data.untyped_storage().nbytes())
+            made = self.allocate(data)
             self.count("launches", "copy")
-            made = FakeTensor(data)
-            self.written(made, stream)
-            if self.capturing is not None:
-                self.capturing.calls.append((aten._to_copy.default, (source,), kwargs, made))
+            self.written(made.memory, stream)
+            self.record(aten._to_copy.default, (source,), kwargs, made)
             return made
         data = aten._to_copy.default(source.data_on_cpu, **kwargs)
         return self._device_to_host(source, data, torch.empty_like(data), non_blocking)
@@ -270,14 +291,14 @@ class FakeCuda:
             self._host_to_device(source, target, non_blocking)
             return target
         ours = cast(FakeTensor, source)
-        self.check_order(ours, current_stream(), "copy")
+        self.check_order(ours.memory, current_stream(), "copy")
         data = ours.data_on_cpu.to(target.dtype).expand_as(target).clone()
         return self._device_to_host(ours, data, target, non_blocking and is_pinned(target))
 
     def _host_to_device(self, source: Tensor, made: FakeTensor, non_blocking: bool) -> None:
         self.count_copy("host to device", source)
         stream = current_stream()
-        self.written(made, stream)
+        self.written(made.memory, stream)
         if non_blocking and is_pinned(source):
             version = source._version
 
@@ -286,8 +307,7 @@ class FakeCuda:
                     raise RuntimeError("Pinned memory was changed before its copy to the device was done.")
 
             self._copies.append(_Copy(stream, stream.count, unchanged))
-            if self.capturing is not None:
-                self.capturing.calls.append((_upload, (made, source), {}, made))
+            self.record(_upload, (made, source), {}, made)
             return
         # From pageable memory the stream is waited for, whatever `non_blocking` says.
         self.wait("copy to the device", Counter({**stream.seen, stream: stream.count}))

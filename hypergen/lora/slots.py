@@ -1,0 +1,110 @@
+"""Slots: LoRA factors at fixed addresses, which CUDA graphs read.
+
+A slot takes any LoRA of one layout: the same layers with factors of the same shapes. One copy fills it.
+An evicted slot never comes back, so a graph that read it does not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from hypergen.lora.weights import LayerWeights, Lora, LoraFile
+
+# Bytes: as if each factor had been allocated alone, because kernels are also chosen by alignment.
+_ALIGNMENT = 512
+
+_Weights = TypeVar("_Weights")
+
+
+def pack(content: LoraFile, name: str) -> Lora:
+    """A LoRA whose factors of the denoiser lie in one block of memory, if nothing else of it changes."""
+    own = _of_denoiser(content.layers)
+    if not own or _of_denoiser(content.norms) or not all(weights.is_plain for weights in own.values()):
+        return Lora(content, name)
+    size = sum(_padded(tensor) for weights in own.values() for tensor in (weights.down, weights.up))
+    memory = torch.empty(size, dtype=torch.uint8, device=next(iter(own.values())).down.device)
+    packed = _views(own, memory)
+    for layer, weights in packed.items():
+        weights.down.copy_(own[layer].down)
+        weights.up.copy_(own[layer].up)
+    shapes = [(layer, w.down.shape, w.up.shape, w.down.dtype) for layer, w in own.items()]
+    layout = hashlib.sha256(repr(shapes).encode()).digest()
+    return Lora(replace(content, layers={**content.layers, **packed}), name, memory, layout)
+
+
+def _of_denoiser(layers: Mapping[str, _Weights]) -> dict[str, _Weights]:
+    return {layer: layers[layer] for layer in sorted(layers) if not layer.startswith("text_encoder")}
+
+
+def _padded(tensor: Tensor) -> int:
+    return math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(layers: dict[str, LayerWeights], memory: Tensor) -> dict[str, LayerWeights]:
+    """Factors in the shapes of `layers`, one after another in a block of memory."""
+    end = 0
+
+    def view(like: Tensor) -> Tensor:
+        nonlocal end
+        start, end = end, end + _padded(like)
+        return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    return {layer: LayerWeights(view(weights.down), view(weights.up)) for layer, weights in layers.items()}
+
+
+@dataclass
+class _Slot:
+    lora: Lora
+    memory: Tensor
+    holds: int | None = None  # number of the LoRA whose factors it has
+
+
+class LoraSlots:
+    """The least recently used slots are evicted. Belongs to the engine's thread.
+
+    Args:
+        max_bytes: of all slots.
+    """
+
+    def __init__(self, max_bytes: float) -> None:
+        self._slots: LRUCache[tuple[bytes, int], _Slot] = LRUCache(max_bytes, lambda slot: slot.memory.nbytes)
+
+    def clear(self) -> None:
+        """Free all slots; no graph may read them any more."""
+        self._slots.clear()
+
+    def fill(self, loras: Sequence[Lora]) -> list[Lora] | None:
+        """Slots with the factors of these LoRAs, as LoRAs; None: one cannot be in a slot, or no room for all.
+
+        Valid until the next call. The `number` of a slot is its identity.
+        """
+        packed = [(lora, lora.memory) for lora in loras if lora.memory is not None]
+        if len(packed) < len(loras) or sum(m.nbytes for _, m in packed) > self._slots.maxsize:
+            return None
+        used: Counter[bytes] = Counter()
+        slots: list[Lora] = []
+        for lora, memory in packed:
+            key = lora.layout, used[lora.layout]
+            used[lora.layout] += 1
+            slot = self._slots.get(key)
+            if slot is None:
+                slot = self._slots[key] = _make_slot(lora, memory)
+            if slot.holds != lora.number:
+                slot.memory.copy_(memory)
+                slot.holds = lora.number
+            slots.append(slot.lora)
+        return slots
+
+
+def _make_slot(lora: Lora, like: Tensor) -> _Slot:
+    memory = torch.empty_like(like)
+    return _Slot(Lora(LoraFile(_views(_of_denoiser(lora.layers), memory))), memory)
