@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
 
-from hypergen.config import Settings
+from hypergen.config import EngineSettings
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.model_check import refuse_unusable
-from hypergen.resolve_models import find_models
+from hypergen.resolve_models import prefers_fp16
 from tests.support.checkpoint_layouts import LAYOUTS
 from tests.support.model_folders import COMMIT, WEIGHTS, error_message, files_of
 from tests.support.small_models import save_sd
@@ -150,9 +150,9 @@ def test_fp16_variants_are_downloaded_for_half_precision(hub: Hub):
 
 
 def _served(**engine: Any) -> str:
-    """The store's tag of the model that a server with these engine settings would serve."""
-    settings = Settings.model_validate({"models": ["owner/model"], "engine": engine})
-    return find_models(settings)[0].tags[0]
+    """The store's tag of the files that a server with these engine settings would take."""
+    settings = EngineSettings.model_validate(engine)
+    return store.get_or_import("owner/model", prefer_fp16=prefers_fp16(settings)).tag
 
 
 def test_a_gpu_server_downloads_fp16_files_and_a_cpu_server_fp32(hub: Hub, monkeypatch: pytest.MonkeyPatch):

@@ -58,13 +58,14 @@ def test_a_lora_is_described_by_its_own_names(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(file)])
     assert result.exit_code == 0, result.exception
     rows = dict(line.split(":", 1) for line in result.output.splitlines())
-    expected = {"family": "sd 1.x", "layout": "kohya", "layers": "1", "ranks": "4"}
+    expected = {"family": "sd 1.x", "layout": "kohya (LoRA)", "layers": "1", "ranks": "4"}
     assert expected.items() <= {name: value.strip() for name, value in rows.items()}.items()
     assert "sd_v1 (ss_base_model_version)" in rows["base model"]
     assert rows["tensors"].strip() == "1 alpha, 1 lora_down.weight, 1 lora_up.weight"
-    save_file({"lora_unet_x.hada_w1_a": torch.zeros(4, 4)}, file)
+    factors = {f"{layer}.hada_{name}": torch.zeros(4, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    save_file(factors, file)
     result = CliRunner().invoke(main, ["inspect", str(file)])
-    assert "has no LoRA layers (its first tensor is 'lora_unet_x.hada_w1_a')" in str(result.exception)
+    assert "kohya (LoHa)" in result.output
 
 
 def test_tensors_that_change_nothing_are_summarized(tmp_path: Path) -> None:
