@@ -50,7 +50,7 @@ def test_events_report_start_progress_and_images(inline: MakeEngine) -> None:
     engine.probe_shapes(request)
     engine.run(request)
     events = [event for _, event in engine.events]
-    assert events[0] == Started()
+    assert isinstance(events[0], Started)
     assert [event for event in events if isinstance(event, Progress)] == [Progress(2, 4), Progress(4, 4)]
     assert sorted(event.index for event in events if isinstance(event, ImageFinished)) == [0, 1]
     assert [engine.images[request.id][index].seed for index in (0, 1)] == [7, 8]
