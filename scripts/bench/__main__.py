@@ -27,7 +27,7 @@ from rich.progress import (
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, HyperGenError
-from scripts.bench import gates, http, on_device, report
+from scripts.bench import cpu, gates, http, on_device, report
 from scripts.bench.alone import same_bytes_alone, single_request_ratio
 from scripts.bench.device import MEASUREMENTS
 from scripts.bench.figures import Run
@@ -122,6 +122,9 @@ _BATCH = 8
     is_flag=True,
     help="only measure single requests against diffusers",
 )
+@click.option(
+    "--cpu", "cpu_forward", is_flag=True, help="only measure a forward pass of SD 1.5 on all cores of a CPU"
+)
 @click.option("--http", "over_http", is_flag=True, help="only measure the overhead of HTTP")
 @click.option(
     "--output",
@@ -149,6 +152,7 @@ def main(
     dtype: Any,
     check_gates: bool,
     only_alone: bool,
+    cpu_forward: bool,
     over_http: bool,
     output: Path,
 ) -> None:
@@ -167,6 +171,13 @@ def main(
     environment = report.environment(report.command_line())
     report.print_environment(console, environment)
     output.mkdir(parents=True, exist_ok=True)
+    if cpu_forward:
+        times = cpu.measure({})
+        cpu.print_times(console, times)
+        cpu.save(output, environment, times)
+        gate_results, unmeasured = cpu.gates_of(times)
+        report.print_gates(console, gate_results)
+        _exit(console, gate_results, unmeasured)
     if over_http:
         _print_and_exit(console, http.measure(console, output)[1])
     if device == "cpu":
