@@ -1,4 +1,4 @@
-"""The command line: hypergen serve | generate | models | import | inspect | remove | loras | bench."""
+"""The command line: hypergen serve | generate | show | models | import | inspect | remove | loras | bench."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import click
 
 from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
+from hypergen.cli.image_commands import repeated_fields, show_file
 from hypergen.cli.model_commands import import_model, inspect_file, list_models, print_table, remove_models
 from hypergen.cli.setting_options import setting_options
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
@@ -50,7 +51,7 @@ def main() -> None:
     """Serve open diffusion models with OpenAI's and Hyperbolic's image APIs."""
 
 
-for command in (list_models, import_model, inspect_file, remove_models):
+for command in (show_file, list_models, import_model, inspect_file, remove_models):
     main.add_command(command)
 
 
@@ -97,13 +98,20 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
 
 
 @main.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="file to write; its extension selects png, jpeg or webp; several images are numbered",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="image file of HyperGen, whose model and settings apply where none are given",
 )
 @click.option(
     "-m",
@@ -128,18 +136,30 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
 )
 @CONFIG
 @setting_options(*_LOCAL_SETTINGS)
-def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, ...], **options: Any) -> None:
-    """Generate images for PROMPT without a server."""
+def generate(
+    prompt: str | None,
+    output: Path,
+    source: Path | None,
+    config: Path | None,
+    loras: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Generate images for PROMPT, or again with the settings of a file, without a server."""
     from hypergen.cli.generate import generate_files, with_lora_files
     from hypergen.resolve_models import find_models
 
-    model: str | None = options.pop("model")
+    if prompt is None and source is None:
+        raise click.UsageError("Missing argument 'PROMPT'.")
+    own_model, fields = repeated_fields(source, output) if source else (None, {})
+    model: str | None = options.pop("model") or own_model
     flags = {name: options.pop(name) for name in _LOCAL_SETTINGS}
     settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
     if loras:
         settings, options["loras"] = with_lora_files(settings, loras)
+    given = {"prompt": prompt, **options}
+    fields |= {name: value for name, value in given.items() if value is not None}
     found = find_models(settings, _print)[0]
-    for file, seed in generate_files(settings, found, {"prompt": prompt, **options}, output):
+    for file, seed in generate_files(settings, found, fields, output):
         _print(f"{file} (seed {seed})")
 
 
