@@ -12,14 +12,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hypergen import events
 from hypergen.api.dialects import openai_images
+from hypergen.api.validation import check_capability
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.events import ImageFinished
 from hypergen.images.encoding import OUTPUT_FORMATS
-from hypergen.model_info import ModelInfo
+from hypergen.model_info import Capability, ModelInfo
 from hypergen.served_model import ServedModel
 
+_NEEDED_CAPABILITIES: dict[str, Capability] = {
+    "negative_prompt": "negative_prompt",
+    "prompt_2": "prompt_2",
+    "negative_prompt_2": "prompt_2",
+    "enable_refiner": "enable_refiner",
+}
 _FORMATS = {
     ".jpeg": "jpeg",
     **{f".{file_format.extension}": name for name, file_format in OUTPUT_FORMATS.items()},
@@ -63,6 +70,7 @@ async def _generate(settings: Settings, model: ServedModel, body: dict[str, Any]
         try:
             await pool.start([model])
             model_info = await _wait_until_loaded(pool)
+            _refuse_unsupported(body, model_info)
             request = openai_images.to_request(body, model_info, settings.server, uuid.uuid4().hex).generation
             images: list[ImageFinished] = []
             async for event in await pool.submit(request):
@@ -73,6 +81,13 @@ async def _generate(settings: Settings, model: ServedModel, body: dict[str, Any]
             return sorted(images, key=lambda image: image.index)
         finally:
             await pool.stop()
+
+
+def _refuse_unsupported(body: dict[str, Any], model_info: ModelInfo) -> None:
+    """Refuse what the API would ignore: it would be another image than the one that the options describe."""
+    for name, capability in _NEEDED_CAPABILITIES.items():
+        if body.get(name):
+            check_capability(capability, name, model_info)
 
 
 async def _wait_until_loaded(pool: EnginePool) -> ModelInfo:

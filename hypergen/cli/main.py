@@ -1,4 +1,4 @@
-"""The command line: hypergen serve | generate | models | import | inspect | remove | loras | bench."""
+"""The command line: hypergen serve | generate | show | models | import | inspect | remove | loras | bench."""
 
 from __future__ import annotations
 
@@ -21,27 +21,13 @@ import click
 
 from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
+from hypergen.cli.image_commands import generate, show_file
 from hypergen.cli.model_commands import import_model, inspect_file, list_models, print_table, remove_models
-from hypergen.cli.setting_options import setting_options
+from hypergen.cli.setting_options import CONFIG, setting_options
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.load_settings import environment_of, load_settings
 
 logger = logging.getLogger("hypergen.cli")
-
-# Settings that apply without a server.
-_LOCAL_SETTINGS = (
-    "device",
-    "dtype",
-    "image_metadata",
-    "lora_dir",
-    "prompt_weighting",
-    "single_file_config",
-)
-CONFIG = click.option(
-    "--config",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="YAML file with settings; flags and HYPERGEN_... variables win over it",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -50,7 +36,7 @@ def main() -> None:
     """Serve open diffusion models with OpenAI's and Hyperbolic's image APIs."""
 
 
-for command in (list_models, import_model, inspect_file, remove_models):
+for command in (generate, show_file, list_models, import_model, inspect_file, remove_models):
     main.add_command(command)
 
 
@@ -94,53 +80,6 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     if file:
         environment["HYPERGEN_CONFIG"] = str(Path(file).resolve())
     sys.exit(run_service(settings, environment, found[0].path, reload))
-
-
-@main.command()
-@click.argument("prompt")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="file to write; its extension selects png, jpeg or webp; several images are numbered",
-)
-@click.option(
-    "-m",
-    "--model",
-    help="hub id, folder, model-store tag or served-model file  [default: the embedded model]",
-)
-@click.option("-n", type=int, help="number of images, 1 to 10  [default: 1]")
-@click.option("--negative-prompt", help="what the image should not show")
-@click.option("--size", help="WIDTHxHEIGHT in pixels, multiples of 8  [default: the model's]")
-@click.option(
-    "--steps", "num_inference_steps", type=int, help="denoising steps, 1 to 150  [default: the model's]"
-)
-@click.option("--guidance-scale", type=float, help="1 to 20, 1 is no guidance  [default: the model's]")
-@click.option("--seed", type=int, help="the same seed gives the same bytes  [default: random]")
-@click.option("--sampler", help="name of a sampler  [default: the model's]")
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    metavar="NAME[:WEIGHT]",
-    help="a LoRA by name or file, and its weight from 0 to 2, by default 1; may be given several times",
-)
-@CONFIG
-@setting_options(*_LOCAL_SETTINGS)
-def generate(prompt: str, output: Path, config: Path | None, loras: tuple[str, ...], **options: Any) -> None:
-    """Generate images for PROMPT without a server."""
-    from hypergen.cli.generate import generate_files, with_lora_files
-    from hypergen.resolve_models import find_models
-
-    model: str | None = options.pop("model")
-    flags = {name: options.pop(name) for name in _LOCAL_SETTINGS}
-    settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
-    if loras:
-        settings, options["loras"] = with_lora_files(settings, loras)
-    found = find_models(settings, _print)[0]
-    for file, seed in generate_files(settings, found, {"prompt": prompt, **options}, output):
-        _print(f"{file} (seed {seed})")
 
 
 @main.command()

@@ -12,6 +12,11 @@ from pydantic.fields import FieldInfo
 from hypergen.load_settings import fields, option_name
 
 Command = Callable[..., None]
+CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML file with settings; flags and HYPERGEN_... variables win over it",
+)
 
 
 def setting_options(*names: str) -> Callable[[Command], Command]:

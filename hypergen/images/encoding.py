@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from typing import Any
 
@@ -13,15 +13,28 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from hypergen.images.geometry import resize_to_request_size
+from hypergen.images.infotext import infotext
 from hypergen.images.png import write_png
 from hypergen.request import GenerationRequest, InputImage
 
-# The keyword of the PNG text chunk; JPEG and WebP have the metadata as EXIF image description.
+# Keywords of PNG text chunks: the settings as JSON, and as A1111's text. JPEG and WebP have them in EXIF, as
+# image description and user comment.
 METADATA_KEY = "hypergen"
+INFOTEXT_KEY = "parameters"
+# Of a user comment in UTF-16, whose byte order EXIF leaves open; A1111 and Civitai read big-endian.
+_UNICODE = b"UNICODE\0"
 # Request fields of few models; in the metadata only if they were given.
 _OPTIONAL_FIELDS = ("prompt_2", "negative_prompt_2", "clip_skip", "enable_refiner")
-# EXIF must fit into one JPEG segment of at most 64 KB, with the tags around the text.
-_JPEG_METADATA_BYTES = 65_000
+# A JPEG segment has at most 65,535 bytes, two of them its length.
+_JPEG_EXIF_BYTES = 65_533
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The settings of an image, as JSON in ASCII and as A1111's text."""
+
+    settings: str
+    infotext: str
 
 
 @dataclass(frozen=True)
@@ -29,36 +42,44 @@ class ImageFormat:
     """One output format.
 
     Args:
-        save: writes an image with a compression of 0 to 100 and its metadata as JSON text, if any.
+        save: writes an image with a compression of 0 to 100 and its metadata, if any.
     """
 
     extension: str
     media_type: str
-    save: Callable[[Image.Image, BytesIO, int, str | None], None]
+    save: Callable[[Image.Image, BytesIO, int, _Metadata | None], None]
 
 
-def _save_png(image: Image.Image, file: BytesIO, _compression: int, metadata: str | None) -> None:
-    texts = {} if metadata is None else {METADATA_KEY: metadata}
+def _save_png(image: Image.Image, file: BytesIO, _compression: int, metadata: _Metadata | None) -> None:
+    # Some readers only look at the first text.
+    texts = {INFOTEXT_KEY: metadata.infotext, METADATA_KEY: metadata.settings} if metadata else {}
     file.write(write_png(np.asarray(image), texts))
 
 
-def _save_jpeg(image: Image.Image, file: BytesIO, compression: int, metadata: str | None) -> None:
+def _save_jpeg(image: Image.Image, file: BytesIO, compression: int, metadata: _Metadata | None) -> None:
+    # What does not fit is left out, first A1111's text: a truncated prompt would describe a different image.
+    exif = _exif(metadata)
+    if metadata and len(exif) > _JPEG_EXIF_BYTES:
+        exif = _exif(replace(metadata, infotext=""))
+    if len(exif) > _JPEG_EXIF_BYTES:
+        exif = b""
     # Pillow's manual advises a quality of at most 95. Passed on unchanged, because the API promises that a
     # lower number gives a smaller file over the whole range.
-    if metadata is not None and len(metadata) > _JPEG_METADATA_BYTES:
-        metadata = None  # a truncated prompt would describe a different image
-    image.save(file, "JPEG", quality=max(compression, 1), exif=_exif(metadata))
+    image.save(file, "JPEG", quality=max(compression, 1), exif=exif)
 
 
-def _save_webp(image: Image.Image, file: BytesIO, compression: int, metadata: str | None) -> None:
+def _save_webp(image: Image.Image, file: BytesIO, compression: int, metadata: _Metadata | None) -> None:
     image.save(file, "WEBP", quality=compression, exif=_exif(metadata))
 
 
-def _exif(metadata: str | None) -> bytes:
+def _exif(metadata: _Metadata | None) -> bytes:
     if metadata is None:
         return b""
     exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = metadata
+    exif[ExifTags.Base.ImageDescription] = metadata.settings
+    if metadata.infotext:
+        comment = _UNICODE + metadata.infotext.encode("utf-16-be")
+        exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
     return exif.tobytes()
 
 
@@ -82,7 +103,10 @@ def encode_image(pixels: np.ndarray, request: GenerationRequest, index: int, mod
     if request.image is not None and request.mask is not None:
         image = Image.composite(image, _to_image(request.image), _to_image(request.mask))
     file = BytesIO()
-    metadata = json.dumps(_metadata(request, index, model_id)) if request.metadata else None
+    metadata = None
+    if request.metadata:
+        settings = _settings(request, index, model_id)
+        metadata = _Metadata(json.dumps(settings), infotext(settings))
     OUTPUT_FORMATS[request.output_format].save(image, file, request.output_compression, metadata)
     return file.getvalue()
 
@@ -92,13 +116,14 @@ def _to_image(image: InputImage) -> Image.Image:
     return Image.frombytes("L" if len(image.pixels) == size[0] * size[1] else "RGB", size, image.pixels)
 
 
-def _metadata(request: GenerationRequest, index: int, model_id: str) -> dict[str, Any]:
+def _settings(request: GenerationRequest, index: int, model_id: str) -> dict[str, Any]:
     """Every setting that determines this image, but no n, time, request id or dialect. So image j of n has
     the same bytes as a single image with its seed.
     """
     loras = {name: weight for name, weight in request.loras if weight != 0}
     has_negative_prompt = request.negative_prompt or request.negative_prompt_2
     true_cfg_scale = request.true_cfg_scale if has_negative_prompt else None
+    compression = request.output_compression
     return {
         "model": model_id,
         "prompt": request.prompt,
@@ -112,11 +137,12 @@ def _metadata(request: GenerationRequest, index: int, model_id: str) -> dict[str
         **({} if true_cfg_scale is None else {"true_cfg_scale": true_cfg_scale}),
         **({"loras": loras} if loras else {}),
         **{name: value for name in _OPTIONAL_FIELDS if (value := getattr(request, name))},
-        **_input_image_metadata(request),
+        **_input_image_settings(request),
+        **({} if compression == 100 else {"output_compression": compression}),
     }
 
 
-def _input_image_metadata(request: GenerationRequest) -> dict[str, Any]:
+def _input_image_settings(request: GenerationRequest) -> dict[str, Any]:
     """The input images, each as the SHA-256 of its pixels, with their settings."""
     metadata: dict[str, Any] = {}
     if request.image is not None:

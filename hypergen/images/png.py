@@ -22,7 +22,7 @@ def write_png(pixels: np.ndarray, texts: Mapping[str, str]) -> bytes:
 
     Args:
         pixels: uint8, shape (height, width, 3).
-        texts: keyword to text, for tEXt chunks; ASCII.
+        texts: keyword to text without zeros; text beyond Latin-1 is written as iTXt, the other as tEXt.
 
     Source: PNG specification, https://www.w3.org/TR/png-3/, sections 9.2 (filters) and 11 (chunks).
     """
@@ -35,10 +35,18 @@ def write_png(pixels: np.ndarray, texts: Mapping[str, str]) -> bytes:
     compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
     data = compressor.compress(filtered.data) + compressor.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, _RGB, 0, 0, 0)
-    text_chunks = [_chunk(b"tEXt", f"{key}\0{text}".encode("ascii")) for key, text in texts.items()]
+    text_chunks = [_text_chunk(key, text) for key, text in texts.items()]
     return b"".join(
         [_SIGNATURE, _chunk(b"IHDR", header), *text_chunks, _chunk(b"IDAT", data), _chunk(b"IEND", b"")]
     )
+
+
+def _text_chunk(key: str, text: str) -> bytes:
+    try:
+        return _chunk(b"tEXt", f"{key}\0{text}".encode("latin-1"))
+    except UnicodeEncodeError:
+        # Not compressed, no language, no translated keyword.
+        return _chunk(b"iTXt", f"{key}\0\0\0\0\0{text}".encode())
 
 
 def _chunk(chunk_type: bytes, data: bytes) -> bytes:

@@ -103,6 +103,7 @@ _CHANGED_VALUES: dict[str, Any] = {
     "mask": InputImage(64, 64, bytes(64 * 64)),
     "control": ControlInput(model="canny", image=_INPUT_IMAGE),
     "loras": (("style", 0.5),),
+    "output_compression": 50,
 }
 # Fields that do not change the pixels, or that the metadata has under another name.
 _NOT_IN_METADATA = {
@@ -112,7 +113,6 @@ _NOT_IN_METADATA = {
     "n",
     "model",
     "output_format",
-    "output_compression",
     "partial_images",
     "metadata",
 }
