@@ -1,4 +1,4 @@
-"""python -m scripts.bench --cpu: a forward pass of SD 1.5's UNet by diffusers, by the engine and by OpenVINO."""
+"""python -m scripts.bench --cpu: a forward pass of SD 1.5's UNet by diffusers, the engine and OpenVINO."""
 
 from __future__ import annotations
 
