@@ -32,7 +32,7 @@ REJECTED: dict[str, list[Any]] = {
     "safety_identifier": NOT_A_STRING,
     "negative_prompt": [*NOT_A_STRING, "a" * 32001],
     "num_inference_steps": [*NOT_AN_INTEGER, 0, -1, 151, 2**70],
-    "guidance_scale": [*NOT_A_NUMBER, 0, 0.99, -1, 20.01, 21, 10**400],
+    "guidance_scale": [*NOT_A_NUMBER, 0.01, 0.99, -1, 20.01, 21, 10**400],
     "clip_skip": [*NOT_AN_INTEGER, 0, -1, 13, 3, 12],  # the model's text encoder has two layers
     # Unsupported by Stable Diffusion, for any value.
     "true_cfg_scale": [*NOT_A_NUMBER, 0.99, 20.01, 1, 4.0, 20],
@@ -102,6 +102,12 @@ def test_null_means_absent(client: httpx.Client, field: str) -> None:
 def test_a_missing_prompt_is_rejected_with_its_param(client: httpx.Client, body: dict[str, Any]) -> None:
     response = client.post(GENERATIONS, json=body)
     assert_error(response, 400, param="prompt", code="missing_required_parameter")
+
+
+def test_guidance_scale_0_is_no_guidance(client: httpx.Client) -> None:
+    answers = [generate(client, guidance_scale=scale, seed=3) for scale in (1, 0, 0.0, 2)]
+    one, zero, zero_as_float, two = (answer["data"][0]["b64_json"] for answer in answers)
+    assert one == zero == zero_as_float != two
 
 
 @pytest.mark.parametrize("field", ["n", "seed", "num_inference_steps", "guidance_scale", "lora_scale"])

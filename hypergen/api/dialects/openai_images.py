@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.openai_answers import (
@@ -46,6 +46,11 @@ from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest, OutputFormat
 
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", re.ASCII)
+
+
+def _read_guidance_scale(value: object) -> object:
+    """diffusers' examples of distilled models have 0, by which they mean 1."""
+    return 1.0 if value == 0 and not isinstance(value, bool) else value
 
 
 class ImagesBody(ModelFields):
@@ -89,11 +94,11 @@ class ImagesBody(ModelFields):
     num_inference_steps: StrictInt | None = Field(
         None, ge=1, le=150, description="denoising steps; default: the model's"
     )
-    guidance_scale: Number | None = Field(
+    guidance_scale: Annotated[Number | None, BeforeValidator(_read_guidance_scale)] = Field(
         None,
         ge=1,
         le=20,
-        description="guidance scale; 1 is no guidance; default: the model's",
+        description="guidance scale; 1 is no guidance, and 0 as in diffusers, too; default: the model's",
     )
     seed: Seed = Field(
         None,
