@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,11 @@ from hypergen.served_model_config import as_text
 PREFIX = "HYPERGEN_"
 # Separated by commas in the environment. Others are paths, which may contain commas.
 _WITH_COMMAS = ("allowed_host", "compile_sizes", "cors_origin", "trusted_proxy")
-# Variables that Kubernetes sets in every pod for a service called "hypergen".
-_KUBERNETES_NAME = re.compile(r"HYPERGEN_(SERVICE_|PORT_)")
+# Variables that Kubernetes sets in every pod for a service whose name begins with "hypergen".
+_KUBERNETES_NAME = re.compile(
+    r"HYPERGEN_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_KUBERNETES_PORT = re.compile(r"HYPERGEN_(\w+_)?PORT")
 
 
 def option_name(field: str) -> str:
@@ -61,14 +65,10 @@ def load_settings(
 
     given: dict[str, Any] = {}
     for name, value in environment.items():
-        if not name.startswith(PREFIX) or name == PREFIX + "CONFIG" or _KUBERNETES_NAME.match(name):
-            continue
-        if name == PREFIX + "PORT" and value.startswith("tcp://"):  # Kubernetes again
+        if not name.startswith(PREFIX) or name == PREFIX + "CONFIG" or _is_of_kubernetes(name, value):
             continue
         if name not in field_of:
-            raise ConfigurationError(
-                f"Unknown environment variable {name}; known ones are {', '.join(sorted(field_of))}."
-            )
+            raise ConfigurationError(f"Unknown environment variable {name}{_nearest(name, field_of)}.")
         if name == PREFIX + "API_KEY" and not value.strip():
             raise ConfigurationError(f"{name} is empty; unset it for a server without a key.")
         if value != "":
@@ -84,8 +84,15 @@ def load_settings(
     try:
         settings = Settings.model_validate({name: value for name, value in tree.items() if value is not None})
     except ValidationError as error:
-        raise ConfigurationError(_explain(error)) from None
+        given_as: dict[int | str, str] = {name: PREFIX + option_name(name).upper() for name in given}
+        given_as |= {name: "--" + option_name(name).replace("_", "-") for name in flags}
+        raise ConfigurationError(_explain(error, given_as, file)) from None
     return settings
+
+
+def _is_of_kubernetes(name: str, value: str) -> bool:
+    is_port = _KUBERNETES_PORT.fullmatch(name) and value.startswith(("tcp://", "udp://", "sctp://"))
+    return bool(is_port or _KUBERNETES_NAME.fullmatch(name))
 
 
 def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
@@ -116,10 +123,47 @@ def _as_mapping(value: Any, name: str) -> dict[str, Any]:
     return cast(dict[str, Any], value or {})
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, given_as: Mapping[int | str, str], file: Path | None) -> str:
+    """One line: which setting is wrong, as the user wrote it, and why.
+
+    Args:
+        given_as: field -> the flag or variable that gave it. Others are of the file.
+    """
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
+    given = next((part for part in first["loc"][:2] if part in given_as), None)
+    where = _place(file, first["loc"]) if file is not None and given is None else ""
     if first["type"] == "extra_forbidden":
-        return f"Unknown setting '{name}'."
-    given = "" if name.endswith("api_key") else f" (given: {first['input']!r})"
-    return f"Setting '{name}': {first['msg'].removeprefix('Value error, ')}{given}."
+        known = [name if section is None else f"{section}.{name}" for section, name, _ in fields()]
+        return f"{where}Unknown setting '{name}'{_nearest(name, known)}."
+    # MODEL is no flag, and may have fields.
+    shown = f"Setting '{name}'" if given in (None, "models") else given_as[given]
+    value = "" if name.endswith("api_key") else f" (given: {first['input']!r})"
+    return f"{where}{shown}: {first['msg'].removeprefix('Value error, ')}{value}."
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known names like this one, also without their section: "port" is "server.port"."""
+    inner = {other.rpartition(".")[2]: other for other in known}
+    found = [inner[name]] if name in inner else get_close_matches(name, inner.values(), 2, 0.75)
+    if not found:
+        last = get_close_matches(name.rpartition(".")[2], inner, 2, 0.6)
+        found = [inner[other] for other in last]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _place(file: Path, location: tuple[int | str, ...]) -> str:
+    """The file and the line of a setting, as the start of a message."""
+    node: Any = yaml.compose(file.read_text(encoding="utf-8"))
+    line = 0
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            pair = (node.value[part], node.value[part])
+        else:
+            pair = None
+        if pair is None:
+            break
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return f"{file}, line {line}: " if line else f"{file}: "

@@ -87,9 +87,14 @@ def test_every_setting_has_a_description_and_round_trips_through_the_environment
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("qeue: {}", "Unknown setting 'qeue'"),
-        ("model: hypergen-tiny", "Unknown setting 'model'"),
-        ("queue: {max_que: 1}", "Unknown setting 'queue.max_que'"),
+        ("port: 80", "settings.yaml, line 1: Unknown setting 'port'; did you mean server.port?"),
+        ("model: hypergen-tiny", "Unknown setting 'model'; did you mean models"),
+        (
+            "\nqueue:\n  max_que_size: 1",
+            "line 3: Unknown setting 'queue.max_que_size'; did you mean queue.max_queue_size",
+        ),
+        ("nonsense_of_a_kind: 1", "Unknown setting 'nonsense_of_a_kind'."),
+        ("server:\n  api_key: [sk-1]", "line 2: Setting 'server.api_key': "),
         ("queue: {max_queue_size: 0}", "queue.max_queue_size"),
         ("queue: {queue_timeout_s: .nan}", "queue.queue_timeout_s"),
         ("server: {public_url: 'ftp://host'}", "server.public_url"),
@@ -107,10 +112,27 @@ def test_an_invalid_file_gets_a_one_line_error(tmp_path: Path, text: str, messag
 
 
 def test_an_unknown_variable_is_an_error_but_those_of_kubernetes_are_ignored() -> None:
-    with pytest.raises(ConfigurationError, match="HYPERGEN_QUEUE_SIZE"):
-        load_settings(environment={"HYPERGEN_QUEUE_SIZE": "1"})
-    kubernetes = {"HYPERGEN_PORT": "tcp://10.0.0.1:80", "HYPERGEN_SERVICE_HOST": "10.0.0.1"}
+    with pytest.raises(ConfigurationError, match=r"HYPERGEN_MAX_QUEUE; did you mean HYPERGEN_MAX_QUEUE_SIZE"):
+        load_settings(environment={"HYPERGEN_MAX_QUEUE": "1"})
+    kubernetes: dict[str, str] = {}
+    for service in ("HYPERGEN", "HYPERGEN_WEB", "HYPERGEN_API_KEY_STORE"):
+        kubernetes |= {f"{service}_PORT": "tcp://10.0.0.1:80", f"{service}_SERVICE_HOST": "10.0.0.1"}
+        kubernetes |= {f"{service}_SERVICE_PORT_HTTP": "80", f"{service}_PORT_80_TCP_ADDR": "10.0.0.1"}
+        kubernetes |= {f"{service}_SERVICE_PORT": "80", f"{service}_PORT_80_TCP": "tcp://10.0.0.1:80"}
     assert load_settings(environment=kubernetes).server.port == 8000
+
+
+def test_an_error_names_what_the_user_wrote(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("server: {port: 8001}\n")
+    for environment, flags, start in (
+        ({}, {"max_steps": 0}, "--max-steps: "),
+        ({"HYPERGEN_MAX_STEPS": "0"}, {}, "HYPERGEN_MAX_STEPS: "),
+        ({"HYPERGEN_REQUEST_TIMEOUT": "soon"}, {}, "HYPERGEN_REQUEST_TIMEOUT: "),
+    ):
+        with pytest.raises(ConfigurationError) as raised:
+            load_settings(file, environment, flags)
+        assert str(raised.value).startswith(start)
 
 
 def test_an_invalid_key_is_not_in_the_error_message() -> None:
@@ -139,7 +161,7 @@ def test_named_sources_come_from_flags_the_environment_and_the_file(tmp_path: Pa
 
 @pytest.mark.parametrize("value", ["edges", "=owner/edges", "edges=", "edges=a/b,edges=c/d"])
 def test_a_named_source_is_a_name_and_a_source(value: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"engine\.controlnet.*(NAME=SOURCE|twice)"):
+    with pytest.raises(ConfigurationError, match=r"^HYPERGEN_CONTROLNET: .*(NAME=SOURCE|twice)"):
         load_settings(environment={"HYPERGEN_CONTROLNET": value})
 
 
@@ -154,7 +176,7 @@ def test_a_named_source_with_a_comma_is_rejected(tmp_path: Path) -> None:
     "host", ["http://gpu.example", "gpu.example:8000", "gpu.example/x", "é.example", "*"]
 )
 def test_an_allowed_host_is_a_plain_name(host: str) -> None:
-    with pytest.raises(ConfigurationError, match="allowed_host"):
+    with pytest.raises(ConfigurationError, match=r"^HYPERGEN_ALLOWED_HOST: "):
         load_settings(environment={"HYPERGEN_ALLOWED_HOST": f"ok.example, {host}"})
 
 
@@ -178,12 +200,12 @@ def test_compile_sizes_are_separated_by_commas_everywhere(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", ["1024", "1024x", "1020x1024", "32x64", "16384x64", "1024x1024,"])
 def test_an_invalid_compile_size_is_named(value: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"^Setting 'engine.compile_sizes': must be sizes such as"):
+    with pytest.raises(ConfigurationError, match=r"^HYPERGEN_COMPILE_SIZES: must be sizes such as"):
         load_settings(environment={"HYPERGEN_COMPILE": "on", "HYPERGEN_COMPILE_SIZES": value})
 
 
 def test_compile_sizes_without_compile_are_an_error() -> None:
-    with pytest.raises(ConfigurationError, match=r"'engine.compile_sizes': needs --compile on"):
+    with pytest.raises(ConfigurationError, match=r"^--compile-sizes: needs --compile on"):
         load_settings(flags={"compile_sizes": ("1024x1024",)})
 
 
@@ -208,7 +230,7 @@ def test_on_and_off_need_no_quotes_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("origin", ["app.example", "https://app.example/", "https://App.example", "null"])
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
-    with pytest.raises(ConfigurationError, match="cors_origin"):
+    with pytest.raises(ConfigurationError, match=r"^HYPERGEN_CORS_ORIGIN: "):
         load_settings(environment={"HYPERGEN_CORS_ORIGIN": f"https://ok.example:8443,{origin}"})
 
 
@@ -220,7 +242,7 @@ def test_origins_given_as_flags_reach_the_service() -> None:
 
 @pytest.mark.parametrize("proxy", ["localhost", "10.0.0.1/8", "10.0.0.0/33", "http://10.0.0.1", "**"])
 def test_a_trusted_proxy_is_an_address_or_a_network(proxy: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"trusted_proxy.*an IP address or network"):
+    with pytest.raises(ConfigurationError, match=r"^HYPERGEN_TRUSTED_PROXY: .*an IP address or network"):
         load_settings(environment={"HYPERGEN_TRUSTED_PROXY": f"127.0.0.1, {proxy}"})
     trusted = load_settings(environment={"HYPERGEN_TRUSTED_PROXY": "::1, 10.0.0.0/8"}).server.trusted_proxy
     assert trusted == ("::1", "10.0.0.0/8")
