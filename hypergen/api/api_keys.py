@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # A variable with a random key by which `hypergen serve` reads all of its service's /health.
 LAUNCHER_KEY = "_HYPERGEN_LAUNCHER_KEY"
-_LINE = re.compile(r"(?:(?P<name>[A-Za-z0-9._-]{1,64}):\s+)?(?P<key>\S+)(?P<limits>(\s+\S+=\S*)*)")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}:")
 _HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _COMMENT = re.compile(r"(^|\s)#.*")
 
@@ -107,21 +106,22 @@ def _parse(file: Path, lines: list[str]) -> Iterator[tuple[int, bytes, ApiKey]]:
         text = _COMMENT.sub("", line).strip()
         if not text:
             continue
-        match = _LINE.fullmatch(text)
-        if match is None:
+        words = text.split()
+        name = words.pop(0)[:-1] if len(words) > 1 and _NAME.fullmatch(words[0]) else None
+        secret, *limits = words
+        is_limit = secret.partition("=")[0] in _Limits.model_fields  # the key was forgotten
+        if is_limit or not all("=" in word for word in limits):
             raise _invalid(file, number, "must be KEY or NAME: KEY, and then limits such as requests=4")
-        pairs = [word.split("=", 1) for word in match["limits"].split()]
-        given: dict[str, Any] = {name: value for name, value in pairs}
         try:
-            limits = _Limits.model_validate(given)
+            given = _Limits.model_validate(dict(word.split("=", 1) for word in limits))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise _invalid(file, number, f"{first['loc'][0]}: {first['msg']}") from None
-        hashed = _HASH.fullmatch(match["key"])
-        digest = bytes.fromhex(hashed[1]) if hashed else _digest(match["key"].encode())
+        hashed = _HASH.fullmatch(secret)
+        digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
         # The start of a digest names a key that has no name, also after lines have moved.
-        name = match["name"] or f"key-{digest.hex()[:8]}"
-        yield number, digest, ApiKey(name, limits.priority, limits.requests, limits.images_per_minute)
+        name = name or f"key-{digest.hex()[:8]}"
+        yield number, digest, ApiKey(name, given.priority, given.requests, given.images_per_minute)
 
 
 def _invalid(file: Path, number: int, reason: str) -> ConfigurationError:

@@ -23,8 +23,10 @@ _TILE_SIDE = 512
 
 def direct_device(settings: EngineSettings, device: torch.device) -> torch.device | None:
     """The device that weights are loaded to at once; None: they are changed or kept on the CPU first."""
-    is_direct = device.type == "cuda" and settings.quantization == "off" and settings.offload == "off"
-    return device if is_direct else None
+    if device.type != "cuda" or settings.quantization != "off" or settings.offload != "off":
+        return None
+    # transformers first allocates all but 1.2 GiB of it, or fails if there is less.
+    return device if torch.cuda.get_device_properties(device).total_memory > 2 * 1024**3 else None
 
 
 def apply_memory_settings(

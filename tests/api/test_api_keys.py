@@ -63,6 +63,7 @@ hashed: sha256:{digest.upper()}
         ("a: sk-1 requests=0", "line 1: requests: "),
         ("a: sk-1 priority=urgent", "line 1: priority: "),
         ("a: sk-1 speed=1", "line 1: speed: "),
+        ("shop: requests=4", "line 1: must be KEY or NAME: KEY"),
         ("two words", "line 1: must be KEY or NAME: KEY"),
         ("a b: sk-1", "line 1: must be KEY or NAME: KEY"),
     ],
