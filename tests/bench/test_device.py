@@ -240,9 +240,10 @@ def test_measurements_without_time_are_listed(tmp_path: Path) -> None:
 
 
 def test_job_lists_without_time_are_listed(tmp_path: Path) -> None:
-    content = _run(tmp_path, "tiny-flux", "--only", "trace", "--seeds", "3", "--minutes", "0.05")
-    assert {run["seed"] for run in content["runs"]} == {0}
-    assert list(content["left_out"]) == ["2 of 3 job lists of the trace"]
+    content = _run(tmp_path, "tiny-flux", "--only", "trace", "--seeds", "10000", "--minutes", "0.2")
+    done = len({run["seed"] for run in content["runs"]})
+    assert done >= 1
+    assert list(content["left_out"]) == [f"{10_000 - done} of 10000 job lists of the trace"]
 
 
 def test_models_too_large_for_a_cpu_are_errors() -> None:
