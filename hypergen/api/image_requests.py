@@ -98,6 +98,30 @@ async def parse_request(
         cancelled.set()
 
 
+async def validate_request(
+    request: Request,
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    generator: ImageGenerator,
+    settings: Settings,
+) -> ValidatedRequest:
+    """`parse_request` with the model that the body names; the body is empty afterwards."""
+    validated = await parse_request(
+        endpoint,
+        body,
+        choose_model(generator, body, endpoint, settings),
+        settings,
+        request.state.request_id,
+        request.state.api_key,
+        partial(client_disconnected, request),
+        request.state.deadline,
+    )
+    request.state.record.set_generation(validated.generation)
+    body.clear()  # or the base64 of input images would stay in memory while the request waits
+    request.state.body.release()
+    return validated
+
+
 async def handle_image_request(
     request: Request,
     endpoint: Endpoint,
@@ -109,23 +133,10 @@ async def handle_image_request(
     started = time.monotonic()
     require_model(generator)
     body = await read_body(request, endpoint, settings)
-    model_info = choose_model(generator, body, endpoint, settings)
+    validated = await validate_request(request, endpoint, body, generator, settings)
     deadline: float = request.state.deadline
     wait_for_disconnect = partial(client_disconnected, request)
-    validated = await parse_request(
-        endpoint,
-        body,
-        model_info,
-        settings,
-        request.state.request_id,
-        request.state.api_key,
-        wait_for_disconnect,
-        deadline,
-    )
     record: RequestRecord = request.state.record
-    record.set_generation(validated.generation)
-    body.clear()  # or the base64 of input images would stay in memory while the request waits
-    request.state.body.release()
     base = url_base(request, settings, validated)  # before generation, because it may reject the request
     outgoing: OutgoingResponse = request.state.outgoing
     if endpoint.to_sse_event is not None and validated.stream:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from hypergen.api import openapi
 from hypergen.api.dialects.endpoints import EDITS, ENDPOINTS, VARIATIONS
-from hypergen.api.disconnects import client_disconnected
 from hypergen.api.errors import json_response, to_json
 from hypergen.api.image_requests import (
-    choose_model,
     chunked_json_response,
-    parse_request,
     read_body,
     require_model,
     url_base,
+    validate_request,
 )
 from hypergen.api.jobs import Jobs
 from hypergen.api.multipart_form import is_form
@@ -43,25 +39,10 @@ def add_job_routes(router: APIRouter, settings: Settings, generator: ImageGenera
         body = await read_body(request, EDITS, settings)
         sent_as_form = is_form(request)
         endpoint = next(endpoint for endpoint in ENDPOINTS if endpoint.claims(body, sent_as_form))
-        model_info = choose_model(generator, body, endpoint, settings)
-        deadline: float = request.state.deadline
-        wait_for_disconnect = partial(client_disconnected, request)
-        validated = await parse_request(
-            endpoint,
-            body,
-            model_info,
-            settings,
-            request.state.request_id,
-            request.state.api_key,
-            wait_for_disconnect,
-            deadline,
-        )
-        body.clear()
-        request.state.body.release()
+        validated = await validate_request(request, endpoint, body, generator, settings)
         validated.reject_stream()
         url_base(request, settings, validated)  # rejects a `url` that the result could not have
-        request.state.record.set_generation(validated.generation)
-        job = await jobs.submit(endpoint, validated, deadline)
+        job = await jobs.submit(endpoint, validated, request.state.deadline)
         return json_response(
             jobs.status(job),
             202,
