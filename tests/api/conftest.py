@@ -63,11 +63,11 @@ def client(server: LiveServer) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def observed(
     tmp_path_factory: pytest.TempPathFactory, sd_folder: Path, lora_folder: Path
 ) -> Iterator[LiveServer]:
-    """A server whose figures and log lines tests read; with `OBSERVED`."""
+    """A server of one file, whose figures and log lines its tests read; with `OBSERVED`."""
     folder = tmp_path_factory.mktemp("observed")
     temporary = folder / "temporary"
     temporary.mkdir()
