@@ -1,47 +1,67 @@
 """The BentoML service: one class, the HTTP half in its process, each engine in a process of its own.
 
-`bentoml serve` in this folder, or `hypergen serve`. Settings come from the environment (HYPERGEN_...) or from
-the file that HYPERGEN_CONFIG names. Importing this file starts nothing and imports no torch.
+`bentoml serve` in this folder, or `hypergen serve`. Settings come from the environment (HYPERGEN_...), the
+file that HYPERGEN_CONFIG names, or `bentoml build --arg NAME=VALUE`, whose arguments a Bento keeps. Importing
+this file starts nothing and imports no torch.
 """
 
 import asyncio
 import logging
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+# Engines choose among all accelerators; BentoML would show as many as the resources name.
+os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
 
 import bentoml
+from bentoml.images import Image
 from bentoml.models import BentoModel
 
-from hypergen import log_setup
+from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.schemas import BatchResult
 from hypergen.app import create_app
 from hypergen.bentoml_integration import metrics_folder, server_logs
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
+from hypergen.bentoml_integration.build_arguments import errors_in_one_line, keep_models, read_arguments
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService, tls_options
 from hypergen.engine_client.pool import EnginePool
 from hypergen.load_settings import load_settings
 from hypergen.process_lifecycle import drain_on_sigterm, leave_with_parent
-from hypergen.resolve_models import find_models
+from hypergen.resolve_models import find_models, resolved_entries
 
 logger = logging.getLogger("hypergen.service")
-settings = load_settings(environment=os.environ)
+with errors_in_one_line():
+    arguments = read_arguments()
+    settings = load_settings(environment=os.environ, arguments=arguments.settings)
 # Uvicorn reads it; its own default trusts every process of this machine.
 os.environ["FORWARDED_ALLOW_IPS"] = ",".join(settings.server.trusted_proxy)
 log_setup.export(settings.server.log_format, settings.server.log_level)
 server_logs.use_our_form()
 metrics_folder.use_own_folder()
 keys = ApiKeys(settings.server)
-models = find_models(settings)
+with errors_in_one_line():
+    models = find_models(settings)
+keep_models(arguments, resolved_entries(settings, models))
 pool = EnginePool(settings)
+
+# No distribution, because BentoML installs compilers and git in those that it knows; all packages are wheels.
+image = Image(base_image="python:3.11-slim", distro="none", python_version="3.11", lock_python_packages=False)
+image.python_packages(*Path(__file__).with_name("requirements.txt").read_text().splitlines())
+image.run("install -d -o bentoml -g bentoml /var/lib/hypergen")  # for a volume with the state
 
 
 @bentoml.asgi_app(create_app(settings, pool, models), path="/")
 @bentoml.service(
     name="hypergen",
+    description="file:README.md",
+    labels={"project": "hypergen", "version": __version__},
+    image=image,
+    envs=arguments.image_environment(),
+    resources={"gpu": 1} if arguments.is_for_cuda else {"cpu": "2", "memory": "4Gi"},
     service_class=ContinuousBatchingService.with_keep_alive(settings.server.keep_alive_s),
     workers=1,  # one queue, one set of limits; more accelerators are more engines, not more workers
     # Deadlines and limits are ours: BentoML's would answer before the key check and without Retry-After.

@@ -46,12 +46,15 @@ def load_settings(
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read settings; flags override the environment, which overrides the file, which overrides the defaults.
+    """Read settings; flags override the environment, which overrides the file, which overrides the arguments.
 
     Args:
         file: a YAML file with the sections of `Settings`; by default `HYPERGEN_CONFIG` of the environment.
         flags: field name -> value; None means not given.
+        arguments: name as in the environment, without the prefix and in lower case -> value. A Bento keeps
+            them from its build.
 
     Raises:
         ConfigurationError: a key is unknown or a value is invalid. The message is one line.
@@ -63,6 +66,7 @@ def load_settings(
     section_of = {name: section for section, name, _ in fields()}
     field_of = {PREFIX + option_name(name).upper(): name for name in section_of}
 
+    used_arguments = _add_arguments(tree, arguments or {})
     given: dict[str, Any] = {}
     for name, value in environment.items():
         if not name.startswith(PREFIX) or name == PREFIX + "CONFIG" or _is_of_kubernetes(name, value):
@@ -76,18 +80,41 @@ def load_settings(
     # An empty tuple is a repeatable flag that was not given.
     flags = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
     for name, value in {**given, **flags}.items():
-        section = section_of[name]
-        if section is None:
-            tree[name] = value
-        else:
-            tree[section] = {**_as_mapping(tree.get(section), f"Setting '{section}'"), name: value}
+        _set(tree, section_of[name], name, value)
     try:
         settings = Settings.model_validate({name: value for name, value in tree.items() if value is not None})
     except ValidationError as error:
-        given_as: dict[int | str, str] = {name: PREFIX + option_name(name).upper() for name in given}
+        given_as: dict[int | str, str] = {name: f"Argument '{option_name(name)}'" for name in used_arguments}
+        given_as |= {name: PREFIX + option_name(name).upper() for name in given}
         given_as |= {name: "--" + option_name(name).replace("_", "-") for name in flags}
         raise ConfigurationError(_explain(error, given_as, file)) from None
     return settings
+
+
+def _add_arguments(tree: dict[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """Add the arguments that the file does not override; returns their fields."""
+    known = {option_name(name): (section, name) for section, name, _ in fields()}
+    added: list[str] = []
+    for option, value in arguments.items():
+        if option not in known:
+            raise ConfigurationError(f"Unknown argument '{option}'{_nearest(option, known)}.")
+        section, name = known[option]
+        if name == "api_key":
+            raise ConfigurationError(
+                f"Argument '{name}' would be readable in the Bento; set {PREFIX}API_KEY where it is served."
+            )
+        in_file = tree if section is None else _as_mapping(tree.get(section), f"Setting '{section}'")
+        if in_file.get(name) is None:
+            _set(tree, section, name, value)
+            added.append(name)
+    return added
+
+
+def _set(tree: dict[str, Any], section: str | None, name: str, value: Any) -> None:
+    if section is None:
+        tree[name] = value
+    else:
+        tree[section] = {**_as_mapping(tree.get(section), f"Setting '{section}'"), name: value}
 
 
 def _is_of_kubernetes(name: str, value: str) -> bool:

@@ -36,6 +36,29 @@ def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path)
     assert settings.server.port == 1003
 
 
+def test_the_file_and_the_environment_override_arguments_of_a_bento(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine: {dtype: float16}\nqueue: {max_queue_size: 5}\n", encoding="utf-8")
+    arguments = {"models": "a,b", "dtype": "float32", "max_batch_size": "2", "queue_timeout": "7"}
+    settings = load_settings(file, {"HYPERGEN_MAX_BATCH_SIZE": "3"}, arguments=arguments)
+    assert [entry.source for entry in settings.models] == ["a", "b"]
+    assert (settings.engine.dtype, settings.engine.max_batch_size) == ("float16", 3)
+    assert (settings.queue.max_queue_size, settings.queue.queue_timeout_s) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"modles": "a"}, "Unknown argument 'modles'; did you mean models?"),
+        ({"dtype": "half"}, "Argument 'dtype': Input should be .*given: 'half'"),
+        ({"api_key": "sk-1"}, "Argument 'api_key' would be readable in the Bento; set HYPERGEN_API_KEY"),
+    ],
+)
+def test_a_wrong_argument_is_named(argument: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_settings(arguments=argument)
+
+
 # The model ids of both Hyperbolic documents, and the LoRAs that they name.
 DOCUMENTED = {
     "SDXL1.0-base": "sdxl.yaml",

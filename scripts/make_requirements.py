@@ -1,0 +1,53 @@
+"""Writes requirements.txt: what a Bento installs, with the versions of constraints.txt.
+
+    .venv/bin/python scripts/make_requirements.py
+
+These are the packages that pyproject.toml names and those that they need, without the development tools.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "requirements.txt"
+HEADER = "# Made by scripts/make_requirements.py from constraints.txt: the packages of a Bento.\n"
+
+
+def runtime_packages(requirements: list[str]) -> set[str]:
+    """Canonical names of these packages and of all that they need in this environment, as installed in it."""
+    found: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    pending = [(Requirement(text), "") for text in requirements]
+    while pending:
+        requirement, extra = pending.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        found.add(name)
+        for wanted in requirement.extras | {""}:
+            if (name, wanted) not in seen:
+                seen.add((name, wanted))
+                pending += [(Requirement(text), wanted) for text in distribution(name).requires or ()]
+    return found
+
+
+def make_requirements() -> str:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages = runtime_packages(project["dependencies"])
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(line.partition("==")[0]): line for line in lines if "==" in line}
+    missing = packages - pins.keys()
+    if missing:
+        sys.exit(f"constraints.txt has no version of {', '.join(sorted(missing))}.")
+    return HEADER + "".join(f"{pin}\n" for name, pin in pins.items() if name in packages)
+
+
+if __name__ == "__main__":
+    FILE.write_text(make_requirements(), encoding="utf-8")
