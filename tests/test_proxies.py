@@ -139,7 +139,7 @@ def caddy_command(
     )
     configuration = folder / "Caddyfile"
     configuration.write_text("{\n\tadmin off\n\tauto_https disable_redirects\n}\n" + site)
-    return ["caddy", "run", "--adapter", "caddyfile", "--config", str(configuration)]
+    return ["caddy", "run", "--config", str(configuration)]
 
 
 COMMANDS = {"nginx": nginx_command, "caddy": caddy_command}
