@@ -19,7 +19,7 @@ const THEME = "hypergen.theme";
 const MAIN = { generate: Gallery, edit: Edit, grid: Grid };
 
 function Page() {
-  const { tab, viewed, needsKey, asksKey, notice } = useApp();
+  const { tab, viewed, needsKey, asksKey, notice, announcement } = useApp();
   const [code, setCode] = useState(false);
   useEffect(listen, []);
   const Main = MAIN[tab];
@@ -44,6 +44,7 @@ function Page() {
     ${viewed && html`<${Viewer} key="viewer" />`}
     ${code && html`<${CodeDialog} onClose=${() => setCode(false)} />`}
     ${asksKey && html`<${KeyDialog} />`}
+    <p class="hidden" role="status">${announcement}</p>
     <div class="notices" role="status">${notice && html`<${Notice} notice=${notice} />`}</div>`;
 }
 

@@ -126,7 +126,7 @@ async function keep(event, type, body, edit, ms) {
     ms: Math.round(ms),
     source: edit?.source ?? null,
   };
-  update({ images: [image, ...app.images] });
+  update({ images: [image, ...app.images], announcement: text.gallery.newImage(body.prompt) });
   try {
     await saveImage(image);
   } catch {

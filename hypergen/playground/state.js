@@ -28,6 +28,7 @@ export const app = {
   source: null, // of edits: { blob, width, height, mask: a promise of a blob, or null }
   grid: null,
   notice: null, // { text, action, run }
+  announcement: "", // for screen readers
 };
 
 export function update(patch) {

@@ -44,7 +44,7 @@ export function Status() {
     return () => clearInterval(timer);
   }, []);
   const state = offline ? "offline" : (health?.status ?? "loading");
-  return html`<footer class="status" role="status" aria-label=${status.label}>
+  return html`<footer class="status" aria-label=${status.label}>
     <span class=${`dot ${state}`} aria-hidden="true"></span>
     <span>${offline ? status.offline : needsKey && !health ? text.key.title : status.states[state]}</span>
     ${health && !offline && html`<${Figures} health=${health} />`}

@@ -52,12 +52,12 @@ export function Segments({ name, label, value, options, onChange }) {
 }
 
 /** A modal dialog; Esc and a click beside it close it. */
-export function Dialog({ title, className = "", onClose, children }) {
+export function Dialog({ title, className = "", onClose, onKeyDown, children }) {
   const dialog = useRef();
   useEffect(() => {
     dialog.current.showModal();
   }, []);
-  return html`<dialog ref=${dialog} class=${className} aria-label=${title} onClose=${onClose}
+  return html`<dialog ref=${dialog} class=${className} aria-label=${title} onClose=${onClose} onKeyDown=${onKeyDown}
     onClick=${(event) => event.target === dialog.current && dialog.current.close()}>
     <div class="dialog">
       <header><h2>${title}</h2>

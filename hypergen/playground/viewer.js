@@ -29,8 +29,8 @@ export function Viewer() {
     const actions = { ArrowLeft: () => show(-1), ArrowRight: () => show(1), "+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), 0: () => setView(FIT) };
     actions[event.key]?.();
   };
-  return html`<${Dialog} title=${viewer.title} className="viewer" onClose=${() => update({ viewed: null })}>
-    <div class="body" onKeyDown=${onKey}>
+  return html`<${Dialog} title=${viewer.title} className="viewer" onKeyDown=${onKey} onClose=${() => update({ viewed: null })}>
+    <div class="body">
       <div class="stage-side">
         <${Stage} image=${image} compared=${compared} view=${view} setView=${setView} zoom=${zoom} />
         <div class="toolbar">

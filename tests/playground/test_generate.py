@@ -86,7 +86,7 @@ def test_requests_run_at_once_and_can_be_cancelled(
     generate(page, "a yellow star")
     running = page.locator(".tile.running")
     expect(running).to_have_count(2)
-    expect(page.get_by_role("status", name="Server")).to_contain_text("2 running")
+    expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("2 running")
     running.first.get_by_role("button", name="Cancel").click()
     expect(running).to_have_count(1)
     page.keyboard.press("Escape")
@@ -152,7 +152,7 @@ def test_the_page_asks_for_the_key(open_page: Callable[..., Page], playground: L
 def test_a_key_that_is_withdrawn_loses_nothing(open_page: Callable[..., Page], faults: Faults) -> None:
     faults.expected = "status of 401"
     page = open_page()
-    expect(page.get_by_role("status", name="Server")).to_contain_text("Ready")
+    expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("Ready")
     page.evaluate("sessionStorage.setItem('hypergen.key', 'sk-old')")
     generate(page)
     dialog = page.get_by_role("dialog", name="API key")
@@ -175,12 +175,12 @@ def test_a_full_server_is_asked_again_after_its_wait(open_page: Callable[..., Pa
 
 def test_a_server_that_cannot_be_reached_loses_nothing(page: Page, faults: Faults) -> None:
     faults.expected = "ERR_INTERNET_DISCONNECTED"
-    expect(page.get_by_role("status", name="Server")).to_contain_text("Ready")
+    expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("Ready")
     page.context.set_offline(True)
     generate(page, "a green ring")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("cannot be reached")
-    expect(page.get_by_role("status", name="Server")).to_contain_text("Cannot reach the server")
+    expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("Cannot reach the server")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a green ring")
     page.context.set_offline(False)
     page.get_by_role("button", name="Try again").click()
