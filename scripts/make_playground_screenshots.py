@@ -23,9 +23,9 @@ PHONE = {"width": 390, "height": 844}
 PROMPTS = (
     "three yellow stars on a black background",
     "a white ring on a purple background",
-    "a large striped pink moon on a gray background",
+    "a pink heart on a gray background",
     "a green square to the left of a white heart on a purple background",
-    "a checkered purple diamond on a cyan background",
+    "a black diamond on a yellow background",
     "an orange moon on a blue background",
     "four white rings on a brown background",
     "a red circle on a blue background",
@@ -57,8 +57,7 @@ def save(page: Page, name: str) -> None:
     """Desktop and phone, as WebP."""
     for suffix, size in (("", DESKTOP), ("-phone", PHONE)):
         page.set_viewport_size(size)  # pyright: ignore[reportArgumentType]  a dictionary with these keys
-        if suffix and name != "generate":
-            page.locator("#images").scroll_into_view_if_needed()
+        if suffix:  # the images are below the form
             page.evaluate("document.getElementById('images').scrollIntoView()")
         Image.open(BytesIO(page.screenshot())).save(FOLDER / f"{name}{suffix}.webp", quality=88, method=6)
     page.set_viewport_size(DESKTOP)  # pyright: ignore[reportArgumentType]
@@ -72,7 +71,7 @@ def make(page: Page) -> None:
     steps.fill("60")  # time for the screenshots
     generate(page, "a yellow star on a black background", 5)
     generate(page, "two white hearts on a green background", 9)
-    page.locator(".tile.running img").nth(1).wait_for()
+    page.locator(".tile.running img").first.wait_for()
     save(page, "generate")
     wait(page, len(PROMPTS) + 2)
     steps.fill("")
@@ -85,13 +84,13 @@ def make_edit(page: Page) -> None:
     page.get_by_role("button", name="Use as input").click()
     box = page.get_by_role("application").bounding_box()
     assert box is not None
-    for share in (0.42, 0.5, 0.58):
-        page.mouse.move(box["x"] + 0.42 * box["width"], box["y"] + share * box["height"])
+    for share in (0.3, 0.45, 0.6, 0.75):
+        page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + share * box["height"])
         page.mouse.down()
-        page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + share * box["height"], steps=6)
+        page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + share * box["height"], steps=8)
         page.mouse.up()
-    generate(page, "a white heart on a red background", 4)
-    page.locator(".result").get_by_role("button", name="Open: a white heart").wait_for()
+    generate(page, "a yellow star on a blue background", 4)
+    page.locator(".result").get_by_role("button", name="Open: a yellow star").wait_for()
     page.mouse.move(0, 0)
     save(page, "edit")
 

@@ -56,8 +56,7 @@ for index, image in enumerate(result.data):
 function node(body, edit) {
   const { own, extra } = parts(body);
   const files = edit ? ['image: fs.createReadStream("input.png"),', ...(edit.mask ? ['mask: fs.createReadStream("mask.png"),'] : [])] : [];
-  // A seed beyond 2^53 would lose digits as a number.
-  const literal = (name, value) => (name === "seed" ? (Number.isSafeInteger(Number(value)) ? value : `${value}n`) : indented(JSON.stringify(value, null, 2), 2));
+  const literal = (name, value) => (name === "seed" ? value : indented(JSON.stringify(value, null, 2), 2));
   const lines = [...files, ...[...own, ...extra].map(([name, value]) => `${name}: ${literal(name, value)},`)];
   return `import fs from "node:fs";
 import OpenAI from "openai";

@@ -29,7 +29,7 @@ export const EMPTY = {
 };
 const NUMBERS = ["num_inference_steps", "guidance_scale", "true_cfg_scale", "clip_skip"];
 const TEXTS = ["negative_prompt", "prompt_2", "negative_prompt_2", "size", "sampler", "scheduler"];
-const CONTROL = ["control_preprocessor", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"];
+const CONTROL_NUMBERS = ["controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"];
 // Field -> the option in /health that a model needs for it.
 const NEEDS = {
   negative_prompt: "negative_prompt",
@@ -89,7 +89,8 @@ export function toBody(settings, model, several) {
   if (settings.control_image && model.control_models.length) {
     body.control_image = settings.control_image;
     body.control_model = settings.control_model || model.control_models[0];
-    for (const name of CONTROL) if (settings[name] !== EMPTY[name]) body[name] = settings[name];
+    body.control_preprocessor = settings.control_preprocessor;
+    for (const name of CONTROL_NUMBERS) if (settings[name] !== "") body[name] = Number(settings[name]);
   }
   return body;
 }

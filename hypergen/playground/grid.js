@@ -2,7 +2,7 @@
 import { html, useState } from "./vendor/preact-htm.js";
 import { modelOf } from "./fields.js";
 import { bodyOfForm } from "./form.js";
-import { generate } from "./requests.js";
+import { cancelAll, generate } from "./requests.js";
 import { app, setSettings, update, useApp } from "./state.js";
 import { download, urlOf } from "./store.js";
 import { text } from "./text.js";
@@ -19,7 +19,7 @@ const split = (values) => values.split(",").map((value) => value.trim()).filter(
 function readAxis({ kind, values }, body) {
   if (kind === "none") return [["", (cell) => cell]];
   if (kind === "lora") {
-    const [, name, weights] = values.match(/^\s*(\S+)\s+(.+)$/) ?? [];
+    const [, name, weights] = values.match(/^\s*(.*\S)\s+([\d.,\s]+)$/) ?? [];
     if (!name) throw new Error(texts.badValues);
     return split(weights).map((weight) => [`${name} ${weight}`, (cell) => ({ ...cell, loras: { ...cell.loras, [name]: Number(weight) } })]);
   }
@@ -96,6 +96,7 @@ export function Grid() {
       <${Axis} label=${texts.columns} axis=${columns} onChange=${setColumns} />
       <${Axis} label=${texts.rows} axis=${rows} onChange=${setRows} />
       <button class="primary">${texts.run(count)}</button>
+      ${requests.length > 0 && html`<button type="button" onClick=${cancelAll}>${text.progress.cancel}</button>`}
       ${grid?.cells && html`<button type="button" onClick=${() => save(grid)}>${texts.save}</button>`}
     </form>
     ${error && html`<p class="error" role="alert">${error}</p>`}

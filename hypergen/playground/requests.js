@@ -6,7 +6,11 @@ import { text } from "./text.js";
 
 const PREVIEWS = 3;
 const RETRY_S = 5; // of a 429 without Retry-After
+// A browser has six connections to a server over HTTP/1.1; one is left for the status.
+const MOST_STREAMS = 5;
 let lastId = 0;
+let streams = 0;
+const waiting = []; // functions that start the next stream
 
 function patch(id, change) {
   update({ requests: app.requests.map((request) => (request.id === id ? { ...request, ...change } : request)) });
@@ -83,7 +87,19 @@ function wait(id, error, signal) {
   });
 }
 
-async function attempt(id, body, edit, signal) {
+async function attempt(...request) {
+  if (streams >= MOST_STREAMS) await new Promise((resolve) => waiting.push(resolve));
+  streams += 1;
+  try {
+    return await run(...request);
+  } finally {
+    streams -= 1;
+    waiting.shift()?.();
+  }
+}
+
+async function run(id, body, edit, signal) {
+  signal.throwIfAborted();
   const started = performance.now();
   patch(id, { state: "sent", error: null });
   const streamed = { ...body, response_format: "b64_json", stream: true, stream_progress: true, partial_images: PREVIEWS };

@@ -168,7 +168,7 @@ export const text = {
       scheduler: "schedule",
       lora: "LoRA weight",
       model: "model",
-      words: "words of the prompt",
+      words: "prompt words",
     },
     hints: {
       seed: "1, 2, 3, 4",

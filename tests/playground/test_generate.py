@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import subprocess
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hypergen.api.openapi import EXAMPLE_IMAGE
 from tests.playground.conftest import KEY, LIMITED_KEY, Faults
 from tests.support.live_server import LiveServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Route
 
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
 
@@ -53,6 +55,59 @@ def test_the_form_shows_what_the_model_has_with_its_ranges_and_defaults(page: Pa
         expect(page.get_by_text(absent)).to_have_count(0)
     page.get_by_label("Sampler").select_option("dpmpp_2m")
     expect(page.get_by_label("Schedule").locator("option")).to_have_count(7)
+
+
+def test_a_model_with_every_option_has_every_field(page: Page) -> None:
+    def with_every_option(route: Route) -> None:
+        health = route.fetch().json()
+        options = [
+            "prompt_2",
+            "negative_prompt",
+            "clip_skip",
+            "true_cfg_scale",
+            "enable_refiner",
+            "loras",
+            "control",
+        ]
+        model = {
+            **health["models"][0],
+            "id": "large",
+            "options": options,
+            "control_models": ["canny", "depth"],
+        }
+        route.fulfill(json={**health, "models": [{**model, "id": "small", "options": []}, model]})
+
+    page.route("**/health", with_every_option)
+    page.get_by_label("Model").select_option("large")
+    page.get_by_text("More settings").click()
+    page.get_by_label("Prompt of the second text encoder", exact=True).fill("in oil")
+    page.get_by_label("Negative prompt of the second text encoder").fill("text")
+    page.get_by_role("spinbutton", name="True CFG scale").fill("2.5")
+    page.get_by_label("Use the refiner").check()
+    page.get_by_text("ControlNet", exact=True).first.click()
+    image = {"name": "edges.png", "mimeType": "image/png", "buffer": base64.b64decode(EXAMPLE_IMAGE)}
+    page.locator("#f-control_image").set_input_files(image)  # pyright: ignore[reportArgumentType]
+    expect(page.get_by_role("img", name="Control image")).to_be_visible()
+    page.get_by_label("ControlNet", exact=True).select_option("depth")
+    page.get_by_role("spinbutton", name="Strength of the ControlNet").fill("0.6")
+    page.route("**/v1/images/generations", lambda route: route.fulfill(content_type="text/event-stream"))
+    with page.expect_request("**/v1/images/generations") as sent:
+        generate(page)
+    fields = {
+        "model": "large",
+        "prompt_2": "in oil",
+        "negative_prompt_2": "text",
+        "true_cfg_scale": 2.5,
+        "enable_refiner": True,
+        "control_image": f"data:image/png;base64,{EXAMPLE_IMAGE}",
+        "control_model": "depth",
+        "controlnet_conditioning_scale": 0.6,
+    }
+    body = sent.value.post_data_json
+    assert {name: body[name] for name in fields} == fields
+    page.get_by_label("Model").select_option("small")
+    expect(page.get_by_label("Negative prompt", exact=True)).to_have_count(0)
+    expect(page.get_by_text("More settings")).to_have_count(0)
 
 
 def test_the_embedded_model_says_what_it_can_generate(page: Page) -> None:
@@ -95,6 +150,12 @@ def test_requests_run_at_once_and_can_be_cancelled(
     while playground.health()["queue_size"]:
         assert time.monotonic() < until, "the server was not told"
         time.sleep(0.05)
+
+
+def test_more_requests_than_connections_finish(page: Page) -> None:
+    for number in range(7):
+        generate(page, f"a red circle {number}")
+    expect(finished(page)).to_have_count(7)
 
 
 def test_seeds_are_fixed_or_count_up(page: Page) -> None:
