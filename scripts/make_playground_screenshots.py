@@ -13,13 +13,13 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 from tests.support.live_server import start_server
 
 FOLDER = Path(__file__).parents[1] / "docs" / "playground"
-DESKTOP = {"width": 1280, "height": 800}
-PHONE = {"width": 390, "height": 844}
+DESKTOP: ViewportSize = {"width": 1280, "height": 800}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 PROMPTS = (
     "three yellow stars on a black background",
     "a white ring on a purple background",
@@ -34,8 +34,8 @@ TIMEOUT_MS = 120_000
 
 
 @contextmanager
-def open_page(browser: Browser, url: str, scheme: str = "light") -> Iterator[Page]:
-    context = browser.new_context(color_scheme=scheme, viewport=DESKTOP, device_scale_factor=1.5)  # pyright: ignore[reportArgumentType]  a literal
+def open_page(browser: Browser, url: str) -> Iterator[Page]:
+    context = browser.new_context(color_scheme="light", viewport=DESKTOP, device_scale_factor=1.5)
     context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
     page.goto(url)
@@ -56,11 +56,11 @@ def wait(page: Page, images: int) -> None:
 def save(page: Page, name: str) -> None:
     """Desktop and phone, as WebP."""
     for suffix, size in (("", DESKTOP), ("-phone", PHONE)):
-        page.set_viewport_size(size)  # pyright: ignore[reportArgumentType]  a dictionary with these keys
+        page.set_viewport_size(size)
         if suffix:  # the images are below the form
             page.evaluate("document.getElementById('images').scrollIntoView()")
         Image.open(BytesIO(page.screenshot())).save(FOLDER / f"{name}{suffix}.webp", quality=88, method=6)
-    page.set_viewport_size(DESKTOP)  # pyright: ignore[reportArgumentType]
+    page.set_viewport_size(DESKTOP)
 
 
 def make(page: Page) -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests.support.live_server import LiveServer, start_server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page
 
 KEY = "sk-page"
 LIMITED_KEY = "sk-limited"  # one request at once
@@ -62,9 +62,13 @@ class Faults:
     seen: list[str] = field(default_factory=list[str])
 
     def watch(self, page: Page) -> None:
-        page.on("console", lambda message: message.type == "error" and self.seen.append(message.text))
+        page.on("console", self._check_message)
         page.on("pageerror", lambda error: self.seen.append(str(error)))
         page.on("request", lambda request: self._check_host(request.url))
+
+    def _check_message(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.seen.append(message.text)
 
     def _check_host(self, url: str) -> None:
         if not url.startswith((self.own, "data:", "blob:")):

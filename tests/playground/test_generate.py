@@ -19,7 +19,7 @@ from tests.playground.conftest import KEY, LIMITED_KEY, Faults
 from tests.support.live_server import LiveServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page, Route
+    from playwright.sync_api import FilePayload, Locator, Page, Route
 
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
 
@@ -85,8 +85,9 @@ def test_a_model_with_every_option_has_every_field(page: Page) -> None:
     page.get_by_role("spinbutton", name="True CFG scale").fill("2.5")
     page.get_by_label("Use the refiner").check()
     page.get_by_text("ControlNet", exact=True).first.click()
-    image = {"name": "edges.png", "mimeType": "image/png", "buffer": base64.b64decode(EXAMPLE_IMAGE)}
-    page.locator("#f-control_image").set_input_files(image)  # pyright: ignore[reportArgumentType]
+    data = base64.b64decode(EXAMPLE_IMAGE)
+    file: FilePayload = {"name": "edges.png", "mimeType": "image/png", "buffer": data}
+    page.locator("#f-control_image").set_input_files(file)
     expect(page.get_by_role("img", name="Control image")).to_be_visible()
     page.get_by_label("ControlNet", exact=True).select_option("depth")
     page.get_by_role("spinbutton", name="Strength of the ControlNet").fill("0.6")
@@ -104,6 +105,7 @@ def test_a_model_with_every_option_has_every_field(page: Page) -> None:
         "controlnet_conditioning_scale": 0.6,
     }
     body = sent.value.post_data_json
+    assert body is not None
     assert {name: body[name] for name in fields} == fields
     page.get_by_label("Model").select_option("small")
     expect(page.get_by_label("Negative prompt", exact=True)).to_have_count(0)
