@@ -17,7 +17,7 @@ _PUBLIC_PREFIXES = (FILES_PREFIX, "/playground/", "/docs/")
 
 def is_public(method: str, path: str) -> bool:
     """Whether a request is for a stored image, whose name cannot be guessed, or for a web page or the
-    description of the API, which are the same on every server.
+    description of the API, which are the same on every server of a version.
 
     It needs no key, and links of other sites may lead to it.
     """

@@ -1,6 +1,6 @@
 """The web pages of the server: the playground at `/` and Swagger UI at `/docs`, from files of this package.
 
-The pages are the same on every server, and need no key; what they request from the API does.
+The pages are the same on every server of a version, and need no key; what they request from the API does.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ function Loras({ settings, errors, model }) {
         <button type="button" class="icon" aria-label=${text.removeLora(name)} onClick=${() => remove(name)}>✕</button>
       </div>`,
     )}
-    ${left.length > 0 &&
+    ${left.length > 0 && Object.keys(loras).length < model.max_loras &&
     html`<select ...${inputOf("loras", errors)} value="" onChange=${(event) => (change(event.target.value, 1), (event.target.value = ""))}>
       <option value="">${text.addLora}</option>
       ${left.map((name) => html`<option value=${name}>${name}</option>`)}

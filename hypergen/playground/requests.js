@@ -38,7 +38,6 @@ export async function generate(body, edit = null, quiet = false) {
       remove(id);
       return null;
     }
-    if (!(error instanceof ApiError)) throw error;
     if (error.status === 401) update({ needsKey: true, asksKey: true });
     if (quiet || (error.status === 400 && showAtField(error))) {
       remove(id);

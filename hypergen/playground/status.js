@@ -57,6 +57,7 @@ function Figures({ health }) {
   const size = app.settings.size || model.defaults.size || "";
   const verdict = health.engines.map(({ determinism }) => determinism[size] ?? determinism[`${model.id} ${size}`]).find(Boolean);
   const figures = [
+    health.reason,
     status.running(health.running),
     status.waiting(health.waiting + health.overflow),
     perForward.length > 0 && status.perForward(Math.max(...perForward)),
