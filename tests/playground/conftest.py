@@ -21,7 +21,7 @@ KEY = "sk-page"
 LIMITED_KEY = "sk-limited"  # one request at once
 # Few steps, because the tests look at the page and not at the images.
 QUICK_SETTINGS = {"num_inference_steps": "2"}
-TIMEOUT_MS = 30_000
+TIMEOUT_MS = 60_000
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,10 @@ def generate(page: Page, prompt: str = "a red circle on a blue background") -> N
 
 
 def test_an_image_forms_with_progress_and_previews(open_page: Callable[..., Page]) -> None:
-    page = open_page(settings={"num_inference_steps": "20", "seed": "9", "seedMode": "fixed"})
+    page = open_page(settings={"num_inference_steps": "60", "seed": "9", "seedMode": "fixed"})
     generate(page)
     running = page.locator(".tile.running")
-    expect(running.get_by_text(re.compile(r"Step \d+ of 20"))).to_be_visible()
+    expect(running.get_by_text(re.compile(r"Step \d+ of 60"))).to_be_visible()
     expect(running.locator("img")).to_be_visible()  # a preview
     expect(finished(page)).to_have_accessible_name("Open: a red circle on a blue background, seed 9")
     expect(running).to_have_count(0)
@@ -143,7 +143,9 @@ def test_requests_run_at_once_and_can_be_cancelled(
     generate(page, "a yellow star")
     running = page.locator(".tile.running")
     expect(running).to_have_count(2)
-    expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("2 running")
+    expect(page.get_by_role("contentinfo", name="Server")).to_contain_text(
+        re.compile("2 running|1 running.*1 waiting")
+    )
     running.first.get_by_role("button", name="Cancel").click()
     expect(running).to_have_count(1)
     page.keyboard.press("Escape")
@@ -228,7 +230,7 @@ def test_a_key_that_is_withdrawn_loses_nothing(open_page: Callable[..., Page], f
 
 def test_a_full_server_is_asked_again_after_its_wait(open_page: Callable[..., Page], faults: Faults) -> None:
     faults.expected = "status of 429"
-    page = open_page(key=LIMITED_KEY, settings={"num_inference_steps": "20"})
+    page = open_page(key=LIMITED_KEY, settings={"num_inference_steps": "40"})
     generate(page)
     expect(page.get_by_text(re.compile(r"Step \d+"))).to_be_visible()
     generate(page, "a yellow star")
