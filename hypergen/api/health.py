@@ -53,6 +53,7 @@ def _model(
         "in_memory": any(model.id in engine.models for engine in status.engines),
         "defaults": _defaults(model_info, server) if model_info else {},
         "max_loras": model_info.max_loras if model_info else 0,
+        "embeddings": sorted(model.settings.embedding),
         **_capabilities(model_info),
     }
 
