@@ -63,6 +63,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
         title="HyperGen",
         version=__version__,
         redirect_slashes=False,
+        docs_url=None,  # api/web_pages.py: FastAPI's page loads its files from another host
         redoc_url=None,
         lifespan=lifespan,
         servers=[{"url": settings.server.root_path}] if settings.server.root_path else None,

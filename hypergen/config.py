@@ -323,6 +323,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         description="price of one 1024x1024 image with 25 steps, for the header x-hypergen-price of "
         "Hyperbolic responses and hypergen_price_total in /metrics; absent: no prices",
     )
+    playground: bool = Field(True, description="serve the playground, a web page for this API, at /")
     image_metadata: bool = Field(True, description="write prompt, seed and settings into image files")
     url_lifetime_s: float = Field(
         3600, ge=60, allow_inf_nan=False, description="seconds for which a `url` result can be fetched"

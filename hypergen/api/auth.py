@@ -8,9 +8,20 @@ from hypergen.api.api_keys import ApiKeys
 from hypergen.errors import AuthenticationError
 from hypergen.request import ANONYMOUS, ApiKey
 
-# Health probes. All other paths need the key, unknown ones too, except GET and HEAD of stored images.
+# Health probes. All other paths need the key, unknown ones too, except `is_public` ones.
 OPEN_PATHS = frozenset({"/health", "/healthz", "/livez", "/readyz"})
 FILES_PREFIX = "/v1/images/files/"
+_PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json"})
+_PUBLIC_PREFIXES = (FILES_PREFIX, "/playground/", "/docs/")
+
+
+def is_public(method: str, path: str) -> bool:
+    """Whether a request is for a stored image, whose name cannot be guessed, or for a web page or the
+    description of the API, which are the same on every server of a version.
+
+    It needs no key, and links of other sites may lead to it.
+    """
+    return method in ("GET", "HEAD") and (path in _PUBLIC_PATHS or path.startswith(_PUBLIC_PREFIXES))
 
 
 class BearerAuth:
@@ -26,8 +37,7 @@ class BearerAuth:
             AuthenticationError: there is not exactly one Authorization header with the scheme Bearer and a
                 valid key.
         """
-        is_file = path.startswith(FILES_PREFIX) and method in ("GET", "HEAD")
-        if not self._keys or is_file:
+        if not self._keys or is_public(method, path):
             return ANONYMOUS
         values = [value for name, value in headers if name == b"authorization"]
         scheme, _, secret = (values[0] if len(values) == 1 else b"").partition(b" ")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from hypergen.api.auth import FILES_PREFIX
+from hypergen.api.auth import is_public
 from hypergen.config import ServerSettings
 from hypergen.errors import ForbiddenError
 
@@ -52,7 +52,7 @@ def reject_cross_site(
 
     Raises:
         ForbiddenError: the Host is not this server's, or the request comes from a page of another site.
-            Other sites may show stored images, whose names cannot be guessed.
+            Other sites may show stored images, and link to the web pages.
     """
     relevant = [
         (name, value.decode("latin-1"))
@@ -66,13 +66,12 @@ def reject_cross_site(
             "or set an API key.",
             code="forbidden_host",
         )
-    is_file = path.startswith(FILES_PREFIX) and method in ("GET", "HEAD")
     # Browsers send Sec-Fetch-Site only to https and loopback, but the Origin of a POST to every server.
     is_cross_site = (
         any(not _is_own_origin(value, hosts, server) for name, value in relevant if name == b"origin")
         or (b"sec-fetch-site", "cross-site") in relevant
     )
-    if is_cross_site and not (is_file or origin_allowed):
+    if is_cross_site and not (is_public(method, path) or origin_allowed):
         raise ForbiddenError(
             "Pages of other sites cannot use this server without an API key or --cors-origin.",
             code="cross_site",

@@ -23,6 +23,7 @@ from hypergen.api.errors import ClientDisconnectedError
 from hypergen.api.hosts import is_named_host
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import OutgoingResponse
+from hypergen.api.progress_report import ProgressReport, ProgressReporter
 from hypergen.api.request_body import read_json_object
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import iter_chunks, write
@@ -240,13 +241,15 @@ async def generate_images(
 async def stream_events(
     generator: ImageGenerator,
     validated: ValidatedRequest,
-    to_sse_event: Callable[[Preview | ImageFinished], list[bytes]],
+    to_sse_event: Callable[[Preview | ImageFinished | ProgressReport], list[bytes]],
     wait_for_disconnect: Callable[[], Awaitable[object]],
     deadline: float,
     outgoing: OutgoingResponse,
     record: RequestRecord,
 ) -> Response:
     """Submit a request; the response streams its events.
+
+    With `stream_progress` it starts at once, with the place in the queue.
 
     Raises:
         ClientDisconnectedError: the client disconnected before the first event.
@@ -260,15 +263,19 @@ async def stream_events(
             outgoing.add_pending(len(event.data))
 
     handle = await generator.submit(validated.generation, on_event=count)
-    try:
-        first = asyncio.ensure_future(anext(handle))
-        event = await run_until_disconnect(first, wait_for_disconnect(), deadline)
-    except BaseException as error:
-        handle.cancel()
-        if isinstance(error, InvalidRequestError):
-            raise validated.with_client_field_names(error) from None
-        raise
-    response = EventStream(event, handle, to_sse_event, outgoing, deadline, record)
+    event = None
+    reporter = ProgressReporter(handle) if validated.stream_progress else None
+    if reporter is None:
+        try:
+            first = asyncio.ensure_future(anext(handle))
+            event = await run_until_disconnect(first, wait_for_disconnect(), deadline)
+        except BaseException as error:
+            handle.cancel()
+            if isinstance(error, InvalidRequestError):
+                raise validated.with_client_field_names(error) from None
+            raise
+    to_client_error = validated.with_client_field_names
+    response = EventStream(event, handle, to_sse_event, outgoing, deadline, record, reporter, to_client_error)
     response.headers.update(validated.response_headers)
     return response
 

@@ -24,6 +24,7 @@ from hypergen.api.image_requests import handle_image_request
 from hypergen.api.job_routes import add_job_routes
 from hypergen.api.jobs import Jobs
 from hypergen.api.schemas import Health, Model, ModelList
+from hypergen.api.web_pages import add_web_pages
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import NotFoundError
@@ -80,6 +81,7 @@ def create_router(
     for endpoint in ENDPOINTS:
         add(endpoint)
     add_job_routes(router, settings, generator, jobs)
+    add_web_pages(router, settings.server.playground)
 
     @router.get(
         "/v1/models",
@@ -123,7 +125,7 @@ def create_router(
     )
     async def health(request: Request) -> Response:
         status = generator.status()
-        body = health_body(generator, status, models, settings.engine.device or "auto")
+        body = health_body(generator, status, models, settings)
         if not request.state.authenticated:
             body = {"status": body["status"]}
         return json_response(body, 200 if status.state == "ready" else 503)

@@ -47,6 +47,8 @@ class ServedModelHealth(BaseModel):
     id: str
     aliases: list[str]
     in_memory: bool
+    defaults: dict[str, str | float | None] = Field(description="request field -> its value if absent")
+    max_loras: int
 
 
 class Health(BaseModel):
@@ -58,6 +60,7 @@ class Health(BaseModel):
     models: list[ServedModelHealth] | None = None
     device: str | None = None
     queue_size: int | None = Field(None, description="unfinished requests")
+    limits: dict[str, float] | None = Field(None, description="of a request, under the names of the settings")
 
 
 class JobProgress(BaseModel):

@@ -56,6 +56,7 @@ class ValidatedRequest:
     response_format: Literal["url", "b64_json"] | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])
     stream: bool = False
+    stream_progress: bool = False
     # Field of `GenerationRequest` -> the dialect's name for it, for errors of the engine.
     client_fields: dict[str, str] = field(default_factory=dict[str, str])
     ignored_fields: tuple[str, ...] = ()  # as in a header

@@ -13,6 +13,7 @@ from hypergen.api.dialects.endpoints import ENDPOINTS
 OTHER = "other"
 _FIXED = frozenset(
     {
+        "/",
         "/generate",
         "/metrics",
         "/livez",
@@ -30,6 +31,8 @@ _WITH_NAMES = {
     "/v1/models/": "/v1/models/{model}",
     "/v1/images/jobs/": "/v1/images/jobs/{job_id}",
     FILES_PREFIX: FILES_PREFIX + "{name}",
+    "/playground/": "/playground/{name}",
+    "/docs/": "/docs/{name}",
 }
 _TRUE_PATH = "hypergen.path"
 

@@ -58,6 +58,15 @@ def test_health_has_state_model_queue_and_device(client: httpx.Client, sd_folder
     assert body["queue_size"] == 0
     assert body["device"] == "cpu"
     assert "euler" in body["samplers"]
+    (model,) = body["models"]
+    assert model["defaults"] == {
+        "size": "128x128",
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "lora_path": None,
+    }
+    assert model["max_loras"] == 4
+    assert body["limits"]["max_side"] == 2048
 
 
 def test_the_startup_time_is_reported_by_stage(server: LiveServer) -> None:

@@ -115,3 +115,24 @@ def test_a_disconnect_cancels_a_stream(server: LiveServer) -> None:
     while server.health()["queue_size"]:
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_client_can_ask_for_progress(client: httpx.Client) -> None:
+    body = {**BODY, "stream": True, "stream_progress": True, "partial_images": 1, "n": 2}
+    events = events_of(client, GENERATIONS, body)
+    progress = [data for name, data in events if name == "image_generation.progress"]
+    assert all(data["type"] == "image_generation.progress" for data in progress)
+    assert progress[0]["position"] >= 0
+    steps = [data["step"] for data in progress if "step" in data]
+    assert steps == sorted(steps)
+    assert progress[-1] == {**progress[-1], "step": 16, "steps": 16, "expected_s": 0}
+    plain = client.post(GENERATIONS, json={**BODY, "n": 2}).json()["data"]
+    images = {data["index"]: data for name, data in events if name.endswith("completed")}
+    assert [images[index]["b64_json"] for index in (0, 1)] == [item["b64_json"] for item in plain]
+
+
+def test_an_error_after_the_start_of_a_stream_names_the_field(client: httpx.Client) -> None:
+    body = {**BODY, "stream": True, "stream_progress": True, "lora_path": "broken"}
+    name, data = events_of(client, GENERATIONS, body)[-1]
+    assert name == "error"
+    assert data["error"]["param"] == "lora_path"

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from hypergen.api.progress_report import ProgressReport
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import ServerSettings
 from hypergen.events import ImageFinished, Preview
@@ -41,7 +42,7 @@ class Endpoint:
     accepts_forms: bool = False
     to_request: Callable[[dict[str, Any], ModelInfo, ServerSettings, str], ValidatedRequest]
     to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
-    to_sse_event: Callable[[Any, int, Preview | ImageFinished], list[bytes]] | None = None
+    to_sse_event: Callable[[Any, int, Preview | ImageFinished | ProgressReport], list[bytes]] | None = None
     openapi: dict[str, Any]
     schemas: tuple[type[BaseModel], ...]
 

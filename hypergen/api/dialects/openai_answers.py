@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from hypergen.api.errors import to_json
 from hypergen.api.openapi import reference
+from hypergen.api.progress_report import ProgressReport
 from hypergen.api.validation import ValidatedRequest
 from hypergen.events import ImageFinished, Preview
 from hypergen.request import GenerationRequest, OutputFormat
@@ -57,14 +58,16 @@ class ImagesStream(BaseModel):
     """One event of the stream."""
 
     event: Literal[
+        "image_generation.progress",
         "image_generation.partial_image",
         "image_generation.completed",
+        "image_edit.progress",
         "image_edit.partial_image",
         "image_edit.completed",
         "error",
     ]
     data: str = Field(
-        description="JSON: the image with its metadata, or the error",
+        description="JSON: the image with its metadata, the progress, or the error",
         json_schema_extra={"contentMediaType": "application/json"},
     )
 
@@ -109,9 +112,16 @@ def to_response(
 
 
 def to_sse_event(
-    prefix: EventPrefix, validated: ImagesRequest, created: int, event: Preview | ImageFinished
+    prefix: EventPrefix,
+    validated: ImagesRequest,
+    created: int,
+    event: Preview | ImageFinished | ProgressReport,
 ) -> list[bytes]:
     """One server-sent event in pieces; takes milliseconds per megabyte."""
+    if isinstance(event, ProgressReport):
+        name = f"{prefix}.progress"
+        known = {field: value for field, value in asdict(event).items() if value is not None}
+        return [f"event: {name}\ndata: ".encode(), to_json({"type": name, **known}), b"\n\n"]
     request = validated.generation
     body: dict[str, Any] = {
         "created_at": created,

@@ -88,6 +88,9 @@ class ImagesBody(ModelFields):
     partial_images: StrictInt = Field(
         0, ge=0, le=3, description="number of previews per image; ignored without `stream`"
     )
+    stream_progress: StrictBool = Field(
+        False, description="with `stream`: events about the queue and the steps, too"
+    )
     user: StrictStr | None = Field(None, description="accepted, ignored")
     safety_identifier: StrictStr | None = Field(None, description="accepted, ignored")
     negative_prompt: StrictStr | None = Field(None, max_length=32000, description="negative prompt")
@@ -200,6 +203,7 @@ def resolve(
         client_fields={"loras": "loras" if fields.lora_path is None else "lora_path"},
         response_format=fields.response_format,
         stream=fields.stream,
+        stream_progress=fields.stream_progress,
         quality={"auto": "medium", "standard": "medium", "hd": "high"}.get(fields.quality, fields.quality),
     )
 

@@ -1,0 +1,121 @@
+// The page: its frame, its shortcuts, and what is dropped or pasted onto it.
+import { html, render, useEffect, useState } from "./vendor/preact-htm.js";
+import { key, setKey } from "./api.js";
+import { Form, submit, useSettings } from "./form.js";
+import { Gallery } from "./gallery.js";
+import { cancelAll } from "./requests.js";
+import { app, notify, update, useApp } from "./state.js";
+import { Status, readHealth } from "./status.js";
+import { loadImages } from "./store.js";
+import { text } from "./text.js";
+import { Dialog } from "./ui.js";
+import { CodeDialog } from "./code.js";
+import { Edit, setSource } from "./edit.js";
+import { Grid } from "./grid.js";
+import { readSettings } from "./metadata.js";
+import { Viewer } from "./viewer.js";
+
+const THEME = "hypergen.theme";
+const MAIN = { generate: Gallery, edit: Edit, grid: Grid };
+
+function Page() {
+  const { tab, viewed, needsKey, asksKey, notice, announcement } = useApp();
+  const [code, setCode] = useState(false);
+  useEffect(listen, []);
+  const Main = MAIN[tab];
+  return html`<a class="skip" href="#images">${text.skip}</a>
+    <header class="top">
+      <h1>${text.title}</h1>
+      <nav role="tablist" aria-label=${text.views}>
+        ${Object.entries(text.tabs).map(
+          ([name, label]) => html`<button type="button" role="tab" aria-selected=${String(tab === name)} onClick=${() => update({ tab: name, errors: {} })}>${label}</button>`,
+        )}
+      </nav>
+      <span class="space"></span>
+      ${(needsKey || key()) && html`<button type="button" onClick=${() => update({ asksKey: true })}>${text.key.label}</button>`}
+      <a href="docs" title=${text.apiDocsTitle}>${text.apiDocs}</a>
+      <button type="button" class="icon" aria-label=${text.theme} title=${text.theme} onClick=${changeTheme}>◐</button>
+    </header>
+    <main>
+      <${Form} showCode=${() => setCode(true)} />
+      <div class="content"><${Main} /></div>
+    </main>
+    <${Status} />
+    ${viewed && html`<${Viewer} key="viewer" />`}
+    ${code && html`<${CodeDialog} onClose=${() => setCode(false)} />`}
+    ${asksKey && html`<${KeyDialog} />`}
+    <p class="hidden" role="status">${announcement}</p>
+    <div class="notices" role="status">${notice && html`<${Notice} notice=${notice} />`}</div>`;
+}
+
+function Notice({ notice }) {
+  useEffect(() => {
+    const timer = setTimeout(() => app.notice === notice && update({ notice: null }), 8000);
+    return () => clearTimeout(timer);
+  }, [notice]);
+  return html`<div class="notice"><span>${notice.text}</span>
+    ${notice.action && html`<button type="button" onClick=${() => (update({ notice: null }), notice.run())}>${notice.action}</button>`}
+    <button type="button" class="icon" aria-label=${text.close} onClick=${() => update({ notice: null })}>✕</button>
+  </div>`;
+}
+
+function KeyDialog() {
+  const [value, setValue] = useState("");
+  const [wrong] = useState(Boolean(key()));
+  const save = async (event) => {
+    event.preventDefault();
+    setKey(value.trim());
+    update({ needsKey: false, asksKey: false });
+    await readHealth(); // asks again if the key is wrong
+  };
+  return html`<${Dialog} title=${text.key.title} className="small" onClose=${() => update({ asksKey: false })}>
+    <form onSubmit=${save}>
+      <p>${text.key.hint}</p>
+      ${wrong && html`<p class="error" role="alert">${text.key.wrong}</p>`}
+      <label>${text.key.label}<input type="password" autocomplete="off" autofocus value=${value} onInput=${(event) => setValue(event.target.value)} /></label>
+      <button class="primary">${text.key.save}</button>
+    </form>
+  <//>`;
+}
+
+function changeTheme() {
+  const isDark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+  document.documentElement.dataset.theme = isDark ? "light" : "dark";
+  localStorage.setItem(THEME, document.documentElement.dataset.theme);
+}
+
+function listen() {
+  const onKey = (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && app.tab !== "grid") {
+      event.preventDefault();
+      submit();
+    } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) cancelAll();
+  };
+  const take = (event, data) => {
+    const file = [...(data?.files ?? [])].find(({ type }) => type.startsWith("image/"));
+    if (!file) return;
+    event.preventDefault();
+    takeFile(file);
+  };
+  const onDrop = (event) => take(event, event.dataTransfer);
+  const onPaste = (event) => take(event, event.clipboardData);
+  const allow = (event) => event.dataTransfer.types.includes("Files") && event.preventDefault();
+  const listeners = { keydown: onKey, drop: onDrop, paste: onPaste, dragover: allow };
+  for (const [name, listener] of Object.entries(listeners)) addEventListener(name, listener);
+  return () => Object.entries(listeners).forEach(([name, listener]) => removeEventListener(name, listener));
+}
+
+/** In the edit view a file is the input image, elsewhere its settings are read. */
+async function takeFile(file) {
+  if (app.tab === "edit") return setSource(file);
+  const found = await readSettings(file).catch(() => null);
+  if (found) return useSettings(found.settings, text.notice.settingsOf(file.name, found.from));
+  return notify(text.errors.noSettings(file.name), text.notice.useAsInput, () => setSource(file));
+}
+
+if (localStorage.getItem(THEME)) document.documentElement.dataset.theme = localStorage.getItem(THEME);
+render(html`<${Page} />`, document.body);
+loadImages().then(
+  (images) => update({ images: [...app.images, ...images] }),
+  () => notify(text.errors.storageClosed),
+);

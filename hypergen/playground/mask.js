@@ -1,0 +1,118 @@
+// The mask of an edit: what is painted on the canvas is generated, the rest is kept.
+
+const UNDO = 20;
+
+export class Mask {
+  /**
+   * @param size { width, height } of the input image, which the mask must have.
+   * @param onChange called after each stroke.
+   */
+  constructor(canvas, { width, height }, onChange) {
+    Object.assign(canvas, { width, height });
+    this.canvas = canvas;
+    this.context = canvas.getContext("2d", { willReadFrequently: true });
+    this.color = "#4f46e5";
+    this.onChange = onChange;
+    this.before = []; // pixels before each of the last strokes
+    this.at = null; // of the stroke, in pixels of the image
+    this.cursor = { x: width / 2, y: height / 2 }; // of the keyboard
+  }
+
+  start(event, brush) {
+    this.remember();
+    this.at = this.position(event);
+    this.paint(this.at, brush);
+  }
+
+  draw(event, brush) {
+    if (!this.at) return;
+    const to = this.position(event);
+    const { x, y } = this.at;
+    const steps = Math.ceil(Math.hypot(to.x - x, to.y - y) / Math.max(1, brush.size / 8));
+    for (let step = 1; step <= steps; step++) {
+      this.paint({ x: x + ((to.x - x) * step) / steps, y: y + ((to.y - y) * step) / steps }, brush);
+    }
+    this.at = to;
+  }
+
+  end() {
+    if (this.at) this.onChange();
+    this.at = null;
+  }
+
+  /** Paint once at the cursor of the keyboard. */
+  dab(brush) {
+    this.remember();
+    this.paint(this.cursor, brush);
+    this.onChange();
+  }
+
+  move(x, y) {
+    const within = (value, most) => Math.max(0, Math.min(most, value));
+    this.cursor = { x: within(this.cursor.x + x, this.canvas.width), y: within(this.cursor.y + y, this.canvas.height) };
+    this.canvas.style.setProperty("--x", `${(this.cursor.x / this.canvas.width) * 100}%`);
+    this.canvas.style.setProperty("--y", `${(this.cursor.y / this.canvas.height) * 100}%`);
+  }
+
+  invert() {
+    this.remember();
+    const { context, canvas } = this;
+    context.globalCompositeOperation = "xor";
+    context.fillStyle = this.color;
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.globalCompositeOperation = "source-over";
+    this.onChange();
+  }
+
+  undo() {
+    const pixels = this.before.pop();
+    if (!pixels) return;
+    this.context.putImageData(pixels, 0, 0);
+    this.onChange();
+  }
+
+  clear() {
+    this.remember();
+    this.context.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    this.onChange();
+  }
+
+  /** A promise of the mask as the API has it: transparent pixels are generated. Null if nothing is painted. */
+  toBlob() {
+    const { width, height } = this.canvas;
+    const pixels = this.context.getImageData(0, 0, width, height);
+    let painted = false;
+    for (let at = 3; at < pixels.data.length; at += 4) {
+      painted ||= pixels.data[at] > 0;
+      pixels.data[at] = 255 - pixels.data[at];
+    }
+    if (!painted) return null;
+    const mask = new OffscreenCanvas(width, height);
+    mask.getContext("2d").putImageData(pixels, 0, 0);
+    return mask.convertToBlob({ type: "image/png" });
+  }
+
+  position({ clientX, clientY }) {
+    const box = this.canvas.getBoundingClientRect();
+    return { x: ((clientX - box.left) / box.width) * this.canvas.width, y: ((clientY - box.top) / box.height) * this.canvas.height };
+  }
+
+  paint({ x, y }, { size, softness, erase }) {
+    const { context } = this;
+    const radius = size / 2;
+    const gradient = context.createRadialGradient(x, y, radius * (1 - softness) * 0.999, x, y, radius);
+    gradient.addColorStop(0, this.color);
+    gradient.addColorStop(1, `${this.color}00`);
+    context.globalCompositeOperation = erase ? "destination-out" : "source-over";
+    context.fillStyle = softness === 0 ? this.color : gradient;
+    context.beginPath();
+    context.arc(x, y, radius, 0, 2 * Math.PI);
+    context.fill();
+    context.globalCompositeOperation = "source-over";
+  }
+
+  remember() {
+    this.before.push(this.context.getImageData(0, 0, this.canvas.width, this.canvas.height));
+    if (this.before.length > UNDO) this.before.shift();
+  }
+}

@@ -1,0 +1,89 @@
+// Small parts that all views share.
+import { html, useEffect, useRef } from "./vendor/preact-htm.js";
+import { text } from "./text.js";
+
+/** A labelled part of the form, with the server's sentence about it if there is one. */
+export function Field({ name, errors, label = text.fields[name], children, hint }) {
+  const error = errors?.[name];
+  return html`<div class=${`field ${error ? "invalid" : ""}`} data-field=${name}>
+    <div class="label"><label for=${`f-${name}`}>${label}</label>${hint}</div>
+    ${children}
+    ${error && html`<p class="error" id=${`e-${name}`} role="alert">${error}</p>`}
+  </div>`;
+}
+
+/** Attributes of the input in a `Field`. */
+export const inputOf = (name, errors) => ({
+  id: `f-${name}`,
+  "aria-invalid": errors?.[name] ? "true" : undefined,
+  "aria-describedby": errors?.[name] ? `e-${name}` : undefined,
+});
+
+/** A slider and a number; "" is the default, which the slider shows. */
+export function Range({ name, errors, value, fallback, min, max, step, onChange, label }) {
+  const shown = value === "" ? (fallback ?? min) : value;
+  return html`<${Field} name=${name} errors=${errors} label=${label ?? text.fields[name]}
+    hint=${html`<input ...${inputOf(name, errors)} class="number" type="number" inputmode="decimal" min=${min} max=${max} step=${step}
+      value=${value} placeholder=${fallback ?? ""} onInput=${(event) => onChange(event.target.value)} />`}>
+    <input class="slider" type="range" aria-label=${label ?? text.fields[name]} min=${min} max=${max} step=${step} value=${shown}
+      onInput=${(event) => onChange(Number(event.target.value))} />
+  <//>`;
+}
+
+export function Select({ name, errors, value, options, onChange, label }) {
+  const known = options.some(([option]) => option === value);
+  const all = known ? options : [...options, [value, value]];
+  return html`<${Field} name=${name} errors=${errors} label=${label ?? text.fields[name]}>
+    <select ...${inputOf(name, errors)} value=${value} onChange=${(event) => onChange(event.target.value)}>
+      ${all.map(([option, shown]) => html`<option value=${option} selected=${option === value}>${shown}</option>`)}
+    </select>
+  <//>`;
+}
+
+/** One of a few choices, as radio buttons that look like one control. */
+export function Segments({ name, label, value, options, onChange }) {
+  return html`<div class="segments" role="radiogroup" aria-label=${label}>
+    ${options.map(
+      ([option, shown]) => html`<label class=${option === value ? "chosen" : ""}>
+        <input type="radio" name=${name} checked=${option === value} onChange=${() => onChange(option)} />${shown}
+      </label>`,
+    )}
+  </div>`;
+}
+
+/** A modal dialog; Esc and a click beside it close it. */
+export function Dialog({ title, className = "", onClose, onKeyDown, children }) {
+  const dialog = useRef();
+  useEffect(() => {
+    dialog.current.showModal();
+  }, []);
+  return html`<dialog ref=${dialog} class=${className} aria-label=${title} onClose=${onClose} onKeyDown=${onKeyDown}
+    onClick=${(event) => event.target === dialog.current && dialog.current.close()}>
+    <div class="dialog">
+      <header><h2>${title}</h2>
+        <button type="button" class="icon" aria-label=${text.close} title=${text.close} onClick=${() => dialog.current.close()}>✕</button>
+      </header>
+      ${children}
+    </div>
+  </dialog>`;
+}
+
+/** A button that opens the file chooser. */
+export function FileButton({ label, onFile, id }) {
+  return html`<label class="button file">${label}
+    <input id=${id} type="file" accept="image/png,image/jpeg,image/webp"
+      onChange=${(event) => {
+        const [file] = event.target.files;
+        event.target.value = "";
+        if (file) onFile(file);
+      }} />
+  </label>`;
+}
+
+/** Size of an image file; throws if the browser cannot read it. */
+export async function sizeOf(blob) {
+  const bitmap = await createImageBitmap(blob);
+  const { width, height } = bitmap;
+  bitmap.close();
+  return { width, height };
+}

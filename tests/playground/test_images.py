@@ -1,0 +1,293 @@
+"""The playground's gallery, large view, grid and edits, and what everybody needs of the page."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tests.playground.conftest import AXE, KEY, Faults
+from tests.support.live_server import LiveServer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
+PROMPT = "a red circle on a blue background"
+A1111 = (
+    "a red circle <lora:Pixel_Art:0.8>\nNegative prompt: blue\n"
+    "Steps: 7, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3.5, Seed: 42, Size: 128x96, Clip skip: 2"
+)
+COMFY_UI = {
+    "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x.safetensors"}},
+    "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle", "clip": ["1", 1]}},
+    "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "blue", "clip": ["1", 1]}},
+    "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 96, "batch_size": 1}},
+    "5": {
+        "class_type": "KSampler",
+        "inputs": {
+            "seed": 42,
+            "steps": 7,
+            "cfg": 3.5,
+            "sampler_name": "dpmpp_2m",
+            "scheduler": "karras",
+            "denoise": 1,
+            "model": ["1", 0],
+            "positive": ["2", 0],
+            "negative": ["3", 0],
+            "latent_image": ["4", 0],
+        },
+    },
+}
+
+
+def finished(page: Page) -> Locator:
+    return page.get_by_role("button", name="Open:")
+
+
+def generate(page: Page, prompt: str = PROMPT) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.keyboard.press("Control+Enter")
+
+
+def download(page: Page, button: str) -> bytes:
+    with page.expect_download() as started:
+        page.get_by_role("button", name=button).click()
+    return started.value.path().read_bytes()
+
+
+def drop(page: Page, name: str, data: bytes) -> None:
+    """Drop a file onto the page, as a file manager does."""
+    page.evaluate(
+        """([name, data]) => {
+            const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([bytes], name, { type: `image/${name.split(".")[1]}` }));
+            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+        }""",
+        [name, base64.b64encode(data).decode()],
+    )
+
+
+def generate_file(playground: LiveServer, **fields: Any) -> bytes:
+    body = {"prompt": "a red circle", "size": "128x96", "num_inference_steps": 7, "seed": 42, **fields}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    response = httpx.post(f"{playground.url}/v1/images/generations", json=body, headers=headers, timeout=60)
+    return base64.b64decode(response.json()["data"][0]["b64_json"])
+
+
+def png(**texts: str) -> bytes:
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text, zip=True)
+    file = BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def test_the_gallery_keeps_images_and_a_zip_has_them_all(page: Page) -> None:
+    generate(page)
+    generate(page, "a yellow star")
+    expect(finished(page)).to_have_count(2)
+    page.reload()
+    expect(finished(page)).to_have_count(2)
+    with zipfile.ZipFile(BytesIO(download(page, "Download all"))) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+        assert [name[:6] for name in sorted(names)] == ["0001-a", "0002-a"]
+        assert all(Image.open(BytesIO(archive.read(name))).size == (256, 256) for name in names)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete all").click()
+    expect(page.get_by_text("No images yet")).to_be_visible()
+    page.reload()
+    expect(page.get_by_text("No images yet")).to_be_visible()
+
+
+def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -> None:
+    page.get_by_role("textbox", name="Seed").fill("7")
+    generate(page)
+    expect(finished(page)).to_have_count(1)
+    generate(page, "a yellow star")
+    expect(finished(page)).to_have_count(2)
+    finished(page).first.click()
+    viewer = page.get_by_role("dialog", name="Image")
+    expect(viewer.get_by_text("a yellow star")).to_be_visible()
+    page.keyboard.press("ArrowRight")
+    expect(viewer.locator(".prompt")).to_have_text(PROMPT)
+    page.keyboard.press("+")
+    expect(viewer.get_by_role("button", name="150 %")).to_be_visible()
+    viewer.get_by_label("Compare with").select_option(index=1)
+    divider = viewer.get_by_role("slider", name="Divider")
+    divider.fill("30")
+    expect(viewer.locator(".over")).to_have_css("clip-path", "inset(0px 70% 0px 0px)")
+    viewer.get_by_role("button", name="Use these settings").click()
+    expect(viewer).to_have_count(0)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
+    expect(page.get_by_role("textbox", name="Seed")).to_have_value("7")
+    finished(page).first.click()
+    page.get_by_label("Same seed, other").select_option("guidance")
+    expect(page.get_by_label("Columns: Values")).to_have_value("1, 2, 4, 7, 12")
+
+
+@pytest.mark.parametrize("program", ["png", "jpeg", "webp", "a1111", "comfyui"])
+def test_settings_of_a_dropped_file_are_read(page: Page, playground: LiveServer, program: str) -> None:
+    expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("Ready")
+    own = {"guidance_scale": 3.5, "negative_prompt": "blue", "sampler": "dpmpp_2m", "scheduler": "karras"}
+    if program == "a1111":
+        data = png(parameters=A1111)
+    elif program == "comfyui":
+        data = png(prompt=json.dumps(COMFY_UI))
+    else:
+        data = generate_file(playground, output_format=program, **own)
+    drop(page, f"file.{program if program in ('jpeg', 'webp') else 'png'}", data)
+    expect(page.get_by_text(re.compile("Settings of file"))).to_be_visible()
+    values = {
+        "Prompt": "a red circle",
+        "Negative prompt": "blue",
+        "Sampler": "dpmpp_2m",
+        "Schedule": "karras",
+    }
+    for label, value in values.items():
+        expect(page.get_by_label(label, exact=True)).to_have_value(value)
+    for name, value in {"Steps": "7", "Guidance": "3.5"}.items():
+        expect(page.get_by_role("spinbutton", name=name)).to_have_value(value)
+    expect(page.get_by_role("textbox", name="Seed")).to_have_value("42")
+    expect(page.get_by_label("Width")).to_have_value("128")
+    if program == "a1111":
+        expect(page.get_by_role("slider", name="Weight of Pixel_Art")).to_have_value("0.8")
+
+
+def test_a_file_without_settings_can_be_the_input_image(page: Page) -> None:
+    drop(page, "plain.png", png())
+    page.get_by_role("button", name="Use as input").click()
+    expect(page.get_by_role("button", name="Generate edit")).to_be_enabled()
+    drop(page, "broken.png", b"nothing")
+    expect(page.get_by_text("broken.png is not an image")).to_be_visible()
+
+
+def test_a_grid_fills_its_cells_and_is_saved_as_one_image(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("tab", name="Grid").click()
+    page.get_by_label("Columns", exact=True).select_option("words")
+    page.get_by_label("Columns: Values").fill("green, pink")
+    page.get_by_label("Rows", exact=True).select_option("guidance_scale")
+    page.get_by_label("Rows: Values").fill("1, 4")
+    page.get_by_role("button", name="Generate 4 cells").click()
+    expect(page.get_by_role("alert")).to_contain_text("does not contain “green”")
+    page.get_by_label("Columns: Values").fill("red, green")
+    page.get_by_role("button", name="Generate 4 cells").click()
+    expect(page.get_by_role("columnheader", name="green")).to_be_visible()
+    expect(page.get_by_role("rowheader", name="guidance 4")).to_be_visible()
+    cells = page.get_by_role("table").get_by_role("button")
+    expect(cells).to_have_count(4)
+    names = [cells.nth(index).get_attribute("aria-label") or "" for index in range(4)]
+    assert ["green" in name for name in names] == [False, True, False, True]
+    assert len({name.rpartition(" ")[2] for name in names}) == 1  # the same seed
+    width, height = Image.open(BytesIO(download(page, "Save as one image"))).size
+    assert width > 2 * 256
+    assert height > 2 * 256
+    assert width < 3 * 256
+
+
+def test_an_edit_changes_what_is_painted_only(page: Page, playground: LiveServer) -> None:
+    data = generate_file(playground, size="256x256", num_inference_steps=4)
+    page.get_by_role("tab", name="Edit").click()
+    expect(page.get_by_role("button", name="Generate edit")).to_be_disabled()
+    drop(page, "input.png", data)
+    canvas = page.get_by_role("application")
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.5 * box["height"], steps=4)
+    page.mouse.up()
+    generate(page, "a yellow star on a black background")
+    result = page.locator(".result").get_by_role("button", name="Open: a yellow star")
+    result.click()
+    viewer = page.get_by_role("dialog", name="Image")
+    viewer.get_by_label("Compare with").select_option("source")
+    expect(viewer.locator(".over")).to_be_visible()
+    before = np.asarray(Image.open(BytesIO(data)).convert("RGB")).astype(int)
+    after = np.asarray(Image.open(BytesIO(download(page, "Download"))).convert("RGB")).astype(int)
+    changed = abs(after - before).max(axis=2) > 8
+    assert changed[112:144, 96:160].mean() > 0.5
+    assert not changed[:64].any()
+    assert not changed[192:].any()
+
+
+def test_the_mask_is_painted_with_the_keyboard(page: Page) -> None:
+    page.get_by_role("tab", name="Edit").click()
+    drop(page, "input.png", png())
+    canvas = page.get_by_role("application")
+    canvas.focus()
+
+    def painted() -> float:
+        return canvas.evaluate(
+            """(canvas) => {
+                const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                return data.filter((value, index) => index % 4 === 3 && value > 127).length / data.length * 4;
+            }"""
+        )
+
+    assert painted() == 0
+    page.keyboard.press(" ")
+    one = painted()
+    assert 0.01 < one < 0.3
+    for key in ("ArrowRight", "ArrowRight", " "):
+        page.keyboard.press(key)
+    two = painted()
+    assert two > 1.5 * one
+    page.keyboard.press("i")
+    assert painted() == pytest.approx(1 - two, abs=0.02)
+    page.keyboard.press("Control+z")
+    assert painted() == pytest.approx(two)
+    page.keyboard.press("e")
+    page.keyboard.press(" ")
+    assert painted() < two
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_accessible_and_fits_a_phone(open_page: Callable[..., Page], scheme: str) -> None:
+    page = open_page(color_scheme=scheme, viewport={"width": 360, "height": 740}, has_touch=True)
+    generate(page)
+    expect(finished(page)).to_have_count(1)
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    check(page)
+    finished(page).click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    check(page)
+    page.get_by_role("button", name="Use as input").click()
+    expect(page.get_by_role("application")).to_be_visible()
+    check(page)
+    page.get_by_role("tab", name="Grid").click()
+    check(page)
+
+
+def check(page: Page) -> None:
+    found = page.evaluate("axe.run().then((result) => result.violations)")
+    faults = [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]
+    assert faults == []
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_the_description_of_the_api_opens_without_a_key(
+    open_page: Callable[..., Page], faults: Faults
+) -> None:
+    page = open_page(key=None)
+    faults.expected = "status of 401"
+    page.goto("/docs")
+    page.get_by_text("List the served models").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.get_by_text("Incorrect API key provided").first).to_be_visible()
+    expect(page.get_by_role("button", name="Authorize")).to_be_visible()
