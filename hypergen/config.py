@@ -334,6 +334,13 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="disk space for `url` results, in MB; the oldest are removed first",
     )
+    idempotency_mb: float = Field(
+        256,
+        ge=0,
+        allow_inf_nan=False,
+        description="memory for the answers that repeated requests with the same Idempotency-Key get, in MB; "
+        "the oldest are dropped first; 0: a repeat only joins a running request",
+    )
 
     @field_validator("ssl_keyfile")
     @classmethod

@@ -33,6 +33,7 @@ class RequestRecord:
         outcome_status: instead of `status` for the outcome: a response may fail after its status 200.
         error: code and param of a refusal or failure.
         generation: fields of a validated request for images, for the log.
+        repeat_of: id of the request whose answer it got, because it has the same idempotency key.
         times: of its images; `observe` of it gets the request's events.
     """
 
@@ -47,6 +48,7 @@ class RequestRecord:
     error: dict[str, str] = field(default_factory=dict[str, str])
     model: str | None = None
     generation: dict[str, Any] = field(default_factory=dict[str, Any])
+    repeat_of: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
 
     @classmethod
@@ -62,6 +64,10 @@ class RequestRecord:
             "size": f"{request.width}x{request.height}",
             "steps": request.num_inference_steps,
         }
+
+    def repeat(self, model: str | None, request_id: str) -> None:
+        """The request got the answer of another one, by its idempotency key."""
+        self.model, self.repeat_of = model, request_id
 
     def fail(self, error: Exception) -> None:
         """The request failed after the start of its response."""
@@ -94,7 +100,8 @@ class RequestRecord:
         logger.log(level, "%(method)s %(path)s %(status)d", line, extra={"fields": fields})
 
     def _outcome(self) -> str:
-        return metrics.outcome_of(self.outcome_status or self.status)
+        status = self.outcome_status or self.status
+        return "repeated" if self.repeat_of and status < 400 else metrics.outcome_of(status)
 
     def _fields(self, seconds: float) -> dict[str, Any]:
         times = self.times
@@ -110,6 +117,7 @@ class RequestRecord:
             "encode_ms": _milliseconds(times.encode_s if times.started_at else None),
             "denoise_ms": _milliseconds(times.denoise_s),
             "write_ms": _milliseconds(write_s),
+            "repeat_of": self.repeat_of,
             "outcome": self._outcome() if self.outcome_status not in (None, self.status) else None,
             **{f"error_{name}": value for name, value in self.error.items()},
             "client": self.client,
