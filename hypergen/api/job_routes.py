@@ -51,7 +51,7 @@ def add_job_routes(
             )
             validated.reject_stream()
             url_base(request, settings, validated)  # rejects a `url` that the result could not have
-            job = await jobs.submit(endpoint, validated, request.state.deadline)
+            job = await jobs.submit(endpoint, validated, request.state.record, request.state.deadline)
             headers = {
                 "Location": f"{settings.server.root_path}{PATH}/{job.id}",
                 **validated.response_headers,

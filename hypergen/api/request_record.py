@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -35,6 +36,7 @@ class RequestRecord:
         generation: fields of a validated request for images, for the log.
         repeat_of: id of the request whose answer it got, because it has the same idempotency key.
         times: of its images; `observe` of it gets the request's events.
+        trace: adds the stages to the request's trace; None: tracing is off.
     """
 
     request_id: str
@@ -50,14 +52,22 @@ class RequestRecord:
     generation: dict[str, Any] = field(default_factory=dict[str, Any])
     repeat_of: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
+    trace: Callable[[RequestRecord], None] | None = None
 
     @classmethod
-    def of(cls, scope: Scope, request_id: str) -> RequestRecord:
+    def of(
+        cls, scope: Scope, request_id: str, trace: Callable[[RequestRecord], None] | None = None
+    ) -> RequestRecord:
         client = scope.get("client")
-        return cls(request_id, scope["method"], scope["path"], client[0] if client else None)
+        return cls(request_id, scope["method"], scope["path"], client[0] if client else None, trace=trace)
+
+    def of_job(self) -> RequestRecord:
+        """The record of the job that the request creates: the same, with times of its own."""
+        return replace(self, times=RequestTimes())
 
     def set_generation(self, request: GenerationRequest) -> None:
-        """Keep what the log says about a request; its prompt and images are not in it."""
+        """Keep what log and traces say about a request; its prompt and images are not in it."""
+        self.times.submitted_at = time.monotonic()  # until now it was read and validated
         self.model = request.model
         self.generation = {
             "n": request.n,
@@ -83,8 +93,13 @@ class RequestRecord:
     def set_error(self, error: dict[str, Any]) -> None:
         self.error = {name: str(error[name])[:100] for name in ("code", "param") if error.get(name)}
 
+    def end_trace(self) -> None:
+        if self.trace is not None:
+            self.trace(self)
+
     def finish(self) -> None:
-        """Write the line, and count a request for images."""
+        """Write the line, count a request for images, and add its stages to its trace."""
+        self.end_trace()
         seconds = time.monotonic() - self.arrived_at
         status = self.outcome_status or self.status
         is_probe = self.path in OPEN_PATHS
