@@ -114,7 +114,7 @@ class StoredAnswers:
         """Keep the first answer of a key, if it is not larger than the limit."""
         stored = StoredAnswer(digest, answer, time.monotonic() + self._lifetime_s)
         self._drop_expired()
-        if stored.nbytes > self._max_bytes:
+        if key in self._answers or stored.nbytes > self._max_bytes:
             return
         self._answers[key] = stored
         self._nbytes += stored.nbytes

@@ -177,6 +177,8 @@ def test_the_oldest_answers_are_dropped_first() -> None:
     assert [name for name in "abcd" if answers.get(("k", name))] == ["b", "c", "d"]
     answers.put(("k", "e"), b"", make_answer(30_000))  # larger than the limit
     assert [name for name in "abcde" if answers.get(("k", name))] == ["b", "c", "d"]
+    answers.put(("k", "d"), b"", make_answer(29_000))  # not the first of its key
+    assert [name for name in "abcd" if answers.get(("k", name))] == ["b", "c", "d"]
     for number in range(100):  # small answers need memory, too
         answers.put(("k", str(number)), b"", make_answer(1))
     assert sum(answers.get(("k", str(number))) is not None for number in range(100)) < 15
