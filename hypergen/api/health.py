@@ -47,6 +47,7 @@ def _model(model: ServedModel, model_info: ModelInfo | None, status: ServerStatu
         "aliases": list(model.aliases),
         "family": model_info.family if model_info else None,
         "in_memory": any(model.id in engine.models for engine in status.engines),
+        "embeddings": sorted(model.settings.embedding),
         **_capabilities(model_info),
     }
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from hypergen.errors import ModelError
 from hypergen.model_families import PIPELINES, optional_encoders
 from hypergen.model_store.checkpoint_detection import read_checkpoint
@@ -220,7 +222,7 @@ def components_in_checkpoint(path: Path) -> frozenset[str]:
 
 
 def safetensors_header(file: Path, model: str, name: str) -> bytes:
-    """The bytes of the JSON header, after checking the tensor offsets against the file's size.
+    """The bytes of the JSON header, after checking the tensors' offsets, sizes and dtypes.
 
     Raises:
         ModelError: the file is damaged or a Git LFS pointer.
@@ -241,7 +243,11 @@ def safetensors_header(file: Path, model: str, name: str) -> bytes:
         raise ModelError(f"{model}: {name} is damaged: its header cannot be read.") from None
     if (expected := 8 + length + max(ends, default=0)) != size:
         raise ModelError(f"{model}: {name} is damaged: it should have {expected} bytes and has {size}.")
-    return header
+    try:
+        with safe_open(file, framework="np"):
+            return header
+    except SafetensorError as error:
+        raise ModelError(f"{model}: {name} is damaged: {error}.") from None
 
 
 def check_component(model: Path, name: str, class_name: str) -> None:

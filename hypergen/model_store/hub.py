@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -81,6 +82,37 @@ def download(model: HubModel) -> Path:
             model.repo, revision=model.commit, allow_patterns=patterns, etag_timeout=TIMEOUT_S
         )
     return Path(folder)
+
+
+def write_headers(model: HubModel, selection: Selection, folder: Path) -> None:
+    """Write the selected weights without their tensors: only headers are downloaded, into sparse files.
+
+    Args:
+        folder: its files are named as in the store.
+    """
+    from huggingface_hub import HfApi, errors
+
+    for stored, name in selection.files.items():
+        if not stored.endswith(".safetensors"):
+            continue
+        with _one_line_errors(model.repo, model.commit):
+            try:
+                found = HfApi().parse_safetensors_file_metadata(
+                    model.repo, name, revision=model.commit, timeout=TIMEOUT_S
+                )
+            except (errors.SafetensorsParsingError, ValueError, TypeError, KeyError):
+                raise ModelError(f"{model.repo}: {name} is damaged: its header cannot be read.") from None
+        tensors = {
+            key: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+            for key, tensor in found.tensors.items()
+        }
+        header = json.dumps({"__metadata__": found.metadata, **tensors}).encode()
+        size = max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
+        target = folder / stored
+        target.parent.mkdir(exist_ok=True)
+        with target.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
 
 
 def cached_folders(repo: str) -> list[Path]:

@@ -27,7 +27,14 @@ from hypergen.model_store.diffusers_layout import (
     safetensors_header,
     select_in_folder,
 )
-from hypergen.model_store.hub import HUB_ID, HubModel, cached_folders, download, resolve_hub_model
+from hypergen.model_store.hub import (
+    HUB_ID,
+    HubModel,
+    cached_folders,
+    download,
+    resolve_hub_model,
+    write_headers,
+)
 from hypergen.served_model_config import ModelOptions
 
 SUFFIX = ".safetensors"
@@ -156,12 +163,13 @@ def _cached_folder(repo: str, checkpoint: Checkpoint) -> Path | None:
 def _download(
     model: HubModel, file: Path, checkpoint: Checkpoint, check_files: Check, report_progress: ReportProgress
 ) -> Path:
-    """Download what the checkpoint lacks: first configurations, against which it is checked, then weights."""
+    """Download what the checkpoint lacks: first configurations and headers, for the check, then weights."""
     configurations = model.selection.without_weights()
     folder = download(replace(model, selection=configurations))
-    with linked(folder, _with_checkpoint(configurations, file)) as entry:
-        check_files(entry)
     selection = model.selection.without_weights(checkpoint.components)
+    with linked(folder, _with_checkpoint(configurations, file)) as entry:
+        write_headers(model, selection, entry)
+        check_files(entry)
     repo, count = model.repo, len(selection.files)
     report_progress(f"Downloading the files of {repo} that the checkpoint lacks: {count}")
     return download(replace(model, selection=selection))

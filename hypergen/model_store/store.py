@@ -35,7 +35,7 @@ from hypergen.model_store.entries import StoredModel, import_lock, open_entry, u
 from hypergen.model_store.entries import find_by_tag as find_by_tag
 from hypergen.model_store.entries import list_models as list_models
 from hypergen.model_store.entries import remove_entry as remove_entry
-from hypergen.model_store.hub import HUB_ID, download, resolve_hub_model
+from hypergen.model_store.hub import HUB_ID, download, resolve_hub_model, write_headers
 from hypergen.model_store.single_file import Check, ReportProgress
 from hypergen.served_model_config import ModelOptions
 
@@ -253,6 +253,7 @@ def _import_hub_model(repo: str, how: _Import) -> StoredModel:
         return open_entry(tag)
     configurations = model.selection.without_weights()
     with single_file.linked(download(replace(model, selection=configurations)), configurations) as folder:
+        write_headers(model, model.selection, folder)
         how.check_files(folder)
     how.report_progress(
         f"Downloading {repo}: {len(model.selection.files)} files, {model.size_bytes / 1e9:.1f} GB"

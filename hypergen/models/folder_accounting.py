@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from hypergen.errors import ModelError
 from hypergen.model_store.checkpoint_detection import METADATA
@@ -21,13 +24,14 @@ _CLIP = {
     r"vision_model\..+|visual_projection\.weight": "CLIP's image encoder",
     r"text_projection\.weight": "has no use here",
 }
-# Networks of transformers whose names are known -> tensors that they do not need, see `take_account`. The
-# others are left to transformers.
+# Networks of transformers whose names are known -> tensors that they do not need, see `take_account`. Of the
+# others transformers says what it uses.
 _TEXT_ENCODERS: dict[str, dict[str, str]] = {
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
     "T5EncoderModel": {r"decoder\..+|lm_head\.weight": "T5's decoder"},
 }
+_OF_LANGUAGE_MODELS = r"(.+\.)?(lm_head\.(weight|bias)|rotary_emb\.inv_freq)"
 
 
 def account_for_folder(path: Path, skipped: Mapping[str, Any]) -> Account:
@@ -49,8 +53,10 @@ def account_for_folder(path: Path, skipped: Mapping[str, Any]) -> Account:
 
 def account_for_component(folder: Path, component_class: Any, component: str) -> Account:
     """What a network uses of the files in its folder."""
-    if not _is_known(component_class, folder):
+    if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
         return Account()
+    if not issubclass(component_class, ModelMixin) and component_class.__name__ not in _TEXT_ENCODERS:
+        return _account_by_transformers(folder, component_class, component)
     header: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         header |= json.loads(safetensors_header(file, component, file.name))
@@ -67,9 +73,36 @@ def account_for_component(folder: Path, component_class: Any, component: str) ->
     return account
 
 
-def _is_known(component_class: Any, folder: Path) -> bool:
-    is_network = issubclass(component_class, ModelMixin) or component_class.__name__ in _TEXT_ENCODERS
-    return is_network and "quantization_config" not in json.loads((folder / "config.json").read_bytes())
+def _account_by_transformers(folder: Path, component_class: Any, component: str) -> Account:
+    """transformers fills missing weights with random numbers, and drops others, with a line in the log."""
+    if not issubclass(component_class, PreTrainedModel):
+        return Account()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        loaded: Any = component_class.from_pretrained(
+            folder,
+            output_loading_info=True,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    account, (_, found) = Account(), loaded
+    for name in sorted(found["unexpected_keys"]):
+        if re.fullmatch(_OF_LANGUAGE_MODELS, name):
+            account.ignored[name] = "predicts words"
+        else:
+            account.fault = f"The model does not use '{name}'."
+    for name, *shapes in sorted(found["mismatched_keys"]):
+        account.fault = f"The tensor '{name}' has the shape {list(shapes[0])} instead of {list(shapes[1])}."
+    for name in sorted(found["missing_keys"]):
+        account.fault = f"The tensor '{name}' is missing."
+    if account.fault:
+        account.fault = f"The folder's {component} does not match its configuration: {account.fault}"
+    return account
 
 
 def _by_name(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

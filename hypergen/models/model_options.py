@@ -105,6 +105,7 @@ def check_configurations(path: Path, spec: FamilySpec, scheduler: Any, vae_class
             f"scheduler/scheduler_config.json has {field}, which {type(scheduler).__name__} does not have; "
             "change its _class_name, for example to EulerDiscreteScheduler."
         )
+    _try_step(scheduler)
     if not issubclass(vae_class, AutoencoderKL):
         raise ModelError(f"The VAE is an {vae_class.__name__}; only AutoencoderKL is supported.")
     if not (path / "vae/config.json").is_file():
@@ -114,6 +115,18 @@ def check_configurations(path: Path, spec: FamilySpec, scheduler: Any, vae_class
     for field, value in config.items():
         if field not in known and not field.startswith("_") and value is not None:
             raise ModelError(f"vae/config.json has {field}, which AutoencoderKL does not have.")
+
+
+def _try_step(scheduler: Any) -> None:
+    """Schedulers raise for some values of their configuration only in a step."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    latents = torch.zeros(1, 4, 8, 8)
+    try:
+        scheduler.set_timesteps(2, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+        scheduler.step(latents, scheduler.timesteps[0], latents)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"scheduler/scheduler_config.json cannot be used: {reason}") from None
 
 
 def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:

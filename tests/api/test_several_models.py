@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.support.http_client import assert_error
 from tests.support.live_server import LiveServer, start_server
@@ -26,13 +29,15 @@ def several(
 ) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("several")
     first, second = folder / "first.yaml", folder / "second.yaml"
+    width = json.loads((v_prediction_folder / "text_encoder/config.json").read_bytes())["hidden_size"]
+    save_file({"emb_params": torch.full((2, width), 0.1)}, folder / "ink.safetensors")
     first.write_text(
         f"source: {sd_folder}\nname: owner/first\naliases: [SD1.5]\n"
         "defaults: {num_inference_steps: 2, width: 64, height: 64}\n"
     )
     second.write_text(
         f"source: {v_prediction_folder}\nname: second\naliases: [SD2]\n"
-        "defaults: {num_inference_steps: 3, width: 96, height: 64}\n"
+        "defaults: {num_inference_steps: 3, width: 96, height: 64}\nembeddings: {inkstyle: ink.safetensors}\n"
     )
     options = ("--device", "cpu", "--dtype", "float32", "--model-memory-gb", "0.006")
     with start_server(folder / "server", str(first), str(second), *options) as server:
@@ -62,6 +67,7 @@ def test_both_models_are_listed_and_found_by_name(
         ("owner/first", ["SD1.5", store_names[0]]),
         ("second", ["SD2", store_names[1]]),
     ]
+    assert [model["embeddings"] for model in health["models"]] == [[], ["inkstyle"]]
     assert sum(model["in_memory"] for model in health["models"]) <= 1
 
 

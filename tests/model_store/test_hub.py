@@ -29,15 +29,17 @@ from tests.support.small_models import save_sd
 
 @dataclass
 class Hub:
-    """The files of the fake hub, and the paths that were requested."""
+    """The files of the fake hub, the paths that were requested, and those of which only a part was."""
 
     files: dict[str, bytes]
     gated: bool = False
     commit: str = COMMIT
     requested: list[str] = field(default_factory=list)
+    in_part: set[str] = field(default_factory=set)
 
-    def respond(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        self.requested.append(path)
+    def respond(self, path: str, range_given: str | None) -> tuple[int, dict[str, str], bytes]:
+        if range_given is None:
+            self.requested.append(path)
         parts = path.partition("?")[0].strip("/").split("/")
         if "owner/model" not in path:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
@@ -60,7 +62,14 @@ class Hub:
         content = self.files.get("/".join(parts[4:]))
         if content is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        return 200, {"ETag": f'"{etag(content)}"', "X-Repo-Commit": self.commit}, content
+        headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": self.commit}
+        if range_given is None:
+            return 200, headers, content
+        self.in_part.add("/".join(parts[4:]))
+        first, last = map(int, range_given.removeprefix("bytes=").split("-"))
+        part = content[first : last + 1]
+        headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
+        return 206, headers, part
 
     def downloaded(self) -> set[str]:
         return {
@@ -84,7 +93,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            status, headers, body = hub.respond(self.path)
+            status, headers, body = hub.respond(self.path, self.headers.get("Range"))
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
@@ -250,11 +259,36 @@ def test_a_pipeline_that_needs_an_image_is_refused_by_its_index(hub: Hub, resolv
 def test_configurations_are_checked_before_weights_are_downloaded(hub: Hub, tmp_path: Path):
     model = save_sd(tmp_path / "model")
     hub.files = {name: (model / name).read_bytes() for name in files_of(model)}
-    config = json.loads(hub.files["unet/config.json"])
-    hub.files["unet/config.json"] = json.dumps({**config, "in_channels": 8}).encode()
+    name = "scheduler/scheduler_config.json"
+    config = json.loads(hub.files[name])
+    hub.files[name] = json.dumps({**config, "prediction_type": "noise"}).encode()
     message = error_message(store.get_or_import, "owner/model", check_files=refuse_unusable)
-    assert "8 input channels" in message
+    assert "prediction_type" in message
     assert hub.downloaded() == {name for name in hub.files if not name.endswith(".safetensors")}
+    assert not store.list_models()
+
+
+@pytest.mark.parametrize("change", ["a tensor more", "a tensor less", "another shape", "no header"])
+def test_tensors_are_compared_before_weights_are_downloaded(hub: Hub, tmp_path: Path, change: str):
+    model = save_sd(tmp_path / "model")
+    hub.files = {name: (model / name).read_bytes() for name in files_of(model)}
+    weights = {name for name in hub.files if name.endswith(".safetensors")}
+    name = "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(model / name)
+    if change == "a tensor more":
+        tensors["surplus"] = tensors["conv_in.bias"].clone()
+    elif change == "a tensor less":
+        del tensors["conv_in.bias"]
+    else:
+        tensors["conv_in.bias"] = tensors["conv_in.bias"][:-1].clone()
+    save_torch_file(tensors, tmp_path / "changed.safetensors")
+    content = (tmp_path / "changed.safetensors").read_bytes()
+    hub.files[name] = content[:8] + b"[" + content[9:] if change == "no header" else content
+    message = error_message(store.get_or_import, "owner/model", check_files=refuse_unusable)
+    expected = {"a tensor more": "'surplus'", "no header": f"owner/model: {name} is damaged"}
+    assert expected.get(change, "conv_in.bias") in message
+    assert hub.downloaded() == set(hub.files) - weights
+    assert name in hub.in_part <= weights
     assert not store.list_models()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -10,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2Model
 
 from hypergen.errors import ModelError
 from hypergen.model_families import EDM_MARKERS
 from hypergen.model_store.diffusers_layout import CHECKPOINT
-from hypergen.models.folder_accounting import account_for_folder
+from hypergen.models.folder_accounting import account_for_component, account_for_folder
 from hypergen.models.single_file_loading import account_for
+from hypergen.models.tensor_accounting import Account
 from tests.support.checkpoint_layouts import LAYOUTS
 
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}
 _CHANGED = 8  # tensors of each model, each in four ways
 
 
@@ -105,15 +111,49 @@ def test_a_folder_is_accounted_for(tmp_path: Path) -> None:
         assert any(f"'{name}'" in fault for name in names), (names, fault)
 
 
+def test_a_network_that_only_transformers_knows_is_accounted_for(tmp_path: Path) -> None:
+    network = Qwen2Model(
+        Qwen2Config(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    network.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    original = load_file(file)
+    norm = original["norm.weight"]
+
+    def account(tensors: dict[str, Tensor]) -> Account:
+        save_file(tensors, file)
+        return account_for_component(tmp_path, Qwen2Model, "text_encoder")
+
+    assert account(original) == Account()
+    assert account({**original, "lm_head.weight": norm.clone()}).ignored.keys() == {"lm_head.weight"}
+    for changed, name in (
+        ({key: tensor for key, tensor in original.items() if key != "norm.weight"}, "norm.weight"),
+        ({**original, "surplus": norm.clone()}, "surplus"),
+        ({**original, "norm.weight": norm[:-1].clone()}, "norm.weight"),
+    ):
+        fault = account(changed).fault
+        assert fault is not None
+        assert f"'{name}'" in fault
+        assert "\n" not in fault
+
+
 def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
 
 
 def _write_header(file: Path, header: dict[str, Any]) -> None:
-    """Write a file of this header and no values; the offsets are those of the size that it needs."""
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    text = json.dumps(header).encode()
+    """Write a file of these tensors' names, dtypes and shapes, and no values."""
+    end, content = 0, dict[str, Any]()
+    for name, entry in header.items():
+        if name == "__metadata__":
+            content[name] = entry
+            continue
+        start, end = end, end + math.prod(entry["shape"]) * _BYTES[entry["dtype"]]
+        content[name] = {**entry, "data_offsets": [start, end]}
+    text = json.dumps(content).encode()
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + max(ends))
+        stream.truncate(8 + len(text) + end)
