@@ -24,7 +24,7 @@ from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.schemas import BatchResult
 from hypergen.app import create_app
-from hypergen.bentoml_integration import metrics_folder, server_logs
+from hypergen.bentoml_integration import metrics_folder, server_logs, tracing
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.build_arguments import errors_in_one_line, keep_models, read_arguments
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService, tls_options
@@ -109,6 +109,7 @@ HyperGen.add_asgi_middleware(
     OuterMiddleware,  # pyright: ignore[reportArgumentType]  BentoML's Protocol describes a function, not a class
     keys=keys,
     settings=settings,
+    tracing=tracing.request_tracing,
 )
 HyperGen.add_asgi_middleware(
     BatchContext,  # pyright: ignore[reportArgumentType]  the same

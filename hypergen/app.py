@@ -24,6 +24,7 @@ from hypergen.api.errors import (
     json_response,
     to_response,
 )
+from hypergen.api.idempotency import IdempotentRequests, StoredAnswers
 from hypergen.api.jobs import Jobs
 from hypergen.api.routes import create_router
 from hypergen.config import Settings
@@ -45,6 +46,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     """
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
     jobs = Jobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
+    answers = StoredAnswers(settings.server.url_lifetime_s, int(settings.server.idempotency_mb * 1e6))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -71,7 +73,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     fastapi_openapi = app.openapi
     schemas = [schema for endpoint in ENDPOINTS for schema in endpoint.schemas]
     app.openapi = lambda: openapi.complete(fastapi_openapi(), schemas)
-    app.include_router(create_router(settings, pool, storage, jobs, models))
+    app.include_router(create_router(settings, pool, storage, jobs, IdempotentRequests(answers), models))
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> Response:

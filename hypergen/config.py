@@ -92,6 +92,13 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         "back in one copy; models without room are loaded from their files again. For each GPU; absent: half "
         "of the memory that is free when the server starts, divided by the GPUs; ignored on other devices",
     )
+    idle_unload_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds without requests after which an engine frees its accelerator's memory; the next "
+        "request waits until its model is loaded again. Absent: models stay in memory",
+    )
     max_batch_size: int = Field(8, ge=1, le=256, description="images per batch")
     determinism: Determinism = Field(
         "strict",
@@ -334,6 +341,13 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         gt=0,
         allow_inf_nan=False,
         description="disk space for `url` results, in MB; the oldest are removed first",
+    )
+    idempotency_mb: float = Field(
+        256,
+        ge=0,
+        allow_inf_nan=False,
+        description="memory for the answers that repeated requests with the same Idempotency-Key get, in MB; "
+        "the oldest are dropped first; 0: a repeat only joins a running request",
     )
 
     @field_validator("ssl_keyfile")

@@ -8,6 +8,7 @@
         ├── AuthenticationError
         ├── ForbiddenError
         ├── NotFoundError
+        ├── ConflictError
         ├── PayloadTooLargeError
         ├── SlowBodyError
         ├── UnsupportedMediaTypeError
@@ -86,6 +87,12 @@ class NotFoundError(RequestError):
     """No such route, model or stored image."""
 
     code = "not_found"
+
+
+class ConflictError(RequestError):
+    """An idempotency key was used before, for another request."""
+
+    code = "idempotency_key_reused"
 
 
 class PayloadTooLargeError(RequestError):

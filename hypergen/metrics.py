@@ -130,8 +130,8 @@ def record_forward(forward: ForwardPass) -> None:
 
 def record_generation(model: str, api_key: str, times: RequestTimes, price: float | None) -> None:
     """Count the images of a finished request, and the time of its stages."""
-    for stage, seconds in times.stages():
-        _STAGE_SECONDS.labels(model, stage).observe(seconds)
+    for stage in times.stages():
+        _STAGE_SECONDS.labels(model, stage.name).observe(stage.seconds)
     _IMAGES.labels(model).inc(len(times.images))
     _KEY_IMAGES.labels(api_key).inc(len(times.images))
     if price is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hypergen.events import Event, ImageFinished, Progress, Started
 
@@ -34,7 +35,9 @@ class RequestTimes:
             case Progress(step, steps) if step == steps:
                 self.denoised_at = time.monotonic()
             case ImageFinished():
-                self.images.append(ImageTimes(event.decode_s, event.encode_s, event.images_per_forward))
+                self.images.append(
+                    ImageTimes(event.index, event.decode_s, event.encode_s, event.images_per_forward)
+                )
             case _:
                 pass
 
@@ -58,22 +61,38 @@ class RequestTimes:
         sizes = [image.images_per_forward for image in self.images if image.images_per_forward]
         return sum(sizes) / len(sizes) if sizes else None
 
-    def stages(self) -> Iterator[tuple[str, float]]:
-        """The stages that have ended, with their seconds: one each of a request, the others of each image."""
-        if self.queue_s is not None:
-            yield "queue", self.queue_s
-            yield "encode", self.encode_s
-        if self.denoise_s is not None:
-            yield "denoise", self.denoise_s
+    def stages(self) -> Iterator[Stage]:
+        """The stages that have ended: one each of a request, the others of each image."""
+        if self.started_at is not None and self.queue_s is not None:
+            yield Stage("queue", self.submitted_at, self.queue_s)
+            yield Stage("encode", self.started_at - self.encode_s, self.encode_s)
+            if self.denoise_s is not None:
+                yield Stage("denoise", self.started_at, self.denoise_s)
         for image in self.images:
-            yield "decode", image.decode_s
-            yield "write", image.write_s
+            written_at = image.finished_at - image.write_s
+            yield Stage("decode", written_at - image.decode_s, image.decode_s, image.index)
+            yield Stage("write", written_at, image.write_s, image.index)
+
+
+class Stage(NamedTuple):
+    """One stage of a request, or of the image with this index.
+
+    `started_at` is monotonic. That of decode is counted back from the end of the image, so it is late by the
+    time that the image waited for a thread that writes files.
+    """
+
+    name: str
+    started_at: float
+    seconds: float
+    image: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ImageTimes:
-    """Seconds of the last stages of one image, and its mean batch size."""
+    """Seconds of the last stages of one image, its mean batch size, and its arrival (monotonic)."""
 
+    index: int
     decode_s: float
     write_s: float
     images_per_forward: float
+    finished_at: float = field(default_factory=time.monotonic)

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Scope, Send
 
 # Headers of responses that pages may read, in addition to those of the specification.
 _EXPOSED = (
+    "idempotent-replayed",
     "location",
     "openai-processing-ms",
     "retry-after",

@@ -43,12 +43,12 @@ async def run_until_disconnect(
             raise ClientDisconnectedError
         raise DeadlineExceededError("The request did not finish before its deadline.")
     finally:
-        await _cancel(work)
-        await _cancel(disconnecting)
+        await cancel(work)
+        await cancel(disconnecting)
 
 
-async def _cancel(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it has released its resources."""
+async def cancel(task: asyncio.Future[Any]) -> None:
+    """Cancel a task, if it has not ended, and wait until it has released its resources."""
     if not task.done():
         task.cancel()
         # Not `await task`: its CancelledError would look like a cancellation of the current task.

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from hypergen.errors import (
     AuthenticationError,
+    ConflictError,
     DeadlineExceededError,
     ForbiddenError,
     GenerationError,
@@ -30,6 +31,7 @@ STATUS: dict[type[RequestError], int] = {
     ForbiddenError: 403,
     NotFoundError: 404,
     SlowBodyError: 408,
+    ConflictError: 409,
     PayloadTooLargeError: 413,
     UnsupportedMediaTypeError: 415,
     QueueFullError: 429,
@@ -49,7 +51,7 @@ _CODES = {
     415: "unsupported_media_type",
 }
 # A retry would fail again; without the header the official clients send such a request three times.
-_NOT_RETRYABLE = (DeadlineExceededError, StorageFullError, OutOfMemoryError)
+_NOT_RETRYABLE = (ConflictError, DeadlineExceededError, StorageFullError, OutOfMemoryError)
 # Raised before the whole body is read, so the connection cannot carry another request.
 _CLOSING = (AuthenticationError, ForbiddenError, PayloadTooLargeError, SlowBodyError)
 CLIENT_CLOSED_REQUEST = 499  # nginx's status, only for the log

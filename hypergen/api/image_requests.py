@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.disconnects import client_disconnected, run_until_disconnect
 from hypergen.api.errors import ClientDisconnectedError
-from hypergen.api.hosts import is_named_host
+from hypergen.api.idempotency import HEADER, IdempotentRequests, idempotency_key
+from hypergen.api.image_urls import store_images, url_base
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import OutgoingResponse
 from hypergen.api.progress_report import ProgressReport, ProgressReporter
 from hypergen.api.request_body import read_json_object
 from hypergen.api.request_record import RequestRecord
-from hypergen.api.responses import iter_chunks, write
+from hypergen.api.responses import Answer, write
 from hypergen.api.sse import EventStream
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
@@ -34,12 +33,9 @@ from hypergen.engine_protocol import ImageGenerator, generate_all
 from hypergen.errors import InvalidRequestError, NotFoundError, UnavailableError
 from hypergen.events import Event, ImageFinished, Preview
 from hypergen.images.decoding import decoding_cancelled
-from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
 from hypergen.model_info import ModelInfo
 from hypergen.request import ApiKey, GenerationRequest
-
-logger = logging.getLogger(__name__)
 
 # Two threads: a decoded image of 40 megapixels takes 160 MB.
 _DECODING_THREADS = ThreadPoolExecutor(2, "decode")
@@ -105,6 +101,7 @@ async def validate_request(
     body: dict[str, Any],
     generator: ImageGenerator,
     settings: Settings,
+    wait_for_disconnect: Callable[[], Awaitable[object]],
 ) -> ValidatedRequest:
     """`parse_request` with the model that the body names; the body is empty afterwards."""
     validated = await parse_request(
@@ -114,7 +111,7 @@ async def validate_request(
         settings,
         request.state.request_id,
         request.state.api_key,
-        partial(client_disconnected, request),
+        wait_for_disconnect,
         request.state.deadline,
     )
     request.state.record.set_generation(validated.generation)
@@ -129,25 +126,55 @@ async def handle_image_request(
     settings: Settings,
     generator: ImageGenerator,
     storage: ImageStorage,
+    idempotent: IdempotentRequests,
 ) -> Response:
     """Handle one image request, from its body to its response."""
     started = time.monotonic()
     require_model(generator)
+    key = idempotency_key(request)
     body = await read_body(request, endpoint, settings)
-    validated = await validate_request(request, endpoint, body, generator, settings)
-    deadline: float = request.state.deadline
-    wait_for_disconnect = partial(client_disconnected, request)
+    outgoing: OutgoingResponse = request.state.outgoing
+    if endpoint.to_sse_event is not None and body.get("stream") is True:
+        if key is not None:
+            raise InvalidRequestError(
+                f"'{HEADER}' cannot be combined with 'stream': a stream cannot be repeated.", param=HEADER
+            )
+        return await stream_images(request, endpoint, body, endpoint.to_sse_event, settings, generator)
+
+    async def work(wait_for_disconnect: Callable[[], Awaitable[object]]) -> Answer:
+        return await answer_with_images(
+            request, endpoint, body, settings, generator, storage, wait_for_disconnect, started
+        )
+
+    answer = await idempotent.answer(request, key, endpoint.path, body, work)
+    return answer.to_response(outgoing)
+
+
+async def answer_with_images(
+    request: Request,
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    settings: Settings,
+    generator: ImageGenerator,
+    storage: ImageStorage,
+    wait_for_disconnect: Callable[[], Awaitable[object]],
+    started: float,
+) -> Answer:
+    """Generate the images of a body.
+
+    Args:
+        started: when the handling of the request started, monotonic.
+    """
+    validated = await validate_request(request, endpoint, body, generator, settings, wait_for_disconnect)
     record: RequestRecord = request.state.record
     base = url_base(request, settings, validated)  # before generation, because it may reject the request
-    outgoing: OutgoingResponse = request.state.outgoing
-    if endpoint.to_sse_event is not None and validated.stream:
-        to_sse_event = partial(endpoint.to_sse_event, validated.without_input_images(), int(time.time()))
-        return await stream_events(
-            generator, validated, to_sse_event, wait_for_disconnect, deadline, outgoing, record
-        )
     try:
         images = await generate_images(
-            generator, validated.generation, wait_for_disconnect(), deadline, record.times.observe
+            generator,
+            validated.generation,
+            wait_for_disconnect(),
+            request.state.deadline,
+            record.times.observe,
         )
     except InvalidRequestError as error:
         raise validated.with_client_field_names(error) from None
@@ -156,22 +183,13 @@ async def handle_image_request(
     if base is not None:
         urls = await asyncio.to_thread(store_images, storage, validated.generation, images, base)
     pieces = await write(endpoint.to_response, validated, images, urls, int(time.time()))
-    response = chunked_json_response(pieces, outgoing)
-    response.headers["openai-processing-ms"] = str(max(1, round((time.monotonic() - started) * 1000)))
-    shared = ",".join(str(image.shared_forwards) for image in images)
-    response.headers["x-hypergen-shared-forwards"] = shared
-    response.headers["server-timing"] = server_timing(images)
-    response.headers.update(validated.response_headers)
-    return response
-
-
-def chunked_json_response(pieces: list[bytes], outgoing: OutgoingResponse) -> StreamingResponse:
-    """A JSON response that is sent in chunks."""
-    size = sum(len(piece) for piece in pieces)
-    outgoing.add_pending(size)
-    response = StreamingResponse(iter_chunks(pieces), media_type="application/json")
-    response.headers["content-length"] = str(size)
-    return response
+    headers = {
+        "openai-processing-ms": str(max(1, round((time.monotonic() - started) * 1000))),
+        "x-hypergen-shared-forwards": ",".join(str(image.shared_forwards) for image in images),
+        "server-timing": server_timing(images),
+        **validated.response_headers,
+    }
+    return Answer(200, headers, pieces, validated.generation.model, record.request_id)
 
 
 def choose_model(
@@ -238,16 +256,15 @@ async def generate_images(
     return await run_until_disconnect(generating, disconnected, deadline)
 
 
-async def stream_events(
+async def stream_images(
+    request: Request,
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    to_sse_event: Callable[[Any, int, Preview | ImageFinished | ProgressReport], list[bytes]],
+    settings: Settings,
     generator: ImageGenerator,
-    validated: ValidatedRequest,
-    to_sse_event: Callable[[Preview | ImageFinished | ProgressReport], list[bytes]],
-    wait_for_disconnect: Callable[[], Awaitable[object]],
-    deadline: float,
-    outgoing: OutgoingResponse,
-    record: RequestRecord,
 ) -> Response:
-    """Submit a request; the response streams its events.
+    """Submit the request of a body; the response streams its events.
 
     With `stream_progress` it starts at once, with the place in the queue.
 
@@ -255,6 +272,11 @@ async def stream_events(
         ClientDisconnectedError: the client disconnected before the first event.
         RequestError: the request was rejected, or failed before its first event.
     """
+    wait_for_disconnect = partial(client_disconnected, request)
+    validated = await validate_request(request, endpoint, body, generator, settings, wait_for_disconnect)
+    url_base(request, settings, validated)  # rejects a `url`, as without a stream
+    record: RequestRecord = request.state.record
+    outgoing: OutgoingResponse = request.state.outgoing
 
     def count(event: Event) -> None:
         """Count the event's memory until it is sent: a slow client must not slow down the engine."""
@@ -268,14 +290,23 @@ async def stream_events(
     if reporter is None:
         try:
             first = asyncio.ensure_future(anext(handle))
-            event = await run_until_disconnect(first, wait_for_disconnect(), deadline)
+            event = await run_until_disconnect(first, wait_for_disconnect(), request.state.deadline)
         except BaseException as error:
             handle.cancel()
             if isinstance(error, InvalidRequestError):
                 raise validated.with_client_field_names(error) from None
             raise
-    to_client_error = validated.with_client_field_names
-    response = EventStream(event, handle, to_sse_event, outgoing, deadline, record, reporter, to_client_error)
+    encode = partial(to_sse_event, validated.without_input_images(), int(time.time()))
+    response = EventStream(
+        event,
+        handle,
+        encode,
+        outgoing,
+        request.state.deadline,
+        record,
+        reporter,
+        validated.with_client_field_names,
+    )
     response.headers.update(validated.response_headers)
     return response
 
@@ -290,46 +321,3 @@ def server_timing(images: list[ImageFinished]) -> str:
     """
     last = max(images, key=lambda image: image.engine_s + image.encode_s)
     return f"engine;dur={last.engine_s * 1000:.1f}, encode;dur={last.encode_s * 1000:.1f}"
-
-
-def store_images(
-    storage: ImageStorage, request: GenerationRequest, images: list[ImageFinished], base: str
-) -> list[str]:
-    """Store the image files; returns their URLs."""
-    file_format = OUTPUT_FORMATS[request.output_format]
-    return [base + storage.put(image.data, file_format.extension, file_format.media_type) for image in images]
-
-
-def url_base(request: Request, settings: Settings, validated: ValidatedRequest) -> str | None:
-    """The URL before a stored image's name: the public URL, else scheme, host and port of the request.
-
-    None if the response has no `url`: only base64 was requested, or the operator did not name the host of the
-    request. A client that forges the Host header could otherwise put its own address into responses.
-
-    Raises:
-        InvalidRequestError: only a `url` was requested, and the operator did not name the host.
-    """
-    if validated.response_format == "b64_json":
-        return None
-    if settings.server.public_url:
-        return settings.server.public_url.rstrip("/") + FILES_PREFIX
-    host = request.headers.get("host", "")
-    local_address, _ = request.scope.get("server") or (None, None)
-    if is_named_host(host, settings.server, local_address):
-        return f"{request.scope['scheme']}://{host}{settings.server.root_path}{FILES_PREFIX}"
-    _warn_unknown_host()
-    if validated.response_format == "url":
-        raise InvalidRequestError(
-            "'response_format' url is not possible: the Host of this request is not allowed by --public-url "
-            "or --allowed-host. Use 'b64_json'.",
-            param="response_format",
-            code="invalid_host",
-        )
-    return None
-
-
-@cache
-def _warn_unknown_host() -> None:
-    logger.warning(
-        "Responses have no url: the Host of requests is not allowed by --public-url or --allowed-host."
-    )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import error_body, status_of
+from hypergen.api.request_record import RequestRecord
 from hypergen.api.validation import ValidatedRequest
 from hypergen.engine_protocol import ImageGenerator, RequestHandle
 from hypergen.errors import (
@@ -43,6 +44,7 @@ class Job:
     id: str
     endpoint: Endpoint
     validated: ValidatedRequest
+    record: RequestRecord
     created: int
     handle: RequestHandle | None  # None after the end, to free its memory
     state: JobState = "queued"
@@ -87,10 +89,13 @@ class Jobs:
         self._max_jobs = max_jobs
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
-    async def submit(self, endpoint: Endpoint, validated: ValidatedRequest, deadline: float) -> Job:
+    async def submit(
+        self, endpoint: Endpoint, validated: ValidatedRequest, record: RequestRecord, deadline: float
+    ) -> Job:
         """Create a job.
 
         Args:
+            record: of the request that creates it.
             deadline: time of the event loop's clock.
 
         Raises:
@@ -102,8 +107,9 @@ class Jobs:
             raise QueueFullError(
                 f"There are {self._max_jobs} unfinished jobs. Try again later.", retry_after_s=60
             )
-        handle = await self._generator.submit(validated.generation)
-        job = Job(f"job_{uuid.uuid4().hex}", endpoint, validated, int(time.time()), handle)
+        record = record.of_job()
+        handle = await self._generator.submit(validated.generation, record.times.observe)
+        job = Job(f"job_{uuid.uuid4().hex}", endpoint, validated, record, int(time.time()), handle)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, handle, deadline))
         return job
@@ -219,6 +225,7 @@ class Jobs:
         if error is not None:
             fields["error_code"] = error.code
         logger.info("Job %s %s", job.id, state, extra={"fields": fields})
+        job.record.end_trace()
         if job.handle is not None:
             job.handle.cancel()
             job.handle = None

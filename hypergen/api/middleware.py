@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -42,13 +43,24 @@ class OuterMiddleware:
     It sets in the request's state: `request_id`, `deadline` (of the event loop's clock), `api_key`,
     `authenticated` (False for a request without a key, where the server has keys), `body` (`BodyLimit`),
     `outgoing` (`OutgoingResponse`) and `record` (`RequestRecord`).
+
+    Args:
+        tracing: returns a function that is called with the record of each request at its end; None: tracing
+            is off. Called here, because the service is declared before BentoML has its configuration.
     """
 
     # Time after the deadline in which the handler can raise its own DeadlineExceededError.
     _GRACE_S = 1.0
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, settings: Settings) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        settings: Settings,
+        tracing: Callable[[], Callable[[RequestRecord], None] | None] = lambda: None,
+    ) -> None:
         self._app = app
+        self._trace = tracing()
         self._auth = BearerAuth(keys)
         self._keyed = bool(keys)
         self._cors = Cors(app, settings.server.cors_origin)
@@ -77,7 +89,7 @@ class OuterMiddleware:
 
         outgoing = self._outgoing.open(abort)
         scope["state"] |= {"deadline": deadline, "body": limit, "outgoing": outgoing}
-        record = RequestRecord.of(scope, request_id)
+        record = RequestRecord.of(scope, request_id, self._trace)
         scope["state"]["record"] = record
         preflight = self._cors.preflight(scope)
         if preflight is None:

@@ -34,6 +34,11 @@ _ERRORS = {
     ),
     404: ("Not Found", "The path, model, image or job does not exist.", None),
     408: ("Request Timeout", "The body arrived too slowly.", None),
+    409: (
+        "Conflict",
+        "The `Idempotency-Key` was used before, for another request.",
+        "Idempotency-Key",
+    ),
     413: ("Payload Too Large", "The body exceeds the size limit.", None),
     415: ("Unsupported Media Type", "The media type is unsupported, or the body is compressed.", None),
     429: (
@@ -50,8 +55,14 @@ _ERRORS = {
     504: ("Gateway Timeout", "The request took longer than the server allows.", None),
     507: ("Insufficient Storage", "No disk space for a `url`; use `b64_json`.", None),
 }
-GENERATION_ERRORS = (400, 401, 408, 413, 415, 429, 500, 503, 504, 507)
+GENERATION_ERRORS = (400, 401, 408, 409, 413, 415, 429, 500, 503, 504, 507)
 Json = dict[str, Any]
+_IDEMPOTENCY_KEY: Json = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "a repeat with the same key and body gets the answer of the first; not for streams",
+    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+}
 
 
 def request_body(content: Json) -> Json:
@@ -139,6 +150,8 @@ def complete(schema: Json, models: Sequence[type[BaseModel]]) -> Json:
     schema["paths"] |= _bentoml_paths()
     for path, operations in schema["paths"].items():
         for operation in operations.values():
+            if "409" in operation["responses"]:
+                operation["parameters"] = [*operation.get("parameters", ()), _IDEMPOTENCY_KEY]
             operation["responses"].pop("422", None)  # invalid parameters get 400 here
             is_open = path in OPEN_PATHS or path.startswith(FILES_PREFIX)
             operation["security"] = [] if is_open else [{"BearerAuth": []}]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -33,7 +34,9 @@ class RequestRecord:
         outcome_status: instead of `status` for the outcome: a response may fail after its status 200.
         error: code and param of a refusal or failure.
         generation: fields of a validated request for images, for the log.
+        repeat_of: id of the request whose answer it got, because it has the same idempotency key.
         times: of its images; `observe` of it gets the request's events.
+        trace: adds the stages to the request's trace; None: tracing is off.
     """
 
     request_id: str
@@ -47,21 +50,34 @@ class RequestRecord:
     error: dict[str, str] = field(default_factory=dict[str, str])
     model: str | None = None
     generation: dict[str, Any] = field(default_factory=dict[str, Any])
+    repeat_of: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
+    trace: Callable[[RequestRecord], None] | None = None
 
     @classmethod
-    def of(cls, scope: Scope, request_id: str) -> RequestRecord:
+    def of(
+        cls, scope: Scope, request_id: str, trace: Callable[[RequestRecord], None] | None = None
+    ) -> RequestRecord:
         client = scope.get("client")
-        return cls(request_id, scope["method"], scope["path"], client[0] if client else None)
+        return cls(request_id, scope["method"], scope["path"], client[0] if client else None, trace=trace)
+
+    def of_job(self) -> RequestRecord:
+        """The record of the job that the request creates: the same, with times of its own."""
+        return replace(self, times=RequestTimes())
 
     def set_generation(self, request: GenerationRequest) -> None:
-        """Keep what the log says about a request; its prompt and images are not in it."""
+        """Keep what log and traces say about a request; its prompt and images are not in it."""
+        self.times.submitted_at = time.monotonic()  # until now it was read and validated
         self.model = request.model
         self.generation = {
             "n": request.n,
             "size": f"{request.width}x{request.height}",
             "steps": request.num_inference_steps,
         }
+
+    def repeat(self, model: str | None, request_id: str) -> None:
+        """The request got the answer of another one, by its idempotency key."""
+        self.model, self.repeat_of = model, request_id
 
     def fail(self, error: Exception) -> None:
         """The request failed after the start of its response."""
@@ -77,8 +93,13 @@ class RequestRecord:
     def set_error(self, error: dict[str, Any]) -> None:
         self.error = {name: str(error[name])[:100] for name in ("code", "param") if error.get(name)}
 
+    def end_trace(self) -> None:
+        if self.trace is not None:
+            self.trace(self)
+
     def finish(self) -> None:
-        """Write the line, and count a request for images."""
+        """Write the line, count a request for images, and add its stages to its trace."""
+        self.end_trace()
         seconds = time.monotonic() - self.arrived_at
         status = self.outcome_status or self.status
         is_probe = self.path in OPEN_PATHS
@@ -94,7 +115,8 @@ class RequestRecord:
         logger.log(level, "%(method)s %(path)s %(status)d", line, extra={"fields": fields})
 
     def _outcome(self) -> str:
-        return metrics.outcome_of(self.outcome_status or self.status)
+        status = self.outcome_status or self.status
+        return "repeated" if self.repeat_of and status < 400 else metrics.outcome_of(status)
 
     def _fields(self, seconds: float) -> dict[str, Any]:
         times = self.times
@@ -110,6 +132,7 @@ class RequestRecord:
             "encode_ms": _milliseconds(times.encode_s if times.started_at else None),
             "denoise_ms": _milliseconds(times.denoise_s),
             "write_ms": _milliseconds(write_s),
+            "repeat_of": self.repeat_of,
             "outcome": self._outcome() if self.outcome_status not in (None, self.status) else None,
             **{f"error_{name}": value for name, value in self.error.items()},
             "client": self.client,

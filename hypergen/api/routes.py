@@ -20,6 +20,7 @@ from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import json_response
 from hypergen.api.health import health_body
+from hypergen.api.idempotency import IdempotentRequests
 from hypergen.api.image_requests import handle_image_request
 from hypergen.api.job_routes import add_job_routes
 from hypergen.api.jobs import Jobs
@@ -68,6 +69,7 @@ def create_router(
     generator: ImageGenerator,
     storage: ImageStorage,
     jobs: Jobs,
+    idempotent: IdempotentRequests,
     models: Sequence[ServedModel],
 ) -> APIRouter:
     """All routes of the API."""
@@ -76,11 +78,11 @@ def create_router(
     def add(endpoint: Endpoint) -> None:
         @router.post(endpoint.path, openapi_extra=endpoint.openapi)
         async def create_images(request: Request) -> Response:
-            return await handle_image_request(request, endpoint, settings, generator, storage)
+            return await handle_image_request(request, endpoint, settings, generator, storage, idempotent)
 
     for endpoint in ENDPOINTS:
         add(endpoint)
-    add_job_routes(router, settings, generator, jobs)
+    add_job_routes(router, settings, generator, jobs, idempotent)
     add_web_pages(router, settings.server.playground)
 
     @router.get(

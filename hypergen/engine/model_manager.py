@@ -7,6 +7,8 @@ any model, so that no request waits forever.
 
 On a GPU an evicted model moves to pinned main memory, if there is room. Then it comes back in one copy, as it
 was. Otherwise it is loaded from its files, warmed up and probed again.
+
+After some time without requests all models can be evicted, too, until a request needs them.
 """
 
 from __future__ import annotations
@@ -24,12 +26,11 @@ from typing import Never
 import torch
 
 from hypergen import log_setup
-from hypergen.cache_lookups import cache_lookups
 from hypergen.denoising.host_weights import host_bytes
-from hypergen.engine.device_memory import memory_bytes
+from hypergen.engine.engine_status import status_of
 from hypergen.engine.model_slot import LoadedModel, ModelEngine, ModelSlot
 from hypergen.engine.postprocess import Report
-from hypergen.engine.request_errors import as_request_error, is_out_of_memory
+from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
 from hypergen.engine.request_queue import RequestQueue
 from hypergen.errors import GenerationError, ModelError
 from hypergen.events import EngineStatus
@@ -51,6 +52,7 @@ class ModelManager:
         load: loads a model and warms it up. Its second argument reads the request queue; a full pipeline
             calls it between two denoising steps, so that requests can be cancelled meanwhile.
         host_limit_bytes: for the weights of evicted models in main memory.
+        idle_unload_s: seconds without requests after which all models are evicted; None: never.
 
     Raises:
         ModelError: one model is larger than the limit.
@@ -63,11 +65,13 @@ class ModelManager:
         load: Callable[[ServedModel, Callable[[], None]], LoadedModel],
         report: Report,
         host_limit_bytes: float = 0,
+        idle_unload_s: float | None = None,
     ) -> None:
         self.startup_s: dict[str, float] = {}
         self._slots = {model.id: ModelSlot(model, size) for model, size in models}
         self._limit_bytes = math.inf if limit_bytes is None else limit_bytes
         self._host_limit_bytes = host_limit_bytes
+        self._idle_unload_s = math.inf if idle_unload_s is None else idle_unload_s
         self._load = load
         self._report = report
         self._queue = RequestQueue()
@@ -95,38 +99,7 @@ class ModelManager:
 
     def status(self) -> EngineStatus:
         with self._closing_lock:
-            return self._status()
-
-    def _status(self) -> EngineStatus:
-        slots = list(self._slots.values())
-        in_memory = [(slot, model.engine.status()) for slot in slots if (model := slot.in_memory) is not None]
-        loaded = [(slot, status) for slot, status in in_memory if slot.loaded is not None]
-        latest = {slot.model.id: slot.last_status for slot in slots}
-        latest |= {slot.model.id: status for slot, status in in_memory}
-        # Sizes have a model id only if there are several models.
-        prefixes = {model_id: f"{model_id} " if len(slots) > 1 else "" for model_id in latest}
-        return EngineStatus(
-            state="ready",
-            device=next((status.device for _, status in loaded), None),
-            determinism={
-                prefixes[model_id] + size: verdict
-                for model_id, status in latest.items()
-                for size, verdict in status.determinism.items()
-            },
-            row_counts={
-                prefixes[model_id] + size: counts
-                for model_id, status in latest.items()
-                for size, counts in status.row_counts.items()
-            },
-            forwards=sum(slot.forwards for slot in slots) + sum(s.forwards for _, s in in_memory),
-            image_steps=sum(slot.image_steps for slot in slots) + sum(s.image_steps for _, s in in_memory),
-            models=tuple(slot.model.id for slot, _ in loaded),
-            startup_s=self.startup_s,
-            load_s={slot.model.id: slot.load_s for slot in slots if slot.load_s},
-            memory_bytes=memory_bytes(),
-            loras=sum(status.loras for _, status in loaded),
-            cache_lookups=cache_lookups(),
-        )
+            return status_of(list(self._slots.values()), self.startup_s)
 
     def load_all(self) -> tuple[ModelInfo, ...]:
         """Load every model once, in reverse order, so that all are tested and the first ones stay in memory.
@@ -159,6 +132,11 @@ class ModelManager:
         self._read_queue(sleep_s)
         self._last_progress_at = time.monotonic()
         self._dispatch_waiting()
+        sleep_s = self._step_engines()
+        self._unload_if_idle()
+        return sleep_s
+
+    def _step_engines(self) -> float:
         sleep_s = math.inf
         for slot in self._slots.values():
             if slot.loaded is None:
@@ -173,6 +151,23 @@ class ModelManager:
             finally:
                 self._last_progress_at, self._running_engine = time.monotonic(), None
         return sleep_s
+
+    def _unload_if_idle(self) -> None:
+        """Evict all models after `idle_unload_s` without requests; `_ensure_loaded` loads them again."""
+        loaded = [slot for slot in self._slots.values() if slot.loaded is not None]
+        if not loaded or any(slot.loaded and slot.loaded.engine.has_requests for slot in loaded):
+            return
+        idle_s = time.monotonic() - max(slot.last_used_at for slot in loaded)
+        if idle_s < self._idle_unload_s:
+            return
+        logger.info("No requests for %.0f s: the models leave the device until a request comes.", idle_s)
+        self._last_progress_at = math.inf  # the copy of a large model takes long: no stall
+        try:
+            for slot in loaded:
+                log_setup.current_model.set(slot.model.id)
+                self._evict(slot)
+        finally:
+            self._last_progress_at = time.monotonic()
 
     def _read_queue(self, sleep_s: float = 0.0) -> None:
         for message in self._queue.read(sleep_s):
@@ -257,15 +252,19 @@ class ModelManager:
             loaded.remove(least_recent)
         return True
 
-    def _evict(self, slot: ModelSlot, successor: ModelSlot) -> None:
-        """Free a model's memory. Later images are the same: they depend on no state that is lost."""
+    def _evict(self, slot: ModelSlot, successor: ModelSlot | None = None) -> None:
+        """Free a model's memory. Later images are the same: they depend on no state that is lost.
+
+        Args:
+            successor: the model that is loaded next, if one is.
+        """
         if not (self._make_host_room(slot, successor) and self._move_to_host(slot)):
             self._close(slot)
+        free_cached_memory()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
             torch.accelerator.empty_host_cache()
 
-    def _make_host_room(self, slot: ModelSlot, successor: ModelSlot) -> bool:
+    def _make_host_room(self, slot: ModelSlot, successor: ModelSlot | None) -> bool:
         """Make room in main memory for a model's weights; returns False if there is none.
 
         Other models lose theirs for it: first those that are loaded, which do not need them now, then the
@@ -275,7 +274,8 @@ class ModelManager:
             return True
         assert slot.loaded is not None
         room = self._host_limit_bytes - host_bytes(slot.loaded.movable)
-        room -= 0 if successor.host_weights is None else successor.host_weights.nbytes
+        if successor is not None and successor.host_weights is not None:
+            room -= successor.host_weights.nbytes
         if not slot.loaded.movable or room < 0:
             return False
         kept = [(s, s.host_weights) for s in self._slots.values() if s.host_weights and s is not successor]

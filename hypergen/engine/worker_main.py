@@ -112,16 +112,20 @@ def _make_model_manager(start: ipc.Start, outbox: queue.SimpleQueue[Any]) -> tup
     report = _reporter(outbox)
     alone = len(start.models) == 1
     loader = Loader(report, alone=alone, state_folder=start.state_folder, on_forward=outbox.put)
+    evicts = not alone or settings.idle_unload_s is not None
+    on_cuda = evicts and loading.choose_device(settings).type == "cuda"
+    host_limit_bytes = host_memory.limit_bytes(settings, start.engines) if on_cuda else 0.0
     if alone:  # without other models to evict, a limit is of no use
-        return ModelManager([(start.models[0], 0)], None, loader, report), loader
-    limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
-    host_limit_bytes = 0.0
-    if loading.choose_device(settings).type == "cuda":
-        if limit_bytes is None:
+        limit_bytes, expected = None, [(start.models[0], 0)]
+    else:
+        limit_bytes = None if settings.model_memory_gb is None else settings.model_memory_gb * 1e9
+        if on_cuda and limit_bytes is None:
             limit_bytes = _WEIGHTS_MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory
-        host_limit_bytes = host_memory.limit_bytes(settings, start.engines)
-    expected = [(model, loading.expected_bytes(model.path, model.settings)) for model in start.models]
-    return ModelManager(expected, limit_bytes, loader, report, host_limit_bytes), loader
+        expected = [(model, loading.expected_bytes(model.path, model.settings)) for model in start.models]
+    manager = ModelManager(
+        expected, limit_bytes, loader, report, host_limit_bytes, idle_unload_s=settings.idle_unload_s
+    )
+    return manager, loader
 
 
 def _connect(argv: list[str]) -> tuple[socket.socket, Future[None]]:

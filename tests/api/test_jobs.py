@@ -16,6 +16,7 @@ from starlette.types import Message, Scope
 
 from hypergen.api.dialects import endpoints
 from hypergen.api.jobs import Jobs
+from hypergen.api.request_record import RequestRecord
 from hypergen.api.routes import StoredFile
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
@@ -178,9 +179,12 @@ async def test_concurrent_jobs_are_all_rejected() -> None:
     settings = Settings.model_validate({})
     pool = EnginePool(settings, accelerators=[{}])  # not started: it rejects at once
     jobs = Jobs(pool, ImageStorage(60, 1000), lifetime_s=60, max_jobs=1)
-    request = make_request()
+    request, record = make_request(), RequestRecord("req_1", "POST", PATH, None)
     errors = await asyncio.gather(
-        *(jobs.submit(endpoints.GENERATIONS, ValidatedRequest(request), deadline=1e9) for _ in range(8)),
+        *(
+            jobs.submit(endpoints.GENERATIONS, ValidatedRequest(request), record, deadline=1e9)
+            for _ in range(8)
+        ),
         return_exceptions=True,
     )
     assert {type(error) for error in errors} <= {UnavailableError, QueueFullError}

@@ -270,6 +270,30 @@ def test_a_full_pipeline_comes_back_from_pinned_memory(tmp_path: Path) -> None:
         assert limited.images[requests[0].id] == limited.images[requests[2].id]
 
 
+@pytest.mark.parametrize("host_gb", [0, 1])
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_idle_engine_frees_the_device_and_gives_the_same_images_afterwards(
+    folders: list[Path], reference: _Reference, lora_folder: Path, host_gb: int, count: int, device: FakeCuda
+) -> None:
+    before = _bytes_on_device()  # of other tests
+    models = _models(folders[:count], lora_dir=(lora_folder,))
+    inline = InlineManager(models, host_limit_bytes=host_gb * 1e9, idle_unload_s=1e-9)
+    requests = [request for request in _REQUESTS if request.model in _NAMES[:count]]
+    started = dict(inline.loader.seconds)
+    for request in requests:
+        inline.run(request)
+        inline.run(make_request(model=request.model, loras=(("style", 0.8),), num_inference_steps=1))
+        inline.manager.step()
+        status = inline.manager.status()
+        assert (status.state, status.device, status.models, status.loras) == ("ready", "cuda", (), 0)
+        # Models in main memory keep the embeddings of the empty prompt.
+        assert _bytes_on_device() - before < (50_000 * count if host_gb else 1000)
+    assert {request.id: inline.images[request.id] for request in requests} == {
+        request.id: reference.images[request.id] for request in requests
+    }
+    assert (dict(inline.loader.seconds) == started) == bool(host_gb)
+
+
 def test_engines_share_half_of_the_free_memory() -> None:
     free = host_memory.free_bytes()
     assert host_memory.limit_bytes(make_settings(), 4) == pytest.approx(free / 8, rel=0.2)

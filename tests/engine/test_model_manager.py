@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ class InlineManager:
         *,
         sizes_known: bool = True,
         host_limit_bytes: float = 0,
+        idle_unload_s: float | None = None,
     ) -> None:
         """`capacity` is the memory limit, in models of the first one's size."""
         self.events: list[tuple[str, Event | RequestError]] = []
@@ -48,7 +50,9 @@ class InlineManager:
         if not sizes_known:
             expected = [(model, 0) for model in models]
         self.loader = Loader(self._report, alone=len(models) == 1)
-        self.manager = ModelManager(expected, limit_bytes, self.loader, self._report, host_limit_bytes)
+        self.manager = ModelManager(
+            expected, limit_bytes, self.loader, self._report, host_limit_bytes, idle_unload_s
+        )
         self.model_infos = self.manager.load_all()
 
     def run(self, *requests: GenerationRequest) -> None:
@@ -268,6 +272,41 @@ def test_a_model_whose_status_is_being_read_is_freed_when_it_is_evicted(
     inline.run(make_request(model="two"))
     heartbeat.join()
     assert is_in_memory == [False]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_requests_all_models_are_unloaded_and_a_request_loads_its_model_again(
+    models: list[ServedModel], count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    requests = [make_request(model=name, seed=3) for name in _NAMES[:count] * 2]
+    reference = InlineManager(models[:count])
+    reference.run(*requests)
+    inline = InlineManager(models[:count], idle_unload_s=1e-9)
+    engine = weakref.ref(inline.manager._slots["one"].loaded.engine)  # pyright: ignore[reportOptionalMemberAccess]
+    for request in requests:
+        inline.manager.step()
+        status = inline.manager.status()
+        assert (status.state, status.device, status.models) == ("ready", "cpu", ())
+        assert engine() is None
+        inline.run(request)
+    assert inline.images == reference.images
+    assert inline.manager.status().image_steps == reference.manager.status().image_steps
+    assert "No requests for 0 s: the models leave the device until a request comes." in caplog.text
+    assert "Evicted one from memory." in caplog.text
+
+
+def test_models_stay_until_the_time_without_requests_has_passed(
+    models: list[ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline = InlineManager(models[:2], idle_unload_s=100)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    inline.run(make_request(model="one"))
+    for seconds, expected in ((99, ("one", "two")), (101, ())):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        inline.manager.step()
+        assert inline.manager.status().models == expected
 
 
 def test_a_model_larger_than_the_memory_limit_is_an_error(models: list[ServedModel]) -> None:

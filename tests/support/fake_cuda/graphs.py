@@ -61,7 +61,8 @@ class FakeGraph:
             device.check_order(memory, stream, "graph")
         with _disable_current_modes(), torch.no_grad():
             for function, args, kwargs, output in self.calls:
-                for tensor in (*tensors_in(args), *tensors_in(kwargs)):
+                inputs = [*tensors_in(args), *tensors_in(kwargs)]
+                for tensor in inputs:
                     if isinstance(tensor, FakeTensor):
                         device.check_order(tensor.memory, stream, function)
                 new = function(*unwrap(args), **unwrap(kwargs))
@@ -69,7 +70,9 @@ class FakeGraph:
                     if isinstance(old, FakeTensor):
                         if old.data_on_cpu is not value and old.owns_memory:
                             old.data_on_cpu.copy_(value)
-                        device.written(old.memory, stream)
+                        # A new view writes nothing, also of weights that other streams read.
+                        if old.owns_memory or any(old is tensor for tensor in inputs):
+                            device.written(old.memory, stream)
         for memory in self.shared:
             device.written(memory, stream)
 

@@ -1,0 +1,63 @@
+"""The `url` results of responses."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from starlette.requests import Request
+
+from hypergen.api.auth import FILES_PREFIX
+from hypergen.api.hosts import is_named_host
+from hypergen.api.validation import ValidatedRequest
+from hypergen.config import Settings
+from hypergen.errors import InvalidRequestError
+from hypergen.events import ImageFinished
+from hypergen.images.encoding import OUTPUT_FORMATS
+from hypergen.images.storage import ImageStorage
+from hypergen.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+def store_images(
+    storage: ImageStorage, request: GenerationRequest, images: list[ImageFinished], base: str
+) -> list[str]:
+    """Store the image files; returns their URLs."""
+    file_format = OUTPUT_FORMATS[request.output_format]
+    return [base + storage.put(image.data, file_format.extension, file_format.media_type) for image in images]
+
+
+def url_base(request: Request, settings: Settings, validated: ValidatedRequest) -> str | None:
+    """The URL before a stored image's name: the public URL, else scheme, host and port of the request.
+
+    None if the response has no `url`: only base64 was requested, or the operator did not name the host of the
+    request. A client that forges the Host header could otherwise put its own address into responses.
+
+    Raises:
+        InvalidRequestError: only a `url` was requested, and the operator did not name the host.
+    """
+    if validated.response_format == "b64_json":
+        return None
+    if settings.server.public_url:
+        return settings.server.public_url.rstrip("/") + FILES_PREFIX
+    host = request.headers.get("host", "")
+    local_address, _ = request.scope.get("server") or (None, None)
+    if is_named_host(host, settings.server, local_address):
+        return f"{request.scope['scheme']}://{host}{settings.server.root_path}{FILES_PREFIX}"
+    _warn_unknown_host()
+    if validated.response_format == "url":
+        raise InvalidRequestError(
+            "'response_format' url is not possible: the Host of this request is not allowed by --public-url "
+            "or --allowed-host. Use 'b64_json'.",
+            param="response_format",
+            code="invalid_host",
+        )
+    return None
+
+
+@cache
+def _warn_unknown_host() -> None:
+    logger.warning(
+        "Responses have no url: the Host of requests is not allowed by --public-url or --allowed-host."
+    )
