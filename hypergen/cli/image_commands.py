@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from hypergen.cli.grouped_help import GenerateCommand
 from hypergen.cli.setting_options import CONFIG, setting_options
 from hypergen.errors import ConfigurationError
 from hypergen.load_settings import load_settings
@@ -43,7 +44,7 @@ _LOCAL_SETTINGS = (
 )
 
 
-@click.command()
+@click.command(cls=GenerateCommand)
 @click.argument("prompt", required=False)
 @click.option(
     "-o",

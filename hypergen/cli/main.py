@@ -21,6 +21,7 @@ import click
 
 from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
+from hypergen.cli.grouped_help import ServeCommand
 from hypergen.cli.image_commands import generate, show_file
 from hypergen.cli.model_commands import import_model, inspect_file, list_models, print_table, remove_models
 from hypergen.cli.setting_options import CONFIG, setting_options
@@ -40,7 +41,7 @@ for command in (generate, show_file, list_models, import_model, inspect_file, re
     main.add_command(command)
 
 
-@main.command()
+@main.command(cls=ServeCommand)
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @CONFIG
 @click.option("--reload", is_flag=True, help="restart when the source changes")
