@@ -33,7 +33,7 @@ def find_models(
     The kernel of an attention backend is fetched too.
 
     Raises:
-        ConfigurationError: two models have the same name, or a setting for one model is ambiguous.
+        ConfigurationError: see `entries_of`.
         ModelError: a model or the kernel cannot be found, read or served.
     """
     provide_attention_kernel(settings.engine.attention, report_progress)
@@ -62,7 +62,7 @@ def find_models(
         open_registry(engine, stored.path)  # reports missing files now, not in the engine
         models.append(
             ServedModel(
-                id=entry.name or entry.source or stored.source,
+                id=id_of(entry),
                 aliases=entry.aliases,
                 tags=(stored.tag, *([refiner.tag] if refiner else [])),
                 path=stored.path,
@@ -71,7 +71,6 @@ def find_models(
                 options=entry.options.model_copy(update={"vae": find_vae(entry.vae)}),
             )
         )
-    _refuse_equal_names(models)
     return _with_store_names(models)
 
 
@@ -115,7 +114,8 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     """The entry of each model, with the flags for a single model merged in.
 
     Raises:
-        ConfigurationError: a flag for a single model is ambiguous, because several are served.
+        ConfigurationError: a flag for a single model is ambiguous, because several are served, or two models
+            have the same name.
     """
     entries = settings.models or (ModelEntry(),)
     of_entry = {
@@ -133,7 +133,13 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
         raise ConfigurationError(
             f"'{given[0]}' applies to one model, but several are served; put it into a served-model file."
         )
+    _refuse_equal_names(entries)
     return entries
+
+
+def id_of(entry: ModelEntry) -> str:
+    """The model's id in /v1/models."""
+    return entry.name or entry.source or store.EMBEDDED_NAME
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
@@ -178,10 +184,10 @@ def find_vae(given: str | None) -> str | None:
     return str(path)
 
 
-def _refuse_equal_names(models: list[ServedModel]) -> None:
+def _refuse_equal_names(entries: tuple[ModelEntry, ...]) -> None:
     taken: set[str] = set()
-    for model in models:
-        names = {name.casefold() for name in (model.id, *model.aliases)}
+    for entry in entries:
+        names = {name.casefold() for name in (id_of(entry), *entry.aliases)}
         if names & taken:
             raise ConfigurationError(
                 f"Two models have the name '{sorted(names & taken)[0]}'; change one of them."

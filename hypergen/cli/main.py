@@ -1,4 +1,4 @@
-"""The command line: hypergen serve | generate | show | models | import | inspect | remove | loras | bench."""
+"""The command line: `hypergen serve` and the other commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
 from hypergen.cli.grouped_help import ServeCommand
 from hypergen.cli.image_commands import generate, show_file
-from hypergen.cli.model_commands import import_model, inspect_file, list_models, print_table, remove_models
+from hypergen.cli.model_commands import (
+    check_config,
+    import_model,
+    inspect_file,
+    list_models,
+    print_table,
+    remove_models,
+)
 from hypergen.cli.setting_options import CONFIG, setting_options
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.load_settings import environment_of, load_settings
@@ -37,7 +44,7 @@ def main() -> None:
     """Serve open diffusion models with OpenAI's and Hyperbolic's image APIs."""
 
 
-for command in (generate, show_file, list_models, import_model, inspect_file, remove_models):
+for command in (generate, show_file, list_models, import_model, inspect_file, check_config, remove_models):
     main.add_command(command)
 
 
@@ -54,14 +61,17 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     comes with HyperGen. Requests choose among several by name; the default is the first.
     """
     from hypergen.cli.serve import check_port, run_service
+    from hypergen.cli.start_checks import check_certificate, check_models
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
     from hypergen.served_model_config import as_json
 
     settings = load_settings(config, os.environ, {**flags, "models": models})
+    keys = ApiKeys(settings.server)
+    check_certificate(settings.server)
+    check_models(settings)
+    port = check_port(settings.server)
     log_setup.export(settings.server.log_format, settings.server.log_level)
     log_setup.configure("serve")
-    keys = ApiKeys(settings.server)
-    port = check_port(settings.server)
     if port != settings.server.port:
         flags["port"] = port
         settings = load_settings(config, os.environ, {**flags, "models": models})
