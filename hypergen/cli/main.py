@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import click
 
-from hypergen import __version__, log_setup
+from hypergen import __version__, log_setup, optional_packages
 from hypergen.api.api_keys import ApiKeys
 from hypergen.cli.grouped_help import ServeCommand
 from hypergen.cli.image_commands import generate, show_file
@@ -203,8 +202,8 @@ def bench(
             raise ConfigurationError(f"--{name} must be above 0, not {value}.")
     if prompt and prompts:
         raise ConfigurationError("--prompt and --prompts cannot be combined.")
-    if plot and not find_spec("matplotlib"):
-        raise ConfigurationError("--plot needs matplotlib: pip install 'hypergen[bench]'.")
+    if plot:
+        optional_packages.require("matplotlib", "--plot")
     texts = [prompt or "a red circle on a blue background"]
     if prompts:
         texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -6,6 +6,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypergen import optional_packages
 from hypergen.config import EngineSettings, ServerSettings, Settings
 from hypergen.errors import ConfigurationError
 from hypergen.model_families import servable
@@ -42,6 +43,8 @@ def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
         ModelError: a model does not exist or cannot be served.
     """
     store_folder()
+    if settings.engine.quantization != "off":
+        optional_packages.require("torchao", f"--quantization {settings.engine.quantization}")
     entries = entries_of(settings)
     # With the paths as given, for the messages.
     open_registry(settings.engine, None)
