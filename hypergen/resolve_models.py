@@ -101,10 +101,15 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
 
 
 def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
-    """The flags for a single model, with absolute paths, for a process with another working folder."""
+    """The flags with paths, as absolute ones, for a process with another working folder."""
     return {
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
+        **{
+            name: file.expanduser().absolute()
+            for name in ("c2pa_certificate", "c2pa_key")
+            if (file := getattr(engine, name)) is not None
+        },
         "controlnet": find_controlnets(engine.controlnet) or None,
         "embedding": find_embeddings(engine.embedding) or None,
     }

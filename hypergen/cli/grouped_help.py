@@ -60,6 +60,8 @@ SERVE_GROUPS = {
     ),
     "Results": (
         "image_metadata",
+        "c2pa_certificate",
+        "c2pa_key",
         "price_rate",
         "max_jobs",
         "public_url",

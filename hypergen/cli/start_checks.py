@@ -9,6 +9,7 @@ from pathlib import Path
 from hypergen import optional_packages
 from hypergen.config import EngineSettings, ServerSettings, Settings
 from hypergen.errors import ConfigurationError
+from hypergen.images.content_credentials import load_credentials
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.entries import store_folder
@@ -43,6 +44,7 @@ def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
         ModelError: a model does not exist or cannot be served.
     """
     store_folder()
+    load_credentials(settings.engine)
     if settings.engine.quantization != "off":
         optional_packages.require("torchao", f"--quantization {settings.engine.quantization}")
     entries = entries_of(settings)

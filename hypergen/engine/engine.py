@@ -24,6 +24,7 @@ from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.engine.batch_runner import BatchRunner
 from hypergen.engine.compiled_forward import CompiledForward
+from hypergen.engine.image_writer import ImageWriter
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.reordered_weights import use_reordered_weights
@@ -108,7 +109,7 @@ class Engine:
         own_stream = family.device.type == "cuda" and settings.offload == "off"
         self._postprocessor = PostProcessor(
             family,
-            model_id,
+            ImageWriter(model_id, settings),
             report,
             self._encoding_failures.put,
             clock=clock,

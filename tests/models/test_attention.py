@@ -84,7 +84,7 @@ def test_a_backend_that_fails_in_the_warm_up_is_an_error_at_start(flux_folder: P
 
 def test_kernels_of_the_hub_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    with pytest.raises(ConfigurationError, match="^--attention sage_hub needs the package kernels: pip"):
+    with pytest.raises(ConfigurationError, match=r"^--attention sage_hub needs the package kernels: pip"):
         provide_attention_kernel("sage_hub")
 
 
