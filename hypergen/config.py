@@ -202,6 +202,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         validate_default=True,
         description="private key of --c2pa-certificate, in PEM without a password",
     )
+    safety_checker: str | None = Field(
+        None,
+        description="content filter, whose refusals are a 400: folder or hub id of a "
+        "StableDiffusionSafetyChecker, or package.module:function; without previews",
+    )
     engine_stall_timeout_s: float = Field(
         300,
         gt=0,

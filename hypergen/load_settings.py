@@ -152,7 +152,8 @@ def _explain(
         return f"{where}Unknown setting '{name}'{_nearest(name, known)}."
     # MODEL is no flag, and may have fields.
     shown = f"Setting '{name}'" if given in (None, "models") else given_as[given]
-    value = "" if name == "models" or name.endswith("api_key") else f" (given: {first['input']!r})"
+    hidden = first["input"] is None or name == "models" or name.endswith("api_key")
+    value = "" if hidden else f" (given: {first['input']!r})"
     return f"{where}{shown}: {first['msg'].removeprefix('Value error, ')}{value}."
 
 

@@ -19,6 +19,7 @@ from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
 from hypergen.model_store.model_check import refuse_unusable
+from hypergen.model_store.safety_checkers import find_safety_checker
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
@@ -57,6 +58,8 @@ def find_models(
             check_files=refuse_unusable,
             report_progress=report_progress,
         )
+        checker = find_safety_checker(engine.safety_checker, report_progress)
+        engine = engine.model_copy(update={"safety_checker": checker})
         if refiner:  # engines use folders, not the store
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
         open_registry(engine, stored.path)  # reports missing files now, not in the engine
@@ -105,6 +108,7 @@ def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
     return {
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
+        "safety_checker": find_safety_checker(engine.safety_checker),
         **{
             name: file.expanduser().absolute()
             for name in ("c2pa_certificate", "c2pa_key")

@@ -60,6 +60,7 @@ SERVE_GROUPS = {
     ),
     "Results": (
         "image_metadata",
+        "safety_checker",
         "c2pa_certificate",
         "c2pa_key",
         "price_rate",

@@ -15,6 +15,7 @@ from hypergen.model_store import store
 from hypergen.model_store.entries import store_folder
 from hypergen.model_store.hub import HUB_ID, split_revision
 from hypergen.model_store.lora_files import LoraRegistry, open_registry
+from hypergen.model_store.safety_checkers import find_safety_checker
 from hypergen.resolve_models import entries_of, find_vae, id_of, settings_of
 from hypergen.served_model_config import ModelEntry
 
@@ -45,6 +46,7 @@ def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
     """
     store_folder()
     load_credentials(settings.engine)
+    find_safety_checker(settings.engine.safety_checker, download=False)
     if settings.engine.quantization != "off":
         optional_packages.require("torchao", f"--quantization {settings.engine.quantization}")
     entries = entries_of(settings)

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from hypergen.engine.image_writer import ImageWriter
 from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.warmup import warm_up_request
+from hypergen.errors import ContentPolicyError
 from hypergen.events import EngineStatus, ForwardPass, ImageFinished, Progress, Started
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.request import GenerationRequest
@@ -105,7 +107,8 @@ class PipelineEngine:
                 if self.model.min_steps == _MAX_MIN_STEPS:
                     raise
             self.model.min_steps += 1
-        self._writer.write(pixels, request, 0)
+        with suppress(ContentPolicyError):
+            self._writer.write(pixels, request, 0)
 
     @torch.inference_mode()
     def step(self) -> float:

@@ -119,6 +119,7 @@ class PostProcessor:
         """Wait for the pixels and encode the image file.
 
         Raises:
+            ContentPolicyError: the content filter refused the image.
             GenerationError: the sampler or the VAE produced NaN or Inf values.
         """
         pixels, finite = decoded.wait()
