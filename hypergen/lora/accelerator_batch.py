@@ -2,8 +2,8 @@
 
 Round i adds the i-th LoRA of every row: a product of each row with the factors of its own LoRA, or with zeros
 if it has none. So no shape depends on the LoRAs of other rows, and a round takes as long with many LoRAs as
-with one. A layer takes three kernel launches a round where all rows have the same LoRA, otherwise seven: two
-for each factor gather those of the rows.
+with one. A layer takes three kernel launches a round. Where not all rows have the same LoRA, four more gather
+the factors of all rounds.
 
 Convolutions larger than 1 x 1 cannot differ by row. There each LoRA of the batch runs over all rows, scaled
 by 0 in those that do not have it.
@@ -26,12 +26,15 @@ from hypergen.lora.weights import LayerWeights, Lora
 # Elements, at least 256 bytes: kernels are also chosen by the alignment of their inputs.
 _ALIGNMENT = 256
 
+# Shapes (rows, rank, in) and (rows, out, rank).
+_Factors = tuple[Tensor, Tensor]
+
 
 class RowWeights(NamedTuple):
     """The LoRAs of the rows of a batch on the device, as positions in the list of LoRAs, and their weights.
 
     Attributes:
-        positions: int64, shape (rounds, rows); after the last LoRA where a row has fewer than others.
+        positions: int64, shape (rounds * rows,); after the last LoRA where a row has fewer than others.
         weights: float32, shape (rounds, rows).
         of_loras: float32, shape (LoRAs, rows); 0 where a row does not have the LoRA.
         without: where `of_loras` is 0; None: nowhere.
@@ -102,7 +105,7 @@ class AcceleratorLoraBatch:
         weights = _copy(torch.tensor([*by_round, *by_lora], dtype=torch.float32), device)
         of_loras = weights[len(by_round) :]
         without = None if all(map(all, by_lora)) else of_loras == 0
-        positions = _copy(torch.tensor(self._positions), device)
+        positions = _copy(torch.tensor(self._positions).flatten(), device)
         return RowWeights(positions, weights[: len(by_round)], of_loras, without)
 
     def with_slots(self, slots: Sequence[Lora], weights: RowWeights) -> AcceleratorLoraBatch:
@@ -122,42 +125,46 @@ class AcceleratorLoraBatch:
         factors = {i: lora.layers[name] for i, lora in enumerate(self.loras) if name in lora.layers}
         norms = {i: lora.norms[name] for i, lora in enumerate(self.loras) if name in lora.norms}
         plain = {i: each for i, each in factors.items() if each.is_plain}
-        if has_window(layer) and plain:
+        if has_window(layer):
             self._add_convolutions(layer, plain, x, output)
+        products = {} if has_window(layer) else self._factors_of_rows(plain)
         for i, positions in enumerate(self._positions):
-            if not has_window(layer):
-                self._add_round(layer, plain, i, x, output)
+            for down, up in products.get(i, ()):
+                _add_products(layer, down, up, self.weights.weights[i].view(-1, 1, 1), x, output)
             for row, position in enumerate(positions):
                 if position in factors.keys() - plain.keys():
                     add_row(layer, factors[position], row, self._rows[row][i][1], x, output)
                 if position in norms:
                     add_norm(layer, norms[position], row, self._rows[row][i][1], x, output)
 
-    def _add_round(
-        self, layer: nn.Module, factors: Mapping[int, LayerWeights], i: int, x: Tensor, output: Tensor
-    ) -> None:
-        shared = self.shared[i]
+    def _factors_of_rows(self, factors: Mapping[int, LayerWeights]) -> Mapping[int, list[_Factors]]:
+        """For each round the factors of its rows, with a pair for each rank."""
         by_rank: defaultdict[int, dict[int, LayerWeights]] = defaultdict(dict)
         for position, each in factors.items():
-            if shared in (None, position):
-                by_rank[each.rank][position] = each
+            by_rank[each.rank][position] = each
+        rounds: defaultdict[int, list[_Factors]] = defaultdict(list)
         for batch in by_rank.values():
-            down, up = self._factors_of_rows(batch, i)
-            _add_products(layer, down, up, self.weights.weights[i].view(-1, 1, 1), x, output)
+            gathered = None
+            for i, shared in enumerate(self.shared):
+                if shared in batch:
+                    down, up = batch[shared].down, batch[shared].up
+                    rows = len(self._rows)
+                    rounds[i].append((down.expand(rows, -1, -1), up.expand(rows, -1, -1)))
+                elif shared is None:
+                    gathered = gathered or self._gather(batch)
+                    rounds[i].append((gathered[0][i], gathered[1][i]))
+        return rounds
 
-    def _factors_of_rows(self, batch: Mapping[int, LayerWeights], i: int) -> tuple[Tensor, Tensor]:
-        """The factors of the i-th LoRA of each row, shapes (rows, rank, in) and (rows, out, rank)."""
-        shared = self.shared[i]
-        if shared is not None:
-            down, up = batch[shared].down, batch[shared].up
-            return down.expand(len(self._rows), -1, -1), up.expand(len(self._rows), -1, -1)
+    def _gather(self, batch: Mapping[int, LayerWeights]) -> _Factors:
+        """The factors of all rounds and rows, with zeros where a row has no LoRA of this rank in a round."""
 
         def gather(factors: dict[int, Tensor]) -> Tensor:
             zeros = self._zeros_like(next(iter(factors.values())))
             of_loras = [factors.get(position, zeros) for position in range(len(self.loras) + 1)]
-            return torch.stack(of_loras).index_select(0, self.weights.positions[i])
+            of_rows = torch.stack(of_loras).index_select(0, self.weights.positions)
+            return of_rows.unflatten(0, (len(self._positions), -1))
 
-        return gather({j: w.down for j, w in batch.items()}), gather({j: w.up for j, w in batch.items()})
+        return gather({i: w.down for i, w in batch.items()}), gather({i: w.up for i, w in batch.items()})
 
     def _zeros_like(self, factor: Tensor) -> Tensor:
         key = factor.shape, factor.dtype

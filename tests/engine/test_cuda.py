@@ -433,8 +433,9 @@ _ONE, _OTHER, _THIRD = ("everything", 0.7), ("another", -0.5), ("third", 0.2)
         ([(_ONE,)] * 2 + [(_OTHER,)] * 2, 7, 7),
         ([(_ONE,), (_OTHER,), (_THIRD,), ()], 7, 10),
         ([(_ONE, _OTHER)] * 4, 6, 6),
+        ([(_ONE, _OTHER), (_OTHER, _THIRD), (_THIRD,), ()], 10, 10),
     ],
-    ids=["one LoRA", "a row without", "two LoRAs", "three LoRAs", "two LoRAs in each row"],
+    ids=["one LoRA", "a row without", "two LoRAs", "three LoRAs", "two in each row", "up to two in a row"],
 )
 def test_launches_of_loras_for_each_layer(
     sd_folder: Path,
