@@ -206,6 +206,8 @@ def _from_folders(folder: Path, sources: dict[str, Any], *, always: bool) -> Ite
 
 def _from_folder(folder: Path, source: str) -> str:
     """A relative path as an absolute one. Without a dot in front, it is a hub id unless it exists."""
+    if source.startswith("~"):
+        return source
     is_path = source.startswith(("./", "../")) or source.endswith(".safetensors")
     return str(folder / source) if is_path or (source and (folder / source).exists()) else source
 

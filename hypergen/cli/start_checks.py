@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ def _check_model(entry: ModelEntry, engine: EngineSettings) -> CheckedModel:
 
 def is_on_the_hub(source: str) -> bool:
     """Whether it would be downloaded: no local path, but a hub id."""
-    return not Path(source).expanduser().exists() and bool(HUB_ID.fullmatch(split_revision(source)[0]))
+    return not os.path.exists(os.path.expanduser(source)) and bool(
+        HUB_ID.fullmatch(split_revision(source)[0])
+    )
 
 
 def check_certificate(server: ServerSettings) -> None:
