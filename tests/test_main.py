@@ -127,7 +127,7 @@ def test_generate_prints_errors_in_one_line(tmp_path: Path, sd_folder: Path) -> 
     model = ("-m", str(sd_folder))
     assert_one_line_error(hypergen(tmp_path, "generate", "a", *model, "-o", "a.gif"), "a.gif", ".png")
     wrong = hypergen(tmp_path, "generate", "a", *model, "-o", "a.png", "--steps", "151")
-    assert_one_line_error(wrong, "num_inference_steps")
+    assert_one_line_error(wrong, "--steps")
 
 
 def test_a_model_is_imported_listed_and_served_by_its_tag(tmp_path: Path, sd_folder: Path) -> None:
