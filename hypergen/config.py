@@ -58,6 +58,12 @@ def _read_size(text: str) -> tuple[int, int]:
 Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
 
 
+def _both_or_none(key: Path | None, certificate: Path | None) -> Path | None:
+    if (key is None) != (certificate is None):
+        raise ValueError("certificate and key must be given together")
+    return key
+
+
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     """How an engine process uses its accelerator."""
 
@@ -193,6 +199,21 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         description="textual inversion that prompts use by its name: NAME=FILE; for Stable Diffusion and "
         "SDXL; HYPERGEN_EMBEDDING separates several by commas",
     )
+    c2pa_certificate: Path | None = Field(
+        None,
+        description="certificate chain in PEM, with which images are signed as generated, by C2PA "
+        "(package c2pa-python)",
+    )
+    c2pa_key: Path | None = Field(
+        None,
+        validate_default=True,
+        description="private key of --c2pa-certificate, in PEM without a password",
+    )
+    safety_checker: str | None = Field(
+        None,
+        description="content filter, whose refusals are a 400: folder or hub id of a "
+        "StableDiffusionSafetyChecker, or package.module:function; without previews",
+    )
     engine_stall_timeout_s: float = Field(
         300,
         gt=0,
@@ -206,6 +227,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         if sizes and info.data.get("compile") == "off":
             raise ValueError("needs --compile on")
         return sizes
+
+    @field_validator("c2pa_key")
+    @classmethod
+    def _check_c2pa(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        return _both_or_none(key, info.data.get("c2pa_certificate"))
 
     @field_validator("lora", "lora_dir", mode="before")
     @classmethod
@@ -353,9 +379,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     @field_validator("ssl_keyfile")
     @classmethod
     def _check_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
-        if (key is None) != (info.data.get("ssl_certfile") is None):
-            raise ValueError("certificate and key must be given together")
-        return key
+        return _both_or_none(key, info.data.get("ssl_certfile"))
 
     @field_validator("allowed_host")
     @classmethod

@@ -5,6 +5,7 @@
     ├── ModelError                  a model is missing, damaged or not supported
     └── RequestError                sent to the client, with the parameter that caused it
         ├── InvalidRequestError
+        │   └── ContentPolicyError  the content filter refused the image
         ├── AuthenticationError
         ├── ForbiddenError
         ├── NotFoundError
@@ -69,6 +70,12 @@ class InvalidRequestError(RequestError):
     """A field is missing, malformed or out of range."""
 
     code = "invalid_value"
+
+
+class ContentPolicyError(InvalidRequestError):
+    """The content filter refused the image."""
+
+    code = "content_policy_violation"
 
 
 class AuthenticationError(RequestError):

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from hypergen.config import Settings
 from hypergen.errors import ConfigurationError
-from hypergen.served_model_config import as_text
+from hypergen.served_model_config import ModelEntry, as_text, explain_yaml, file_of_entry
 
 PREFIX = "HYPERGEN_"
 # Separated by commas in the environment. Others are paths, which may contain commas.
@@ -62,7 +62,7 @@ def load_settings(
     environment = environment or {}
     if file is None and environment.get(PREFIX + "CONFIG"):
         file = Path(environment[PREFIX + "CONFIG"])
-    tree: dict[str, Any] = _read_file(file) if file else {}
+    tree: dict[str, Any] = read_file(file) if file else {}
     section_of = {name: section for section, name, _ in fields()}
     field_of = {PREFIX + option_name(name).upper(): name for name in section_of}
 
@@ -87,7 +87,7 @@ def load_settings(
         given_as: dict[int | str, str] = {name: f"Argument '{option_name(name)}'" for name in used_arguments}
         given_as |= {name: PREFIX + option_name(name).upper() for name in given}
         given_as |= {name: "--" + option_name(name).replace("_", "-") for name in flags}
-        raise ConfigurationError(_explain(error, given_as, file)) from None
+        raise ConfigurationError(_explain(error, given_as, file, tree.get("models"))) from None
     return settings
 
 
@@ -131,15 +131,18 @@ def environment_of(flags: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """A YAML file of names and values.
+
+    Raises:
+        ConfigurationError: it cannot be read. The message is one line.
+    """
     try:
         tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"The configuration file {file} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"The configuration file {file} is not YAML: {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigurationError(f"{explain_yaml(file, error)}.") from None
     return _as_mapping(tree, f"The configuration file {file}")
 
 
@@ -150,22 +153,34 @@ def _as_mapping(value: Any, name: str) -> dict[str, Any]:
     return cast(dict[str, Any], value or {})
 
 
-def _explain(error: ValidationError, given_as: Mapping[int | str, str], file: Path | None) -> str:
+def _explain(
+    error: ValidationError, given_as: Mapping[int | str, str], file: Path | None, models: Any
+) -> str:
     """One line: which setting is wrong, as the user wrote it, and why.
 
     Args:
         given_as: field -> the flag or variable that gave it. Others are of the file.
+        models: the setting of this name, whose entries may be files of their own.
     """
     first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    given = next((part for part in first["loc"][:2] if part in given_as), None)
-    where = _place(file, first["loc"]) if file is not None and given is None else ""
+    location = first["loc"]
+    given = next((part for part in location[:2] if part in given_as), None)
+    known = [name if section is None else f"{section}.{name}" for section, name, _ in fields()]
+    match location:
+        case ("models", int(index), *inner):
+            known = [
+                name if section is None else f"{section}.{name}" for section, name, _ in fields(ModelEntry)
+            ]
+            if model_file := file_of_entry(models, index):
+                file, location, given = model_file, tuple(inner), None
+    name = ".".join(str(part) for part in location)
+    where = _place(file, location) if file is not None and given is None else ""
     if first["type"] == "extra_forbidden":
-        known = [name if section is None else f"{section}.{name}" for section, name, _ in fields()]
         return f"{where}Unknown setting '{name}'{_nearest(name, known)}."
     # MODEL is no flag, and may have fields.
     shown = f"Setting '{name}'" if given in (None, "models") else given_as[given]
-    value = "" if name.endswith("api_key") else f" (given: {first['input']!r})"
+    hidden = first["input"] is None or name == "models" or name.endswith("api_key")
+    value = "" if hidden else f" (given: {first['input']!r})"
     return f"{where}{shown}: {first['msg'].removeprefix('Value error, ')}{value}."
 
 

@@ -19,6 +19,7 @@ from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
 from hypergen.model_store.model_check import refuse_unusable
+from hypergen.model_store.safety_checkers import find_safety_checker
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
@@ -33,7 +34,7 @@ def find_models(
     The kernel of an attention backend is fetched too.
 
     Raises:
-        ConfigurationError: two models have the same name, or a setting for one model is ambiguous.
+        ConfigurationError: see `entries_of`.
         ModelError: a model or the kernel cannot be found, read or served.
     """
     provide_attention_kernel(settings.engine.attention, report_progress)
@@ -57,12 +58,14 @@ def find_models(
             check_files=refuse_unusable,
             report_progress=report_progress,
         )
+        checker = find_safety_checker(engine.safety_checker, report_progress)
+        engine = engine.model_copy(update={"safety_checker": checker})
         if refiner:  # engines use folders, not the store
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
         open_registry(engine, stored.path)  # reports missing files now, not in the engine
         models.append(
             ServedModel(
-                id=entry.name or entry.source or stored.source,
+                id=id_of(entry),
                 aliases=entry.aliases,
                 tags=(stored.tag, *([refiner.tag] if refiner else [])),
                 path=stored.path,
@@ -71,7 +74,6 @@ def find_models(
                 options=entry.options.model_copy(update={"vae": find_vae(entry.vae)}),
             )
         )
-    _refuse_equal_names(models)
     return _with_store_names(models)
 
 
@@ -102,10 +104,16 @@ def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tup
 
 
 def resolved_flags(engine: EngineSettings) -> dict[str, Any]:
-    """The flags for a single model, with absolute paths, for a process with another working folder."""
+    """The flags with paths, as absolute ones, for a process with another working folder."""
     return {
         "lora": tuple(with_absolute_path(given) for given in engine.lora),
         "lora_dir": tuple(folder.expanduser().absolute() for folder in engine.lora_dir),
+        "safety_checker": find_safety_checker(engine.safety_checker),
+        **{
+            name: file.expanduser().absolute()
+            for name in ("c2pa_certificate", "c2pa_key")
+            if (file := getattr(engine, name)) is not None
+        },
         "controlnet": find_controlnets(engine.controlnet) or None,
         "embedding": find_embeddings(engine.embedding) or None,
     }
@@ -115,7 +123,8 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     """The entry of each model, with the flags for a single model merged in.
 
     Raises:
-        ConfigurationError: a flag for a single model is ambiguous, because several are served.
+        ConfigurationError: a flag for a single model is ambiguous, because several are served, or two models
+            have the same name.
     """
     entries = settings.models or (ModelEntry(),)
     of_entry = {
@@ -133,7 +142,13 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
         raise ConfigurationError(
             f"'{given[0]}' applies to one model, but several are served; put it into a served-model file."
         )
+    _refuse_equal_names(entries)
     return entries
+
+
+def id_of(entry: ModelEntry) -> str:
+    """The model's id in /v1/models."""
+    return entry.name or entry.source or store.EMBEDDED_NAME
 
 
 def settings_of(entry: ModelEntry, engine: EngineSettings) -> EngineSettings:
@@ -178,10 +193,10 @@ def find_vae(given: str | None) -> str | None:
     return str(path)
 
 
-def _refuse_equal_names(models: list[ServedModel]) -> None:
+def _refuse_equal_names(entries: tuple[ModelEntry, ...]) -> None:
     taken: set[str] = set()
-    for model in models:
-        names = {name.casefold() for name in (model.id, *model.aliases)}
+    for entry in entries:
+        names = {name.casefold() for name in (id_of(entry), *entry.aliases)}
         if names & taken:
             raise ConfigurationError(
                 f"Two models have the name '{sorted(names & taken)[0]}'; change one of them."

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
+
+from hypergen import sampler_names
 
 _ENDINGS = (".yaml", ".yml")
 _PACKAGE = Path(__file__).resolve().parent
@@ -98,6 +100,13 @@ class ModelEntry(ModelOptions, frozen=True, extra="forbid"):
     embeddings: NamedSources = Field(default_factory=dict[str, str])
     refiner: str | None = None
 
+    @field_validator("scheduler")
+    @classmethod
+    def _check_sampler(cls, name: str | None) -> str | None:
+        if name is not None:
+            sampler_names.check_name(name)
+        return name
+
     @property
     def options(self) -> ModelOptions:
         return ModelOptions.model_validate({name: getattr(self, name) for name in ModelOptions.model_fields})
@@ -117,11 +126,26 @@ def read_entries(value: Any) -> Any:
     Raises:
         ValueError: a served-model file cannot be read. The message is one line.
     """
-    if isinstance(value, str):
-        value = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
-    if not isinstance(value, (list, tuple)):
+    entries = _split_entries(value)
+    if not isinstance(entries, (list, tuple)):
+        return entries
+    return [_read_entry(entry) for entry in cast(Sequence[Any], entries)]
+
+
+def file_of_entry(value: Any, index: int) -> Path | None:
+    """The served-model file of an entry; None if the entry is no file.
+
+    Args:
+        value: as for `read_entries`.
+    """
+    entry = _split_entries(value)[index]
+    return _find_file(entry.strip()) if isinstance(entry, str) and is_model_file(entry.strip()) else None
+
+
+def _split_entries(value: Any) -> Any:
+    if not isinstance(value, str):
         return value
-    return [_read_entry(entry) for entry in cast(Sequence[Any], value)]
+    return json.loads(value) if value.lstrip().startswith("[") else value.split(",")
 
 
 def as_json(entries: Sequence[ModelEntry]) -> str:
@@ -150,7 +174,7 @@ def _read_file(file: Path) -> Any:
     except OSError as error:
         raise ValueError(f"the served-model file {file} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(explain_yaml(file, error)) from None
     if not isinstance(tree, dict):
         raise ValueError(f"the served-model file {file} must be a mapping of names to values")
     tree = cast(dict[str, Any], tree)
@@ -165,6 +189,13 @@ def _read_file(file: Path) -> Any:
     return tree
 
 
+def explain_yaml(file: Path, error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """One line: where and why a file is not YAML."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"{file} is not YAML: {' '.join(str(error).split())}"
+    return f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}"
+
+
 def _from_folders(folder: Path, sources: dict[str, Any], *, always: bool) -> Iterator[tuple[str, Any]]:
     for name, source in sources.items():
         if isinstance(source, str) and source:
@@ -174,8 +205,11 @@ def _from_folders(folder: Path, sources: dict[str, Any], *, always: bool) -> Ite
 
 
 def _from_folder(folder: Path, source: str) -> str:
-    """A source that starts with a dot as an absolute path; others may be hub ids."""
-    return str(folder / source) if source.startswith("./") or source.startswith("../") else source
+    """A relative path as an absolute one. Without a dot in front, it is a hub id unless it exists."""
+    if source.startswith("~"):
+        return source
+    is_path = source.startswith(("./", "../")) or source.endswith(".safetensors")
+    return str(folder / source) if is_path or (source and (folder / source).exists()) else source
 
 
 def as_text(value: object, separator: str = os.pathsep) -> str:

@@ -269,3 +269,24 @@ def test_a_trusted_proxy_is_an_address_or_a_network(proxy: str) -> None:
         load_settings(environment={"HYPERGEN_TRUSTED_PROXY": f"127.0.0.1, {proxy}"})
     trusted = load_settings(environment={"HYPERGEN_TRUSTED_PROXY": "::1, 10.0.0.0/8"}).server.trusted_proxy
     assert trusted == ("::1", "10.0.0.0/8")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("./nosuch", "{folder}/nosuch"),
+        ("model", "{folder}/model"),
+        ("parts/model", "{folder}/parts/model"),
+        ("checkpoint.safetensors", "{folder}/checkpoint.safetensors"),
+        ("owner/name", "owner/name"),
+        ("~/model.safetensors", "~/model.safetensors"),
+        ("/models/model.safetensors", "/models/model.safetensors"),
+    ],
+)
+def test_a_relative_source_is_from_the_folder_of_its_file(tmp_path: Path, source: str, expected: str) -> None:
+    for folder in ("model", "parts/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / "model.yaml"
+    file.write_text(f"source: {source}\n")
+    (entry,) = load_settings(flags={"models": (str(file),)}).models
+    assert str(Path(str(entry.source))) == expected.format(folder=tmp_path)

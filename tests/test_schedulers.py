@@ -13,6 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from hypergen.api.sampler_aliases import ALIASES, SCHEDULE_ALIASES, schedule_name, split_name
 from hypergen.denoising.schedulers import (
+    EDM_SAMPLERS,
     FLOW_SAMPLERS,
     SAMPLERS,
     SCHEDULES,
@@ -21,6 +22,7 @@ from hypergen.denoising.schedulers import (
     find_sampler,
     takes_generator,
 )
+from hypergen.sampler_names import SAMPLER_NAMES, SCHEDULE_NAMES
 from tests.support.samplers import ALL_NAMES, WITH_SCHEDULES
 
 _STABLE_DIFFUSION: dict[str, Any] = {
@@ -295,3 +297,8 @@ def test_the_tables_of_the_documents_are_those_of_the_code() -> None:
     section = page.partition("\n## Samplers\n")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     assert rows == [*sampler_rows(), *flow_rows(), *schedule_rows()]
+
+
+def test_the_names_for_checks_without_torch_are_those_of_the_tables() -> None:
+    assert set(SAMPLER_NAMES) == {*SAMPLERS, *FLOW_SAMPLERS, *EDM_SAMPLERS}
+    assert set(SCHEDULE_NAMES) == set(SCHEDULES)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,12 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hypergen import events
 from hypergen.api.dialects import openai_images
 from hypergen.api.validation import check_capability
+from hypergen.cli.start_checks import CheckedModel
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.events import ImageFinished
 from hypergen.images.encoding import OUTPUT_FORMATS
-from hypergen.model_info import Capability, ModelInfo
+from hypergen.model_families import PIPELINES
+from hypergen.model_info import Capability, ModelDefaults, ModelInfo
+from hypergen.model_store.diffusers_layout import pipeline_class_of
+from hypergen.model_store.lora_files import name_of
+from hypergen.sampler_names import SAMPLER_NAMES, SCHEDULE_NAMES
 from hypergen.served_model import ServedModel
 
 _NEEDED_CAPABILITIES: dict[str, Capability] = {
@@ -42,24 +50,87 @@ def generate_files(
         options: fields of an OpenAI request; None means not given.
 
     Raises:
-        ConfigurationError: the extension of `output` is no known format.
-        InvalidRequestError: an option is invalid.
+        ConfigurationError: a file cannot be written.
+        RequestError: an option is invalid for this model, or the generation failed.
         ModelError: the model cannot be loaded.
     """
-    if output.suffix.lower() not in _FORMATS:
-        raise ConfigurationError(
-            f"The extension of {output.name} must be one of {', '.join(sorted(_FORMATS))}."
-        )
-    body = {name: value for name, value in options.items() if value is not None}
-    body["output_format"] = _FORMATS[output.suffix.lower()]
-    images = asyncio.run(_generate(settings, model, body))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    images = asyncio.run(_generate(settings, model, _body(options, output)))
     files: list[tuple[Path, int]] = []
     for image in images:
         file = output if len(images) == 1 else output.with_stem(f"{output.stem}-{image.index}")
-        file.write_bytes(image.data)
+        try:
+            file.write_bytes(image.data)
+        except OSError as error:
+            raise ConfigurationError(f"{file} cannot be written: {error.strerror}.") from None
         files.append((file, image.seed))
     return files
+
+
+def check_request(settings: Settings, model: CheckedModel, options: dict[str, Any], output: Path) -> None:
+    """Check options as far as that is possible before the model is loaded.
+
+    Args:
+        options, output: as for `generate_files`.
+
+    Raises:
+        ConfigurationError: a file cannot be written to `output`, or a LoRA is unknown.
+        InvalidRequestError: an option is invalid.
+    """
+    if output.suffix.lower() not in _FORMATS:
+        raise ConfigurationError(
+            f"The extension of --output {output.name} must be one of {', '.join(sorted(_FORMATS))}."
+        )
+    if not output.parent.is_dir():
+        raise ConfigurationError(f"--output {output}: no such folder: {output.parent}.")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise ConfigurationError(f"--output {output} cannot be written.")
+    info = _expected_info(model, options.get("loras") or {})
+    for name in options.get("loras") or {}:
+        if name_of(name, info.loras, info.lora_folders) is None:
+            offered = ", ".join(sorted(info.loras)) or "none"
+            raise ConfigurationError(
+                f"--lora {name}: no such file, and no LoRA of the model; it has {offered}."
+            )
+    body = _body(options, output)
+    _refuse_unsupported(body, info)
+    openai_images.to_request(body, info, settings.server, uuid.uuid4().hex)
+
+
+def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:
+    """What is known of a model before it is loaded. What is unknown is the most that a model could support.
+
+    Args:
+        loras: names of LoRAs, which a model that is not downloaded yet may have.
+    """
+    spec = PIPELINES.get(pipeline_class_of(model.folder, model.name)) if model.folder else None
+    every: tuple[Capability, ...] = get_args(Capability)
+    capabilities = frozenset(every)
+    if spec is not None:
+        capabilities = frozenset(spec.capabilities)
+        if model.entry.refiner or model.engine.refiner:
+            capabilities |= frozenset[Capability](["enable_refiner"])
+    smallest = ModelDefaults(num_inference_steps=1, guidance_scale=1, width=64, height=64)
+    return ModelInfo(
+        id=model.name,
+        family=spec.name if spec else "",
+        defaults=replace(smallest, **model.entry.defaults.model_dump(exclude_none=True)),
+        samplers=dict.fromkeys(SAMPLER_NAMES, 1),
+        min_steps=1,
+        device="",
+        dtype="",
+        capabilities=capabilities,
+        loras=(*model.registry.files, *(() if model.on_this_machine else loras)),
+        lora_folders=tuple(map(str, model.registry.folders)),
+        default_lora=model.registry.default,
+        max_loras=model.engine.max_loras,
+        schedules=dict.fromkeys(SAMPLER_NAMES, SCHEDULE_NAMES),
+    )
+
+
+def _body(options: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The fields of an OpenAI request."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return given | {"output_format": _FORMATS[output.suffix.lower()]}
 
 
 async def _generate(settings: Settings, model: ServedModel, body: dict[str, Any]) -> list[ImageFinished]:

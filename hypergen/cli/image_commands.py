@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from hypergen.cli.grouped_help import GenerateCommand
 from hypergen.cli.setting_options import CONFIG, setting_options
-from hypergen.errors import ConfigurationError
+from hypergen.errors import ConfigurationError, RequestError
 from hypergen.load_settings import load_settings
 
 _print = partial(click.echo, err=True)
@@ -43,7 +45,7 @@ _LOCAL_SETTINGS = (
 )
 
 
-@click.command()
+@click.command(cls=GenerateCommand)
 @click.argument("prompt", required=False)
 @click.option(
     "-o",
@@ -91,7 +93,8 @@ def generate(
     **options: Any,
 ) -> None:
     """Generate images for PROMPT, or again with the settings of a file, without a server."""
-    from hypergen.cli.generate import generate_files, with_lora_files
+    from hypergen.cli.generate import check_request, generate_files, with_lora_files
+    from hypergen.cli.start_checks import check_models
     from hypergen.resolve_models import find_models
 
     if prompt is None and source is None:
@@ -104,9 +107,26 @@ def generate(
         settings, options["loras"] = with_lora_files(settings, loras)
     given = {"prompt": prompt, **options}
     fields |= {name: value for name, value in given.items() if value is not None}
-    found = find_models(settings, _print)[0]
-    for file, seed in generate_files(settings, found, fields, output):
-        _print(f"{file} (seed {seed})")
+    try:
+        check_request(settings, check_models(settings)[0], fields, output)
+        found = find_models(settings, _print)[0]
+        for file, seed in generate_files(settings, found, fields, output):
+            _print(f"{file} (seed {seed})")
+    except RequestError as error:
+        raise ConfigurationError(_as_given(error, given, source)) from None
+
+
+def _as_given(error: RequestError, given: Mapping[str, Any], source: Path | None) -> str:
+    """The message of an error about a field, with what gave the field: an option, or the file of --from."""
+    if error.param is None:
+        return error.message
+    if (value := given.get(error.param)) is None:
+        return error.message if source is None else f"{source}: {error.message}"
+    options = {parameter.name: parameter.opts[0] for parameter in generate.params}
+    option = "PROMPT" if error.param == "prompt" else options[error.param]
+    field = f"'{error.param}'"
+    message = error.message.replace(field, option) if field in error.message else f"{option}: {error.message}"
+    return message if isinstance(value, (str, dict)) else f"{message.removesuffix('.')} (given: {value})."
 
 
 @click.command("show")

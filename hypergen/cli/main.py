@@ -1,4 +1,4 @@
-"""The command line: hypergen serve | generate | show | models | import | inspect | remove | loras | bench."""
+"""The command line: `hypergen serve` and the other commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import click
 
-from hypergen import __version__, log_setup
+from hypergen import __version__, log_setup, optional_packages
 from hypergen.api.api_keys import ApiKeys
+from hypergen.cli.grouped_help import ServeCommand
 from hypergen.cli.image_commands import generate, show_file
-from hypergen.cli.model_commands import import_model, inspect_file, list_models, print_table, remove_models
+from hypergen.cli.model_commands import (
+    check_config,
+    import_model,
+    inspect_file,
+    list_models,
+    print_table,
+    remove_models,
+)
 from hypergen.cli.setting_options import CONFIG, setting_options
 from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.load_settings import environment_of, load_settings
@@ -36,11 +43,11 @@ def main() -> None:
     """Serve open diffusion models with OpenAI's and Hyperbolic's image APIs."""
 
 
-for command in (generate, show_file, list_models, import_model, inspect_file, remove_models):
+for command in (generate, show_file, list_models, import_model, inspect_file, check_config, remove_models):
     main.add_command(command)
 
 
-@main.command()
+@main.command(cls=ServeCommand)
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @CONFIG
 @click.option("--reload", is_flag=True, help="restart when the source changes")
@@ -53,14 +60,17 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     comes with HyperGen. Requests choose among several by name; the default is the first.
     """
     from hypergen.cli.serve import check_port, run_service
+    from hypergen.cli.start_checks import check_certificate, check_models
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
     from hypergen.served_model_config import as_json
 
     settings = load_settings(config, os.environ, {**flags, "models": models})
+    keys = ApiKeys(settings.server)
+    check_certificate(settings.server)
+    check_models(settings)
+    port = check_port(settings.server)
     log_setup.export(settings.server.log_format, settings.server.log_level)
     log_setup.configure("serve")
-    keys = ApiKeys(settings.server)
-    port = check_port(settings.server)
     if port != settings.server.port:
         flags["port"] = port
         settings = load_settings(config, os.environ, {**flags, "models": models})
@@ -192,8 +202,8 @@ def bench(
             raise ConfigurationError(f"--{name} must be above 0, not {value}.")
     if prompt and prompts:
         raise ConfigurationError("--prompt and --prompts cannot be combined.")
-    if plot and not find_spec("matplotlib"):
-        raise ConfigurationError("--plot needs matplotlib: pip install 'hypergen[bench]'.")
+    if plot:
+        optional_packages.require("matplotlib", "--plot")
     texts = [prompt or "a red circle on a blue background"]
     if prompts:
         texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,9 +1,11 @@
-"""Commands about model files and the model store: hypergen models | import | inspect | remove."""
+"""Commands about model files and the model store: hypergen models | import | inspect | check | remove."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -57,8 +59,20 @@ def inspect_file(file: str, single_file_config: str | None) -> None:
     """
     from hypergen.cli.inspect import inspect
 
-    for name, value in inspect(file, single_file_config):
-        click.echo(f"{name + ':':18} {value}")
+    _print_rows(inspect(file, single_file_config))
+
+
+@click.command("check")
+@click.argument("config", type=click.Path(path_type=Path))
+def check_config(config: Path) -> None:
+    """Check CONFIG, a file for --config or a served-model file, and the HYPERGEN_... variables.
+
+    Prints what would be served. Nothing is loaded, downloaded or imported. The exit status is 1 if there is a
+    fault.
+    """
+    from hypergen.cli.check import check
+
+    _print_rows(check(config, os.environ))
 
 
 @click.command("remove")
@@ -80,3 +94,8 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    for name, value in rows:
+        click.echo(f"{name + ':':18} {value}")

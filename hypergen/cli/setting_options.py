@@ -67,5 +67,7 @@ def _help(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if default == ():
         return f"{field.description}; may be given several times"
-    shown = "" if default in (None, {}) else f"  [default: {'yes' if default is True else default}]"
-    return f"{field.description}{shown}"
+    if default in (None, {}, ""):
+        return str(field.description)
+    shown = ("yes" if default else "no") if isinstance(default, bool) else default
+    return f"{field.description}  [default: {shown}]"

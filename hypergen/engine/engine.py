@@ -24,13 +24,14 @@ from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
 from hypergen.engine.batch_runner import BatchRunner
 from hypergen.engine.compiled_forward import CompiledForward
+from hypergen.engine.image_writer import ImageWriter
 from hypergen.engine.postprocess import PostProcessor, Report
 from hypergen.engine.previews import Previewer
 from hypergen.engine.reordered_weights import use_reordered_weights
 from hypergen.engine.request_errors import as_request_error, free_cached_memory
 from hypergen.engine.scheduler import RunningImages, batch_key
 from hypergen.engine.warmup import warm_up_request
-from hypergen.errors import RequestError
+from hypergen.errors import ContentPolicyError, RequestError
 from hypergen.events import EngineStatus, ForwardPass, Progress, RequestState, Started
 from hypergen.lora.batched_lora import Loras
 from hypergen.models.family import Family
@@ -108,7 +109,7 @@ class Engine:
         own_stream = family.device.type == "cuda" and settings.offload == "off"
         self._postprocessor = PostProcessor(
             family,
-            model_id,
+            ImageWriter(model_id, settings),
             report,
             self._encoding_failures.put,
             clock=clock,
@@ -118,7 +119,9 @@ class Engine:
             free_memory=self._free_memory,
             encoders=encoders,
         )
-        self._previewer = Previewer(family, report, self._postprocessor.encoders)
+        # The content filter only checks finished images.
+        previews = settings.safety_checker is None
+        self._previewer = Previewer(family, report, self._postprocessor.encoders) if previews else None
         self._on_forward = on_forward
         leave_room = self._postprocessor.leave_room
         self.shape_profiles = ShapeProfiles(family, settings, clock, buckets, compiled, leave_room)
@@ -184,9 +187,11 @@ class Engine:
             for _, error in self._runner.step_schedulers([(state, self._runner.run_forward([state])[0])]):
                 if error is not None:
                     raise error
-        self._postprocessor.encode(state, self._postprocessor.decode(state))
+        with suppress(ContentPolicyError):  # noise
+            self._postprocessor.encode(state, self._postprocessor.decode(state))
         self._runner.forwards = self._runner.image_steps = 0
-        if self.family.device.type != "cpu":  # on a CPU nothing overlaps, so the first preview may do it
+        # On a CPU nothing overlaps, so the first preview may do it.
+        if self._previewer and self.family.device.type != "cpu":
             self._previewer.prepare()
 
     def free_memory(self) -> None:
@@ -359,7 +364,8 @@ class Engine:
         pairs = [pair for pair in predicted if pair[0].request.id in self._requests]
         for state, prediction in pairs:
             steps = self._requests[state.request.id].total_steps // state.request.n
-            self._previewer.maybe_preview(state, prediction, steps)
+            if self._previewer:
+                self._previewer.maybe_preview(state, prediction, steps)
         for state, error in self._runner.step_schedulers(pairs):
             self._record_step(state, error)
         for progress in self._requests_of(batch):

@@ -13,6 +13,7 @@ import torch
 
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.engine import Engine
+from hypergen.engine.image_writer import ImageWriter
 from hypergen.engine.loading_progress import log_progress
 from hypergen.engine.model_slot import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
@@ -60,9 +61,11 @@ class Loader:
         """See `ModelManager`.
 
         Raises:
+            ConfigurationError: the certificate for images cannot sign.
             ModelError: the model cannot be loaded, or its attention backend failed.
             GenerationError: the warm-up image cannot be generated.
         """
+        ImageWriter(model.id, model.settings)  # reports its faults before the weights are loaded
         started = time.monotonic()
         with log_progress(model.id, loading.expected_bytes(model.path, model.settings)):
             loaded = loading.load_any(

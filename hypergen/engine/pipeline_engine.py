@@ -7,16 +7,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from hypergen.config import EngineSettings
+from hypergen.engine.image_writer import ImageWriter
 from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error
 from hypergen.engine.warmup import warm_up_request
+from hypergen.errors import ContentPolicyError
 from hypergen.events import EngineStatus, ForwardPass, ImageFinished, Progress, Started
-from hypergen.images import encoding
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.request import GenerationRequest
 
@@ -55,6 +57,7 @@ class PipelineEngine:
         self.model_id = model_id
         self.settings = settings
         self.last_step_at = time.monotonic()
+        self._writer = ImageWriter(model_id, settings)
         self._report = report
         self._between_steps = between_steps
         self._on_forward = on_forward
@@ -104,7 +107,8 @@ class PipelineEngine:
                 if self.model.min_steps == _MAX_MIN_STEPS:
                     raise
             self.model.min_steps += 1
-        encoding.encode_image(pixels, request, 0, self.model_id)
+        with suppress(ContentPolicyError):
+            self._writer.write(pixels, request, 0)
 
     @torch.inference_mode()
     def step(self) -> float:
@@ -154,7 +158,7 @@ class PipelineEngine:
         started = step_started = time.monotonic()
         pixels = self.model.generate(request, index, on_step)
         generated_at = time.monotonic()
-        data = encoding.encode_image(pixels, request, index, self.model_id)
+        data = self._writer.write(pixels, request, index)
         self._report(
             request.id,
             ImageFinished(

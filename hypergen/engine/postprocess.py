@@ -17,10 +17,10 @@ from hypergen import log_setup
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.cuda_graphs import CudaGraphs, Inputs
 from hypergen.engine.host_copy import HostCopy
+from hypergen.engine.image_writer import ImageWriter
 from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
 from hypergen.errors import GenerationError, RequestError
 from hypergen.events import Event, ImageFinished
-from hypergen.images import encoding
 from hypergen.models.family import Family
 from hypergen.models.memory import memory_left_free, vae_tiling
 
@@ -48,7 +48,7 @@ class PostProcessor:
     def __init__(
         self,
         family: Family,
-        model_id: str,
+        writer: ImageWriter,
         report: Report,
         on_failure: Callable[[str | Exception], None],
         *,
@@ -60,7 +60,7 @@ class PostProcessor:
         encoders: Executor | None,
     ) -> None:
         self._family = family
-        self._model_id = model_id
+        self._writer = writer
         self._report = report
         self._on_failure = on_failure
         self._clock = clock
@@ -119,6 +119,7 @@ class PostProcessor:
         """Wait for the pixels and encode the image file.
 
         Raises:
+            ContentPolicyError: the content filter refused the image.
             GenerationError: the sampler or the VAE produced NaN or Inf values.
         """
         pixels, finite = decoded.wait()
@@ -132,7 +133,7 @@ class PostProcessor:
             )
         if not image_finite:
             raise GenerationError("The VAE produced NaN or Inf values; serve the model with --dtype float32.")
-        return encoding.encode_image(pixels.numpy(), state.request, state.index, self._model_id)
+        return self._writer.write(pixels.numpy(), state.request, state.index)
 
     def shutdown(self) -> None:
         self.encoders.shutdown()

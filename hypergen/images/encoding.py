@@ -91,10 +91,14 @@ OUTPUT_FORMATS: dict[str, ImageFormat] = {
 
 
 def encode_image(pixels: np.ndarray, request: GenerationRequest, index: int, model_id: str) -> bytes:
-    """The file of image `index` of a request.
+    """The file of image `index` of a request, from the decoded pixels; see `finished_image`."""
+    return encode_finished(finished_image(pixels, request), request, index, model_id)
 
-    The pixels are cropped or resized to the requested size. With a mask, the input image is then composited
-    over its kept region; grey mask values blend both.
+
+def finished_image(pixels: np.ndarray, request: GenerationRequest) -> Image.Image:
+    """The image of decoded pixels, cropped or resized to the requested size.
+
+    With a mask, the input image is then composited over its kept region; grey mask values blend both.
 
     Args:
         pixels: uint8, shape (height, width, 3), at the generation size.
@@ -102,6 +106,11 @@ def encode_image(pixels: np.ndarray, request: GenerationRequest, index: int, mod
     image = resize_to_request_size(Image.fromarray(pixels), (request.width, request.height))
     if request.image is not None and request.mask is not None:
         image = Image.composite(image, _to_image(request.image), _to_image(request.mask))
+    return image
+
+
+def encode_finished(image: Image.Image, request: GenerationRequest, index: int, model_id: str) -> bytes:
+    """The file of an image, with the settings of image `index` of a request as metadata."""
     file = BytesIO()
     metadata = None
     if request.metadata:

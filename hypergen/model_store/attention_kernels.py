@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 
+from hypergen import optional_packages
 from hypergen.errors import ModelError
 
 # Of the package `kernels`: the folders of kernels on this machine.
@@ -22,12 +22,12 @@ def provide_attention_kernel(
     Does nothing where LOCAL_KERNELS is set, by the user or by a parent process.
 
     Raises:
-        ModelError: the package `kernels` is missing, or the kernel cannot be fetched.
+        ConfigurationError: the package `kernels` is missing.
+        ModelError: the kernel cannot be fetched.
     """
     if backend is None or not backend.endswith("_hub") or os.environ.get(_VARIABLE):
         return
-    if find_spec("kernels") is None:
-        raise ModelError(f"--attention {backend} needs the package kernels: pip install kernels.")
+    optional_packages.require("kernels", f"--attention {backend}")
     if report_progress is not None:
         report_progress(f"Fetching the kernel of --attention {backend}")
     # In a process of its own: it imports torch.

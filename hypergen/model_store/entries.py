@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hypergen.errors import ModelError
+from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE, Selection, check_folder
 
 MAX_COPY_BYTES = 2 * 1024**3
@@ -47,6 +47,7 @@ def open_entry(tag: str) -> StoredModel:
     import bentoml
     from bentoml.exceptions import BentoMLException
 
+    store_folder()  # reports a store that cannot be used
     try:
         model = bentoml.models.get(tag)
     except (BentoMLException, ValueError):
@@ -205,9 +206,19 @@ def import_lock(name: str, report_progress: Callable[[str], None]) -> Iterator[N
 
 
 def store_folder() -> Path:
+    """
+    Raises:
+        ConfigurationError: there can be no store in BENTOML_HOME.
+    """
     from bentoml._internal.configuration.containers import BentoMLContainer
 
-    return Path(BentoMLContainer.model_store.get()._path)
+    try:
+        return Path(BentoMLContainer.model_store.get()._path)
+    except OSError as error:
+        home = os.environ.get("BENTOML_HOME", "~/bentoml")
+        raise ConfigurationError(
+            f"BENTOML_HOME, {home}, cannot hold the model store: {os.strerror(error.errno or 0)}."
+        ) from None
 
 
 def state_folder() -> Path:

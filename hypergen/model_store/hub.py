@@ -132,10 +132,18 @@ def download_network(repo: str, revision: str | None) -> Path:
     """The folder of one network that is a hub model of its own, such as a VAE; from the hub's cache if it is
     there.
     """
+    return _download_files(repo, revision, ["config.json", "diffusion_pytorch_model.safetensors"])
+
+
+def download_safety_checker(repo: str, revision: str | None) -> Path:
+    """The same for a content filter, with its image processor."""
+    return _download_files(repo, revision, ["config.json", "preprocessor_config.json", "model.safetensors"])
+
+
+def _download_files(repo: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    files = ["config.json", "diffusion_pytorch_model.safetensors"]
     with suppress(LocalEntryNotFoundError):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
         if all((folder / name).is_file() for name in files):

@@ -31,16 +31,18 @@ from hypergen.model_store.diffusers_layout import (
     select_in_folder,
 )
 from hypergen.model_store.diffusers_layout import check_folder as check_folder
-from hypergen.model_store.entries import StoredModel, import_lock, open_entry, unknown_model, write_entry
+from hypergen.model_store.entries import StoredModel, import_lock, open_entry, write_entry
 from hypergen.model_store.entries import find_by_tag as find_by_tag
 from hypergen.model_store.entries import list_models as list_models
 from hypergen.model_store.entries import remove_entry as remove_entry
-from hypergen.model_store.hub import HUB_ID, download, resolve_hub_model, write_headers
+from hypergen.model_store.hub import download, resolve_hub_model, write_headers
 from hypergen.model_store.single_file import Check, ReportProgress
+from hypergen.model_store.sources import EMBEDDED_FOLDER as EMBEDDED_FOLDER
+from hypergen.model_store.sources import EMBEDDED_NAME as EMBEDDED_NAME
+from hypergen.model_store.sources import check_source as check_source
+from hypergen.model_store.sources import kind_of
+from hypergen.model_store.sources import local_folder as local_folder
 from hypergen.served_model_config import ModelOptions
-
-EMBEDDED_NAME = "hypergen-tiny"
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
 
 
 def _ignore(_: object) -> None:
@@ -170,45 +172,19 @@ def get_or_import_refiner(
     return _resolve(refiner, how)
 
 
-def local_folder(model: str | None) -> Path | None:
-    """The folder of a model that is on this machine; None if it must be downloaded."""
-    if model is None or model == EMBEDDED_NAME:
-        return EMBEDDED_FOLDER
-    if os.path.isdir(path := os.path.expanduser(model)):
-        return Path(path)
-    with suppress(ModelError):
-        return find_by_tag(model).path
-    return next((stored.path for stored in list_models() if stored.source == model), None)
-
-
 def _resolve(given: str | None, how: _Import) -> StoredModel:
-    path = os.path.expanduser(given or "")  # Path.expanduser raises for unknown users
-    is_checkpoint = given is not None and given.endswith(single_file.SUFFIX)
-    is_tag = given is not None and "/" not in given and not os.path.isdir(path)
-    only_checkpoints = ModelError(
-        f"--single-file-config is only for single-file checkpoints; {given} is not one."
-    )
-    if how.single_file_config is not None and not (is_checkpoint or is_tag):
-        raise only_checkpoints
-    if given is None or given == EMBEDDED_NAME:
-        stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, replace(how, check_files=_ignore))
-    elif os.path.isdir(path):
-        stored = _import_folder(Path(path), given, how)
-    elif os.path.isfile(path):
-        stored = _import_single_file(given, how)
-    elif is_checkpoint:
-        raise ModelError(f"No such file: {given}")
-    elif given.startswith(("/", ".", "~")):
-        raise ModelError(f"No such folder: {given}")
-    elif is_tag:
-        stored = find_by_tag(given)
-        if how.single_file_config is not None and not (stored.path / CHECKPOINT).is_file():
-            raise only_checkpoints
-    elif HUB_ID.fullmatch(given):
-        stored = None if how.check_for_update else _find_hub_model(given, how)
-        stored = stored or _import_hub_model(given, how)
-    else:
-        raise ModelError(unknown_model(given))
+    match kind_of(given, how.single_file_config):
+        case _ if given is None or given == EMBEDDED_NAME:
+            stored = _import_folder(EMBEDDED_FOLDER, EMBEDDED_NAME, replace(how, check_files=_ignore))
+        case "folder":
+            stored = _import_folder(Path(os.path.expanduser(given)), given, how)
+        case "file":
+            stored = _import_single_file(given, how)
+        case "tag":
+            stored = find_by_tag(given)
+        case "hub":
+            stored = None if how.check_for_update else _find_hub_model(given, how)
+            stored = stored or _import_hub_model(given, how)
     check_folder(stored.path)
     how.check_pipeline(stored.path / PIPELINE_FILE)
     return stored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypergen import optional_packages
 from hypergen.config import EngineSettings, Quantization
 from hypergen.denoising.offload import ModelOffloader
 from hypergen.errors import ModelError
@@ -62,10 +62,9 @@ def quantize(denoiser: nn.Module, mode: Quantization, device: torch.device) -> N
     """Quantize the weights of linear layers to 8 bits; activations keep their dtype.
 
     Raises:
-        ModelError: torchao is not installed.
+        ConfigurationError: torchao is not installed.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise ModelError(f"--quantization {mode} needs torchao: pip install 'hypergen[quantization]'.")
+    optional_packages.require("torchao", f"--quantization {mode}")
     from torchao.quantization import (  # pyright: ignore[reportMissingImports]  an extra
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,

@@ -17,8 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hypergen import __version__
-from hypergen.errors import ConfigurationError
+from hypergen import __version__, optional_packages
 from scripts.bench.figures import Run, median_of, median_ratio
 from scripts.bench.gates import Gate
 
@@ -157,10 +156,9 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigurationError("Plots need matplotlib: pip install 'hypergen[bench]'.") from None
+    optional_packages.require("matplotlib", "A plot")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

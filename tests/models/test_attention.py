@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from hypergen.engine.model_loader import Loader
-from hypergen.errors import ModelError
+from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_store.attention_kernels import provide_attention_kernel
 from hypergen.models import loading
 from tests.support.full_pipelines import save_pixart
@@ -84,7 +84,7 @@ def test_a_backend_that_fails_in_the_warm_up_is_an_error_at_start(flux_folder: P
 
 def test_kernels_of_the_hub_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    with pytest.raises(ModelError, match=r"^--attention sage_hub needs the package kernels: pip install"):
+    with pytest.raises(ConfigurationError, match=r"^--attention sage_hub needs the package kernels: pip"):
         provide_attention_kernel("sage_hub")
 
 

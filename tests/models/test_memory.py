@@ -17,7 +17,7 @@ from torch.nn import functional
 from hypergen.config import EngineSettings
 from hypergen.denoising.offload import ModelOffloader, device_of
 from hypergen.engine.postprocess import to_pixels
-from hypergen.errors import ModelError
+from hypergen.errors import HyperGenError
 from hypergen.model_store.store import EMBEDDED_FOLDER
 from hypergen.models import loading
 from hypergen.models.memory import apply_memory_settings, enable_vae_tiling
@@ -65,7 +65,7 @@ def test_tiling_applies_to_images_larger_than_a_tile(sd_folder: Path) -> None:
         ({"offload": "model"}, "--offload needs a CUDA device.* runs on cpu"),
         pytest.param(
             {"quantization": "int8"},
-            "--quantization int8 needs torchao",
+            "--quantization int8 needs the package torchao: pip install 'torchao>=0.18', or in",
             marks=pytest.mark.skipif(
                 importlib.util.find_spec("torchao") is not None, reason="torchao is installed"
             ),
@@ -75,7 +75,7 @@ def test_tiling_applies_to_images_larger_than_a_tile(sd_folder: Path) -> None:
 def test_unsupported_memory_settings_are_errors_at_startup(
     sd_folder: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(HyperGenError, match=message):
         loading.load(sd_folder, make_settings(**settings))
 
 
@@ -88,7 +88,7 @@ def test_unsupported_memory_settings_are_errors_at_startup(
     ],
 )
 def test_unsupported_settings_on_mps_are_errors(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(HyperGenError, match=message):
         loading.check_device_settings(make_settings(**settings), torch.device("mps", 0))
     loading.check_device_settings(make_settings(**settings), torch.device("cuda", 0))
 

@@ -1,0 +1,105 @@
+"""Checks before anything is imported, downloaded or loaded, so that a fault leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypergen import optional_packages
+from hypergen.config import EngineSettings, ServerSettings, Settings
+from hypergen.errors import ConfigurationError
+from hypergen.images.content_credentials import load_credentials
+from hypergen.model_families import servable
+from hypergen.model_store import store
+from hypergen.model_store.entries import store_folder
+from hypergen.model_store.hub import HUB_ID, split_revision
+from hypergen.model_store.lora_files import LoraRegistry, open_registry
+from hypergen.model_store.safety_checkers import find_safety_checker
+from hypergen.resolve_models import entries_of, find_vae, id_of, settings_of
+from hypergen.served_model_config import ModelEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedModel:
+    """A model of the settings, not imported.
+
+    Attributes:
+        folder: in diffusers' layout; None: it is a checkpoint file, or not on this machine.
+        on_this_machine: it need not be downloaded.
+    """
+
+    name: str
+    on_this_machine: bool
+    entry: ModelEntry
+    engine: EngineSettings
+    folder: Path | None
+    registry: LoraRegistry
+
+
+def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
+    """Check the models of the settings and their files.
+
+    Raises:
+        ConfigurationError: a setting is wrong.
+        ModelError: a model does not exist or cannot be served.
+    """
+    store_folder()
+    load_credentials(settings.engine)
+    find_safety_checker(settings.engine.safety_checker, download=False)
+    if settings.engine.quantization != "off":
+        optional_packages.require("torchao", f"--quantization {settings.engine.quantization}")
+    entries = entries_of(settings)
+    # With the paths as given, for the messages.
+    open_registry(settings.engine, None)
+    return tuple(_check_model(entry, settings.engine) for entry in entries)
+
+
+def _check_model(entry: ModelEntry, engine: EngineSettings) -> CheckedModel:
+    own = settings_of(entry, engine)
+    folder = store.check_source(
+        entry.source, single_file_config=entry.single_file_config, pipelines=servable()
+    )
+    if refiner := entry.refiner or engine.refiner:
+        store.check_source(refiner)
+    if entry.vae is not None and not is_on_the_hub(entry.vae):
+        find_vae(entry.vae)
+    return CheckedModel(
+        name=id_of(entry),
+        entry=entry,
+        engine=own,
+        folder=folder,
+        on_this_machine=folder is not None or not is_on_the_hub(str(entry.source)),
+        registry=open_registry(own, folder),
+    )
+
+
+def is_on_the_hub(source: str) -> bool:
+    """Whether it would be downloaded: no local path, but a hub id."""
+    return not os.path.exists(os.path.expanduser(source)) and bool(
+        HUB_ID.fullmatch(split_revision(source)[0])
+    )
+
+
+def check_certificate(server: ServerSettings) -> None:
+    """
+    Raises:
+        ConfigurationError: the TLS certificate or its key cannot be used.
+    """
+    certificate, key = server.ssl_certfile, server.ssl_keyfile
+    if certificate is None or key is None:
+        return
+    for option, file in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+        try:
+            file.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(f"{option} {file} cannot be read: {error.strerror}.") from None
+    try:
+        # With a password, because otherwise OpenSSL asks for one on the terminal.
+        ssl.create_default_context().load_cert_chain(certificate, key, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigurationError(
+            f"--ssl-certfile {certificate} and --ssl-keyfile {key} must be a certificate and its key in PEM, "
+            f"without a password: {getattr(error, 'reason', None) or error}."
+        ) from None

@@ -1,0 +1,81 @@
+"""Where the content filter of --safety-checker is: a network in a folder or on the hub, or a function."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from hypergen.errors import ConfigurationError, ModelError
+from hypergen.model_store.diffusers_layout import check_component
+from hypergen.model_store.hub import HUB_ID, download_safety_checker, split_revision
+
+_FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)", re.ASCII)
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+def split_function(given: str) -> tuple[str, str] | None:
+    """Module and name of `package.module:function`; None: it is a folder or a hub id."""
+    match = _FUNCTION.fullmatch(given)
+    return (match[1], match[2]) if match and not os.path.exists(given) else None
+
+
+def find_safety_checker(
+    given: str | None, report_progress: Callable[[str], None] | None = None, *, download: bool = True
+) -> str | None:
+    """The same function, or the absolute folder of the network, downloaded if necessary.
+
+    Args:
+        download: False: return a hub id as it is.
+
+    Raises:
+        ConfigurationError: there is no such module.
+        ModelError: the folder is not complete, or cannot be downloaded.
+    """
+    if given is None:
+        return None
+    if function := split_function(given):
+        _check_module(given, function[0])
+        return given
+    path = Path(os.path.expanduser(given)).absolute()
+    repo, revision = split_revision(given)
+    if not path.is_dir() and HUB_ID.fullmatch(repo):
+        if not download:
+            return given
+        if report_progress is not None:
+            report_progress(f"Looking for {given} in the hub's cache and on the hub")
+        path = download_safety_checker(repo, revision)
+    if not path.is_dir():
+        raise ModelError(f"--safety-checker: no such folder, hub id or module:function: {given}")
+    network, _ = folders_of(path)
+    check_component(network.parent, network.name, "StableDiffusionSafetyChecker")
+    return str(path)
+
+
+def folders_of(path: Path) -> tuple[Path, Path]:
+    """The folders of the network and of its image processor: both `path`, or parts of a model in `path`.
+
+    Raises:
+        ModelError: one of them is missing.
+    """
+    network = path / "safety_checker" if (path / "safety_checker").is_dir() else path
+    for processor in (network, network.parent / "feature_extractor"):
+        if (processor / PROCESSOR_FILE).is_file():
+            return network, processor
+    raise ModelError(f"--safety-checker {path} has no {PROCESSOR_FILE}, nor has a folder feature_extractor.")
+
+
+def _check_module(given: str, module: str) -> None:
+    try:
+        found = find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        found = False
+    except Exception as error:  # whatever the operator's package raises at its import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigurationError(f"--safety-checker {given} cannot be imported: {reason[:300]}.") from None
+    if not found:
+        raise ConfigurationError(
+            f"--safety-checker {given}: no module {module}; install it, or name its folder in PYTHONPATH."
+        )

@@ -1,0 +1,30 @@
+"""Packages that only some settings need. Their extras are of this repository, and on no package index."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from hypergen.errors import ConfigurationError
+
+# Module -> what `pip install` takes, and the extra of a clone that has it.
+_PACKAGES = {
+    "c2pa": ("c2pa-python", "c2pa"),
+    "kernels": ("kernels", None),
+    "matplotlib": ("matplotlib", "bench"),
+    "torchao": ("'torchao>=0.18'", "quantization"),
+}
+
+
+def require(module: str, setting: str) -> None:
+    """
+    Args:
+        setting: what needs the package, as the user wrote it.
+
+    Raises:
+        ConfigurationError: the package is not installed.
+    """
+    if find_spec(module) is not None:
+        return
+    requirement, extra = _PACKAGES[module]
+    in_a_clone = f", or in a clone pip install -e '.[{extra}]'" if extra else ""
+    raise ConfigurationError(f"{setting} needs the package {module}: pip install {requirement}{in_a_clone}.")
