@@ -45,6 +45,7 @@ SERVE_GROUPS = {
         "quantization",
         "model_memory_gb",
         "host_memory_gb",
+        "idle_unload_s",
         "prompt_cache_mb",
     ),
     "Limits of requests": (
@@ -66,10 +67,12 @@ SERVE_GROUPS = {
         "price_rate",
         "max_jobs",
         "public_url",
+        "idempotency_mb",
         "url_lifetime_s",
         "url_storage_mb",
     ),
     "Network": (
+        "playground",
         "ssl_certfile",
         "ssl_keyfile",
         "allowed_host",
