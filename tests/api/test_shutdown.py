@@ -17,6 +17,7 @@ import pytest
 
 from hypergen.api.dialects.endpoints import GENERATIONS
 from hypergen.api.jobs import Jobs
+from hypergen.api.request_record import RequestRecord
 from hypergen.app import create_app
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
@@ -122,7 +123,8 @@ async def test_expired_jobs_do_not_block_the_shutdown(
             validated = GENERATIONS.to_request(
                 body, model_info, Settings.model_validate({}).server, request_id
             )
-            return (await jobs.submit(GENERATIONS, validated, deadline)).id
+            record = RequestRecord(request_id, "POST", "/v1/images/jobs", None)
+            return (await jobs.submit(GENERATIONS, validated, record, deadline)).id
 
         old = jobs.get(await submit("old"))
         assert old.task
