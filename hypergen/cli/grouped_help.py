@@ -98,7 +98,7 @@ GENERATE_GROUPS = {
         "source",
     ),
     "Image": ("sampler", "prompt_weighting", "image_metadata"),
-    "Model": ("device", "dtype", "lora_dir", "single_file_config", "config"),
+    "Model": ("device", "dtype", "lora_dir", "embedding", "single_file_config", "config"),
 }
 
 

@@ -38,6 +38,7 @@ _FIELDS = (
 _LOCAL_SETTINGS = (
     "device",
     "dtype",
+    "embedding",
     "image_metadata",
     "lora_dir",
     "prompt_weighting",

@@ -74,6 +74,7 @@ GENERATE = {
     "--size 512": "--size: Invalid size format: 512",
     "--size 100x100": "--size must have a width and height divisible by 8, not 100x100",
     "--lora nosuch": "--lora nosuch: no such file, and no LoRA of the model",
+    "--embedding cat=nosuch.pt": "'cat': no such",
     "--sampler eular": "--sampler 'eular' is unknown",
     "--guidance-scale nan": "--guidance-scale should be a finite number (given: nan)",
     "--guidance-scale 21": "--guidance-scale should be less than or equal to 20",
