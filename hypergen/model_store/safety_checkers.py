@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,14 +11,14 @@ from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_safety_checker, split_revision
 
-_FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)", re.ASCII)
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
 def split_function(given: str) -> tuple[str, str] | None:
     """Module and name of `package.module:function`; None: it is a folder or a hub id."""
-    match = _FUNCTION.fullmatch(given)
-    return (match[1], match[2]) if match and not os.path.exists(given) else None
+    module, _, function = given.partition(":")
+    is_function = all(name.isidentifier() for name in (*module.split("."), function))
+    return (module, function) if is_function and not os.path.exists(given) else None
 
 
 def find_safety_checker(

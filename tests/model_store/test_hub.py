@@ -20,9 +20,9 @@ from safetensors.torch import save_file as save_torch_file
 from hypergen.config import EngineSettings
 from hypergen.model_families import servable
 from hypergen.model_store import store
-from hypergen.model_store.model_check import refuse_unusable
 from hypergen.resolve_models import prefers_fp16
 from tests.support.checkpoint_layouts import LAYOUTS
+from tests.support.model_check import refuse_unusable
 from tests.support.model_folders import COMMIT, WEIGHTS, error_message, files_of
 from tests.support.small_models import save_sd
 

@@ -15,9 +15,9 @@ from hypergen.errors import ModelError
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE
-from hypergen.model_store.model_check import refuse_unusable
 from hypergen.served_model_config import ModelOptions
 from tests.support.checkpoint_layouts import LAYOUTS, REFUSED, with_fields
+from tests.support.model_check import refuse_unusable
 from tests.support.model_folders import error_message
 from tests.support.small_models import save_refiner, save_sd, save_sdxl
 

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 from hypergen.model_families import servable
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE, require_pipeline
-from hypergen.model_store.model_check import refuse_unusable
 from hypergen.models import loading
 from hypergen.request import GenerationRequest
 from hypergen.resolve_models import find_vae
 from hypergen.served_model_config import ModelEntry, ModelOptions, read_entries
 from tests.support.checkpoint_layouts import with_fields
 from tests.support.compare_with_diffusers import assert_same, common_arguments
+from tests.support.model_check import refuse_unusable
 from tests.support.model_folders import error_message
 from tests.support.original_layout import original_tensors
 from tests.support.random_models import SMALL_VAE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,9 @@ from typing import Any
 import httpx
 import openai
 import psutil
+
+# Model -> the store of a server that imported it, because the check at an import takes seconds.
+_IMPORTED: dict[str, Path] = {}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,10 @@ def start_server(
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     command = [*program, *arguments, "--port", str(port)]
-    variables = {**os.environ, "BENTOML_HOME": str(folder / "bentoml"), **(environment or {})}
+    home = folder / "bentoml"
+    if arguments and (imported := _IMPORTED.get(arguments[0])) and not home.exists():
+        shutil.copytree(imported, home / "models", symlinks=True)
+    variables = {**os.environ, "BENTOML_HOME": str(home), **(environment or {})}
     if api_key:
         variables["HYPERGEN_API_KEY"] = api_key
     log_file = folder / "server.log"
@@ -92,6 +99,8 @@ def start_server(
     server = LiveServer(f"http://127.0.0.1:{port}", process, log_file, api_key)
     try:
         _wait_for(server, loaded=wait)
+        if arguments and wait and (home / "models").is_dir():
+            _IMPORTED.setdefault(arguments[0], home / "models")
         yield server
     finally:
         for client in server.clients:
