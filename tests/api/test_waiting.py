@@ -97,5 +97,5 @@ def test_health_responds_quickly_while_the_model_loads(
         with start_tight_server(tmp_path_factory.mktemp("again"), sd_folder) as another:
             return another.probe_while_loading
 
-    assert len(tight.probe_while_loading.response_times_s) > 20
+    assert len(tight.probe_while_loading.response_times_s) > 5
     assert_prompt(probe_loading)

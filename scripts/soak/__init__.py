@@ -1,0 +1,1 @@
+"""What the server withstands: `python -m scripts.soak`."""
