@@ -53,8 +53,12 @@ def account_for_folder(path: Path, skipped: Mapping[str, Any]) -> Account:
 
 def account_for_component(folder: Path, component_class: Any, component: str) -> Account:
     """What a network uses of the files in its folder."""
-    if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
-        return Account()
+    if stated := json.loads((folder / "config.json").read_bytes()).get("quantization_config"):
+        method = stated.get("quant_method") if isinstance(stated, dict) else None
+        return Account(
+            fault=f"{component}/config.json has quantization_config ({method}), which is not read; serve the "
+            "model's 16-bit weights, with --quantization if need be."
+        )
     if not issubclass(component_class, ModelMixin) and component_class.__name__ not in _TEXT_ENCODERS:
         return _account_by_transformers(folder, component_class, component)
     header: dict[str, Any] = {}

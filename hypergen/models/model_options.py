@@ -124,7 +124,7 @@ def _try_step(scheduler: Any) -> None:
     try:
         scheduler.set_timesteps(2, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
         scheduler.step(latents, scheduler.timesteps[0], latents)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"scheduler/scheduler_config.json cannot be used: {reason}") from None
 

@@ -104,7 +104,7 @@ def test_a_folder_of_a_pipeline_that_needs_an_image_is_refused_and_does_not_stay
     assert not store.list_models()
 
 
-@pytest.mark.parametrize("break_folder", ["channels", "vocabulary", "scheduler", "option"])
+@pytest.mark.parametrize("break_folder", ["channels", "vocabulary", "scheduler", "quantization", "option"])
 def test_a_folder_that_fails_to_load_does_not_stay(break_folder: str, tmp_path: Path) -> None:
     folder, options, reason = tmp_path / "model", ModelOptions(), ""
     if break_folder == "channels":
@@ -119,6 +119,10 @@ def test_a_folder_that_fails_to_load_does_not_stay(break_folder: str, tmp_path: 
             folder
         )
         reason = "cannot use the scheduler FlowMatchEulerDiscreteScheduler"
+    elif break_folder == "quantization":
+        stated = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        with_fields(save_sd, "unet/config.json", quantization_config=stated)(folder)
+        reason = "unet/config.json has quantization_config (bitsandbytes)"
     else:
         save_sd(folder)
         options = ModelOptions(zero_terminal_snr=True)
