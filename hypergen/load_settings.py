@@ -72,7 +72,7 @@ def load_settings(
         if not name.startswith(PREFIX) or name == PREFIX + "CONFIG" or _is_of_kubernetes(name, value):
             continue
         if name not in field_of:
-            raise ConfigurationError(f"Unknown environment variable {name}{_nearest(name, field_of)}.")
+            raise ConfigurationError(f"Unknown environment variable {name}{_nearest(name, field_of)}")
         if name == PREFIX + "API_KEY" and not value.strip():
             raise ConfigurationError(f"{name} is empty; unset it for a server without a key.")
         if value != "":
@@ -97,7 +97,7 @@ def _add_arguments(tree: dict[str, Any], arguments: Mapping[str, Any]) -> list[s
     added: list[str] = []
     for option, value in arguments.items():
         if option not in known:
-            raise ConfigurationError(f"Unknown argument '{option}'{_nearest(option, known)}.")
+            raise ConfigurationError(f"Unknown argument '{option}'{_nearest(option, known)}")
         section, name = known[option]
         if name == "api_key":
             raise ConfigurationError(
@@ -176,7 +176,7 @@ def _explain(
     name = ".".join(str(part) for part in location)
     where = _place(file, location) if file is not None and given is None else ""
     if first["type"] == "extra_forbidden":
-        return f"{where}Unknown setting '{name}'{_nearest(name, known)}."
+        return f"{where}Unknown setting '{name}'{_nearest(name, known)}"
     # MODEL is no flag, and may have fields.
     shown = f"Setting '{name}'" if given in (None, "models") else given_as[given]
     hidden = first["input"] is None or name == "models" or name.endswith("api_key")
@@ -191,7 +191,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     if not found:
         last = get_close_matches(name.rpartition(".")[2], inner, 2, 0.6)
         found = [inner[other] for other in last]
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    return f"; did you mean {' or '.join(found)}?" if found else "."
 
 
 def _place(file: Path, location: tuple[int | str, ...]) -> str:

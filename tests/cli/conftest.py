@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.bentoml_home import own_bentoml_home
 
 Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A BENTOML_HOME; BentoML reads it once per process, so its providers are overridden too."""
-    home = tmp_path / "home"
-    (home / "models").mkdir(parents=True)
-    monkeypatch.setenv("BENTOML_HOME", str(home))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of BentoML and its dependencies at import
-        import bentoml.models
-        from bentoml._internal.configuration.containers import BentoMLContainer
-        from bentoml._internal.models import ModelStore
-
-    assert bentoml.models
-    with (
-        BentoMLContainer.bentoml_home.patch(str(home)),
-        BentoMLContainer.model_store.patch(ModelStore(home / "models")),
-    ):
+    with own_bentoml_home(tmp_path / "home", monkeypatch) as home:
         yield home
 
 
