@@ -59,18 +59,23 @@ def load(sources: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dt
     for name, source in sources.items():
         try:
             folder, revision = (source, None) if os.path.isdir(source) else split_revision(source)
-            network: Any = ControlNetModel.from_pretrained(
+            loaded: Any = ControlNetModel.from_pretrained(
                 folder,
                 revision=revision,
                 torch_dtype=dtype,
                 use_safetensors=True,
                 device_map=device if device.type == "cuda" else None,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             logger.exception("Loading the ControlNet %s failed.", name)
             # Without the path: /health is public.
             reason = " ".join(str(error).replace(source, "it").split())
             raise ModelError(f"ControlNet '{name}': {type(error).__name__}: {reason[:300]}") from None
+        network, info = loaded
+        for key in ("missing_keys", "unexpected_keys"):  # diffusers only warns
+            if names := sorted(info[key]):
+                raise ModelError(f"ControlNet '{name}': {key.replace('_keys', '')} tensor '{names[0]}'.")
         for key in _SHARED_CONFIG:
             its, ours = network.config[key], unet.config[key]
             if its != ours:

@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
 )
+from safetensors.torch import load_file, save_file
 
 from hypergen.engine.scheduler import batch_key
 from hypergen.errors import InvalidRequestError, ModelError
@@ -218,6 +219,23 @@ def test_a_controlnet_for_another_unet_is_an_error(
     ControlNetModel(**{name: config[name] for name in names}).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match="'wide' is for another model: its cross_attention_dim is 64"):
         loading.load(sd_folder, make_settings(controlnet={"wide": str(tmp_path / "other")}))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_every_tensor_of_a_controlnet_is_accounted_for(
+    sd_folder: Path, parts: dict[str, Any], tmp_path: Path, change: str
+) -> None:
+    folder = tmp_path / "edges"
+    random_controlnet(parts, 1).save_pretrained(folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    bias = tensors.pop("conv_in.bias")
+    if change == "unexpected":
+        tensors |= {"conv_in.bias": bias, "surplus": bias.clone()}
+    save_file(tensors, file, {"format": "pt"})
+    name = "conv_in.bias" if change == "missing" else "surplus"
+    with pytest.raises(ModelError, match=f"ControlNet 'edges': {change} tensor '{name}'"):
+        loading.load(sd_folder, make_settings(controlnet={"edges": str(folder)}))
 
 
 def test_the_error_for_a_folder_without_a_controlnet_is_one_line_without_its_path(
