@@ -55,6 +55,10 @@ def _read_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+# A bucket and a prefix of safe characters, without empty parts and dots alone.
+_STORAGE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_'()-][A-Za-z0-9!_.'()-]*)*")
+_MAX_PRESIGNED_S = 7 * 24 * 3600
+
 Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
 
 
@@ -358,6 +362,17 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     )
     playground: bool = Field(True, description="serve the playground, a web page for this API, at /")
     image_metadata: bool = Field(True, description="write prompt, seed and settings into image files")
+    storage: str | None = Field(
+        None,
+        description="object storage for `url` results and the images of jobs: s3://BUCKET or "
+        "s3://BUCKET/PREFIX (package obstore); credentials, region and endpoint are those of the AWS_... "
+        "variables. Absent: a temporary folder",
+    )
+    storage_public_url: str | None = Field(
+        None,
+        description="address of the object storage in `url` results, where clients reach it by another one "
+        "than AWS_ENDPOINT_URL, such as https://s3.example.com",
+    )
     url_lifetime_s: float = Field(
         3600, ge=60, allow_inf_nan=False, description="seconds for which a `url` result can be fetched"
     )
@@ -366,7 +381,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         1024,
         gt=0,
         allow_inf_nan=False,
-        description="disk space for `url` results, in MB; the oldest are removed first",
+        description="disk space for `url` results in the folder, in MB; the oldest are removed first",
     )
     idempotency_mb: float = Field(
         256,
@@ -380,6 +395,38 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def _check_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
         return _both_or_none(key, info.data.get("ssl_certfile"))
+
+    @field_validator("storage")
+    @classmethod
+    def _check_storage(cls, storage: str | None) -> str | None:
+        if storage is not None and not _STORAGE.fullmatch(storage):
+            raise ValueError("must be s3://BUCKET or s3://BUCKET/PREFIX, such as s3://images/results")
+        return storage
+
+    @field_validator("storage_public_url")
+    @classmethod
+    def _check_storage_url(cls, url: str | None, info: ValidationInfo) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^\s/?#@]+", url):
+            raise ValueError("must be a scheme and a host, without a path, such as https://s3.example.com")
+        if url is not None and info.data.get("storage") is None:
+            raise ValueError("needs --storage")
+        return url
+
+    @field_validator("url_lifetime_s")
+    @classmethod
+    def _check_lifetime(cls, lifetime_s: float, info: ValidationInfo) -> float:
+        if info.data.get("storage") is not None and lifetime_s > _MAX_PRESIGNED_S:
+            raise ValueError(
+                f"must be at most {_MAX_PRESIGNED_S} with --storage, the limit of presigned URLs"
+            )
+        return lifetime_s
+
+    @field_validator("url_storage_mb")  # not called for the default
+    @classmethod
+    def _check_folder_size(cls, size: float, info: ValidationInfo) -> float:
+        if info.data.get("storage") is not None:
+            raise ValueError("cannot be combined with --storage: a bucket's lifecycle rule bounds its size")
+        return size
 
     @field_validator("allowed_host")
     @classmethod

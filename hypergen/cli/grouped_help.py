@@ -68,6 +68,8 @@ SERVE_GROUPS = {
         "max_jobs",
         "public_url",
         "idempotency_mb",
+        "storage",
+        "storage_public_url",
         "url_lifetime_s",
         "url_storage_mb",
     ),
