@@ -194,7 +194,7 @@ def test_without_the_storage_only_requests_with_a_url_fail(
 
 async def test_a_job_whose_image_cannot_be_stored_fails_at_last(variables: pytest.MonkeyPatch) -> None:
     variables.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    variables.setattr(image_urls, "_RETRY_DELAYS_S", (0, 0))
+    variables.setattr(image_urls, "_RETRY_DELAYS_S", (0,))
     storage = open_storage(Settings.model_validate({"server": {"storage": ADDRESS}}).server)
     image = ImageFinished(index=0, seed=0, data=b"data", prompt_tokens=1, shared_forwards=0)
     with pytest.raises(UnavailableError, match="try again later") as raised:
