@@ -55,8 +55,8 @@ def _read_size(text: str) -> tuple[int, int]:
     return width, height
 
 
-# A bucket and a prefix of safe characters, without empty parts and dots alone.
-_STORAGE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_'()-][A-Za-z0-9!_.'()-]*)*")
+# A bucket, and a prefix of characters that need no escaping in URLs.
+_STORAGE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*/?")
 _MAX_PRESIGNED_S = 7 * 24 * 3600
 
 Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
@@ -401,7 +401,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     def _check_storage(cls, storage: str | None) -> str | None:
         if storage is not None and not _STORAGE.fullmatch(storage):
             raise ValueError("must be s3://BUCKET or s3://BUCKET/PREFIX, such as s3://images/results")
-        return storage
+        return storage and storage.rstrip("/")
 
     @field_validator("storage_public_url")
     @classmethod

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import obstore
 import pytest
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
 
 from tests.support.live_server import free_port
 
@@ -84,8 +87,7 @@ class SeaweedFS:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         until = time.monotonic() + 60
-        # The buckets are folders of the filer; an existing one is 409. S3 answers 403, once it has its keys.
-        while not (self._answers("POST", "filer", 201, 409) and self._answers("GET", "s3", 403)):
+        while not (self._has_bucket() and self._stores()):
             assert self._process.poll() is None, self._log()
             assert time.monotonic() < until, self._log()
             time.sleep(0.1)
@@ -97,12 +99,28 @@ class SeaweedFS:
             self._process.wait(30)
             self._process = None
 
-    def _answers(self, method: str, part: str, *statuses: int) -> bool:
-        path = f"/buckets/{BUCKET}/" if part == "filer" else f"/{BUCKET}/"
+    def _has_bucket(self) -> bool:
+        """Create the bucket, which is a folder of the filer."""
+        url = f"http://127.0.0.1:{self.ports['filer.port']}/buckets/{BUCKET}/"
         try:
-            url = f"http://127.0.0.1:{self.ports[f'{part}.port']}{path}"
-            return httpx.request(method, url, timeout=5).status_code in statuses
+            return httpx.post(url, timeout=5).status_code in (201, 409)
         except httpx.HTTPError:
+            return False
+
+    def _stores(self) -> bool:
+        endpoint = self.environment["AWS_ENDPOINT_URL"]
+        store = S3Store(
+            BUCKET,
+            endpoint=endpoint,
+            access_key_id=KEY[0],
+            secret_access_key=KEY[1],
+            client_options={"allow_http": True},
+            retry_config={"max_retries": 0},
+        )
+        try:
+            obstore.put(store, "ready", b"", use_multipart=False)
+            return not obstore.get(store, "ready").bytes()
+        except (BaseError, OSError):
             return False
 
     def _log(self) -> str:
