@@ -55,8 +55,8 @@ def _read_size(text: str) -> tuple[int, int]:
     return width, height
 
 
-# A bucket, and a prefix of characters that need no escaping in URLs.
-_STORAGE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*/?")
+# A bucket, and a prefix of characters that need no escaping in URLs; none of its parts begins with a dot.
+_STORAGE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?!.*/[/.])(/[A-Za-z0-9_./-]*)?")
 _MAX_PRESIGNED_S = 7 * 24 * 3600
 
 Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
