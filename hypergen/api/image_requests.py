@@ -19,7 +19,7 @@ from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.disconnects import client_disconnected, run_until_disconnect
 from hypergen.api.errors import ClientDisconnectedError
 from hypergen.api.idempotency import HEADER, IdempotentRequests, idempotency_key
-from hypergen.api.image_urls import store_images, suggest_base64, url_base
+from hypergen.api.image_urls import store_images, suggest_base64, url_base, urls_of
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import OutgoingResponse
 from hypergen.api.progress_report import ProgressReport, ProgressReporter
@@ -185,7 +185,8 @@ async def answer_with_images(
     urls = None
     if base is not None:
         with suggest_base64():
-            urls = await store_images(storage, validated.generation, images, base)
+            names = await store_images(storage, validated.generation, images)
+            urls = await urls_of(storage, names, base)
     pieces = await write(endpoint.to_response, validated, images, urls, int(time.time()))
     headers = {
         "openai-processing-ms": str(max(1, round((time.monotonic() - started) * 1000))),

@@ -38,20 +38,29 @@ def suggest_base64() -> Generator[None]:
 
 
 async def store_images(
-    storage: ImageStorage, request: GenerationRequest, images: list[ImageFinished], base: str
+    storage: ImageStorage, request: GenerationRequest, images: list[ImageFinished]
 ) -> list[str]:
-    """Store the image files; returns their URLs.
+    """Store the image files; returns their names.
 
     Raises:
         StorageFullError, UnavailableError: see `ImageStorage.put`.
     """
     file_format = OUTPUT_FORMATS[request.output_format]
+    return await asyncio.gather(
+        *(storage.put(image.data, file_format.extension, file_format.media_type) for image in images)
+    )
 
-    async def store(image: ImageFinished) -> str:
-        name = await storage.put(image.data, file_format.extension, file_format.media_type)
-        return await storage.url(name, base)
 
-    return await asyncio.gather(*map(store, images))
+async def urls_of(storage: ImageStorage, names: list[str], base: str) -> list[str]:
+    """The URLs of stored images.
+
+    Args:
+        base: of `url_base`.
+
+    Raises:
+        UnavailableError: see `ImageStorage.url`.
+    """
+    return [await storage.url(name, base) for name in names]
 
 
 async def store_image_of_job(storage: ImageStorage, request: GenerationRequest, image: ImageFinished) -> str:

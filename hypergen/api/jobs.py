@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import error_body, status_of
-from hypergen.api.image_urls import store_image_of_job
+from hypergen.api.image_urls import store_image_of_job, urls_of
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import write
 from hypergen.api.validation import ValidatedRequest
@@ -181,9 +181,8 @@ class Jobs:
             if data is None:
                 raise NotFoundError("The images of this job have expired.")
             images.append(replace(image, data=data))
-        urls = None
-        if base is not None:
-            urls = [await self._storage.url(name, base) for _, name in job.images]
+        names = [name for _, name in job.images]
+        urls = None if base is None else await urls_of(self._storage, names, base)
         return await write(job.endpoint.to_response, job.validated, images, urls, job.created)
 
     async def _run(self, job: Job, handle: RequestHandle, deadline: float) -> None:

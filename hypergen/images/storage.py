@@ -45,6 +45,9 @@ class ImageStorage(Protocol):
 
         Args:
             base: the URL before the names that the server itself serves; see `get`.
+
+        Raises:
+            UnavailableError: the storage cannot be reached.
         """
         ...
 
