@@ -14,6 +14,7 @@ SERVE_GROUPS = {
         "api_key",
         "api_key_file",
         "device",
+        "devices",
         "dtype",
         "lora_dir",
         "max_batch_size",

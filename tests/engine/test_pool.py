@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_protocol import RequestHandle, generate_all
 from hypergen.errors import GenerationError, RequestError, UnavailableError
@@ -33,7 +34,7 @@ async def _pool(
     folder: Path, engines: int = 1, state: State = "ready", queue: int = 100, **settings: Any
 ) -> AsyncGenerator[EnginePool, None]:
     values = {"engine": make_settings(**settings), "queue": {"max_queue_size": queue}}
-    pool = EnginePool(Settings.model_validate(values), accelerators=[{}] * engines)
+    pool = EnginePool(Settings.model_validate(values), accelerators=[Accelerator()] * engines)
     await pool.start([served_model(folder, **settings)])
     pids = pool.engine_pids()
     try:
@@ -324,12 +325,13 @@ _PARENT = """
 import asyncio, sys
 from pathlib import Path
 from hypergen.load_settings import load_settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.served_model import ServedModel
 
 async def main():
     settings = load_settings(flags={"device": "cpu"})
-    pool = EnginePool(settings, accelerators=[{}])
+    pool = EnginePool(settings, accelerators=[Accelerator()])
     await pool.start([ServedModel(id="small", path=Path(sys.argv[1]), settings=settings.engine)])
     print(*pool.engine_pids(), flush=True)
     if sys.argv[2] == "loaded":
@@ -367,7 +369,9 @@ async def test_an_engine_that_cannot_load_does_not_fail_the_others(
     sd_folder: Path,
 ) -> None:
     settings = Settings.model_validate({"engine": make_settings()})
-    pool = EnginePool(settings, accelerators=[{}, {"PYTHONHOME": "/nowhere"}])
+    pool = EnginePool(
+        settings, accelerators=[Accelerator(), Accelerator(environment={"PYTHONHOME": "/nowhere"})]
+    )
     await pool.start([served_model(sd_folder)])
     try:
         states: set[State] = set()
