@@ -14,7 +14,6 @@ SERVE_GROUPS = {
         "api_key",
         "api_key_file",
         "device",
-        "devices",
         "dtype",
         "lora_dir",
         "max_batch_size",
@@ -38,7 +37,7 @@ SERVE_GROUPS = {
         "controlnet",
         "embedding",
     ),
-    "Speed": ("determinism", "aging", "compile", "compile_sizes", "cuda_graphs", "attention"),
+    "Speed": ("devices", "determinism", "aging", "compile", "compile_sizes", "cuda_graphs", "attention"),
     "Memory": (
         "vae_dtype",
         "vae_tiling",

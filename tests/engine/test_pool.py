@@ -19,6 +19,7 @@ import pytest
 
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import Accelerator
+from hypergen.engine_client.engine_process import Supervisor
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_protocol import RequestHandle, generate_all
 from hypergen.errors import GenerationError, RequestError, UnavailableError
@@ -255,10 +256,10 @@ async def test_requests_of_a_recovering_engine_move_to_one_that_is_ready_first(
 
 
 async def test_a_drain_also_ends_requests_in_the_overflow_queue(sd_folder: Path) -> None:
-    async with _pool(sd_folder, queue=1, max_batch_size=1) as pool:
+    async with _pool(sd_folder, engines=2, queue=1, max_batch_size=1) as pool:
         tasks = [asyncio.create_task(generate_all(pool, _long_request())) for _ in range(5)]
         await _until(lambda: pool.status().queue_size == 5)
-        await _until(lambda: pool.status().running == 1)
+        await _until(lambda: pool.status().running == 2)
         pool.drain(0.2)
         async with asyncio.timeout(_TIMEOUT_S):
             errors = await asyncio.gather(*tasks, return_exceptions=True)
@@ -365,13 +366,13 @@ def test_an_engine_exits_when_its_parent_is_killed(sd_folder: Path, moment: str)
             time.sleep(0.05)
 
 
-async def test_an_engine_that_cannot_load_does_not_fail_the_others(
-    sd_folder: Path,
+async def test_an_engine_that_cannot_load_does_not_fail_the_others_and_is_tried_again(
+    sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Supervisor, "_FIRST_RETRY_S", 0.1)
+    environment = {"PYTHONHOME": "/nowhere"}
     settings = Settings.model_validate({"engine": make_settings()})
-    pool = EnginePool(
-        settings, accelerators=[Accelerator(), Accelerator(environment={"PYTHONHOME": "/nowhere"})]
-    )
+    pool = EnginePool(settings, accelerators=[Accelerator(), Accelerator(environment=environment)])
     await pool.start([served_model(sd_folder)])
     try:
         states: set[State] = set()
@@ -384,5 +385,7 @@ async def test_an_engine_that_cannot_load_does_not_fail_the_others(
         assert states == {"loading", "ready"}
         await _until(lambda: "failed" in {engine.state for engine in pool.status().engines})
         assert len(await generate_all(pool, make_request())) == 1
+        environment.clear()  # the fault is over
+        await _until(lambda: {engine.state for engine in pool.status().engines} == {"ready"})
     finally:
         await pool.stop()
