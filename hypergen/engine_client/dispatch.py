@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from hypergen.engine_client.engine_requests import EngineRequests, PoolHandle
 
+_MOST_MOVED = 32  # at once; more only when the engine is idle again
+
 
 def assign(handle: PoolHandle, engines: Sequence[EngineRequests]) -> bool:
     """Add a request to an engine, a ready one if there is any; returns False if all have failed."""
@@ -32,7 +34,7 @@ def take_waiting(engine: EngineRequests, engines: Sequence[EngineRequests]) -> N
     """Move waiting requests to an engine without requests, the oldest first, while they are done sooner."""
     if not engine.is_ready or engine.handles:
         return
-    while True:
+    for _ in range(_MOST_MOVED):
         others = [(other.estimated_seconds(), other) for other in engines if other.oldest_waiting()]
         seconds, busiest = max(others, key=lambda entry: entry[0], default=(0.0, engine))
         handle = busiest.oldest_waiting()

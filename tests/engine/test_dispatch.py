@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hypergen import ipc
-from hypergen.config import EngineSettings, QueueSettings
+from hypergen.config import EngineSettings, QueueSettings, Settings
 from hypergen.engine.worker_main import _threads
 from hypergen.engine_client.accelerators import Accelerator, find_accelerators
 from hypergen.engine_client.admission import Admission
@@ -15,6 +15,7 @@ from hypergen.engine_client.costs import MeasuredCosts, estimated_seconds
 from hypergen.engine_client.dispatch import assign, take_held, take_waiting
 from hypergen.engine_client.engine_process import Supervisor
 from hypergen.engine_client.engine_requests import EngineRequests, PoolHandle
+from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import ConfigurationError
 from hypergen.events import EngineStatus, RequestState, State
 from hypergen.served_model import ServedModel
@@ -159,23 +160,15 @@ def test_a_missing_model_counts_once() -> None:
     assert estimated_seconds([], ["a"], {"b": 5.0}) == 0.0
 
 
-def test_the_expected_seconds_are_those_of_all_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    admission = Admission(QueueSettings.model_validate({}))
-    admission.ready_engines = 2
-    monkeypatch.setattr(admission.throughput, "seconds_for", lambda work: work)
-    for _ in range(3):
-        admission.enter(10.0)
-    ticket = admission.enter(10.0)
-    position = admission.queue_position(ticket)
-    assert position
-    assert (position.position, position.expected_s) == (3, 20.0)
-    assert admission.retry_after_s() == 20
-    alone = Admission(QueueSettings.model_validate({}))
-    alone.ready_engines = 8
-    monkeypatch.setattr(alone.throughput, "seconds_for", lambda work: work)
-    position = alone.queue_position(alone.enter(10.0))
-    assert position
-    assert position.expected_s == 10.0  # one engine generates it
+async def test_a_server_without_its_devices_says_so_in_its_status() -> None:
+    pool = EnginePool(Settings.model_validate({"engine": {"devices": "cuda:99"}}))
+    await pool.start([])
+    try:
+        status = pool.status()
+        assert (status.state, status.engines) == ("failed", ())
+        assert "--devices cuda:99: no such device" in (status.reason or "")
+    finally:
+        await pool.stop()
 
 
 def _devices(**engine: Any) -> list[Accelerator]:
