@@ -52,7 +52,7 @@ def test_images_that_share_forward_passes_end_as_calculated_by_hand() -> None:
 
 
 def test_models_take_turns_and_requests_beyond_batch_and_queue_are_rejected() -> None:
-    # Both models take a step in each round of 1 + 3 s, for 2 rounds; then the waiting request has 1 s per step.
+    # Both models take a step in each round of 1 + 3 s. After 2 rounds the waiting request starts, for 2 more.
     outcome = _run([0.0, 0.0, 0.0, 0.0], [2, 4, 2, 2], [[0, 1.0, 2.0], [0, 3.0, 6.0]], ONE, [0, 1, 0, 0])
     assert outcome.latency_s[:2].tolist() == pytest.approx([8.0, 16.0])
     assert outcome.latency_s[2] == pytest.approx(16.0)

@@ -33,12 +33,12 @@ _ABOVE_0 = click.FloatRange(0, min_open=True)
 )
 @click.option("--max-batch-size", type=_COUNT, default=8, help="as the server's setting")
 @click.option("--max-waiting", type=click.IntRange(0), default=100, help="waiting requests before 429")
-@click.option("--target", type=_ABOVE_0, default=4.0, help="unfinished requests per replica to scale for")
+@click.option("--target", type=_ABOVE_0, default=6.0, help="unfinished requests per replica to scale for")
 @click.option(
     "--start", "start_s", type=click.FloatRange(0), default=180.0, help="seconds until a new replica serves"
 )
 @click.option(
-    "--cooldown", "cooldown_s", type=click.FloatRange(0), default=300.0, help="seconds before replicas go"
+    "--cooldown", "cooldown_s", type=click.FloatRange(0), default=600.0, help="seconds before replicas go"
 )
 @click.option("--seed", type=int, default=0, help="of the traffic")
 def main(

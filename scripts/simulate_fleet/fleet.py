@@ -21,7 +21,7 @@ _Kind = Literal["end", "ready", "scale"]
 
 @dataclass(frozen=True)
 class Fleet:
-    """Replicas of one GPU each, and the rules of their autoscaler, which are those of a KEDA ScaledObject.
+    """Replicas of one GPU each, and the rules of their autoscaler, like those of the Helm chart with KEDA.
 
     Attributes:
         target: unfinished requests per replica that the autoscaler aims at.
@@ -33,10 +33,10 @@ class Fleet:
 
     min_replicas: int
     max_replicas: int
-    target: float = 4.0
+    target: float = 6.0
     interval_s: float = 15.0
     start_s: float = 180.0
-    cooldown_s: float = 300.0
+    cooldown_s: float = 600.0
     max_batch_size: int = 8
     max_waiting: int = 100
 
