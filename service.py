@@ -67,7 +67,10 @@ image.run("install -d -o bentoml -g bentoml /var/lib/hypergen")  # for a volume 
     service_class=ContinuousBatchingService.with_keep_alive(settings.server.keep_alive_s),
     workers=1,  # one queue, one set of limits; more accelerators are more engines, not more workers
     # Deadlines and limits are ours: BentoML's would answer before the key check and without Retry-After.
-    traffic={"timeout": 86400, "concurrency": settings.engine.max_batch_size},
+    traffic={
+        "timeout": 86400,
+        "concurrency": settings.engine.max_batch_size * max(1, len(settings.engine.devices)),
+    },
     logging={"access": {"enabled": False}},
     backlog=settings.server.backlog,
     ssl=tls_options(settings.server),

@@ -61,6 +61,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     """
     from hypergen.cli.serve import check_port, run_service
     from hypergen.cli.start_checks import check_certificate, check_models, check_storage
+    from hypergen.engine_client.accelerators import find_accelerators
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
     from hypergen.served_model_config import as_json
 
@@ -68,6 +69,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
     check_storage(settings.server)
+    find_accelerators(settings.engine)  # reports missing devices
     check_models(settings)
     port = check_port(settings.server)
     log_setup.export(settings.server.log_format, settings.server.log_level)
