@@ -28,6 +28,7 @@ from hypergen.bentoml_integration import metrics_folder, server_logs, tracing
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.build_arguments import errors_in_one_line, keep_models, read_arguments
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService, tls_options
+from hypergen.bentoml_integration.listen_check import check_port_of_bentoml_serve
 from hypergen.engine_client.pool import EnginePool
 from hypergen.load_settings import load_settings
 from hypergen.process_lifecycle import drain_on_sigterm, leave_with_parent
@@ -74,6 +75,11 @@ class HyperGen:
     # BentoML takes those for the service's own that are attributes of the class: one each.
     tags = dict.fromkeys(tag for model in models for tag in model.tags)
     vars().update({f"model_{index}": BentoModel(tag) for index, tag in enumerate(tags)})
+
+    @bentoml.on_deployment
+    def check_port() -> None:
+        with errors_in_one_line():
+            check_port_of_bentoml_serve()
 
     @bentoml.on_startup
     async def start(self) -> None:
