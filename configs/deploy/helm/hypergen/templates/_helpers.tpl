@@ -46,6 +46,10 @@ labels:
 - name: AWS_ENDPOINT_URL
   value: {{ . | quote }}
 {{- end }}
+{{- with .publicUrl }}
+- name: HYPERGEN_STORAGE_PUBLIC_URL
+  value: {{ . | quote }}
+{{- end }}
 {{- with .region }}
 - name: AWS_REGION
   value: {{ . | quote }}
