@@ -129,7 +129,9 @@ def test_a_wrong_argument_ends_the_build_with_one_line(tmp_path: Path) -> None:
     )
 
 
-def serve_that_ends(bento: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def serve_that_ends(
+    bento: Path, folder: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bentoml", "serve", str(bento), "--host", "127.0.0.1", *arguments]
     environment = {
         **os.environ,
@@ -160,3 +162,11 @@ def test_a_bento_without_its_models_ends_with_one_line(bento: Path, tmp_path: Pa
     done = serve_that_ends(copy, tmp_path, "--port", str(free_port()))
     assert done.returncode == 1
     assert re.fullmatch(r"Error: .*\n", done.stderr)
+
+
+def test_a_wrong_key_file_ends_bentoml_serve_with_one_line(bento: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-1 name=client\n")
+    arguments = ("--port", str(free_port()))
+    done = serve_that_ends(bento, tmp_path, *arguments, HYPERGEN_API_KEY_FILE=str(tmp_path / "keys"))
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: .*/keys, line 1: name: Extra inputs are not permitted\.\n", done.stderr)

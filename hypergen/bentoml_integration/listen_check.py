@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import click
+from bentoml._internal.configuration.containers import BentoMLContainer
 
 from hypergen.errors import ConfigurationError
 
@@ -37,4 +38,6 @@ def check_port_of_bentoml_serve() -> None:
     """
     context = click.get_current_context(silent=True)
     if context is not None and {"host", "port"} <= context.params.keys():
-        check_port(context.params["host"], context.params["port"])
+        http = BentoMLContainer.http
+        host, port = context.params["host"], context.params["port"]
+        check_port(http.host.get() if host is None else host, http.port.get() if port is None else port)
