@@ -13,18 +13,16 @@ from hypergen.errors import ConfigurationError
 
 
 @pytest.mark.parametrize("is_given", [True, False])
-def test_the_port_is_the_one_of_the_command_else_bentomls(is_given: bool) -> None:
+def test_the_port_is_the_one_of_the_command_else_bentomls(
+    is_given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, click.Context(click.Command("serve")) as context:
         host, port = other.getsockname()
-        BentoMLContainer.http.host.set(host)
-        BentoMLContainer.http.port.set(0 if is_given else port)
-        try:
-            context.params = {"host": None, "port": port if is_given else None}
-            with pytest.raises(ConfigurationError, match=f"Cannot listen on 127.0.0.1:{port}"):
-                check_port_of_bentoml_serve()
-        finally:
-            BentoMLContainer.http.host.reset()
-            BentoMLContainer.http.port.reset()
+        monkeypatch.setitem(BentoMLContainer.api_server_config.http.get(), "host", host)
+        monkeypatch.setitem(BentoMLContainer.api_server_config.http.get(), "port", 0 if is_given else port)
+        context.params = {"host": None, "port": port if is_given else None}
+        with pytest.raises(ConfigurationError, match=f"Cannot listen on 127.0.0.1:{port}"):
+            check_port_of_bentoml_serve()
 
 
 def test_other_commands_listen_nowhere() -> None:
