@@ -8,7 +8,7 @@ import { app, notify, update, useApp } from "./state.js";
 import { Status, readHealth } from "./status.js";
 import { loadImages } from "./store.js";
 import { text } from "./text.js";
-import { Dialog } from "./ui.js";
+import { Dialog, IconButton } from "./ui.js";
 import { CodeDialog } from "./code.js";
 import { Edit, setSource } from "./edit.js";
 import { Grid } from "./grid.js";
@@ -34,11 +34,11 @@ function Page() {
       <span class="space"></span>
       ${(needsKey || key()) && html`<button type="button" onClick=${() => update({ asksKey: true })}>${text.key.label}</button>`}
       <a href="docs" title=${text.apiDocsTitle}>${text.apiDocs}</a>
-      <button type="button" class="icon" aria-label=${text.theme} title=${text.theme} onClick=${changeTheme}>◐</button>
+      <${IconButton} label=${text.theme} onClick=${changeTheme}>◐<//>
     </header>
     <main>
       <${Form} showCode=${() => setCode(true)} />
-      <div class="content"><${Main} /></div>
+      <div class="content"><${Main} takeFile=${takeFile} /></div>
     </main>
     <${Status} />
     ${viewed && html`<${Viewer} key="viewer" />`}
@@ -55,7 +55,7 @@ function Notice({ notice }) {
   }, [notice]);
   return html`<div class="notice"><span>${notice.text}</span>
     ${notice.action && html`<button type="button" onClick=${() => (update({ notice: null }), notice.run())}>${notice.action}</button>`}
-    <button type="button" class="icon" aria-label=${text.close} onClick=${() => update({ notice: null })}>✕</button>
+    <${IconButton} label=${text.close} onClick=${() => update({ notice: null })}>✕<//>
   </div>`;
 }
 

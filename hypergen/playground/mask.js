@@ -4,43 +4,46 @@ const UNDO = 20;
 
 export class Mask {
   /**
-   * @param size { width, height } of the input image, which the mask must have.
+   * @param source { width, height } of the input image, which the mask must have; `pixels` that were painted before.
    * @param onChange called after each stroke.
    */
-  constructor(canvas, { width, height }, onChange) {
+  constructor(canvas, { width, height, pixels }, onChange) {
     Object.assign(canvas, { width, height });
     this.canvas = canvas;
     this.context = canvas.getContext("2d", { willReadFrequently: true });
+    if (pixels) this.context.putImageData(pixels, 0, 0);
     this.color = "#4f46e5";
     this.onChange = onChange;
     this.before = []; // pixels before each of the last strokes
-    this.at = null; // of the stroke, in pixels of the image
-    this.cursor = { x: width / 2, y: height / 2 }; // of the keyboard
+    this.isPainting = false;
+    this.cursor = { x: width / 2, y: height / 2 }; // of the brush, in pixels of the image
   }
 
   start(event, brush) {
     this.remember();
-    this.at = this.position(event);
-    this.paint(this.at, brush);
+    this.isPainting = true;
+    this.cursor = this.position(event);
+    this.paint(this.cursor, brush);
   }
 
+  /** Follow the pointer, and paint if a stroke was started. */
   draw(event, brush) {
-    if (!this.at) return;
     const to = this.position(event);
-    const { x, y } = this.at;
+    const { x, y } = this.cursor;
+    this.cursor = to;
+    if (!this.isPainting) return;
     const steps = Math.ceil(Math.hypot(to.x - x, to.y - y) / Math.max(1, brush.size / 8));
     for (let step = 1; step <= steps; step++) {
       this.paint({ x: x + ((to.x - x) * step) / steps, y: y + ((to.y - y) * step) / steps }, brush);
     }
-    this.at = to;
   }
 
   end() {
-    if (this.at) this.onChange();
-    this.at = null;
+    if (this.isPainting) this.onChange();
+    this.isPainting = false;
   }
 
-  /** Paint once at the cursor of the keyboard. */
+  /** Paint once at the cursor. */
   dab(brush) {
     this.remember();
     this.paint(this.cursor, brush);
@@ -50,8 +53,6 @@ export class Mask {
   move(x, y) {
     const within = (value, most) => Math.max(0, Math.min(most, value));
     this.cursor = { x: within(this.cursor.x + x, this.canvas.width), y: within(this.cursor.y + y, this.canvas.height) };
-    this.canvas.style.setProperty("--x", `${(this.cursor.x / this.canvas.width) * 100}%`);
-    this.canvas.style.setProperty("--y", `${(this.cursor.y / this.canvas.height) * 100}%`);
   }
 
   invert() {
@@ -79,17 +80,20 @@ export class Mask {
 
   /** A promise of the mask as the API has it: transparent pixels are generated. Null if nothing is painted. */
   toBlob() {
-    const { width, height } = this.canvas;
-    const pixels = this.context.getImageData(0, 0, width, height);
+    const pixels = this.pixels();
     let painted = false;
     for (let at = 3; at < pixels.data.length; at += 4) {
       painted ||= pixels.data[at] > 0;
       pixels.data[at] = 255 - pixels.data[at];
     }
     if (!painted) return null;
-    const mask = new OffscreenCanvas(width, height);
+    const mask = new OffscreenCanvas(pixels.width, pixels.height);
     mask.getContext("2d").putImageData(pixels, 0, 0);
     return mask.convertToBlob({ type: "image/png" });
+  }
+
+  pixels() {
+    return this.context.getImageData(0, 0, this.canvas.width, this.canvas.height);
   }
 
   position({ clientX, clientY }) {
@@ -112,7 +116,7 @@ export class Mask {
   }
 
   remember() {
-    this.before.push(this.context.getImageData(0, 0, this.canvas.width, this.canvas.height));
+    this.before.push(this.pixels());
     if (this.before.length > UNDO) this.before.shift();
   }
 }

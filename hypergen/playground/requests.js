@@ -138,6 +138,7 @@ async function keep(event, type, body, edit, ms) {
     seed: body.seed === undefined ? String(event.seed) : String(BigInt(body.seed) + BigInt(event.index)),
     model: body.model ?? app.health?.model ?? "",
     size: event.size,
+    understood: event.revised_prompt, // only if the model knows no word of the prompt
     ms: Math.round(ms),
     source: edit?.source ?? null,
   };

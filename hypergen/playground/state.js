@@ -25,7 +25,7 @@ export const app = {
   requests: [], // unfinished and failed ones, newest first
   images: [], // of this browser, newest first
   viewed: null, // id of the image in the large view
-  source: null, // of edits: { blob, width, height, mask: a promise of a blob, or null }
+  source: null, // of edits: { blob, width, height, mask: a promise of a blob, or null; pixels: the painted mask }
   grid: null,
   notice: null, // { text, action, run }
   announcement: "", // for screen readers
