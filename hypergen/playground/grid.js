@@ -9,7 +9,7 @@ import { text } from "./text.js";
 
 const MOST_CELLS = 100;
 const AT_ONCE = 4; // so that others are served, too
-const NUMERIC = ["num_inference_steps", "guidance_scale"];
+const NUMERIC = ["num_inference_steps", "guidance_scale", "lora"];
 const { grid: texts } = text;
 const NONE = { kind: "none", values: "" };
 
@@ -18,19 +18,22 @@ const split = (values) => values.split(",").map((value) => value.trim()).filter(
 /** The values of an axis as [label, change of a body]; throws an Error with a sentence. */
 function readAxis({ kind, values }, body) {
   if (kind === "none") return [["", (cell) => cell]];
+  // Before the weights of a LoRA is its name, which may have spaces and numbers.
+  const named = modelOf(app).loras.filter((lora) => values.trim().startsWith(`${lora} `));
+  const name = kind === "lora" ? named.sort((a, b) => b.length - a.length)[0] : "";
+  if (name === undefined) throw new Error(texts.noLora);
+  const all = split(values.trim().slice(name.length));
+  const isNumeric = NUMERIC.includes(kind);
+  if (!all.length || (isNumeric && all.some((value) => Number.isNaN(Number(value))))) throw new Error(texts.badValues);
   if (kind === "lora") {
-    const [, name, weights] = values.match(/^\s*(.*\S)\s+([\d.,\s]+)$/) ?? [];
-    if (!name) throw new Error(texts.badValues);
-    return split(weights).map((weight) => [`${name} ${weight}`, (cell) => ({ ...cell, loras: { ...cell.loras, [name]: Number(weight) } })]);
+    return all.map((weight) => [`${name} ${weight}`, (cell) => ({ ...cell, loras: { ...cell.loras, [name]: Number(weight) } })]);
   }
-  const all = split(values);
-  if (!all.length || (NUMERIC.includes(kind) && all.some((value) => Number.isNaN(Number(value))))) throw new Error(texts.badValues);
   if (kind === "words") {
     if (!body.prompt.includes(all[0])) throw new Error(texts.noWord(all[0]));
     return all.map((word) => [word, (cell) => ({ ...cell, prompt: cell.prompt.replaceAll(all[0], word) })]);
   }
   const label = (value) => (kind === "sampler" || kind === "model" ? value : `${texts.kinds[kind]} ${value}`);
-  return all.map((value) => [label(value), (cell) => ({ ...cell, [kind]: NUMERIC.includes(kind) ? Number(value) : value })]);
+  return all.map((value) => [label(value), (cell) => ({ ...cell, [kind]: isNumeric ? Number(value) : value })]);
 }
 
 /** What may change: kind -> its name. */

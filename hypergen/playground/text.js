@@ -183,6 +183,7 @@ export const text = {
     run: (count) => `Generate ${many(count, "cell")}`,
     tooMany: (most) => `A grid has at most ${most} cells.`,
     badValues: "Enter values, separated by commas.",
+    noLora: "Enter the name of a LoRA, and its weights.",
     noWord: (word) => `The prompt does not contain “${word}”.`,
     save: "Save as one image",
     caption: "Grid of images",

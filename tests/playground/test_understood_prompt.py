@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from hypergen.api.openapi import EXAMPLE_IMAGE
+from tests.playground.actions import finished, generate
 from tests.playground.conftest import KEY
 from tests.support.live_server import LiveServer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 UNDERSTOOD = "a shape on a background"
 KNOWN = "an astronaut in a RED coat"
@@ -53,3 +57,16 @@ def test_the_last_event_of_a_stream_says_what_was_understood(playground: LiveSer
         data = [line for line in response.text.splitlines() if line.startswith("data: ")]
         assert json.loads(data[-1][6:]).get("revised_prompt") == revised
         assert len(lines) == (0 if revised is None else 1)
+
+
+def test_the_page_says_what_was_understood(page: Page) -> None:
+    expect = pytest.importorskip("playwright.sync_api").expect
+    sentence = f"It understood: {UNDERSTOOD}."
+    generate(page, UNKNOWN)
+    expect(page.locator(".tile").get_by_text(sentence)).to_be_visible()
+    finished(page).click()
+    expect(page.get_by_role("dialog", name="Image").get_by_text(sentence)).to_be_visible()
+    page.keyboard.press("Escape")
+    generate(page, KNOWN)
+    expect(finished(page)).to_have_count(2)
+    expect(page.get_by_text(sentence)).to_have_count(1)
