@@ -12,7 +12,7 @@ export class Mask {
     this.canvas = canvas;
     this.context = canvas.getContext("2d", { willReadFrequently: true });
     if (pixels) this.context.putImageData(pixels, 0, 0);
-    this.color = "#4f46e5";
+    this.stripes = this.context.createPattern(stripes(Math.max(8, Math.round(width / 24))), "repeat");
     this.onChange = onChange;
     this.before = []; // pixels before each of the last strokes
     this.isPainting = false;
@@ -57,11 +57,8 @@ export class Mask {
 
   invert() {
     this.remember();
-    const { context, canvas } = this;
-    context.globalCompositeOperation = "xor";
-    context.fillStyle = this.color;
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    context.globalCompositeOperation = "source-over";
+    this.fill("xor", "#000", this.whole());
+    this.fill("source-atop", this.stripes, this.whole());
     this.onChange();
   }
 
@@ -102,21 +99,41 @@ export class Mask {
   }
 
   paint({ x, y }, { size, softness, erase }) {
-    const { context } = this;
     const radius = size / 2;
-    const gradient = context.createRadialGradient(x, y, radius * (1 - softness) * 0.999, x, y, radius);
-    gradient.addColorStop(0, this.color);
-    gradient.addColorStop(1, `${this.color}00`);
-    context.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    context.fillStyle = softness === 0 ? this.color : gradient;
-    context.beginPath();
-    context.arc(x, y, radius, 0, 2 * Math.PI);
-    context.fill();
-    context.globalCompositeOperation = "source-over";
+    const gradient = this.context.createRadialGradient(x, y, radius * (1 - softness) * 0.999, x, y, radius);
+    gradient.addColorStop(0, "#000");
+    gradient.addColorStop(1, "#0000");
+    const circle = new Path2D();
+    circle.arc(x, y, radius, 0, 2 * Math.PI);
+    this.fill(erase ? "destination-out" : "source-over", softness === 0 ? "#000" : gradient, circle);
+    this.fill("source-atop", this.stripes, circle); // the color alone: what is painted stays as opaque as it is
+  }
+
+  fill(operation, style, path) {
+    Object.assign(this.context, { globalCompositeOperation: operation, fillStyle: style });
+    this.context.fill(path);
+  }
+
+  whole() {
+    const path = new Path2D();
+    path.rect(0, 0, this.canvas.width, this.canvas.height);
+    return path;
   }
 
   remember() {
     this.before.push(this.pixels());
     if (this.before.length > UNDO) this.before.shift();
   }
+}
+
+/** A tile of dark and light stripes, which are seen on every image. */
+function stripes(side) {
+  const tile = new OffscreenCanvas(side, side);
+  const context = tile.getContext("2d");
+  context.fillStyle = "#4f46e5";
+  context.fillRect(0, 0, side, side);
+  context.fillStyle = "#fff";
+  const half = side / 2;
+  context.fill(new Path2D(`M0 0H${half}L0 ${half}Z M${side} 0V${half}L${half} ${side}H0Z`));
+  return tile;
 }
