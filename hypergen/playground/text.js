@@ -92,8 +92,8 @@ export const text = {
   },
   progress: {
     sent: "Sent",
-    queued: (position, left) => (position ? `${many(position, "request")} ahead` : "Next in the queue") + (left === undefined ? "" : `, about ${seconds(left)}`),
-    running: (step, steps, left) => (steps ? `Step ${step ?? 0} of ${steps}` : "Preparing") + (left === undefined ? "" : `, ${seconds(left)}`),
+    queued: (position, left) => (position ? `${many(position, "request")} ahead` : "Next in the queue") + (left ? `, about ${seconds(left)}` : ""),
+    running: (step, steps, left) => (steps ? `Step ${step ?? 0} of ${steps}` : "Preparing") + (left ? `, ${seconds(left)}` : ""),
     waiting: (left) => `The server is full. Next try in ${left} s.`,
     cancel: "Cancel",
     retry: "Try again",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import time
 from collections.abc import Callable
@@ -140,6 +141,14 @@ def test_each_error_stands_at_the_field_that_it_names(page: Page, faults: Faults
         page.keyboard.press("Control+Enter")
         expect(page.locator(f"[data-field={field}]").get_by_role("alert")).to_have_text(error["message"])
         expect(page.get_by_role("alert")).to_have_count(1)
+    late = {"message": "'loras' do not fit.", "param": "loras"}  # after the start of the stream
+    event = f'event: error\ndata: {{"type":"error","error":{json.dumps(late)}}}\n\n'
+    page.unroute("**/v1/images/edits")
+    page.route(
+        "**/v1/images/edits", lambda route: route.fulfill(body=event, content_type="text/event-stream")
+    )
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("[data-field=loras]").get_by_role("alert")).to_have_text(late["message"])
 
 
 def test_requests_run_at_once_and_can_be_cancelled(
