@@ -40,8 +40,10 @@ def drop(page: Page, name: str, data: bytes) -> None:
         """([name, data]) => {
             const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
             const dataTransfer = new DataTransfer();
-            dataTransfer.items.add(new File([bytes], name, { type: `image/${name.split(".")[1]}` }));
-            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+            dataTransfer.items.add(new File([bytes], name, { type: name.endsWith(".txt") ? "text/plain" : `image/${name.split(".")[1]}` }));
+            const event = new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true });
+            document.body.dispatchEvent(event);
+            if (!event.defaultPrevented) throw new Error("The browser shows the file instead of the page.");
         }""",
         [name, base64.b64encode(data).decode()],
     )

@@ -254,8 +254,13 @@ def test_a_lost_connection_can_be_tried_again(page: Page) -> None:
 
 
 def test_a_full_browser_still_shows_the_image(open_page: Callable[..., Page]) -> None:
-    full = 'IDBObjectStore.prototype.put = () => { throw new DOMException("full", "QuotaExceededError"); };'
-    page = open_page(script=full)
+    full = """
+        for (const [kind, name] of [[IDBObjectStore, "put"], [Storage, "setItem"]])
+            kind.prototype[name] = () => { throw new DOMException("full", "QuotaExceededError"); };
+    """
+    page = open_page(script=full, color_scheme="light")
+    page.get_by_role("button", name="Change between light and dark").click()
+    expect(page.locator("html")).to_have_css("color-scheme", "dark")
     generate(page)
     expect(page.get_by_text("no room for more images")).to_be_visible()
     expect(finished(page)).to_have_count(1)

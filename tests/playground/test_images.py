@@ -131,8 +131,9 @@ def test_a_file_without_settings_can_be_the_input_image(page: Page) -> None:
     drop(page, "plain.png", png())
     page.get_by_role("button", name="Use as input").click()
     expect(page.get_by_role("button", name="Generate edit")).to_be_enabled()
-    drop(page, "broken.png", b"nothing")
-    expect(page.get_by_text("broken.png is not an image")).to_be_visible()
+    for name in ("broken.png", "notes.txt"):
+        drop(page, name, b"nothing")
+        expect(page.get_by_text(f"{name} is not an image")).to_be_visible()
 
 
 def test_a_grid_fills_its_cells_and_is_saved_as_one_image(page: Page) -> None:
