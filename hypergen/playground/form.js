@@ -69,7 +69,7 @@ export function Form({ showCode }) {
     const keeps = model.schedules[sampler]?.includes(settings.scheduler);
     setSettings({ sampler, scheduler: keeps ? settings.scheduler : "" });
   };
-  return html`<form class="panel" aria-label=${text.tabs[tab]} onSubmit=${(event) => (event.preventDefault(), submit())}>
+  return html`<form class="panel" novalidate aria-label=${text.tabs[tab]} onSubmit=${(event) => (event.preventDefault(), submit())}>
     <div class="scroll">
       ${prompt("prompt", 3, text.promptHint)}
       ${model.id === EMBEDDED_MODEL && html`<${Examples} />`}

@@ -27,7 +27,7 @@ const remove = (id) => update({ requests: app.requests.filter((request) => reque
 export async function generate(body, edit = null, quiet = false) {
   const id = ++lastId;
   const controller = new AbortController();
-  const request = { id, body, edit, controller, state: "sent", tiles: Array(body.n ?? 1).fill({}) };
+  const request = { id, body, edit, controller, state: "sent", tiles: Array.from({ length: body.n ?? 1 }, () => ({})) };
   update({ requests: [request, ...app.requests] });
   try {
     const images = await attempts(id, body, edit, controller.signal);

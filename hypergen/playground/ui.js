@@ -4,10 +4,9 @@ import { app } from "./state.js";
 import { text } from "./text.js";
 
 /** A labelled part of the form, with the server's sentence about it if there is one. */
-export function Field({ name, label = text.fields[name], children, hint }) {
-  const error = app.errors[name];
-  return html`<div class=${`field ${error ? "invalid" : ""}`} data-field=${name}>
-    <div class="label"><label for=${`f-${name}`}>${label}</label>${hint}</div>
+export function Field({ name, children, hint }) {
+  return html`<div class=${`field ${app.errors[name] ? "invalid" : ""}`} data-field=${name}>
+    <div class="label"><label for=${`f-${name}`}>${text.fields[name]}</label>${hint}</div>
     ${children}
     <${FieldError} name=${name} />
   </div>`;

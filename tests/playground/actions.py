@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import mimetypes
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +38,15 @@ def download(page: Page, button: str) -> bytes:
 def drop(page: Page, name: str, data: bytes) -> None:
     """Drop a file onto the page, as a file manager does."""
     page.evaluate(
-        """([name, data]) => {
+        """([name, type, data]) => {
             const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
             const dataTransfer = new DataTransfer();
-            dataTransfer.items.add(new File([bytes], name, { type: name.endsWith(".txt") ? "text/plain" : `image/${name.split(".")[1]}` }));
+            dataTransfer.items.add(new File([bytes], name, { type }));
             const event = new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true });
             document.body.dispatchEvent(event);
             if (!event.defaultPrevented) throw new Error("The browser shows the file instead of the page.");
         }""",
-        [name, base64.b64encode(data).decode()],
+        [name, mimetypes.guess_type(name)[0], base64.b64encode(data).decode()],
     )
 
 

@@ -119,6 +119,9 @@ def test_an_error_stands_at_its_field(page: Page, faults: Faults) -> None:
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a green square")
     page.get_by_label("Width").fill("104")
     expect(size.get_by_role("alert")).to_have_count(0)
+    page.get_by_role("spinbutton", name="Images").fill("2.5")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator("[data-field=n]").get_by_role("alert")).to_contain_text("'n' should be")
 
 
 def test_each_error_stands_at_the_field_that_it_names(page: Page, faults: Faults) -> None:
