@@ -1,0 +1,58 @@
+"""The stage that straightens contours, on the shipped model."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from scripts.train_embedded_model.continuing import unpack_model
+from scripts.train_embedded_model.pipeline import GUIDANCE_SCALE, load_text_encoder, load_vae
+from scripts.train_embedded_model.replay import Replay
+from scripts.train_embedded_model.straighten import SHOWN, Share
+from scripts.train_embedded_model.unet import load_unet
+
+EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
+
+
+@pytest.fixture(scope="module")
+def share(tmp_path_factory: pytest.TempPathFactory) -> Share:
+    folder = tmp_path_factory.mktemp("straightening") / "parts"
+    unpack_model(EMBEDDED, folder)
+    tokenizer, text_encoder = load_text_encoder(folder / "text")
+    replay = Replay(load_vae(folder / "vae"), tokenizer, text_encoder, 0, "cpu")
+    before = load_unet(folder / "unet")
+    return Share(copy.deepcopy(before).requires_grad_(True), before, replay)
+
+
+def test_bent_latents_show_the_same_scene(share: Share) -> None:
+    bent = share.bend(share.replay.batch(4, 16, 16))
+    latents, others = torch.stack([each.latents for each in bent]), torch.stack([each.bent for each in bent])
+    errors = (latents - others).square().mean((1, 2, 3))
+    assert errors.min() > 0
+    assert errors.median() < 0.3 * latents.var()
+
+
+def test_an_unchanged_unet_is_kept(share: Share) -> None:
+    assert share.loss(4, 8, 8, keep=True).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_loss_has_gradients_and_its_timesteps_show_the_object(share: Share) -> None:
+    timesteps: list[Tensor] = []
+    hook = share.unet.register_forward_pre_hook(lambda _, inputs: timesteps.append(inputs[1]))
+    with hook:
+        loss = share.loss(4, 8, 8, keep=False)
+    loss.backward()
+    assert timesteps[-1].max() < SHOWN
+    assert all(parameter.grad is not None for parameter in share.unet.parameters())
+
+
+def test_the_trained_prediction_has_the_usual_guidance(share: Share) -> None:
+    noisy_latents, prompt_embeds = torch.randn(2, 4, 8, 8), share.replay.embed(["a red circle"] * 2)
+    with torch.no_grad():
+        guided, cond = share.predict(share.before, noisy_latents, torch.tensor([100, 500]), prompt_embeds)
+        uncond = share.before(
+            noisy_latents, torch.tensor([100, 500]), share.no_prompt.expand(2, -1, -1)
+        ).sample
+    assert torch.allclose(guided, uncond + GUIDANCE_SCALE * (cond - uncond), atol=1e-4)
