@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
 
+from hypergen.device_names import DeviceType, device_type, read_devices
 from hypergen.served_model_config import ModelEntry, NamedSources, read_entries
 
-Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Determinism = Literal["strict", "fast"]
 LogFormat = Literal["text", "json"]
@@ -59,6 +59,7 @@ def _read_size(text: str) -> tuple[int, int]:
 _STORAGE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?!.*/[/.])(/[A-Za-z0-9_./-]*)?")
 _MAX_PRESIGNED_S = 7 * 24 * 3600
 
+Devices = Annotated[tuple[str, ...], BeforeValidator(read_devices)]
 Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
 
 
@@ -71,8 +72,14 @@ def _both_or_none(key: Path | None, certificate: Path | None) -> Path | None:
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     """How an engine process uses its accelerator."""
 
-    device: Device | None = Field(
-        None, description="device to run the model on; absent: the first available of cuda, mps and cpu"
+    device: DeviceType | None = Field(
+        None,
+        description="type of the devices to run models on; absent: the first available of cuda, mps and cpu",
+    )
+    devices: Devices = Field(
+        (),
+        description="devices with one engine each, separated by commas, such as cuda:0,cuda:1 or cpu,cpu; "
+        "all, or absent: every GPU, else one engine",
     )
     dtype: Dtype | None = Field(
         None, description="precision of the weights; absent: chosen for model and device"
@@ -91,8 +98,8 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="memory for the weights of all loaded models, in GB; beyond it, the least recently used "
-        "model is evicted. Absent: 80 % of a GPU's memory, no limit on other devices",
+        description="memory of an engine for the weights of all loaded models, in GB; beyond it, the least "
+        "recently used model is evicted. Absent: 80 % of a GPU's memory, no limit on other devices",
     )
     host_memory_gb: float | None = Field(
         None,
@@ -124,7 +131,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         "waiting; 0: the shortest always runs first",
     )
     prompt_cache_mb: int = Field(
-        512, ge=0, description="memory for cached prompt embeddings, in MB; 0 disables the cache"
+        512, ge=0, description="memory of an engine for cached prompt embeddings, in MB; 0 disables the cache"
     )
     max_prompt_chunks: int = Field(
         4,
@@ -191,7 +198,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         1024,
         ge=0,
         allow_inf_nan=False,
-        description="memory for loaded LoRAs, in MB; the least recently used are evicted first",
+        description="memory of an engine for loaded LoRAs, in MB; the least recently used are evicted first",
     )
     controlnet: NamedSources = Field(
         default_factory=dict[str, str],
@@ -224,6 +231,19 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="seconds without a denoising step after which a busy engine is restarted",
     )
+
+    @property
+    def device_type(self) -> DeviceType | None:
+        """The type of all devices; None: the first available one."""
+        return device_type(self.devices[0]) if self.devices else self.device
+
+    @field_validator("devices")
+    @classmethod
+    def _check_devices(cls, devices: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        of_device = info.data.get("device")
+        if devices and of_device not in (None, device_type(devices[0])):
+            raise ValueError(f"must be of the type that --device has, {of_device}")
+        return devices
 
     @field_validator("compile_sizes")
     @classmethod

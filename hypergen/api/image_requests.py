@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,8 @@ from hypergen.images.decoding import decoding_cancelled
 from hypergen.images.storage import ImageStorage
 from hypergen.model_info import ModelInfo
 from hypergen.request import ApiKey, GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 # Two threads: a decoded image of 40 megapixels takes 160 MB.
 _DECODING_THREADS = ThreadPoolExecutor(2, "decode")
@@ -104,16 +108,22 @@ async def validate_request(
     wait_for_disconnect: Callable[[], Awaitable[object]],
 ) -> ValidatedRequest:
     """`parse_request` with the model that the body names; the body is empty afterwards."""
+    model_info = choose_model(generator, body, endpoint, settings)
     validated = await parse_request(
         endpoint,
         body,
-        choose_model(generator, body, endpoint, settings),
+        model_info,
         settings,
         request.state.request_id,
         request.state.api_key,
         wait_for_disconnect,
         request.state.deadline,
     )
+    vocabulary = model_info.vocabulary
+    if vocabulary and (understood := vocabulary.understood(validated.generation.prompt)):
+        line = "The model knows no word of the prompt of request %s; it understands '%s'."
+        logger.info(line, request.state.request_id, understood)
+        validated = replace(validated, understood_prompt=understood)
     request.state.record.set_generation(validated.generation)
     body.clear()  # or the base64 of input images would stay in memory while the request waits
     request.state.body.release()

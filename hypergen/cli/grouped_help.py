@@ -37,7 +37,7 @@ SERVE_GROUPS = {
         "controlnet",
         "embedding",
     ),
-    "Speed": ("determinism", "aging", "compile", "compile_sizes", "cuda_graphs", "attention"),
+    "Speed": ("devices", "determinism", "aging", "compile", "compile_sizes", "cuda_graphs", "attention"),
     "Memory": (
         "vae_dtype",
         "vae_tiling",
