@@ -83,7 +83,7 @@ def find_models(
 
 def prefers_fp16(engine: EngineSettings) -> bool:
     """Whether fp16 files are enough, because the model runs in 16 bits: by its dtype, else on every GPU."""
-    return has_gpu(engine.device) if engine.dtype is None else engine.dtype != "float32"
+    return has_gpu(engine.device_type) if engine.dtype is None else engine.dtype != "float32"
 
 
 def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:

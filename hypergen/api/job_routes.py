@@ -16,7 +16,7 @@ from hypergen.api.image_requests import read_body, require_model, validate_reque
 from hypergen.api.image_urls import url_base
 from hypergen.api.jobs import Jobs
 from hypergen.api.multipart_form import is_form
-from hypergen.api.responses import Answer, chunked_json_response, write
+from hypergen.api.responses import Answer, chunked_json_response
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 
@@ -70,7 +70,7 @@ def add_job_routes(
         status = jobs.status(job)
         if job.state != "succeeded":
             return json_response(status)
-        result = await write(jobs.result, job, url_base(request, settings, job.validated))
+        result = await jobs.result(job, url_base(request, settings, job.validated))
         return chunked_json_response(
             [to_json(status)[:-1] + b',"result":', *result, b"}"], request.state.outgoing
         )

@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import error_body, status_of
+from hypergen.api.image_urls import store_image_of_job, urls_of
 from hypergen.api.request_record import RequestRecord
+from hypergen.api.responses import write
 from hypergen.api.validation import ValidatedRequest
 from hypergen.engine_protocol import ImageGenerator, RequestHandle
 from hypergen.errors import (
@@ -27,7 +29,6 @@ from hypergen.errors import (
     RequestError,
 )
 from hypergen.events import ImageFinished, Progress, Started
-from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
 from hypergen.metrics import outcome_of, record_request
 from hypergen.request import ANONYMOUS
@@ -100,8 +101,9 @@ class Jobs:
 
         Raises:
             QueueFullError: too many unfinished jobs, or the request queue is full.
-            UnavailableError: no engine is ready.
+            UnavailableError: no engine is ready, or the storage cannot be reached.
         """
+        self._storage.refuse_while_away()
         self._remove_expired()
         if len(self._jobs) >= self._max_jobs and not self._remove_oldest_ended():
             raise QueueFullError(
@@ -163,25 +165,25 @@ class Jobs:
             body["error"] = {**error_body(job.error)["error"], "status": status_of(job.error)}
         return body
 
-    def result(self, job: Job, base: str | None) -> list[bytes]:
+    async def result(self, job: Job, base: str | None) -> list[bytes]:
         """The response of the request's own route, as pieces of JSON.
-
-        Runs in a thread, because it reads files.
 
         Args:
             base: the URL before a stored image's name; None: without `url`.
 
         Raises:
             NotFoundError: the images have expired, or newer ones replaced them.
+            UnavailableError: their storage cannot be reached.
         """
         images: list[ImageFinished] = []
         for image, name in job.images:
-            data = self._storage.read(name)
+            data = await self._storage.read(name)
             if data is None:
                 raise NotFoundError("The images of this job have expired.")
             images.append(replace(image, data=data))
-        urls = None if base is None else [base + name for _, name in job.images]
-        return job.endpoint.to_response(job.validated, images, urls, job.created)
+        names = [name for _, name in job.images]
+        urls = None if base is None else await urls_of(self._storage, names, base)
+        return await write(job.endpoint.to_response, job.validated, images, urls, job.created)
 
     async def _run(self, job: Job, handle: RequestHandle, deadline: float) -> None:
         try:
@@ -199,16 +201,13 @@ class Jobs:
             self._end(job, "failed", GenerationError("The server failed on this job; see its log."))
 
     async def _collect(self, job: Job, handle: RequestHandle) -> None:
-        file_format = OUTPUT_FORMATS[job.validated.generation.output_format]
         async for event in handle:
             if isinstance(event, Started):
                 job.state, job.started_at = "running", time.monotonic()
             elif isinstance(event, Progress):
                 job.step, job.steps = event.step, event.steps
             elif isinstance(event, ImageFinished):
-                name = await asyncio.to_thread(
-                    self._storage.put, event.data, file_format.extension, file_format.media_type
-                )
+                name = await store_image_of_job(self._storage, job.validated.generation, event)
                 job.images.append((replace(event, data=b""), name))
         if len(job.images) != job.validated.generation.n:
             raise GenerationError("The engine ended the job before all images were generated.")

@@ -61,13 +61,16 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     """
     from hypergen.bentoml_integration.listen_check import check_port
     from hypergen.cli.serve import run_service
-    from hypergen.cli.start_checks import check_certificate, check_models
+    from hypergen.cli.start_checks import check_certificate, check_models, check_storage
+    from hypergen.engine_client.accelerators import find_accelerators
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
     from hypergen.served_model_config import as_json
 
     settings = load_settings(config, os.environ, {**flags, "models": models})
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
+    check_storage(settings.server)
+    find_accelerators(settings.engine)  # reports missing devices
     check_models(settings)
     port = check_port(settings.server.host, settings.server.port)
     log_setup.export(settings.server.log_format, settings.server.log_level)

@@ -24,6 +24,7 @@ import psutil
 
 from hypergen.api.api_keys import LAUNCHER_KEY
 from hypergen.config import ServerSettings, Settings
+from hypergen.engine_client.accelerators import find_accelerators
 from hypergen.engine_client.prestart import PrestartedEngine
 from hypergen.errors import ModelError
 
@@ -64,7 +65,8 @@ def run_service(
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}
     launcher[LAUNCHER_KEY] = key = secrets.token_urlsafe()
     started = time.monotonic()
-    prestarted = PrestartedEngine(model_path)
+    first = find_accelerators(settings.engine)[0]
+    prestarted = PrestartedEngine(model_path, first.environment)
     launcher |= prestarted.environment
     # In its own session, so that Ctrl-C reaches only this process, which forwards it once.
     child = subprocess.Popen(command, env={**os.environ, **environment, **launcher}, start_new_session=True)
@@ -74,8 +76,8 @@ def run_service(
         if status:
             seconds, url = time.monotonic() - started, _url(server, server.host)
             stages = _stages(status, seconds)
-            model, device = status["model"], status["device"]
-            logger.info("Ready after %.1f s (%s): %s on %s, %s", seconds, stages, model, device, url)
+            model, devices = status["model"], ", ".join(engine["device"] for engine in status["engines"])
+            logger.info("Ready after %.1f s (%s): %s on %s, %s", seconds, stages, model, devices, url)
         return _exit_code(child.wait())
     except ModelError:
         child.terminate()
