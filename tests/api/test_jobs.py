@@ -20,6 +20,7 @@ from hypergen.api.request_record import RequestRecord
 from hypergen.api.routes import StoredFile
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import NotFoundError, QueueFullError, UnavailableError
 from hypergen.images.folder_storage import FolderStorage
@@ -177,7 +178,7 @@ def test_jobs_need_the_key(keyed_server: LiveServer) -> None:
 async def test_concurrent_jobs_are_all_rejected() -> None:
     """At most one job is kept, and each that ends makes space for the next during its rejection."""
     settings = Settings.model_validate({})
-    pool = EnginePool(settings, accelerators=[{}])  # not started: it rejects at once
+    pool = EnginePool(settings, accelerators=[Accelerator()])  # not started: it rejects at once
     jobs = Jobs(pool, FolderStorage(60, 1000), lifetime_s=60, max_jobs=1)
     request, record = make_request(), RequestRecord("req_1", "POST", PATH, None)
     errors = await asyncio.gather(

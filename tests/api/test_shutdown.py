@@ -20,6 +20,7 @@ from hypergen.api.jobs import Jobs
 from hypergen.api.request_record import RequestRecord
 from hypergen.app import create_app
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.images.folder_storage import FolderStorage
 from hypergen.images.temporary_folders import create_and_lock, remove_folders_of_killed_servers
@@ -108,7 +109,7 @@ async def test_expired_jobs_do_not_block_the_shutdown(
 ) -> None:
     """At the end of the app's lifespan the storage is closed and running jobs are cancelled."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
+    pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[Accelerator()])
     await pool.start([served_model(sd_folder)])
     try:
         async with asyncio.timeout(60):
@@ -147,7 +148,7 @@ async def test_the_storage_is_closed_if_closing_the_jobs_fails(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     settings = Settings.model_validate({})
-    app = create_app(settings, EnginePool(settings, accelerators=[{}]), [served_model(tmp_path)])
+    app = create_app(settings, EnginePool(settings, accelerators=[Accelerator()]), [served_model(tmp_path)])
     closed = threading.Event()
     monkeypatch.setattr(FolderStorage, "close", lambda _: closed.set())
 

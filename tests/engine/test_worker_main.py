@@ -18,6 +18,7 @@ import pytest
 from hypergen import ipc
 from hypergen.engine import worker_main
 from hypergen.engine.model_manager import ModelManager
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.engine_process import Supervisor
 from hypergen.errors import unpack
 from hypergen.events import EngineStatus, Preview, Started
@@ -39,9 +40,9 @@ async def _lose_engine(
     lost = asyncio.Event()
     supervisor = Supervisor(
         ipc.Start(()),
-        {},
+        Accelerator(),
         on_ready=lambda _: None,
-        on_message=lambda _: None,
+        on_message=lambda _, __: None,
         on_lost=lambda _: lost.set(),
     )
     supervisor.launch()
