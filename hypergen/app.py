@@ -25,7 +25,7 @@ from hypergen.api.errors import (
     to_response,
 )
 from hypergen.api.idempotency import IdempotentRequests, StoredAnswers
-from hypergen.api.jobs import Jobs
+from hypergen.api.jobs import MemoryJobs
 from hypergen.api.routes import create_router
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
@@ -45,7 +45,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     It starts nothing, because the parent process, a build and the worker all call it.
     """
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
-    jobs = Jobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
+    jobs = MemoryJobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
     answers = StoredAnswers(settings.server.url_lifetime_s, int(settings.server.idempotency_mb * 1e6))
 
     @asynccontextmanager
