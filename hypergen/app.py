@@ -25,6 +25,7 @@ from hypergen.api.errors import (
     to_response,
 )
 from hypergen.api.idempotency import IdempotentRequests, StoredAnswers
+from hypergen.api.job_store import JobStore
 from hypergen.api.jobs import MemoryJobs
 from hypergen.api.routes import create_router
 from hypergen.config import Settings
@@ -45,7 +46,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     It starts nothing, because the parent process, a build and the worker all call it.
     """
     storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
-    jobs = MemoryJobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
+    jobs = _create_job_store(settings, pool, storage)
     answers = StoredAnswers(settings.server.url_lifetime_s, int(settings.server.idempotency_mb * 1e6))
 
     @asynccontextmanager
@@ -57,6 +58,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
         # Every callback runs, even if another one raises.
         async with AsyncExitStack() as closing:
             closing.callback(storage.close)
+            await jobs.start()
             closing.push_async_callback(jobs.close)
             closing.callback(asyncio.create_task(_remove_expired_images(storage)).cancel)
             yield
@@ -94,6 +96,15 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
         )
 
     return app
+
+
+def _create_job_store(settings: Settings, pool: EnginePool, storage: ImageStorage) -> JobStore:
+    server = settings.server
+    if server.jobs is None:
+        return MemoryJobs(pool, storage, server.url_lifetime_s, server.max_jobs)
+    from hypergen.api.redis_jobs.redis_jobs import RedisJobs  # its package is optional
+
+    return RedisJobs(server.jobs, settings, pool, storage)
 
 
 async def _remove_expired_images(storage: ImageStorage) -> None:
