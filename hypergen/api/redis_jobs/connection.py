@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -10,7 +11,7 @@ from redis import Redis as BlockingRedis
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.retry import Retry as BlockingRetry
 
 from hypergen.errors import ConfigurationError, UnavailableError
@@ -49,7 +50,9 @@ def redis_errors() -> Generator[None]:
     """
     try:
         yield
-    except (TimeoutError, RedisError, OSError) as error:
+    except (RedisError, OSError) as error:
+        if isinstance(error, ResponseError):  # it answers: full memory, a changed password, lost data
+            logger.warning("Redis refused a command: %s", error)
         raise UnavailableError(
             "The job queue is away; try again later.", code="jobs_unavailable", retry_after_s=_RETRY_AFTER_S
         ) from error

@@ -114,8 +114,8 @@ class JobQueue:
             limits.max_input_bytes,
             input_bytes,
             api_key.name,
-            _limit(api_key.max_requests),
-            _limit(api_key.images_per_minute),
+            _or_empty(api_key.max_requests),
+            _or_empty(api_key.images_per_minute),
             n,
             encode_error(DeadlineExceededError(TOO_LATE)),
             *(part for item in fields.items() for part in item),
@@ -184,12 +184,14 @@ class JobQueue:
         error: RequestError | None = None,
         images: bytes = b"",
         files: Mapping[int, bytes] | None = None,
+        steps: int | None = None,
     ) -> Finished:
         """End a job, unless it has ended. Everything is written at once.
 
         Args:
             images: what is known about the finished images.
             files: image files by their index.
+            steps: all of which were done; None if not all were.
         """
         outcome = await self._call(
             "finish",
@@ -199,6 +201,7 @@ class JobQueue:
             images,
             self._limits.lifetime_s,
             self._limits.max_image_bytes,
+            _or_empty(steps),
             *(part for item in (files or {}).items() for part in item),
         )
         return outcome.decode()
@@ -208,7 +211,7 @@ class JobQueue:
         await self._call("forget_replicas")
 
 
-def _limit(value: int | None) -> int | str:
+def _or_empty(value: int | None) -> int | str:
     return "" if value is None else value
 
 

@@ -184,9 +184,13 @@ function commands.release()
     return 'done'
 end
 
--- job, state, error (packed), images, lifetime_s, max_image_bytes, then pairs of an index and a file.
+-- job, state, error (packed), images, lifetime_s, max_image_bytes, steps, then pairs of an index and a file.
 function commands.finish()
-    return finish(ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), {unpack(ARGV, 9)})
+    local outcome = finish(ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), {unpack(ARGV, 10)})
+    if outcome == 'done' and ARGV[9] ~= '' then
+        redis.call('HSET', record_of(ARGV[3]), 'step', ARGV[9], 'steps', ARGV[9])
+    end
+    return outcome
 end
 
 -- job. Returns its record without the input images, and its position, -1 if it does not wait.

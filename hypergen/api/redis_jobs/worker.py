@@ -229,7 +229,8 @@ class Worker:
         request = run.validated.generation
         # The limits of the key were checked for the whole fleet when the job was created.
         key = replace(request.api_key, max_requests=None, images_per_minute=None)
-        with await self._generator.submit(replace(request, api_key=key)) as handle:
+        request = replace(request, id=run.entry.job_id, api_key=key)
+        with await self._generator.submit(request) as handle:
             async for event in handle:
                 if isinstance(event, Started):
                     run.state, run.started_at = "running", time.monotonic()
@@ -257,9 +258,12 @@ class Worker:
                 await asyncio.sleep(_RETRY_S)
 
     async def _write_end(self, run: _Run, state: JobState, error: RequestError | None) -> None:
-        images = run.images if state == "succeeded" else []
-        files = {image.index: image.data for image in images}
-        outcome = await self._queue.finish(run.entry.job_id, state, error, encode_images(images), files)
+        if state == "succeeded":
+            files = {image.index: image.data for image in run.images}
+            described = encode_images(run.images)
+            outcome = await self._queue.finish(run.entry.job_id, state, error, described, files, run.steps)
+        else:
+            outcome = await self._queue.finish(run.entry.job_id, state, error)
         if outcome == "done":
             report_end(run.entry.job_id, run.validated.generation, state, error, time.time() - run.created)
         elif outcome == "unknown":
