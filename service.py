@@ -23,7 +23,7 @@ from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.schemas import BatchResult
-from hypergen.app import create_app
+from hypergen.app import check_shared_store, create_app
 from hypergen.bentoml_integration import metrics_folder, server_logs, tracing
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.build_arguments import errors_in_one_line, keep_models, read_arguments
@@ -44,6 +44,8 @@ server_logs.use_our_form()
 metrics_folder.use_own_folder()
 keys = ApiKeys(settings.server)
 with errors_in_one_line():
+    if "_HYPERGEN_LAUNCHER_PID" not in os.environ:  # `hypergen serve` has checked it
+        check_shared_store(settings.server)
     models = find_models(settings)
 keep_models(arguments, resolved_entries(settings, models))
 pool = EnginePool(settings)

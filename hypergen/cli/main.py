@@ -59,15 +59,16 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     tag of the model store, or a served-model file such as those in configs/; by default it is the model that
     comes with HyperGen. Requests choose among several by name; the default is the first.
     """
+    from hypergen.app import check_shared_store
     from hypergen.cli.serve import check_port, run_service
-    from hypergen.cli.start_checks import check_certificate, check_jobs, check_models
+    from hypergen.cli.start_checks import check_certificate, check_models
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
     from hypergen.served_model_config import as_json
 
     settings = load_settings(config, os.environ, {**flags, "models": models})
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
-    check_jobs(settings.server)
+    check_shared_store(settings.server)
     check_models(settings)
     port = check_port(settings.server)
     log_setup.export(settings.server.log_format, settings.server.log_level)

@@ -103,16 +103,3 @@ def check_certificate(server: ServerSettings) -> None:
             f"--ssl-certfile {certificate} and --ssl-keyfile {key} must be a certificate and its key in PEM, "
             f"without a password: {getattr(error, 'reason', None) or error}."
         ) from None
-
-
-def check_jobs(server: ServerSettings) -> None:
-    """
-    Raises:
-        ConfigurationError: the Redis of --jobs cannot be used.
-    """
-    if server.jobs is None:
-        return
-    optional_packages.require("redis", "--jobs")
-    from hypergen.api.redis_jobs.connection import check_redis
-
-    check_redis(server.jobs)

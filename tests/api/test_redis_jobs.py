@@ -18,6 +18,7 @@ import pytest_asyncio
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import EDITS, GENERATIONS
 from hypergen.api.job_store import JobState, JobStatus
+from hypergen.api.redis_jobs.connection import connect
 from hypergen.api.redis_jobs.job_queue import JobQueue
 from hypergen.api.redis_jobs.redis_jobs import RedisJobs
 from hypergen.api.redis_jobs.worker import MAX_DELIVERIES
@@ -63,7 +64,7 @@ class Fleet:
 
     def replica(self) -> RedisJobs:
         """A replica that runs no jobs before its `start`."""
-        self._replicas.append(RedisJobs(self.redis.url, SETTINGS, self.pool, self.storage))
+        self._replicas.append(RedisJobs(connect(self.redis.url), SETTINGS, self.pool, self.storage))
         return self._replicas[-1]
 
     async def close(self) -> None:

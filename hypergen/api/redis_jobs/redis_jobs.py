@@ -8,11 +8,11 @@ import uuid
 from typing import Any
 
 from cachetools import TTLCache
+from redis.asyncio import Redis
 
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.image_urls import store_images
 from hypergen.api.job_store import JobStatus, JobStore, report_end
-from hypergen.api.redis_jobs.connection import connect
 from hypergen.api.redis_jobs.job_queue import JobQueue, QueueLimits, Submitted
 from hypergen.api.redis_jobs.records import (
     Fields,
@@ -40,18 +40,18 @@ class RedisJobs(JobStore):
     """See `JobStore`.
 
     Args:
-        url: of Redis.
+        redis: which it closes.
         storage: for `url` results; the replica that answers stores their files.
     """
 
     def __init__(
-        self, url: str, settings: Settings, generator: ImageGenerator, storage: ImageStorage
+        self, redis: Redis, settings: Settings, generator: ImageGenerator, storage: ImageStorage
     ) -> None:
         server = settings.server
         self._max_jobs = server.max_jobs
         self._generator = generator
         self._storage = storage
-        self._redis = connect(url)
+        self._redis = redis
         limits = QueueLimits(
             lifetime_s=server.url_lifetime_s,
             max_jobs=server.max_jobs,
