@@ -44,8 +44,6 @@ server_logs.use_our_form()
 metrics_folder.use_own_folder()
 keys = ApiKeys(settings.server)
 with errors_in_one_line():
-    if "_HYPERGEN_LAUNCHER_PID" not in os.environ:  # `hypergen serve` has checked it
-        check_shared_store(settings.server)
     models = find_models(settings)
 keep_models(arguments, resolved_entries(settings, models))
 pool = EnginePool(settings)
@@ -76,6 +74,12 @@ class HyperGen:
     # BentoML takes those for the service's own that are attributes of the class: one each.
     tags = dict.fromkeys(tag for model in models for tag in model.tags)
     vars().update({f"model_{index}": BentoModel(tag) for index, tag in enumerate(tags)})
+
+    @bentoml.on_deployment
+    def check() -> None:
+        """Called once, by `bentoml serve` before it starts the process of the HTTP half."""
+        with errors_in_one_line():
+            check_shared_store(settings.server)
 
     @bentoml.on_startup
     async def start(self) -> None:

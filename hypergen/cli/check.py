@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from hypergen.api.api_keys import ApiKeys
+from hypergen.app import check_shared_store
 from hypergen.cli.start_checks import CheckedModel, check_certificate, check_models
 from hypergen.config import ServerSettings, Settings
 from hypergen.errors import ModelError
@@ -35,6 +36,7 @@ def check(file: Path, environment: Mapping[str, str]) -> Iterator[Row]:
         settings = load_settings(file, environment)
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
+    check_shared_store(settings.server)
     for model in check_models(settings):
         yield from _describe(model)
     yield "address", _address(settings.server)
