@@ -26,7 +26,13 @@ from hypergen.api.request_record import RequestRecord
 from hypergen.config import Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_protocol import generate_all
-from hypergen.errors import InvalidRequestError, NotFoundError, QueueFullError, UnavailableError
+from hypergen.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    QueueFullError,
+    StorageFullError,
+    UnavailableError,
+)
 from hypergen.images.storage import ImageStorage
 from hypergen.request import ANONYMOUS, ApiKey
 from tests.support.http_client import QUICK, SLOW
@@ -162,6 +168,19 @@ async def test_every_replica_answers_with_the_bytes_of_the_direct_request(fleet:
             stored = [fleet.storage.read(item["url"].removeprefix("https://x/")) for item in result["data"]]
             assert stored == files
             assert await result_of(other, done, "https://x/") == result  # the same files
+
+
+async def test_a_full_storage_leaves_out_the_url(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet.running() as replica:
+        both = await fleet.submit(replica, QUICK)
+        url = await fleet.submit(replica, {**QUICK, "response_format": "url"})
+        done = [await wait(replica, job, "succeeded", "failed") for job in (both, url)]
+        monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+        item = (await result_of(replica, done[0], "https://x/"))["data"][0]
+        assert item["b64_json"]
+        assert "url" not in item
+        with pytest.raises(StorageFullError):
+            await replica.result(done[1], "https://x/")
 
 
 async def test_cancel_and_progress_work_from_every_replica(fleet: Fleet) -> None:

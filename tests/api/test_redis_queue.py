@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from hypergen.api.dialects.endpoints import EDITS, ENDPOINTS, GENERATIONS
 from hypergen.api.redis_jobs.connection import check_redis, connect, without_password
@@ -140,6 +141,26 @@ async def test_a_released_job_is_free_at_once_and_keeps_its_position(queues: lis
     assert (await queues[1].take(entries[0]))["deliveries"] == b"1"
     await queues[0].release(entries[0])  # no longer its job
     assert await queues[0].take_over(5, silent_s=60) == []
+
+
+async def test_replicas_that_ended_are_forgotten_but_not_their_jobs(
+    queues: list[JobQueue], redis: RedisServer
+) -> None:
+    def names(client: Redis) -> set[bytes]:
+        return {consumer["name"] for consumer in client.xinfo_consumers("hypergen:queue", "replicas")}
+
+    await submit(queues[0], "a")
+    (entry,) = await queues[0].read(1, 0.1)
+    await queues[0].take(entry)
+    await queues[1].read(1, 0.01)
+    with redis.client() as client:
+        client.xgroup_createconsumer("hypergen:queue", "replicas", "three")
+        await asyncio.sleep(0.02)
+        await queues[0].forget_replicas(60)
+        assert names(client) >= {b"one", b"three"}
+        await queues[0].forget_replicas(0.01)
+        assert names(client) == {b"one"}
+    assert await queues[1].take_over(1, silent_s=0) == [entry]
 
 
 async def test_a_cancelled_job_is_lost_for_its_replica(queues: list[JobQueue]) -> None:

@@ -206,9 +206,9 @@ class JobQueue:
         )
         return outcome.decode()
 
-    async def forget_replicas(self) -> None:
-        """Remove replicas that ended long ago from the group."""
-        await self._call("forget_replicas")
+    async def forget_replicas(self, silent_s: float) -> None:
+        """Remove replicas from the group that were silent for longer and have no jobs left."""
+        await self._call("forget_replicas", silent_s)
 
 
 def _or_empty(value: int | None) -> int | str:

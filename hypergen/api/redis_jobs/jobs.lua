@@ -206,12 +206,12 @@ function commands.get()
     return {fields, redis.call('ZRANK', waiting, ARGV[3]) or -1}
 end
 
--- Removes replicas that have been silent for ten minutes and have no jobs left to take over.
+-- silent_s. Removes replicas that were silent for longer and have no jobs left to take over.
 function commands.forget_replicas()
     for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', queue, group)) do
         local fields = {}
         for i = 1, #consumer, 2 do fields[consumer[i]] = consumer[i + 1] end
-        if fields.pending == 0 and fields.idle > 600000 then
+        if fields.pending == 0 and fields.idle > tonumber(ARGV[3]) * 1000 then
             redis.call('XGROUP', 'DELCONSUMER', queue, group, fields.name)
         end
     end

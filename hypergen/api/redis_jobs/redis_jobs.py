@@ -27,7 +27,13 @@ from hypergen.api.responses import write
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
-from hypergen.errors import InvalidRequestError, NotFoundError, QueueFullError, UnavailableError
+from hypergen.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    QueueFullError,
+    StorageFullError,
+    UnavailableError,
+)
 from hypergen.events import ImageFinished
 from hypergen.images.storage import ImageStorage
 from hypergen.request import ApiKey
@@ -123,7 +129,13 @@ class RedisJobs(JobStore):
             raise NotFoundError("The images of this job have expired.")
         endpoint, validated = decode_request(fields)
         images = decode_images(fields, files)
-        urls = None if base is None else await self._urls(job.id, validated, images, base)
+        urls = None
+        if base is not None:
+            try:
+                urls = await self._urls(job.id, validated, images, base)
+            except (StorageFullError, UnavailableError):
+                if validated.response_format == "url":
+                    raise
         return await write(endpoint.to_response, validated, images, urls, _created(fields))
 
     async def _urls(

@@ -131,7 +131,7 @@ class Worker:
                 entries = await self._queue.take_over(room, SILENT_S)
                 next_take_over = time.monotonic() + _TAKE_OVER_EVERY_S
             if time.monotonic() >= next_forget:
-                await self._queue.forget_replicas()
+                await self._queue.forget_replicas(_FORGET_EVERY_S)
                 next_forget = time.monotonic() + _FORGET_EVERY_S
             for entry in entries or await self._queue.read(room, _READ_S):
                 await self._take(entry)
