@@ -19,7 +19,7 @@ end
 
 -- seconds
 function commands.keep()
-    if is_ours() then redis.call('EXPIRE', answer, ARGV[4]) end
+    if is_ours() and redis.call('HEXISTS', answer, 'status') == 0 then redis.call('EXPIRE', answer, ARGV[4]) end
 end
 
 function commands.free()

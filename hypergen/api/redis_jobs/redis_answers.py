@@ -54,10 +54,12 @@ class RedisAnswers(SharedAnswers):
 
     @asynccontextmanager
     async def keep(self, key: Key, owner: str) -> AsyncGenerator[None]:
-        keeping = asyncio.create_task(self._keep(key, owner))
+        ended = asyncio.Event()
+        keeping = asyncio.create_task(self._keep(key, owner, ended))
         try:
             yield
         finally:
+            ended.set()  # too, because the client swallows a cancellation now and then
             keeping.cancel()
 
     async def put(self, key: Key, owner: str, answer: Answer) -> Answer:
@@ -79,8 +81,8 @@ class RedisAnswers(SharedAnswers):
     async def free(self, key: Key, owner: str) -> None:
         await self._call("free", key, owner)
 
-    async def _keep(self, key: Key, owner: str) -> None:
-        while True:
+    async def _keep(self, key: Key, owner: str, ended: asyncio.Event) -> None:
+        while not ended.is_set():
             await asyncio.sleep(_KEEP_EVERY_S)
             try:
                 await self._call("keep", key, owner, _CLAIM_S)

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from hypergen.api.job_store import JobState, report_end
-from hypergen.api.redis_jobs.job_queue import TOO_LATE, Beat, Entry, JobQueue
+from hypergen.api.redis_jobs.job_queue import TOO_LATE, Entry, JobQueue
+from hypergen.api.redis_jobs.job_run import JobRun
 from hypergen.api.redis_jobs.records import decode_request, encode_images
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
@@ -36,37 +37,8 @@ _READ_S = 1.0
 _ROOM_S = 0.1
 _RETRY_S = 1.0
 _CLOSE_S = 5.0
+_CANCEL_S = 1.0
 _FORGET_EVERY_S = 600.0
-
-
-@dataclass(eq=False)
-class _Run:
-    """A job that this replica runs.
-
-    Attributes:
-        created, deadline: Unix times.
-        started_at: monotonic.
-        generated: it only has to be written.
-    """
-
-    entry: Entry
-    validated: ValidatedRequest
-    created: float
-    deadline: float
-    state: JobState = "queued"
-    step: int = 0
-    steps: int | None = None
-    started_at: float = 0.0
-    generated: bool = False
-    images: list[ImageFinished] = field(default_factory=list[ImageFinished])
-    task: asyncio.Task[None] | None = None
-
-    def beat(self) -> Beat:
-        ends_at = None
-        if self.step and self.steps is not None:
-            left_s = (time.monotonic() - self.started_at) / self.step * (self.steps - self.step)
-            ends_at = time.time() + left_s
-        return Beat(self.entry, self.state, self.step, self.steps, ends_at)
 
 
 class Worker:
@@ -78,7 +50,7 @@ class Worker:
         self._max_batch_size = settings.engine.max_batch_size
         self._max_queue_size = settings.queue.max_queue_size
         self._keep_results_s = settings.server.url_lifetime_s
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, JobRun] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._run_ended = asyncio.Event()
         self._away = False
@@ -88,9 +60,7 @@ class Worker:
 
     async def close(self) -> None:
         """Stop, and leave unfinished jobs to other replicas."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _cancel(*self._tasks)
         runs = list(self._runs.values())
         await asyncio.gather(*(self.stop(run.entry.job_id) for run in runs))
         with suppress(TimeoutError):
@@ -102,8 +72,7 @@ class Worker:
         """Stop to run a job, without a change of its record; nothing if this replica does not run it."""
         run = self._runs.get(job_id)
         if run is not None and run.task is not None:
-            run.task.cancel()
-            await asyncio.gather(run.task, return_exceptions=True)
+            await _cancel(run.task)
             self._forget(run)  # the task was cancelled before it ran
 
     async def _take_jobs(self) -> None:
@@ -149,7 +118,8 @@ class Worker:
     async def _wait_for_room(self) -> None:
         self._run_ended.clear()
         with suppress(TimeoutError):  # another request may have ended
-            await asyncio.wait_for(self._run_ended.wait(), _ROOM_S)
+            async with asyncio.timeout(_ROOM_S):
+                await self._run_ended.wait()
 
     async def _take(self, entry: Entry) -> None:
         if entry.job_id in self._runs:  # taken over from this replica itself, after a stall
@@ -168,7 +138,7 @@ class Worker:
             if deliveries > MAX_DELIVERIES:
                 await self._queue.finish(entry.job_id, "failed", error)
             return
-        run = _Run(entry, validated, created, deadline)
+        run = JobRun(entry, validated, created, deadline)
         if deliveries > MAX_DELIVERIES:
             message = f"Replicas ended {MAX_DELIVERIES} times while they ran this job; not retrying."
             await self._write_end(run, "failed", GenerationError(message, code="poison"))
@@ -187,7 +157,7 @@ class Worker:
         if model is not None and self._generator.find_model(model) is None:
             raise NotFoundError(f"No replica serves the model '{model}'.", code="model_not_found")
 
-    async def _run(self, run: _Run) -> None:
+    async def _run(self, run: JobRun) -> None:
         try:
             await self._run_to_end(run)
         except Exception:  # Isolate the failure: nothing awaits this task.
@@ -196,7 +166,7 @@ class Worker:
         finally:
             self._forget(run)
 
-    async def _run_to_end(self, run: _Run) -> None:
+    async def _run_to_end(self, run: JobRun) -> None:
         try:
             async with asyncio.timeout(run.deadline - time.time()):
                 await self._generate(run)
@@ -211,7 +181,7 @@ class Worker:
         else:
             await self._end(run, "succeeded")
 
-    async def _generate(self, run: _Run) -> None:
+    async def _generate(self, run: JobRun) -> None:
         """Fill `run.images`. Raises UnavailableError if this replica cannot finish the job."""
         while True:
             run.images.clear()
@@ -225,7 +195,7 @@ class Worker:
                     raise
             await asyncio.sleep(_RETRY_S)
 
-    async def _generate_once(self, run: _Run) -> None:
+    async def _generate_once(self, run: JobRun) -> None:
         request = run.validated.generation
         # The limits of the key were checked for the whole fleet when the job was created.
         key = replace(request.api_key, max_requests=None, images_per_minute=None)
@@ -242,7 +212,7 @@ class Worker:
             raise GenerationError("The engine ended the job before all images were generated.")
         run.images.sort(key=lambda image: image.index)
 
-    async def _end(self, run: _Run, state: JobState, error: RequestError | None = None) -> None:
+    async def _end(self, run: JobRun, state: JobState, error: RequestError | None = None) -> None:
         """Write the end of a job. While Redis is away, it is kept and tried again."""
         run.generated = True
         keep_until = time.monotonic() + self._keep_results_s
@@ -257,7 +227,7 @@ class Worker:
                     return
                 await asyncio.sleep(_RETRY_S)
 
-    async def _write_end(self, run: _Run, state: JobState, error: RequestError | None) -> None:
+    async def _write_end(self, run: JobRun, state: JobState, error: RequestError | None) -> None:
         if state == "succeeded":
             files = {image.index: image.data for image in run.images}
             described = encode_images(run.images)
@@ -269,7 +239,7 @@ class Worker:
         elif outcome == "unknown":
             logger.warning("The result of %s is dropped: Redis has lost the job.", run.entry.job_id)
 
-    def _forget(self, run: _Run) -> None:
+    def _forget(self, run: JobRun) -> None:
         if self._runs.get(run.entry.job_id) is run:
             del self._runs[run.entry.job_id]
         self._run_ended.set()
@@ -298,3 +268,12 @@ class Worker:
         if self._away:
             self._away = False
             logger.info("Redis is back.")
+
+
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks and wait for them, again and again: libraries swallow a cancellation now and then."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_S)
