@@ -28,7 +28,9 @@ from hypergen.bentoml_integration import metrics_folder, server_logs, tracing
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.build_arguments import errors_in_one_line, keep_models, read_arguments
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService, tls_options
+from hypergen.bentoml_integration.listen_check import check_port_of_bentoml_serve
 from hypergen.engine_client.pool import EnginePool
+from hypergen.images.storage import open_storage
 from hypergen.load_settings import load_settings
 from hypergen.process_lifecycle import drain_on_sigterm, leave_with_parent
 from hypergen.resolve_models import find_models, resolved_entries
@@ -42,11 +44,12 @@ os.environ["FORWARDED_ALLOW_IPS"] = ",".join(settings.server.trusted_proxy)
 log_setup.export(settings.server.log_format, settings.server.log_level)
 server_logs.use_our_form()
 metrics_folder.use_own_folder()
-keys = ApiKeys(settings.server)
 with errors_in_one_line():
+    keys = ApiKeys(settings.server)
     models = find_models(settings)
+    pool = EnginePool(settings)
+    app = create_app(settings, pool, models)
 keep_models(arguments, resolved_entries(settings, models))
-pool = EnginePool(settings)
 
 # No distribution, because BentoML installs compilers and git in those that it knows; all packages are wheels.
 image = Image(base_image="python:3.11-slim", distro="none", python_version="3.11", lock_python_packages=False)
@@ -54,7 +57,7 @@ image.python_packages(*Path(__file__).with_name("requirements.txt").read_text().
 image.run("install -d -o bentoml -g bentoml /var/lib/hypergen")  # for a volume with the state
 
 
-@bentoml.asgi_app(create_app(settings, pool, models), path="/")
+@bentoml.asgi_app(app, path="/")
 @bentoml.service(
     name="hypergen",
     description="file:README.md",
@@ -65,7 +68,10 @@ image.run("install -d -o bentoml -g bentoml /var/lib/hypergen")  # for a volume 
     service_class=ContinuousBatchingService.with_keep_alive(settings.server.keep_alive_s),
     workers=1,  # one queue, one set of limits; more accelerators are more engines, not more workers
     # Deadlines and limits are ours: BentoML's would answer before the key check and without Retry-After.
-    traffic={"timeout": 86400, "concurrency": settings.engine.max_batch_size},
+    traffic={
+        "timeout": 86400,
+        "concurrency": settings.engine.max_batch_size * max(1, len(settings.engine.devices)),
+    },
     logging={"access": {"enabled": False}},
     backlog=settings.server.backlog,
     ssl=tls_options(settings.server),
@@ -79,6 +85,8 @@ class HyperGen:
     def check() -> None:
         """Called once, by `bentoml serve` before it starts the process of the HTTP half."""
         with errors_in_one_line():
+            check_port_of_bentoml_serve()
+            open_storage(settings.server).check()
             check_shared_store(settings.server)
 
     @bentoml.on_startup

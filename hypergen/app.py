@@ -31,7 +31,7 @@ from hypergen.api.routes import create_router
 from hypergen.config import ServerSettings, Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import RequestError
-from hypergen.images.storage import ImageStorage
+from hypergen.images.storage import ImageStorage, open_storage
 from hypergen.images.temporary_folders import remove_folders_of_killed_servers
 from hypergen.served_model import ServedModel
 
@@ -44,8 +44,11 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     """The API over the pool that serves these models.
 
     It starts nothing, because the parent process, a build and the worker all call it.
+
+    Raises:
+        ConfigurationError: the storage needs a package that is not installed.
     """
-    storage = ImageStorage(settings.server.url_lifetime_s, int(settings.server.url_storage_mb * 1e6))
+    storage = open_storage(settings.server)
     jobs, shared_answers = _create_stores(settings, pool, storage)
     answers = StoredAnswers(settings.server.url_lifetime_s, int(settings.server.idempotency_mb * 1e6))
     idempotent = IdempotentRequests(answers, shared_answers)

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
 
+from hypergen.device_names import DeviceType, device_type, read_devices
 from hypergen.served_model_config import ModelEntry, NamedSources, read_entries
 
-Device = Literal["cuda", "cpu", "mps"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Determinism = Literal["strict", "fast"]
 LogFormat = Literal["text", "json"]
@@ -55,6 +55,11 @@ def _read_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+# A bucket, and a prefix of characters that need no escaping in URLs; none of its parts begins with a dot.
+_STORAGE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?!.*/[/.])(/[A-Za-z0-9_./-]*)?")
+_MAX_PRESIGNED_S = 7 * 24 * 3600
+
+Devices = Annotated[tuple[str, ...], BeforeValidator(read_devices)]
 Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
 
 
@@ -67,8 +72,14 @@ def _both_or_none(key: Path | None, certificate: Path | None) -> Path | None:
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     """How an engine process uses its accelerator."""
 
-    device: Device | None = Field(
-        None, description="device to run the model on; absent: the first available of cuda, mps and cpu"
+    device: DeviceType | None = Field(
+        None,
+        description="type of the devices to run models on; absent: the first available of cuda, mps and cpu",
+    )
+    devices: Devices = Field(
+        (),
+        description="devices with one engine each, separated by commas, such as cuda:0,cuda:1 or cpu,cpu; "
+        "all, or absent: every GPU, else one engine",
     )
     dtype: Dtype | None = Field(
         None, description="precision of the weights; absent: chosen for model and device"
@@ -87,8 +98,8 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="memory for the weights of all loaded models, in GB; beyond it, the least recently used "
-        "model is evicted. Absent: 80 % of a GPU's memory, no limit on other devices",
+        description="memory of an engine for the weights of all loaded models, in GB; beyond it, the least "
+        "recently used model is evicted. Absent: 80 % of a GPU's memory, no limit on other devices",
     )
     host_memory_gb: float | None = Field(
         None,
@@ -120,7 +131,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         "waiting; 0: the shortest always runs first",
     )
     prompt_cache_mb: int = Field(
-        512, ge=0, description="memory for cached prompt embeddings, in MB; 0 disables the cache"
+        512, ge=0, description="memory of an engine for cached prompt embeddings, in MB; 0 disables the cache"
     )
     max_prompt_chunks: int = Field(
         4,
@@ -187,7 +198,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         1024,
         ge=0,
         allow_inf_nan=False,
-        description="memory for loaded LoRAs, in MB; the least recently used are evicted first",
+        description="memory of an engine for loaded LoRAs, in MB; the least recently used are evicted first",
     )
     controlnet: NamedSources = Field(
         default_factory=dict[str, str],
@@ -220,6 +231,19 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="seconds without a denoising step after which a busy engine is restarted",
     )
+
+    @property
+    def device_type(self) -> DeviceType | None:
+        """The type of all devices; None: the first available one."""
+        return device_type(self.devices[0]) if self.devices else self.device
+
+    @field_validator("devices")
+    @classmethod
+    def _check_devices(cls, devices: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        of_device = info.data.get("device")
+        if devices and of_device not in (None, device_type(devices[0])):
+            raise ValueError(f"must be of the type that --device has, {of_device}")
+        return devices
 
     @field_validator("compile_sizes")
     @classmethod
@@ -358,6 +382,17 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     )
     playground: bool = Field(True, description="serve the playground, a web page for this API, at /")
     image_metadata: bool = Field(True, description="write prompt, seed and settings into image files")
+    storage: str | None = Field(
+        None,
+        description="object storage for `url` results and the images of jobs: s3://BUCKET or "
+        "s3://BUCKET/PREFIX (package obstore); credentials, region and endpoint are those of the AWS_... "
+        "variables. Absent: a temporary folder",
+    )
+    storage_public_url: str | None = Field(
+        None,
+        description="address of the object storage in `url` results, where clients reach it by another one "
+        "than AWS_ENDPOINT_URL, such as https://s3.example.com",
+    )
     url_lifetime_s: float = Field(
         3600, ge=60, allow_inf_nan=False, description="seconds for which a `url` result can be fetched"
     )
@@ -372,7 +407,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         1024,
         gt=0,
         allow_inf_nan=False,
-        description="disk space for `url` results, in MB; the oldest are removed first",
+        description="disk space for `url` results in the folder, in MB; the oldest are removed first",
     )
     idempotency_mb: float = Field(
         256,
@@ -393,6 +428,38 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         if url is not None and not re.fullmatch(r"(redis|rediss|valkey|valkeys)://[^\s/?#]+(/\d*)?", url):
             raise ValueError("must be redis://HOST:PORT/DATABASE or rediss://HOST:PORT/DATABASE")
         return url
+
+    @field_validator("storage")
+    @classmethod
+    def _check_storage(cls, storage: str | None) -> str | None:
+        if storage is not None and not _STORAGE.fullmatch(storage):
+            raise ValueError("must be s3://BUCKET or s3://BUCKET/PREFIX, such as s3://images/results")
+        return storage and storage.rstrip("/")
+
+    @field_validator("storage_public_url")
+    @classmethod
+    def _check_storage_url(cls, url: str | None, info: ValidationInfo) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^\s/?#@]+", url):
+            raise ValueError("must be a scheme and a host, without a path, such as https://s3.example.com")
+        if url is not None and info.data.get("storage") is None:
+            raise ValueError("needs --storage")
+        return url
+
+    @field_validator("url_lifetime_s")
+    @classmethod
+    def _check_lifetime(cls, lifetime_s: float, info: ValidationInfo) -> float:
+        if info.data.get("storage") is not None and lifetime_s > _MAX_PRESIGNED_S:
+            raise ValueError(
+                f"must be at most {_MAX_PRESIGNED_S} with --storage, the limit of presigned URLs"
+            )
+        return lifetime_s
+
+    @field_validator("url_storage_mb")  # not called for the default
+    @classmethod
+    def _check_folder_size(cls, size: float, info: ValidationInfo) -> float:
+        if info.data.get("storage") is not None and info.data.get("jobs") is None:
+            raise ValueError("cannot be combined with --storage: a bucket's lifecycle rule bounds its size")
+        return size
 
     @field_validator("allowed_host")
     @classmethod

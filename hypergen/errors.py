@@ -14,7 +14,7 @@
         ├── SlowBodyError
         ├── UnsupportedMediaTypeError
         ├── QueueFullError          retry after `retry_after_s`
-        ├── UnavailableError        loading, recovering or draining; retry after `retry_after_s`
+        ├── UnavailableError        loading, draining, no object storage; retry after `retry_after_s`
         ├── DeadlineExceededError
         ├── StorageFullError
         └── GenerationError
@@ -127,7 +127,7 @@ class QueueFullError(RequestError):
 
 
 class UnavailableError(RequestError):
-    """The engine is loading, recovering or draining."""
+    """The engine is loading, recovering or draining, or the object storage cannot be reached."""
 
     code = "loading"
 

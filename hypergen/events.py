@@ -103,6 +103,7 @@ class EngineStatus:
     forwards: int = 0  # forward passes since the start of the process
     image_steps: int = 0  # images in those passes, in total
     restarts: int = 0
+    requests: int = 0  # unfinished ones that the pool gave it
     models: tuple[str, ...] = ()  # ids of the models in memory
     # Seconds of each stage of the startup: imports, weights, warm-up.
     startup_s: dict[str, float] = field(default_factory=dict[str, float])

@@ -29,7 +29,7 @@ class Start:
     Attributes:
         models: to load.
         state_folder: where to keep what outlives the process.
-        engines: number of engines, which share the main memory.
+        engines: number of engines, which share the main memory and, on a CPU, its cores.
     """
 
     models: tuple[ServedModel, ...]

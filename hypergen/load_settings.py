@@ -19,7 +19,7 @@ from hypergen.served_model_config import ModelEntry, as_text, explain_yaml, file
 
 PREFIX = "HYPERGEN_"
 # Separated by commas in the environment. Others are paths, which may contain commas.
-_WITH_COMMAS = ("allowed_host", "compile_sizes", "cors_origin", "trusted_proxy")
+_WITH_COMMAS = ("allowed_host", "compile_sizes", "cors_origin", "devices", "trusted_proxy")
 # Not in messages, nor in a Bento.
 _SECRETS = ("api_key", "jobs")
 # Variables that Kubernetes sets in every pod for a service whose name begins with "hypergen".

@@ -64,6 +64,7 @@ _WAITING = _gauge("queue_waiting", "requests that wait in the request queue")
 _OVERFLOW = _gauge("queue_overflow", "requests that wait in the overflow queue")
 _STATE = _gauge("state", "1 for the state of the server, 0 for the others", ["state"])
 _UP = _gauge("engine_up", "1 if the engine is ready", ["engine"])
+_ENGINE_REQUESTS = _gauge("engine_requests", "unfinished requests that an engine has", ["engine"])
 _RESTARTS = _counter("engine_restarts", "restarts of engine processes", ["engine"])
 _MODELS = _gauge("models_in_memory", "models in memory", ["engine"])
 _LOAD_SECONDS = _gauge("model_load_seconds", "duration of the latest load of a model", ["engine", "model"])
@@ -156,6 +157,7 @@ class StatusMetrics:
 
     def _update_engine(self, number: str, engine: EngineStatus) -> None:
         _UP.labels(number).set(engine.state == "ready")
+        _ENGINE_REQUESTS.labels(number).set(engine.requests)
         _MODELS.labels(number).set(len(engine.models))
         _LORAS.labels(number).set(engine.loras)
         for model, seconds in engine.load_s.items():

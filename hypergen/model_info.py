@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # Capabilities that not every family has, named after the field of `GenerationRequest` that uses them.
 Capability = Literal[
@@ -29,6 +30,31 @@ class ModelDefaults:
     height: int
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The words of a model that knows only a few.
+
+    Attributes:
+        words: lower case.
+        unknown_prompt: what the model understands of a prompt without any of these words.
+    """
+
+    words: frozenset[str]
+    unknown_prompt: str
+
+    @classmethod
+    def of_card(cls, model_card: dict[str, Any]) -> Vocabulary | None:
+        """`vocabulary` in the model's `hypergen.json`; None: the model is not limited to some words."""
+        if (fields := model_card.get("vocabulary")) is None:
+            return None
+        return cls(frozenset(fields["words"]), fields["unknown_prompt"])
+
+    def understood(self, prompt: str) -> str | None:
+        """`unknown_prompt` if the prompt has no known word, else None."""
+        is_unknown = self.words.isdisjoint(re.findall(r"[^\W_]+", prompt.lower()))
+        return self.unknown_prompt if is_unknown else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """The properties of a loaded model; dialects validate requests against them alone."""
@@ -47,3 +73,4 @@ class ModelInfo:
     max_loras: int = 0  # in one request
     controlnets: tuple[str, ...] = ()
     schedules: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # of samplers
+    vocabulary: Vocabulary | None = None

@@ -11,6 +11,7 @@ _PACKAGES = {
     "c2pa": ("c2pa-python", "c2pa"),
     "kernels": ("kernels", None),
     "matplotlib": ("matplotlib", "bench"),
+    "obstore": ("'obstore>=0.12'", "s3"),
     "redis": ("'redis>=8'", "redis"),
     "torchao": ("'torchao>=0.18'", "quantization"),
 }

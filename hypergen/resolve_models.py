@@ -18,7 +18,7 @@ from hypergen.model_store.attention_kernels import provide_attention_kernel
 from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
-from hypergen.model_store.model_check import refuse_unusable
+from hypergen.model_store.model_check import refuse_unusable, refuse_unusable_network
 from hypergen.model_store.safety_checkers import find_safety_checker
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
@@ -60,7 +60,11 @@ def find_models(
         )
         checker = find_safety_checker(engine.safety_checker, report_progress)
         engine = engine.model_copy(update={"safety_checker": checker})
-        if refiner:  # engines use folders, not the store
+        # Engines use folders, not the store or the hub.
+        engine = engine.model_copy(
+            update={"controlnet": download_controlnets(engine.controlnet, stored.path, report_progress)}
+        )
+        if refiner:
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
         open_registry(engine, stored.path)  # reports missing files now, not in the engine
         models.append(
@@ -71,7 +75,7 @@ def find_models(
                 path=stored.path,
                 settings=engine,
                 defaults=entry.defaults.model_dump(exclude_none=True),
-                options=entry.options.model_copy(update={"vae": find_vae(entry.vae)}),
+                options=entry.options.model_copy(update={"vae": find_vae(entry.vae, stored.path)}),
             )
         )
     return _with_store_names(models)
@@ -79,7 +83,7 @@ def find_models(
 
 def prefers_fp16(engine: EngineSettings) -> bool:
     """Whether fp16 files are enough, because the model runs in 16 bits: by its dtype, else on every GPU."""
-    return has_gpu(engine.device) if engine.dtype is None else engine.dtype != "float32"
+    return has_gpu(engine.device_type) if engine.dtype is None else engine.dtype != "float32"
 
 
 def resolved_entries(settings: Settings, models: tuple[ServedModel, ...]) -> tuple[ModelEntry, ...]:
@@ -173,11 +177,14 @@ def _with_store_names(models: list[ServedModel]) -> tuple[ServedModel, ...]:
     )
 
 
-def find_vae(given: str | None) -> str | None:
+def find_vae(given: str | None, model: Path | None = None) -> str | None:
     """The absolute path of a VAE: a folder, a .safetensors file, or a hub model, which is downloaded.
 
+    Args:
+        model: the folder of the model that it is for.
+
     Raises:
-        ModelError: it does not exist, or has no safetensors weights.
+        ModelError: it does not exist, has no safetensors weights, or is a hub model that cannot be used.
     """
     if given is None:
         return None
@@ -186,7 +193,8 @@ def find_vae(given: str | None) -> str | None:
         return str(path)
     source, revision = split_revision(given)
     if not path.is_dir() and HUB_ID.fullmatch(source):
-        path = download_network(source, revision)
+        check = partial(refuse_unusable_network, class_name="AutoencoderKL", model=model)
+        path = download_network(source, revision, check)
     if not path.is_dir():
         raise ModelError(f"vae: no such folder or .safetensors file: {given}")
     check_component(path.parent, path.name, "AutoencoderKL")
@@ -205,8 +213,7 @@ def _refuse_equal_names(entries: tuple[ModelEntry, ...]) -> None:
 
 
 def find_controlnets(sources: Mapping[str, str]) -> dict[str, str]:
-    """The same sources with absolute folders. Hub ids, with or without @REVISION, are unchanged: the engine
-    resolves them.
+    """The same sources with absolute folders. Hub ids, with or without @REVISION, are unchanged.
 
     Raises:
         ModelError: a folder does not exist, or is not a complete ControlNet with safetensors weights.
@@ -222,6 +229,32 @@ def find_controlnets(sources: Mapping[str, str]) -> dict[str, str]:
         else:
             raise ModelError(f"ControlNet '{name}': no such folder: {source}")
     return found
+
+
+def download_controlnets(
+    sources: Mapping[str, str], model: Path, report_progress: Callable[[str], None] | None
+) -> dict[str, str]:
+    """The folders of the ControlNets of a model, downloaded if necessary.
+
+    Args:
+        sources: from `find_controlnets`.
+
+    Raises:
+        ModelError: one cannot be downloaded, or is for another model.
+    """
+    folders: dict[str, str] = {}
+    check = partial(refuse_unusable_network, class_name="ControlNetModel", model=model)
+    for name, source in sources.items():
+        if os.path.isabs(source):
+            folders[name] = source
+            continue
+        if report_progress is not None:
+            report_progress(f"Looking for {source} in the hub's cache and on the hub")
+        try:
+            folders[name] = str(download_network(*split_revision(source), check))
+        except ModelError as error:
+            raise ModelError(f"ControlNet '{name}' ({source}): {error}") from None
+    return folders
 
 
 def find_embeddings(files: Mapping[str, str]) -> dict[str, str]:

@@ -55,6 +55,7 @@ def wait(page: Page, images: int) -> None:
 
 def save(page: Page, name: str) -> None:
     """Desktop and phone, as WebP."""
+    page.mouse.move(0, 0)
     for suffix, size in (("", DESKTOP), ("-phone", PHONE)):
         page.set_viewport_size(size)
         if suffix:  # the images are below the form
@@ -80,18 +81,22 @@ def make(page: Page) -> None:
 
 
 def make_edit(page: Page) -> None:
-    page.get_by_role("button", name="Open: a red circle").click()
+    """One of two shapes becomes another one; the other is kept."""
+    page.get_by_role("button", name="Open: a green square").click()
     page.get_by_role("button", name="Use as input").click()
     box = page.get_by_role("application").bounding_box()
     assert box is not None
-    for share in (0.3, 0.45, 0.6, 0.75):
-        page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + share * box["height"])
-        page.mouse.down()
-        page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + share * box["height"], steps=8)
-        page.mouse.up()
-    generate(page, "a yellow star on a blue background", 4)
+    left, right = (box["x"] + share * box["width"] for share in (0.14, 0.36))
+    page.mouse.move(left, box["y"] + 0.38 * box["height"])
+    page.mouse.down()
+    for row, share in enumerate((0.38, 0.5, 0.62)):
+        y = box["y"] + share * box["height"]
+        for x in (left, right) if row % 2 == 0 else (right, left):
+            page.mouse.move(x, y, steps=8)
+    page.mouse.up()
+    generate(page, "a yellow star to the left of a white heart on a purple background", 4)
     page.locator(".result").get_by_role("button", name="Open: a yellow star").wait_for()
-    page.mouse.move(0, 0)
+    page.get_by_text("0 running").wait_for()
     save(page, "edit")
 
 
@@ -104,6 +109,7 @@ def make_grid(page: Page) -> None:
     page.get_by_label("Rows: Values").fill("2, 6, 20")
     page.get_by_role("button", name="Generate 12 cells").click()
     page.get_by_role("table").get_by_role("button").nth(11).wait_for()
+    page.get_by_text("0 running").wait_for()
     save(page, "grid")
 
 

@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/make_requirements.py
 
-These are the packages that pyproject.toml names and those that they need, without the development tools.
+These are the packages that pyproject.toml names, those of the extras that a server in an image may use, and
+those that they need, without the development tools.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "requirements.txt"
+EXTRAS = ("redis", "s3")
 HEADER = "# Made by scripts/make_requirements.py from constraints.txt: the packages of a Bento.\n"
 
 
@@ -40,7 +42,8 @@ def runtime_packages(requirements: list[str]) -> set[str]:
 
 def make_requirements() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    packages = runtime_packages(project["dependencies"])
+    optional = [text for extra in EXTRAS for text in project["optional-dependencies"][extra]]
+    packages = runtime_packages(project["dependencies"] + optional)
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {canonicalize_name(line.partition("==")[0]): line for line in lines if "==" in line}
     missing = packages - pins.keys()

@@ -80,13 +80,14 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> I
 def documented_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server of the embedded model, with the model name and the key in the documents.
 
-    It generates at most 128x128 and resizes, because the samples request many images of 1024x1024.
+    It generates at most 128x128 and resizes, because the samples request many images of 1024x1024. It knows
+    every word, as the model of the documents does, whose answer repeats the prompt.
     """
     folder = tmp_path_factory.mktemp("documented")
     model = shutil.copytree(Path(hypergen.__file__).parent / "embedded", folder / "embedded")
     model_card = json.loads((model / "hypergen.json").read_text(encoding="utf-8"))
-    small_area = {**model_card, "max_native_area": 128 * 128}
-    (model / "hypergen.json").write_text(json.dumps(small_area), encoding="utf-8")
+    model_card = {**model_card, "max_native_area": 128 * 128, "vocabulary": None}
+    (model / "hypergen.json").write_text(json.dumps(model_card), encoding="utf-8")
     environment = {
         "HYPERGEN_SERVED_MODEL_NAME": "stabilityai/stable-diffusion-xl-base-1.0",
         "HYPERGEN_PRICE_RATE": "0.01",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 from scripts.make_requirements import make_requirements
-from tests.support.live_server import LiveServer, start_server
+from tests.support.live_server import LiveServer, free_port, start_server
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "hypergen" / "embedded"
@@ -125,3 +127,46 @@ def test_a_wrong_argument_ends_the_build_with_one_line(tmp_path: Path) -> None:
         "Error: Argument 'torch_backend' must be cpu, xpu, or a version such as cu130 or rocm7.1 "
         "(given: 'gpu').\n"
     )
+
+
+def serve_that_ends(
+    bento: Path, folder: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bentoml", "serve", str(bento), "--host", "127.0.0.1", *arguments]
+    environment = {
+        **os.environ,
+        "BENTOML_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_a_port_in_use_ends_bentoml_serve_with_one_line(
+    bento: Path, bento_server: LiveServer, tmp_path: Path
+) -> None:
+    port = str(httpx.URL(bento_server.url).port)
+    done = serve_that_ends(bento, tmp_path, "--port", port)
+    assert done.returncode == 1
+    *before, error = done.stderr.splitlines()
+    assert (
+        error == f"Error: Cannot listen on 127.0.0.1:{port}: Address already in use. Choose another --port."
+    )
+    assert all(" INFO Service loaded " in line for line in before)
+
+
+def test_a_bento_without_its_models_ends_with_one_line(bento: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bento, tmp_path / "bento", ignore=shutil.ignore_patterns("models"), symlinks=True)
+    done = serve_that_ends(copy, tmp_path, "--port", str(free_port()))
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: .*\n", done.stderr)
+
+
+def test_a_wrong_key_file_ends_bentoml_serve_with_one_line(bento: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-1 name=client\n")
+    arguments = ("--port", str(free_port()))
+    done = serve_that_ends(bento, tmp_path, *arguments, HYPERGEN_API_KEY_FILE=str(tmp_path / "keys"))
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: .*/keys, line 1: name: Extra inputs are not permitted\.\n", done.stderr)

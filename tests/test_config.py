@@ -96,6 +96,11 @@ def test_every_documented_model_has_a_file() -> None:
         assert found == [file]
 
 
+def test_a_slash_at_the_end_of_a_prefix_is_dropped() -> None:
+    environment = {"HYPERGEN_STORAGE": "s3://images/results/"}
+    assert load_settings(environment=environment).server.storage == "s3://images/results"
+
+
 @pytest.mark.parametrize("name", sorted(name for _, name, _ in fields()))
 def test_every_setting_has_a_description_and_round_trips_through_the_environment(name: str) -> None:
     section, _, field = next(entry for entry in fields() if entry[1] == name)

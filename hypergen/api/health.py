@@ -10,6 +10,7 @@ from typing import Any
 from hypergen import __version__
 from hypergen.api.validation import default_size
 from hypergen.config import ServerSettings, Settings
+from hypergen.device_names import device_type
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.events import EngineStatus, ServerStatus
 from hypergen.model_info import ModelInfo
@@ -22,7 +23,7 @@ def health_body(
     generator: ImageGenerator, status: ServerStatus, models: Sequence[ServedModel], settings: Settings
 ) -> dict[str, Any]:
     """The body of /health; `device` is the setting until an engine has chosen one."""
-    device = settings.engine.device or "auto"
+    devices = (engine.device for engine in status.engines if engine.device)
     return {
         "status": "healthy" if status.state == "ready" else status.state,
         "version": __version__,
@@ -32,7 +33,7 @@ def health_body(
             _model(model, generator.model_info(model.id), status, settings.server) for model in models
         ],
         "queue_size": status.queue_size,
-        "device": next((engine.device for engine in status.engines if engine.device), device),
+        "device": next(map(device_type, devices), settings.engine.device_type or "auto"),
         "running": status.running,
         "waiting": status.waiting,
         "overflow": status.overflow,

@@ -7,6 +7,7 @@ The limits are a time for a request's head, a time in which the client must read
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import Any, ClassVar, cast
 
 import h11
@@ -37,6 +38,29 @@ def _default_max_connections() -> int:
     return min(_MAX_CONNECTIONS, max(16, descriptors - min(128, descriptors // 4)))
 
 
+class _LingeringTransport:
+    """A transport whose `close` waits for the rest of a request's body.
+
+    To close a socket with unread bytes resets the connection, and the client loses the unread part of its
+    response. nginx calls the wait a lingering close.
+    """
+
+    def __init__(self, transport: asyncio.Transport, protocol: GuardedProtocol) -> None:
+        self._transport = transport
+        self._protocol = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if self._protocol.begin_lingering():
+            if self._transport.can_write_eof():  # not with TLS
+                self._transport.write_eof()
+            self._transport.resume_reading()
+        else:
+            self._transport.close()
+
+
 class GuardedProtocol(H11Protocol):
     """One connection, with timeouts that are checked every `check_interval_s`.
 
@@ -44,7 +68,8 @@ class GuardedProtocol(H11Protocol):
         keep_alive_s: from a response to the first byte of the next request.
         head_timeout_s: from the connection, or the first byte of a later request, to the end of its head.
         write_timeout_s: how long a client may read nothing of its response.
-        drain_timeout_s: how long a client may send the rest of its body after an early response.
+        drain_timeout_s: how long a client may send the rest of its body after an early response, with or
+            without `Connection: close`.
         max_connections: beyond this number the connection that has been idle longest is closed.
     """
 
@@ -63,6 +88,7 @@ class GuardedProtocol(H11Protocol):
         self._unsent_bytes = 0
         self._progress_at = self.idle_since
         self._timer: asyncio.TimerHandle | None = None
+        self._lingers = False
         app = self.app
 
         async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,6 +104,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        self.transport = cast(asyncio.Transport, _LingeringTransport(transport, weakref.proxy(self)))
         if hasattr(transport, "max_size"):  # asyncio's own
             transport.max_size = _READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
         self._timer = self.loop.call_later(self.check_interval_s, self._check_timeouts)
@@ -89,7 +116,22 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
         self.app = cast(Any, None)  # breaks a reference cycle, so that the memory is freed at once
 
+    def begin_lingering(self) -> bool:
+        """Whether the connection stays open to receive and discard the rest of a body; once only."""
+        body_is_complete = self.conn.their_state not in (h11.SEND_BODY, h11.ERROR)
+        if self._lingers or body_is_complete or not self.idle:
+            return False
+        self._lingers = True
+        return True
+
+    def shutdown(self) -> None:
+        self._lingers = True  # `close` closes at once
+        super().shutdown()
+
     def data_received(self, data: bytes) -> None:
+        if self._lingers and self.idle:
+            self._unset_keepalive_if_required()
+            return
         if self._head_since is None:
             self._head_since = self.loop.time()
         super().data_received(data)
@@ -110,6 +152,10 @@ class GuardedProtocol(H11Protocol):
             )
             for event in response:
                 self.transport.write(self.conn.send(event) or b"")
+        if not self.idle:  # the application has lost its client, as in `connection_lost`
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self.cycle = cast(Any, None)
         self.transport.close()
 
     def on_response_complete(self) -> None:
@@ -137,6 +183,7 @@ class GuardedProtocol(H11Protocol):
         else:
             since, timeout_s = self.idle_since, self.drain_timeout_s
         if self.idle and since is not None and now - since >= timeout_s:
+            self._lingers = True
             self.transport.close()
         self._timer = self.loop.call_later(self.check_interval_s, self._check_timeouts)
 

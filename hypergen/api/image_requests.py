@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from hypergen.api.dialects.endpoints import IMAGE_FIELDS
 from hypergen.api.disconnects import client_disconnected, run_until_disconnect
 from hypergen.api.errors import ClientDisconnectedError
 from hypergen.api.idempotency import HEADER, IdempotentRequests, idempotency_key
-from hypergen.api.image_urls import store_images, url_base
+from hypergen.api.image_urls import store_images, suggest_base64, url_base, urls_of
 from hypergen.api.multipart_form import is_form, read_form
 from hypergen.api.outgoing_answers import OutgoingResponse
 from hypergen.api.progress_report import ProgressReport, ProgressReporter
@@ -36,6 +38,8 @@ from hypergen.images.decoding import decoding_cancelled
 from hypergen.images.storage import ImageStorage
 from hypergen.model_info import ModelInfo
 from hypergen.request import ApiKey, GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 # Two threads: a decoded image of 40 megapixels takes 160 MB.
 _DECODING_THREADS = ThreadPoolExecutor(2, "decode")
@@ -104,16 +108,22 @@ async def validate_request(
     wait_for_disconnect: Callable[[], Awaitable[object]],
 ) -> ValidatedRequest:
     """`parse_request` with the model that the body names; the body is empty afterwards."""
+    model_info = choose_model(generator, body, endpoint, settings)
     validated = await parse_request(
         endpoint,
         body,
-        choose_model(generator, body, endpoint, settings),
+        model_info,
         settings,
         request.state.request_id,
         request.state.api_key,
         wait_for_disconnect,
         request.state.deadline,
     )
+    vocabulary = model_info.vocabulary
+    if vocabulary and (understood := vocabulary.understood(validated.generation.prompt)):
+        line = "The model knows no word of the prompt of request %s; it understands '%s'."
+        logger.info(line, request.state.request_id, understood)
+        validated = replace(validated, understood_prompt=understood)
     request.state.record.set_generation(validated.generation)
     body.clear()  # or the base64 of input images would stay in memory while the request waits
     request.state.body.release()
@@ -168,6 +178,9 @@ async def answer_with_images(
     validated = await validate_request(request, endpoint, body, generator, settings, wait_for_disconnect)
     record: RequestRecord = request.state.record
     base = url_base(request, settings, validated)  # before generation, because it may reject the request
+    if base is not None:
+        with suggest_base64():
+            storage.refuse_while_away()
     try:
         images = await generate_images(
             generator,
@@ -181,7 +194,9 @@ async def answer_with_images(
     validated = validated.without_input_images()
     urls = None
     if base is not None:
-        urls = await asyncio.to_thread(store_images, storage, validated.generation, images, base)
+        with suggest_base64():
+            names = await store_images(storage, validated.generation, images)
+            urls = await urls_of(storage, names, base)
     pieces = await write(endpoint.to_response, validated, images, urls, int(time.time()))
     headers = {
         "openai-processing-ms": str(max(1, round((time.monotonic() - started) * 1000))),

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from hypergen.api.dialects.endpoint import Endpoint
+from hypergen.api.image_urls import store_image_of_job, urls_of
 from hypergen.api.job_store import JobState, JobStatus, JobStore, report_end
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import write
@@ -24,7 +25,6 @@ from hypergen.errors import (
     RequestError,
 )
 from hypergen.events import ImageFinished, Progress, Started
-from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.images.storage import ImageStorage
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class MemoryJobs(JobStore):
     async def submit(
         self, endpoint: Endpoint, validated: ValidatedRequest, record: RequestRecord, deadline: float
     ) -> JobStatus:
+        self._storage.refuse_while_away()
         self._remove_expired()
         if len(self._jobs) >= self._max_jobs and not self._remove_oldest_ended():
             raise QueueFullError(
@@ -124,7 +125,16 @@ class MemoryJobs(JobStore):
         return job.status()
 
     async def result(self, job: JobStatus, base: str | None) -> list[bytes]:
-        return await write(self._result, self.find(job.id), base)
+        found = self.find(job.id)
+        images: list[ImageFinished] = []
+        for image, name in found.images:
+            data = await self._storage.read(name)
+            if data is None:
+                raise NotFoundError("The images of this job have expired.")
+            images.append(replace(image, data=data))
+        names = [name for _, name in found.images]
+        urls = None if base is None else await urls_of(self._storage, names, base)
+        return await write(found.endpoint.to_response, found.validated, images, urls, found.created)
 
     async def close(self) -> None:
         """Cancel all jobs, also those that have expired."""
@@ -146,17 +156,6 @@ class MemoryJobs(JobStore):
         if not job.ended:  # the task was cancelled before it ran
             self._end(job, "cancelled")
 
-    def _result(self, job: Job, base: str | None) -> list[bytes]:
-        """Runs in a thread, because it reads files."""
-        images: list[ImageFinished] = []
-        for image, name in job.images:
-            data = self._storage.read(name)
-            if data is None:
-                raise NotFoundError("The images of this job have expired.")
-            images.append(replace(image, data=data))
-        urls = None if base is None else [base + name for _, name in job.images]
-        return job.endpoint.to_response(job.validated, images, urls, job.created)
-
     async def _run(self, job: Job, handle: RequestHandle, deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
@@ -173,16 +172,13 @@ class MemoryJobs(JobStore):
             self._end(job, "failed", GenerationError("The server failed on this job; see its log."))
 
     async def _collect(self, job: Job, handle: RequestHandle) -> None:
-        file_format = OUTPUT_FORMATS[job.validated.generation.output_format]
         async for event in handle:
             if isinstance(event, Started):
                 job.state, job.started_at = "running", time.monotonic()
             elif isinstance(event, Progress):
                 job.step, job.steps = event.step, event.steps
             elif isinstance(event, ImageFinished):
-                name = await asyncio.to_thread(
-                    self._storage.put, event.data, file_format.extension, file_format.media_type
-                )
+                name = await store_image_of_job(self._storage, job.validated.generation, event)
                 job.images.append((replace(event, data=b""), name))
         if len(job.images) != job.validated.generation.n:
             raise GenerationError("The engine ended the job before all images were generated.")

@@ -49,7 +49,7 @@ _ERRORS = {
     500: ("Internal Server Error", "Generation failed.", None),
     503: (
         "Service Unavailable",
-        "Loading, recovering or shutting down; retry after `Retry-After` seconds.",
+        "Loading, recovering, shutting down, or no object storage; retry after `Retry-After` seconds.",
         None,
     ),
     504: ("Gateway Timeout", "The request took longer than the server allows.", None),

@@ -60,6 +60,7 @@ class ValidatedRequest:
     # Field of `GenerationRequest` -> the dialect's name for it, for errors of the engine.
     client_fields: dict[str, str] = field(default_factory=dict[str, str])
     ignored_fields: tuple[str, ...] = ()  # as in a header
+    understood_prompt: str | None = None  # what the model understood of a prompt without a word that it knows
 
     def reject_stream(self) -> None:
         """For routes without streaming."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from hypergen.api.api_keys import ApiKeys
 from hypergen.app import check_shared_store
-from hypergen.cli.start_checks import CheckedModel, check_certificate, check_models
+from hypergen.cli.start_checks import CheckedModel, check_certificate, check_models, check_storage
 from hypergen.config import ServerSettings, Settings
 from hypergen.errors import ModelError
 from hypergen.load_settings import load_settings, read_file
@@ -37,8 +37,11 @@ def check(file: Path, environment: Mapping[str, str]) -> Iterator[Row]:
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
     check_shared_store(settings.server)
+    check_storage(settings.server)
     for model in check_models(settings):
         yield from _describe(model)
+    if settings.server.storage:
+        yield "storage", settings.server.storage
     yield "address", _address(settings.server)
     yield "API keys", "yes" if keys else "none: who can reach the server can use it"
 

@@ -18,6 +18,7 @@ from hypergen.api.dialects import openai_images
 from hypergen.api.validation import check_capability
 from hypergen.cli.start_checks import CheckedModel
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import find_accelerators
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.events import ImageFinished
@@ -134,7 +135,7 @@ def _body(options: dict[str, Any], output: Path) -> dict[str, Any]:
 
 
 async def _generate(settings: Settings, model: ServedModel, body: dict[str, Any]) -> list[ImageFinished]:
-    pool = EnginePool(settings, accelerators=[{}])
+    pool = EnginePool(settings, accelerators=find_accelerators(settings.engine)[:1])
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading", total=None)

@@ -37,7 +37,7 @@ SERVE_GROUPS = {
         "controlnet",
         "embedding",
     ),
-    "Speed": ("determinism", "aging", "compile", "compile_sizes", "cuda_graphs", "attention"),
+    "Speed": ("devices", "determinism", "aging", "compile", "compile_sizes", "cuda_graphs", "attention"),
     "Memory": (
         "vae_dtype",
         "vae_tiling",
@@ -69,6 +69,8 @@ SERVE_GROUPS = {
         "jobs",
         "public_url",
         "idempotency_mb",
+        "storage",
+        "storage_public_url",
         "url_lifetime_s",
         "url_storage_mb",
     ),

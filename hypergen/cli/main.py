@@ -60,8 +60,10 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     comes with HyperGen. Requests choose among several by name; the default is the first.
     """
     from hypergen.app import check_shared_store
-    from hypergen.cli.serve import check_port, run_service
-    from hypergen.cli.start_checks import check_certificate, check_models
+    from hypergen.bentoml_integration.listen_check import check_port
+    from hypergen.cli.serve import run_service
+    from hypergen.cli.start_checks import check_certificate, check_models, check_storage
+    from hypergen.engine_client.accelerators import find_accelerators
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
     from hypergen.served_model_config import as_json
 
@@ -69,8 +71,10 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
     check_shared_store(settings.server)
+    check_storage(settings.server)
+    find_accelerators(settings.engine)  # reports missing devices
     check_models(settings)
-    port = check_port(settings.server)
+    port = check_port(settings.server.host, settings.server.port)
     log_setup.export(settings.server.log_format, settings.server.log_level)
     log_setup.configure("serve")
     if port != settings.server.port:

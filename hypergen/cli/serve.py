@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -25,8 +24,9 @@ import psutil
 
 from hypergen.api.api_keys import LAUNCHER_KEY
 from hypergen.config import ServerSettings, Settings
+from hypergen.engine_client.accelerators import find_accelerators
 from hypergen.engine_client.prestart import PrestartedEngine
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +38,6 @@ def service_folder() -> Path:
     """The folder of service.py: next to the package in a clone, inside it in an installed wheel."""
     packaged = _PACKAGE / "bento"
     return packaged if packaged.exists() else _PACKAGE.parent
-
-
-def check_port(server: ServerSettings) -> int:
-    """Check before the model is loaded that the server can listen on its address; returns the port.
-
-    Raises:
-        ConfigurationError: the port is in use, or the host is no address of this machine.
-    """
-    try:
-        family, socket_type, protocol, _, address = socket.getaddrinfo(
-            server.host, server.port, type=socket.SOCK_STREAM
-        )[0]
-        with socket.socket(family, socket_type, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-            port: int = probe.getsockname()[1]
-            return port
-    except OSError as error:
-        where = f"{server.host}:{server.port}"
-        raise ConfigurationError(
-            f"Cannot listen on {where}: {error.strerror}. Choose another --port."
-        ) from None
 
 
 def run_service(
@@ -88,7 +65,8 @@ def run_service(
     launcher = {"_HYPERGEN_LAUNCHER_PID": str(os.getpid()), "BENTOML_DO_NOT_TRACK": "True"}
     launcher[LAUNCHER_KEY] = key = secrets.token_urlsafe()
     started = time.monotonic()
-    prestarted = PrestartedEngine(model_path)
+    first = find_accelerators(settings.engine)[0]
+    prestarted = PrestartedEngine(model_path, first.environment)
     launcher |= prestarted.environment
     # In its own session, so that Ctrl-C reaches only this process, which forwards it once.
     child = subprocess.Popen(command, env={**os.environ, **environment, **launcher}, start_new_session=True)
@@ -98,8 +76,8 @@ def run_service(
         if status:
             seconds, url = time.monotonic() - started, _url(server, server.host)
             stages = _stages(status, seconds)
-            model, device = status["model"], status["device"]
-            logger.info("Ready after %.1f s (%s): %s on %s, %s", seconds, stages, model, device, url)
+            model, devices = status["model"], ", ".join(engine["device"] for engine in status["engines"])
+            logger.info("Ready after %.1f s (%s): %s on %s, %s", seconds, stages, model, devices, url)
         return _exit_code(child.wait())
     except ModelError:
         child.terminate()

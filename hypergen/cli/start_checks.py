@@ -11,6 +11,7 @@ from hypergen import optional_packages
 from hypergen.config import EngineSettings, ServerSettings, Settings
 from hypergen.errors import ConfigurationError
 from hypergen.images.content_credentials import load_credentials
+from hypergen.images.storage import open_storage
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.entries import store_folder
@@ -80,6 +81,14 @@ def is_on_the_hub(source: str) -> bool:
     return not os.path.exists(os.path.expanduser(source)) and bool(
         HUB_ID.fullmatch(split_revision(source)[0])
     )
+
+
+def check_storage(server: ServerSettings) -> None:
+    """
+    Raises:
+        ConfigurationError: `url` results cannot be stored.
+    """
+    open_storage(server).check()
 
 
 def check_certificate(server: ServerSettings) -> None:

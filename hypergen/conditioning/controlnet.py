@@ -6,7 +6,6 @@ Source: Zhang et al. 2023, https://arxiv.org/abs/2302.05543.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.images.geometry import resize_to_generation_size
-from hypergen.model_store.hub import split_revision
 from hypergen.request import ControlInput
 
 logger = logging.getLogger(__name__)
@@ -45,45 +43,51 @@ class ControlNetInputs:
     controlnet_scales: Tensor | None = None
 
 
-def load(sources: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
-    """Load ControlNets from folders or the hub onto the device of their UNet.
+def load(folders: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Load ControlNets onto the device of their UNet.
 
     Args:
-        sources: name for requests -> folder or hub id.
+        folders: name for requests -> folder.
 
     Raises:
         ModelError: one cannot be loaded, or is for another UNet.
     """
     controlnets: dict[str, Any] = {}
     device = device_of(unet)
-    for name, source in sources.items():
+    for name, folder in folders.items():
         try:
-            folder, revision = (source, None) if os.path.isdir(source) else split_revision(source)
             loaded: Any = ControlNetModel.from_pretrained(
                 folder,
-                revision=revision,
                 torch_dtype=dtype,
                 use_safetensors=True,
+                local_files_only=True,
                 device_map=device if device.type == "cuda" else None,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             logger.exception("Loading the ControlNet %s failed.", name)
             # Without the path: /health is public.
-            reason = " ".join(str(error).replace(source, "it").split())
+            reason = " ".join(str(error).replace(folder, "it").split())
             raise ModelError(f"ControlNet '{name}': {type(error).__name__}: {reason[:300]}") from None
         network, info = loaded
         for key in ("missing_keys", "unexpected_keys"):  # diffusers only warns
             if names := sorted(info[key]):
                 raise ModelError(f"ControlNet '{name}': {key.replace('_keys', '')} tensor '{names[0]}'.")
-        for key in _SHARED_CONFIG:
-            its, ours = network.config[key], unet.config[key]
-            if its != ours:
-                raise ModelError(f"ControlNet '{name}' is for another model: its {key} is {its}, not {ours}.")
-        if network.config.global_pool_conditions:
-            raise ModelError(f"ControlNet '{name}' has global_pool_conditions, which is not supported.")
+        if difference := difference_to_unet(network.config, unet.config):
+            raise ModelError(f"ControlNet '{name}': {difference}")
         controlnets[name] = network.to(device).eval()
     return controlnets
+
+
+def difference_to_unet(config: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str | None:
+    """Why a ControlNet cannot be used with a UNet, by their configurations; None: it can."""
+    for key in _SHARED_CONFIG:
+        its, ours = config[key], unet_config[key]
+        if its != ours:
+            return f"It is for another model: its {key} is {its}, not {ours}."
+    if config["global_pool_conditions"]:
+        return "It has global_pool_conditions, which is not supported."
+    return None
 
 
 def prepare_controlnet(

@@ -67,7 +67,7 @@ def main() -> None:
         # Imported late because it takes seconds, in which signals and the parent must already be handled.
         import torch
 
-        torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
+        torch.set_num_threads(_threads(start, torch.get_num_threads()))
         # A kernel chosen by timing may give other bits after a restart.
         torch.backends.cudnn.benchmark = False
         manager, loader = _make_model_manager(start, outbox)
@@ -194,6 +194,14 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         share = cores
     return min(share, cores)
+
+
+def _threads(start: ipc.Start, default: int) -> int:
+    """Threads of torch. Engines on the CPU share its cores evenly: another number gives other bytes."""
+    from hypergen.models import loading
+
+    engines = start.engines if loading.choose_device(start.models[0].settings).type == "cpu" else 1
+    return max(1, min(usable_cores() // engines, default))
 
 
 def _reporter(outbox: queue.SimpleQueue[Any]) -> Any:

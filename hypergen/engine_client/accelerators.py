@@ -6,33 +6,68 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from hypergen.config import EngineSettings
+from hypergen.device_names import DeviceType
+from hypergen.errors import ConfigurationError
 
-def visible_accelerators(device: str | None) -> list[dict[str, str]]:
-    """One environment per GPU; a single empty one if there is no GPU, `device` is not cuda, or the installed
-    torch has no GPU support.
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Where one engine runs.
+
+    Attributes:
+        device: such as cuda:1; None: the engine chooses.
+        environment: added to the engine's environment, so that it sees this GPU alone.
     """
+
+    device: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def find_accelerators(settings: EngineSettings) -> list[Accelerator]:
+    """Those of `--devices`, else every visible GPU, else a single one that the engine chooses.
+
+    Raises:
+        ConfigurationError: this machine lacks one of the devices.
+    """
+    gpus = _visible_gpus(settings.device_type)
+    found = {
+        f"cuda:{index}": Accelerator(f"cuda:{index}", {"CUDA_VISIBLE_DEVICES": gpu})
+        for index, gpu in enumerate(gpus)
+    }
+    if not settings.devices:
+        return list(found.values()) or [Accelerator()]
+    for device in settings.devices:
+        if device.startswith("cuda") and device not in found:
+            present = f"cuda:0 to cuda:{len(gpus) - 1}" if gpus else "no GPU"
+            raise ConfigurationError(f"--devices {device}: no such device; this machine has {present}.")
+    return [found.get(device, Accelerator(device)) for device in settings.devices]
+
+
+def has_gpu(device: DeviceType | None) -> bool:
+    """Whether engines with devices of this type run on a GPU; None: the first available type."""
+    is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    return device == "mps" or (device is None and is_apple) or bool(_visible_gpus(device))
+
+
+def _visible_gpus(device: DeviceType | None) -> list[str]:
+    """For each GPU its name in CUDA_VISIBLE_DEVICES; empty if engines do not run on CUDA, or torch cannot."""
     if device not in (None, "cuda") or not (device or _torch_has_cuda()):
-        return [{}]
+        return []
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
-        names = [name.strip() for name in listed.split(",") if name.strip()]
-    else:
-        import pynvml
+        return [name.strip() for name in listed.split(",") if name.strip()]
+    import pynvml
 
-        try:
-            pynvml.nvmlInit()
-            names = [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        except pynvml.NVMLError:
-            names = []
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
-
-
-def has_gpu(device: str | None) -> bool:
-    """Whether engines with this `device` setting run on a GPU."""
-    is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    return device == "mps" or (device is None and is_apple) or any(visible_accelerators(device))
+    try:
+        pynvml.nvmlInit()
+        return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
 
 
 def _torch_has_cuda() -> bool:

@@ -30,6 +30,7 @@ class AdmissionTicket:
     work: float
     input_image_bytes: int
     turn: asyncio.Event = field(default_factory=asyncio.Event)
+    engine: int | None = None  # number of the engine that runs it; None after that engine crashed
     running: bool = False
     share_done: float = 0.0  # of `work`, 0..1
     left: bool = False
@@ -38,26 +39,30 @@ class AdmissionTicket:
     def work_left(self) -> float:
         return self.work * (1 - self.share_done)
 
-    def started(self) -> None:
-        """The first image runs: its slot in the request queue is free."""
+    def started(self, engine: int = 0) -> None:
+        """The first image runs on this engine: its slot in the request queue is free."""
         if self.left:
             return
-        if self.running:  # again after a crash; the engine had to load first
-            self.admission.throughput.skip()
-        else:
+        self.engine = engine
+        if not self.running:  # else again, after a crash
             self.running = True
             self.admission.ticket_started(self)
+        self.admission.count_busy_engines()
 
-    def progress(self, share_done: float) -> None:
-        """Record the share of `work` that is done, 0..1."""
-        if not self.left:
-            self.admission.throughput.record(self.work * max(0.0, share_done - self.share_done))
-            self.share_done = share_done
+    def progress(self, share_done: float) -> float:
+        """Record the share of `work` that is done, 0..1; returns the work done since the last call."""
+        if self.left:
+            return 0.0
+        work = self.work * max(0.0, share_done - self.share_done)
+        self.admission.throughput.record(work)
+        self.share_done = share_done
+        return work
 
     def restart(self) -> None:
         """Drop the progress after a crash; the time since the last progress does not count."""
-        self.share_done = 0.0
+        self.share_done, self.engine = 0.0, None
         self.admission.throughput.skip()
+        self.admission.count_busy_engines()
 
     def leave(self) -> None:
         """Free the slot, even if events are still to be read; the second call does nothing."""
@@ -67,7 +72,7 @@ class AdmissionTicket:
 
 
 class Throughput:
-    """Work per busy second, as an exponentially decaying average.
+    """Work per second of a busy engine, as an exponentially decaying average.
 
     Work is counted in `GenerationRequest.work`, as it is done, so that requests which end early count too.
     Busy means that at least one request runs. Times are monotonic seconds.
@@ -78,11 +83,14 @@ class Throughput:
     def __init__(self) -> None:
         self._work = 0.0
         self._busy_s = 0.0
+        self._busy_engines = 0
         self._counted_until: float | None = None
 
-    def busy(self, is_busy: bool) -> None:
+    def busy(self, engines: int) -> None:
+        """From now on, this many engines are busy."""
         self.record(0.0)
-        self._counted_until = time.monotonic() if is_busy else None
+        self._busy_engines = engines
+        self._counted_until = time.monotonic() if engines else None
 
     def record(self, work: float) -> None:
         """Add the work done since the last call."""
@@ -90,7 +98,7 @@ class Throughput:
         elapsed = 0.0 if self._counted_until is None else now - self._counted_until
         decay = 0.5 ** (elapsed / self._HALF_LIFE_S)
         self._work = self._work * decay + work
-        self._busy_s = self._busy_s * decay + elapsed
+        self._busy_s = self._busy_s * decay + elapsed * self._busy_engines
         if self._counted_until is not None:
             self._counted_until = now
 
@@ -100,7 +108,7 @@ class Throughput:
             self._counted_until = time.monotonic()
 
     def seconds_for(self, work: float) -> float | None:
-        """Estimated duration of this much work; None before the first measurement."""
+        """Estimated duration of this much work on one engine; None before the first measurement."""
         return work * self._busy_s / self._work if self._work and self._busy_s else None
 
 
@@ -126,6 +134,7 @@ class Admission:
         self._waiting_of: Counter[str] = Counter()
         self.throughput = Throughput()
         self.running = 0
+        self.ready_engines = 1
 
     @property
     def overflow(self) -> int:
@@ -197,11 +206,15 @@ class Admission:
             waiting = sum(not other.running for other in tickets)
             position += min(waiting, weight * own_position)
             work += min(sum(other.work_left for other in tickets), weight * own_work)
+        # All engines share the work ahead, but one of them generates this request.
+        work = max(work / self.ready_engines, ticket.work_left)
         return QueuePosition(round(position), self.throughput.seconds_for(work))
 
+    def count_busy_engines(self) -> None:
+        engines = {ticket.engine for ticket in self._tickets} - {None}
+        self.throughput.busy(len(engines))
+
     def ticket_started(self, ticket: AdmissionTicket) -> None:
-        if not self.running:
-            self.throughput.busy(True)
         self.running += 1
         self._waiting_of[ticket.api_key.name] -= 1
         self._fill_queue()
@@ -213,18 +226,15 @@ class Admission:
         elif not ticket.running:
             self._waiting_of[ticket.api_key.name] -= 1
         self._fill_queue()  # also if it ran: the shares of the other keys may have grown
-        if not ticket.running:
-            return
-        self.running -= 1
-        if self.running:
-            self.throughput.record(0.0)
-        else:
-            self.throughput.busy(False)
+        if ticket.running:
+            self.running -= 1
+            self.count_busy_engines()
 
     def retry_after_s(self) -> int:
         """Estimated whole seconds until the unfinished work is done, within what clients accept."""
         least, most = self._RETRY_AFTER_S
-        seconds = self.throughput.seconds_for(sum(ticket.work_left for ticket in self._tickets))
+        work = sum(ticket.work_left for ticket in self._tickets)
+        seconds = self.throughput.seconds_for(work / self.ready_engines)
         return (
             self._UNMEASURED_RETRY_AFTER_S if seconds is None else min(max(math.ceil(seconds), least), most)
         )

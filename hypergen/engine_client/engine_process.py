@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hypergen import ipc, metrics
+from hypergen import ipc
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.environment import engine_environment
 from hypergen.engine_client.prestart import EngineProcess, attach
 from hypergen.events import EngineStatus, ForwardPass
@@ -22,34 +23,37 @@ from hypergen.model_info import ModelInfo
 
 logger = logging.getLogger(__name__)
 
+EngineMessage = ipc.EventMessage | ipc.Failed | ForwardPass
+
 
 class Supervisor:
     """Runs one engine process and restarts it. Belongs to the event loop, with a reader and a writer thread.
 
     Args:
         start: the models that the process loads.
-        environment: added to the process's environment, for example which accelerator it may see.
         on_ready: called each time that a process has loaded its models.
-        on_message: called with each event or error of a request.
+        on_message: called with each event or error of a request, and each forward pass.
         on_lost: called when the process has exited; its requests are lost.
     """
 
     _RELOADS = 3
+    _FIRST_RETRY_S = 30.0
+    _LAST_RETRY_S = 960.0
     _SHUTDOWN_S = 5.0
 
     def __init__(
         self,
         start: ipc.Start,
-        environment: Mapping[str, str],
+        accelerator: Accelerator,
         *,
         on_ready: Callable[[Supervisor], None],
-        on_message: Callable[[ipc.EventMessage | ipc.Failed], None],
+        on_message: Callable[[Supervisor, EngineMessage], None],
         on_lost: Callable[[Supervisor], None],
     ) -> None:
         self.model_infos: tuple[ModelInfo, ...] = ()
-        self.status = EngineStatus(state="loading")
+        self.status = EngineStatus(state="loading", device=accelerator.device)
         self._start = start
-        self._environment = environment
+        self._accelerator = accelerator
         self._on_ready = on_ready
         self._on_message = on_message
         self._on_lost = on_lost
@@ -58,6 +62,8 @@ class Supervisor:
         self._loading = False
         self._load_error: str | None = None
         self._failed_loads = 0
+        self._failed_at = 0.0
+        self._retry_s = self._FIRST_RETRY_S
         self._restarts = 0
         self._step_seen_at = 0.0
         self._stopping = False
@@ -69,8 +75,8 @@ class Supervisor:
 
     def launch(self) -> None:
         """Start a process; `on_ready` is called when it has loaded."""
-        # A prestarted engine was started without these variables.
-        process, connection = (None if self._environment else attach()) or _start(self._environment)
+        # The prestarted engine is that of the first accelerator, whose supervisor is launched first.
+        process, connection = attach() or _start(self._accelerator.environment)
         outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._process, self._outbox = process, outbox
         self._loading, self._load_error = True, None
@@ -93,6 +99,14 @@ class Supervisor:
                 "Engine %d made no progress for %.0f s; restarting it.", self._process.pid, timeout_s
             )
             self._process.kill()
+
+    def retry(self) -> None:
+        """Launch a failed engine again, after a wait that doubles with each failure."""
+        if self.status.state != "failed" or self._loading:
+            return
+        if time.monotonic() - self._failed_at >= self._retry_s:
+            self._retry_s = min(2 * self._retry_s, self._LAST_RETRY_S)
+            self._launch_or_give_up()
 
     async def stop(self) -> None:
         """Ask the process to exit, and kill it if it does not."""
@@ -147,15 +161,13 @@ class Supervisor:
         if process is not self._process:
             return
         match message:
-            case ipc.EventMessage() | ipc.Failed():
-                self._on_message(message)
-            case ForwardPass():
-                metrics.record_forward(message)
+            case ipc.EventMessage() | ipc.Failed() | ForwardPass():
+                self._on_message(self, message)
             case ipc.Heartbeat(step_age_s, status):
                 self._step_seen_at = time.monotonic() - step_age_s
                 self._set_status(status)
             case ipc.Loaded(model_infos, status):
-                self._failed_loads, self._loading = 0, False
+                self._failed_loads, self._loading, self._retry_s = 0, False, self._FIRST_RETRY_S
                 self._step_seen_at = time.monotonic()
                 self.model_infos = model_infos
                 self._set_status(status)
@@ -174,8 +186,7 @@ class Supervisor:
         else:
             self._restarts += 1
         if not self.model_infos or self._failed_loads >= self._RELOADS:
-            self._set_status(EngineStatus(state="failed", reason=reason))
-            self._on_lost(self)
+            self._give_up(reason)
             return
         self._set_status(EngineStatus(state="recovering", reason=reason))
         self._on_lost(self)
@@ -185,17 +196,25 @@ class Supervisor:
 
     async def _relaunch(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        if self._stopping:
-            return
+        if not self._stopping:
+            self._launch_or_give_up()
+
+    def _launch_or_give_up(self) -> None:
         try:
             self.launch()
         except OSError as error:  # out of memory or processes
             logger.exception("The engine cannot be restarted.")
-            self._set_status(EngineStatus(state="failed", reason=f"the engine cannot be started: {error}"))
-            self._on_lost(self)
+            self._give_up(f"the engine cannot be started: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        self._failed_at, self._loading = time.monotonic(), False
+        self._set_status(EngineStatus(state="failed", reason=reason))
+        self._on_lost(self)
 
     def _set_status(self, status: EngineStatus) -> None:
-        self.status = replace(status, restarts=self._restarts)
+        self.status = replace(
+            status, restarts=self._restarts, device=self._accelerator.device or status.device
+        )
 
 
 def _start(environment: Mapping[str, str]) -> tuple[EngineProcess, socket.socket]:

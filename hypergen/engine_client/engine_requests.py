@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from hypergen import ipc
 from hypergen.engine_client.admission import AdmissionTicket
+from hypergen.engine_client.costs import MeasuredCosts, estimated_seconds
 from hypergen.engine_client.engine_process import Supervisor
 from hypergen.engine_protocol import RequestHandle
 from hypergen.errors import RequestError
@@ -22,6 +23,7 @@ class PoolHandle(RequestHandle):
     """One request, from admission to its last event."""
 
     request: GenerationRequest
+    model: str  # its id
     ticket: AdmissionTicket
     on_event: Callable[[Event], None] | None
     on_cancel: Callable[[PoolHandle], None]
@@ -71,28 +73,47 @@ class PoolHandle(RequestHandle):
 
 @dataclass(eq=False)
 class EngineRequests:
-    """The requests of one engine.
+    """The requests of one engine, and its number in the pool.
 
     After a crash, the requests that were running are suspects: they run alone, one after another, and the
     other requests are held. So a request that crashes engines is found, and any other restarts at most once.
     """
 
+    number: int
     supervisor: Supervisor
+    costs: MeasuredCosts
     submitted: dict[str, PoolHandle] = field(default_factory=dict)
     suspects: deque[PoolHandle] = field(default_factory=deque)
     held: deque[PoolHandle] = field(default_factory=deque)
 
     @property
-    def work(self) -> float:
-        handles = [*self.submitted.values(), *self.suspects, *self.held]
-        return sum(handle.request.work for handle in handles)
+    def is_ready(self) -> bool:
+        return self.supervisor.status.state == "ready"
+
+    @property
+    def handles(self) -> list[PoolHandle]:
+        return [*self.submitted.values(), *self.suspects, *self.held]
+
+    def oldest_waiting(self) -> PoolHandle | None:
+        """A request that another engine may run: it has not started here, and crashed no engine."""
+        handles = (*self.submitted.values(), *self.held)
+        return next((h for h in handles if h.state is RequestState.WAITING and not h.crashes), None)
+
+    def estimated_seconds(self, *more: PoolHandle) -> float:
+        """Until all requests are done, with these in addition."""
+        seconds = [
+            (handle.model, self.costs.seconds_for(self.number, handle.model, handle.ticket.work_left))
+            for handle in (*self.handles, *more)
+        ]
+        status = self.supervisor.status
+        return estimated_seconds(seconds, status.models, status.load_s)
 
     def add(self, handle: PoolHandle) -> None:
         (self.suspects if handle.crashes else self.held).append(handle)
         self.submit_next()
 
     def submit_next(self) -> None:
-        if self.supervisor.status.state != "ready":
+        if not self.is_ready:
             return
         if self.suspects:
             if not self.submitted:
@@ -123,7 +144,7 @@ class EngineRequests:
             handle.crashes += handle.state is not RequestState.WAITING or handle.engine_exits > 1
             handle.state = RequestState.WAITING
             handle.ticket.restart()
-        handles = [*self.submitted.values(), *self.suspects, *self.held]
+        handles = self.handles
         for requests in (self.submitted, self.suspects, self.held):
             requests.clear()
         return handles

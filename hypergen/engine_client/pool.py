@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from hypergen import ipc, metrics
 from hypergen.config import Settings
-from hypergen.engine_client.accelerators import visible_accelerators
+from hypergen.engine_client.accelerators import Accelerator, find_accelerators
 from hypergen.engine_client.admission import Admission
-from hypergen.engine_client.engine_process import Supervisor
+from hypergen.engine_client.costs import MeasuredCosts
+from hypergen.engine_client.dispatch import assign, take_held, take_waiting
+from hypergen.engine_client.engine_process import EngineMessage, Supervisor
 from hypergen.engine_client.engine_requests import EngineRequests, PoolHandle
 from hypergen.engine_protocol import RequestHandle
-from hypergen.errors import GenerationError, RequestError, UnavailableError, unpack
+from hypergen.errors import ConfigurationError, GenerationError, RequestError, UnavailableError, unpack
 from hypergen.events import (
     Event,
+    ForwardPass,
     ImageFinished,
     Progress,
     RequestState,
@@ -46,17 +50,18 @@ class EnginePool:
     """The `ImageGenerator` of a server. `start`, `stop` and `submit` belong to one event loop.
 
     Args:
-        accelerators: one engine process is started for each, with these variables added to its environment;
-            None: one per visible GPU, or a single one without a GPU.
+        accelerators: one engine process is started for each; None: those of the settings.
     """
 
-    def __init__(self, settings: Settings, accelerators: Sequence[Mapping[str, str]] | None = None) -> None:
+    def __init__(self, settings: Settings, accelerators: Sequence[Accelerator] | None = None) -> None:
         self._settings = settings
         self._accelerators = accelerators
         self._admission = Admission(settings.queue)
         self._engines: list[EngineRequests] = []
+        self._costs = MeasuredCosts()
+        self._fault: str | None = None  # why no engine could be started
         self._models: tuple[ServedModel, ...] = ()
-        self._draining = False
+        self._draining = self._closed = False
         self._drained: Counter[str] = Counter()  # how requests ended since the drain began
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -67,20 +72,24 @@ class EnginePool:
         self._models = tuple(models)
         accelerators = self._accelerators
         if accelerators is None:
-            accelerators = await asyncio.to_thread(visible_accelerators, self._settings.engine.device)
+            try:
+                accelerators = await asyncio.to_thread(find_accelerators, self._settings.engine)
+            except ConfigurationError as error:  # `hypergen serve` ends with it; here /health shows it
+                logger.error("%s", error)
+                self._fault, accelerators = str(error), []
         state_folder = await asyncio.to_thread(_state_folder)
         start = ipc.Start(self._models, state_folder, engines=len(accelerators))
-        for environment in accelerators:
+        for number, accelerator in enumerate(accelerators):
             supervisor = Supervisor(
                 start,
-                environment,
+                accelerator,
                 on_ready=self._on_ready,
                 on_message=self._on_message,
                 on_lost=self._on_lost,
             )
-            self._engines.append(EngineRequests(supervisor))
+            self._engines.append(EngineRequests(number, supervisor, self._costs))
             supervisor.launch()
-        self._tasks = [asyncio.create_task(self._watch_for_stalls()), asyncio.create_task(self._report())]
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._report())]
 
     async def stop(self) -> None:
         """Stop the engines. Unfinished requests end with 503."""
@@ -104,9 +113,10 @@ class EnginePool:
             asyncio.get_running_loop().call_later(timeout_s, self._end_all)
 
     def _end_all(self) -> None:
+        self._closed = True
         self._admission.close(partial(_unavailable, "draining"))
         for engine in self._engines:
-            for handle in [*engine.submitted.values(), *engine.suspects, *engine.held]:
+            for handle in engine.handles:
                 self._end(handle, _unavailable("draining"))
 
     def model_info(self, name: str | None = None) -> ModelInfo | None:
@@ -123,14 +133,17 @@ class EnginePool:
         return next((model.id for model in self._models if model.is_called(name)), None)
 
     def status(self) -> ServerStatus:
-        statuses = tuple(engine.supervisor.status for engine in self._engines)
-        states: set[State] = {status.state for status in statuses} or {"loading"}
+        statuses = tuple(
+            replace(engine.supervisor.status, requests=len(engine.handles)) for engine in self._engines
+        )
+        states: set[State] = {status.state for status in statuses}
+        states = states or {"loading" if self._fault is None else "failed"}
         if self._draining:
             states.add("draining")
         order: tuple[State, ...] = ("draining", "ready", "recovering", "loading", "failed")
         return ServerStatus(
             state=min(states, key=order.index),
-            reason=next((status.reason for status in statuses if status.state == "failed"), None),
+            reason=next((status.reason for status in statuses if status.state == "failed"), self._fault),
             running=self._admission.running,
             waiting=self._admission.waiting,
             overflow=self._admission.overflow,
@@ -155,7 +168,8 @@ class EnginePool:
             raise _unavailable(state)
         ticket = self._admission.enter(request.work, request.input_image_bytes, request.api_key, request.n)
         # From here on the request is admitted, whatever happens to the engines.
-        handle = PoolHandle(request, ticket, on_event, on_cancel=self._end)
+        model = request.model or self._models[0].id
+        handle = PoolHandle(request, model, ticket, on_event, on_cancel=self._end)
         if ticket.turn.is_set():
             self._assign(handle)
         else:
@@ -182,13 +196,15 @@ class EnginePool:
         if complete:
             request, rate = handle.request, self._settings.server.price_rate
             price = None if rate is None else request.price(rate)
-            model = request.model or self._models[0].id
-            metrics.record_generation(model, request.api_key.name, handle.times, price)
+            metrics.record_generation(handle.model, request.api_key.name, handle.times, price)
         done = RequestState.FINISHED if complete else RequestState.CANCELLED
         state = RequestState.FAILED if error else done
         if self._draining:
             self._drained[f"failed ({error.code})" if error else state] += 1
         handle.end(state, error)
+        if not self._closed:
+            for engine in self._engines:
+                take_waiting(engine, self._engines)
 
     def _on_ready(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
@@ -203,14 +219,13 @@ class EnginePool:
             status.device,
             stages,
         )
-        for other in self._engines:
-            if other.supervisor.status.state != "ready":  # its held requests need not wait for it
-                engine.held.extend(other.held)
-                other.held.clear()
-        engine.submit_next()
+        self._count_ready()
+        take_held(engine, self._engines)
+        take_waiting(engine, self._engines)
 
     def _on_lost(self, supervisor: Supervisor) -> None:
         engine = self._engine_of(supervisor)
+        self._count_ready()
         for handle in engine.take_all():
             if handle.crashes > 1:
                 message = "The engine crashed twice while processing this request; not retrying."
@@ -221,22 +236,23 @@ class EnginePool:
                 self._assign(handle)
 
     def _assign(self, handle: PoolHandle) -> None:
-        """Add a request to the engine with the least work, a ready one if there is any."""
-        engines = [engine for engine in self._engines if engine.supervisor.status.state != "failed"]
-        if engines:
-            min(engines, key=lambda engine: (engine.supervisor.status.state != "ready", engine.work)).add(
-                handle
-            )
-        else:
+        if not assign(handle, self._engines):
             self._end(handle, _unavailable("failed"))
+
+    def _count_ready(self) -> None:
+        self._admission.ready_engines = max(1, sum(engine.is_ready for engine in self._engines))
 
     def _engine_of(self, supervisor: Supervisor) -> EngineRequests:
         return next(engine for engine in self._engines if engine.supervisor is supervisor)
 
-    def _on_message(self, message: ipc.EventMessage | ipc.Failed) -> None:
-        handles = (engine.submitted.get(message.request_id) for engine in self._engines)
-        handle = next((handle for handle in handles if handle), None)
-        if handle is None:  # cancelled meanwhile
+    def _on_message(self, supervisor: Supervisor, message: EngineMessage) -> None:
+        engine = self._engine_of(supervisor)
+        if isinstance(message, ForwardPass):
+            metrics.record_forward(message)
+            self._costs.record_forward(engine.number, message.model, message.seconds)
+            return
+        handle = engine.submitted.get(message.request_id)
+        if handle is None:  # cancelled meanwhile, or moved to another engine
             return
         if isinstance(message, ipc.Failed):
             self._end(handle, unpack(message.error))
@@ -244,9 +260,10 @@ class EnginePool:
         match message.event:
             case Started():
                 handle.state = RequestState.RUNNING
-                handle.ticket.started()
+                handle.ticket.started(engine.number)
             case Progress(step, steps):
-                handle.ticket.progress(step / steps)
+                work = handle.ticket.progress(step / steps)
+                self._costs.record_work(engine.number, handle.model, work)
                 if step == steps:
                     handle.state = RequestState.DECODING
             case ImageFinished(index=index):
@@ -266,12 +283,15 @@ class EnginePool:
             report.update(self.status())
             await asyncio.sleep(1)
 
-    async def _watch_for_stalls(self) -> None:
+    async def _watch(self) -> None:
         while True:
             await asyncio.sleep(1)
+            any_ready = any(engine.is_ready for engine in self._engines)
             for engine in self._engines:
                 if engine.submitted:
                     engine.supervisor.kill_if_stalled(self._settings.engine.engine_stall_timeout_s)
+                if any_ready:  # else the server has failed, and whatever runs it restarts it
+                    engine.supervisor.retry()
 
 
 def _state_folder() -> Path | None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -47,9 +48,10 @@ class PrestartedEngine:
 
     Args:
         model_path: the model to serve; it determines the family.
+        environment: of the first accelerator.
     """
 
-    def __init__(self, model_path: Path) -> None:
+    def __init__(self, model_path: Path, environment: Mapping[str, str] | None = None) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="hypergen-"))
         path = self._folder / "engine"
         with socket.socket(socket.AF_UNIX) as listener:
@@ -59,7 +61,7 @@ class PrestartedEngine:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "hypergen.engine.worker_main", *arguments],
                 pass_fds=[listener.fileno()],
-                env=engine_environment(),
+                env=engine_environment(environment),
                 stdin=subprocess.PIPE,  # closed when the launcher exits
                 start_new_session=True,
             )

@@ -1,129 +1,86 @@
-"""Storage: the files of `url` results, kept for a limited time under random names."""
+"""Storage of images: those of `url` results and of jobs, kept for a limited time under random names."""
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import threading
-import time
-from collections import OrderedDict
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
-from hypergen.errors import StorageFullError
-from hypergen.images.temporary_folders import IMAGES, create_and_lock, make_folder
+from hypergen import optional_packages
+from hypergen.config import ServerSettings
+from hypergen.images.folder_storage import FolderStorage, StoredImage
 
 
-@dataclass(frozen=True)
-class StoredImage:
-    path: Path
-    media_type: str
-    size: int  # bytes
-    expires_at: float  # monotonic seconds
+class ImageStorage(Protocol):
+    """Where the server puts images that clients fetch later, for `url_lifetime_s`.
 
-
-class ImageStorage:
-    """A private folder with an index in memory. All methods may be called from any thread.
-
-    Args:
-        lifetime_s: seconds for which a file can be fetched.
-        max_bytes: size of the folder; beyond it, the oldest files are removed.
+    Coroutines do not block the event loop; other methods may be called from any thread.
     """
 
-    def __init__(self, lifetime_s: float, max_bytes: int) -> None:
-        self._lifetime_s = lifetime_s
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._images: OrderedDict[str, StoredImage] = OrderedDict()
-        self._lock = threading.Lock()
-        self._folder: Path | None = None
-        self._descriptor: int | None = None  # holds the lock on the folder
+    def check(self) -> None:
+        """Check before the server starts that images can be stored. It may take seconds.
 
-    def put(self, data: bytes, extension: str, media_type: str) -> str:
-        """Store a file; returns its name, with 192 random bits.
+        Raises:
+            ConfigurationError: they cannot. The message is one line.
+        """
+        ...
+
+    def refuse_while_away(self) -> None:
+        """Check before images are generated for it.
+
+        Raises:
+            UnavailableError: it could not be reached some seconds ago.
+        """
+        ...
+
+    async def put(self, data: bytes, extension: str, media_type: str) -> str:
+        """Store an image file; returns its name, with 192 random bits.
 
         Raises:
             StorageFullError: the disk is full or not writable.
+            UnavailableError: the storage cannot be reached.
         """
-        name = f"{secrets.token_urlsafe(24)}.{extension}"
-        path: Path | None = None
-        try:
-            path = self._make_folder() / name
-            path.write_bytes(data)
-        except OSError:
-            if path is not None:
-                _remove(path)
-            raise StorageFullError(
-                "The image cannot be stored for a url result; use response_format 'b64_json'.",
-                param="response_format",
-            ) from None
-        with self._lock:
-            self._images[name] = StoredImage(path, media_type, len(data), time.monotonic() + self._lifetime_s)
-            self._bytes += len(data)
-            self._remove_expired()
-        return name
+        ...
+
+    async def url(self, name: str, base: str) -> str:
+        """The address of an image, which needs no key.
+
+        Args:
+            base: the URL before the names that the server itself serves; see `get`.
+
+        Raises:
+            UnavailableError: the storage cannot be reached.
+        """
+        ...
+
+    async def read(self, name: str) -> bytes | None:
+        """The bytes of an image; None if the name is unknown or the image has expired.
+
+        Raises:
+            UnavailableError: the storage cannot be reached.
+        """
+        ...
 
     def get(self, name: str) -> StoredImage | None:
-        """The stored file of this name. The name is only a key in the index, never part of a path."""
-        with self._lock:
-            self._remove_expired()
-            stored = self._images.get(name)
-        return stored if stored is not None and stored.path.is_file() else None
-
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a stored file; None if the name is unknown or the file has just expired."""
-        stored = self.get(name)
-        try:
-            return None if stored is None else stored.path.read_bytes()
-        except FileNotFoundError:
-            return None
+        """The file that the server serves under this name; None if there is none."""
+        ...
 
     def remove_expired(self) -> None:
-        """Remove files older than `lifetime_s`; called periodically."""
-        with self._lock:
-            self._remove_expired()
+        """Remove expired images; called periodically."""
+        ...
 
     def close(self) -> None:
-        """Remove every file."""
-        with self._lock:
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
-            self._unlock()
-            self._folder = None
-            self._images.clear()
-            self._bytes = 0
-
-    def _make_folder(self) -> Path:
-        """The folder. It is created on first use, because building or importing the service must create no
-        files, and again after a cleanup of temporary files. The lock on it marks its server as running.
-        """
-        with self._lock:
-            if self._folder is None:
-                self._folder = make_folder(IMAGES)
-            if self._descriptor is None or not self._folder.is_dir():
-                self._unlock()
-                self._descriptor = create_and_lock(self._folder)
-            return self._folder
-
-    def _unlock(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _remove_expired(self) -> None:
-        now = time.monotonic()
-        while self._images:
-            name, oldest = next(iter(self._images.items()))
-            is_last = len(self._images) == 1
-            if oldest.expires_at > now and (self._bytes <= self._max_bytes or is_last):
-                return
-            del self._images[name]
-            self._bytes -= oldest.size
-            _remove(oldest.path)
+        """Remove what only this server knows."""
+        ...
 
 
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # the current request must not fail because of another one's file
-        path.unlink()
+def open_storage(server: ServerSettings) -> ImageStorage:
+    """The storage of the settings. It is neither created nor reached before its first use.
+
+    Raises:
+        ConfigurationError: it needs a package that is not installed.
+    """
+    if server.storage is None:
+        return FolderStorage(server.url_lifetime_s, int(server.url_storage_mb * 1e6))
+    optional_packages.require("obstore", f"--storage {server.storage}")
+    from hypergen.images.s3_storage import S3Storage
+
+    return S3Storage(server.storage, server.url_lifetime_s, server.storage_public_url)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hypergen.errors import ModelError
 from hypergen.model_store.diffusers_layout import (
@@ -21,6 +22,8 @@ from hypergen.model_store.diffusers_layout import (
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 TIMEOUT_S = 10
+# Raises a ModelError if a folder, whose weights may be headers alone, cannot be used.
+Check = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,17 @@ def download(model: HubModel) -> Path:
     return Path(folder)
 
 
+@contextmanager
+def linked(folder: Path, selection: Selection) -> Iterator[Path]:
+    """A temporary folder of links, with the files of a selection as the store would have them."""
+    with TemporaryDirectory(prefix="hypergen-") as name:
+        for stored, source in selection.files.items():
+            target = Path(name, stored)
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to((folder / source).absolute())
+        yield Path(name)
+
+
 def write_headers(model: HubModel, selection: Selection, folder: Path) -> None:
     """Write the selected weights without their tensors: only headers are downloaded, into sparse files.
 
@@ -100,6 +114,8 @@ def write_headers(model: HubModel, selection: Selection, folder: Path) -> None:
                 found = HfApi().parse_safetensors_file_metadata(
                     model.repo, name, revision=model.commit, timeout=TIMEOUT_S
                 )
+            except errors.EntryNotFoundError:
+                raise ModelError(f"{model.repo} on the hub has no {name}.") from None
             except (errors.SafetensorsParsingError, ValueError, TypeError, KeyError):
                 raise ModelError(f"{model.repo}: {name} is damaged: its header cannot be read.") from None
         tensors = {
@@ -128,19 +144,23 @@ def cached_folders(repo: str) -> list[Path]:
     return [file.parent for file in sorted(found, key=lambda file: str(file) != main)]
 
 
-def download_network(repo: str, revision: str | None) -> Path:
-    """The folder of one network that is a hub model of its own, such as a VAE; from the hub's cache if it is
-    there.
+def download_network(repo: str, revision: str | None, check: Check) -> Path:
+    """The folder of one network that is a hub model of its own, such as a VAE or a ControlNet; from the hub's
+    cache if it is there.
+
+    Args:
+        check: called before the weights are downloaded.
     """
-    return _download_files(repo, revision, ["config.json", "diffusion_pytorch_model.safetensors"])
+    return _download_files(repo, revision, ["config.json", "diffusion_pytorch_model.safetensors"], check)
 
 
-def download_safety_checker(repo: str, revision: str | None) -> Path:
+def download_safety_checker(repo: str, revision: str | None, check: Check) -> Path:
     """The same for a content filter, with its image processor."""
-    return _download_files(repo, revision, ["config.json", "preprocessor_config.json", "model.safetensors"])
+    files = ["config.json", "preprocessor_config.json", "model.safetensors"]
+    return _download_files(repo, revision, files, check)
 
 
-def _download_files(repo: str, revision: str | None, files: list[str]) -> Path:
+def _download_files(repo: str, revision: str | None, files: list[str], check: Check) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -148,8 +168,22 @@ def _download_files(repo: str, revision: str | None, files: list[str]) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
         if all((folder / name).is_file() for name in files):
             return folder
+    selection = Selection({name: name for name in files}, "none")
+    configurations = selection.without_weights()
     with _one_line_errors(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT_S))
+        # By revision, so that the cache knows its commit.
+        patterns = list(configurations.files)
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_S)
+        )
+    for name in configurations.files:
+        if not (folder / name).is_file():
+            raise ModelError(f"{repo} on the hub has no {name}.")
+    model = HubModel(repo, commit=folder.name, selection=selection, size_bytes=0)
+    with linked(folder, configurations) as headers:
+        write_headers(model, selection, headers)
+        check(headers)
+    return download(model)
 
 
 @contextmanager

@@ -38,13 +38,7 @@ def check_in_process(folder: Path, options: ModelOptions | None = None) -> Repor
         ModelError: the check itself failed.
     """
     given = (options or ModelOptions()).model_dump_json(exclude_none=True)
-    command = [sys.executable, "-m", "hypergen.models.check_model", str(folder), given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise ModelError(f"The model cannot be checked: {reason[:300]}")
-    return Report(**json.loads(lines[-1]))
+    return _run("hypergen.models.check_model", str(folder), given)
 
 
 def refuse_unusable(folder: Path, options: ModelOptions | None = None) -> None:
@@ -54,3 +48,30 @@ def refuse_unusable(folder: Path, options: ModelOptions | None = None) -> None:
     """
     if fault := check_in_process(folder, options).fault:
         raise ModelError(fault)
+
+
+def refuse_unusable_network(folder: Path, class_name: str, model: Path | None = None) -> None:
+    """Check one network in a folder, whose weights may be headers alone.
+
+    Args:
+        class_name: see `hypergen.models.check_network`.
+        model: the folder of the model that it is for.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    fault = _run(
+        "hypergen.models.check_network", class_name, str(folder), *([str(model)] if model else [])
+    ).fault
+    if fault:
+        raise ModelError(fault)
+
+
+def _run(module: str, *arguments: str) -> Report:
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ModelError(f"The model cannot be checked: {reason[:300]}")
+    return Report(**json.loads(lines[-1]))

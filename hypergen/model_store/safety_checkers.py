@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from hypergen.errors import ConfigurationError, ModelError
 from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_safety_checker, split_revision
+from hypergen.model_store.model_check import refuse_unusable_network
 
 PROCESSOR_FILE = "preprocessor_config.json"
+_CLASS = "StableDiffusionSafetyChecker"
 
 
 def split_function(given: str) -> tuple[str, str] | None:
@@ -45,11 +48,12 @@ def find_safety_checker(
             return given
         if report_progress is not None:
             report_progress(f"Looking for {given} in the hub's cache and on the hub")
-        path = download_safety_checker(repo, revision)
+        check = partial(refuse_unusable_network, class_name=_CLASS)
+        path = download_safety_checker(repo, revision, check)
     if not path.is_dir():
         raise ModelError(f"--safety-checker: no such folder, hub id or module:function: {given}")
     network, _ = folders_of(path)
-    check_component(network.parent, network.name, "StableDiffusionSafetyChecker")
+    check_component(network.parent, network.name, _CLASS)
     return str(path)
 
 

@@ -8,11 +8,9 @@ become one entry of the model store.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from hypergen.errors import ModelError
 from hypergen.model_store.checkpoint_detection import Checkpoint, read_checkpoint
@@ -29,9 +27,11 @@ from hypergen.model_store.diffusers_layout import (
 )
 from hypergen.model_store.hub import (
     HUB_ID,
+    Check,
     HubModel,
     cached_folders,
     download,
+    linked,
     resolve_hub_model,
     write_headers,
 )
@@ -41,8 +41,6 @@ SUFFIX = ".safetensors"
 # Returns the folder of a model that is on this machine, else None.
 FindLocalFolder = Callable[[str], Path | None]
 ReportProgress = Callable[[str], None]
-# Raises a ModelError if the file or folder cannot be served.
-Check = Callable[[Path], None]
 
 
 def select(
@@ -123,17 +121,6 @@ def find_configuration(given: str, checkpoint: Checkpoint, find_local_folder: Fi
         return folder
     source = checkpoint.usual_source(given, ModelOptions())
     return find_local_folder(source) or _cached_folder(source, checkpoint)
-
-
-@contextmanager
-def linked(folder: Path, selection: Selection) -> Iterator[Path]:
-    """A temporary folder of links, with the files of a selection as the store would have them."""
-    with TemporaryDirectory(prefix="hypergen-") as name:
-        for stored, source in selection.files.items():
-            target = Path(name, stored)
-            target.parent.mkdir(exist_ok=True)
-            target.symlink_to((folder / source).absolute())
-        yield Path(name)
 
 
 def _with_checkpoint(selection: Selection, file: Path) -> Selection:

@@ -35,7 +35,7 @@ from hypergen.model_store.entries import StoredModel, import_lock, open_entry, w
 from hypergen.model_store.entries import find_by_tag as find_by_tag
 from hypergen.model_store.entries import list_models as list_models
 from hypergen.model_store.entries import remove_entry as remove_entry
-from hypergen.model_store.hub import download, resolve_hub_model, write_headers
+from hypergen.model_store.hub import download, linked, resolve_hub_model, write_headers
 from hypergen.model_store.single_file import Check, ReportProgress
 from hypergen.model_store.sources import EMBEDDED_FOLDER as EMBEDDED_FOLDER
 from hypergen.model_store.sources import EMBEDDED_NAME as EMBEDDED_NAME
@@ -228,7 +228,7 @@ def _import_hub_model(repo: str, how: _Import) -> StoredModel:
     with suppress(ModelError):
         return open_entry(tag)
     configurations = model.selection.without_weights()
-    with single_file.linked(download(replace(model, selection=configurations)), configurations) as folder:
+    with linked(download(replace(model, selection=configurations)), configurations) as folder:
         write_headers(model, model.selection, folder)
         how.check_files(folder)
     how.report_progress(

@@ -29,7 +29,7 @@ from hypergen.models.tensor_accounting import Account
 from hypergen.served_model_config import ModelOptions
 
 # What loading configurations and vocabularies raises for damaged files.
-_DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 
 
 def check_model(path: Path, options: ModelOptions) -> Report:
@@ -49,12 +49,12 @@ def check_model(path: Path, options: ModelOptions) -> Report:
         _check_configurations(path, options)
     except ModelError as error:
         return Report(str(error), ignored)
-    except _DAMAGED as error:
-        return Report(_one_line(error), ignored)
+    except DAMAGED as error:
+        return Report(one_line(error), ignored)
     return Report(None, ignored)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -65,8 +65,8 @@ def _check_configurations(path: Path, options: ModelOptions) -> None:
         if issubclass(component_class, (SchedulerMixin, PreTrainedTokenizerBase)):
             try:
                 parts[name] = component_class.from_pretrained(path / name, local_files_only=True)
-            except _DAMAGED as error:
-                raise ModelError(f"The folder's {name} cannot be loaded: {_one_line(error)}") from None
+            except DAMAGED as error:
+                raise ModelError(f"The folder's {name} cannot be loaded: {one_line(error)}") from None
     name = pipeline_class_of(path, str(path))
     if name in PIPELINES:
         _check_family(path, PIPELINES[name], classes, parts["scheduler"], options)

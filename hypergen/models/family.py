@@ -23,7 +23,7 @@ from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import LoraManager
 from hypergen.model_families import FamilySpec
-from hypergen.model_info import Capability, ModelDefaults, ModelInfo
+from hypergen.model_info import Capability, ModelDefaults, ModelInfo, Vocabulary
 from hypergen.models.text_encoders.prompt_cache import PromptCache
 from hypergen.request import GenerationRequest
 from hypergen.served_model_config import ModelOptions
@@ -149,6 +149,7 @@ class Family(ABC):
                 capabilities | (self.lora_manager.capabilities if self.lora_manager else frozenset())
             ),
             controlnets=tuple(self.controlnets),
+            vocabulary=Vocabulary.of_card(self.model_card),
             **(self.lora_manager.info_fields() if self.lora_manager else {}),
         )
 

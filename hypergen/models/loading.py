@@ -250,12 +250,13 @@ def choose_device(settings: EngineSettings) -> torch.device:
         ModelError: this machine does not have the device of the settings.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if settings.device is None:
+    wanted = settings.device_type
+    if wanted is None:
         return _device(next(name for name, present in available.items() if present))
-    if not available[settings.device]:
+    if not available[wanted]:
         names = ", ".join(name for name, present in available.items() if present)
-        raise ModelError(f"Device {settings.device} is not available; this machine has {names}.")
-    return _device(settings.device)
+        raise ModelError(f"Device {wanted} is not available; this machine has {names}.")
+    return _device(wanted)
 
 
 def _device(name: str) -> torch.device:

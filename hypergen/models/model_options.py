@@ -129,6 +129,20 @@ def _try_step(scheduler: Any) -> None:
         raise ModelError(f"scheduler/scheduler_config.json cannot be used: {reason}") from None
 
 
+def check_vae_channels(source: Path, path: Path) -> None:
+    """
+    Args:
+        source: the folder of another VAE for the model in `path`.
+
+    Raises:
+        ModelError: its latents have another number of channels.
+    """
+    networks: Any = (empty_network(folder, AutoencoderKL) for folder in (source, path / "vae"))
+    its, ours = (network.config.latent_channels for network in networks)
+    if its != ours:
+        raise ModelError(f"The VAE is for another model: its latents have {its} channels instead of {ours}.")
+
+
 def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
     """Another VAE for the model in `path`.
 
@@ -140,6 +154,7 @@ def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
         ModelError: its tensors do not fit; names the first one.
     """
     if source.is_dir():
+        check_vae_channels(source, path)
         if fault := account_for_component(source, AutoencoderKL, "vae").fault:
             raise ModelError(f"{source}: {fault}")
         return AutoencoderKL.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=True)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hypergen.errors import ConfigurationError, ContentPolicyError, GenerationError
+from hypergen.errors import ConfigurationError, ContentPolicyError, GenerationError, ModelError
 from hypergen.model_store.safety_checkers import folders_of, split_function
+from hypergen.models.folder_accounting import account_for_component
 
 # Images and their prompt -> for each image whether it is refused.
 Check = Callable[[list[Image.Image], str], Sequence[bool]]
@@ -72,6 +73,10 @@ def _network(folder: Path) -> Check:
     from transformers import CLIPImageProcessor
 
     network_folder, processor_folder = folders_of(folder)
+    if fault := account_for_component(
+        network_folder, StableDiffusionSafetyChecker, network_folder.name
+    ).fault:
+        raise ModelError(fault)
     processor: Any = CLIPImageProcessor.from_pretrained(processor_folder, local_files_only=True)
     network: Any = StableDiffusionSafetyChecker.from_pretrained(
         network_folder, use_safetensors=True, local_files_only=True, dtype=torch.float32

@@ -10,27 +10,18 @@ export const address = () => base.href.replace(/\/$/, "");
 
 /** An error of the server or of the connection. `status` is 0 without an answer. */
 export class ApiError extends Error {
-  constructor(message, { status = 0, param = null, code = null, retryAfter = null } = {}) {
+  constructor(message, details) {
     super(message);
-    Object.assign(this, { status, param, code, retryAfter });
+    Object.assign(this, { status: 0, param: null, retryAfter: null, ...details });
   }
 }
 
 async function toError(response) {
-  let error = {};
-  try {
-    error = (await response.json()).error ?? {};
-  } catch {
-    // A proxy's error page, for example.
-  }
-  const seconds = Number(response.headers.get("retry-after"));
-  const message = response.status === 401 ? text.errors.key : (error.message ?? text.errors.status(response.status));
-  return new ApiError(message, {
-    status: response.status,
-    param: error.param ?? null,
-    code: error.code ?? null,
-    retryAfter: seconds > 0 ? seconds : null,
-  });
+  const { status } = response;
+  const body = await response.json().catch(() => null); // a proxy's error page, for example
+  const { message = text.errors.status(status), param } = body?.error ?? {};
+  const retryAfter = Number(response.headers.get("retry-after")) || null;
+  return new ApiError(status === 401 ? text.errors.key : message, { status, param, retryAfter });
 }
 
 async function send(path, options = {}) {
@@ -39,7 +30,7 @@ async function send(path, options = {}) {
     return await fetch(new URL(path, base), { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(text.errors.unreachable, { code: "unreachable" });
+    throw new ApiError(text.errors.unreachable);
   }
 }
 
@@ -69,7 +60,7 @@ export async function* stream(path, body, signal) {
       chunk = await reader.read();
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError(text.errors.lost, { code: "lost" });
+      throw new ApiError(text.errors.lost);
     }
     if (chunk.done) return;
     pending.push(chunk.value); // joined once per event: an image is megabytes in many chunks
@@ -80,7 +71,7 @@ export async function* stream(path, body, signal) {
       const data = block.split("\n").find((line) => line.startsWith("data: "));
       if (!data) continue; // a comment keeps the connection open
       const event = JSON.parse(data.slice(6));
-      if (event.type === "error") throw new ApiError(event.error.message, { ...event.error, status: 500 });
+      if (event.type === "error") throw new ApiError(event.error.message, { param: event.error.param });
       yield event;
     }
   }

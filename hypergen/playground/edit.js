@@ -6,7 +6,7 @@ import { Mask } from "./mask.js";
 import { app, notify, update, useApp } from "./state.js";
 import { urlOf } from "./store.js";
 import { text } from "./text.js";
-import { FileButton, sizeOf } from "./ui.js";
+import { FieldError, FileButton, Slider, sizeOf } from "./ui.js";
 
 const { edit } = text;
 
@@ -53,43 +53,60 @@ function Choose({ images }) {
 function MaskEditor({ source }) {
   const canvas = useRef();
   const mask = useRef();
-  const [brush, setBrush] = useState({ size: Math.round(Math.min(source.width, source.height) / 4), softness: 0.3, erase: false });
+  const { width, height } = source;
+  const [brush, setBrush] = useState({ size: Math.round(Math.min(width, height) / 4), softness: 0.3, erase: false });
+  const [cursor, setCursor] = useState(null); // where the brush is shown
   const hasMask = modelOf(app).options.includes("mask");
   const change = (patch) => setBrush((old) => ({ ...old, ...patch }));
-  const keep = () => update({ source: { ...app.source, mask: mask.current.toBlob() } });
+  const act = (name, ...values) => () => (mask.current[name](...values), setCursor(mask.current.cursor));
+  const resize = (factor) => () => change({ size: Math.max(2, Math.min(width, Math.round(brush.size * factor))) });
+  const move = (x, y) => act("move", x * brush.size * 0.5, y * brush.size * 0.5);
+  const switchEraser = () => change({ erase: !brush.erase });
+  const actions = {
+    ArrowLeft: move(-1, 0),
+    ArrowRight: move(1, 0),
+    ArrowUp: move(0, -1),
+    ArrowDown: move(0, 1),
+    " ": act("dab", brush),
+    "[": resize(0.8),
+    "]": resize(1.25),
+    e: switchEraser,
+    i: act("invert"),
+    "ctrl z": act("undo"),
+  };
   useEffect(() => {
-    mask.current = new Mask(canvas.current, source, keep);
-  }, []);
-  const resize = (factor) => change({ size: Math.max(2, Math.min(source.width, Math.round(brush.size * factor))) });
+    const keep = () => update({ source: { ...app.source, mask: mask.current.toBlob(), pixels: mask.current.pixels() } });
+    if (hasMask) mask.current = new Mask(canvas.current, source, keep);
+  }, [hasMask]);
   const onKey = (event) => {
-    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    const actions = { " ": () => mask.current.dab(brush), "[": () => resize(0.8), "]": () => resize(1.25), e: () => change({ erase: !brush.erase }), i: () => mask.current.invert() };
-    if (move) mask.current.move(move[0] * brush.size * 0.5, move[1] * brush.size * 0.5, brush);
-    else if ((event.ctrlKey || event.metaKey) && event.key === "z") mask.current.undo();
-    else if (actions[event.key] && !event.ctrlKey) actions[event.key]();
-    else return;
+    const action = actions[event.ctrlKey || event.metaKey ? `ctrl ${event.key}` : event.key];
+    if (!action) return;
     event.preventDefault();
+    action();
   };
   const down = (event) => {
     event.currentTarget.setPointerCapture(event.pointerId);
-    mask.current.start(event, brush);
+    act("start", event, brush)();
   };
-  return html`<div class="mask-canvas" style=${{ aspectRatio: `${source.width} / ${source.height}` }}>
+  const percent = (part, all) => `${(part / all) * 100}%`;
+  const ring = cursor && { left: percent(cursor.x, width), top: percent(cursor.y, height), width: percent(brush.size, width) };
+  const slider = (name, limits) => html`<label>${edit[name]}
+    <${Slider} ...${limits} value=${brush[name]} onChange=${(value) => change({ [name]: value })} /></label>`;
+  return html`<div class="mask-canvas" style=${{ aspectRatio: `${width} / ${height}`, maxWidth: `${(62 * width) / height}vh` }}>
       <img src=${urlOf(source.blob)} alt=${text.fields.image} draggable=${false} />
       ${hasMask && html`<canvas ref=${canvas} tabindex="0" role="application" aria-label=${edit.canvas} onKeyDown=${onKey}
-        onPointerDown=${down} onPointerMove=${(event) => mask.current.draw(event, brush)} onPointerUp=${() => mask.current.end()}></canvas>`}
+        onFocus=${() => setCursor(mask.current.cursor)} onBlur=${() => setCursor(null)} onPointerLeave=${() => setCursor(null)}
+        onPointerDown=${down} onPointerMove=${(event) => act("draw", event, brush)()} onPointerUp=${act("end")}></canvas>`}
+      ${ring && html`<div class="brush" style=${ring}></div>`}
     </div>
     ${hasMask && html`<p class="hint">${edit.hint}</p>
     <div class="toolbar" data-field="mask">
-      <label>${edit.size}<input class="slider" type="range" min="2" max=${source.width} value=${brush.size} onInput=${(event) => change({ size: Number(event.target.value) })} /></label>
-      <label>${edit.softness}<input class="slider" type="range" min="0" max="1" step="0.05" value=${brush.softness} onInput=${(event) => change({ softness: Number(event.target.value) })} /></label>
-      <button type="button" aria-pressed=${String(brush.erase)} onClick=${() => change({ erase: !brush.erase })}>${edit.erase}</button>
-      <button type="button" onClick=${() => mask.current.invert()}>${edit.invert}</button>
-      <button type="button" onClick=${() => mask.current.undo()}>${edit.undo}</button>
-      <button type="button" onClick=${() => mask.current.clear()}>${edit.clear}</button>
+      ${slider("size", { min: 2, max: width, step: 1 })}${slider("softness", { min: 0, max: 1, step: 0.05 })}
+      <button type="button" aria-pressed=${String(brush.erase)} onClick=${switchEraser}>${edit.erase}</button>
+      ${["invert", "undo", "clear"].map((name) => html`<button type="button" onClick=${() => mask.current[name]()}>${edit[name]}</button>`)}
+      <${FieldError} name="mask" />
     </div>`}
-    ${app.errors.mask && html`<p class="error" role="alert">${app.errors.mask}</p>`}
     <div class="toolbar" data-field="image"><${FileButton} label=${edit.another} onFile=${setSource} />
-      <button type="button" onClick=${() => update({ source: null })}>${text.removeFile}</button></div>
-    ${app.errors.image && html`<p class="error" role="alert">${app.errors.image}</p>`}`;
+      <button type="button" onClick=${() => update({ source: null })}>${text.removeFile}</button>
+      <${FieldError} name="image" /></div>`;
 }

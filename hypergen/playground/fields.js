@@ -1,19 +1,13 @@
 // The settings of a request: their ranges and defaults, as the server tells them, and the body of the request.
 
+const TEXTS = ["negative_prompt", "prompt_2", "negative_prompt_2", "size", "sampler", "scheduler"];
+const NUMBERS = ["num_inference_steps", "guidance_scale", "true_cfg_scale", "clip_skip"];
+const CONTROL_NUMBERS = { controlnet_conditioning_scale: 1, control_guidance_start: 0, control_guidance_end: 1 };
 // "" is the server's default.
 export const EMPTY = {
   prompt: "",
-  negative_prompt: "",
-  prompt_2: "",
-  negative_prompt_2: "",
+  ...Object.fromEntries([...TEXTS, ...NUMBERS].map((name) => [name, ""])),
   model: "",
-  size: "",
-  num_inference_steps: "",
-  guidance_scale: "",
-  true_cfg_scale: "",
-  clip_skip: "",
-  sampler: "",
-  scheduler: "",
   seed: "",
   seedMode: "random", // or "fixed", "increment"
   n: 1,
@@ -23,22 +17,9 @@ export const EMPTY = {
   control_image: null, // a data: URL
   control_model: "",
   control_preprocessor: "none",
-  controlnet_conditioning_scale: 1,
-  control_guidance_start: 0,
-  control_guidance_end: 1,
+  ...CONTROL_NUMBERS,
 };
-const NUMBERS = ["num_inference_steps", "guidance_scale", "true_cfg_scale", "clip_skip"];
-const TEXTS = ["negative_prompt", "prompt_2", "negative_prompt_2", "size", "sampler", "scheduler"];
-const CONTROL_NUMBERS = ["controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"];
-// Field -> the option in /health that a model needs for it.
-const NEEDS = {
-  negative_prompt: "negative_prompt",
-  prompt_2: "prompt_2",
-  negative_prompt_2: "prompt_2",
-  clip_skip: "clip_skip",
-  true_cfg_scale: "true_cfg_scale",
-  enable_refiner: "enable_refiner",
-};
+const OPTIONAL = ["negative_prompt", "prompt_2", "clip_skip", "true_cfg_scale", "enable_refiner", "loras"];
 // Of the model that comes with HyperGen; it has a page of its own in the documents.
 export const EMBEDDED_MODEL = "hypergen-tiny";
 
@@ -49,15 +30,19 @@ export function modelOf({ health, settings }) {
   return models.find((model) => model.id === settings.model) ?? models[0] ?? none;
 }
 
-export const has = (model, field) => !(field in NEEDS) || model.options.includes(NEEDS[field]);
+/** Whether a model has a field: /health lists the fields that only some models have. */
+export function has(model, field) {
+  const option = field === "negative_prompt_2" ? "prompt_2" : field;
+  return !OPTIONAL.includes(option) || model.options.includes(option);
+}
 
-/** The range of a numeric field in /openapi.json, within the limits of this server. */
+/** The range of a numeric field, or of the values of an object, in /openapi.json and within the limits of this server. */
 export function rangeOf({ schema, health }, field) {
   const property = schema[field] ?? {};
-  const found = [property, ...(property.anyOf ?? [])].find((option) => option.maximum !== undefined) ?? {};
-  const limits = health?.limits ?? {};
-  const most = field === "num_inference_steps" ? limits.max_steps : undefined;
-  return { min: found.minimum ?? 0, max: Math.min(found.maximum ?? 1, most ?? Infinity) };
+  const options = [property, ...(property.anyOf ?? [])].flatMap((option) => [option, option.additionalProperties ?? {}]);
+  const { minimum = 0, maximum = 1 } = options.find((option) => option.maximum !== undefined) ?? {};
+  const most = field === "num_inference_steps" ? health?.limits?.max_steps : undefined;
+  return { min: minimum, max: Math.min(maximum, most ?? Infinity) };
 }
 
 /** Sizes with the area of the model's own, in the usual aspect ratios. */
@@ -76,21 +61,22 @@ export function sizesOf(model, maxSide = 2048) {
 /** The body of POST /v1/images/generations, with what is not the default and what the model has. */
 export function toBody(settings, model, several) {
   const body = { prompt: settings.prompt };
+  const add = (name, toValue = (value) => value) => {
+    const value = settings[name];
+    if (value !== "" && value !== EMPTY[name] && has(model, name)) body[name] = toValue(value);
+  };
   if (several) body.model = model.id;
-  for (const name of TEXTS) if (settings[name] && has(model, name)) body[name] = settings[name];
+  for (const name of TEXTS) add(name);
   if (!body.sampler) delete body.scheduler;
-  for (const name of NUMBERS) {
-    if (settings[name] !== "" && has(model, name)) body[name] = Number(settings[name]);
-  }
-  if (settings.seedMode !== "random" && settings.seed !== "") body.seed = settings.seed;
-  if (Number(settings.n) !== 1) body.n = Number(settings.n);
-  if (model.options.includes("loras") && Object.keys(settings.loras).length) body.loras = settings.loras;
-  if (settings.enable_refiner && has(model, "enable_refiner")) body.enable_refiner = true;
+  for (const name of [...NUMBERS, "n"]) add(name, Number);
+  if (settings.seedMode !== "random") add("seed");
+  if (Object.keys(settings.loras).length) add("loras");
+  add("enable_refiner");
   if (settings.control_image && model.control_models.length) {
     body.control_image = settings.control_image;
     body.control_model = settings.control_model || model.control_models[0];
-    body.control_preprocessor = settings.control_preprocessor;
-    for (const name of CONTROL_NUMBERS) if (settings[name] !== "") body[name] = Number(settings[name]);
+    add("control_preprocessor");
+    for (const name of Object.keys(CONTROL_NUMBERS)) add(name, Number);
   }
   return body;
 }

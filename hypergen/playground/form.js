@@ -5,84 +5,88 @@ import { generate } from "./requests.js";
 import { app, notify, setSettings, update, useApp } from "./state.js";
 import { toDataUrl } from "./store.js";
 import { text } from "./text.js";
-import { Field, FileButton, Range, Segments, Select, inputOf } from "./ui.js";
+import { Field, FileButton, IconButton, Range, Segments, Select, Slider, inputOf } from "./ui.js";
 
 const { fields } = text;
 
-/** The body of the request in the form; null, with a sentence at the prompt, without a prompt. */
-export function bodyOfForm() {
-  const model = modelOf(app);
-  const body = toBody(app.settings, model, (app.health?.models ?? []).length > 1);
-  if (body.prompt.trim()) return body;
-  update({ errors: { ...app.errors, prompt: text.needsPrompt } });
-  document.getElementById("f-prompt")?.focus();
-  return null;
+/** The request in the form: { body, edit } as `generate` takes them. */
+export function requestOfForm() {
+  const { settings, source, tab } = app;
+  const body = toBody(settings, modelOf(app), (app.health?.models ?? []).length > 1);
+  if (tab !== "edit" || !source) return { body, edit: null };
+  if (settings.strength !== "") body.strength = Number(settings.strength);
+  return { body, edit: { source: source.blob, mask: source.mask } };
 }
 
-/** The fields of an edit in addition: the strength, and the size of the input image if none is chosen. */
-export function editBody(body) {
-  const { strength } = app.settings;
-  return strength === "" ? body : { ...body, strength: Number(strength) };
+/** Whether there is a prompt; says so at the prompt if not. */
+export function checkPrompt() {
+  if (app.settings.prompt.trim()) return true;
+  update({ errors: { ...app.errors, prompt: text.needsPrompt } });
+  document.getElementById("f-prompt")?.focus();
+  return false;
 }
 
 export function submit() {
-  const body = bodyOfForm();
-  if (!body) return;
-  const { settings, source, tab } = app;
+  if ((app.tab === "edit" && !app.source) || !checkPrompt()) return;
+  const { settings } = app;
+  const { body, edit } = requestOfForm();
   update({ errors: {} });
   // On a phone the images are below the form.
   if (matchMedia("(max-width: 860px)").matches) document.getElementById("images")?.scrollIntoView({ block: "start" });
-  if (tab === "edit" && source) generate(editBody(body), { source: source.blob, mask: source.mask });
-  else generate(body);
+  generate(body, edit);
   if (settings.seedMode === "increment" && settings.seed !== "") {
-    setSettings({ seed: String(BigInt(settings.seed) + BigInt(settings.n)) });
+    setSettings({ seed: String(BigInt(settings.seed) + BigInt(Math.trunc(settings.n) || 1)) });
   }
 }
 
-export function Form({ showCode }) {
-  const { settings, errors, tab, health, source } = useApp();
-  const model = modelOf(app);
-  const set = (name) => (value) => setSettings({ [name]: value });
-  const range = (name, step) => html`<${Range} name=${name} errors=${errors} value=${settings[name]} step=${step}
-    ...${rangeOf(app, name)} fallback=${model.defaults[name]} onChange=${set(name)} />`;
-  const prompt = (name, rows, hint) => html`<${Field} name=${name} errors=${errors}>
-    <textarea ...${inputOf(name, errors)} rows=${rows} placeholder=${hint} value=${settings[name]}
+// The fields of the form; each shows and changes the setting of its name.
+const set = (name) => (value) => setSettings({ [name]: value });
+const choices = (names) => names.map((name) => [name, name]);
+
+function prompt(name, rows, hint) {
+  return html`<${Field} name=${name}>
+    <textarea ...${inputOf(name)} rows=${rows} placeholder=${hint} value=${app.settings[name]}
       onInput=${(event) => setSettings({ [name]: event.target.value })}></textarea>
   <//>`;
+}
+
+function range(name, step, fallback = modelOf(app).defaults[name]) {
+  return html`<${Range} name=${name} value=${app.settings[name]} step=${step} ...${rangeOf(app, name)}
+    fallback=${fallback} onChange=${set(name)} />`;
+}
+
+function select(name, options, onChange = set(name), value = app.settings[name]) {
+  return html`<${Select} name=${name} value=${value} options=${options} onChange=${onChange} />`;
+}
+
+export function Form({ showCode }) {
+  const { settings, tab, health, source } = useApp();
+  const model = modelOf(app);
   const models = health?.models ?? [];
   const schedules = model.schedules[settings.sampler] ?? [];
-  const named = (names) => [["", text.modelDefault], ...names.map((name) => [name, name])];
-  return html`<form class="panel" aria-label=${text.tabs[tab]} onSubmit=${(event) => (event.preventDefault(), submit())}>
+  const own = ["", text.modelDefault];
+  const setSampler = (sampler) => {
+    const keeps = model.schedules[sampler]?.includes(settings.scheduler);
+    setSettings({ sampler, scheduler: keeps ? settings.scheduler : "" });
+  };
+  return html`<form class="panel" novalidate aria-label=${text.tabs[tab]} onSubmit=${(event) => (event.preventDefault(), submit())}>
     <div class="scroll">
       ${prompt("prompt", 3, text.promptHint)}
       ${model.id === EMBEDDED_MODEL && html`<${Examples} />`}
       ${has(model, "negative_prompt") && prompt("negative_prompt", 2, text.negativeHint)}
-      ${models.length > 1 &&
-      html`<${Select} name="model" errors=${errors} value=${model.id} options=${models.map(({ id }) => [id, id])} onChange=${set("model")} />`}
-      ${tab === "edit" && html`<${Range} name="strength" errors=${errors} value=${settings.strength} fallback=${source?.mask ? 1 : 0.7}
-        min=${0} max=${1} step=${0.05} onChange=${set("strength")} />`}
-      <${Size} settings=${settings} errors=${errors} model=${model} asInput=${tab === "edit"} />
+      ${models.length > 1 && select("model", choices(models.map(({ id }) => id)), set("model"), model.id)}
+      ${tab === "edit" && range("strength", 0.05, source?.mask ? 1 : 0.7)}
+      <${Size} model=${model} />
       <div class="pair">${range("num_inference_steps", 1)}${range("guidance_scale", 0.5)}</div>
       <div class="pair">
-        <${Select} name="sampler" errors=${errors} value=${settings.sampler} options=${named(model.samplers)}
-          onChange=${(sampler) => setSettings({ sampler, scheduler: (model.schedules[sampler] ?? []).includes(settings.scheduler) ? settings.scheduler : "" })} />
-        ${settings.sampler && schedules.length > 0 &&
-        html`<${Select} name="scheduler" errors=${errors} value=${settings.scheduler} options=${named(schedules)} onChange=${set("scheduler")} />`}
+        ${select("sampler", [own, ...choices(model.samplers)], setSampler)}
+        ${settings.sampler && schedules.length > 0 && select("scheduler", [own, ...choices(schedules)])}
       </div>
-      <${Seed} settings=${settings} errors=${errors} />
-      ${tab !== "grid" && html`<${Range} name="n" errors=${errors} value=${settings.n} step=${1} ...${rangeOf(app, "n")} onChange=${set("n")} />`}
-      ${model.loras.length > 0 && html`<${Loras} settings=${settings} errors=${errors} model=${model} />`}
-      ${model.control_models.length > 0 && html`<${ControlNet} settings=${settings} errors=${errors} model=${model} />`}
-      <${More} model=${model}>
-        ${has(model, "prompt_2") && [prompt("prompt_2", 2), prompt("negative_prompt_2", 2)]}
-        ${has(model, "true_cfg_scale") && range("true_cfg_scale", 0.5)}
-        ${has(model, "clip_skip") && range("clip_skip", 1)}
-        ${has(model, "enable_refiner") &&
-        html`<${Field} name="enable_refiner" errors=${errors}>
-          <input ...${inputOf("enable_refiner", errors)} type="checkbox" checked=${settings.enable_refiner}
-            onChange=${(event) => setSettings({ enable_refiner: event.target.checked })} />
-        <//>`}
-      <//>
+      <${Seed} settings=${settings} />
+      ${tab !== "grid" && range("n", 1, 1)}
+      ${model.loras.length > 0 && html`<${Loras} loras=${settings.loras} model=${model} />`}
+      ${model.control_models.length > 0 && html`<${ControlNet} settings=${settings} model=${model} />`}
+      <${More} model=${model} />
     </div>
     ${tab !== "grid" &&
     html`<div class="actions">
@@ -94,33 +98,33 @@ export function Form({ showCode }) {
 }
 
 function Examples() {
+  const chip = (example) => html`<button type="button" class="chip" onClick=${() => setSettings({ prompt: example })}>${example}</button>`;
   return html`<div class="examples">
     <p>${text.embedded}</p>
-    <ul>${text.examples.map(
-      (example) => html`<li><button type="button" class="chip" onClick=${() => setSettings({ prompt: example })}>${example}</button></li>`,
-    )}</ul>
+    <ul>${text.examples.map((example) => html`<li>${chip(example)}</li>`)}</ul>
   </div>`;
 }
 
-function Size({ settings, errors, model, asInput }) {
-  const sizes = sizesOf(model, app.health?.limits?.max_side);
-  const options = sizes.map((size) => [`${size.width}x${size.height}`, text.sizeOption(size)]);
+function Size({ model }) {
+  const { settings, tab, health } = app;
+  const { max_side: maxSide } = health?.limits ?? {};
+  const options = sizesOf(model, maxSide).map((size) => [`${size.width}x${size.height}`, text.sizeOption(size)]);
   const isOther = settings.size !== "" && !options.some(([size]) => size === settings.size);
   const [custom, setCustom] = useState(isOther);
   const shown = custom || isOther ? "custom" : settings.size;
   const [width, height] = (settings.size || model.defaults.size || "512x512").split("x");
-  const own = model.defaults.size ? text.ownSize(model.defaults.size) : text.modelDefault;
-  const side = (label, value, change) => html`<input class="number" type="number" step="8" min="64" aria-label=${label} value=${value}
-    onInput=${(event) => setSettings({ size: change(event.target.value) })} />`;
-  return html`<${Field} name="size" errors=${errors}>
+  const own = tab === "edit" ? text.inputSize : model.defaults.size ? text.ownSize(model.defaults.size) : text.modelDefault;
+  const all = [["", own], ...options.filter(([size]) => size !== model.defaults.size || shown === size), ["custom", text.customSize]];
+  const choose = ({ target: { value } }) => {
+    setCustom(value === "custom");
+    setSettings({ size: value === "custom" ? `${width}x${height}` : value });
+  };
+  const side = (label, value, toSize) => html`<input class="number" type="number" step="8" min="64" max=${maxSide}
+    aria-label=${label} value=${value} onInput=${(event) => setSettings({ size: toSize(event.target.value) })} />`;
+  return html`<${Field} name="size">
     <div class="row">
-      <select ...${inputOf("size", errors)} value=${shown}
-        onChange=${({ target }) => (setCustom(target.value === "custom"), setSettings({ size: target.value === "custom" ? `${width}x${height}` : target.value }))}>
-        <option value="" selected=${shown === ""}>${asInput ? text.inputSize : own}</option>
-        ${options.filter(([size]) => size !== model.defaults.size || shown === size).map(
-          ([size, label]) => html`<option value=${size} selected=${shown === size}>${label}</option>`,
-        )}
-        <option value="custom" selected=${shown === "custom"}>${text.customSize}</option>
+      <select ...${inputOf("size")} value=${shown} onChange=${choose}>
+        ${all.map(([size, label]) => html`<option value=${size} selected=${shown === size}>${label}</option>`)}
       </select>
       ${shown === "custom" &&
       html`${side(fields.width, width, (value) => `${value}x${height}`)}<span aria-hidden="true">×</span>
@@ -129,71 +133,76 @@ function Size({ settings, errors, model, asInput }) {
   <//>`;
 }
 
-function Seed({ settings, errors }) {
-  const modes = Object.entries(text.seedModes);
-  const choose = (seedMode) => setSettings({ seedMode, seed: seedMode !== "random" && settings.seed === "" ? "0" : settings.seed });
-  return html`<${Field} name="seed" errors=${errors}>
+function Seed({ settings: { seed, seedMode } }) {
+  const choose = (mode) => setSettings({ seedMode: mode, seed: mode !== "random" && seed === "" ? "0" : seed });
+  const enter = ({ target }) => {
+    target.value = target.value.replace(/\D/g, "");
+    const fixed = seedMode === "random" ? "fixed" : seedMode;
+    setSettings({ seed: target.value, seedMode: target.value === "" ? "random" : fixed });
+  };
+  return html`<${Field} name="seed">
     <div class="row">
-      <input ...${inputOf("seed", errors)} inputmode="numeric" value=${settings.seedMode === "random" ? "" : settings.seed}
-        placeholder=${text.seedModes.random.toLowerCase()}
-        onInput=${({ target }) => {
-          const seed = target.value.replace(/\D/g, "");
-          target.value = seed;
-          setSettings({ seed, seedMode: seed === "" ? "random" : settings.seedMode === "random" ? "fixed" : settings.seedMode });
-        }} />
-      <${Segments} name="seed-mode" label=${text.seedModesLabel} value=${settings.seedMode} options=${modes} onChange=${choose} />
+      <input ...${inputOf("seed")} inputmode="numeric" value=${seedMode === "random" ? "" : seed}
+        placeholder=${text.seedModes.random.toLowerCase()} onInput=${enter} />
+      <${Segments} name="seed-mode" label=${text.seedModesLabel} value=${seedMode} options=${Object.entries(text.seedModes)} onChange=${choose} />
     </div>
   <//>`;
 }
 
-function Loras({ settings, errors, model }) {
-  const { loras } = settings;
+function Loras({ loras, model }) {
   const change = (name, weight) => setSettings({ loras: { ...loras, [name]: weight } });
   const remove = (name) => setSettings({ loras: Object.fromEntries(Object.entries(loras).filter(([other]) => other !== name)) });
   const left = model.loras.filter((name) => !(name in loras));
-  return html`<${Field} name="loras" errors=${errors}>
+  return html`<${Field} name="loras">
     ${Object.entries(loras).map(
       ([name, weight]) => html`<div class="lora">
         <span title=${name}>${name}</span>
-        <input class="slider" type="range" min="0" max="2" step="0.05" value=${weight} aria-label=${text.weightOf(name)}
-          onInput=${(event) => change(name, Number(event.target.value))} />
+        <${Slider} label=${text.weightOf(name)} ...${rangeOf(app, "loras")} step="0.05" value=${weight} onChange=${(value) => change(name, value)} />
         <output>${weight}</output>
-        <button type="button" class="icon" aria-label=${text.removeLora(name)} onClick=${() => remove(name)}>✕</button>
+        <${IconButton} label=${text.removeLora(name)} onClick=${() => remove(name)}>✕<//>
       </div>`,
     )}
     ${left.length > 0 && Object.keys(loras).length < model.max_loras &&
-    html`<select ...${inputOf("loras", errors)} value="" onChange=${(event) => (change(event.target.value, 1), (event.target.value = ""))}>
+    html`<select ...${inputOf("loras")} value="" onChange=${(event) => (change(event.target.value, 1), (event.target.value = ""))}>
       <option value="">${text.addLora}</option>
       ${left.map((name) => html`<option value=${name}>${name}</option>`)}
     </select>`}
   <//>`;
 }
 
-function ControlNet({ settings, errors, model }) {
-  const set = (name) => (value) => setSettings({ [name]: value });
-  const range = (name) => html`<${Range} name=${name} errors=${errors} value=${settings[name]} step=${0.05} ...${rangeOf(app, name)} onChange=${set(name)} />`;
+function ControlNet({ settings, model }) {
+  const image = settings.control_image;
+  const preprocessors = app.schema.control_preprocessor?.enum ?? ["none", "canny"];
   return html`<details><summary>${text.controlNet}</summary>
-    <${Field} name="control_image" errors=${errors}>
-      ${settings.control_image && html`<img class="control" src=${settings.control_image} alt=${fields.control_image} />`}
+    <${Field} name="control_image">
+      ${image && html`<img class="control" src=${image} alt=${fields.control_image} />`}
       <div class="row">
         <${FileButton} id="f-control_image" label=${text.chooseFile} onFile=${async (file) => setSettings({ control_image: await toDataUrl(file) })} />
-        ${settings.control_image && html`<button type="button" onClick=${() => setSettings({ control_image: null })}>${text.removeFile}</button>`}
+        ${image && html`<button type="button" onClick=${() => setSettings({ control_image: null })}>${text.removeFile}</button>`}
       </div>
     <//>
     <div class="pair">
-      <${Select} name="control_model" errors=${errors} value=${settings.control_model || model.control_models[0]}
-        options=${model.control_models.map((name) => [name, name])} onChange=${set("control_model")} />
-      <${Select} name="control_preprocessor" errors=${errors} value=${settings.control_preprocessor}
-        options=${(app.schema.control_preprocessor?.enum ?? ["none", "canny"]).map((name) => [name, name])} onChange=${set("control_preprocessor")} />
+      ${select("control_model", choices(model.control_models), set("control_model"), settings.control_model || model.control_models[0])}
+      ${select("control_preprocessor", choices(preprocessors))}
     </div>
-    ${range("controlnet_conditioning_scale")}
-    <div class="pair">${range("control_guidance_start")}${range("control_guidance_end")}</div>
+    ${range("controlnet_conditioning_scale", 0.05)}
+    <div class="pair">${range("control_guidance_start", 0.05)}${range("control_guidance_end", 0.05)}</div>
   </details>`;
 }
 
-function More({ model, children }) {
-  const some = ["prompt_2", "true_cfg_scale", "clip_skip", "enable_refiner"].some((field) => has(model, field));
-  return some && html`<details><summary>${text.more}</summary>${children}</details>`;
+function More({ model }) {
+  const refiner = () => html`<${Field} name="enable_refiner">
+    <input ...${inputOf("enable_refiner")} type="checkbox" checked=${app.settings.enable_refiner}
+      onChange=${(event) => setSettings({ enable_refiner: event.target.checked })} />
+  <//>`;
+  const optional = {
+    prompt_2: () => [prompt("prompt_2", 2), prompt("negative_prompt_2", 2)],
+    true_cfg_scale: () => range("true_cfg_scale", 0.5),
+    clip_skip: () => range("clip_skip", 1),
+    enable_refiner: refiner,
+  };
+  const shown = Object.keys(optional).filter((name) => has(model, name));
+  return shown.length > 0 && html`<details><summary>${text.more}</summary>${shown.map((name) => optional[name]())}</details>`;
 }
 
 /** Put settings into the form, and say so. */

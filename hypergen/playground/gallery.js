@@ -4,6 +4,7 @@ import { cancel, retry } from "./requests.js";
 import { app, update, useApp } from "./state.js";
 import { deleteImages, download, extensionOf, urlOf } from "./store.js";
 import { text } from "./text.js";
+import { FileButton } from "./ui.js";
 import { zip } from "./zip.js";
 
 const { gallery, progress } = text;
@@ -13,17 +14,19 @@ export const nameOf = (image) => {
   return `${words || "image"}-${image.seed}.${extensionOf(image.blob)}`;
 };
 
-export function Gallery() {
+export function Gallery({ takeFile }) {
   const { images, requests } = useApp();
+  const settingsOfFile = html`<${FileButton} label=${gallery.settingsOfFile} onFile=${takeFile} />`;
   return html`<section id="images" tabindex="-1" aria-label=${gallery.label}>
     ${images.length > 0 &&
     html`<div class="toolbar">
       <span>${gallery.count(images.length)}</span>
+      ${settingsOfFile}
       <button type="button" onClick=${() => downloadAll(images)}>${gallery.downloadAll}</button>
       <button type="button" onClick=${deleteAll}>${gallery.deleteAll}</button>
     </div>`}
     ${images.length + requests.length === 0 &&
-    html`<div class="empty"><h2>${gallery.empty}</h2><p>${gallery.emptyHint}</p></div>`}
+    html`<div class="empty"><h2>${gallery.empty}</h2><p>${gallery.emptyHint}</p>${settingsOfFile}</div>`}
     <ul class="tiles">
       ${requests.map((request) => html`<${Running} key=${`r${request.id}`} request=${request} />`)}
       ${images.map((image) => html`<${Tile} key=${image.id} image=${image} />`)}
@@ -36,6 +39,7 @@ export function Tile({ image, onClick = () => update({ viewed: image.id }) }) {
     <button type="button" class="open" aria-label=${gallery.open(image.body.prompt, image.seed)} onClick=${onClick}>
       <img src=${urlOf(image.blob)} alt="" loading="lazy" draggable=${false} />
     </button>
+    ${image.understood && html`<p class="state">${gallery.understood(image.understood)}</p>`}
   </li>`;
 }
 

@@ -1,7 +1,7 @@
 // A grid of images over two axes: each cell is one request, and the grid can be saved as one image.
 import { html, useState } from "./vendor/preact-htm.js";
 import { modelOf } from "./fields.js";
-import { bodyOfForm } from "./form.js";
+import { checkPrompt, requestOfForm } from "./form.js";
 import { cancelAll, generate } from "./requests.js";
 import { app, setSettings, update, useApp } from "./state.js";
 import { download, urlOf } from "./store.js";
@@ -9,46 +9,63 @@ import { text } from "./text.js";
 
 const MOST_CELLS = 100;
 const AT_ONCE = 4; // so that others are served, too
-const NUMERIC = ["num_inference_steps", "guidance_scale"];
+const NUMERIC = ["num_inference_steps", "guidance_scale", "lora"];
 const { grid: texts } = text;
-const EMPTY_AXIS = { kind: "none", values: "" };
+const NONE = { kind: "none", values: "" };
 
 const split = (values) => values.split(",").map((value) => value.trim()).filter(Boolean);
 
 /** The values of an axis as [label, change of a body]; throws an Error with a sentence. */
 function readAxis({ kind, values }, body) {
   if (kind === "none") return [["", (cell) => cell]];
+  // Before the weights of a LoRA is its name, which may have spaces and numbers.
+  const named = modelOf(app).loras.filter((lora) => values.trim().startsWith(`${lora} `));
+  const name = kind === "lora" ? named.sort((a, b) => b.length - a.length)[0] : "";
+  if (name === undefined) throw new Error(texts.noLora);
+  const all = split(values.trim().slice(name.length));
+  const isNumeric = NUMERIC.includes(kind);
+  if (!all.length || (isNumeric && all.some((value) => Number.isNaN(Number(value))))) throw new Error(texts.badValues);
   if (kind === "lora") {
-    const [, name, weights] = values.match(/^\s*(.*\S)\s+([\d.,\s]+)$/) ?? [];
-    if (!name) throw new Error(texts.badValues);
-    return split(weights).map((weight) => [`${name} ${weight}`, (cell) => ({ ...cell, loras: { ...cell.loras, [name]: Number(weight) } })]);
+    return all.map((weight) => [`${name} ${weight}`, (cell) => ({ ...cell, loras: { ...cell.loras, [name]: Number(weight) } })]);
   }
-  const all = split(values);
-  if (!all.length || (NUMERIC.includes(kind) && all.some((value) => Number.isNaN(Number(value))))) throw new Error(texts.badValues);
   if (kind === "words") {
     if (!body.prompt.includes(all[0])) throw new Error(texts.noWord(all[0]));
     return all.map((word) => [word, (cell) => ({ ...cell, prompt: cell.prompt.replaceAll(all[0], word) })]);
   }
   const label = (value) => (kind === "sampler" || kind === "model" ? value : `${texts.kinds[kind]} ${value}`);
-  return all.map((value) => [label(value), (cell) => ({ ...cell, [kind]: NUMERIC.includes(kind) ? Number(value) : value })]);
+  return all.map((value) => [label(value), (cell) => ({ ...cell, [kind]: isNumeric ? Number(value) : value })]);
+}
+
+/** What may change: kind -> its name. */
+export function axisKinds() {
+  const { lora, model, ...kinds } = texts.kinds;
+  const models = app.health?.models ?? [];
+  return { ...kinds, ...(modelOf(app).loras.length && { lora }), ...(models.length > 1 && { model }) };
+}
+
+/** Values of an axis to start with. */
+function suggest(kind, [ownLora] = []) {
+  const { samplers, schedules, loras } = modelOf(app);
+  const own = {
+    sampler: samplers,
+    scheduler: schedules[app.settings.sampler],
+    model: (app.health?.models ?? []).map(({ id }) => id),
+    lora: [`${ownLora ?? loras[0]} 0`, "0.5", "1"],
+    words: [],
+  };
+  return own[kind]?.slice(0, 8).join(", ") ?? texts.hints[kind] ?? "";
 }
 
 /** A grid with the settings of an image, one of which changes. */
 export function startGrid(kind, settings) {
-  const [lora] = Object.keys(settings.loras).concat(modelOf(app).loras);
-  const axes = {
-    guidance: { kind: "guidance_scale", values: "1, 2, 4, 7, 12" },
-    steps: { kind: "num_inference_steps", values: "2, 4, 8, 16, 32" },
-    sampler: { kind: "sampler", values: modelOf(app).samplers.slice(0, 8).join(", ") },
-    loras: { kind: "lora", values: `${lora ?? ""} 0, 0.5, 1, 1.5` },
-  };
   setSettings({ ...settings, n: 1 });
-  update({ tab: "grid", viewed: null, grid: { columns: axes[kind], rows: EMPTY_AXIS, cells: null } });
+  setSettings({ columns: { kind, values: suggest(kind, Object.keys(settings.loras)) }, rows: NONE });
+  update({ tab: "grid", viewed: null, grid: null });
 }
 
 async function run(columns, rows) {
-  const form = bodyOfForm();
-  if (!form) return null;
+  if (!checkPrompt()) return null;
+  const form = requestOfForm().body;
   // The same noise in every cell, unless the seed is an axis.
   const body = { ...form, n: undefined, seed: form.seed ?? String(crypto.getRandomValues(new Uint32Array(1))[0]) };
   let across, down;
@@ -59,7 +76,7 @@ async function run(columns, rows) {
     return error.message;
   }
   const cells = down.map(([, changeRow]) => across.map(([, changeColumn]) => ({ body: changeColumn(changeRow(body)), image: null, error: null })));
-  const grid = { columns, rows, cells, across: across.map(([label]) => label), down: down.map(([label]) => label) };
+  const grid = { cells, across: across.map(([label]) => label), down: down.map(([label]) => label) };
   update({ grid });
   const left = cells.flat();
   await Promise.all(Array.from({ length: AT_ONCE }, () => work(left, grid)));
@@ -81,9 +98,8 @@ async function work(left, grid) {
 }
 
 export function Grid() {
-  const { grid, requests } = useApp();
-  const [columns, setColumns] = useState(grid?.columns ?? { kind: "seed", values: "1, 2, 3" });
-  const [rows, setRows] = useState(grid?.rows ?? EMPTY_AXIS);
+  const { grid, requests, settings } = useApp();
+  const { columns = { kind: "seed", values: texts.hints.seed }, rows = NONE } = settings;
   const [error, setError] = useState(null);
   const start = async (event) => {
     event.preventDefault();
@@ -93,28 +109,25 @@ export function Grid() {
   const count = [columns, rows].reduce((product, { kind, values }) => product * (kind === "none" ? 1 : split(values).length || 1), 1);
   return html`<section class="grid" id="images" tabindex="-1" aria-label=${text.tabs.grid}>
     <form class="axes" onSubmit=${start}>
-      <${Axis} label=${texts.columns} axis=${columns} onChange=${setColumns} />
-      <${Axis} label=${texts.rows} axis=${rows} onChange=${setRows} />
+      <${Axis} label=${texts.columns} axis=${columns} onChange=${(axis) => setSettings({ columns: axis })} />
+      <${Axis} label=${texts.rows} axis=${rows} onChange=${(axis) => setSettings({ rows: axis })} />
       <button class="primary">${texts.run(count)}</button>
       ${requests.length > 0 && html`<button type="button" onClick=${cancelAll}>${text.progress.cancel}</button>`}
-      ${grid?.cells && html`<button type="button" onClick=${() => save(grid)}>${texts.save}</button>`}
+      ${grid && html`<button type="button" onClick=${() => save(grid)}>${texts.save}</button>`}
     </form>
     ${error && html`<p class="error" role="alert">${error}</p>`}
-    ${grid?.cells ? html`<${Table} grid=${grid} requests=${requests} />` : html`<div class="empty"><p>${texts.empty}</p></div>`}
+    ${grid ? html`<${Table} grid=${grid} requests=${requests} />` : html`<div class="empty"><p>${texts.empty}</p></div>`}
   </section>`;
 }
 
 function Axis({ label, axis, onChange }) {
-  const model = modelOf(app);
-  const choices = { sampler: model.samplers, scheduler: model.schedules[app.settings.sampler] ?? [], model: (app.health?.models ?? []).map(({ id }) => id) };
-  const kinds = Object.entries(texts.kinds).filter(([kind]) => kind !== "lora" || model.loras.length).filter(([kind]) => kind !== "model" || choices.model.length > 1);
-  const suggest = (kind) => (kind === "lora" ? `${model.loras[0]} 0, 0.5, 1` : (choices[kind]?.slice(0, 4).join(", ") ?? (kind === "words" ? "" : (texts.hints[kind] ?? ""))));
   return html`<fieldset><legend>${label}</legend>
     <select aria-label=${label} value=${axis.kind} onChange=${({ target }) => onChange({ kind: target.value, values: suggest(target.value) })}>
-      ${kinds.map(([kind, shown]) => html`<option value=${kind} selected=${kind === axis.kind}>${shown}</option>`)}
+      ${Object.entries(axisKinds()).map(([kind, shown]) => html`<option value=${kind} selected=${kind === axis.kind}>${shown}</option>`)}
     </select>
     ${axis.kind !== "none" &&
-    html`<input aria-label=${`${label}: ${texts.values}`} value=${axis.values} placeholder=${texts.hints[axis.kind]} onInput=${(event) => onChange({ ...axis, values: event.target.value })} />`}
+    html`<input aria-label=${`${label}: ${texts.values}`} value=${axis.values} placeholder=${texts.hints[axis.kind]}
+      onInput=${(event) => onChange({ ...axis, values: event.target.value })} />`}
   </fieldset>`;
 }
 

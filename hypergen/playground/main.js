@@ -4,11 +4,11 @@ import { key, setKey } from "./api.js";
 import { Form, submit, useSettings } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { cancelAll } from "./requests.js";
-import { app, notify, update, useApp } from "./state.js";
+import { app, attempt, notify, update, useApp } from "./state.js";
 import { Status, readHealth } from "./status.js";
 import { loadImages } from "./store.js";
 import { text } from "./text.js";
-import { Dialog } from "./ui.js";
+import { Dialog, IconButton } from "./ui.js";
 import { CodeDialog } from "./code.js";
 import { Edit, setSource } from "./edit.js";
 import { Grid } from "./grid.js";
@@ -21,7 +21,6 @@ const MAIN = { generate: Gallery, edit: Edit, grid: Grid };
 function Page() {
   const { tab, viewed, needsKey, asksKey, notice, announcement } = useApp();
   const [code, setCode] = useState(false);
-  useEffect(listen, []);
   const Main = MAIN[tab];
   return html`<a class="skip" href="#images">${text.skip}</a>
     <header class="top">
@@ -34,11 +33,11 @@ function Page() {
       <span class="space"></span>
       ${(needsKey || key()) && html`<button type="button" onClick=${() => update({ asksKey: true })}>${text.key.label}</button>`}
       <a href="docs" title=${text.apiDocsTitle}>${text.apiDocs}</a>
-      <button type="button" class="icon" aria-label=${text.theme} title=${text.theme} onClick=${changeTheme}>◐</button>
+      <${IconButton} label=${text.theme} onClick=${changeTheme}>◐<//>
     </header>
     <main>
       <${Form} showCode=${() => setCode(true)} />
-      <div class="content"><${Main} /></div>
+      <div class="content"><${Main} takeFile=${takeFile} /></div>
     </main>
     <${Status} />
     ${viewed && html`<${Viewer} key="viewer" />`}
@@ -55,7 +54,7 @@ function Notice({ notice }) {
   }, [notice]);
   return html`<div class="notice"><span>${notice.text}</span>
     ${notice.action && html`<button type="button" onClick=${() => (update({ notice: null }), notice.run())}>${notice.action}</button>`}
-    <button type="button" class="icon" aria-label=${text.close} onClick=${() => update({ notice: null })}>✕</button>
+    <${IconButton} label=${text.close} onClick=${() => update({ notice: null })}>✕<//>
   </div>`;
 }
 
@@ -79,30 +78,25 @@ function KeyDialog() {
 }
 
 function changeTheme() {
-  const isDark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-  document.documentElement.dataset.theme = isDark ? "light" : "dark";
-  localStorage.setItem(THEME, document.documentElement.dataset.theme);
+  const { dataset } = document.documentElement;
+  const isDark = (dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  dataset.theme = isDark ? "light" : "dark";
+  attempt(() => localStorage.setItem(THEME, dataset.theme));
 }
 
-function listen() {
-  const onKey = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && app.tab !== "grid") {
-      event.preventDefault();
-      submit();
-    } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) cancelAll();
-  };
-  const take = (event, data) => {
-    const file = [...(data?.files ?? [])].find(({ type }) => type.startsWith("image/"));
-    if (!file) return;
+function onKey(event) {
+  if (document.querySelector("dialog[open]")) return;
+  if (event.key === "Escape") cancelAll();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && app.tab !== "grid") {
     event.preventDefault();
-    takeFile(file);
-  };
-  const onDrop = (event) => take(event, event.dataTransfer);
-  const onPaste = (event) => take(event, event.clipboardData);
-  const allow = (event) => event.dataTransfer.types.includes("Files") && event.preventDefault();
-  const listeners = { keydown: onKey, drop: onDrop, paste: onPaste, dragover: allow };
-  for (const [name, listener] of Object.entries(listeners)) addEventListener(name, listener);
-  return () => Object.entries(listeners).forEach(([name, listener]) => removeEventListener(name, listener));
+    submit();
+  }
+}
+
+function takeFrom(event, { files }) {
+  if (!files.length) return; // pasted text, for example
+  event.preventDefault(); // or the browser would leave the page and show the file
+  takeFile([...files].find(({ type }) => type.startsWith("image/")) ?? files[0]);
 }
 
 /** In the edit view a file is the input image, elsewhere its settings are read. */
@@ -113,7 +107,12 @@ async function takeFile(file) {
   return notify(text.errors.noSettings(file.name), text.notice.useAsInput, () => setSource(file));
 }
 
-if (localStorage.getItem(THEME)) document.documentElement.dataset.theme = localStorage.getItem(THEME);
+addEventListener("keydown", onKey);
+addEventListener("drop", (event) => takeFrom(event, event.dataTransfer));
+addEventListener("paste", (event) => takeFrom(event, event.clipboardData));
+addEventListener("dragover", (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
+const theme = attempt(() => localStorage.getItem(THEME));
+if (theme) document.documentElement.dataset.theme = theme;
 render(html`<${Page} />`, document.body);
 loadImages().then(
   (images) => update({ images: [...app.images, ...images] }),

@@ -90,56 +90,50 @@ export function ofComfyUi(graph) {
 const latin = (bytes) => new TextDecoder("latin1").decode(bytes);
 const utf8 = (bytes) => new TextDecoder().decode(bytes);
 
+/** The text in a file by its name; `hypergen` is ours, `parameters` A1111's, `prompt` ComfyUI's. */
 async function readTexts(bytes) {
-  if (latin(bytes.subarray(1, 4)) === "PNG") return readPng(bytes);
-  const exif = bytes[0] === 0xff ? findInJpeg(bytes) : latin(bytes.subarray(8, 12)) === "WEBP" ? findInWebp(bytes) : null;
-  return exif ? readExif(exif) : {};
-}
-
-async function readPng(bytes) {
-  const view = new DataView(bytes.buffer);
   const texts = {};
-  for (let at = 8; at + 12 <= bytes.length; ) {
-    const size = view.getUint32(at);
-    const type = latin(bytes.subarray(at + 4, at + 8));
-    const data = bytes.subarray(at + 8, at + 8 + size);
-    const end = data.indexOf(0);
-    const name = latin(data.subarray(0, end));
-    if (type === "tEXt") texts[name] = latin(data.subarray(end + 1));
-    if (type === "zTXt") texts[name] = latin(await inflate(data.subarray(end + 2)));
-    if (type === "iTXt") {
-      const language = data.indexOf(0, end + 3);
-      const content = data.subarray(data.indexOf(0, language + 1) + 1);
-      texts[name] = utf8(data[end + 1] ? await inflate(content) : content);
-    }
-    at += size + 12;
+  for (const [type, data] of partsOf(bytes)) {
+    if (["tEXt", "zTXt", "iTXt"].includes(type)) Object.assign(texts, await readPngText(type, data));
+    if (type !== "EXIF" && type !== APP1) continue;
+    const exif = latin(data.subarray(0, 4)) === "Exif" ? data.subarray(6) : data; // WebP may omit this name
+    if (/^(II|MM)/.test(latin(exif.subarray(0, 2)))) Object.assign(texts, readExif(exif));
   }
   return texts;
+}
+
+const APP1 = "\xff\u00e1"; // JPEG's part with EXIF
+const PIXELS = "\xff\u00da"; // of a JPEG
+
+/** The parts of a PNG, WebP or JPEG file: [type, data] each. */
+function* partsOf(bytes) {
+  const view = new DataView(bytes.buffer);
+  const isPng = latin(bytes.subarray(1, 4)) === "PNG";
+  const isWebp = latin(bytes.subarray(8, 12)) === "WEBP";
+  for (let at = isPng ? 8 : isWebp ? 12 : 2; at + 8 < bytes.length; ) {
+    const [from, length] = isPng ? [4, 4] : isWebp ? [0, 4] : [0, 2];
+    const type = latin(bytes.subarray(at + from, at + from + length));
+    if (type === PIXELS) return;
+    const start = at + (isPng || isWebp ? 8 : 4);
+    const size = isPng ? view.getUint32(at) : isWebp ? view.getUint32(at + 4, true) : view.getUint16(at + 2) - 2;
+    yield [type, bytes.subarray(start, start + size)];
+    at = start + size + (isPng ? 4 : isWebp ? size % 2 : 0); // a checksum, a padding byte
+  }
+}
+
+async function readPngText(type, data) {
+  const end = data.indexOf(0);
+  const name = latin(data.subarray(0, end));
+  if (type === "tEXt") return { [name]: latin(data.subarray(end + 1)) };
+  if (type === "zTXt") return { [name]: latin(await inflate(data.subarray(end + 2))) };
+  const language = data.indexOf(0, end + 3);
+  const content = data.subarray(data.indexOf(0, language + 1) + 1);
+  return { [name]: utf8(data[end + 1] ? await inflate(content) : content) };
 }
 
 async function inflate(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
-function findInJpeg(bytes) {
-  const view = new DataView(bytes.buffer);
-  for (let at = 2; at + 4 < bytes.length && bytes[at] === 0xff; at += 2 + view.getUint16(at + 2)) {
-    if (bytes[at + 1] === 0xe1 && latin(bytes.subarray(at + 4, at + 8)) === "Exif") return bytes.subarray(at + 10, at + 2 + view.getUint16(at + 2));
-    if (bytes[at + 1] === 0xda) return null; // the pixels
-  }
-  return null;
-}
-
-function findInWebp(bytes) {
-  const view = new DataView(bytes.buffer);
-  for (let at = 12; at + 8 < bytes.length; ) {
-    const size = view.getUint32(at + 4, true);
-    const chunk = bytes.subarray(at + 8, at + 8 + size);
-    if (latin(bytes.subarray(at, at + 4)) === "EXIF") return latin(chunk.subarray(0, 4)) === "Exif" ? chunk.subarray(6) : chunk;
-    at += 8 + size + (size % 2);
-  }
-  return null;
 }
 
 const DESCRIPTION = 0x010e;

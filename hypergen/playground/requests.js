@@ -27,24 +27,18 @@ const remove = (id) => update({ requests: app.requests.filter((request) => reque
 export async function generate(body, edit = null, quiet = false) {
   const id = ++lastId;
   const controller = new AbortController();
-  const request = { id, body, edit, controller, state: "sent", tiles: Array(body.n ?? 1).fill({}) };
+  const request = { id, body, edit, controller, state: "sent", tiles: Array.from({ length: body.n ?? 1 }, () => ({})) };
   update({ requests: [request, ...app.requests] });
   try {
     const images = await attempts(id, body, edit, controller.signal);
     remove(id);
     return images;
   } catch (error) {
-    if (error.name === "AbortError") {
-      remove(id);
-      return null;
-    }
+    const isCancelled = error.name === "AbortError";
     if (error.status === 401) update({ needsKey: true, asksKey: true });
-    if (quiet || (error.status === 400 && showAtField(error))) {
-      remove(id);
-      if (quiet) throw error;
-      return null;
-    }
-    patch(id, { state: "failed", error: error.message });
+    if (isCancelled || quiet || (error.param && showAtField(error))) remove(id);
+    else patch(id, { state: "failed", error: error.message });
+    if (quiet && !isCancelled) throw error;
     return null;
   }
 }
@@ -78,11 +72,8 @@ function wait(id, error, signal) {
   const seconds = error.retryAfter ?? RETRY_S;
   patch(id, { state: "waiting", error: error.message, retryAt: Date.now() + seconds * 1000 });
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, seconds * 1000);
-    signal.addEventListener("abort", () => {
-      clearTimeout(timer);
-      reject(signal.reason);
-    });
+    setTimeout(resolve, seconds * 1000);
+    signal.addEventListener("abort", () => reject(signal.reason));
   });
 }
 
@@ -122,7 +113,7 @@ async function run(id, body, edit, signal) {
     }
   }
   // The stream ends early without an error if a proxy or the server closed it.
-  if (images.filter(Boolean).length < (body.n ?? 1)) throw new ApiError(text.errors.lost, { code: "lost" });
+  if (images.filter(Boolean).length < (body.n ?? 1)) throw new ApiError(text.errors.lost);
   return images;
 }
 
@@ -138,6 +129,7 @@ async function keep(event, type, body, edit, ms) {
     seed: body.seed === undefined ? String(event.seed) : String(BigInt(body.seed) + BigInt(event.index)),
     model: body.model ?? app.health?.model ?? "",
     size: event.size,
+    understood: event.revised_prompt, // only if the model knows no word of the prompt
     ms: Math.round(ms),
     source: edit?.source ?? null,
   };

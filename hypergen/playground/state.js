@@ -5,17 +5,18 @@ import { EMPTY } from "./fields.js";
 const SAVED = "hypergen.settings"; // so that a reload loses nothing that was typed
 const listeners = new Set();
 
-function savedSettings() {
+/** The result of an action on localStorage; undefined if it is full or forbidden. */
+export function attempt(action) {
   try {
-    return { ...EMPTY, ...JSON.parse(localStorage.getItem(SAVED)) };
+    return action();
   } catch {
-    return EMPTY;
+    return undefined; // the page itself still has what it should keep
   }
 }
 
 export const app = {
   tab: "generate", // or "edit", "grid"
-  settings: savedSettings(),
+  settings: { ...EMPTY, ...attempt(() => JSON.parse(localStorage.getItem(SAVED))) },
   errors: {}, // field -> sentence of the server
   health: null, // the latest answer of /health, with `stepsPerSecond`
   offline: false,
@@ -25,7 +26,7 @@ export const app = {
   requests: [], // unfinished and failed ones, newest first
   images: [], // of this browser, newest first
   viewed: null, // id of the image in the large view
-  source: null, // of edits: { blob, width, height, mask: a promise of a blob, or null }
+  source: null, // of edits: { blob, width, height, mask: a promise of a blob, or null; pixels: the painted mask }
   grid: null,
   notice: null, // { text, action, run }
   announcement: "", // for screen readers
@@ -41,11 +42,7 @@ export function setSettings(patch) {
   for (const name of Object.keys(patch)) delete errors[name];
   if ("scheduler" in patch || "sampler" in patch) delete errors.sampler;
   update({ settings: { ...app.settings, ...patch }, errors });
-  try {
-    localStorage.setItem(SAVED, JSON.stringify({ ...app.settings, control_image: null }));
-  } catch {
-    // A full or forbidden storage: the page itself still has the settings.
-  }
+  attempt(() => localStorage.setItem(SAVED, JSON.stringify({ ...app.settings, control_image: null })));
 }
 
 export const notify = (message, action, run) => update({ notice: { text: message, action, run } });

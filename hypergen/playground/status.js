@@ -54,7 +54,8 @@ export function Status() {
 function Figures({ health }) {
   const model = modelOf(app);
   const perForward = health.engines.map((engine) => engine.images_per_forward).filter(Boolean);
-  const size = app.settings.size || model.defaults.size || "";
+  const input = app.tab === "edit" && app.source ? `${app.source.width}x${app.source.height}` : model.defaults.size;
+  const size = app.settings.size || input || "";
   const verdict = health.engines.map(({ determinism }) => determinism[size] ?? determinism[`${model.id} ${size}`]).find(Boolean);
   const figures = [
     health.reason,

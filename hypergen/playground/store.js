@@ -1,4 +1,4 @@
-// The images of this browser, in IndexedDB: { id, created, blob, body, seed, model, size, ms, source }.
+// The images of this browser, in IndexedDB: { id, created, blob, body, seed, model, size, understood, ms, source }.
 
 const NAME = "images";
 

@@ -1,40 +1,48 @@
 // Small parts that all views share.
 import { html, useEffect, useRef } from "./vendor/preact-htm.js";
+import { app } from "./state.js";
 import { text } from "./text.js";
 
 /** A labelled part of the form, with the server's sentence about it if there is one. */
-export function Field({ name, errors, label = text.fields[name], children, hint }) {
-  const error = errors?.[name];
-  return html`<div class=${`field ${error ? "invalid" : ""}`} data-field=${name}>
-    <div class="label"><label for=${`f-${name}`}>${label}</label>${hint}</div>
+export function Field({ name, children, hint }) {
+  return html`<div class=${`field ${app.errors[name] ? "invalid" : ""}`} data-field=${name}>
+    <div class="label"><label for=${`f-${name}`}>${text.fields[name]}</label>${hint}</div>
     ${children}
-    ${error && html`<p class="error" id=${`e-${name}`} role="alert">${error}</p>`}
+    <${FieldError} name=${name} />
   </div>`;
 }
 
+export function FieldError({ name }) {
+  const error = app.errors[name];
+  return error && html`<p class="error" id=${`e-${name}`} role="alert">${error}</p>`;
+}
+
 /** Attributes of the input in a `Field`. */
-export const inputOf = (name, errors) => ({
+export const inputOf = (name) => ({
   id: `f-${name}`,
-  "aria-invalid": errors?.[name] ? "true" : undefined,
-  "aria-describedby": errors?.[name] ? `e-${name}` : undefined,
+  "aria-invalid": app.errors[name] ? "true" : undefined,
+  "aria-describedby": app.errors[name] ? `e-${name}` : undefined,
 });
 
 /** A slider and a number; "" is the default, which the slider shows. */
-export function Range({ name, errors, value, fallback, min, max, step, onChange, label }) {
-  const shown = value === "" ? (fallback ?? min) : value;
-  return html`<${Field} name=${name} errors=${errors} label=${label ?? text.fields[name]}
-    hint=${html`<input ...${inputOf(name, errors)} class="number" type="number" inputmode="decimal" min=${min} max=${max} step=${step}
-      value=${value} placeholder=${fallback ?? ""} onInput=${(event) => onChange(event.target.value)} />`}>
-    <input class="slider" type="range" aria-label=${label ?? text.fields[name]} min=${min} max=${max} step=${step} value=${shown}
-      onInput=${(event) => onChange(Number(event.target.value))} />
+export function Range({ name, value, fallback = "", onChange, ...limits }) {
+  const change = (event) => onChange(event.target.value);
+  const number = html`<input ...${inputOf(name)} ...${limits} class="number" type="number" inputmode="decimal"
+    value=${value} placeholder=${fallback} onInput=${change} />`;
+  return html`<${Field} name=${name} hint=${number}>
+    <${Slider} label=${text.fields[name]} ...${limits} value=${value === "" ? fallback || limits.min : value} onChange=${onChange} />
   <//>`;
 }
 
-export function Select({ name, errors, value, options, onChange, label }) {
+export function Slider({ label, onChange, ...limits }) {
+  return html`<input class="slider" type="range" aria-label=${label} ...${limits} onInput=${(event) => onChange(Number(event.target.value))} />`;
+}
+
+export function Select({ name, value, options, onChange }) {
   const known = options.some(([option]) => option === value);
   const all = known ? options : [...options, [value, value]];
-  return html`<${Field} name=${name} errors=${errors} label=${label ?? text.fields[name]}>
-    <select ...${inputOf(name, errors)} value=${value} onChange=${(event) => onChange(event.target.value)}>
+  return html`<${Field} name=${name}>
+    <select ...${inputOf(name)} value=${value} onChange=${(event) => onChange(event.target.value)}>
       ${all.map(([option, shown]) => html`<option value=${option} selected=${option === value}>${shown}</option>`)}
     </select>
   <//>`;
@@ -51,6 +59,10 @@ export function Segments({ name, label, value, options, onChange }) {
   </div>`;
 }
 
+export function IconButton({ label, children, ...attributes }) {
+  return html`<button type="button" class="icon" aria-label=${label} title=${label} ...${attributes}>${children}</button>`;
+}
+
 /** A modal dialog; Esc and a click beside it close it. */
 export function Dialog({ title, className = "", onClose, onKeyDown, children }) {
   const dialog = useRef();
@@ -61,7 +73,7 @@ export function Dialog({ title, className = "", onClose, onKeyDown, children }) 
     onClick=${(event) => event.target === dialog.current && dialog.current.close()}>
     <div class="dialog">
       <header><h2>${title}</h2>
-        <button type="button" class="icon" aria-label=${text.close} title=${text.close} onClick=${() => dialog.current.close()}>✕</button>
+        <${IconButton} label=${text.close} onClick=${() => dialog.current.close()}>✕<//>
       </header>
       ${children}
     </div>

@@ -4,15 +4,17 @@ import { setSource } from "./edit.js";
 import { toSettings } from "./fields.js";
 import { useSettings } from "./form.js";
 import { nameOf } from "./gallery.js";
-import { startGrid } from "./grid.js";
+import { axisKinds, startGrid } from "./grid.js";
 import { app, update, useApp } from "./state.js";
 import { deleteImage, download, urlOf } from "./store.js";
 import { text } from "./text.js";
-import { Dialog } from "./ui.js";
+import { Dialog, IconButton, Slider } from "./ui.js";
 
 const { viewer } = text;
 const FIT = { scale: 1, x: 0, y: 0 };
 const MOST = 32;
+const PAN = 60; // pixels per key
+const SAME_SEED = ["guidance_scale", "num_inference_steps", "sampler", "lora"]; // what else may change
 
 export function Viewer() {
   const { images, viewed } = useApp();
@@ -23,27 +25,35 @@ export function Viewer() {
   if (!image) return null;
   const compared = comparedId === "source" ? image.source : images.find(({ id }) => id === comparedId)?.blob;
   const show = (step) => images[index + step] && (setView(FIT), update({ viewed: images[index + step].id }));
-  const zoom = (factor) => setView((old) => ({ ...old, scale: Math.min(MOST, Math.max(1, old.scale * factor)) }));
+  const zoom = (factor) =>
+    setView((old) => {
+      const scale = Math.min(MOST, old.scale * factor);
+      return scale <= 1 ? FIT : { ...old, scale };
+    });
+  const pan = (x, y) => setView((old) => (old.scale === 1 ? old : { ...old, x: old.x + x, y: old.y + y }));
   const onKey = (event) => {
     if (event.target.matches("select, input")) return;
-    const actions = { ArrowLeft: () => show(-1), ArrowRight: () => show(1), "+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), 0: () => setView(FIT) };
-    actions[event.key]?.();
+    const arrow = { ArrowLeft: [1, 0], ArrowRight: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+    if (arrow && view.scale > 1) pan(arrow[0] * PAN, arrow[1] * PAN);
+    else if (arrow) show(-arrow[0]);
+    ({ "+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), 0: () => setView(FIT) })[event.key]?.();
   };
   return html`<${Dialog} title=${viewer.title} className="viewer" onKeyDown=${onKey} onClose=${() => update({ viewed: null })}>
     <div class="body">
       <div class="stage-side">
-        <${Stage} image=${image} compared=${compared} view=${view} setView=${setView} zoom=${zoom} />
+        <${Stage} image=${image} compared=${compared} view=${view} pan=${pan} zoom=${zoom} />
         <div class="toolbar">
-          <button type="button" class="icon" aria-label=${viewer.previous} title=${viewer.previous} disabled=${index === 0} onClick=${() => show(-1)}>←</button>
-          <button type="button" class="icon" aria-label=${viewer.next} title=${viewer.next} disabled=${index === images.length - 1} onClick=${() => show(1)}>→</button>
+          <${IconButton} label=${viewer.previous} disabled=${index === 0} onClick=${() => show(-1)}>←<//>
+          <${IconButton} label=${viewer.next} disabled=${index === images.length - 1} onClick=${() => show(1)}>→<//>
           <span class="space"></span>
-          <button type="button" class="icon" aria-label=${viewer.zoomOut} title=${viewer.zoomOut} onClick=${() => zoom(1 / 1.5)}>−</button>
+          <${IconButton} label=${viewer.zoomOut} onClick=${() => zoom(1 / 1.5)}>−<//>
           <button type="button" onClick=${() => setView(FIT)}>${view.scale === 1 ? viewer.fit : `${Math.round(view.scale * 100)} %`}</button>
-          <button type="button" class="icon" aria-label=${viewer.zoomIn} title=${viewer.zoomIn} onClick=${() => zoom(1.5)}>+</button>
+          <${IconButton} label=${viewer.zoomIn} onClick=${() => zoom(1.5)}>+<//>
         </div>
       </div>
       <aside>
         <p class="prompt">${image.body.prompt}</p>
+        ${image.understood && html`<p class="hint">${text.gallery.understood(image.understood)}</p>`}
         <${Facts} image=${image} />
         <label class="field"><span class="label">${viewer.compare}</span>
           <select value=${comparedId} onChange=${(event) => setCompared(event.target.value)}>
@@ -58,25 +68,27 @@ export function Viewer() {
   <//>`;
 }
 
-function Stage({ image, compared, view, setView, zoom }) {
+function Stage({ image, compared, view, pan, zoom }) {
   const [divider, setDivider] = useState(50);
-  const drag = useRef(null);
+  const drag = useRef(null); // where the pointer was
+  const onPointerDown = (event) => {
+    drag.current = event;
+    event.currentTarget.setPointerCapture(event.pointerId);
+  };
   const onPointerMove = (event) => {
-    if (!drag.current || view.scale === 1) return;
-    const { x, y } = drag.current;
-    setView((old) => ({ ...old, x: old.x + event.clientX - x, y: old.y + event.clientY - y }));
-    drag.current = { x: event.clientX, y: event.clientY };
+    if (!drag.current) return;
+    pan(event.clientX - drag.current.clientX, event.clientY - drag.current.clientY);
+    drag.current = event;
   };
   const style = { transform: `translate(${view.x}px, ${view.y}px) scale(${view.scale})`, imageRendering: view.scale > 3 ? "pixelated" : "auto" };
   return html`<div class="stage" onWheel=${(event) => (event.preventDefault(), zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2))}
-      onPointerDown=${(event) => ((drag.current = { x: event.clientX, y: event.clientY }), event.currentTarget.setPointerCapture(event.pointerId))}
-      onPointerMove=${onPointerMove} onPointerUp=${() => (drag.current = null)}>
+      onPointerDown=${onPointerDown} onPointerMove=${onPointerMove} onPointerUp=${() => (drag.current = null)}>
       <div class="zoomed" style=${style}>
         <img src=${urlOf(image.blob)} alt=${image.body.prompt} draggable=${false} />
         ${compared && html`<img class="over" src=${urlOf(compared)} alt="" draggable=${false} style=${{ clipPath: `inset(0 ${100 - divider}% 0 0)` }} />`}
       </div>
     </div>
-    ${compared && html`<input class="slider" type="range" min="0" max="100" value=${divider} aria-label=${viewer.slider} onInput=${(event) => setDivider(Number(event.target.value))} />`}`;
+    ${compared && html`<${Slider} label=${viewer.slider} min="0" max="100" value=${divider} onChange=${setDivider} />`}`;
 }
 
 function Facts({ image }) {
@@ -91,6 +103,7 @@ function Facts({ image }) {
 
 function Actions({ image, next }) {
   const settings = () => toSettings({ ...image.body, size: image.source ? (image.body.size ?? "") : image.size }, image.seed);
+  const kinds = axisKinds();
   const remove = async () => {
     update({ images: app.images.filter(({ id }) => id !== image.id), viewed: next?.id ?? null });
     await deleteImage(image.id);
@@ -100,7 +113,7 @@ function Actions({ image, next }) {
     <button type="button" onClick=${() => setSource(image.blob)}>${viewer.useAsInput}</button>
     <select aria-label=${viewer.sameSeed} value="" onChange=${(event) => startGrid(event.target.value, settings())}>
       <option value="">${viewer.sameSeed}</option>
-      ${Object.entries(viewer.sameSeedOptions).map(([kind, label]) => html`<option value=${kind}>${label}</option>`)}
+      ${SAME_SEED.filter((kind) => kinds[kind]).map((kind) => html`<option value=${kind}>${kinds[kind]}</option>`)}
     </select>
     <div class="row">
       <button type="button" onClick=${() => download(image.blob, nameOf(image))}>${viewer.download}</button>

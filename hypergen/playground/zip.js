@@ -13,17 +13,8 @@ function crc32(bytes) {
   return (crc ^ 0xffffffff) >>> 0;
 }
 
-/** Little-endian integers: [bytes, value] each. */
-function pack(...fields) {
-  const view = new DataView(new ArrayBuffer(fields.reduce((sum, [bytes]) => sum + bytes, 0)));
-  let at = 0;
-  for (const [bytes, value] of fields) {
-    if (bytes === 2) view.setUint16(at, value, true);
-    else view.setUint32(at, value, true);
-    at += bytes;
-  }
-  return view.buffer;
-}
+/** An integer of four bytes as two of two bytes, little-endian, as browsers keep them. */
+const four = (value) => [value & 0xffff, value >>> 16];
 
 function dosTime(date) {
   const day = ((date.getFullYear() - 1980) << 9) | ((date.getMonth() + 1) << 5) | date.getDate();
@@ -40,14 +31,13 @@ export async function zip(files) {
     const crc = crc32(new Uint8Array(await blob.arrayBuffer()));
     const [time, day] = dosTime(date);
     // Version 2.0, UTF-8 names (bit 11), method 0: stored.
-    const common = [[2, 20], [2, 0x800], [2, 0], [2, time], [2, day], [4, crc], [4, blob.size], [4, blob.size]];
-    const local = pack([4, 0x04034b50], ...common, [2, path.length], [2, 0]);
-    const central = pack([4, 0x02014b50], [2, 20], ...common, [2, path.length], [4, 0], [4, 0], [4, 0], [4, offset]);
-    parts.push(local, path, blob);
-    directory.push(central, path);
-    offset += local.byteLength + path.length + blob.size;
+    const common = [20, 0x800, 0, time, day, ...four(crc), ...four(blob.size), ...four(blob.size), path.length, 0];
+    parts.push(Uint16Array.of(...four(0x04034b50), ...common), path, blob);
+    directory.push(Uint16Array.of(...four(0x02014b50), 20, ...common, 0, 0, 0, ...four(0), ...four(offset)), path);
+    offset += 2 * (2 + common.length) + path.length + blob.size;
   }
-  const size = directory.reduce((sum, part) => sum + part.byteLength, 0);
-  const end = pack([4, 0x06054b50], [4, 0], [2, files.length], [2, files.length], [4, size], [4, offset], [2, 0]);
+  const { size } = new Blob(directory);
+  const count = files.length;
+  const end = Uint16Array.of(...four(0x06054b50), 0, 0, count, count, ...four(size), ...four(offset), 0);
   return new Blob([...parts, ...directory, end], { type: "application/zip" });
 }

@@ -292,3 +292,59 @@ def _send_endless_chunks(server: LiveServer, path: str, size: int) -> bytes:
 def test_a_chunked_body_is_rejected_as_soon_as_it_exceeds_the_limit(server: LiveServer, path: str) -> None:
     """The limit is 1 MB for bodies without input images, also on routes that accept them."""
     assert _send_endless_chunks(server, path, 1_001_000).startswith(b"HTTP/1.1 413")
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Respond before the body has arrived, and close the connection."""
+    response = Response("too large", 413, {"Connection": "close"})
+    await response(scope, receive, send)
+
+
+@pytest.mark.parametrize("body", ["announced", "in chunks", "with a damaged chunk"])
+async def test_a_client_that_is_refused_early_can_send_its_body_and_read_the_response(body: str) -> None:
+    """To close at once would reset the connection, and the client would lose the response."""
+    head = {"announced": b"Content-Length: %d" % (MEGABYTES * 1_000_000)}.get(
+        body, b"Transfer-Encoding: chunked"
+    )
+    app = _accept if body == "with a damaged chunk" else _refuse
+    async with _server(GuardedProtocol, app) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+        for number in range(MEGABYTES):
+            chunk = b"a" * 1_000_000
+            size = b"x" if (body, number) == ("with a damaged chunk", 1) else b"%x" % len(chunk)
+            writer.write(chunk if body == "announced" else size + b"\r\n" + chunk + b"\r\n")
+            await writer.drain()
+        response = await _until_closed(reader)
+        status = b"400" if body == "with a damaged chunk" else b"413"
+        assert response.startswith(b"HTTP/1.1 " + status)
+        assert response.endswith(b"too large" if status == b"413" else b"}")
+        writer.close()
+        async with asyncio.timeout(20):
+            while server.server_state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def _accept(scope: Scope, receive: Receive, send: Send) -> None:
+    """Read the whole body."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        if not message.get("more_body"):
+            break
+    await Response("read")(scope, receive, send)
+
+
+async def test_a_client_that_never_ends_its_refused_body_is_closed() -> None:
+    class ShortDrain(ShortTimeouts):
+        drain_timeout_s = 0.5
+
+    async with _server(ShortDrain, _refuse) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        assert (await _until_closed(reader)).endswith(b"too large")
+        async with asyncio.timeout(20):
+            while server.server_state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.close()

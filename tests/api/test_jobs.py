@@ -20,9 +20,10 @@ from hypergen.api.request_record import RequestRecord
 from hypergen.api.routes import StoredFile
 from hypergen.api.validation import ValidatedRequest
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import NotFoundError, QueueFullError, UnavailableError
-from hypergen.images.storage import ImageStorage
+from hypergen.images.folder_storage import FolderStorage
 from tests.api.conftest import TightServer
 from tests.support.http_client import QUICK, SLOW, assert_error, generate
 from tests.support.live_server import LiveServer
@@ -177,8 +178,8 @@ def test_jobs_need_the_key(keyed_server: LiveServer) -> None:
 async def test_concurrent_jobs_are_all_rejected() -> None:
     """At most one job is kept, and each that ends makes space for the next during its rejection."""
     settings = Settings.model_validate({})
-    pool = EnginePool(settings, accelerators=[{}])  # not started: it rejects at once
-    jobs = MemoryJobs(pool, ImageStorage(60, 1000), lifetime_s=60, max_jobs=1)
+    pool = EnginePool(settings, accelerators=[Accelerator()])  # not started: it rejects at once
+    jobs = MemoryJobs(pool, FolderStorage(60, 1000), lifetime_s=60, max_jobs=1)
     request, record = make_request(), RequestRecord("req_1", "POST", PATH, None)
     errors = await asyncio.gather(
         *(
@@ -190,17 +191,17 @@ async def test_concurrent_jobs_are_all_rejected() -> None:
     assert {type(error) for error in errors} <= {UnavailableError, QueueFullError}
 
 
-def test_an_image_that_expires_during_its_read_is_not_found(
+async def test_an_image_that_expires_during_its_read_is_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    storage = ImageStorage(60, 1_000_000)
-    name = storage.put(b"data", "png", "image/png")
+    storage = FolderStorage(60, 1_000_000)
+    name = await storage.put(b"data", "png", "image/png")
     stored = storage.get(name)
     assert stored
     monkeypatch.setattr(storage, "get", lambda _: stored)  # it existed at the look-up
     stored.path.unlink()
-    assert storage.read(name) is None
+    assert await storage.read(name) is None
     storage.close()
 
 

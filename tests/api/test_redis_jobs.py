@@ -24,6 +24,7 @@ from hypergen.api.redis_jobs.redis_jobs import RedisJobs
 from hypergen.api.redis_jobs.worker import MAX_DELIVERIES
 from hypergen.api.request_record import RequestRecord
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_protocol import generate_all
 from hypergen.errors import (
@@ -33,6 +34,7 @@ from hypergen.errors import (
     StorageFullError,
     UnavailableError,
 )
+from hypergen.images.folder_storage import FolderStorage
 from hypergen.images.storage import ImageStorage
 from hypergen.request import ANONYMOUS, ApiKey
 from tests.support.http_client import QUICK, SLOW
@@ -52,7 +54,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pool(sd_folder: Path) -> AsyncIterator[EnginePool]:
-    pool = EnginePool(SETTINGS, accelerators=[{}])
+    pool = EnginePool(SETTINGS, accelerators=[Accelerator()])
     await pool.start([served_model(sd_folder)])
     async with asyncio.timeout(120):
         while pool.status().state != "ready":  # noqa: ASYNC110  the state changes in another process
@@ -119,7 +121,7 @@ async def fleet(
     monkeypatch.setattr("hypergen.api.redis_jobs.worker._TAKE_OVER_EVERY_S", 0.2)
     with redis.client() as client:
         client.flushall()
-    storage = ImageStorage(60, 1_000_000)
+    storage = FolderStorage(60, 1_000_000)
     fleet = Fleet(redis, pool, storage)
     yield fleet
     await fleet.close()
@@ -165,7 +167,9 @@ async def test_every_replica_answers_with_the_bytes_of_the_direct_request(fleet:
             result = await result_of(other, done, "https://x/")
             files = [base64.b64decode(item["b64_json"]) for item in result["data"]]
             assert files == [image.data for image in direct]
-            stored = [fleet.storage.read(item["url"].removeprefix("https://x/")) for item in result["data"]]
+            stored = [
+                await fleet.storage.read(item["url"].removeprefix("https://x/")) for item in result["data"]
+            ]
             assert stored == files
             assert await result_of(other, done, "https://x/") == result  # the same files
 

@@ -20,8 +20,9 @@ from hypergen.api.jobs import MemoryJobs
 from hypergen.api.request_record import RequestRecord
 from hypergen.app import create_app
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
-from hypergen.images.storage import ImageStorage
+from hypergen.images.folder_storage import FolderStorage
 from hypergen.images.temporary_folders import create_and_lock, remove_folders_of_killed_servers
 from tests.support.http_client import GENERATIONS as GENERATIONS_PATH
 from tests.support.http_client import QUICK, SLOW, assert_error, generate
@@ -78,19 +79,21 @@ def test_images_of_a_killed_worker_are_removed_at_the_next_start(tmp_path: Path,
     assert not list(temporary.glob("hypergen-*"))
 
 
-def test_folders_of_running_servers_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_folders_of_running_servers_are_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    storage = ImageStorage(lifetime_s=60, max_bytes=1000)
-    name = storage.put(b"data", "png", "image/png")
+    storage = FolderStorage(lifetime_s=60, max_bytes=1000)
+    name = await storage.put(b"data", "png", "image/png")
     metrics = tmp_path / "hypergen-metrics-running"
     lock = create_and_lock(metrics)
     for kind in ("images", "metrics"):
         (tmp_path / f"hypergen-{kind}-killed").mkdir()
     os.mkfifo(tmp_path / "hypergen-images-trap")  # opening it would block for ever
     remove_folders_of_killed_servers()
-    assert storage.read(name) == b"data"
+    assert await storage.read(name) == b"data"
     assert metrics.is_dir()
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(os.listdir(tmp_path)) == 3
     os.close(lock)
     remove_folders_of_killed_servers()
     assert not metrics.exists()
@@ -106,13 +109,13 @@ async def test_expired_jobs_do_not_block_the_shutdown(
 ) -> None:
     """At the end of the app's lifespan the storage is closed and running jobs are cancelled."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
+    pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[Accelerator()])
     await pool.start([served_model(sd_folder)])
     try:
         async with asyncio.timeout(60):
             while pool.status().state != "ready":  # noqa: ASYNC110  the state changes in another process
                 await asyncio.sleep(0.02)
-        storage = ImageStorage(60, 1_000_000)
+        storage = FolderStorage(60, 1_000_000)
         jobs = MemoryJobs(pool, storage, lifetime_s=0.0, max_jobs=10)
         model_info = pool.model_info()
         assert model_info
@@ -145,9 +148,9 @@ async def test_the_storage_is_closed_if_closing_the_jobs_fails(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     settings = Settings.model_validate({})
-    app = create_app(settings, EnginePool(settings, accelerators=[{}]), [served_model(tmp_path)])
+    app = create_app(settings, EnginePool(settings, accelerators=[Accelerator()]), [served_model(tmp_path)])
     closed = threading.Event()
-    monkeypatch.setattr(ImageStorage, "close", lambda _: closed.set())
+    monkeypatch.setattr(FolderStorage, "close", lambda _: closed.set())
 
     async def fail(_: MemoryJobs) -> None:
         raise OSError("cannot be closed")
@@ -159,13 +162,13 @@ async def test_the_storage_is_closed_if_closing_the_jobs_fails(
     assert closed.is_set()
 
 
-def test_expired_images_are_removed_without_a_new_request(
+async def test_expired_images_are_removed_without_a_new_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    storage = ImageStorage(lifetime_s=0.01, max_bytes=1000)
-    storage.put(b"data", "png", "image/png")
-    time.sleep(0.02)
+    storage = FolderStorage(lifetime_s=0.01, max_bytes=1000)
+    await storage.put(b"data", "png", "image/png")
+    await asyncio.sleep(0.02)
     storage.remove_expired()
-    assert not list(tmp_path.glob("*/*"))
+    assert _files(tmp_path) == []
     storage.close()

@@ -217,7 +217,7 @@ def test_a_controlnet_for_another_unet_is_an_error(
         "cross_attention_dim",
     )
     ControlNetModel(**{name: config[name] for name in names}).save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match="'wide' is for another model: its cross_attention_dim is 64"):
+    with pytest.raises(ModelError, match="'wide': It is for another model: its cross_attention_dim is 64"):
         loading.load(sd_folder, make_settings(controlnet={"wide": str(tmp_path / "other")}))
 
 

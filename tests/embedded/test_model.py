@@ -1,5 +1,6 @@
 """The embedded model is a small diffusers folder, and its images match their prompts."""
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -10,10 +11,12 @@ import transformers
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
-from scripts.train_embedded_model.captions import plain_caption
+from hypergen.model_info import Vocabulary
+from scripts.train_embedded_model.captions import POSITION_PHRASES, SYNONYMS, noun_phrase, plain_caption
 from scripts.train_embedded_model.features import colours, generate_as_served, mean_difference
 from scripts.train_embedded_model.pipeline import generate, new_scheduler
 from scripts.train_embedded_model.reading import DetectedScene, detect_scene
+from scripts.train_embedded_model.scenes import COLOURS, SHAPES, STYLES, Kind
 from scripts.train_embedded_model.score import held_out_scenes, score
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -48,6 +51,19 @@ def test_the_folder_is_small_and_complete() -> None:
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }
+
+
+def test_its_vocabulary_has_the_words_of_the_captions() -> None:
+    vocabulary = Vocabulary.of_card(json.loads((EMBEDDED / "hypergen.json").read_text(encoding="utf-8")))
+    assert vocabulary is not None
+    nouns = [noun_phrase(Kind(shape, ""), count, {}) for shape in (*SHAPES, "") for count in (1, 2)]
+    synonyms = [word for words in SYNONYMS.values() for word in words]
+    words = set(" ".join([*nouns, *synonyms, *COLOURS, *STYLES, *POSITION_PHRASES]).split())
+    # Articles, and words that only join others or say nothing about the image.
+    assert vocabulary.words == (words | {"middle"}) - {"a", "an", "of", "to", "the", "on", "solid"}
+    assert vocabulary.understood(vocabulary.unknown_prompt) is None
+    assert vocabulary.understood("Two (cats), 4k") is None
+    assert vocabulary.understood("a cat, 4k, redder") == "a shape on a background"
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"dtype": torch.bfloat16}])

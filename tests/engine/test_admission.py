@@ -302,6 +302,30 @@ async def test_the_retry_time_counts_only_the_work_that_is_left(clock: _Clock) -
     assert admission.retry_after_s() == 5
 
 
+async def test_several_engines_share_the_work_ahead_but_not_that_of_one_request(clock: _Clock) -> None:
+    admission = _admission(10)
+    admission.ready_engines = 2
+    running = [admission.enter(10.0) for _ in range(2)]
+    for engine, ticket in enumerate(running):
+        ticket.started(engine)
+    for second in range(10):
+        clock.now += 1
+        for ticket in running:
+            ticket.progress((second + 1) / 10)
+    for ticket in running:
+        ticket.leave()
+    assert admission.throughput.seconds_for(10.0) == pytest.approx(10)  # of one engine
+
+    tickets = [admission.enter(10.0) for _ in range(4)]
+    position = admission.queue_position(tickets[3])
+    assert position
+    assert (position.position, position.expected_s) == (3, pytest.approx(20))
+    assert admission.retry_after_s() == 20
+    position = admission.queue_position(tickets[0])
+    assert position
+    assert position.expected_s == pytest.approx(10)
+
+
 async def test_the_time_of_a_stall_and_restart_is_not_counted(clock: _Clock) -> None:
     admission = _admission(10)
     await _run(admission, clock, seconds=10, share=1.0)

@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
+from hypergen.engine_client.engine_process import Supervisor
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_protocol import RequestHandle, generate_all
 from hypergen.errors import GenerationError, RequestError, UnavailableError
@@ -33,7 +35,7 @@ async def _pool(
     folder: Path, engines: int = 1, state: State = "ready", queue: int = 100, **settings: Any
 ) -> AsyncGenerator[EnginePool, None]:
     values = {"engine": make_settings(**settings), "queue": {"max_queue_size": queue}}
-    pool = EnginePool(Settings.model_validate(values), accelerators=[{}] * engines)
+    pool = EnginePool(Settings.model_validate(values), accelerators=[Accelerator()] * engines)
     await pool.start([served_model(folder, **settings)])
     pids = pool.engine_pids()
     try:
@@ -254,10 +256,10 @@ async def test_requests_of_a_recovering_engine_move_to_one_that_is_ready_first(
 
 
 async def test_a_drain_also_ends_requests_in_the_overflow_queue(sd_folder: Path) -> None:
-    async with _pool(sd_folder, queue=1, max_batch_size=1) as pool:
+    async with _pool(sd_folder, engines=2, queue=1, max_batch_size=1) as pool:
         tasks = [asyncio.create_task(generate_all(pool, _long_request())) for _ in range(5)]
         await _until(lambda: pool.status().queue_size == 5)
-        await _until(lambda: pool.status().running == 1)
+        await _until(lambda: pool.status().running == 2)
         pool.drain(0.2)
         async with asyncio.timeout(_TIMEOUT_S):
             errors = await asyncio.gather(*tasks, return_exceptions=True)
@@ -324,12 +326,13 @@ _PARENT = """
 import asyncio, sys
 from pathlib import Path
 from hypergen.load_settings import load_settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.served_model import ServedModel
 
 async def main():
     settings = load_settings(flags={"device": "cpu"})
-    pool = EnginePool(settings, accelerators=[{}])
+    pool = EnginePool(settings, accelerators=[Accelerator()])
     await pool.start([ServedModel(id="small", path=Path(sys.argv[1]), settings=settings.engine)])
     print(*pool.engine_pids(), flush=True)
     if sys.argv[2] == "loaded":
@@ -363,11 +366,13 @@ def test_an_engine_exits_when_its_parent_is_killed(sd_folder: Path, moment: str)
             time.sleep(0.05)
 
 
-async def test_an_engine_that_cannot_load_does_not_fail_the_others(
-    sd_folder: Path,
+async def test_an_engine_that_cannot_load_does_not_fail_the_others_and_is_tried_again(
+    sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Supervisor, "_FIRST_RETRY_S", 0.1)
+    environment = {"PYTHONHOME": "/nowhere"}
     settings = Settings.model_validate({"engine": make_settings()})
-    pool = EnginePool(settings, accelerators=[{}, {"PYTHONHOME": "/nowhere"}])
+    pool = EnginePool(settings, accelerators=[Accelerator(), Accelerator(environment=environment)])
     await pool.start([served_model(sd_folder)])
     try:
         states: set[State] = set()
@@ -380,5 +385,7 @@ async def test_an_engine_that_cannot_load_does_not_fail_the_others(
         assert states == {"loading", "ready"}
         await _until(lambda: "failed" in {engine.state for engine in pool.status().engines})
         assert len(await generate_all(pool, make_request())) == 1
+        environment.clear()  # the fault is over
+        await _until(lambda: {engine.state for engine in pool.status().engines} == {"ready"})
     finally:
         await pool.stop()

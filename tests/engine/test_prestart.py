@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from hypergen.config import Settings
+from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool
 from hypergen.engine_client.prestart import VARIABLE, PrestartedEngine, attach
 from hypergen.engine_protocol import generate_all
@@ -32,7 +33,7 @@ async def test_the_pool_attaches_to_a_prestarted_engine_and_restarts_it_after_a_
     prestarted = PrestartedEngine(sd_folder)
     monkeypatch.setenv(VARIABLE, prestarted.environment[VARIABLE])
     engine_pid = int(prestarted.environment[VARIABLE].partition(":")[0])
-    pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[{}])
+    pool = EnginePool(Settings.model_validate({"engine": make_settings()}), accelerators=[Accelerator()])
     try:
         await pool.start([served_model(sd_folder)])
         assert pool.engine_pids() == [engine_pid]

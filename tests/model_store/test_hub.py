@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
@@ -20,7 +22,9 @@ from safetensors.torch import save_file as save_torch_file
 from hypergen.config import EngineSettings
 from hypergen.model_families import servable
 from hypergen.model_store import store
-from hypergen.resolve_models import prefers_fp16
+from hypergen.model_store.safety_checkers import find_safety_checker
+from hypergen.resolve_models import download_controlnets, find_vae, prefers_fp16
+from tests.models.test_safety_checker import save_checker
 from tests.support.checkpoint_layouts import LAYOUTS
 from tests.support.model_check import refuse_unusable
 from tests.support.model_folders import COMMIT, WEIGHTS, error_message, files_of
@@ -313,3 +317,61 @@ def test_a_configuration_of_another_family_is_refused_by_its_index(hub: Hub, tmp
     message = error_message(store.get_or_import, str(file), single_file_config="owner/model")
     assert "owner/model is of a StableDiffusionPipeline" in message
     assert hub.downloaded() == {"model_index.json"}
+
+
+def _save_controlnet(model: Path, folder: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    ControlNetModel.from_unet(cast(Any, unet)).save_pretrained(folder)
+
+
+_NETWORKS = {
+    "ControlNet": (
+        _save_controlnet,
+        lambda model: Path(download_controlnets({"edges": "owner/model"}, model, None)["edges"]),
+    ),
+    "VAE": (
+        lambda model, folder: shutil.copytree(model / "vae", folder),
+        lambda model: Path(str(find_vae("owner/model", model))),
+    ),
+    "safety checker": (
+        lambda _, folder: save_checker(folder, 0.5),
+        lambda _: Path(str(find_safety_checker("owner/model"))),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _NETWORKS)
+def test_a_network_is_compared_before_its_weights_are_downloaded(hub: Hub, tmp_path: Path, kind: str):
+    save, find = _NETWORKS[kind]
+    model = save_sd(tmp_path / "model")
+    save(model, tmp_path / "network")
+    (file,) = (tmp_path / "network").glob("*.safetensors")
+    hub.files = {name: (tmp_path / "network" / name).read_bytes() for name in files_of(tmp_path / "network")}
+    good = hub.files[file.name]
+    tensors = load_file(file)
+    tensors["surplus"] = next(iter(tensors.values())).clone()
+    save_torch_file(tensors, file, {"format": "pt"})
+    hub.files[file.name] = file.read_bytes()
+    assert "'surplus'" in error_message(find, model)
+    assert hub.downloaded() == set(hub.files) - {file.name}
+
+    hub.files[file.name], hub.commit = good, COMMIT[::-1]
+    found = find(model)
+    assert (found / file.name).read_bytes() == good
+    hub.requested.clear()
+    assert find(model) == found
+    assert hub.requested == []
+
+
+def test_a_network_for_another_model_is_not_downloaded(hub: Hub, tmp_path: Path):
+    model = save_sd(tmp_path / "model")
+    _save_controlnet(model, tmp_path / "network")
+    hub.files = {name: (tmp_path / "network" / name).read_bytes() for name in files_of(tmp_path / "network")}
+    config = json.loads((model / "unet/config.json").read_bytes())
+    config["cross_attention_dim"] *= 2
+    (model / "unet/config.json").write_text(json.dumps(config))
+    message = error_message(download_controlnets, {"edges": "owner/model"}, model, None)
+    assert "ControlNet 'edges' (owner/model): It is for another model: its cross_attention_dim" in message
+    assert hub.downloaded() == {"config.json"}
+    del hub.files[WEIGHTS]
+    assert f"owner/model on the hub has no {WEIGHTS}" in error_message(find_vae, "owner/model", model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -94,6 +94,13 @@ def test_a_vae_with_other_tensors_is_refused(sdxl: Path, tmp_path: Path) -> None
     save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, file)
     assert "is not a VAE for this model: The tensor '" in error_message(_load, sdxl, vae=str(file))
     assert "no such folder or .safetensors file" in error_message(find_vae, "nowhere at all")
+
+
+def test_a_vae_with_other_latents_is_refused(sdxl: Path, tmp_path: Path) -> None:
+    config = {**cast(Any, AutoencoderKL).load_config(sdxl / "vae"), "latent_channels": 16}
+    cast(Any, AutoencoderKL.from_config(config)).save_pretrained(tmp_path / "vae")
+    message = error_message(_load, sdxl, vae=str(tmp_path / "vae"))
+    assert message == "The VAE is for another model: its latents have 16 channels instead of 4."
 
 
 def test_served_model_files_have_the_options(tmp_path: Path) -> None:

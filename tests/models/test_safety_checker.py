@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig
 
 from hypergen.errors import ConfigurationError, ContentPolicyError, GenerationError, HyperGenError, ModelError
@@ -101,6 +102,19 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path, refusing: Path) -> None
     (tmp_path / "damaged/model.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"model.safetensors"):
         find_safety_checker(str(tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_every_tensor_of_the_network_is_accounted_for(tmp_path: Path, refusing: Path, change: str) -> None:
+    folder = shutil.copytree(refusing, tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors.pop("visual_projection.weight")
+    if change == "unexpected":
+        tensors |= {"visual_projection.weight": weight, "surplus": weight.clone()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    name = "visual_projection.weight" if change == "missing" else "surplus"
+    with pytest.raises(ConfigurationError, match=f"does not match its configuration: .*'{name}'"):
+        load_safety_checker(str(folder))
 
 
 def test_a_hub_id_is_only_looked_up_for_the_engine() -> None:

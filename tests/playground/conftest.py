@@ -15,7 +15,7 @@ import pytest
 from tests.support.live_server import LiveServer, start_server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Route
 
 KEY = "sk-page"
 LIMITED_KEY = "sk-limited"  # one request at once
@@ -74,6 +74,12 @@ class Faults:
         if not url.startswith((self.own, "data:", "blob:")):
             self.seen.append(f"A request to another host: {url}")
 
+    def was_interrupted(self) -> bool:
+        """Whether Chromium dropped connections because a network interface of the machine came or went."""
+        interruptions = [fault for fault in self.seen if "ERR_NETWORK_CHANGED" in fault]
+        self.seen = [fault for fault in self.seen if fault not in interruptions]
+        return bool(interruptions)
+
     def unexpected(self) -> list[str]:
         return [fault for fault in self.seen if not (self.expected and re.search(self.expected, fault))]
 
@@ -105,6 +111,8 @@ def open_page(playground: LiveServer, browser: Browser, faults: Faults) -> Itera
         page = context.new_page()
         faults.watch(page)
         page.goto("/")
+        while faults.was_interrupted():
+            page.reload()
         return page
 
     yield open_one
@@ -117,6 +125,16 @@ def open_page(playground: LiveServer, browser: Browser, faults: Faults) -> Itera
 def page(open_page: Callable[..., Page]) -> Page:
     """The page on a desktop, with the key."""
     return open_page(viewport={"width": 1280, "height": 800})
+
+
+def patch_models(page: Page, *changes: dict[str, Any]) -> None:
+    """Let the page see the served model several times, each with some changes; it answers to every name."""
+
+    def fulfill(route: Route) -> None:
+        health = route.fetch().json()
+        route.fulfill(json={**health, "models": [{**health["models"][0], **change} for change in changes]})
+
+    page.route("**/health", fulfill)
 
 
 AXE = Path(__file__).parent / "axe.min.js"

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import base64
-import os
+import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hypergen.api.openapi import EXAMPLE_IMAGE
-from tests.playground.conftest import KEY, LIMITED_KEY, Faults
+from tests.playground.actions import drop, finished, generate, png
+from tests.playground.conftest import KEY, LIMITED_KEY, Faults, patch_models
 from tests.support.live_server import LiveServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import FilePayload, Locator, Page, Route
+    from playwright.sync_api import FilePayload, Page
 
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
-
-
-def finished(page: Page) -> Locator:
-    return page.get_by_role("button", name="Open:")
-
-
-def generate(page: Page, prompt: str = "a red circle on a blue background") -> None:
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    page.keyboard.press("Control+Enter")
 
 
 def test_an_image_forms_with_progress_and_previews(open_page: Callable[..., Page]) -> None:
@@ -57,27 +46,24 @@ def test_the_form_shows_what_the_model_has_with_its_ranges_and_defaults(page: Pa
     expect(page.get_by_label("Schedule").locator("option")).to_have_count(7)
 
 
-def test_a_model_with_every_option_has_every_field(page: Page) -> None:
-    def with_every_option(route: Route) -> None:
-        health = route.fetch().json()
-        options = [
-            "prompt_2",
-            "negative_prompt",
-            "clip_skip",
-            "true_cfg_scale",
-            "enable_refiner",
-            "loras",
-            "control",
-        ]
-        model = {
-            **health["models"][0],
-            "id": "large",
-            "options": options,
-            "control_models": ["canny", "depth"],
-        }
-        route.fulfill(json={**health, "models": [{**model, "id": "small", "options": []}, model]})
+EVERY_OPTION = {
+    "options": [
+        "prompt_2",
+        "negative_prompt",
+        "clip_skip",
+        "true_cfg_scale",
+        "enable_refiner",
+        "image",
+        "mask",
+        "loras",
+        "control",
+    ],
+    "control_models": ["canny", "depth"],
+}
 
-    page.route("**/health", with_every_option)
+
+def test_a_model_with_every_option_has_every_field(page: Page) -> None:
+    patch_models(page, {"id": "small", "options": []}, {"id": "large", **EVERY_OPTION})
     page.get_by_label("Model").select_option("large")
     page.get_by_text("More settings").click()
     page.get_by_label("Prompt of the second text encoder", exact=True).fill("in oil")
@@ -133,6 +119,39 @@ def test_an_error_stands_at_its_field(page: Page, faults: Faults) -> None:
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a green square")
     page.get_by_label("Width").fill("104")
     expect(size.get_by_role("alert")).to_have_count(0)
+    page.get_by_role("spinbutton", name="Images").fill("2.5")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator("[data-field=n]").get_by_role("alert")).to_contain_text("'n' should be")
+
+
+def test_each_error_stands_at_the_field_that_it_names(page: Page, faults: Faults) -> None:
+    faults.expected = "status of 400"
+    patch_models(page, {"id": "large", **EVERY_OPTION}, {"id": "small"})
+    expect(page.get_by_label("Model", exact=True)).to_have_value("large")
+    page.get_by_label("Sampler").select_option("dpmpp_2m")
+    page.get_by_role("tab", name="Edit").click()
+    drop(page, "input.png", png())
+    page.get_by_label("Prompt", exact=True).fill("a red circle")
+    names = page.locator("[data-field]").evaluate_all(
+        "(fields) => fields.map((field) => field.dataset.field)"
+    )
+    assert len(names) == 25
+    params = {**{name: name for name in names}, "lora_path": "loras", "images": "image"}
+    error: dict[str, str] = {}
+    page.route("**/v1/images/edits", lambda route: route.fulfill(status=400, json={"error": error}))
+    for param, field in params.items():
+        error.update(message=f"'{param}' is wrong.", param=param)
+        page.keyboard.press("Control+Enter")
+        expect(page.locator(f"[data-field={field}]").get_by_role("alert")).to_have_text(error["message"])
+        expect(page.get_by_role("alert")).to_have_count(1)
+    late = {"message": "'loras' do not fit.", "param": "loras"}  # after the start of the stream
+    event = f'event: error\ndata: {{"type":"error","error":{json.dumps(late)}}}\n\n'
+    page.unroute("**/v1/images/edits")
+    page.route(
+        "**/v1/images/edits", lambda route: route.fulfill(body=event, content_type="text/event-stream")
+    )
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("[data-field=loras]").get_by_role("alert")).to_have_text(late["message"])
 
 
 def test_requests_run_at_once_and_can_be_cancelled(
@@ -169,34 +188,6 @@ def test_seeds_are_fixed_or_count_up(page: Page) -> None:
     generate(page)
     expect(page.get_by_role("textbox", name="Seed")).to_have_value("9007199254740994")
     expect(finished(page)).to_have_accessible_name(re.compile("seed 9007199254740993$"))
-
-
-def test_the_code_generates_the_same_request(page: Page, playground: LiveServer, tmp_path: Path) -> None:
-    page.get_by_label("Prompt", exact=True).fill('it\'s "a red circle"\non blue')
-    page.get_by_role("textbox", name="Seed").fill("7")
-    page.get_by_label("LoRAs").select_option("Pixel_Art")
-    expect(page.get_by_role("slider", name="Weight of Pixel_Art")).to_have_value("1")
-    page.get_by_role("button", name="Code").click()
-    dialog = page.get_by_role("dialog")
-    environment = {**os.environ, "HYPERGEN_API_KEY": KEY}
-    code = dialog.locator("pre")
-    expect(code).to_contain_text("curl http://127.0.0.1")
-    assert KEY not in code.inner_text()
-    curl = ["bash", "-c", code.inner_text().replace("curl ", "curl --fail --silent ", 1)]
-    answer = subprocess.run(curl, env=environment, capture_output=True, text=True, check=True).stdout
-    assert '"seed":7' in answer
-    dialog.get_by_text("Python").click()
-    expect(code).to_contain_text("client.images.generate(")
-    program = [sys.executable, "-c", code.inner_text()]
-    subprocess.run(program, env=environment, cwd=tmp_path, check=True)
-    assert (tmp_path / "image-0.png").read_bytes()[:4] == b"\x89PNG"
-    dialog.get_by_text("Node").click()
-    expect(code).to_contain_text("await client.images.generate({")
-    dialog.get_by_text("Hyperbolic").click()
-    expect(code).to_contain_text('"steps": 2')
-    curl = ["bash", "-c", code.inner_text().replace("curl ", "curl --fail --silent ", 1)]
-    again = subprocess.run(curl, env=environment, capture_output=True, text=True, check=True).stdout
-    assert re.search(r'"b64_json":"([^"]+)', answer)[1] == re.search(r'"image":"([^"]+)', again)[1]  # type: ignore[index]
 
 
 def test_the_page_asks_for_the_key(open_page: Callable[..., Page], playground: LiveServer) -> None:
@@ -266,8 +257,13 @@ def test_a_lost_connection_can_be_tried_again(page: Page) -> None:
 
 
 def test_a_full_browser_still_shows_the_image(open_page: Callable[..., Page]) -> None:
-    full = 'IDBObjectStore.prototype.put = () => { throw new DOMException("full", "QuotaExceededError"); };'
-    page = open_page(script=full)
+    full = """
+        for (const [kind, name] of [[IDBObjectStore, "put"], [Storage, "setItem"]])
+            kind.prototype[name] = () => { throw new DOMException("full", "QuotaExceededError"); };
+    """
+    page = open_page(script=full, color_scheme="light")
+    page.get_by_role("button", name="Change between light and dark").click()
+    expect(page.locator("html")).to_have_css("color-scheme", "dark")
     generate(page)
     expect(page.get_by_text("no room for more images")).to_be_visible()
     expect(finished(page)).to_have_count(1)

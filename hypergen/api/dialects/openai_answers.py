@@ -27,7 +27,9 @@ _EXAMPLE_STREAM = (
 class ImageItem(BaseModel):
     b64_json: str | None = Field(None, description="image file, base64")
     url: str | None = Field(None, description="URL of the image file; needs no key")
-    revised_prompt: str = Field(description="the unchanged prompt")
+    revised_prompt: str = Field(
+        description="the unchanged prompt; if the model knows no word of it, what the model understood"
+    )
     seed: int = Field(description="seed of this image")
 
 
@@ -100,7 +102,10 @@ def to_response(
     }
     pieces = [to_json(rest)[:-1] + b',"data":[']
     for position, image in enumerate(images):
-        item: dict[str, Any] = {"revised_prompt": request.prompt, "seed": image.seed}
+        item: dict[str, Any] = {
+            "revised_prompt": validated.understood_prompt or request.prompt,
+            "seed": image.seed,
+        }
         if urls is not None:
             item["url"] = urls[position]
         separator = b"," if position else b""
@@ -141,6 +146,8 @@ def to_sse_event(
             "seed": event.seed,
             "index": event.index,
         }
+        if validated.understood_prompt is not None:
+            body["revised_prompt"] = validated.understood_prompt
     start = f'event: {name}\ndata: {{"type":"{name}","b64_json":"'.encode()
     return [start, base64.b64encode(event.data), b'",' + to_json(body)[1:] + b"\n\n"]
 

@@ -11,7 +11,7 @@ from cachetools import TTLCache
 from redis.asyncio import Redis
 
 from hypergen.api.dialects.endpoint import Endpoint
-from hypergen.api.image_urls import store_images
+from hypergen.api.image_urls import store_images, urls_of
 from hypergen.api.job_store import JobStatus, JobStore, report_end
 from hypergen.api.redis_jobs.job_queue import JobQueue, QueueLimits, Submitted
 from hypergen.api.redis_jobs.records import (
@@ -143,9 +143,8 @@ class RedisJobs(JobStore):
     ) -> list[str]:
         names = self._stored.get(job_id)
         if names is None:
-            names = await asyncio.to_thread(store_images, self._storage, validated.generation, images, "")
-            self._stored[job_id] = names
-        return [base + name for name in names]
+            names = self._stored[job_id] = await store_images(self._storage, validated.generation, images)
+        return await urls_of(self._storage, names, base)
 
     async def _find(self, job_id: str) -> tuple[Fields, int | None]:
         fields, position = await self._queue.get(job_id)
