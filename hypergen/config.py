@@ -407,7 +407,8 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         1024,
         gt=0,
         allow_inf_nan=False,
-        description="disk space for `url` results in the folder, in MB; the oldest are removed first",
+        description="disk space for `url` results in the folder, in MB, and with --jobs also memory of Redis "
+        "for the images of jobs; the oldest are removed first",
     )
     idempotency_mb: float = Field(
         256,

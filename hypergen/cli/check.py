@@ -9,7 +9,6 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from hypergen.api.api_keys import ApiKeys
-from hypergen.app import check_shared_store
 from hypergen.cli.start_checks import CheckedModel, check_certificate, check_models, check_storage
 from hypergen.config import ServerSettings, Settings
 from hypergen.errors import ModelError
@@ -34,6 +33,8 @@ def check(file: Path, environment: Mapping[str, str]) -> Iterator[Row]:
         settings = load_settings(None, environment, {"models": (str(file),)})
     else:
         settings = load_settings(file, environment)
+    from hypergen.app import check_shared_store  # its packages would slow down every other command
+
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
     check_shared_store(settings.server)
