@@ -138,9 +138,10 @@ def serve_that_ends(
         "BENTOML_HOME": str(folder / "home"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": "",
+        **variables,
     }
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=240
     )
 
 

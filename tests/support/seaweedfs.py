@@ -86,7 +86,7 @@ class SeaweedFS:
         command += [f"-{name}={value}" for name, value in options.items()]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not (self._has_bucket() and self._stores()):
             assert self._process.poll() is None, self._log()
             assert time.monotonic() < until, self._log()
