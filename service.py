@@ -23,7 +23,7 @@ from hypergen import __version__, log_setup
 from hypergen.api.api_keys import ApiKeys
 from hypergen.api.middleware import OuterMiddleware
 from hypergen.api.schemas import BatchResult
-from hypergen.app import create_app
+from hypergen.app import check_shared_store, create_app
 from hypergen.bentoml_integration import metrics_folder, server_logs, tracing
 from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, generate_item
 from hypergen.bentoml_integration.build_arguments import errors_in_one_line, keep_models, read_arguments
@@ -87,6 +87,7 @@ class HyperGen:
         with errors_in_one_line():
             check_port_of_bentoml_serve()
             open_storage(settings.server).check()
+            check_shared_store(settings.server)
 
     @bentoml.on_startup
     async def start(self) -> None:

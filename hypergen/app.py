@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hypergen import __version__
+from hypergen import __version__, optional_packages
 from hypergen.api import openapi
 from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import (
@@ -24,10 +24,11 @@ from hypergen.api.errors import (
     json_response,
     to_response,
 )
-from hypergen.api.idempotency import IdempotentRequests, StoredAnswers
-from hypergen.api.jobs import Jobs
+from hypergen.api.idempotency import IdempotentRequests, SharedAnswers, StoredAnswers
+from hypergen.api.job_store import JobStore
+from hypergen.api.jobs import MemoryJobs
 from hypergen.api.routes import create_router
-from hypergen.config import Settings
+from hypergen.config import ServerSettings, Settings
 from hypergen.engine_client.pool import EnginePool
 from hypergen.errors import RequestError
 from hypergen.images.storage import ImageStorage, open_storage
@@ -48,8 +49,9 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
         ConfigurationError: the storage needs a package that is not installed.
     """
     storage = open_storage(settings.server)
-    jobs = Jobs(pool, storage, settings.server.url_lifetime_s, settings.server.max_jobs)
+    jobs, shared_answers = _create_stores(settings, pool, storage)
     answers = StoredAnswers(settings.server.url_lifetime_s, int(settings.server.idempotency_mb * 1e6))
+    idempotent = IdempotentRequests(answers, shared_answers)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -60,6 +62,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
         # Every callback runs, even if another one raises.
         async with AsyncExitStack() as closing:
             closing.callback(storage.close)
+            await jobs.start()
             closing.push_async_callback(jobs.close)
             closing.callback(asyncio.create_task(_remove_expired_images(storage)).cancel)
             yield
@@ -76,7 +79,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     fastapi_openapi = app.openapi
     schemas = [schema for endpoint in ENDPOINTS for schema in endpoint.schemas]
     app.openapi = lambda: openapi.complete(fastapi_openapi(), schemas)
-    app.include_router(create_router(settings, pool, storage, jobs, IdempotentRequests(answers), models))
+    app.include_router(create_router(settings, pool, storage, jobs, idempotent, models))
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> Response:
@@ -97,6 +100,36 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
         )
 
     return app
+
+
+def check_shared_store(server: ServerSettings) -> None:
+    """Connect to Redis once, before the server starts; nothing if jobs are in memory.
+
+    Raises:
+        ConfigurationError: it cannot be used, or its package is missing.
+    """
+    if server.jobs is not None:
+        optional_packages.require("redis", "--jobs")
+        from hypergen.api.redis_jobs.connection import check_redis
+
+        check_redis(server.jobs)
+
+
+def _create_stores(
+    settings: Settings, pool: EnginePool, storage: ImageStorage
+) -> tuple[JobStore, SharedAnswers | None]:
+    """The store of jobs, and the one of answers that servers share; it connects to nothing."""
+    server = settings.server
+    if server.jobs is None:
+        return MemoryJobs(pool, storage, server.url_lifetime_s, server.max_jobs), None
+    optional_packages.require("redis", "--jobs")
+    from hypergen.api.redis_jobs.connection import connect
+    from hypergen.api.redis_jobs.redis_answers import RedisAnswers
+    from hypergen.api.redis_jobs.redis_jobs import RedisJobs
+
+    redis = connect(server.jobs)
+    answers = RedisAnswers(redis, server.url_lifetime_s, int(server.idempotency_mb * 1e6))
+    return RedisJobs(redis, settings, pool, storage), answers
 
 
 async def _remove_expired_images(storage: ImageStorage) -> None:

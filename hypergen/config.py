@@ -397,11 +397,18 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         3600, ge=60, allow_inf_nan=False, description="seconds for which a `url` result can be fetched"
     )
     max_jobs: int = Field(1000, ge=1, description="jobs to keep, finished and unfinished")
+    jobs: str | None = Field(
+        None,
+        repr=False,
+        description="Redis or Valkey in which replicas share jobs and Idempotency-Key, such as "
+        "redis://:password@host:6379/0, or rediss:// with TLS (extra `redis`); absent: memory of this server",
+    )
     url_storage_mb: float = Field(
         1024,
         gt=0,
         allow_inf_nan=False,
-        description="disk space for `url` results in the folder, in MB; the oldest are removed first",
+        description="disk space for `url` results in the folder, in MB, and with --jobs also memory of Redis "
+        "for the images of jobs; the oldest are removed first",
     )
     idempotency_mb: float = Field(
         256,
@@ -415,6 +422,13 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def _check_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
         return _both_or_none(key, info.data.get("ssl_certfile"))
+
+    @field_validator("jobs")
+    @classmethod
+    def _check_jobs(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"(redis|rediss|valkey|valkeys)://[^\s/?#]+(/\d*)?", url):
+            raise ValueError("must be redis://HOST:PORT/DATABASE or rediss://HOST:PORT/DATABASE")
+        return url
 
     @field_validator("storage")
     @classmethod
@@ -444,7 +458,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     @field_validator("url_storage_mb")  # not called for the default
     @classmethod
     def _check_folder_size(cls, size: float, info: ValidationInfo) -> float:
-        if info.data.get("storage") is not None:
+        if info.data.get("storage") is not None and info.data.get("jobs") is None:
             raise ValueError("cannot be combined with --storage: a bucket's lifecycle rule bounds its size")
         return size
 

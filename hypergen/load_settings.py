@@ -20,6 +20,8 @@ from hypergen.served_model_config import ModelEntry, as_text, explain_yaml, file
 PREFIX = "HYPERGEN_"
 # Separated by commas in the environment. Others are paths, which may contain commas.
 _WITH_COMMAS = ("allowed_host", "compile_sizes", "cors_origin", "devices", "trusted_proxy")
+# Not in messages, nor in a Bento.
+_SECRETS = ("api_key", "jobs")
 # Variables that Kubernetes sets in every pod for a service whose name begins with "hypergen".
 _KUBERNETES_NAME = re.compile(
     r"HYPERGEN_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
@@ -99,9 +101,10 @@ def _add_arguments(tree: dict[str, Any], arguments: Mapping[str, Any]) -> list[s
         if option not in known:
             raise ConfigurationError(f"Unknown argument '{option}'{_nearest(option, known)}")
         section, name = known[option]
-        if name == "api_key":
+        if name in _SECRETS:
+            variable = PREFIX + option_name(name).upper()
             raise ConfigurationError(
-                f"Argument '{name}' would be readable in the Bento; set {PREFIX}API_KEY where it is served."
+                f"Argument '{name}' would be readable in the Bento; set {variable} where it is served."
             )
         in_file = tree if section is None else _as_mapping(tree.get(section), f"Setting '{section}'")
         if in_file.get(name) is None:
@@ -179,7 +182,7 @@ def _explain(
         return f"{where}Unknown setting '{name}'{_nearest(name, known)}"
     # MODEL is no flag, and may have fields.
     shown = f"Setting '{name}'" if given in (None, "models") else given_as[given]
-    hidden = first["input"] is None or name == "models" or name.endswith("api_key")
+    hidden = first["input"] is None or name.rpartition(".")[2] in ("models", *_SECRETS)
     value = "" if hidden else f" (given: {first['input']!r})"
     return f"{where}{shown}: {first['msg'].removeprefix('Value error, ')}{value}."
 

@@ -12,6 +12,7 @@ _PACKAGES = {
     "kernels": ("kernels", None),
     "matplotlib": ("matplotlib", "bench"),
     "obstore": ("'obstore>=0.12'", "s3"),
+    "redis": ("'redis>=8'", "redis"),
     "torchao": ("'torchao>=0.18'", "quantization"),
 }
 

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "requirements.txt"
-EXTRAS = ("s3",)
+EXTRAS = ("redis", "s3")
 HEADER = "# Made by scripts/make_requirements.py from constraints.txt: the packages of a Bento.\n"
 
 

@@ -295,3 +295,14 @@ def test_a_relative_source_is_from_the_folder_of_its_file(tmp_path: Path, source
     file.write_text(f"source: {source}\n")
     (entry,) = load_settings(flags={"models": (str(file),)}).models
     assert str(Path(str(entry.source))) == expected.format(folder=tmp_path)
+
+
+def test_the_password_of_the_jobs_url_is_in_no_message_and_in_no_bento() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(flags={"jobs": "redis://:secret@host:6379/first"})
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="HYPERGEN_JOBS"):
+        load_settings(arguments={"jobs": "redis://:secret@host:6379/0"})
+    settings = load_settings(environment={"HYPERGEN_JOBS": "rediss://:secret@host:6379/0"})
+    assert settings.server.jobs == "rediss://:secret@host:6379/0"
+    assert "secret" not in repr(settings)

@@ -9,24 +9,28 @@ import asyncio
 import hashlib
 import re
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from starlette.requests import Request
 
 from hypergen.api.disconnects import cancel, client_disconnected, run_until_disconnect
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import Answer
-from hypergen.errors import ConflictError, InvalidRequestError
+from hypergen.errors import ConflictError, InvalidRequestError, UnavailableError
 
 HEADER = "Idempotency-Key"
 MAX_CHARACTERS = 255
 _KEY = re.compile(rf"[!-~]{{1,{MAX_CHARACTERS}}}", re.ASCII)
 # Memory of an answer in addition to its body.
-_OVERHEAD_BYTES = 2048
+OVERHEAD_BYTES = 2048
+# Between two looks at a request that another server runs.
+_POLL_S = 0.2
 
 # The API key's name and the value of the header.
 Key = tuple[str, str]
@@ -89,7 +93,7 @@ class StoredAnswer:
 
     @property
     def nbytes(self) -> int:
-        return _OVERHEAD_BYTES + self.answer.nbytes
+        return OVERHEAD_BYTES + self.answer.nbytes
 
 
 class StoredAnswers:
@@ -130,6 +134,37 @@ class StoredAnswers:
         self._nbytes -= stored.nbytes
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What is known about a key that another request has: its answer is None while that runs."""
+
+    fingerprint: bytes
+    answer: Answer | None
+
+
+class SharedAnswers(Protocol):
+    """Answers that several servers share. Every method raises UnavailableError if their store is away.
+
+    An owner is one request that has claimed a key. Its claim expires if its server does not keep it.
+    """
+
+    async def claim(self, key: Key, digest: bytes, owner: str) -> Claim | None:
+        """Claim a key; returns the claim of another request if that was first."""
+        ...
+
+    def keep(self, key: Key, owner: str) -> AbstractAsyncContextManager[None]:
+        """Keep a claim within a block."""
+        ...
+
+    async def put(self, key: Key, owner: str, answer: Answer) -> Answer:
+        """Keep the first answer of a key; returns that one."""
+        ...
+
+    async def free(self, key: Key, owner: str) -> None:
+        """Give up a claim: the request failed, and may be sent again."""
+        ...
+
+
 @dataclass(eq=False)
 class _Running:
     """A request whose answer is not known yet, and the number of clients that wait for it."""
@@ -147,6 +182,7 @@ class IdempotentRequests:
     """
 
     answers: StoredAnswers
+    shared: SharedAnswers | None = None
     _running: dict[Key, _Running] = field(default_factory=dict[Key, _Running])
 
     async def answer(
@@ -174,11 +210,7 @@ class IdempotentRequests:
         if first is not None:
             body.clear()
             request.state.body.release()
-            if first.fingerprint != digest:
-                raise ConflictError(
-                    f"'{HEADER}' was used before for another request; use a new one for each request.",
-                    param=HEADER,
-                )
+            _check_same(first, digest)
         if isinstance(first, StoredAnswer):
             record.repeat(first.answer.model, first.answer.request_id)
             return first.answer.repeated()
@@ -186,14 +218,45 @@ class IdempotentRequests:
             task = asyncio.create_task(self._run(name, digest, work))
             running = self._running[name] = _Running(digest, task)
             task.add_done_callback(lambda _: self._forget(name, running))
-            return await self._wait(request, name, running)
+            answer = await self._wait(request, name, running)
+            if answer.is_repeated:  # from another server
+                record.repeat(answer.model, answer.request_id)
+            return answer
         answer = await self._wait(request, name, running)
         record.repeat(answer.model, answer.request_id)
         return answer.repeated()
 
     async def _run(self, name: Key, digest: bytes, work: Work) -> Answer:
-        answer = await work(asyncio.Event().wait)  # the last client that leaves cancels this task
+        wait_for_clients = asyncio.Event().wait  # the last client that leaves cancels this task
+        if self.shared is None:
+            answer = await work(wait_for_clients)
+        else:
+            answer = await self._run_once(self.shared, name, digest, partial(work, wait_for_clients))
         self.answers.put(name, digest, answer)
+        return answer
+
+    async def _run_once(
+        self, shared: SharedAnswers, name: Key, digest: bytes, work: Callable[[], Awaitable[Answer]]
+    ) -> Answer:
+        """The answer of `work`, or that of another server's request with this key."""
+        owner = uuid.uuid4().hex
+        try:
+            while (other := await shared.claim(name, digest, owner)) is not None:
+                _check_same(other, digest)
+                if other.answer is not None:
+                    return other.answer.repeated()
+                await asyncio.sleep(_POLL_S)
+        except UnavailableError:  # a job fails by itself, and other requests need no shared answers
+            return await work()
+        try:
+            async with shared.keep(name, owner):
+                answer = await work()
+        except BaseException:
+            with suppress(UnavailableError):
+                await shared.free(name, owner)
+            raise
+        with suppress(UnavailableError):
+            return await shared.put(name, owner, answer)
         return answer
 
     async def _wait(self, request: Request, name: Key, running: _Running) -> Answer:
@@ -210,3 +273,15 @@ class IdempotentRequests:
     def _forget(self, name: Key, running: _Running) -> None:
         if self._running.get(name) is running:
             del self._running[name]
+
+
+def _check_same(first: _Running | StoredAnswer | Claim, digest: bytes) -> None:
+    """
+    Raises:
+        ConflictError: the first request with this key had another route or body.
+    """
+    if first.fingerprint != digest:
+        raise ConflictError(
+            f"'{HEADER}' was used before for another request; use a new one for each request.",
+            param=HEADER,
+        )

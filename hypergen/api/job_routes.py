@@ -14,7 +14,7 @@ from hypergen.api.errors import json_response, to_json
 from hypergen.api.idempotency import IdempotentRequests, idempotency_key
 from hypergen.api.image_requests import read_body, require_model, validate_request
 from hypergen.api.image_urls import url_base
-from hypergen.api.jobs import Jobs
+from hypergen.api.job_store import JobStore
 from hypergen.api.multipart_form import is_form
 from hypergen.api.responses import Answer, chunked_json_response
 from hypergen.config import Settings
@@ -27,7 +27,7 @@ def add_job_routes(
     router: APIRouter,
     settings: Settings,
     generator: ImageGenerator,
-    jobs: Jobs,
+    jobs: JobStore,
     idempotent: IdempotentRequests,
 ) -> None:
     """POST creates a job, GET returns its status and result, DELETE cancels it."""
@@ -57,7 +57,7 @@ def add_job_routes(
                 **validated.response_headers,
             }
             request_id, model = request.state.request_id, validated.generation.model
-            return Answer(202, headers, [to_json(jobs.status(job))], model, request_id)
+            return Answer(202, headers, [to_json(job.body())], model, request_id)
 
         answer = await idempotent.answer(request, key, PATH, body, work)
         return answer.to_response(request.state.outgoing)
@@ -66,15 +66,14 @@ def add_job_routes(
         PATH + "/{job_id}", openapi_extra=openapi.job("Get the status and result of a job", "getImageJob")
     )
     async def get_job(request: Request, job_id: str) -> Response:
-        job = jobs.get(job_id)
-        status = jobs.status(job)
+        job = await jobs.get(job_id)
         if job.state != "succeeded":
-            return json_response(status)
+            return json_response(job.body())
         result = await jobs.result(job, url_base(request, settings, job.validated))
         return chunked_json_response(
-            [to_json(status)[:-1] + b',"result":', *result, b"}"], request.state.outgoing
+            [to_json(job.body())[:-1] + b',"result":', *result, b"}"], request.state.outgoing
         )
 
     @router.delete(PATH + "/{job_id}", openapi_extra=openapi.job("Cancel a job", "cancelImageJob"))
     async def cancel_job(job_id: str) -> Response:
-        return json_response(jobs.status(await jobs.cancel(job_id)))
+        return json_response((await jobs.cancel(job_id)).body())

@@ -1,7 +1,4 @@
-"""Asynchronous jobs: image requests whose result is fetched later, for work beyond a proxy's timeout.
-
-Jobs are kept in this process's memory. Their images are in the storage of `url` results, with its lifetime.
-"""
+"""Jobs in this process's memory. Their images are in the storage of `url` results, with its lifetime."""
 
 from __future__ import annotations
 
@@ -12,11 +9,10 @@ import uuid
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
 from hypergen.api.dialects.endpoint import Endpoint
-from hypergen.api.errors import error_body, status_of
 from hypergen.api.image_urls import store_image_of_job, urls_of
+from hypergen.api.job_store import JobState, JobStatus, JobStore, report_end
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import write
 from hypergen.api.validation import ValidatedRequest
@@ -30,12 +26,8 @@ from hypergen.errors import (
 )
 from hypergen.events import ImageFinished, Progress, Started
 from hypergen.images.storage import ImageStorage
-from hypergen.metrics import outcome_of, record_request
-from hypergen.request import ANONYMOUS
 
 logger = logging.getLogger(__name__)
-
-JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
 @dataclass(eq=False)
@@ -62,15 +54,30 @@ class Job:
     def ended(self) -> bool:
         return self.ended_at is not None
 
-    def seconds_left(self) -> float | None:
+    def status(self) -> JobStatus:
+        queued = self.handle.queue_position() if self.handle and self.state == "queued" else None
+        left = self._seconds_left() if self.state == "running" else None
+        return JobStatus(
+            id=self.id,
+            state=self.state,
+            created=self.created,
+            validated=self.validated,
+            position=queued.position if queued else None,
+            step=self.step,
+            steps=self.steps,
+            expected_s=queued.expected_s if queued else left,
+            error=self.error,
+        )
+
+    def _seconds_left(self) -> float | None:
         """Estimate from the mean time of the steps so far; None before the first step."""
         if not self.step or self.steps is None:
             return None
         return (time.monotonic() - self.started_at) / self.step * (self.steps - self.step)
 
 
-class Jobs:
-    """The jobs of this server, for one event loop.
+class MemoryJobs(JobStore):
+    """The jobs of this server.
 
     Args:
         lifetime_s: seconds for which a job is kept after its end.
@@ -90,19 +97,12 @@ class Jobs:
         self._max_jobs = max_jobs
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
+    async def start(self) -> None:
+        pass
+
     async def submit(
         self, endpoint: Endpoint, validated: ValidatedRequest, record: RequestRecord, deadline: float
-    ) -> Job:
-        """Create a job.
-
-        Args:
-            record: of the request that creates it.
-            deadline: time of the event loop's clock.
-
-        Raises:
-            QueueFullError: too many unfinished jobs, or the request queue is full.
-            UnavailableError: no engine is ready, or the storage cannot be reached.
-        """
+    ) -> JobStatus:
         self._storage.refuse_while_away()
         self._remove_expired()
         if len(self._jobs) >= self._max_jobs and not self._remove_oldest_ended():
@@ -114,25 +114,39 @@ class Jobs:
         job = Job(f"job_{uuid.uuid4().hex}", endpoint, validated, record, int(time.time()), handle)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, handle, deadline))
-        return job
+        return job.status()
 
-    def get(self, job_id: str) -> Job:
+    async def get(self, job_id: str) -> JobStatus:
+        return self.find(job_id).status()
+
+    async def cancel(self, job_id: str) -> JobStatus:
+        job = self.find(job_id)
+        await self._stop(job)
+        return job.status()
+
+    async def result(self, job: JobStatus, base: str | None) -> list[bytes]:
+        found = self.find(job.id)
+        images: list[ImageFinished] = []
+        for image, name in found.images:
+            data = await self._storage.read(name)
+            if data is None:
+                raise NotFoundError("The images of this job have expired.")
+            images.append(replace(image, data=data))
+        names = [name for _, name in found.images]
+        urls = None if base is None else await urls_of(self._storage, names, base)
+        return await write(found.endpoint.to_response, found.validated, images, urls, found.created)
+
+    async def close(self) -> None:
+        """Cancel all jobs, also those that have expired."""
+        await asyncio.gather(*(self._stop(job) for job in self._jobs.values()), return_exceptions=True)
+
+    def find(self, job_id: str) -> Job:
         """Raises NotFoundError if the job is unknown or has expired."""
         self._remove_expired()
         job = self._jobs.get(job_id)
         if job is None:
             raise NotFoundError("The job does not exist or has expired.")
         return job
-
-    async def cancel(self, job_id: str) -> Job:
-        """Cancel a job at the next step; no effect if it has ended."""
-        job = self.get(job_id)
-        await self._stop(job)
-        return job
-
-    async def close(self) -> None:
-        """Cancel all jobs, also those that have expired."""
-        await asyncio.gather(*(self._stop(job) for job in self._jobs.values()), return_exceptions=True)
 
     async def _stop(self, job: Job) -> None:
         if job.task is not None and not job.task.done():
@@ -141,49 +155,6 @@ class Jobs:
                 await job.task
         if not job.ended:  # the task was cancelled before it ran
             self._end(job, "cancelled")
-
-    def status(self, job: Job) -> dict[str, Any]:
-        """The body for the client, without the result."""
-        body: dict[str, Any] = {
-            "id": job.id,
-            "object": "image.job",
-            "status": job.state,
-            "created": job.created,
-        }
-        if job.state == "queued":
-            queued = job.handle.queue_position() if job.handle else None
-            if queued is not None:
-                body["position"] = queued.position
-            left = queued.expected_s if queued else None
-        else:
-            left = job.seconds_left() if job.state == "running" else None
-        if job.steps is not None:
-            body["progress"] = {"step": job.step, "steps": job.steps}
-        if left is not None:
-            body["expected_s"] = round(left, 1)
-        if job.error is not None:
-            body["error"] = {**error_body(job.error)["error"], "status": status_of(job.error)}
-        return body
-
-    async def result(self, job: Job, base: str | None) -> list[bytes]:
-        """The response of the request's own route, as pieces of JSON.
-
-        Args:
-            base: the URL before a stored image's name; None: without `url`.
-
-        Raises:
-            NotFoundError: the images have expired, or newer ones replaced them.
-            UnavailableError: their storage cannot be reached.
-        """
-        images: list[ImageFinished] = []
-        for image, name in job.images:
-            data = await self._storage.read(name)
-            if data is None:
-                raise NotFoundError("The images of this job have expired.")
-            images.append(replace(image, data=data))
-        names = [name for _, name in job.images]
-        urls = None if base is None else await urls_of(self._storage, names, base)
-        return await write(job.endpoint.to_response, job.validated, images, urls, job.created)
 
     async def _run(self, job: Job, handle: RequestHandle, deadline: float) -> None:
         try:
@@ -215,15 +186,7 @@ class Jobs:
 
     def _end(self, job: Job, state: JobState, error: RequestError | None = None) -> None:
         job.state, job.error, job.ended_at = state, error, time.monotonic()
-        outcome = "cancelled" if state == "cancelled" else outcome_of(status_of(error) if error else 200)
-        request, seconds = job.validated.generation, job.ended_at - job.created_at
-        record_request("job", request.model, request.api_key.name, outcome, seconds)
-        fields: dict[str, Any] = {"ms": round(seconds * 1000), "model": request.model}
-        if request.api_key is not ANONYMOUS:
-            fields["key"] = request.api_key.name
-        if error is not None:
-            fields["error_code"] = error.code
-        logger.info("Job %s %s", job.id, state, extra={"fields": fields})
+        report_end(job.id, job.validated.generation, state, error, job.ended_at - job.created_at)
         job.record.end_trace()
         if job.handle is not None:
             job.handle.cancel()

@@ -19,6 +19,7 @@ _Result = TypeVar("_Result")
 # other would block the event loop for the sum of their times.
 _WRITER = ThreadPoolExecutor(1, "write")
 CHUNK_BYTES = 256 * 1024
+_REPEATED = "idempotent-replayed"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class Answer:
 
     def repeated(self) -> Self:
         """The answer to a repeated request."""
-        return replace(self, headers={**self.headers, "idempotent-replayed": "true"})
+        return replace(self, headers={**self.headers, _REPEATED: "true"})
+
+    @property
+    def is_repeated(self) -> bool:
+        return _REPEATED in self.headers
 
     def to_response(self, outgoing: OutgoingResponse) -> StreamingResponse:
         return chunked_json_response(self.pieces, outgoing, self.status, self.headers)

@@ -23,7 +23,7 @@ from hypergen.api.health import health_body
 from hypergen.api.idempotency import IdempotentRequests
 from hypergen.api.image_requests import handle_image_request
 from hypergen.api.job_routes import add_job_routes
-from hypergen.api.jobs import Jobs
+from hypergen.api.job_store import JobStore
 from hypergen.api.schemas import Health, Model, ModelList
 from hypergen.api.web_pages import add_web_pages
 from hypergen.config import Settings
@@ -68,7 +68,7 @@ def create_router(
     settings: Settings,
     generator: ImageGenerator,
     storage: ImageStorage,
-    jobs: Jobs,
+    jobs: JobStore,
     idempotent: IdempotentRequests,
     models: Sequence[ServedModel],
 ) -> APIRouter:

@@ -29,12 +29,15 @@ def check(file: Path, environment: Mapping[str, str]) -> Iterator[Row]:
         ConfigurationError: a setting of the file or of the environment is wrong.
         ModelError: a model does not exist or cannot be served.
     """
+    from hypergen.app import check_shared_store  # its packages would slow down every other command
+
     if _is_served_model(file):
         settings = load_settings(None, environment, {"models": (str(file),)})
     else:
         settings = load_settings(file, environment)
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
+    check_shared_store(settings.server)
     check_storage(settings.server)
     for model in check_models(settings):
         yield from _describe(model)

@@ -66,6 +66,7 @@ SERVE_GROUPS = {
         "c2pa_key",
         "price_rate",
         "max_jobs",
+        "jobs",
         "public_url",
         "idempotency_mb",
         "storage",

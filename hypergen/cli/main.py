@@ -59,6 +59,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     tag of the model store, or a served-model file such as those in configs/; by default it is the model that
     comes with HyperGen. Requests choose among several by name; the default is the first.
     """
+    from hypergen.app import check_shared_store
     from hypergen.bentoml_integration.listen_check import check_port
     from hypergen.cli.serve import run_service
     from hypergen.cli.start_checks import check_certificate, check_models, check_storage
@@ -69,6 +70,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     settings = load_settings(config, os.environ, {**flags, "models": models})
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
+    check_shared_store(settings.server)
     check_storage(settings.server)
     find_accelerators(settings.engine)  # reports missing devices
     check_models(settings)

@@ -15,7 +15,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from hypergen.api.dialects import endpoints
-from hypergen.api.jobs import Jobs
+from hypergen.api.jobs import MemoryJobs
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.routes import StoredFile
 from hypergen.api.validation import ValidatedRequest
@@ -179,7 +179,7 @@ async def test_concurrent_jobs_are_all_rejected() -> None:
     """At most one job is kept, and each that ends makes space for the next during its rejection."""
     settings = Settings.model_validate({})
     pool = EnginePool(settings, accelerators=[Accelerator()])  # not started: it rejects at once
-    jobs = Jobs(pool, FolderStorage(60, 1000), lifetime_s=60, max_jobs=1)
+    jobs = MemoryJobs(pool, FolderStorage(60, 1000), lifetime_s=60, max_jobs=1)
     request, record = make_request(), RequestRecord("req_1", "POST", PATH, None)
     errors = await asyncio.gather(
         *(

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from hypergen.api import image_urls
 from hypergen.api.dialects import endpoints
-from hypergen.api.jobs import Jobs
+from hypergen.api.jobs import MemoryJobs
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.validation import ValidatedRequest
 from hypergen.cli.main import main
@@ -207,7 +207,7 @@ async def test_a_job_whose_image_cannot_be_stored_fails_and_new_ones_are_refused
     image = ImageFinished(index=0, seed=0, data=b"data", prompt_tokens=1, shared_forwards=0)
     with pytest.raises(UnavailableError, match="try again later") as failed:
         await image_urls.store_image_of_job(storage, make_request(), image)
-    jobs = Jobs(EnginePool(settings, accelerators=[Accelerator()]), storage, lifetime_s=60, max_jobs=1)
+    jobs = MemoryJobs(EnginePool(settings, accelerators=[Accelerator()]), storage, lifetime_s=60, max_jobs=1)
     validated, record = ValidatedRequest(make_request()), RequestRecord("req_1", "POST", PATH, None)
     with pytest.raises(UnavailableError) as refused:
         await jobs.submit(endpoints.GENERATIONS, validated, record, deadline=1e9)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from hypergen.api.dialects.endpoints import GENERATIONS
-from hypergen.api.jobs import Jobs
+from hypergen.api.jobs import MemoryJobs
 from hypergen.api.request_record import RequestRecord
 from hypergen.app import create_app
 from hypergen.config import Settings
@@ -116,7 +116,7 @@ async def test_expired_jobs_do_not_block_the_shutdown(
             while pool.status().state != "ready":  # noqa: ASYNC110  the state changes in another process
                 await asyncio.sleep(0.02)
         storage = FolderStorage(60, 1_000_000)
-        jobs = Jobs(pool, storage, lifetime_s=0.0, max_jobs=10)
+        jobs = MemoryJobs(pool, storage, lifetime_s=0.0, max_jobs=10)
         model_info = pool.model_info()
         assert model_info
         deadline = asyncio.get_running_loop().time() + 60
@@ -129,11 +129,11 @@ async def test_expired_jobs_do_not_block_the_shutdown(
             record = RequestRecord(request_id, "POST", "/v1/images/jobs", None)
             return (await jobs.submit(GENERATIONS, validated, record, deadline)).id
 
-        old = jobs.get(await submit("old"))
+        old = jobs.find(await submit("old"))
         assert old.task
         await old.task
         assert len(_files(tmp_path)) == 1
-        running = jobs.get(await submit("running", **SLOW))
+        running = jobs.find(await submit("running", **SLOW))
         await jobs.close()
         assert running.state == "cancelled"
         assert pool.status().queue_size == 0
@@ -152,10 +152,10 @@ async def test_the_storage_is_closed_if_closing_the_jobs_fails(
     closed = threading.Event()
     monkeypatch.setattr(FolderStorage, "close", lambda _: closed.set())
 
-    async def fail(_: Jobs) -> None:
+    async def fail(_: MemoryJobs) -> None:
         raise OSError("cannot be closed")
 
-    monkeypatch.setattr(Jobs, "close", fail)
+    monkeypatch.setattr(MemoryJobs, "close", fail)
     with pytest.raises(OSError, match="cannot be closed"):
         async with app.router.lifespan_context(app):
             pass

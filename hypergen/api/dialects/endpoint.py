@@ -28,6 +28,7 @@ class Endpoint:
         accepts_forms: whether the body may be a multipart form, whose types are those of `body`.
         to_request: (body, model info, settings, request id) -> `ValidatedRequest`; raises
             `InvalidRequestError`.
+        validated: the class of what `to_request` returns, from which a stored job is read.
         to_response: (validated, images, their URLs if any, Unix time) -> pieces of JSON.
         to_sse_event: (validated, Unix time, event) -> pieces of a server-sent event; None: no streaming.
         openapi: the operation in /openapi.json.
@@ -41,6 +42,7 @@ class Endpoint:
     body: type[BaseModel]
     accepts_forms: bool = False
     to_request: Callable[[dict[str, Any], ModelInfo, ServerSettings, str], ValidatedRequest]
+    validated: type[ValidatedRequest] = ValidatedRequest
     to_response: Callable[[Any, list[ImageFinished], list[str] | None, int], list[bytes]]
     to_sse_event: Callable[[Any, int, Preview | ImageFinished | ProgressReport], list[bytes]] | None = None
     openapi: dict[str, Any]

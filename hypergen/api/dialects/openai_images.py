@@ -248,6 +248,7 @@ GENERATIONS = Endpoint(
     claims=lambda body, is_form: not is_form,
     body=ImagesBody,
     to_request=to_request,
+    validated=ImagesRequest,
     to_response=to_response,
     to_sse_event=partial(to_sse_event, "image_generation"),
     openapi={

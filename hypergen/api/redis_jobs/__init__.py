@@ -1,0 +1,1 @@
+"""Jobs in Redis, which all replicas of a fleet share. Needs the package redis (extra `redis`)."""

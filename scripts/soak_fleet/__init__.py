@@ -1,0 +1,1 @@
+"""A soak of several servers that share jobs in Redis."""
