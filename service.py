@@ -29,6 +29,7 @@ from hypergen.bentoml_integration.batch_api import BatchContext, BatchItems, gen
 from hypergen.bentoml_integration.build_arguments import errors_in_one_line, keep_models, read_arguments
 from hypergen.bentoml_integration.dispatcher import ContinuousBatchingService, tls_options
 from hypergen.bentoml_integration.listen_check import check_port_of_bentoml_serve
+from hypergen.engine_client.accelerators import find_accelerators
 from hypergen.engine_client.pool import EnginePool
 from hypergen.images.storage import open_storage
 from hypergen.load_settings import load_settings
@@ -86,6 +87,7 @@ class HyperGen:
         """Called once, by `bentoml serve` before it starts the process of the HTTP half."""
         with errors_in_one_line():
             check_port_of_bentoml_serve()
+            find_accelerators(settings.engine)  # reports missing devices
             open_storage(settings.server).check()
             check_shared_store(settings.server)
 
