@@ -62,6 +62,9 @@ _BATCH_ROWS = _histogram(
 _RUNNING = _gauge("queue_running", "running requests")
 _WAITING = _gauge("queue_waiting", "requests that wait in the request queue")
 _OVERFLOW = _gauge("queue_overflow", "requests that wait in the overflow queue")
+_SHARED_WAITING = _gauge(
+    "shared_jobs_waiting", "jobs that wait in Redis; all replicas report the same number"
+)
 _STATE = _gauge("state", "1 for the state of the server, 0 for the others", ["state"])
 _UP = _gauge("engine_up", "1 if the engine is ready", ["engine"])
 _ENGINE_REQUESTS = _gauge("engine_requests", "unfinished requests that an engine has", ["engine"])
@@ -121,6 +124,11 @@ def record_rejection(reason: str) -> None:
     _REJECTED.labels(reason).inc()
 
 
+def record_shared_jobs(waiting: int) -> None:
+    """Set the number of jobs that wait in Redis."""
+    _SHARED_WAITING.set(waiting)
+
+
 def record_forward(forward: ForwardPass) -> None:
     """Count one forward pass of an engine."""
     _STEPS.labels(forward.model).inc(forward.images)
@@ -145,6 +153,7 @@ class StatusMetrics:
     def __init__(self) -> None:
         self._counted: dict[tuple[Counter, tuple[str, ...], int], int] = {}
         _BUILD.labels(__version__, platform.python_version()).set(1)
+        _SHARED_WAITING.set(0)
 
     def update(self, status: ServerStatus) -> None:
         _RUNNING.set(status.running)

@@ -74,6 +74,7 @@ async def test_jobs_are_delivered_once_in_order(queues: list[JobQueue]) -> None:
     assert (await queues[0].take(first[0]))["deliveries"] == b"1"
     assert await queues[0].beat([Beat(first[0], "running", 2, 5, time.time() + 9)]) == set()
     assert [(await queues[0].get(name))[1] for name in ("a", "b", "c")] == [None, 0, 1]
+    assert await queues[1].waiting() == 2
     fields, _ = await queues[1].get("a")
     assert (fields["state"], fields["step"], fields["steps"]) == (b"running", b"2", b"5")
 

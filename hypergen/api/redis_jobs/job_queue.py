@@ -173,6 +173,11 @@ class JobQueue:
             arguments += [beat.entry.job_id, beat.entry.id, beat.state, step, steps, ends_at]
         return {job.decode() for job in await self._call("beat", *arguments)}
 
+    async def waiting(self) -> int:
+        """How many jobs wait for their first step, in the whole fleet."""
+        with redis_errors():
+            return await self._redis.zcard(_PREFIX + "waiting")
+
     async def release(self, entry: Entry) -> None:
         """Leave a job to other replicas, which take it over at once."""
         await self._call("release", entry.job_id, entry.id, self._replica)

@@ -24,6 +24,7 @@ from hypergen.errors import (
     UnavailableError,
 )
 from hypergen.events import ImageFinished, Progress, Started
+from hypergen.metrics import record_shared_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +250,7 @@ class Worker:
             await asyncio.sleep(_BEAT_S)
             try:
                 lost = await self._queue.beat([run.beat() for run in self._runs.values()])
+                record_shared_jobs(await self._queue.waiting())
                 self._note_back()
                 for job_id in lost:
                     run = self._runs.get(job_id)
