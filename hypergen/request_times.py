@@ -32,7 +32,7 @@ class RequestTimes:
         match event:
             case Started(encode_s=encode_s):
                 self.started_at, self.encode_s = time.monotonic(), encode_s
-            case Progress(step, steps) if step == steps:
+            case Progress(step=step, steps=steps) if step == steps:
                 self.denoised_at = time.monotonic()
             case ImageFinished():
                 self.images.append(

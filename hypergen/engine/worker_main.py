@@ -243,9 +243,9 @@ def _read(connection: socket.socket, managers: list[ModelManager]) -> None:
     while True:
         message = ipc.receive(connection)
         match message:
-            case ipc.Submit(request):
+            case ipc.Submit(request=request):
                 managers[0].submit(request)
-            case ipc.Cancel(request_id):
+            case ipc.Cancel(request_id=request_id):
                 managers[0].cancel(request_id)
             case _:  # Shutdown, or None: the parent exited. The main thread may be busy in a kernel.
                 os._exit(0)

@@ -163,16 +163,16 @@ class Supervisor:
         match message:
             case ipc.EventMessage() | ipc.Failed() | ForwardPass():
                 self._on_message(self, message)
-            case ipc.Heartbeat(step_age_s, status):
+            case ipc.Heartbeat(step_age_s=step_age_s, status=status):
                 self._step_seen_at = time.monotonic() - step_age_s
                 self._set_status(status)
-            case ipc.Loaded(model_infos, status):
+            case ipc.Loaded(model_infos=model_infos, status=status):
                 self._failed_loads, self._loading, self._retry_s = 0, False, self._FIRST_RETRY_S
                 self._step_seen_at = time.monotonic()
                 self.model_infos = model_infos
                 self._set_status(status)
                 self._on_ready(self)
-            case ipc.LoadFailed(reason):
+            case ipc.LoadFailed(reason=reason):
                 self._load_error = reason
 
     def _on_exit(self, process: EngineProcess) -> None:

@@ -261,7 +261,7 @@ class EnginePool:
             case Started():
                 handle.state = RequestState.RUNNING
                 handle.ticket.started(engine.number)
-            case Progress(step, steps):
+            case Progress(step=step, steps=steps):
                 work = handle.ticket.progress(step / steps)
                 self._costs.record_work(engine.number, handle.model, work)
                 if step == steps:
