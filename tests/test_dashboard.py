@@ -145,8 +145,12 @@ def monitored(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iter
         generate(client)
         prometheus.wait_for("sum(hypergen_requests_total)", lambda values: values == [1])
         healthy_rules = prometheus.rules()
-        # Rates need two values of each series.
+        # Rates need two values of each series; those of caches come with the engine's next report.
+        prometheus.wait_for("sum(hypergen_cache_misses_total)", lambda values: sum(values) > 0)
         generate(client)
+        prometheus.wait_for(
+            f"sum(rate(hypergen_cache_hits_total[{RATE_INTERVAL}]))", lambda values: sum(values) > 0
+        )
         limited = {"Authorization": "Bearer sk-limited"}
         assert client.post(GENERATIONS, json=QUICK, headers=limited).status_code == 200
         for count in (1, 2):

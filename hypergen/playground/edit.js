@@ -1,5 +1,5 @@
 // Edits: the input image with a mask painted over it, and the result beside it.
-import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { html, useLayoutEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { Running, Tile } from "./gallery.js";
 import { modelOf } from "./fields.js";
 import { Mask } from "./mask.js";
@@ -74,7 +74,7 @@ function MaskEditor({ source }) {
     i: act("invert"),
     "ctrl z": act("undo"),
   };
-  useEffect(() => {
+  useLayoutEffect(() => {
     const keep = () => update({ source: { ...app.source, mask: mask.current.toBlob(), pixels: mask.current.pixels() } });
     if (hasMask) mask.current = new Mask(canvas.current, source, keep);
   }, [hasMask]);
