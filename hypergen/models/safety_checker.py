@@ -56,7 +56,7 @@ def load_safety_checker(source: str) -> SafetyChecker:
     try:
         check = _function(*function) if function else _network(Path(source))
     except Exception as error:  # whatever the operator's module raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(".")
         raise ConfigurationError(f"--safety-checker {source} cannot be loaded: {reason[:300]}.") from None
     return SafetyChecker(check)
 
