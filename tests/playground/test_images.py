@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.playground.actions import PROMPT, download, drop, finished, generate, generate_file, png
-from tests.playground.conftest import AXE, Faults, patch_models
+from tests.playground.conftest import AXE, EMBEDDED_MODEL, SMALL_MODEL, Faults
 from tests.support.live_server import LiveServer
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -
     page.keyboard.press("+")
     expect(viewer.get_by_role("button", name="150 %")).to_be_visible()
     page.keyboard.press("ArrowDown")  # of a zoomed image another part
-    expect(viewer.locator(".zoomed")).to_have_attribute("style", re.compile(r"translate\(0px, -60px\)"))
+    expect(viewer.locator(".zoomed")).to_have_attribute("style", re.compile(r"scale\(1.5\) translate\(0px, -40px\)"))
     page.keyboard.press("-")
     viewer.get_by_label("Compare with").select_option(index=1)
     divider = viewer.get_by_role("slider", name="Divider")
@@ -90,7 +90,7 @@ def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
     expect(page.get_by_role("textbox", name="Seed")).to_have_value("7")
     finished(page).first.click()
-    page.get_by_label("Same seed, other").select_option(label="guidance")
+    page.get_by_label("Same seed, other").select_option(label="Guidance")
     expect(page.get_by_label("Columns: Values")).to_have_value("1, 2, 4, 7, 12")
 
 
@@ -148,7 +148,7 @@ def test_a_grid_fills_its_cells_and_is_saved_as_one_image(page: Page) -> None:
     page.get_by_label("Columns: Values").fill("red, green")
     page.get_by_role("button", name="Generate 4 cells").click()
     expect(page.get_by_role("columnheader", name="green")).to_be_visible()
-    expect(page.get_by_role("rowheader", name="guidance 4")).to_be_visible()
+    expect(page.get_by_role("rowheader", name="Guidance 4")).to_be_visible()
     cells = page.get_by_role("table").get_by_role("button")
     expect(cells).to_have_count(4)
     names = [cells.nth(index).get_attribute("aria-label") or "" for index in range(4)]
@@ -160,32 +160,45 @@ def test_a_grid_fills_its_cells_and_is_saved_as_one_image(page: Page) -> None:
     assert width < 3 * 256
 
 
-def test_a_grid_compares_models_and_lora_weights(page: Page) -> None:
-    patch_models(page, {"id": "first"}, {"id": "second"})
+def test_a_grid_compares_models(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_role("tab", name="Grid").click()
-    page.get_by_label("Columns", exact=True).select_option("model")
-    expect(page.get_by_label("Columns: Values")).to_have_value("first, second")
+    page.get_by_label("Columns", exact=True).select_option(label="Model")
+    expect(page.get_by_label("Columns: Values")).to_have_value(f"{EMBEDDED_MODEL}, {SMALL_MODEL}")
+    page.get_by_role("button", name="Generate 2 cells").click()
+    cells = page.get_by_role("table").get_by_role("button")
+    expect(cells).to_have_count(2)
+    viewer = page.get_by_role("dialog", name="Image")
+    for index, (model, size) in enumerate(((EMBEDDED_MODEL, (256, 256)), (SMALL_MODEL, (64, 64)))):
+        expect(page.get_by_role("columnheader").nth(index)).to_have_text(model)
+        cells.nth(index).click()
+        expect(viewer.get_by_text(model, exact=True)).to_be_visible()
+        assert Image.open(BytesIO(download(page, "Download"))).size == size
+        page.keyboard.press("Escape")
+
+
+def test_a_grid_compares_lora_weights_and_keeps_its_axes(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("tab", name="Grid").click()
+    page.get_by_label("Columns", exact=True).select_option("none")
     page.get_by_label("Rows", exact=True).select_option(label="LoRA weight")
     page.get_by_label("Rows: Values").fill("Pixel_Art 0, 1")
-    sent: list[tuple[str, float]] = []
+    sent: list[float] = []
 
     def note(body: Any) -> None:
-        sent.append((body["model"], body["loras"]["Pixel_Art"]))
+        sent.append(body["loras"]["Pixel_Art"])
 
     page.on("request", lambda request: note(request.post_data_json) if request.post_data else None)
-    page.get_by_role("button", name="Generate 4 cells").click()
-    expect(page.get_by_role("columnheader", name="second")).to_be_visible()
+    page.get_by_role("button", name="Generate 2 cells").click()
     expect(page.get_by_role("rowheader", name="Pixel_Art 1")).to_be_visible()
-    cells = page.get_by_role("table").get_by_role("button")
-    expect(cells).to_have_count(4)
-    assert sorted(sent) == [("first", 0), ("first", 1), ("second", 0), ("second", 1)]
+    expect(page.get_by_role("table").get_by_role("button")).to_have_count(2)
+    assert sorted(sent) == [0, 1]
     page.get_by_role("tab", name="Generate").click()
     page.get_by_role("tab", name="Grid").click()
     expect(page.get_by_label("Rows: Values")).to_have_value("Pixel_Art 0, 1")
     page.reload()
     page.get_by_role("tab", name="Grid").click()
-    expect(page.get_by_label("Columns: Values")).to_have_value("first, second")
+    expect(page.get_by_label("Rows: Values")).to_have_value("Pixel_Art 0, 1")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
