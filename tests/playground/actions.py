@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests.playground.conftest import KEY
@@ -55,6 +55,18 @@ def generate_file(playground: LiveServer, **fields: Any) -> bytes:
     headers = {"Authorization": f"Bearer {KEY}"}
     response = httpx.post(f"{playground.url}/v1/images/generations", json=body, headers=headers, timeout=60)
     return base64.b64decode(response.json()["data"][0]["b64_json"])
+
+
+def with_exif(file_format: str, tag: int, value: str | bytes) -> bytes:
+    """An image with one EXIF tag: of the camera's table if the value is bytes, else of the main one."""
+    exif = Image.Exif()
+    if isinstance(value, bytes):
+        exif[ExifTags.IFD.Exif] = {tag: value}
+    else:
+        exif[tag] = value
+    file = BytesIO()
+    Image.new("RGB", (64, 64)).save(file, file_format, exif=exif)
+    return file.getvalue()
 
 
 def png(**texts: str) -> bytes:

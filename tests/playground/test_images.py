@@ -10,9 +10,9 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from tests.playground.actions import PROMPT, download, drop, finished, generate, generate_file, png
+from tests.playground.actions import PROMPT, download, drop, finished, generate, generate_file, png, with_exif
 from tests.playground.conftest import AXE, EMBEDDED_MODEL, SMALL_MODEL, Faults
 from tests.support.live_server import LiveServer
 
@@ -79,7 +79,9 @@ def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -
     page.keyboard.press("+")
     expect(viewer.get_by_role("button", name="150 %")).to_be_visible()
     page.keyboard.press("ArrowDown")  # of a zoomed image another part
-    expect(viewer.locator(".zoomed")).to_have_attribute("style", re.compile(r"scale\(1.5\) translate\(0px, -40px\)"))
+    expect(viewer.locator(".zoomed")).to_have_attribute(
+        "style", re.compile(r"scale\(1.5\) translate\(0px, -40px\)")
+    )
     page.keyboard.press("-")
     viewer.get_by_label("Compare with").select_option(index=1)
     divider = viewer.get_by_role("slider", name="Divider")
@@ -94,18 +96,23 @@ def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -
     expect(page.get_by_label("Columns: Values")).to_have_value("1, 2, 4, 7, 12")
 
 
-@pytest.mark.parametrize("program", ["png", "jpeg", "webp", "a1111", "comfyui"])
+@pytest.mark.parametrize("program", ["png", "jpeg", "webp", "a1111", "a1111 jpeg", "comfyui", "comfyui webp"])
 def test_settings_of_a_dropped_file_are_read(page: Page, playground: LiveServer, program: str) -> None:
     expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("Ready")
     own = {"guidance_scale": 3.5, "negative_prompt": "blue", "sampler": "dpmpp_2m", "scheduler": "karras"}
     if program == "a1111":
         data = png(parameters=A1111)
+    elif program == "a1111 jpeg":
+        data = with_exif("JPEG", ExifTags.Base.UserComment, b"UNICODE\0" + A1111.encode("utf-16-be"))
     elif program == "comfyui":
         data = png(prompt=json.dumps(COMFY_UI))
+    elif program == "comfyui webp":
+        data = with_exif("WEBP", ExifTags.Base.Model, "prompt:" + json.dumps(COMFY_UI))
     else:
         data = generate_file(playground, output_format=program, **own)
-    name = f"file.{program if program in ('jpeg', 'webp') else 'png'}"
-    if program == "jpeg":
+    file_format = program.split(" ")[-1]
+    name = f"file.{file_format if file_format in ('jpeg', 'webp') else 'png'}"
+    if file_format == "jpeg":
         file: FilePayload = {"name": name, "mimeType": "image/jpeg", "buffer": data}
         page.get_by_label("Settings of a file").set_input_files(file)
     else:
@@ -123,7 +130,7 @@ def test_settings_of_a_dropped_file_are_read(page: Page, playground: LiveServer,
         expect(page.get_by_role("spinbutton", name=name)).to_have_value(value)
     expect(page.get_by_role("textbox", name="Seed")).to_have_value("42")
     expect(page.get_by_label("Width")).to_have_value("128")
-    if program == "a1111":
+    if program.startswith("a1111"):
         expect(page.get_by_role("slider", name="Weight of Pixel_Art")).to_have_value("0.8")
 
 
