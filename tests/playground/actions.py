@@ -29,6 +29,19 @@ def generate(page: Page, prompt: str = PROMPT) -> None:
     page.keyboard.press("Control+Enter")
 
 
+def pinch_out(page: Page, locator: Locator) -> None:
+    """Two fingers on the middle of an element that move apart."""
+    box = locator.bounding_box()
+    assert box is not None
+    session = page.context.new_cdp_session(page)
+    kinds = ["touchStart", *["touchMove"] * 10]
+    middle, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for index, kind in enumerate(kinds):
+        fingers = [{"x": middle + side * (40 + 5 * index), "y": y, "id": side + 1} for side in (-1, 1)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+    session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
 def download(page: Page, button: str) -> bytes:
     with page.expect_download() as started:
         page.get_by_role("button", name=button).click()

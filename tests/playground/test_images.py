@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import ExifTags, Image
 
-from tests.playground.actions import PROMPT, download, drop, finished, generate, generate_file, png, with_exif
+from tests.playground.actions import (
+    PROMPT,
+    download,
+    drop,
+    finished,
+    generate,
+    generate_file,
+    pinch_out,
+    png,
+    with_exif,
+)
 from tests.playground.conftest import AXE, EMBEDDED_MODEL, SMALL_MODEL, Faults
 from tests.support.live_server import LiveServer
 
@@ -82,7 +92,10 @@ def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -
     expect(viewer.locator(".zoomed")).to_have_attribute(
         "style", re.compile(r"scale\(1.5\) translate\(0px, -40px\)")
     )
-    page.keyboard.press("-")
+    page.keyboard.press("0")
+    expect(viewer.get_by_role("button", name="Fit")).to_be_visible()
+    pinch_out(page, viewer.locator(".stage"))
+    expect(viewer.get_by_role("button", name=re.compile(r"1\d\d %"))).to_be_visible()
     viewer.get_by_label("Compare with").select_option(index=1)
     divider = viewer.get_by_role("slider", name="Divider")
     divider.fill("30")
