@@ -129,7 +129,7 @@ def _run_on_fake_cuda(folder: Path, name: str, *options: str) -> dict[str, Any]:
         return _run(folder, name, "--device", "cuda", *options)
 
 
-@pytest.fixture(scope="module", params=["tiny-sdxl", "tiny-flux"])
+@pytest.fixture(scope="module", params=["tiny-sd", "tiny-flux"])
 def on_fake_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The whole command, for a model with two rows for an image and for one with one."""
     return _run_on_fake_cuda(tmp_path_factory.mktemp(request.param), request.param)
