@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.models import loading
-from tests.support.compare_devices import assert_close, make_engine
+from tests.support.compare_devices import assert_close, load_loras, make_engine
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.lora_files import ATTENTION, EVERYTHING, save_lora
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
@@ -57,14 +57,17 @@ def test_loras_of_other_rows_do_not_change_an_image(
     ]
     batched = make_engine(sd_folder, "cuda", lora_dir=(lora_files,))
     batched.probe_shapes(requests[0])
+    loaded = load_loras(batched, "attention", "everything", "another", "dora")
     batched.run(*requests)
     assert not batched.errors
+    assert len(loaded) == 4
     cpu = make_engine(sd_folder, "cpu", lora_dir=(lora_files,))
     cpu.run(*requests)
     alone = make_engine(sd_folder, "cuda", lora_dir=(lora_files,))
     for request in requests:
         assert_close(batched, cpu, request)
         alone.generate(request)
+        assert batched.images[request.id][0].shared_forwards
         assert alone.data(request) == batched.data(request), request.loras
     alone.engine.close()
 

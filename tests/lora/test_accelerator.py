@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hypergen.request import GenerationRequest
-from tests.support.compare_devices import assert_close, make_engine, pixels
+from tests.support.compare_devices import assert_close, load_loras, make_engine, pixels
 from tests.support.fake_cuda import fake_cuda
 from tests.support.lora_files import ATTENTION, EVERYTHING, random_lora, save_lora
 from tests.support.sync_engine import InlineEngine, make_request
@@ -121,8 +121,10 @@ def test_an_image_is_that_of_the_cpu_in_a_batch_with_others(
     cpu.generate(*requests)
     batched = make_engine(sd_folder, "cuda", lora_dir=(lora_files,))
     batched.probe_shapes(requests[0])
+    loaded = load_loras(batched, "plain", *_CHANGES)
     batched.run(*requests)
     assert not batched.errors
+    assert len(loaded) == 1 + len(_CHANGES)
     for request in requests:
         alone.generate(request)
         assert not alone.errors

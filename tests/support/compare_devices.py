@@ -19,6 +19,13 @@ def make_engine(folder: Path, device: str, **settings: Any) -> InlineEngine:
     return InlineEngine(family, device=device, **settings)
 
 
+def load_loras(engine: InlineEngine, *names: str) -> Any:
+    """Load LoRAs for as long as the result is kept, so that their images start with the others."""
+    manager = engine.engine.family.lora_manager
+    assert manager is not None
+    return manager.load(tuple((name, 1.0) for name in names))
+
+
 def pixels(engine: InlineEngine, request: GenerationRequest) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(engine.data(request)))).astype(int)
 
