@@ -14,6 +14,7 @@ from bentoml._internal.cloud.schemas.schemasv2 import CreateDeploymentSchema
 from bentoml._internal.utils.cattr import bentoml_cattr
 from cattrs.gen import make_dict_structure_fn
 
+from hypergen.errors import ConfigurationError
 from hypergen.load_settings import load_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -88,6 +89,21 @@ def test_no_value_of_the_compose_file_is_a_secret() -> None:
         for name, value in service.get("environment", {}).items():
             if re.search(r"PASSWORD|SECRET|ACCESS_KEY|JOBS", name):
                 assert re.search(r"\$\{\w+(:\?)?\}", str(value)), name
+
+
+def test_the_settings_of_the_compose_file_exist() -> None:
+    example = dict(re.findall(r"^#?(\w+)=(.*)$", (COMPOSE_FOLDER / ".env.example").read_text("utf-8"), re.M))
+    environment = {
+        name: re.sub(
+            r"\$\{(\w+)(:\?|:\+[^}]*)?\}", lambda m: "" if (m[2] or "")[:2] == ":+" else example[m[1]], value
+        )
+        for name, value in SERVICES["replica-1"]["environment"].items()
+    }
+    server = load_settings(environment=environment).server
+    assert (server.storage, server.log_format) == ("s3://images", "json")
+    assert server.jobs is not None
+    with pytest.raises(ConfigurationError, match="Unknown environment variable HYPERGEN_JOB;"):
+        load_settings(environment={**environment, "HYPERGEN_JOB": "1"})
 
 
 def test_the_variables_of_the_compose_file_are_those_of_the_example() -> None:

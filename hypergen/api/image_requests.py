@@ -29,7 +29,7 @@ from hypergen.api.request_body import read_json_object
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import Answer, write
 from hypergen.api.sse import EventStream
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator, generate_all
 from hypergen.errors import InvalidRequestError, NotFoundError, UnavailableError

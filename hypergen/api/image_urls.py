@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from hypergen.api.auth import FILES_PREFIX
 from hypergen.api.hosts import is_named_host
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.errors import InvalidRequestError, UnavailableError
 from hypergen.events import ImageFinished

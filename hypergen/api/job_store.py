@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import error_body, status_of
 from hypergen.api.request_record import RequestRecord
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.errors import RequestError
 from hypergen.metrics import outcome_of, record_request
 from hypergen.request import ANONYMOUS, GenerationRequest

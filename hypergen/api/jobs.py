@@ -15,7 +15,7 @@ from hypergen.api.image_urls import store_image_of_job, urls_of
 from hypergen.api.job_store import JobState, JobStatus, JobStore, report_end
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import write
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.engine_protocol import ImageGenerator, RequestHandle
 from hypergen.errors import (
     DeadlineExceededError,

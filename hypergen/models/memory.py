@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hypergen import optional_packages
-from hypergen.config import EngineSettings, Quantization
+from hypergen.config import EngineSettings
+from hypergen.config.values import Quantization
 from hypergen.denoising.offload import ModelOffloader
 from hypergen.errors import ModelError
 

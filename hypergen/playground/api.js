@@ -1,37 +1,37 @@
-// The server's HTTP API: requests, streams, and errors as one class. Uses the public API only.
+// The server's HTTP API: requests, streams, and errors. Uses the public API only.
+import { createParser } from "./vendor/eventsource-parser.js";
 import { text } from "./text.js";
 
 const KEY = "hypergen.key"; // of sessionStorage: this tab alone, and never in an address
 const base = new URL(".", location.href);
 
 export const key = () => sessionStorage.getItem(KEY) ?? "";
-export const setKey = (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY));
+export const setKey = (value) => sessionStorage.setItem(KEY, value);
 export const address = () => base.href.replace(/\/$/, "");
 
-/** An error of the server or of the connection. `status` is 0 without an answer. */
-export class ApiError extends Error {
-  constructor(message, details) {
-    super(message);
-    Object.assign(this, { status: 0, param: null, retryAfter: null, ...details });
-  }
-}
+/** An error of the server or of the connection; an answer's has `status`, maybe `param` and `retryAfter` in seconds. */
+export const apiError = (message, details) => Object.assign(new Error(message), details);
 
 async function toError(response) {
   const { status } = response;
   const body = await response.json().catch(() => null); // a proxy's error page, for example
   const { message = text.errors.status(status), param } = body?.error ?? {};
-  const retryAfter = Number(response.headers.get("retry-after")) || null;
-  return new ApiError(status === 401 ? text.errors.key : message, { status, param, retryAfter });
+  const retryAfter = Number(response.headers.get("retry-after")) || undefined;
+  return apiError(status === 401 ? text.errors.key : message, { status, param, retryAfter });
 }
 
-async function send(path, options = {}) {
-  const headers = { ...options.headers, ...(key() && { Authorization: `Bearer ${key()}` }) };
+/** The result of an action that reads from the network, where an error is a lost connection. */
+async function network(action, message) {
   try {
-    return await fetch(new URL(path, base), { ...options, headers, cache: "no-store" });
+    return await action();
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ApiError(text.errors.unreachable);
+    throw error.name === "AbortError" ? error : apiError(message);
   }
+}
+
+function send(path, options) {
+  const headers = { "content-type": "application/json", ...(key() && { Authorization: `Bearer ${key()}` }) };
+  return network(() => fetch(new URL(path, base), { ...options, headers, cache: "no-store" }), text.errors.unreachable);
 }
 
 /** GET as JSON; `/health` answers 503 with a body, too. */
@@ -49,29 +49,17 @@ export function toJson({ seed, ...body }, indent) {
 
 /** POST a body, and yield the events of the answer as objects with `type`. */
 export async function* stream(path, body, signal) {
-  const headers = { "content-type": "application/json" };
-  const response = await send(path, { method: "POST", headers, body: toJson(body), signal });
+  const response = await send(path, { method: "POST", body: toJson(body), signal });
   if (!response.ok) throw await toError(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let pending = [];
+  const events = [];
+  const parser = createParser({ onEvent: ({ data }) => events.push(JSON.parse(data)) });
   while (true) {
-    let chunk;
-    try {
-      chunk = await reader.read();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new ApiError(text.errors.lost);
-    }
-    if (chunk.done) return;
-    pending.push(chunk.value); // joined once per event: an image is megabytes in many chunks
-    if (!chunk.value.includes("\n") || !(pending.at(-2) ?? "").concat(chunk.value).includes("\n\n")) continue;
-    const blocks = pending.join("").split("\n\n");
-    pending = [blocks.pop()];
-    for (const block of blocks) {
-      const data = block.split("\n").find((line) => line.startsWith("data: "));
-      if (!data) continue; // a comment keeps the connection open
-      const event = JSON.parse(data.slice(6));
-      if (event.type === "error") throw new ApiError(event.error.message, { param: event.error.param });
+    const { done, value } = await network(() => reader.read(), text.errors.lost);
+    if (done) return;
+    parser.feed(value);
+    for (const event of events.splice(0)) {
+      if (event.type === "error") throw apiError(event.error.message, { param: event.error.param });
       yield event;
     }
   }

@@ -3,7 +3,7 @@ import { html, useState } from "./vendor/preact-htm.js";
 import { address, key, toJson } from "./api.js";
 import { modelOf } from "./fields.js";
 import { requestOfForm } from "./form.js";
-import { app, notify } from "./state.js";
+import { app, notify, update } from "./state.js";
 import { text } from "./text.js";
 import { Dialog, Segments } from "./ui.js";
 
@@ -11,11 +11,8 @@ import { Dialog, Segments } from "./ui.js";
 const OPENAI = ["prompt", "model", "n", "size"];
 // Field -> Hyperbolic's name for it; others are the same.
 const HYPERBOLIC = {
-  num_inference_steps: "steps",
-  guidance_scale: "cfg_scale",
-  loras: "lora",
-  control_image: "controlnet_image",
-  control_model: "controlnet_name",
+  num_inference_steps: "steps", guidance_scale: "cfg_scale", loras: "lora",
+  control_image: "controlnet_image", control_model: "controlnet_name",
 };
 const KEY_NAME = "HYPERGEN_API_KEY";
 
@@ -43,13 +40,12 @@ function openaiCurl(body, edit) {
 }
 
 function python(body, edit) {
-  const toLine = ([name, value]) => [name, value === true ? "True" : literal(name, value)];
-  const all = Object.entries(body).map(toLine);
-  const extra = all.filter(([name]) => !OPENAI.includes(name)).map(([name, value]) => `"${name}": ${value},`);
+  const all = Object.entries(body).map(([name, value]) => [name, value === true ? "True" : literal(name, value)]);
+  const { own, extra } = Object.groupBy(all, ([name]) => (OPENAI.includes(name) ? "own" : "extra"));
   const call = [
     ...filesOf(edit).map(([name, file]) => `${name}=open("${file}", "rb"),`),
-    ...all.filter(([name]) => OPENAI.includes(name)).map(([name, value]) => `${name}=${value},`),
-    ...(extra.length ? ["extra_body={", lines(extra, 4), "},"] : []),
+    ...own.map(([name, value]) => `${name}=${value},`),
+    ...(extra ? ["extra_body={", lines(extra.map(([name, value]) => `"${name}": ${value},`), 4), "},"] : []),
   ];
   return `import base64
 ${key() ? "import os\n" : ""}from openai import OpenAI
@@ -85,25 +81,27 @@ result.data.forEach((image, index) => {
 function hyperbolic({ size, model, ...body }, edit) {
   if (edit?.mask) return text.codeDialog.noEdits;
   const renamed = Object.fromEntries(Object.entries(body).map(([name, value]) => [HYPERBOLIC[name] ?? name, value]));
-  const [width, height] = (size ?? modelOf(app).defaults.size ?? "").split("x").map(Number);
+  const { id, defaults } = modelOf(app);
+  const [width, height] = (size ?? defaults.size ?? "").split("x").map(Number);
   const sides = width ? { width, height } : {};
-  return curlJson("image/generation", { model_name: model ?? modelOf(app).id, ...renamed, ...sides, ...(edit && { image: "BASE64" }) });
+  return curlJson("image/generation", { model_name: model ?? id, ...renamed, ...sides, ...(edit && { image: "BASE64" }) });
 }
 
 const LANGUAGES = { curl: openaiCurl, python, node, hyperbolic };
 
-export function CodeDialog({ onClose }) {
+export function CodeDialog() {
   const [language, setLanguage] = useState("curl");
   const { body, edit } = requestOfForm();
   if (body.control_image) body.control_image = "BASE64";
   const code = LANGUAGES[language](body, edit);
   const copy = async () => {
     await navigator.clipboard.writeText(code);
-    notify(text.notice.copied);
+    notify(text.codeDialog.copied);
   };
-  return html`<${Dialog} title=${text.codeDialog.title} className="code" onClose=${onClose}>
+  const languages = Object.entries(text.codeDialog.languages);
+  return html`<${Dialog} title=${text.codeDialog.title} className="code" onClose=${() => update({ asksCode: false })}>
     <div class="toolbar">
-      <${Segments} name="language" label=${text.code} value=${language} options=${Object.entries(text.codeDialog.languages)} onChange=${setLanguage} />
+      <${Segments} name="language" label=${text.code} value=${language} options=${languages} onChange=${setLanguage} />
       <span class="space"></span>
       ${navigator.clipboard && html`<button type="button" onClick=${copy}>${text.codeDialog.copy}</button>`}
     </div>

@@ -3,32 +3,26 @@
 const TEXTS = ["negative_prompt", "prompt_2", "negative_prompt_2", "size", "sampler", "scheduler"];
 const NUMBERS = ["num_inference_steps", "guidance_scale", "true_cfg_scale", "clip_skip"];
 const CONTROL_NUMBERS = { controlnet_conditioning_scale: 1, control_guidance_start: 0, control_guidance_end: 1 };
-// "" is the server's default.
+const OTHERS = ["prompt", "model", "seed", "strength", "control_model"];
 export const EMPTY = {
-  prompt: "",
-  ...Object.fromEntries([...TEXTS, ...NUMBERS].map((name) => [name, ""])),
-  model: "",
-  seed: "",
+  ...Object.fromEntries([...TEXTS, ...NUMBERS, ...OTHERS].map((name) => [name, ""])), // the server's default
   seedMode: "random", // or "fixed", "increment"
   n: 1,
   loras: {},
   enable_refiner: false,
-  strength: "",
   control_image: null, // a data: URL
-  control_model: "",
   control_preprocessor: "none",
   ...CONTROL_NUMBERS,
 };
+export const FALLBACK_SIZE = "512x512"; // of a model without a size of its own
+const RATIOS = [[1, 1], [5, 4], [4, 3], [3, 2], [16, 9], [4, 5], [3, 4], [2, 3], [9, 16]];
 const OPTIONAL = ["negative_prompt", "prompt_2", "clip_skip", "true_cfg_scale", "enable_refiner", "loras"];
+const NO_MODEL = { id: "", options: [], samplers: [], schedules: {}, loras: [], control_models: [], defaults: {} };
 // Of the model that comes with HyperGen; it has a page of its own in the documents.
 export const EMBEDDED_MODEL = "hypergen-tiny";
 
 /** The chosen model, else the first; without a loaded model, one without capabilities. */
-export function modelOf({ health, settings }) {
-  const none = { id: "", options: [], samplers: [], schedules: {}, loras: [], control_models: [], defaults: {} };
-  const models = health?.models ?? [];
-  return models.find((model) => model.id === settings.model) ?? models[0] ?? none;
-}
+export const modelOf = ({ models, settings }) => models.find(({ id }) => id === settings.model) ?? models[0] ?? NO_MODEL;
 
 /** Whether a model has a field: /health lists the fields that only some models have. */
 export function has(model, field) {
@@ -38,34 +32,31 @@ export function has(model, field) {
 
 /** The range of a numeric field, or of the values of an object, in /openapi.json and within the limits of this server. */
 export function rangeOf({ schema, health }, field) {
-  const property = schema[field] ?? {};
+  const property = schema?.[field] ?? {};
   const options = [property, ...(property.anyOf ?? [])].flatMap((option) => [option, option.additionalProperties ?? {}]);
   const { minimum = 0, maximum = 1 } = options.find((option) => option.maximum !== undefined) ?? {};
   const most = field === "num_inference_steps" ? health?.limits?.max_steps : undefined;
   return { min: minimum, max: Math.min(maximum, most ?? Infinity) };
 }
 
-/** Sizes with the area of the model's own, in the usual aspect ratios. */
+/** Sizes with the area of the model's own, in the usual aspect ratios: [size, ratio] each. */
 export function sizesOf(model, maxSide = 2048) {
-  const [width, height] = (model.defaults.size ?? "512x512").split("x").map(Number);
-  const ratios = [[1, 1], [5, 4], [4, 3], [3, 2], [16, 9], [4, 5], [3, 4], [2, 3], [9, 16]];
+  const [width, height] = (model.defaults.size ?? FALLBACK_SIZE).split("x").map(Number);
   const step = Math.min(width, height) > 512 ? 64 : 8;
-  const side = (value) => Math.round(value / step) * step;
-  const sizes = ratios.map(([x, y]) => {
-    const scale = Math.sqrt((width * height) / (x * y));
-    return { ratio: `${x}:${y}`, width: side(x * scale), height: side(y * scale) };
-  });
-  return sizes.filter((size) => Math.max(size.width, size.height) <= maxSide);
+  const side = (ratio) => Math.round(Math.sqrt(width * height * ratio) / step) * step;
+  const sizes = RATIOS.map(([x, y]) => ({ sides: [side(x / y), side(y / x)], ratio: `${x}:${y}` }));
+  return sizes.filter(({ sides }) => Math.max(...sides) <= maxSide).map(({ sides, ratio }) => [sides.join("x"), ratio]);
 }
 
 /** The body of POST /v1/images/generations, with what is not the default and what the model has. */
-export function toBody(settings, model, several) {
+export function toBody({ settings, models }) {
+  const model = modelOf({ settings, models });
   const body = { prompt: settings.prompt };
   const add = (name, toValue = (value) => value) => {
     const value = settings[name];
     if (value !== "" && value !== EMPTY[name] && has(model, name)) body[name] = toValue(value);
   };
-  if (several) body.model = model.id;
+  if (models.length > 1) body.model = model.id;
   for (const name of TEXTS) add(name);
   if (!body.sampler) delete body.scheduler;
   for (const name of [...NUMBERS, "n"]) add(name, Number);
@@ -83,7 +74,7 @@ export function toBody(settings, model, several) {
 
 /** Settings from those of an image, so that "use these settings" generates it again. */
 export function toSettings(found, seed) {
-  const { n: _n, ...known } = Object.fromEntries(Object.entries(found).filter(([name]) => name in EMPTY));
+  const isKnown = ([name, value]) => name in EMPTY && name !== "n" && value !== undefined && value !== null;
   const fixed = seed === undefined || seed === null ? {} : { seed: String(seed), seedMode: "fixed" };
-  return { ...EMPTY, ...known, ...fixed };
+  return { ...EMPTY, ...Object.fromEntries(Object.entries(found).filter(isKnown)), ...fixed };
 }

@@ -1,18 +1,18 @@
 // The settings of the next request. Shows the fields that the chosen model has, with the server's ranges and defaults.
 import { html, useState } from "./vendor/preact-htm.js";
-import { EMBEDDED_MODEL, EMPTY, has, modelOf, rangeOf, sizesOf, toBody } from "./fields.js";
+import { EMBEDDED_MODEL, EMPTY, FALLBACK_SIZE, has, modelOf, rangeOf, sizesOf, toBody } from "./fields.js";
 import { generate } from "./requests.js";
-import { app, notify, setSettings, update, useApp } from "./state.js";
+import { app, notify, setSettings, update } from "./state.js";
 import { toDataUrl } from "./store.js";
 import { text } from "./text.js";
-import { Field, FileButton, IconButton, Range, Segments, Select, Slider, inputOf } from "./ui.js";
+import { Field, FileButton, IconButton, Segments, Select, Slider, inputOf } from "./ui.js";
 
 const { fields } = text;
 
 /** The request in the form: { body, edit } as `generate` takes them. */
 export function requestOfForm() {
   const { settings, source, tab } = app;
-  const body = toBody(settings, modelOf(app), (app.health?.models ?? []).length > 1);
+  const body = toBody(app);
   if (tab !== "edit" || !source) return { body, edit: null };
   if (settings.strength !== "") body.strength = Number(settings.strength);
   return { body, edit: { source: source.blob, mask: source.mask } };
@@ -39,32 +39,39 @@ export function submit() {
   }
 }
 
-// The fields of the form; each shows and changes the setting of its name.
+// The fields of the form; each shows and changes the setting of its name, if the model has it.
 const set = (name) => (value) => setSettings({ [name]: value });
-const choices = (names) => names.map((name) => [name, name]);
+const typed = (name) => (event) => setSettings({ [name]: event.target.value });
 
 function prompt(name, rows, hint) {
+  if (!has(modelOf(app), name)) return null;
   return html`<${Field} name=${name}>
-    <textarea ...${inputOf(name)} rows=${rows} placeholder=${hint} value=${app.settings[name]}
-      onInput=${(event) => setSettings({ [name]: event.target.value })}></textarea>
+    <textarea ...${inputOf(name)} rows=${rows} placeholder=${hint} value=${app.settings[name]} onInput=${typed(name)}></textarea>
   <//>`;
 }
 
-function range(name, step, fallback = modelOf(app).defaults[name]) {
-  return html`<${Range} name=${name} value=${app.settings[name]} step=${step} ...${rangeOf(app, name)}
-    fallback=${fallback} onChange=${set(name)} />`;
+/** A slider and a number; "" is the default, which the slider shows. */
+function range(name, step, fallback = modelOf(app).defaults[name] ?? "") {
+  if (!has(modelOf(app), name)) return null;
+  const value = app.settings[name];
+  const limits = { ...rangeOf(app, name), step };
+  const number = html`<input ...${inputOf(name)} ...${limits} class="number" type="number" inputmode="decimal"
+    value=${value} placeholder=${fallback} onInput=${typed(name)} />`;
+  return html`<${Field} name=${name} hint=${number}>
+    <${Slider} label=${fields[name]} ...${limits} value=${value === "" ? fallback || limits.min : value} onChange=${set(name)} />
+  <//>`;
 }
 
-function select(name, options, onChange = set(name), value = app.settings[name]) {
-  return html`<${Select} name=${name} value=${value} options=${options} onChange=${onChange} />`;
+/** A choice of names; also of the value, which a file's settings may have from elsewhere. */
+function select(name, names, onChange = set(name), value = app.settings[name]) {
+  const options = [...new Set([...names, value])].map((option) => [option, option || text.modelDefault]);
+  return html`<${Field} name=${name}><${Select} ...${inputOf(name)} value=${value} options=${options} onChange=${onChange} /><//>`;
 }
 
-export function Form({ showCode }) {
-  const { settings, tab, health, source } = useApp();
+export function Form() {
+  const { settings, tab, models, source } = app;
   const model = modelOf(app);
-  const models = health?.models ?? [];
   const schedules = model.schedules[settings.sampler] ?? [];
-  const own = ["", text.modelDefault];
   const setSampler = (sampler) => {
     const keeps = model.schedules[sampler]?.includes(settings.scheduler);
     setSettings({ sampler, scheduler: keeps ? settings.scheduler : "" });
@@ -73,67 +80,71 @@ export function Form({ showCode }) {
     <div class="scroll">
       ${prompt("prompt", 3, text.promptHint)}
       ${model.id === EMBEDDED_MODEL && html`<${Examples} />`}
-      ${has(model, "negative_prompt") && prompt("negative_prompt", 2, text.negativeHint)}
-      ${models.length > 1 && select("model", choices(models.map(({ id }) => id)), set("model"), model.id)}
+      ${prompt("negative_prompt", 2, text.negativeHint)}
+      ${models.length > 1 && select("model", models.map(({ id }) => id), set("model"), model.id)}
       ${tab === "edit" && range("strength", 0.05, source?.mask ? 1 : 0.7)}
       <${Size} model=${model} />
       <div class="pair">${range("num_inference_steps", 1)}${range("guidance_scale", 0.5)}</div>
       <div class="pair">
-        ${select("sampler", [own, ...choices(model.samplers)], setSampler)}
-        ${settings.sampler && schedules.length > 0 && select("scheduler", [own, ...choices(schedules)])}
+        ${select("sampler", ["", ...model.samplers], setSampler)}
+        ${settings.sampler && schedules.length > 0 && select("scheduler", ["", ...schedules])}
       </div>
-      <${Seed} settings=${settings} />
+      <${Seed} />
       ${tab !== "grid" && range("n", 1, 1)}
-      ${model.loras.length > 0 && html`<${Loras} loras=${settings.loras} model=${model} />`}
-      ${model.control_models.length > 0 && html`<${ControlNet} settings=${settings} model=${model} />`}
-      <${More} model=${model} />
+      ${model.loras.length > 0 && html`<${Loras} model=${model} />`}
+      ${model.control_models.length > 0 && html`<${ControlNet} model=${model} />`}
+      <${More} />
     </div>
     ${tab !== "grid" &&
     html`<div class="actions">
-      <button class="primary" title=${text.shortcut} disabled=${tab === "edit" && !source}>${tab === "edit" ? text.generateEdit : text.generate}</button>
-      <button type="button" onClick=${showCode}>${text.code}</button>
+      <button class="primary" title=${text.shortcut} disabled=${tab === "edit" && !source}>${text.generate[tab]}</button>
+      <button type="button" onClick=${() => update({ asksCode: true })}>${text.code}</button>
       <button type="button" onClick=${() => setSettings({ ...EMPTY, prompt: settings.prompt })}>${text.reset}</button>
     </div>`}
   </form>`;
 }
 
 function Examples() {
-  const chip = (example) => html`<button type="button" class="chip" onClick=${() => setSettings({ prompt: example })}>${example}</button>`;
+  const use = ({ target }) => setSettings({ prompt: target.textContent });
   return html`<div class="examples">
     <p>${text.embedded}</p>
-    <ul>${text.examples.map((example) => html`<li>${chip(example)}</li>`)}</ul>
+    <ul>${text.examples.map((example) => html`<li><button type="button" class="chip" onClick=${use}>${example}</button></li>`)}</ul>
   </div>`;
 }
 
 function Size({ model }) {
   const { settings, tab, health } = app;
-  const { max_side: maxSide } = health?.limits ?? {};
-  const options = sizesOf(model, maxSide).map((size) => [`${size.width}x${size.height}`, text.sizeOption(size)]);
-  const isOther = settings.size !== "" && !options.some(([size]) => size === settings.size);
-  const [custom, setCustom] = useState(isOther);
-  const shown = custom || isOther ? "custom" : settings.size;
-  const [width, height] = (settings.size || model.defaults.size || "512x512").split("x");
-  const own = tab === "edit" ? text.inputSize : model.defaults.size ? text.ownSize(model.defaults.size) : text.modelDefault;
-  const all = [["", own], ...options.filter(([size]) => size !== model.defaults.size || shown === size), ["custom", text.customSize]];
-  const choose = ({ target: { value } }) => {
-    setCustom(value === "custom");
-    setSettings({ size: value === "custom" ? `${width}x${height}` : value });
+  const own = model.defaults.size;
+  const sizes = sizesOf(model, health?.limits?.max_side);
+  const [isCustom, setCustom] = useState(false);
+  const isListed = settings.size === "" || sizes.some(([size]) => size === settings.size);
+  const shown = isCustom || !isListed ? "custom" : settings.size;
+  const sides = (settings.size || own || FALLBACK_SIZE).split("x");
+  const fallback = own ? text.sizeOption(own, text.modelDefault) : text.modelDefault;
+  const options = [
+    ["", tab === "edit" ? text.inputSize : fallback],
+    ...sizes.filter(([size]) => size !== own || shown === size).map(([size, ratio]) => [size, text.sizeOption(size, ratio)]),
+    ["custom", text.customSize],
+  ];
+  const choose = (size) => {
+    setCustom(size === "custom");
+    setSettings({ size: size === "custom" ? sides.join("x") : size });
   };
-  const side = (label, value, toSize) => html`<input class="number" type="number" step="8" min="64" max=${maxSide}
-    aria-label=${label} value=${value} onInput=${(event) => setSettings({ size: toSize(event.target.value) })} />`;
+  const side = (name, index) => {
+    const enter = ({ target }) => (setCustom(true), setSettings({ size: sides.with(index, target.value).join("x") }));
+    return html`<input class="number" type="number" step="8" min="64" max=${health?.limits?.max_side}
+      aria-label=${fields[name]} value=${sides[index]} onInput=${enter} />`;
+  };
   return html`<${Field} name="size">
     <div class="row">
-      <select ...${inputOf("size")} value=${shown} onChange=${choose}>
-        ${all.map(([size, label]) => html`<option value=${size} selected=${shown === size}>${label}</option>`)}
-      </select>
-      ${shown === "custom" &&
-      html`${side(fields.width, width, (value) => `${value}x${height}`)}<span aria-hidden="true">×</span>
-        ${side(fields.height, height, (value) => `${width}x${value}`)}`}
+      <${Select} ...${inputOf("size")} value=${shown} options=${options} onChange=${choose} />
+      ${shown === "custom" && html`${side("width", 0)}<span aria-hidden="true">×</span>${side("height", 1)}`}
     </div>
   <//>`;
 }
 
-function Seed({ settings: { seed, seedMode } }) {
+function Seed() {
+  const { seed, seedMode } = app.settings;
   const choose = (mode) => setSettings({ seedMode: mode, seed: mode !== "random" && seed === "" ? "0" : seed });
   const enter = ({ target }) => {
     target.value = target.value.replace(/\D/g, "");
@@ -144,69 +155,68 @@ function Seed({ settings: { seed, seedMode } }) {
     <div class="row">
       <input ...${inputOf("seed")} inputmode="numeric" value=${seedMode === "random" ? "" : seed}
         placeholder=${text.seedModes.random.toLowerCase()} onInput=${enter} />
-      <${Segments} name="seed-mode" label=${text.seedModesLabel} value=${seedMode} options=${Object.entries(text.seedModes)} onChange=${choose} />
+      <${Segments} name="seed-mode" label=${fields.seed} value=${seedMode} options=${Object.entries(text.seedModes)} onChange=${choose} />
     </div>
   <//>`;
 }
 
-function Loras({ loras, model }) {
+function Loras({ model }) {
+  const { loras } = app.settings;
   const change = (name, weight) => setSettings({ loras: { ...loras, [name]: weight } });
   const remove = (name) => setSettings({ loras: Object.fromEntries(Object.entries(loras).filter(([other]) => other !== name)) });
-  const left = model.loras.filter((name) => !(name in loras));
+  const limits = { ...rangeOf(app, "loras"), step: 0.05 };
+  const left = model.loras.filter((name) => !(name in loras)).map((name) => [name, name]);
   return html`<${Field} name="loras">
     ${Object.entries(loras).map(
       ([name, weight]) => html`<div class="lora">
         <span title=${name}>${name}</span>
-        <${Slider} label=${text.weightOf(name)} ...${rangeOf(app, "loras")} step="0.05" value=${weight} onChange=${(value) => change(name, value)} />
+        <${Slider} label=${text.weightOf(name)} ...${limits} value=${weight} onChange=${(value) => change(name, value)} />
         <output>${weight}</output>
         <${IconButton} label=${text.removeLora(name)} onClick=${() => remove(name)}>✕<//>
       </div>`,
     )}
     ${left.length > 0 && Object.keys(loras).length < model.max_loras &&
-    html`<select ...${inputOf("loras")} value="" onChange=${(event) => (change(event.target.value, 1), (event.target.value = ""))}>
-      <option value="">${text.addLora}</option>
-      ${left.map((name) => html`<option value=${name}>${name}</option>`)}
-    </select>`}
+    html`<${Select} ...${inputOf("loras")} options=${[["", text.addLora], ...left]} onChange=${(name) => change(name, 1)} />`}
   <//>`;
 }
 
-function ControlNet({ settings, model }) {
-  const image = settings.control_image;
-  const preprocessors = app.schema.control_preprocessor?.enum ?? ["none", "canny"];
-  return html`<details><summary>${text.controlNet}</summary>
+function ControlNet({ model }) {
+  const { control_image: image, control_model: chosen } = app.settings;
+  const choose = async (file) => setSettings({ control_image: await toDataUrl(file) });
+  return html`<details><summary>${fields.control_model}</summary>
     <${Field} name="control_image">
       ${image && html`<img class="control" src=${image} alt=${fields.control_image} />`}
       <div class="row">
-        <${FileButton} id="f-control_image" label=${text.chooseFile} onFile=${async (file) => setSettings({ control_image: await toDataUrl(file) })} />
-        ${image && html`<button type="button" onClick=${() => setSettings({ control_image: null })}>${text.removeFile}</button>`}
+        <${FileButton} id="f-control_image" label=${text.chooseFile} onFile=${choose} />
+        ${image && html`<button type="button" onClick=${() => set("control_image")(null)}>${text.removeFile}</button>`}
       </div>
     <//>
     <div class="pair">
-      ${select("control_model", choices(model.control_models), set("control_model"), settings.control_model || model.control_models[0])}
-      ${select("control_preprocessor", choices(preprocessors))}
+      ${select("control_model", model.control_models, set("control_model"), chosen || model.control_models[0])}
+      ${select("control_preprocessor", app.schema?.control_preprocessor?.enum ?? [])}
     </div>
     ${range("controlnet_conditioning_scale", 0.05)}
     <div class="pair">${range("control_guidance_start", 0.05)}${range("control_guidance_end", 0.05)}</div>
   </details>`;
 }
 
-function More({ model }) {
-  const refiner = () => html`<${Field} name="enable_refiner">
-    <input ...${inputOf("enable_refiner")} type="checkbox" checked=${app.settings.enable_refiner}
-      onChange=${(event) => setSettings({ enable_refiner: event.target.checked })} />
+function More() {
+  const name = "enable_refiner";
+  const refiner = () => html`<${Field} name=${name}>
+    <input ...${inputOf(name)} type="checkbox" checked=${app.settings[name]} onChange=${({ target }) => set(name)(target.checked)} />
   <//>`;
-  const optional = {
-    prompt_2: () => [prompt("prompt_2", 2), prompt("negative_prompt_2", 2)],
-    true_cfg_scale: () => range("true_cfg_scale", 0.5),
-    clip_skip: () => range("clip_skip", 1),
-    enable_refiner: refiner,
-  };
-  const shown = Object.keys(optional).filter((name) => has(model, name));
-  return shown.length > 0 && html`<details><summary>${text.more}</summary>${shown.map((name) => optional[name]())}</details>`;
+  const shown = [
+    prompt("prompt_2", 2),
+    prompt("negative_prompt_2", 2),
+    range("true_cfg_scale", 0.5),
+    range("clip_skip", 1),
+    has(modelOf(app), name) && refiner(),
+  ].filter(Boolean);
+  return shown.length > 0 && html`<details><summary>${text.more}</summary>${shown}</details>`;
 }
 
 /** Put settings into the form, and say so. */
-export function useSettings(settings, message = text.notice.settingsUsed) {
+export function useSettings(settings, message = text.settingsUsed) {
   setSettings(settings);
   update({ tab: app.tab === "grid" ? "grid" : "generate", viewed: null, errors: {} });
   notify(message);

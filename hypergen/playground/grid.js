@@ -2,18 +2,49 @@
 import { html, useState } from "./vendor/preact-htm.js";
 import { modelOf } from "./fields.js";
 import { checkPrompt, requestOfForm } from "./form.js";
+import { ImageButton, Preview } from "./gallery.js";
 import { cancelAll, generate } from "./requests.js";
-import { app, setSettings, update, useApp } from "./state.js";
-import { download, urlOf } from "./store.js";
+import { app, setSettings, update } from "./state.js";
+import { download } from "./store.js";
 import { text } from "./text.js";
+import { Select } from "./ui.js";
 
 const MOST_CELLS = 100;
 const AT_ONCE = 4; // so that others are served, too
 const NUMERIC = ["num_inference_steps", "guidance_scale", "lora"];
+// What may change, and values to start with if the model has none of its own.
+const SUGGESTED = {
+  seed: "1, 2, 3",
+  num_inference_steps: "2, 4, 8, 16, 32",
+  guidance_scale: "1, 2, 4, 7, 12",
+  sampler: "",
+  scheduler: "karras, exponential",
+  words: "",
+};
 const { grid: texts } = text;
 const NONE = { kind: "none", values: "" };
 
 const split = (values) => values.split(",").map((value) => value.trim()).filter(Boolean);
+
+/** What may change with this model: [kind, its name] each. */
+export function axisKinds() {
+  const kinds = ["none", ...Object.keys(SUGGESTED)];
+  if (modelOf(app).loras.length) kinds.push("lora");
+  if (app.models.length > 1) kinds.push("model");
+  return kinds.map((kind) => [kind, texts.kinds[kind] ?? text.fields[kind]]);
+}
+
+/** Values of an axis to start with. */
+function suggest(kind, ownLora = modelOf(app).loras[0]) {
+  const { samplers, schedules } = modelOf(app);
+  const own = {
+    sampler: samplers,
+    scheduler: schedules[app.settings.sampler],
+    model: app.models.map(({ id }) => id),
+    lora: [`${ownLora} 0`, "0.5", "1"],
+  };
+  return own[kind]?.slice(0, 8).join(", ") ?? SUGGESTED[kind] ?? "";
+}
 
 /** The values of an axis as [label, change of a body]; throws an Error with a sentence. */
 function readAxis({ kind, values }, body) {
@@ -32,55 +63,30 @@ function readAxis({ kind, values }, body) {
     if (!body.prompt.includes(all[0])) throw new Error(texts.noWord(all[0]));
     return all.map((word) => [word, (cell) => ({ ...cell, prompt: cell.prompt.replaceAll(all[0], word) })]);
   }
-  const label = (value) => (kind === "sampler" || kind === "model" ? value : `${texts.kinds[kind]} ${value}`);
+  const label = (value) => (kind === "sampler" || kind === "model" ? value : `${text.fields[kind]} ${value}`);
   return all.map((value) => [label(value), (cell) => ({ ...cell, [kind]: isNumeric ? Number(value) : value })]);
-}
-
-/** What may change: kind -> its name. */
-export function axisKinds() {
-  const { lora, model, ...kinds } = texts.kinds;
-  const models = app.health?.models ?? [];
-  return { ...kinds, ...(modelOf(app).loras.length && { lora }), ...(models.length > 1 && { model }) };
-}
-
-/** Values of an axis to start with. */
-function suggest(kind, [ownLora] = []) {
-  const { samplers, schedules, loras } = modelOf(app);
-  const own = {
-    sampler: samplers,
-    scheduler: schedules[app.settings.sampler],
-    model: (app.health?.models ?? []).map(({ id }) => id),
-    lora: [`${ownLora ?? loras[0]} 0`, "0.5", "1"],
-    words: [],
-  };
-  return own[kind]?.slice(0, 8).join(", ") ?? texts.hints[kind] ?? "";
 }
 
 /** A grid with the settings of an image, one of which changes. */
 export function startGrid(kind, settings) {
-  setSettings({ ...settings, n: 1 });
-  setSettings({ columns: { kind, values: suggest(kind, Object.keys(settings.loras)) }, rows: NONE });
+  setSettings({ ...settings, n: 1, rows: NONE });
+  setSettings({ columns: { kind, values: suggest(kind, Object.keys(settings.loras)[0]) } });
   update({ tab: "grid", viewed: null, grid: null });
 }
 
+/** Fill a grid; throws an Error with a sentence if an axis cannot be read. */
 async function run(columns, rows) {
-  if (!checkPrompt()) return null;
+  if (!checkPrompt()) return;
   const form = requestOfForm().body;
   // The same noise in every cell, unless the seed is an axis.
   const body = { ...form, n: undefined, seed: form.seed ?? String(crypto.getRandomValues(new Uint32Array(1))[0]) };
-  let across, down;
-  try {
-    [across, down] = [readAxis(columns, body), readAxis(rows, body)];
-    if (across.length * down.length > MOST_CELLS) throw new Error(texts.tooMany(MOST_CELLS));
-  } catch (error) {
-    return error.message;
-  }
-  const cells = down.map(([, changeRow]) => across.map(([, changeColumn]) => ({ body: changeColumn(changeRow(body)), image: null, error: null })));
+  const [across, down] = [readAxis(columns, body), readAxis(rows, body)];
+  if (across.length * down.length > MOST_CELLS) throw new Error(texts.tooMany(MOST_CELLS));
+  const cells = down.map(([, ofRow]) => across.map(([, ofColumn]) => ({ body: ofColumn(ofRow(body)), image: null, error: null })));
   const grid = { cells, across: across.map(([label]) => label), down: down.map(([label]) => label) };
   update({ grid });
   const left = cells.flat();
   await Promise.all(Array.from({ length: AT_ONCE }, () => work(left, grid)));
-  return null;
 }
 
 async function work(left, grid) {
@@ -98,75 +104,75 @@ async function work(left, grid) {
 }
 
 export function Grid() {
-  const { grid, requests, settings } = useApp();
-  const { columns = { kind: "seed", values: texts.hints.seed }, rows = NONE } = settings;
+  const { grid, requests, settings } = app;
+  const { columns = { kind: "seed", values: SUGGESTED.seed }, rows = NONE } = settings;
   const [error, setError] = useState(null);
-  const start = async (event) => {
+  const start = (event) => {
     event.preventDefault();
     setError(null);
-    setError(await run(columns, rows));
+    run(columns, rows).catch(({ message }) => setError(message));
   };
-  const count = [columns, rows].reduce((product, { kind, values }) => product * (kind === "none" ? 1 : split(values).length || 1), 1);
+  const lengths = [columns, rows].map(({ kind, values }) => (kind === "none" ? 1 : split(values).length || 1));
   return html`<section class="grid" id="images" tabindex="-1" aria-label=${text.tabs.grid}>
     <form class="axes" onSubmit=${start}>
       <${Axis} label=${texts.columns} axis=${columns} onChange=${(axis) => setSettings({ columns: axis })} />
       <${Axis} label=${texts.rows} axis=${rows} onChange=${(axis) => setSettings({ rows: axis })} />
-      <button class="primary">${texts.run(count)}</button>
-      ${requests.length > 0 && html`<button type="button" onClick=${cancelAll}>${text.progress.cancel}</button>`}
+      <button class="primary">${texts.run(lengths[0] * lengths[1])}</button>
+      ${requests.length > 0 && html`<button type="button" onClick=${cancelAll}>${text.cancel}</button>`}
       ${grid && html`<button type="button" onClick=${() => save(grid)}>${texts.save}</button>`}
     </form>
     ${error && html`<p class="error" role="alert">${error}</p>`}
-    ${grid ? html`<${Table} grid=${grid} requests=${requests} />` : html`<div class="empty"><p>${texts.empty}</p></div>`}
+    ${grid ? html`<${Table} grid=${grid} />` : html`<div class="empty"><p>${texts.empty}</p></div>`}
   </section>`;
 }
 
-function Axis({ label, axis, onChange }) {
+function Axis({ label, axis: { kind, values }, onChange }) {
+  const choose = (other) => onChange({ kind: other, values: suggest(other) });
   return html`<fieldset><legend>${label}</legend>
-    <select aria-label=${label} value=${axis.kind} onChange=${({ target }) => onChange({ kind: target.value, values: suggest(target.value) })}>
-      ${Object.entries(axisKinds()).map(([kind, shown]) => html`<option value=${kind} selected=${kind === axis.kind}>${shown}</option>`)}
-    </select>
-    ${axis.kind !== "none" &&
-    html`<input aria-label=${`${label}: ${texts.values}`} value=${axis.values} placeholder=${texts.hints[axis.kind]}
-      onInput=${(event) => onChange({ ...axis, values: event.target.value })} />`}
+    <${Select} aria-label=${label} value=${kind} options=${axisKinds()} onChange=${choose} />
+    ${kind !== "none" &&
+    html`<input aria-label=${`${label}: ${texts.values}`} value=${values} placeholder=${suggest(kind) || texts.words}
+      onInput=${(event) => onChange({ kind, values: event.target.value })} />`}
   </fieldset>`;
 }
 
-function Table({ grid, requests }) {
+function Table({ grid }) {
+  const row = (cells, index) => html`<tr>
+    <th scope="row">${grid.down[index]}</th>${cells.map((cell) => html`<td><${Cell} cell=${cell} /></td>`)}
+  </tr>`;
   return html`<div class="scroll"><table>
     <caption class="hidden">${texts.caption}</caption>
     <thead><tr><td></td>${grid.across.map((label) => html`<th scope="col">${label}</th>`)}</tr></thead>
-    <tbody>${grid.cells.map(
-      (row, index) => html`<tr><th scope="row">${grid.down[index]}</th>${row.map((cell) => html`<td><${Cell} cell=${cell} request=${requests.find(({ body }) => body === cell.body)} /></td>`)}</tr>`,
-    )}</tbody>
+    <tbody>${grid.cells.map(row)}</tbody>
   </table></div>`;
 }
 
-function Cell({ cell, request }) {
-  if (cell.image) {
-    const { id, blob, body, seed } = cell.image;
-    return html`<button type="button" class="open" aria-label=${text.gallery.open(body.prompt, seed)} onClick=${() => update({ viewed: id })}><img src=${urlOf(blob)} alt="" /></button>`;
-  }
-  if (cell.error) return html`<p class="open error" role="alert">${cell.error}</p>`;
-  return html`<div class="open">${request?.tiles[0]?.preview ? html`<img src=${request.tiles[0].preview} alt="" />` : html`<span class="waiting"></span>`}</div>`;
+function Cell({ cell: { image, error, body } }) {
+  if (image) return html`<${ImageButton} image=${image} />`;
+  if (error) return html`<p class="open error" role="alert">${error}</p>`;
+  return html`<${Preview} tile=${app.requests.find((request) => request.body === body)?.tiles[0]} />`;
 }
 
 /** The grid with its labels as one PNG. */
 async function save({ cells, across, down }) {
-  const images = await Promise.all(cells.map((row) => Promise.all(row.map(({ image }) => image && createImageBitmap(image.blob)))));
-  const all = images.flat().filter(Boolean);
-  const [width, height] = [Math.max(64, ...all.map((image) => image.width)), Math.max(64, ...all.map((image) => image.height))];
-  const font = Math.max(12, Math.round(width / 16));
+  const rows = await Promise.all(cells.map((row) => Promise.all(row.map(({ image }) => image && createImageBitmap(image.blob)))));
+  const all = rows.flat().filter(Boolean);
+  const most = (side) => Math.max(64, ...all.map((image) => image[side]));
+  const [width, height] = [most("width"), most("height")];
+  const size = Math.max(12, Math.round(width / 16));
+  const font = `${size}px system-ui, sans-serif`;
+  const gap = Math.round(size / 2);
   const context = document.createElement("canvas").getContext("2d");
-  context.font = `${font}px system-ui, sans-serif`;
-  const gap = Math.round(font / 2);
+  context.font = font;
   const left = Math.max(...down.map((label) => context.measureText(label).width)) + (down[0] ? 2 * gap : 0);
-  const top = across[0] ? font + 2 * gap : 0;
-  Object.assign(context.canvas, { width: left + across.length * (width + gap), height: top + down.length * (height + gap) });
-  Object.assign(context, { fillStyle: "#fff", font: `${font}px system-ui, sans-serif`, textBaseline: "middle" });
+  const top = across[0] ? size + 2 * gap : 0;
+  const [x, y] = [(column) => left + column * (width + gap), (row) => top + row * (height + gap)];
+  Object.assign(context.canvas, { width: x(across.length), height: y(down.length) });
+  context.fillStyle = "#fff";
   context.fillRect(0, 0, context.canvas.width, context.canvas.height);
-  context.fillStyle = "#18181b";
-  across.forEach((label, x) => context.fillText(label, left + x * (width + gap), top / 2, width));
-  down.forEach((label, y) => context.fillText(label, gap, top + y * (height + gap) + height / 2));
-  images.forEach((row, y) => row.forEach((image, x) => image && context.drawImage(image, left + x * (width + gap), top + y * (height + gap))));
+  Object.assign(context, { fillStyle: "#18181b", font, textBaseline: "middle" });
+  across.forEach((label, column) => context.fillText(label, x(column), top / 2, width));
+  down.forEach((label, row) => context.fillText(label, gap, y(row) + height / 2));
+  rows.forEach((row, index) => row.forEach((image, column) => image && context.drawImage(image, x(column), y(index))));
   context.canvas.toBlob((blob) => download(blob, "hypergen-grid.png"));
 }

@@ -1,77 +1,72 @@
 // The page: its frame, its shortcuts, and what is dropped or pasted onto it.
-import { html, render, useEffect, useState } from "./vendor/preact-htm.js";
+import { html, render, useState } from "./vendor/preact-htm.js";
 import { key, setKey } from "./api.js";
+import { CodeDialog } from "./code.js";
+import { Edit, setSource } from "./edit.js";
 import { Form, submit, useSettings } from "./form.js";
 import { Gallery } from "./gallery.js";
+import { Grid } from "./grid.js";
+import { readSettings } from "./metadata.js";
 import { cancelAll } from "./requests.js";
-import { app, attempt, notify, update, useApp } from "./state.js";
-import { Status, readHealth } from "./status.js";
+import { app, attempt, notify, update, useUpdates } from "./state.js";
+import { Status, readHealth, watchHealth } from "./status.js";
 import { loadImages } from "./store.js";
 import { text } from "./text.js";
 import { Dialog, IconButton } from "./ui.js";
-import { CodeDialog } from "./code.js";
-import { Edit, setSource } from "./edit.js";
-import { Grid } from "./grid.js";
-import { readSettings } from "./metadata.js";
 import { Viewer } from "./viewer.js";
 
 const THEME = "hypergen.theme";
-const MAIN = { generate: Gallery, edit: Edit, grid: Grid };
+const VIEWS = { generate: Gallery, edit: Edit, grid: Grid };
 
 function Page() {
-  const { tab, viewed, needsKey, asksKey, notice, announcement } = useApp();
-  const [code, setCode] = useState(false);
-  const Main = MAIN[tab];
+  useUpdates();
+  const { tab, viewed, needsKey, asksKey, asksCode, notice, announcement } = app;
+  const tabs = Object.entries(text.tabs).map(([name, label]) => {
+    const open = () => update({ tab: name, errors: {} });
+    return html`<button type="button" role="tab" aria-selected=${String(tab === name)} onClick=${open}>${label}</button>`;
+  });
   return html`<a class="skip" href="#images">${text.skip}</a>
     <header class="top">
-      <h1>${text.title}</h1>
-      <nav role="tablist" aria-label=${text.views}>
-        ${Object.entries(text.tabs).map(
-          ([name, label]) => html`<button type="button" role="tab" aria-selected=${String(tab === name)} onClick=${() => update({ tab: name, errors: {} })}>${label}</button>`,
-        )}
-      </nav>
+      <h1>HyperGen</h1>
+      <nav role="tablist" aria-label=${text.views}>${tabs}</nav>
       <span class="space"></span>
       ${(needsKey || key()) && html`<button type="button" onClick=${() => update({ asksKey: true })}>${text.key.label}</button>`}
-      <a href="docs" title=${text.apiDocsTitle}>${text.apiDocs}</a>
+      <a href="docs">${text.apiDocs}</a>
       <${IconButton} label=${text.theme} onClick=${changeTheme}>◐<//>
     </header>
     <main>
-      <${Form} showCode=${() => setCode(true)} />
-      <div class="content"><${Main} takeFile=${takeFile} /></div>
+      <${Form} />
+      <div class="content"><${VIEWS[tab]} takeFile=${takeFile} /></div>
     </main>
     <${Status} />
     ${viewed && html`<${Viewer} key="viewer" />`}
-    ${code && html`<${CodeDialog} onClose=${() => setCode(false)} />`}
+    ${asksCode && html`<${CodeDialog} />`}
     ${asksKey && html`<${KeyDialog} />`}
     <p class="hidden" role="status">${announcement}</p>
-    <div class="notices" role="status">${notice && html`<${Notice} notice=${notice} />`}</div>`;
+    <div class="notices" role="status">${notice && html`<${Notice} ...${notice} />`}</div>`;
 }
 
-function Notice({ notice }) {
-  useEffect(() => {
-    const timer = setTimeout(() => app.notice === notice && update({ notice: null }), 8000);
-    return () => clearTimeout(timer);
-  }, [notice]);
-  return html`<div class="notice"><span>${notice.text}</span>
-    ${notice.action && html`<button type="button" onClick=${() => (update({ notice: null }), notice.run())}>${notice.action}</button>`}
-    <${IconButton} label=${text.close} onClick=${() => update({ notice: null })}>✕<//>
+function Notice({ message, action, run }) {
+  const close = () => update({ notice: null });
+  return html`<div class="notice"><span>${message}</span>
+    ${action && html`<button type="button" onClick=${() => (close(), run())}>${action}</button>`}
+    <${IconButton} label=${text.close} onClick=${close}>✕<//>
   </div>`;
 }
 
 function KeyDialog() {
-  const [value, setValue] = useState("");
-  const [wrong] = useState(Boolean(key()));
-  const save = async (event) => {
+  const [isWrong] = useState(Boolean(key()));
+  const save = (event) => {
     event.preventDefault();
-    setKey(value.trim());
+    setKey(new FormData(event.target).get("key").trim());
     update({ needsKey: false, asksKey: false });
-    await readHealth(); // asks again if the key is wrong
+    readHealth(); // asks again if the key is wrong
   };
   return html`<${Dialog} title=${text.key.title} className="small" onClose=${() => update({ asksKey: false })}>
     <form onSubmit=${save}>
       <p>${text.key.hint}</p>
-      ${wrong && html`<p class="error" role="alert">${text.key.wrong}</p>`}
-      <label>${text.key.label}<input type="password" autocomplete="off" autofocus value=${value} onInput=${(event) => setValue(event.target.value)} /></label>
+      ${isWrong && html`<p class="error" role="alert">${text.errors.key}</p>`}
+      <label>${text.key.label}<input name="key" type="password" autocomplete="off" autofocus /></label>
       <button class="primary">${text.key.save}</button>
     </form>
   <//>`;
@@ -102,9 +97,9 @@ function takeFrom(event, { files }) {
 /** In the edit view a file is the input image, elsewhere its settings are read. */
 async function takeFile(file) {
   if (app.tab === "edit") return setSource(file);
-  const found = await readSettings(file).catch(() => null);
-  if (found) return useSettings(found.settings, text.notice.settingsOf(file.name, found.from));
-  return notify(text.errors.noSettings(file.name), text.notice.useAsInput, () => setSource(file));
+  const found = await readSettings(file);
+  if (found) return useSettings(found.settings, text.settingsOf(file.name, found.from));
+  return notify(text.errors.noSettings(file.name), text.viewer.useAsInput, () => setSource(file));
 }
 
 addEventListener("keydown", onKey);
@@ -114,6 +109,7 @@ addEventListener("dragover", (event) => event.dataTransfer.types.includes("Files
 const theme = attempt(() => localStorage.getItem(THEME));
 if (theme) document.documentElement.dataset.theme = theme;
 render(html`<${Page} />`, document.body);
+watchHealth();
 loadImages().then(
   (images) => update({ images: [...app.images, ...images] }),
   () => notify(text.errors.storageClosed),

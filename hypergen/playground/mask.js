@@ -3,102 +3,47 @@
 const UNDO = 20;
 
 export class Mask {
-  /**
-   * @param source { width, height } of the input image, which the mask must have; `pixels` that were painted before.
-   * @param onChange called after each stroke.
-   */
-  constructor(canvas, { width, height, pixels }, onChange) {
+  /** @param source { width, height } of the input image, which the mask must have; `pixels` that were painted before. */
+  constructor(canvas, { width, height, pixels }) {
     Object.assign(canvas, { width, height });
-    this.canvas = canvas;
     this.context = canvas.getContext("2d", { willReadFrequently: true });
-    if (pixels) this.context.putImageData(pixels, 0, 0);
     this.stripes = this.context.createPattern(stripes(Math.max(8, Math.round(width / 24))), "repeat");
-    this.onChange = onChange;
-    this.before = []; // pixels before each of the last strokes
-    this.isPainting = false;
-    this.cursor = { x: width / 2, y: height / 2 }; // of the brush, in pixels of the image
+    this.whole = new Path2D(`M0 0H${width}V${height}H0Z`);
+    this.before = []; // pixels before each of the last changes
+    if (pixels) this.context.putImageData(pixels, 0, 0);
   }
 
-  start(event, brush) {
-    this.remember();
-    this.isPainting = true;
-    this.cursor = this.position(event);
-    this.paint(this.cursor, brush);
+  get pixels() {
+    return this.context.getImageData(0, 0, this.context.canvas.width, this.context.canvas.height);
   }
 
-  /** Follow the pointer, and paint if a stroke was started. */
-  draw(event, brush) {
-    const to = this.position(event);
-    const { x, y } = this.cursor;
-    this.cursor = to;
-    if (!this.isPainting) return;
-    const steps = Math.ceil(Math.hypot(to.x - x, to.y - y) / Math.max(1, brush.size / 8));
-    for (let step = 1; step <= steps; step++) {
-      this.paint({ x: x + ((to.x - x) * step) / steps, y: y + ((to.y - y) * step) / steps }, brush);
-    }
+  remember() {
+    this.before = [...this.before.slice(1 - UNDO), this.pixels];
   }
 
-  end() {
-    if (this.isPainting) this.onChange();
-    this.isPainting = false;
-  }
-
-  /** Paint once at the cursor. */
-  dab(brush) {
-    this.remember();
-    this.paint(this.cursor, brush);
-    this.onChange();
-  }
-
-  move(x, y) {
-    const within = (value, most) => Math.max(0, Math.min(most, value));
-    this.cursor = { x: within(this.cursor.x + x, this.canvas.width), y: within(this.cursor.y + y, this.canvas.height) };
+  undo() {
+    if (this.before.length) this.context.putImageData(this.before.pop(), 0, 0);
   }
 
   invert() {
     this.remember();
-    this.fill("xor", "#000", this.whole());
-    this.fill("source-atop", this.stripes, this.whole());
-    this.onChange();
-  }
-
-  undo() {
-    const pixels = this.before.pop();
-    if (!pixels) return;
-    this.context.putImageData(pixels, 0, 0);
-    this.onChange();
+    this.fill("xor", "#000");
+    this.fill("source-atop", this.stripes);
   }
 
   clear() {
     this.remember();
-    this.context.clearRect(0, 0, this.canvas.width, this.canvas.height);
-    this.onChange();
+    this.fill("destination-out", "#000");
   }
 
-  /** A promise of the mask as the API has it: transparent pixels are generated. Null if nothing is painted. */
-  toBlob() {
-    const pixels = this.pixels();
-    let painted = false;
-    for (let at = 3; at < pixels.data.length; at += 4) {
-      painted ||= pixels.data[at] > 0;
-      pixels.data[at] = 255 - pixels.data[at];
-    }
-    if (!painted) return null;
-    const mask = new OffscreenCanvas(pixels.width, pixels.height);
-    mask.getContext("2d").putImageData(pixels, 0, 0);
-    return mask.convertToBlob({ type: "image/png" });
+  /** Paint from one point to another. */
+  line(from, to, brush) {
+    const [dx, dy] = [to.x - from.x, to.y - from.y];
+    const steps = Math.max(1, Math.ceil(Math.hypot(dx, dy) / Math.max(1, brush.size / 8)));
+    for (let step = 1; step <= steps; step++) this.dot(from.x + (dx * step) / steps, from.y + (dy * step) / steps, brush);
   }
 
-  pixels() {
-    return this.context.getImageData(0, 0, this.canvas.width, this.canvas.height);
-  }
-
-  position({ clientX, clientY }) {
-    const box = this.canvas.getBoundingClientRect();
-    return { x: ((clientX - box.left) / box.width) * this.canvas.width, y: ((clientY - box.top) / box.height) * this.canvas.height };
-  }
-
-  paint({ x, y }, { size, softness, erase }) {
+  dot(x, y, { size, softness, erase }) {
     const radius = size / 2;
     const gradient = this.context.createRadialGradient(x, y, radius * (1 - softness) * 0.999, x, y, radius);
     gradient.addColorStop(0, "#000");
@@ -109,31 +54,30 @@ export class Mask {
     this.fill("source-atop", this.stripes, circle); // the color alone: what is painted stays as opaque as it is
   }
 
-  fill(operation, style, path) {
+  fill(operation, style, path = this.whole) {
     Object.assign(this.context, { globalCompositeOperation: operation, fillStyle: style });
     this.context.fill(path);
   }
 
-  whole() {
-    const path = new Path2D();
-    path.rect(0, 0, this.canvas.width, this.canvas.height);
-    return path;
-  }
-
-  remember() {
-    this.before.push(this.pixels());
-    if (this.before.length > UNDO) this.before.shift();
+  /** A promise of the mask as the API has it: transparent pixels are generated. Null if nothing is painted. */
+  toBlob() {
+    const { width, height, data } = this.pixels;
+    if (!data.some(Boolean)) return null;
+    const context = new OffscreenCanvas(width, height).getContext("2d");
+    context.fill(this.whole);
+    context.globalCompositeOperation = "destination-out";
+    context.drawImage(this.context.canvas, 0, 0);
+    return context.canvas.convertToBlob({ type: "image/png" });
   }
 }
 
 /** A tile of dark and light stripes, which are seen on every image. */
 function stripes(side) {
-  const tile = new OffscreenCanvas(side, side);
-  const context = tile.getContext("2d");
+  const context = new OffscreenCanvas(side, side).getContext("2d");
+  const half = side / 2;
   context.fillStyle = "#4f46e5";
   context.fillRect(0, 0, side, side);
   context.fillStyle = "#fff";
-  const half = side / 2;
   context.fill(new Path2D(`M0 0H${half}L0 ${half}Z M${side} 0V${half}L${half} ${side}H0Z`));
-  return tile;
+  return context.canvas;
 }

@@ -1,9 +1,10 @@
-// The state of the page: one object, changed by `update`, read by components with `useApp`.
-import { useEffect, useState } from "./vendor/preact-htm.js";
+// The state of the page: one object, changed by `update`, read by all components.
+import { useState } from "./vendor/preact-htm.js";
 import { EMPTY } from "./fields.js";
 
 const SAVED = "hypergen.settings"; // so that a reload loses nothing that was typed
-const listeners = new Set();
+const NOTICE_MS = 8000;
+let render = () => {};
 
 /** The result of an action on localStorage; undefined if it is full or forbidden. */
 export function attempt(action) {
@@ -19,42 +20,40 @@ export const app = {
   settings: { ...EMPTY, ...attempt(() => JSON.parse(localStorage.getItem(SAVED))) },
   errors: {}, // field -> sentence of the server
   health: null, // the latest answer of /health, with `stepsPerSecond`
+  models: [], // its models
   offline: false,
   needsKey: false, // the server has keys, and has accepted none of ours
   asksKey: false, // the dialog is open
-  schema: {}, // field -> its JSON schema in /openapi.json
+  asksCode: false,
+  schema: null, // field -> its JSON schema in /openapi.json
   requests: [], // unfinished and failed ones, newest first
   images: [], // of this browser, newest first
   viewed: null, // id of the image in the large view
   source: null, // of edits: { blob, width, height, mask: a promise of a blob, or null; pixels: the painted mask }
   grid: null,
-  notice: null, // { text, action, run }
+  notice: null, // { message, action, run }
   announcement: "", // for screen readers
 };
 
+/** For the root component: it and all below it render again after each update. */
+export function useUpdates() {
+  const [, setCount] = useState(0);
+  render = () => setCount((count) => count + 1);
+}
+
 export function update(patch) {
   Object.assign(app, patch);
-  for (const listener of listeners) listener();
+  render();
 }
 
 export function setSettings(patch) {
-  const errors = { ...app.errors };
-  for (const name of Object.keys(patch)) delete errors[name];
-  if ("scheduler" in patch || "sampler" in patch) delete errors.sampler;
-  update({ settings: { ...app.settings, ...patch }, errors });
+  const errors = Object.entries(app.errors).filter(([name]) => !(name in patch || (name === "sampler" && "scheduler" in patch)));
+  update({ settings: { ...app.settings, ...patch }, errors: Object.fromEntries(errors) });
   attempt(() => localStorage.setItem(SAVED, JSON.stringify({ ...app.settings, control_image: null })));
 }
 
-export const notify = (message, action, run) => update({ notice: { text: message, action, run } });
-
-/** The state; the component renders again after each change. */
-export function useApp() {
-  const [, render] = useState(0);
-  useEffect(() => {
-    const listener = () => render((count) => count + 1);
-    listeners.add(listener);
-    listener(); // what changed before this effect ran
-    return () => listeners.delete(listener);
-  }, []);
-  return app;
+export function notify(message, action, run) {
+  const notice = { message, action, run };
+  update({ notice });
+  setTimeout(() => app.notice === notice && update({ notice: null }), NOTICE_MS);
 }

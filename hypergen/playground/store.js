@@ -1,39 +1,14 @@
 // The images of this browser, in IndexedDB: { id, created, blob, body, seed, model, size, understood, ms, source }.
+import { clear, createStore, del, set, values } from "./vendor/idb-keyval.js";
 
-const NAME = "images";
-
-function open() {
-  return new Promise((resolve, reject) => {
-    const request = indexedDB.open("hypergen", 1);
-    request.onupgradeneeded = () => request.result.createObjectStore(NAME, { keyPath: "id" });
-    request.onsuccess = () => resolve(request.result);
-    request.onerror = () => reject(request.error);
-  });
-}
-
-async function run(mode, action) {
-  const database = await open();
-  try {
-    return await new Promise((resolve, reject) => {
-      const transaction = database.transaction(NAME, mode);
-      const request = action(transaction.objectStore(NAME));
-      transaction.oncomplete = () => resolve(request.result);
-      transaction.onabort = transaction.onerror = () => reject(transaction.error ?? request.error);
-    });
-  } finally {
-    database.close();
-  }
-}
+const store = createStore("hypergen.playground", "images");
 
 /** All images, newest first. */
-export async function loadImages() {
-  return (await run("readonly", (images) => images.getAll())).sort((a, b) => b.created - a.created);
-}
-
+export const loadImages = async () => (await values(store)).sort((a, b) => b.created - a.created);
 /** Throws a QuotaExceededError if the disk is full. */
-export const saveImage = (image) => run("readwrite", (images) => images.put(image));
-export const deleteImage = (id) => run("readwrite", (images) => images.delete(id));
-export const deleteImages = () => run("readwrite", (images) => images.clear());
+export const saveImage = async (image) => set(image.id, image, store);
+export const deleteImage = (id) => del(id, store);
+export const deleteImages = () => clear(store);
 
 const urls = new WeakMap();
 
@@ -43,16 +18,15 @@ export function urlOf(blob) {
   return urls.get(blob);
 }
 
-export const extensionOf = (blob) => ({ "image/jpeg": "jpg", "image/webp": "webp" })[blob.type] ?? "png";
-
 export function download(blob, name) {
-  const link = Object.assign(document.createElement("a"), { href: urlOf(blob), download: name });
-  link.click();
+  Object.assign(document.createElement("a"), { href: urlOf(blob), download: name }).click();
 }
 
-export async function toDataUrl(blob) {
-  const bytes = new Uint8Array(await blob.arrayBuffer());
-  let binary = "";
-  for (let at = 0; at < bytes.length; at += 32768) binary += String.fromCharCode(...bytes.subarray(at, at + 32768));
-  return `data:${blob.type || "image/png"};base64,${btoa(binary)}`;
+export function toDataUrl(blob) {
+  const reader = new FileReader();
+  return new Promise((resolve, reject) => {
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
 }

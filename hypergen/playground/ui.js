@@ -24,35 +24,23 @@ export const inputOf = (name) => ({
   "aria-describedby": app.errors[name] ? `e-${name}` : undefined,
 });
 
-/** A slider and a number; "" is the default, which the slider shows. */
-export function Range({ name, value, fallback = "", onChange, ...limits }) {
-  const change = (event) => onChange(event.target.value);
-  const number = html`<input ...${inputOf(name)} ...${limits} class="number" type="number" inputmode="decimal"
-    value=${value} placeholder=${fallback} onInput=${change} />`;
-  return html`<${Field} name=${name} hint=${number}>
-    <${Slider} label=${text.fields[name]} ...${limits} value=${value === "" ? fallback || limits.min : value} onChange=${onChange} />
-  <//>`;
-}
-
 export function Slider({ label, onChange, ...limits }) {
-  return html`<input class="slider" type="range" aria-label=${label} ...${limits} onInput=${(event) => onChange(Number(event.target.value))} />`;
+  const change = (event) => onChange(Number(event.target.value));
+  return html`<input class="slider" type="range" aria-label=${label} ...${limits} onInput=${change} />`;
 }
 
-export function Select({ name, value, options, onChange }) {
-  const known = options.some(([option]) => option === value);
-  const all = known ? options : [...options, [value, value]];
-  return html`<${Field} name=${name}>
-    <select ...${inputOf(name)} value=${value} onChange=${(event) => onChange(event.target.value)}>
-      ${all.map(([option, shown]) => html`<option value=${option} selected=${option === value}>${shown}</option>`)}
-    </select>
-  <//>`;
+/** A choice of options, [value, shown text] each. */
+export function Select({ value = "", options, onChange, ...attributes }) {
+  return html`<select ...${attributes} value=${value} onChange=${(event) => onChange(event.target.value)}>
+    ${options.map(([option, shown]) => html`<option value=${option} selected=${option === value}>${shown}</option>`)}
+  </select>`;
 }
 
-/** One of a few choices, as radio buttons that look like one control. */
+/** The same, as radio buttons that look like one control. */
 export function Segments({ name, label, value, options, onChange }) {
   return html`<div class="segments" role="radiogroup" aria-label=${label}>
     ${options.map(
-      ([option, shown]) => html`<label class=${option === value ? "chosen" : ""}>
+      ([option, shown]) => html`<label>
         <input type="radio" name=${name} checked=${option === value} onChange=${() => onChange(option)} />${shown}
       </label>`,
     )}
@@ -63,18 +51,27 @@ export function IconButton({ label, children, ...attributes }) {
   return html`<button type="button" class="icon" aria-label=${label} title=${label} ...${attributes}>${children}</button>`;
 }
 
+/** A handler of keys: name of a key ("ctrl z" with Ctrl or Cmd) -> action; `move(x, y)` is the action of the arrows. */
+export function keyHandler(move, actions) {
+  const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  return (event) => {
+    const arrow = arrows[event.key];
+    const action = arrow ? () => move(...arrow) : actions[event.ctrlKey || event.metaKey ? `ctrl ${event.key}` : event.key];
+    if (!action || event.target.matches("select, input")) return;
+    event.preventDefault();
+    action();
+  };
+}
+
 /** A modal dialog; Esc and a click beside it close it. */
-export function Dialog({ title, className = "", onClose, onKeyDown, children }) {
+export function Dialog({ title, className = "", children, ...events }) {
   const dialog = useRef();
-  useEffect(() => {
-    dialog.current.showModal();
-  }, []);
-  return html`<dialog ref=${dialog} class=${className} aria-label=${title} onClose=${onClose} onKeyDown=${onKeyDown}
-    onClick=${(event) => event.target === dialog.current && dialog.current.close()}>
+  const close = () => dialog.current.close();
+  useEffect(() => dialog.current.showModal(), []);
+  const closeBeside = ({ target }) => target === dialog.current && close();
+  return html`<dialog ref=${dialog} class=${className} aria-label=${title} onClick=${closeBeside} ...${events}>
     <div class="dialog">
-      <header><h2>${title}</h2>
-        <${IconButton} label=${text.close} onClick=${() => dialog.current.close()}>✕<//>
-      </header>
+      <header><h2>${title}</h2><${IconButton} label=${text.close} onClick=${close}>✕<//></header>
       ${children}
     </div>
   </dialog>`;
@@ -82,20 +79,11 @@ export function Dialog({ title, className = "", onClose, onKeyDown, children }) 
 
 /** A button that opens the file chooser. */
 export function FileButton({ label, onFile, id }) {
+  const choose = ({ target }) => {
+    if (target.files.length) onFile(target.files[0]);
+    target.value = "";
+  };
   return html`<label class="button file">${label}
-    <input id=${id} type="file" accept="image/png,image/jpeg,image/webp"
-      onChange=${(event) => {
-        const [file] = event.target.files;
-        event.target.value = "";
-        if (file) onFile(file);
-      }} />
+    <input id=${id} type="file" accept="image/png,image/jpeg,image/webp" onChange=${choose} />
   </label>`;
-}
-
-/** Size of an image file; throws if the browser cannot read it. */
-export async function sizeOf(blob) {
-  const bitmap = await createImageBitmap(blob);
-  const { width, height } = bitmap;
-  bitmap.close();
-  return { width, height };
 }

@@ -18,7 +18,7 @@ from hypergen.api.dialects import endpoints
 from hypergen.api.jobs import MemoryJobs
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.routes import StoredFile
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import Accelerator
 from hypergen.engine_client.pool import EnginePool

@@ -21,7 +21,7 @@ from hypergen.api import image_urls
 from hypergen.api.dialects import endpoints
 from hypergen.api.jobs import MemoryJobs
 from hypergen.api.request_record import RequestRecord
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.cli.main import main
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import Accelerator

@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests.playground.conftest import KEY
@@ -27,6 +27,19 @@ def finished(page: Page) -> Locator:
 def generate(page: Page, prompt: str = PROMPT) -> None:
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.keyboard.press("Control+Enter")
+
+
+def pinch_out(page: Page, locator: Locator) -> None:
+    """Two fingers on the middle of an element that move apart."""
+    box = locator.bounding_box()
+    assert box is not None
+    session = page.context.new_cdp_session(page)
+    kinds = ["touchStart", *["touchMove"] * 10]
+    middle, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for index, kind in enumerate(kinds):
+        fingers = [{"x": middle + side * (40 + 5 * index), "y": y, "id": side + 1} for side in (-1, 1)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+    session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
 def download(page: Page, button: str) -> bytes:
@@ -55,6 +68,18 @@ def generate_file(playground: LiveServer, **fields: Any) -> bytes:
     headers = {"Authorization": f"Bearer {KEY}"}
     response = httpx.post(f"{playground.url}/v1/images/generations", json=body, headers=headers, timeout=60)
     return base64.b64decode(response.json()["data"][0]["b64_json"])
+
+
+def with_exif(file_format: str, tag: int, value: str | bytes) -> bytes:
+    """An image with one EXIF tag: of the camera's table if the value is bytes, else of the main one."""
+    exif = Image.Exif()
+    if isinstance(value, bytes):
+        exif[ExifTags.IFD.Exif] = {tag: value}
+    else:
+        exif[tag] = value
+    file = BytesIO()
+    Image.new("RGB", (64, 64)).save(file, file_format, exif=exif)
+    return file.getvalue()
 
 
 def png(**texts: str) -> bytes:

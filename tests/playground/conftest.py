@@ -1,4 +1,4 @@
-"""One server with the embedded model and keys, and pages in Debian's Chromium, which must have no faults."""
+"""One server with two models and keys, and pages in Debian's Chromium, which must have no faults."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ if TYPE_CHECKING:
 
 KEY = "sk-page"
 LIMITED_KEY = "sk-limited"  # one request at once
+EMBEDDED_MODEL = "hypergen-tiny"
+SMALL_MODEL = "small-sd"  # random weights
 # Few steps, because the tests look at the page and not at the images.
 QUICK_SETTINGS = {"num_inference_steps": "2"}
 TIMEOUT_MS = 60_000
 
 
 @pytest.fixture(scope="session")
-def playground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server of the embedded model, with two keys."""
+def playground(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Iterator[LiveServer]:
+    """A server of the embedded model and of `SMALL_MODEL`, with two keys."""
     folder = tmp_path_factory.mktemp("playground")
+    small = folder / "small.yaml"
+    small.write_text(f"source: {sd_folder}\nname: {SMALL_MODEL}\ndefaults: {{width: 64, height: 64}}\n")
     keys = folder / "keys"
     keys.write_text(f"limited: {LIMITED_KEY} requests=1\n", encoding="utf-8")
     environment = {"HYPERGEN_API_KEY_FILE": str(keys), "HYPERGEN_DEVICE": "cpu"}
-    with start_server(folder / "server", environment=environment, api_key=KEY) as server:
+    models = (EMBEDDED_MODEL, str(small))
+    with start_server(folder / "server", *models, environment=environment, api_key=KEY) as server:
         yield server
 
 

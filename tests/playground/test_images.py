@@ -10,10 +10,20 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from tests.playground.actions import PROMPT, download, drop, finished, generate, generate_file, png
-from tests.playground.conftest import AXE, Faults, patch_models
+from tests.playground.actions import (
+    PROMPT,
+    download,
+    drop,
+    finished,
+    generate,
+    generate_file,
+    pinch_out,
+    png,
+    with_exif,
+)
+from tests.playground.conftest import AXE, EMBEDDED_MODEL, SMALL_MODEL, Faults
 from tests.support.live_server import LiveServer
 
 if TYPE_CHECKING:
@@ -79,8 +89,13 @@ def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -
     page.keyboard.press("+")
     expect(viewer.get_by_role("button", name="150 %")).to_be_visible()
     page.keyboard.press("ArrowDown")  # of a zoomed image another part
-    expect(viewer.locator(".zoomed")).to_have_attribute("style", re.compile(r"translate\(0px, -60px\)"))
-    page.keyboard.press("-")
+    expect(viewer.locator(".zoomed")).to_have_attribute(
+        "style", re.compile(r"scale\(1.5\) translate\(0px, -40px\)")
+    )
+    page.keyboard.press("0")
+    expect(viewer.get_by_role("button", name="Fit")).to_be_visible()
+    pinch_out(page, viewer.locator(".stage"))
+    expect(viewer.get_by_role("button", name=re.compile(r"1\d\d %"))).to_be_visible()
     viewer.get_by_label("Compare with").select_option(index=1)
     divider = viewer.get_by_role("slider", name="Divider")
     divider.fill("30")
@@ -90,22 +105,27 @@ def test_the_large_view_zooms_compares_and_gives_its_settings_back(page: Page) -
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
     expect(page.get_by_role("textbox", name="Seed")).to_have_value("7")
     finished(page).first.click()
-    page.get_by_label("Same seed, other").select_option(label="guidance")
+    page.get_by_label("Same seed, other").select_option(label="Guidance")
     expect(page.get_by_label("Columns: Values")).to_have_value("1, 2, 4, 7, 12")
 
 
-@pytest.mark.parametrize("program", ["png", "jpeg", "webp", "a1111", "comfyui"])
+@pytest.mark.parametrize("program", ["png", "jpeg", "webp", "a1111", "a1111 jpeg", "comfyui", "comfyui webp"])
 def test_settings_of_a_dropped_file_are_read(page: Page, playground: LiveServer, program: str) -> None:
     expect(page.get_by_role("contentinfo", name="Server")).to_contain_text("Ready")
     own = {"guidance_scale": 3.5, "negative_prompt": "blue", "sampler": "dpmpp_2m", "scheduler": "karras"}
     if program == "a1111":
         data = png(parameters=A1111)
+    elif program == "a1111 jpeg":
+        data = with_exif("JPEG", ExifTags.Base.UserComment, b"UNICODE\0" + A1111.encode("utf-16-be"))
     elif program == "comfyui":
         data = png(prompt=json.dumps(COMFY_UI))
+    elif program == "comfyui webp":
+        data = with_exif("WEBP", ExifTags.Base.Model, "prompt:" + json.dumps(COMFY_UI))
     else:
         data = generate_file(playground, output_format=program, **own)
-    name = f"file.{program if program in ('jpeg', 'webp') else 'png'}"
-    if program == "jpeg":
+    file_format = program.split(" ")[-1]
+    name = f"file.{file_format if file_format in ('jpeg', 'webp') else 'png'}"
+    if file_format == "jpeg":
         file: FilePayload = {"name": name, "mimeType": "image/jpeg", "buffer": data}
         page.get_by_label("Settings of a file").set_input_files(file)
     else:
@@ -123,7 +143,7 @@ def test_settings_of_a_dropped_file_are_read(page: Page, playground: LiveServer,
         expect(page.get_by_role("spinbutton", name=name)).to_have_value(value)
     expect(page.get_by_role("textbox", name="Seed")).to_have_value("42")
     expect(page.get_by_label("Width")).to_have_value("128")
-    if program == "a1111":
+    if program.startswith("a1111"):
         expect(page.get_by_role("slider", name="Weight of Pixel_Art")).to_have_value("0.8")
 
 
@@ -148,7 +168,7 @@ def test_a_grid_fills_its_cells_and_is_saved_as_one_image(page: Page) -> None:
     page.get_by_label("Columns: Values").fill("red, green")
     page.get_by_role("button", name="Generate 4 cells").click()
     expect(page.get_by_role("columnheader", name="green")).to_be_visible()
-    expect(page.get_by_role("rowheader", name="guidance 4")).to_be_visible()
+    expect(page.get_by_role("rowheader", name="Guidance 4")).to_be_visible()
     cells = page.get_by_role("table").get_by_role("button")
     expect(cells).to_have_count(4)
     names = [cells.nth(index).get_attribute("aria-label") or "" for index in range(4)]
@@ -160,32 +180,45 @@ def test_a_grid_fills_its_cells_and_is_saved_as_one_image(page: Page) -> None:
     assert width < 3 * 256
 
 
-def test_a_grid_compares_models_and_lora_weights(page: Page) -> None:
-    patch_models(page, {"id": "first"}, {"id": "second"})
+def test_a_grid_compares_models(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_role("tab", name="Grid").click()
-    page.get_by_label("Columns", exact=True).select_option("model")
-    expect(page.get_by_label("Columns: Values")).to_have_value("first, second")
+    page.get_by_label("Columns", exact=True).select_option(label="Model")
+    expect(page.get_by_label("Columns: Values")).to_have_value(f"{EMBEDDED_MODEL}, {SMALL_MODEL}")
+    page.get_by_role("button", name="Generate 2 cells").click()
+    cells = page.get_by_role("table").get_by_role("button")
+    expect(cells).to_have_count(2)
+    viewer = page.get_by_role("dialog", name="Image")
+    for index, (model, size) in enumerate(((EMBEDDED_MODEL, (256, 256)), (SMALL_MODEL, (64, 64)))):
+        expect(page.get_by_role("columnheader").nth(index)).to_have_text(model)
+        cells.nth(index).click()
+        expect(viewer.get_by_text(model, exact=True)).to_be_visible()
+        assert Image.open(BytesIO(download(page, "Download"))).size == size
+        page.keyboard.press("Escape")
+
+
+def test_a_grid_compares_lora_weights_and_keeps_its_axes(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("tab", name="Grid").click()
+    page.get_by_label("Columns", exact=True).select_option("none")
     page.get_by_label("Rows", exact=True).select_option(label="LoRA weight")
     page.get_by_label("Rows: Values").fill("Pixel_Art 0, 1")
-    sent: list[tuple[str, float]] = []
+    sent: list[float] = []
 
     def note(body: Any) -> None:
-        sent.append((body["model"], body["loras"]["Pixel_Art"]))
+        sent.append(body["loras"]["Pixel_Art"])
 
     page.on("request", lambda request: note(request.post_data_json) if request.post_data else None)
-    page.get_by_role("button", name="Generate 4 cells").click()
-    expect(page.get_by_role("columnheader", name="second")).to_be_visible()
+    page.get_by_role("button", name="Generate 2 cells").click()
     expect(page.get_by_role("rowheader", name="Pixel_Art 1")).to_be_visible()
-    cells = page.get_by_role("table").get_by_role("button")
-    expect(cells).to_have_count(4)
-    assert sorted(sent) == [("first", 0), ("first", 1), ("second", 0), ("second", 1)]
+    expect(page.get_by_role("table").get_by_role("button")).to_have_count(2)
+    assert sorted(sent) == [0, 1]
     page.get_by_role("tab", name="Generate").click()
     page.get_by_role("tab", name="Grid").click()
     expect(page.get_by_label("Rows: Values")).to_have_value("Pixel_Art 0, 1")
     page.reload()
     page.get_by_role("tab", name="Grid").click()
-    expect(page.get_by_label("Columns: Values")).to_have_value("first, second")
+    expect(page.get_by_label("Rows: Values")).to_have_value("Pixel_Art 0, 1")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

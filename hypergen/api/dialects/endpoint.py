@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from hypergen.api.progress_report import ProgressReport
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.config import ServerSettings
 from hypergen.events import ImageFinished, Preview
 from hypergen.model_info import ModelInfo

@@ -16,13 +16,13 @@ from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.errors import to_json
 from hypergen.api.loras import resolve_loras
 from hypergen.api.openapi import reference, request_body, responses
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.api.validation import (
     SMALLEST_SIDE,
     LoraWeight,
     ModelFields,
     Number,
     Seed,
-    ValidatedRequest,
     capability_fields,
     check_capability,
     check_prompt,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from hypergen.api.errors import to_json
 from hypergen.api.openapi import reference
 from hypergen.api.progress_report import ProgressReport
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.events import ImageFinished, Preview
 from hypergen.request import GenerationRequest, OutputFormat
 

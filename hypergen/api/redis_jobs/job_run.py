@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hypergen.api.job_store import JobState
 from hypergen.api.redis_jobs.job_queue import Beat, Entry
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.events import ImageFinished
 
 

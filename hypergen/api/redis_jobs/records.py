@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from hypergen.api.dialects.endpoint import Endpoint
 from hypergen.api.dialects.endpoints import ENDPOINTS
 from hypergen.api.errors import to_json
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.errors import RequestError, UnavailableError, pack, unpack
 from hypergen.events import ImageFinished
 from hypergen.request import GenerationRequest, InputImage

@@ -24,7 +24,7 @@ from hypergen.api.redis_jobs.records import (
 from hypergen.api.redis_jobs.worker import Worker
 from hypergen.api.request_record import RequestRecord
 from hypergen.api.responses import write
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import (

@@ -12,7 +12,7 @@ from hypergen.api.job_store import JobState, report_end
 from hypergen.api.redis_jobs.job_queue import TOO_LATE, Entry, JobQueue
 from hypergen.api.redis_jobs.job_run import JobRun
 from hypergen.api.redis_jobs.records import decode_request, encode_images
-from hypergen.api.validation import ValidatedRequest
+from hypergen.api.validated_request import ValidatedRequest
 from hypergen.config import Settings
 from hypergen.engine_protocol import ImageGenerator
 from hypergen.errors import (
