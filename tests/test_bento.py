@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from scripts.make_requirements import make_requirements
-from tests.support.live_server import LiveServer, free_port, start_server
+from tests.support.live_server import LiveServer, copy_imported, free_port, start_server
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "hypergen" / "embedded"
@@ -38,6 +38,7 @@ def bento(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("bento")
     variables = {"HYPERGEN_MODELS": f"{sd_folder},{EMBEDDED}"}
     arguments = ("--arg", "torch_backend=cu130", "--arg", "strict=true")
+    copy_imported(str(sd_folder), folder / "home")
     tag = run_bentoml(folder / "home", "build", "--output", "tag", *arguments, **variables)
     tag = tag.strip().removeprefix("__tag__:")
     run_bentoml(folder / "home", "export", tag, str(folder / "bento.tar"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.live_server import LiveServer, free_port, start_server
+from tests.support.live_server import LiveServer, copy_imported, free_port, start_server
 
 
 def hypergen(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -83,6 +83,7 @@ def test_help_has_options_units_and_defaults(tmp_path: Path, command: str) -> No
 def test_generate_writes_the_same_bytes_as_a_server(
     tmp_path: Path, sd_folder: Path, server: LiveServer
 ) -> None:
+    copy_imported(str(sd_folder), tmp_path)
     model = ("-m", str(sd_folder), "--device", "cpu", "--dtype", "float32")
     options = ("--steps", "3", "--seed", "5", "--size", "64x72", "-n", "2")
     result = hypergen(tmp_path, "generate", "a cat", *model, *options, "-o", "cat.png")
@@ -99,6 +100,7 @@ def test_generate_writes_the_same_bytes_as_a_server(
 def test_generate_uses_the_given_loras(
     tmp_path: Path, sd_folder: Path, lora_folder: Path, server: LiveServer
 ) -> None:
+    copy_imported(str(sd_folder), tmp_path)
     options = ("-m", str(sd_folder), "--device", "cpu", "--dtype", "float32", "--steps", "2", "--seed", "5")
     lora = ("--size", "64x64", "--lora", f"{lora_folder}/style.safetensors:0.5")
     result = hypergen(tmp_path, "generate", "a cat", *options, *lora, "-o", "cat.png")
@@ -177,6 +179,7 @@ def test_serve_refuses_a_model_that_cannot_be_loaded(tmp_path: Path, sd_folder: 
 
 
 def test_serve_exits_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -> None:
+    copy_imported(str(sd_folder), tmp_path)
     file = tmp_path / "model.yaml"
     file.write_text(f"source: {sd_folder}\nscheduler: lcm_karras\n")
     result = hypergen(tmp_path, "serve", str(file), "--port", str(free_port()))

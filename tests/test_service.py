@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.live_server import LiveServer, free_port, start_server
+from tests.support.live_server import LiveServer, copy_imported, free_port, start_server
 from tests.support.log_lines import logged
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +110,7 @@ def test_the_patched_internals_of_bentoml_exist() -> None:
 
 def test_bentoml_serve_gives_the_same_responses(tmp_path: Path, server: LiveServer, sd_folder: Path) -> None:
     config = tmp_path / "small.yaml"
+    copy_imported(str(sd_folder), tmp_path / "home")
     config.write_text(f"models: {sd_folder}\nengine: {{device: cpu, dtype: float32}}\n")
     port = free_port()
     environment = {**os.environ, "BENTOML_HOME": str(tmp_path / "home"), "HYPERGEN_CONFIG": str(config)}

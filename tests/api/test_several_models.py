@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.support.http_client import assert_error
-from tests.support.live_server import LiveServer, start_server
+from tests.support.live_server import LiveServer, copy_imported, start_server
 
 _QUICK = {"prompt": "a cat", "seed": 5, "response_format": "b64_json"}
 
@@ -40,6 +40,7 @@ def several(
         "defaults: {num_inference_steps: 3, width: 96, height: 64}\nembeddings: {inkstyle: ink.safetensors}\n"
     )
     options = ("--device", "cpu", "--dtype", "float32", "--model-memory-gb", "0.006")
+    copy_imported(str(sd_folder), folder / "server" / "bentoml")
     with start_server(folder / "server", str(first), str(second), *options) as server:
         yield server
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,10 +110,9 @@ def _tables(markdown: str) -> dict[str, list[list[str]]]:
     return tables
 
 
-@pytest.fixture(scope="module", params=["tiny-sd", "tiny-sdxl", "tiny-flux"])
-def on_fake_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The whole command on the fake GPU, with a torch that cannot compile."""
-    model = RANDOM_WEIGHTS[request.param]
+def _run_on_fake_cuda(folder: Path, name: str, *options: str) -> dict[str, Any]:
+    """The command on the fake GPU, with a torch that cannot compile."""
+    model = RANDOM_WEIGHTS[name]
     # What libraries import at a first use must not see the fake device.
     pipeline = model.pipeline()
     stock(pipeline, model.side, 1, compiled=False).run([Job(0, 0, 1, 5.0)], 0)
@@ -125,7 +126,13 @@ def on_fake_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         warnings.filterwarnings("ignore", "`upcast_vae`", FutureWarning)
         patches.setattr(torch.nn.Module, "compile", refuse)
         patches.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
-        return _run(tmp_path_factory.mktemp(request.param), request.param, "--device", "cuda")
+        return _run(folder, name, "--device", "cuda", *options)
+
+
+@pytest.fixture(scope="module", params=["tiny-sd", "tiny-flux"])
+def on_fake_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The whole command, for a model with two rows for an image and for one with one."""
+    return _run_on_fake_cuda(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def test_everything_is_measured_in_order_on_a_gpu(on_fake_cuda: dict[str, Any]) -> None:
@@ -137,10 +144,17 @@ def test_everything_is_measured_in_order_on_a_gpu(on_fake_cuda: dict[str, Any]) 
     assert on_fake_cuda["left_out"] == {"compile": reason, "stock-compiled": reason}
 
 
-def test_a_gpu_uses_the_dtypes_of_the_server(on_fake_cuda: dict[str, Any]) -> None:
-    expected = {"tiny-sd": ("float16", "float16"), "tiny-sdxl": ("float16", "float32")}
-    dtypes = expected.get(on_fake_cuda["model"], ("bfloat16", "bfloat16"))
-    assert (on_fake_cuda["dtype"], on_fake_cuda["vae_dtype"]) == dtypes
+@pytest.mark.parametrize(
+    ("model", "dtypes"),
+    [
+        ("tiny-sd", ("float16", "float16")),
+        ("tiny-sdxl", ("float16", "float32")),
+        ("tiny-flux", ("bfloat16", "bfloat16")),
+    ],
+)
+def test_a_gpu_uses_the_dtypes_of_the_server(tmp_path: Path, model: str, dtypes: tuple[str, str]) -> None:
+    content = _run_on_fake_cuda(tmp_path, model, "--minutes", "1e-9")
+    assert (content["dtype"], content["vae_dtype"]) == dtypes
 
 
 def test_each_way_has_its_speed_and_peak_memory(on_fake_cuda: dict[str, Any]) -> None:
@@ -239,7 +253,10 @@ def test_measurements_without_time_are_listed(tmp_path: Path) -> None:
     )
 
 
-def test_job_lists_without_time_are_listed(tmp_path: Path) -> None:
+def test_job_lists_without_time_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that advances by a second whenever it is read.
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)
+    monkeypatch.setattr("scripts.bench.on_device.time", clock)
     content = _run(tmp_path, "tiny-flux", "--only", "trace", "--seeds", "10000", "--minutes", "0.2")
     done = len({run["seed"] for run in content["runs"]})
     assert done >= 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bentoml_home import own_bentoml_home
+from tests.support.model_check import check_in_this_process
 
 Run = Callable[..., tuple[int, str]]
 
@@ -33,3 +34,8 @@ def hypergen(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return int(ended.value.code or 0), captured.err if ended.value.code else captured.out
 
     return hypergen
+
+
+@pytest.fixture(autouse=True)
+def _checks_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_in_this_process(monkeypatch)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hypergen.models import loading
 from hypergen.models.family import Family
 from tests.support.sync_engine import InlineEngine, make_settings
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Threads of torch as in an engine on several cores, whatever the tests run with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tests.support.sync_engine import InlineEngine, make_request, make_settings
 _SIZE = "128x128"  # the model's default
 
 
-def _warm_engine(folder: Path, buckets: BucketStore | None = None) -> InlineEngine:
+def _warm_engine(folder: Path, buckets: BucketStore) -> InlineEngine:
     settings = {"device": "cuda", "cuda_graphs": False}
     engine = InlineEngine(loading.load(folder, make_settings(**settings)), buckets=buckets, **settings)
     engine.engine.warm_up()
@@ -29,29 +31,36 @@ def _bytes_of_decode(engine: InlineEngine, device: FakeCuda) -> int:
     return device.peak - before
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """What a batch of 16 rows takes with the weights, and what decoding takes, in bytes; and its buckets."""
+
+    with_largest_batch: int
+    of_decode: int
+    buckets: Path
+
+
 @pytest.fixture(scope="module")
-def memory(sd_folder: Path) -> tuple[int, int]:
-    """What a batch of 16 rows takes with the weights, and what decoding takes, in bytes."""
+def memory(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> _Memory:
     loading.load(sd_folder, make_settings())  # what libraries import must not see the fake device
+    file = tmp_path_factory.mktemp("memory") / "buckets.json"
     with fake_cuda() as device:
-        engine = _warm_engine(sd_folder)
+        engine = _warm_engine(sd_folder, BucketStore(file, {}))
         with_largest_batch = device.peak
         assert engine.engine.status().row_counts[_SIZE] == (16,)
-        return with_largest_batch, _bytes_of_decode(engine, device)
+        return _Memory(with_largest_batch, _bytes_of_decode(engine, device), file)
 
 
 @pytest.mark.parametrize(("decodes", "bucket"), [(1.5, 16), (0.5, 8)])
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "chosen with more memory"])
 def test_a_batch_leaves_room_for_decoding(
-    sd_folder: Path, memory: tuple[int, int], decodes: float, bucket: int, kept: bool
+    sd_folder: Path, memory: _Memory, decodes: float, bucket: int, kept: bool, tmp_path: Path
 ) -> None:
-    with_largest_batch, bytes_of_decode = memory
-    buckets = BucketStore(None, {})
-    with fake_cuda() as device:
-        if kept:
-            _warm_engine(sd_folder, buckets)
-    with fake_cuda(int(with_largest_batch + decodes * bytes_of_decode)) as device:
-        engine = _warm_engine(sd_folder, buckets)
+    file = tmp_path / "buckets.json"
+    if kept:
+        shutil.copyfile(memory.buckets, file)
+    with fake_cuda(int(memory.with_largest_batch + decodes * memory.of_decode)) as device:
+        engine = _warm_engine(sd_folder, BucketStore(file, {}))
         assert engine.engine.status().row_counts[_SIZE] == (bucket,)
         assert device.memory_limit == device.total_memory  # for all but forward passes
         request = make_request(width=128, height=128)

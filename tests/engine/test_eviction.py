@@ -21,12 +21,19 @@ from hypergen.models import loading
 from hypergen.request import ControlInput
 from hypergen.served_model import ServedModel
 from tests.conditioning.test_controlnet import random_controlnet
-from tests.engine.test_cuda import _input_image
 from tests.engine.test_model_manager import InlineManager
+from tests.support.compare_devices import input_image
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.fake_cuda.tensors import FakeTensor
 from tests.support.full_pipelines import save_pixart
-from tests.support.small_models import save_flux, save_refiner, save_sd, save_sd3, save_sdxl
+from tests.support.small_models import (
+    save_flux,
+    save_refiner,
+    save_sd,
+    save_sd3,
+    save_sdxl,
+    with_default_side,
+)
 from tests.support.sync_engine import InlineEngine, make_request, make_settings
 
 _NAMES = ("one", "two", "three")
@@ -42,22 +49,30 @@ class _Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(sd_folder: Path, v_prediction_folder: Path) -> _Reference:
+def originals(
+    sd_folder: Path, v_prediction_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Three models, warmed up at the size of the requests; the first and the last are the same."""
+    return [
+        with_default_side(shutil.copytree(folder, tmp_path_factory.mktemp("models") / name), 64)
+        for name, folder in zip(_NAMES, (sd_folder, v_prediction_folder, sd_folder), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(originals: list[Path]) -> _Reference:
     # What libraries import at a first load must not see the fake device.
-    loading.load(sd_folder, make_settings())
+    loading.load(originals[0], make_settings())
     with fake_cuda():
-        inline = InlineManager(_models([sd_folder, v_prediction_folder, sd_folder]))
+        inline = InlineManager(_models(originals))
         inline.run(*_REQUESTS)
         return _Reference(inline.images, inline.manager.status())
 
 
 @pytest.fixture
-def folders(sd_folder: Path, v_prediction_folder: Path, reference: _Reference, tmp_path: Path) -> list[Path]:
-    """Of three models; the first and the last are the same."""
-    copies = [tmp_path / name for name in _NAMES]
-    for source, copy in zip((sd_folder, v_prediction_folder, sd_folder), copies, strict=True):
-        shutil.copytree(source, copy)
-    return copies
+def folders(originals: list[Path], reference: _Reference, tmp_path: Path) -> list[Path]:
+    """Copies of the three models, which a test may delete."""
+    return [shutil.copytree(original, tmp_path / original.name) for original in originals]
 
 
 @pytest.fixture
@@ -75,7 +90,11 @@ def _models(folders: list[Path], **settings: Any) -> list[ServedModel]:
     ]
 
 
-_REQUESTS = [make_request(model=name, seed=seed, num_inference_steps=2) for seed in (1, 2) for name in _NAMES]
+# Each is for another model than the one before, which all come back from an eviction.
+_REQUESTS = [
+    make_request(model=name, seed=seed, num_inference_steps=2)
+    for seed, name in enumerate(("one", "two", "three", "one"))
+]
 
 
 def _host_bytes(folder: Path) -> int:
@@ -207,9 +226,9 @@ def test_an_offloaded_model_is_loaded_from_its_files(
     folders: list[Path], reference: _Reference, device: FakeCuda
 ) -> None:
     limited = InlineManager(_models(folders, offload="model"), 1.5, host_limit_bytes=1e9)
-    for request in _REQUESTS[:4]:
+    for request in _REQUESTS:
         limited.run(request)
-    assert limited.images == {request.id: reference.images[request.id] for request in _REQUESTS[:4]}
+    assert limited.images == reference.images
     assert not any(slot.host_weights for slot in limited.manager._slots.values())
 
 
@@ -223,14 +242,14 @@ def _bytes_on_device() -> int:
 def test_an_evicted_model_leaves_nothing_on_the_device(
     family: str, tmp_path: Path, lora_folder: Path
 ) -> None:
-    folder = _SAVE[family](tmp_path / "model")
+    folder = with_default_side(_SAVE[family](tmp_path / "model"), 64)
     settings: dict[str, Any] = {"max_batch_size": 1}
     request: dict[str, Any] = {}
     if family == "sd":
         unet = loading.load(folder, make_settings()).denoiser
         random_controlnet({"unet": unet}, 1).save_pretrained(tmp_path / "control")
         settings |= {"controlnet": {"edges": str(tmp_path / "control")}, "lora_dir": (lora_folder,)}
-        request = {"control": ControlInput(model="edges", image=_input_image(3), scale=1.0)}
+        request = {"control": ControlInput(model="edges", image=input_image(3), scale=1.0)}
     if family == "sdxl":
         settings |= {"refiner": str(save_refiner(tmp_path / "refiner", folder))}
         request = {"enable_refiner": True}
@@ -242,7 +261,7 @@ def test_an_evicted_model_leaves_nothing_on_the_device(
         engine.engine.warm_up()
         requests = [
             make_request(**request),
-            make_request(image=_input_image(1), strength=0.6),
+            make_request(image=input_image(1), strength=0.6),
             make_request(prompt="a cat and another cat " * 30),
         ]
         if family == "sd":

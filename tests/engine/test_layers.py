@@ -59,14 +59,6 @@ def test_other_shapes_are_unchanged() -> None:
     assert torch.equal(layer(large), before)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 def test_a_group_norm_over_large_channels_last_latents_is_batch_invariant() -> None:
     """Two threads divide the sums of one row, but take a row each of two."""

@@ -23,6 +23,8 @@ from tests.support.sync_engine import InlineEngine, make_request, make_settings,
 
 MakeEngine = Callable[..., InlineEngine]
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 _PROMPTS = ["a cat", "a red dog on a green hill", "", "three birds"]
 
 

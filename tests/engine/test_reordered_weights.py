@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
+def _inference(two_threads: None) -> Iterator[None]:
     with torch.inference_mode():
         yield
 

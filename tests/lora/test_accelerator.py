@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from io import BytesIO
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hypergen.models import loading
 from hypergen.request import GenerationRequest
+from tests.support.compare_devices import assert_close, load_loras, make_engine, pixels
 from tests.support.fake_cuda import fake_cuda
 from tests.support.lora_files import ATTENTION, EVERYTHING, random_lora, save_lora
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request
 
 _CHANGES = ("bias", "norms", "text norms", "inputs", "embedding")
 # Of the rows of one batch.
@@ -89,52 +88,46 @@ def lora_files(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def _request(loras: tuple[tuple[str, float], ...]) -> GenerationRequest:
-    return make_request(prompt="a toy cat", loras=loras)
+    return make_request(prompt="a toy cat", loras=loras, num_inference_steps=2)
 
 
-def _engine(folder: Path, lora_files: Path, device: str) -> InlineEngine:
-    settings: dict[str, Any] = {"device": device, "lora_dir": (lora_files,)}
-    return InlineEngine(loading.load(folder, make_settings(**settings)), **settings)
-
-
-def _pixels(engine: InlineEngine, request: GenerationRequest) -> np.ndarray:
-    return np.asarray(Image.open(BytesIO(engine.data(request)))).astype(int)
-
-
-def _assert_close(accelerator: InlineEngine, cpu: InlineEngine, request: GenerationRequest) -> None:
-    assert np.abs(_pixels(accelerator, request) - _pixels(cpu, request)).max() <= 1, request.loras
+@pytest.fixture(scope="module")
+def engines(sd_folder: Path, lora_files: Path) -> Iterator[tuple[InlineEngine, InlineEngine]]:
+    """On the CPU and on the fake device; each test generates its images alone."""
+    cpu = make_engine(sd_folder, "cpu", lora_dir=(lora_files,))
+    with fake_cuda():
+        engines = cpu, make_engine(sd_folder, "cuda", lora_dir=(lora_files,))
+        yield engines
+        for engine in engines:
+            engine.engine.close()
 
 
 @pytest.mark.parametrize("name", _CHANGES)
-def test_an_image_is_that_of_the_cpu(sd_folder: Path, lora_files: Path, name: str) -> None:
+def test_an_image_is_that_of_the_cpu(engines: tuple[InlineEngine, InlineEngine], name: str) -> None:
     request, base = _request(((name, 0.8),)), _request(())
-    cpu = _engine(sd_folder, lora_files, "cpu")
-    cpu.run(request, base)
-    assert np.abs(_pixels(cpu, request) - _pixels(cpu, base)).max() > 5
-    with fake_cuda():
-        accelerator = _engine(sd_folder, lora_files, "cuda")
-        accelerator.run(request)
+    cpu, accelerator = engines
+    cpu.generate(request, base)
+    assert np.abs(pixels(cpu, request) - pixels(cpu, base)).max() > 5
+    accelerator.generate(request)
     assert not accelerator.errors
-    _assert_close(accelerator, cpu, request)
+    assert_close(accelerator, cpu, request)
 
 
-def test_an_image_is_that_of_the_cpu_in_a_batch_with_others(sd_folder: Path, lora_files: Path) -> None:
+def test_an_image_is_that_of_the_cpu_in_a_batch_with_others(
+    engines: tuple[InlineEngine, InlineEngine], sd_folder: Path, lora_files: Path
+) -> None:
     requests = [_request(loras) for loras in _MIXED]
-    cpu = _engine(sd_folder, lora_files, "cpu")
-    cpu.run(*requests)
-    with fake_cuda():
-        batched = _engine(sd_folder, lora_files, "cuda")
-        batched.probe_shapes(requests[0])
-        batched.run(*requests)
-        assert not batched.errors
-        alone = _engine(sd_folder, lora_files, "cuda")
-        for request in requests:
-            alone.submit(request)
-            while request.id not in alone.images:
-                alone.step(0.01)
-                assert not alone.errors
-        alone.engine.close()
+    cpu, alone = engines
+    cpu.generate(*requests)
+    batched = make_engine(sd_folder, "cuda", lora_dir=(lora_files,))
+    batched.probe_shapes(requests[0])
+    loaded = load_loras(batched, "plain", *_CHANGES)
+    batched.run(*requests)
+    assert not batched.errors
+    assert len(loaded) == 1 + len(_CHANGES)
     for request in requests:
+        alone.generate(request)
+        assert not alone.errors
         assert batched.images[request.id][0].shared_forwards
         assert alone.data(request) == batched.data(request), request.loras
-        _assert_close(batched, cpu, request)
+        assert_close(batched, cpu, request)

@@ -363,6 +363,7 @@ def test_a_network_is_compared_before_its_weights_are_downloaded(hub: Hub, tmp_p
     assert hub.requested == []
 
 
+@pytest.mark.usefixtures("check_process")
 def test_a_network_for_another_model_is_not_downloaded(hub: Hub, tmp_path: Path):
     model = save_sd(tmp_path / "model")
     _save_controlnet(model, tmp_path / "network")

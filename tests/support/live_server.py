@@ -63,6 +63,12 @@ class LiveServer:
         return next(p for p in self.processes() if "hypergen.engine.worker_main" in p.cmdline())
 
 
+def copy_imported(model: str, home: Path) -> None:
+    """Copy a model that a server of this process has imported to another store, unless that exists."""
+    if (imported := _IMPORTED.get(model)) and not (home / "models").exists():
+        shutil.copytree(imported, home / "models", symlinks=True)
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -88,8 +94,8 @@ def start_server(
     folder.mkdir(parents=True, exist_ok=True)
     command = [*program, *arguments, "--port", str(port)]
     home = folder / "bentoml"
-    if arguments and (imported := _IMPORTED.get(arguments[0])) and not home.exists():
-        shutil.copytree(imported, home / "models", symlinks=True)
+    if arguments:
+        copy_imported(arguments[0], home)
     variables = {**os.environ, "BENTOML_HOME": str(home), **(environment or {})}
     if api_key:
         variables["HYPERGEN_API_KEY"] = api_key

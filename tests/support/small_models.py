@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -237,6 +238,13 @@ def save_sd3(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def with_default_side(folder: Path, side: int) -> Path:
+    """The model with another default size, at which it is warmed up; FLUX's takes half a minute on a CPU."""
+    card = {"defaults": {"width": side, "height": side}}
+    (folder / "hypergen.json").write_text(json.dumps(card), encoding="utf-8")
     return folder
 
 

@@ -120,8 +120,14 @@ class InlineEngine:
         *requests: GenerationRequest,
         on_event: Callable[[str, Event | RequestError], None] | None = None,
     ) -> None:
+        """Run requests until all of them have ended, and close the engine."""
         if on_event:
             self._on_event = on_event
+        self.generate(*requests)
+        self.engine.close()
+
+    def generate(self, *requests: GenerationRequest) -> None:
+        """Run requests until all of them have ended; others may follow, on the shapes that are probed."""
         for request in requests:
             self.submit(request)
         sleep_s = 0.0
@@ -129,7 +135,6 @@ class InlineEngine:
             # Encoding threads finish requests without a message to the queue.
             sleep_s = self.step(min(sleep_s, 0.01))
         self.step()
-        self.engine.close()
 
     def step(self, sleep_s: float = 0.0) -> float:
         for message in self._queue.read(sleep_s):
