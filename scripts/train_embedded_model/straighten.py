@@ -2,8 +2,8 @@
 
 The predictions with and without the prompt bend contours by less than a pixel, but differently, and guidance
 multiplies the difference. So this stage trains the guided prediction, at the timesteps at which noisy
-latents still show the object. They are blended with latents that the UNet has generated, so that it learns to
-straighten its own contours.
+latents still show the object, and mostly at its contour. They are blended with latents that the UNet has
+generated, so that it learns to straighten its own contours.
 """
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
@@ -22,6 +22,7 @@ import click
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
+from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .assemble import edit_json
@@ -43,6 +44,8 @@ SHAPES = {(32, 32): 0.7, (16, 16): 0.1, **dict.fromkeys([(16, 24), (24, 16), (24
 LEAST_TIMESTEP, SHOWN = 40, 650
 KEPT_SHARE = 0.3
 FULL_WEIGHT = 0.3  # sigma squared, at about timestep 200
+LATE_TIMESTEPS = 1.4  # exponent; above 1, more of the last steps, where contours are decided
+LEAST_EDGE, MOST_EDGE = 0.25, 8  # of the weight of a position, before it is divided by the mean
 CAPACITY, FRESH = 1000, 0.1  # samples of each shape, for each thread; share of steps with new samples
 BENDING_TIMESTEPS = range(599, 0, -100)
 
@@ -54,6 +57,16 @@ class Bent:
     latents: Tensor
     bent: Tensor
     prompt_embeds: Tensor
+
+
+def contour_weights(latents: Tensor) -> Tensor:
+    """How much each position counts, shape (B, 1, height, width), mean 1: most where latents change."""
+    across = functional.pad(latents.diff(dim=3), (0, 1))
+    down = functional.pad(latents.diff(dim=2), (0, 0, 0, 1))
+    change = (across.square() + down.square()).sum(1, keepdim=True).sqrt()
+    change = functional.avg_pool2d(functional.pad(change, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    weights = LEAST_EDGE + (change / change.mean((2, 3), keepdim=True).clamp_min(1e-6)).clamp_max(MOST_EDGE)
+    return weights / weights.mean((2, 3), keepdim=True)
 
 
 class Share:
@@ -76,8 +89,9 @@ class Share:
             )
         )
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        low, high = (SHOWN, 1000) if keep else (LEAST_TIMESTEP, SHOWN)
-        timesteps = torch.randint(low, high, (size,), generator=generator)
+        low, high, exponent = (SHOWN, 1000, 1) if keep else (LEAST_TIMESTEP, SHOWN, LATE_TIMESTEPS)
+        shares = torch.rand(size, generator=generator) ** exponent
+        timesteps = (low + (high - low) * shares).long()
         alpha_squared = over_latents(self.alphas_cumprod[timesteps]).to(latents)
         blends = over_latents(torch.rand(size, generator=generator)).to(latents)
         displacement = torch.zeros_like(latents) if keep else blends * (bent - latents)
@@ -88,6 +102,8 @@ class Share:
                 targets = self.predict(self.before, noisy_latents, timesteps, prompt_embeds)
         # A wrong velocity moves the predicted latents by sigma times as much.
         weight = ((1 - alpha_squared) / FULL_WEIGHT).clamp_max(1)
+        if not keep:
+            weight = weight * contour_weights(latents)
         predictions = self.predict(self.unet, noisy_latents, timesteps, prompt_embeds)
         errors = [
             (weight * (prediction - target).square()).mean()

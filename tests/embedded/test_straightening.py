@@ -10,7 +10,7 @@ from torch import Tensor
 from scripts.train_embedded_model.continuing import unpack_model
 from scripts.train_embedded_model.pipeline import GUIDANCE_SCALE, load_text_encoder, load_vae
 from scripts.train_embedded_model.replay import Replay
-from scripts.train_embedded_model.straighten import SHOWN, Share
+from scripts.train_embedded_model.straighten import SHOWN, Share, contour_weights
 from scripts.train_embedded_model.unet import load_unet
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -36,6 +36,16 @@ def test_bent_latents_show_the_same_scene(share: Share) -> None:
 
 def test_an_unchanged_unet_is_kept(share: Share) -> None:
     assert share.loss(4, 8, 8, keep=True).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_contours_count_more_than_areas() -> None:
+    latents = torch.zeros(1, 4, 16, 16)
+    latents[:, :, 4:12, 4:12] = 1
+    weights = contour_weights(latents)
+    assert weights.shape == (1, 1, 16, 16)
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights[0, 0, 4, 8] > 4 * weights[0, 0, 8, 8]
+    assert torch.equal(contour_weights(torch.zeros(1, 4, 16, 16)), torch.ones(1, 1, 16, 16))
 
 
 def test_the_loss_has_gradients_and_its_timesteps_show_the_object(share: Share) -> None:
