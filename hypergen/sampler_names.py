@@ -24,7 +24,19 @@ SAMPLER_NAMES = (
     "tcd",
     "unipc",
 )
+# Of flow matching models, and of those with EDM's preconditioning.
+FLOW_SAMPLER_NAMES = ("euler", "heun")
+EDM_SAMPLER_NAMES = ("dpmpp_2m", "dpmpp_2m_sde", "euler")
+# The fewest steps, of samplers that need more than one.
+MIN_STEPS = {"dpmpp_sde": 2, "dpmpp_singlestep": 2}
 SCHEDULE_NAMES = ("karras", "exponential", "beta", "sgm_uniform", "simple", "normal")
+
+
+def names_for(scheduler_class: str) -> tuple[str, ...]:
+    """The samplers that a model may have, by the class of the scheduler that it was published with."""
+    if scheduler_class.startswith("FlowMatch"):
+        return FLOW_SAMPLER_NAMES
+    return EDM_SAMPLER_NAMES if scheduler_class.startswith("EDM") else SAMPLER_NAMES
 
 
 def check_name(name: str) -> None:

@@ -22,7 +22,14 @@ from hypergen.denoising.schedulers import (
     find_sampler,
     takes_generator,
 )
-from hypergen.sampler_names import SAMPLER_NAMES, SCHEDULE_NAMES
+from hypergen.sampler_names import (
+    EDM_SAMPLER_NAMES,
+    FLOW_SAMPLER_NAMES,
+    MIN_STEPS,
+    SAMPLER_NAMES,
+    SCHEDULE_NAMES,
+    names_for,
+)
 from tests.support.samplers import ALL_NAMES, WITH_SCHEDULES
 
 _STABLE_DIFFUSION: dict[str, Any] = {
@@ -302,3 +309,10 @@ def test_the_tables_of_the_documents_are_those_of_the_code() -> None:
 def test_the_names_for_checks_without_torch_are_those_of_the_tables() -> None:
     assert set(SAMPLER_NAMES) == {*SAMPLERS, *FLOW_SAMPLERS, *EDM_SAMPLERS}
     assert set(SCHEDULE_NAMES) == set(SCHEDULES)
+    for samplers, names in ((FLOW_SAMPLERS, FLOW_SAMPLER_NAMES), (EDM_SAMPLERS, EDM_SAMPLER_NAMES)):
+        assert set(samplers) == set(names)
+        assert {names_for(sampler.scheduler.__name__) for sampler in samplers.values()} == {names}
+    assert {names_for(sampler.scheduler.__name__) for sampler in SAMPLERS.values()} == {SAMPLER_NAMES}
+    assert {
+        name: sampler.min_steps for name, sampler in SAMPLERS.items() if sampler.min_steps > 1
+    } == MIN_STEPS

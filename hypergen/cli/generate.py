@@ -25,9 +25,9 @@ from hypergen.events import ImageFinished
 from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.model_families import PIPELINES
 from hypergen.model_info import Capability, ModelDefaults, ModelInfo
-from hypergen.model_store.diffusers_layout import pipeline_class_of
+from hypergen.model_store.diffusers_layout import PIPELINE_FILE, pipeline_class_of, read_components
 from hypergen.model_store.lora_files import name_of
-from hypergen.sampler_names import SAMPLER_NAMES, SCHEDULE_NAMES
+from hypergen.sampler_names import MIN_STEPS, SAMPLER_NAMES, SCHEDULE_NAMES, names_for
 from hypergen.served_model import ServedModel
 
 _NEEDED_CAPABILITIES: dict[str, Capability] = {
@@ -106,7 +106,10 @@ def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:
     spec = PIPELINES.get(pipeline_class_of(model.folder, model.name)) if model.folder else None
     every: tuple[Capability, ...] = get_args(Capability)
     capabilities = frozenset(every)
-    if spec is not None:
+    samplers = SAMPLER_NAMES
+    if spec is not None and model.folder is not None:
+        scheduler = read_components(model.folder / PIPELINE_FILE, model.name).get("scheduler", "")
+        samplers = names_for(scheduler)
         capabilities = frozenset(spec.capabilities)
         if model.entry.refiner or model.engine.refiner:
             capabilities |= frozenset[Capability](["enable_refiner"])
@@ -115,7 +118,7 @@ def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:
         id=model.name,
         family=spec.name if spec else "",
         defaults=replace(smallest, **model.entry.defaults.model_dump(exclude_none=True)),
-        samplers=dict.fromkeys(SAMPLER_NAMES, 1),
+        samplers={name: MIN_STEPS.get(name, 1) for name in samplers},
         min_steps=1,
         device="",
         dtype="",
@@ -124,7 +127,7 @@ def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:
         lora_folders=tuple(map(str, model.registry.folders)),
         default_lora=model.registry.default,
         max_loras=model.engine.max_loras,
-        schedules=dict.fromkeys(SAMPLER_NAMES, SCHEDULE_NAMES),
+        schedules=dict.fromkeys(samplers, SCHEDULE_NAMES),
     )
 
 

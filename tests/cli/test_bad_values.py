@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
+from tests.support.small_models import save_flux
 
 FILES = {
     "text.txt": "not a model\n",
@@ -91,6 +92,7 @@ GENERATE = {
     "--lora nosuch": "--lora nosuch: no such file, and no LoRA of the model",
     "--embedding cat=nosuch.pt": "'cat': no such",
     "--sampler eular": "--sampler 'eular' is unknown",
+    "--sampler dpmpp_sde --steps 1": "--steps must be at least 2 with the dpmpp_sde sampler",
     "--guidance-scale nan": "--guidance-scale should be a finite number (given: nan)",
     "--guidance-scale 21": "--guidance-scale should be less than or equal to 20",
     "--seed 9223372036854775808": "--seed should be less than or equal to 9223372036854775807",
@@ -147,6 +149,12 @@ def test_a_model_is_refused(hypergen: Run, home: Path, command: str, model: str)
 def test_generate_refuses_an_option(hypergen: Run, home: Path, arguments: str) -> None:
     given = ["generate", "cat", "-m", "./sd", "-o", "cat.png", *arguments.split()]
     refuse(hypergen, home, given, GENERATE[arguments])
+
+
+def test_generate_refuses_a_sampler_that_the_model_lacks(hypergen: Run, home: Path) -> None:
+    save_flux(Path("flux"))
+    given = ["generate", "cat", "-m", "./flux", "-o", "cat.png", "--sampler", "dpmpp_2m"]
+    refuse(hypergen, home, given, "--sampler 'dpmpp_2m' is unknown; available samplers: euler, heun.")
 
 
 @pytest.mark.parametrize(
