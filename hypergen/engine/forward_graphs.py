@@ -57,7 +57,7 @@ class ForwardGraphs:
                 with manager.applied(batch):
                     return self._family.forward(latents, timesteps, inputs, batch_key_extra=batch_key_extra)
             tensors |= {_LORA + name: tensor for name, tensor in batch.weights._asdict().items()}
-            key = *key, batch.shared, tuple(slot.number for slot in slots)
+            key = *key, batch.structure, tuple(slot.number for slot in slots)
 
         def forward(given: Inputs) -> Tensor:
             own = None

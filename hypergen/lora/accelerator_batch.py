@@ -1,12 +1,15 @@
 """Batched LoRA on an accelerator, where kernels change with the shapes of products.
 
-Round i adds the i-th LoRA of every row: a product of each row with the factors of its own LoRA, or with zeros
-if it has none. So no shape depends on the LoRAs of other rows, and a round takes as long with many LoRAs as
-with one. A layer takes three kernel launches a round. Where not all rows have the same LoRA, four more gather
-the factors of all rounds.
+A round adds one or several LoRAs of every row: a product of each row with the factors of its own LoRAs, or
+with zeros if it has fewer. The first round has one LoRA of each row, the next ones three. So no shape depends
+on the LoRAs of other rows, and a round takes as long with many LoRAs as with one. A layer takes two kernel
+launches a round, and three more gather the factors of all rounds; where all rows have the same single LoRA,
+it takes three in all.
 
 Convolutions larger than 1 x 1 cannot differ by row. There each LoRA of the batch runs over all rows, scaled
 by 0 in those that do not have it.
+
+Rows with a LoRA that is more than a product, such as DoRA, run alone.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,19 +26,19 @@ from torch import Tensor, nn
 from hypergen.lora.batched_lora import Loras, add_norm, add_row, has_window, project_down
 from hypergen.lora.weights import LayerWeights, Lora
 
+# LoRAs of a row in the first round, and in each of the next ones. Most rows have one.
+_FIRST, _NEXT = 1, 3
 # Elements, at least 256 bytes: kernels are also chosen by the alignment of their inputs.
 _ALIGNMENT = 256
-
-# Shapes (rows, rank, in) and (rows, out, rank).
-_Factors = tuple[Tensor, Tensor]
 
 
 class RowWeights(NamedTuple):
     """The LoRAs of the rows of a batch on the device, as positions in the list of LoRAs, and their weights.
 
     Attributes:
-        positions: int64, shape (rounds * rows,); after the last LoRA where a row has fewer than others.
-        weights: float32, shape (rounds, rows).
+        positions: int64, shape (n,): for each round, row and LoRA of the round; after the last LoRA where a
+            row has fewer.
+        weights: float32, shape (n,).
         of_loras: float32, shape (LoRAs, rows); 0 where a row does not have the LoRA.
         without: where `of_loras` is 0; None: nowhere.
     """
@@ -72,7 +75,7 @@ class AcceleratorLoraBatch:
 
     Attributes:
         loras: of all rows.
-        shared: for each round the position of the LoRA that all rows have, or None.
+        structure: what the kernels of a forward pass depend on, beside the layouts of the LoRAs.
     """
 
     def __init__(
@@ -83,30 +86,36 @@ class AcceleratorLoraBatch:
         weights: RowWeights | None = None,
     ) -> None:
         self.loras = loras_of(rows)
-        self._rows = [sorted(own, key=lambda entry: _order(entry[0])) for own in rows]
-        position = {lora: i for i, lora in enumerate(self.loras)}
-        rounds = range(max(map(len, rows)))
-        self._positions = [
-            [position[own[i][0]] if i < len(own) else len(self.loras) for own in self._rows] for i in rounds
-        ]
-        self.shared = tuple(
-            row[0] if len(set(row)) == 1 and row[0] < len(self.loras) else None for row in self._positions
-        )
+        self._rows = [tuple(sorted(own, key=lambda entry: _order(entry[0]))) for own in rows]
+        self._alone = {row for row, own in enumerate(self._rows) if not all(lora.is_plain for lora, _ in own)}
+        self._batched = [() if row in self._alone else own for row, own in enumerate(self._rows)]
+        most = max(map(len, self._batched))
+        self._rounds = [_FIRST] * (most > 0) + [_NEXT] * math.ceil((most - _FIRST) / _NEXT)
+        self._shared = most == 1 and len(self.loras) == 1 and all(self._batched)
+        self.structure = tuple(self._rounds), self._shared
         self.weights = weights or self._upload(device)
         self._zeros = zeros
 
     def _upload(self, device: torch.device) -> RowWeights:
-        by_round = [
-            [own[i][1] if i < len(own) else 0.0 for own in self._rows] for i in range(len(self._positions))
-        ]
+        position = {lora: i for i, lora in enumerate(self.loras)}
+        entries = [(position[own[0]], own[1]) if own else (len(self.loras), 0.0) for own in self._entries()]
         by_lora = [
             [sum(weight for lora, weight in own if lora is each) for own in self._rows] for each in self.loras
         ]
-        weights = _copy(torch.tensor([*by_round, *by_lora], dtype=torch.float32), device)
-        of_loras = weights[len(by_round) :]
+        positions = _copy(torch.tensor([p for p, _ in entries], dtype=torch.int64), device)
+        weights = _copy(torch.tensor([weight for _, weight in entries], dtype=torch.float32), device)
+        of_loras = _copy(torch.tensor(by_lora, dtype=torch.float32), device)
         without = None if all(map(all, by_lora)) else of_loras == 0
-        positions = _copy(torch.tensor(self._positions).flatten(), device)
-        return RowWeights(positions, weights[: len(by_round)], of_loras, without)
+        return RowWeights(positions, weights, of_loras, without)
+
+    def _entries(self) -> Iterator[tuple[Lora, float] | None]:
+        """The LoRAs of the rows that do not run alone, round by round; None where a row has fewer."""
+        start = 0
+        for width in self._rounds:
+            for own in self._batched:
+                found = own[start : start + width]
+                yield from (*found, *[None] * (width - len(found)))
+            start += width
 
     def with_slots(self, slots: Sequence[Lora], weights: RowWeights) -> AcceleratorLoraBatch:
         """The same batch, with factors and weights at addresses that a CUDA graph can read."""
@@ -123,48 +132,58 @@ class AcceleratorLoraBatch:
         if x.shape[0] != len(self._rows):
             raise RuntimeError(f"{name} has {x.shape[0]} input rows, but the batch has {len(self._rows)}.")
         factors = {i: lora.layers[name] for i, lora in enumerate(self.loras) if name in lora.layers}
-        norms = {i: lora.norms[name] for i, lora in enumerate(self.loras) if name in lora.norms}
         plain = {i: each for i, each in factors.items() if each.is_plain}
         if has_window(layer):
             self._add_convolutions(layer, plain, x, output)
-        products = {} if has_window(layer) else self._factors_of_rows(plain)
-        for i, positions in enumerate(self._positions):
-            for down, up in products.get(i, ()):
-                _add_products(layer, down, up, self.weights.weights[i].view(-1, 1, 1), x, output)
-            for row, position in enumerate(positions):
-                if position in factors.keys() - plain.keys():
-                    add_row(layer, factors[position], row, self._rows[row][i][1], x, output)
-                if position in norms:
-                    add_norm(layer, norms[position], row, self._rows[row][i][1], x, output)
+        else:
+            self._add_products(layer, plain, x, output)
+        for row in self._alone:
+            for lora, weight in self._rows[row]:
+                own = lora.layers.get(name)
+                if own is not None and not (own.is_plain and has_window(layer)):
+                    add_row(layer, own, row, weight, x, output)
+                if (norm := lora.norms.get(name)) is not None:
+                    add_norm(layer, norm, row, weight, x, output)
 
-    def _factors_of_rows(self, factors: Mapping[int, LayerWeights]) -> Mapping[int, list[_Factors]]:
-        """For each round the factors of its rows, with a pair for each rank."""
+    def _add_products(
+        self, layer: nn.Module, factors: Mapping[int, LayerWeights], x: Tensor, output: Tensor
+    ) -> None:
         by_rank: defaultdict[int, dict[int, LayerWeights]] = defaultdict(dict)
         for position, each in factors.items():
             by_rank[each.rank][position] = each
-        rounds: defaultdict[int, list[_Factors]] = defaultdict(list)
+        rows = len(self._rows)
         for batch in by_rank.values():
-            gathered = None
-            for i, shared in enumerate(self.shared):
-                if shared in batch:
-                    down, up = batch[shared].down, batch[shared].up
-                    rows = len(self._rows)
-                    rounds[i].append((down.expand(rows, -1, -1), up.expand(rows, -1, -1)))
-                elif shared is None:
-                    gathered = gathered or self._gather(batch)
-                    rounds[i].append((gathered[0][i], gathered[1][i]))
-        return rounds
+            if self._shared:
+                _add_products(layer, *self._share(batch[0]), x, output)
+                continue
+            joint, width = self._gather(batch)
+            start = 0
+            for count in self._rounds:
+                end = start + rows * count
+                own = joint[start:end].unflatten(0, (rows, count)).flatten(1, 2)
+                _add_products(layer, own[..., :width], own[..., width:], x, output)
+                start = end
 
-    def _gather(self, batch: Mapping[int, LayerWeights]) -> _Factors:
-        """The factors of all rounds and rows, with zeros where a row has no LoRA of this rank in a round."""
+    def _gather(self, batch: Mapping[int, LayerWeights]) -> tuple[Tensor, int]:
+        """Joint factors, scaled: shape (n, rank, in + out), in the order of `RowWeights.positions`; and `in`.
 
-        def gather(factors: dict[int, Tensor]) -> Tensor:
-            zeros = self._zeros_like(next(iter(factors.values())))
-            of_loras = [factors.get(position, zeros) for position in range(len(self.loras) + 1)]
-            of_rows = torch.stack(of_loras).index_select(0, self.weights.positions)
-            return of_rows.unflatten(0, (len(self._positions), -1))
+        Zeros where there is no LoRA of this rank.
+        """
+        width = next(iter(batch.values())).down.shape[1]
+        joint = {position: each.joint for position, each in batch.items() if each.joint is not None}
+        zeros = self._zeros_like(next(iter(joint.values())))
+        of_loras = torch.stack([joint.get(position, zeros) for position in range(len(self.loras) + 1)])
+        gathered = of_loras.index_select(0, self.weights.positions)
+        gathered[..., width:].mul_(self.weights.weights.view(-1, 1, 1))
+        return gathered, width
 
-        return gather({i: w.down for i, w in batch.items()}), gather({i: w.up for i, w in batch.items()})
+    def _share(self, weights: LayerWeights) -> tuple[Tensor, Tensor]:
+        """The factors of a LoRA that all rows have, with the strides of gathered ones."""
+        assert weights.joint is not None
+        rows, (rank, width) = len(self._rows), weights.down.shape
+        up = weights.joint.new_empty(rows, *weights.joint.shape)[..., width:]
+        torch.mul(weights.up.T, self.weights.weights.view(-1, 1, 1), out=up)
+        return weights.down.expand(rows, rank, width), up
 
     def _zeros_like(self, factor: Tensor) -> Tensor:
         key = factor.shape, factor.dtype
@@ -205,21 +224,20 @@ class AcceleratorLoraBatch:
         return hidden
 
 
-def _add_products(
-    layer: nn.Module, down: Tensor, up: Tensor, weights: Tensor, x: Tensor, output: Tensor
-) -> None:
+def _add_products(layer: nn.Module, down: Tensor, up: Tensor, x: Tensor, output: Tensor) -> None:
     """Add each row's product with its factors.
 
     Args:
-        weights: shape (rows, 1, 1).
+        down: shape (rows, n, in).
+        up: shape (rows, n, out).
     """
     rows = len(down)
     if isinstance(layer, nn.Conv2d):
-        hidden = torch.bmm(down, x.flatten(2)).mul_(weights)
-        output.view(rows, up.shape[1], -1).baddbmm_(up, hidden)
+        hidden = torch.bmm(down, x.flatten(2))
+        output.view(rows, up.shape[2], -1).baddbmm_(up.transpose(1, 2), hidden)
     else:
-        hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), down.transpose(1, 2)).mul_(weights)
-        output.view(rows, -1, up.shape[1]).baddbmm_(hidden, up.transpose(1, 2))
+        hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), down.transpose(1, 2))
+        output.view(rows, -1, up.shape[2]).baddbmm_(hidden, up)
 
 
 def _aligned(count: int, like: Tensor) -> Tensor:

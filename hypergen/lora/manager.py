@@ -32,7 +32,7 @@ from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
 from hypergen.lora.factors import IncompatibleLoraError
 from hypergen.lora.files import families_of
 from hypergen.lora.layer_names import LayerNames
-from hypergen.lora.slots import LoraSlots, pack
+from hypergen.lora.slots import LoraSlots, joined, pack
 from hypergen.lora.textual_inversion import embedding_widths
 from hypergen.lora.weights import LayerWeights, Lora, read_lora
 from hypergen.model_info import Capability
@@ -173,8 +173,10 @@ class LoraManager:
     def _read(self, path: Path, name: str) -> Lora:
         families, widths = families_of(self._pipeline), embedding_widths(self._pipeline)
         content = read_lora(path, self._layer_names, families, widths, self._settings.max_lora_mb * 1e6)
-        padded = {layer: self._pad_rank(factors) for layer, factors in content.layers.items()}
-        return pack(replace(content, layers=padded), name)
+        layers = {layer: self._pad_rank(factors) for layer, factors in content.layers.items()}
+        if self._pipeline.device.type != "cpu":
+            layers = {layer: joined(factors) for layer, factors in layers.items()}
+        return pack(replace(content, layers=layers), name)
 
     @functools.cached_property
     def _layer_names(self) -> LayerNames:

@@ -25,24 +25,35 @@ _ALIGNMENT = 512
 _Weights = TypeVar("_Weights")
 
 
+def joined(weights: LayerWeights) -> LayerWeights:
+    """The factors of a matrix product in one tensor, so that one kernel gathers both for all rows."""
+    if weights.down.dim() > 2 or not weights.is_plain:
+        return weights
+    return LayerWeights.of_joint(torch.cat([weights.down, weights.up.T], dim=1), weights.down.shape[1])
+
+
 def pack(content: LoraFile, name: str) -> Lora:
-    """A LoRA whose factors of the denoiser lie in one block of memory, if nothing else of it changes."""
+    """A LoRA whose factors of the denoiser lie in one block of memory, if it has nothing but products."""
     own = _of_denoiser(content.layers)
-    if not own or _of_denoiser(content.norms) or not all(weights.is_plain for weights in own.values()):
+    if not own or content.norms or not all(weights.is_plain for weights in content.layers.values()):
         return Lora(content, name)
-    size = sum(_padded(tensor) for weights in own.values() for tensor in (weights.down, weights.up))
+    size = sum(_padded(tensor) for weights in own.values() for tensor in _tensors(weights))
     memory = torch.empty(size, dtype=torch.uint8, device=next(iter(own.values())).down.device)
     packed = _views(own, memory)
     for layer, weights in packed.items():
-        weights.down.copy_(own[layer].down)
-        weights.up.copy_(own[layer].up)
-    shapes = [(layer, w.down.shape, w.up.shape, w.down.dtype) for layer, w in own.items()]
+        for target, source in zip(_tensors(weights), _tensors(own[layer]), strict=True):
+            target.copy_(source)
+    shapes = [(layer, w.down.shape, w.up.shape, w.joint is None, w.down.dtype) for layer, w in own.items()]
     layout = hashlib.sha256(repr(shapes).encode()).digest()
     return Lora(replace(content, layers={**content.layers, **packed}), name, memory, layout)
 
 
 def _of_denoiser(layers: Mapping[str, _Weights]) -> dict[str, _Weights]:
     return {layer: layers[layer] for layer in sorted(layers) if not layer.startswith("text_encoder")}
+
+
+def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:
+    return (weights.down, weights.up) if weights.joint is None else (weights.joint,)
 
 
 def _padded(tensor: Tensor) -> int:
@@ -58,7 +69,12 @@ def _views(layers: dict[str, LayerWeights], memory: Tensor) -> dict[str, LayerWe
         start, end = end, end + _padded(like)
         return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
-    return {layer: LayerWeights(view(weights.down), view(weights.up)) for layer, weights in layers.items()}
+    def views(like: LayerWeights) -> LayerWeights:
+        if like.joint is None:
+            return LayerWeights(view(like.down), view(like.up))
+        return LayerWeights.of_joint(view(like.joint), like.down.shape[1])
+
+    return {layer: views(weights) for layer, weights in layers.items()}
 
 
 @dataclass

@@ -44,6 +44,7 @@ class LayerWeights:
         bias: shape (out,).
         magnitude: only of DoRA, shape (out,), or (in,) if `magnitude_of_inputs`; Liu et al. 2024,
             https://arxiv.org/abs/2402.09353.
+        joint: on an accelerator, the memory of both factors of a matrix product, shape (rank, in + out).
     """
 
     down: Tensor
@@ -51,6 +52,15 @@ class LayerWeights:
     magnitude: Tensor | None = None
     magnitude_of_inputs: bool = False
     bias: Tensor | None = None
+    joint: Tensor | None = None
+
+    @classmethod
+    def of_joint(cls, joint: Tensor, width: int) -> LayerWeights:
+        """
+        Args:
+            width: `in`.
+        """
+        return cls(joint[:, :width], joint[:, width:].T, joint=joint)
 
     @property
     def rank(self) -> int:
@@ -116,6 +126,7 @@ class Lora:
         in_text_encoder = [layer.startswith("text_encoder") for layer in (*self.layers, *self.norms)]
         self.changes_text_encoder = bool(self.embeddings) or any(in_text_encoder)
         self.changes_denoiser = not all(in_text_encoder)
+        self.is_plain = not self.norms and all(weights.is_plain for weights in self.layers.values())
         weights = *self.layers.values(), *self.norms.values()
         tensors = [tensor for layer in weights for tensor in layer.tensors]
         tensors += [tensor for vectors in self.embeddings.values() for tensor in vectors.values()]

@@ -73,6 +73,7 @@ def test_loras_of_other_rows_do_not_change_an_image(
 
 
 _ONE, _OTHER, _THIRD = ("everything", 0.7), ("another", -0.5), ("third", 0.2)
+_SMALL = ("attention", 0.5)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -80,13 +81,22 @@ _ONE, _OTHER, _THIRD = ("everything", 0.7), ("another", -0.5), ("third", 0.2)
     ("rows", "launches", "launches_of_convolutions"),
     [
         ([(_ONE,)] * 4, 3, 3),
-        ([(_ONE,)] * 3 + [()], 7, 4),
-        ([(_ONE,)] * 2 + [(_OTHER,)] * 2, 7, 7),
-        ([(_ONE,), (_OTHER,), (_THIRD,), ()], 7, 10),
-        ([(_ONE, _OTHER)] * 4, 6, 6),
-        ([(_ONE, _OTHER), (_OTHER, _THIRD), (_THIRD,), ()], 10, 10),
+        ([(_ONE,)] * 3 + [()], 5, 4),
+        ([(_ONE,)] * 2 + [(_OTHER,)] * 2, 5, 7),
+        ([(_ONE,), (_OTHER,), (_THIRD,), ()], 5, 10),
+        ([(_ONE, _OTHER)] * 4, 7, 6),
+        ([(_ONE, _OTHER), (_OTHER, _THIRD), (_THIRD,), ()], 7, 10),
+        ([(_ONE, _OTHER, _THIRD, _SMALL)] + [(_THIRD,)] * 3, 7, 12),
     ],
-    ids=["one LoRA", "a row without", "two LoRAs", "three LoRAs", "two in each row", "up to two in a row"],
+    ids=[
+        "one LoRA",
+        "a row without",
+        "two LoRAs",
+        "three LoRAs",
+        "two in each row",
+        "up to two in a row",
+        "up to four in a row",
+    ],
 )
 def test_launches_of_loras_for_each_layer(
     sd_folder: Path,
