@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hypergen.errors import ModelError
 from hypergen.model_families import PIPELINES, REFINER_PIPELINE, FamilySpec
+from hypergen.model_store.checkpoint_file import is_edm_checkpoint, options_of
 from hypergen.model_store.diffusers_layout import CHECKPOINT, components_in_checkpoint, pipeline_class_of
 from hypergen.model_store.model_check import Report
 from hypergen.models.diffusers_pipeline import require_text_to_image
 from hypergen.models.folder_accounting import account_for_folder
-from hypergen.models.model_options import check_configurations, options_of, with_options
+from hypergen.models.model_options import check_configurations, with_options
 from hypergen.models.networks import component_classes, empty_network
-from hypergen.models.single_file_loading import account_for, changed_channels, is_edm_checkpoint
+from hypergen.models.single_file_loading import account_for, changed_channels
 from hypergen.models.tensor_accounting import Account
 from hypergen.served_model_config import ModelOptions
 

@@ -17,13 +17,14 @@ from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.model_families import FAMILIES, PIPELINES, FamilySetting, FamilySpec, servable
+from hypergen.model_store.checkpoint_file import options_of
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
 from hypergen.models import attention
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
 from hypergen.models.folder_accounting import account_for_folder
 from hypergen.models.memory import apply_memory_settings, direct_device
-from hypergen.models.model_options import apply_options, check_configurations, load_vae, options_of
+from hypergen.models.model_options import apply_options, check_configurations, load_vae
 from hypergen.models.networks import OLD_FEATURE_EXTRACTOR
 from hypergen.models.single_file_loading import load_networks
 from hypergen.served_model_config import ModelOptions

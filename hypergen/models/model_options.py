@@ -15,22 +15,15 @@ from hypergen.denoising.schedulers import FLOW_SAMPLERS, ignored_field, is_edm
 from hypergen.errors import ModelError
 from hypergen.model_families import FamilySpec
 from hypergen.model_store.checkpoint_detection import METADATA
-from hypergen.model_store.diffusers_layout import CHECKPOINT, PIPELINE_FILE, safetensors_header
+from hypergen.model_store.diffusers_layout import PIPELINE_FILE, safetensors_header
 from hypergen.models.checkpoint_conversion import convert
 from hypergen.models.folder_accounting import account_for_component
 from hypergen.models.networks import assign_weights, empty_network
-from hypergen.models.single_file_loading import edm_statistics, open_checkpoint
+from hypergen.models.single_file_loading import edm_statistics
 from hypergen.models.tensor_accounting import take_account, traced
 from hypergen.served_model_config import ModelOptions
 
 _FLOW = tuple(sampler.scheduler for sampler in FLOW_SAMPLERS.values())
-
-
-def options_of(path: Path, given: ModelOptions) -> ModelOptions:
-    """The options that a model's checkpoint file states, overridden by those of its served-model file."""
-    if not (path / CHECKPOINT).is_file():
-        return given
-    return open_checkpoint(path).options.overridden_by(given)
 
 
 def apply_options(pipeline: Any, path: Path, options: ModelOptions) -> None:

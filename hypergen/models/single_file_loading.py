@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hypergen.errors import ModelError
 from hypergen.model_families import EDM_MARKERS, optional_encoders
-from hypergen.model_store.checkpoint_detection import METADATA, PREFIX, Checkpoint, read_checkpoint
-from hypergen.model_store.diffusers_layout import CHECKPOINT, PIPELINE_FILE, safetensors_header
+from hypergen.model_store.checkpoint_detection import METADATA, PREFIX, Checkpoint
+from hypergen.model_store.checkpoint_file import checkpoint_header, is_edm_checkpoint, open_checkpoint
+from hypergen.model_store.diffusers_layout import CHECKPOINT, PIPELINE_FILE
 from hypergen.models.checkpoint_conversion import convert
 from hypergen.models.networks import assign_weights, component_classes, empty_network
 from hypergen.models.tensor_accounting import Account, take_account, traced
@@ -47,11 +48,6 @@ def load_networks(path: Path, dtype: torch.dtype, skipped: Mapping[str, Any]) ->
     return {**networks, **_left_out_encoders(path, checkpoint, skipped)}
 
 
-def is_edm_checkpoint(path: Path) -> bool:
-    """Whether the model in `path` has a checkpoint with EDM's markers."""
-    return (path / CHECKPOINT).is_file() and set(EDM_MARKERS) <= json.loads(_header(path)).keys()
-
-
 def edm_statistics(path: Path) -> dict[str, Any]:
     """The fields of the VAE's configuration that a checkpoint with EDM's markers has; else empty."""
     if not is_edm_checkpoint(path):
@@ -69,14 +65,6 @@ def account_for(path: Path) -> Account:
     if account.fault:
         account.fault = _of_checkpoint(checkpoint, account.fault)
     return account
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    return read_checkpoint(_header(path), CHECKPOINT)
-
-
-def _header(path: Path) -> bytes:
-    return safetensors_header(path / CHECKPOINT, str(path), CHECKPOINT)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, fault: str) -> str:
@@ -108,7 +96,7 @@ def _empty_networks(path: Path, checkpoint: Checkpoint) -> dict[str, nn.Module]:
 def _take_account(
     path: Path, checkpoint: Checkpoint, networks: Mapping[str, nn.Module], skipped: Mapping[str, Any]
 ) -> Account:
-    header: dict[str, Any] = json.loads(_header(path))
+    header: dict[str, Any] = json.loads(checkpoint_header(path))
     converted: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     try:
         for component, network in networks.items():
