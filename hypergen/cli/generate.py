@@ -20,14 +20,16 @@ from hypergen.cli.start_checks import CheckedModel
 from hypergen.config import Settings
 from hypergen.engine_client.accelerators import find_accelerators
 from hypergen.engine_client.pool import EnginePool
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
 from hypergen.events import ImageFinished
 from hypergen.images.encoding import OUTPUT_FORMATS
 from hypergen.model_families import PIPELINES
 from hypergen.model_info import Capability, ModelDefaults, ModelInfo
-from hypergen.model_store.diffusers_layout import PIPELINE_FILE, pipeline_class_of, read_components
+from hypergen.model_store.diffusers_layout import pipeline_class_of
 from hypergen.model_store.lora_files import name_of
-from hypergen.sampler_names import MIN_STEPS, SAMPLER_NAMES, SCHEDULE_NAMES, names_for
+from hypergen.model_store.model_arguments import ModelSamplers, clip_layers, samplers_of, too_many_layers
+from hypergen.model_store.pipeline_arguments import call_arguments
+from hypergen.sampler_names import SAMPLERS
 from hypergen.served_model import ServedModel
 
 _NEEDED_CAPABILITIES: dict[str, Capability] = {
@@ -94,7 +96,10 @@ def check_request(settings: Settings, model: CheckedModel, options: dict[str, An
             )
     body = _body(options, output)
     _refuse_unsupported(body, info)
-    openai_images.to_request(body, info, settings.server, uuid.uuid4().hex)
+    request = openai_images.to_request(body, info, settings.server, uuid.uuid4().hex).generation
+    layers = None if model.folder is None else clip_layers(model.folder)
+    if layers is not None and request.clip_skip is not None and request.clip_skip > layers:
+        raise InvalidRequestError(too_many_layers(layers), param="clip_skip")
 
 
 def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:
@@ -103,32 +108,37 @@ def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:
     Args:
         loras: names of LoRAs, which a model that is not downloaded yet may have.
     """
-    spec = PIPELINES.get(pipeline_class_of(model.folder, model.name)) if model.folder else None
-    every: tuple[Capability, ...] = get_args(Capability)
-    capabilities = frozenset(every)
-    samplers = SAMPLER_NAMES
-    if spec is not None and model.folder is not None:
-        scheduler = read_components(model.folder / PIPELINE_FILE, model.name).get("scheduler", "")
-        samplers = names_for(scheduler)
-        capabilities = frozenset(spec.capabilities)
-        if model.entry.refiner or model.engine.refiner:
-            capabilities |= frozenset[Capability](["enable_refiner"])
-    smallest = ModelDefaults(num_inference_steps=1, guidance_scale=1, width=64, height=64)
+    pipeline_class = "" if model.folder is None else pipeline_class_of(model.folder, model.name)
+    spec = PIPELINES.get(pipeline_class)
+    samplers = ModelSamplers(SAMPLERS, 1)
+    if model.folder is not None:
+        samplers = samplers_of(model.folder, model.entry.options)
+    # No sampler needs more than two steps.
+    smallest = ModelDefaults(num_inference_steps=2, guidance_scale=1, width=64, height=64)
     return ModelInfo(
         id=model.name,
-        family=spec.name if spec else "",
+        family=spec.name if spec else pipeline_class,
         defaults=replace(smallest, **model.entry.defaults.model_dump(exclude_none=True)),
-        samplers={name: MIN_STEPS.get(name, 1) for name in samplers},
-        min_steps=1,
+        samplers={name: info.min_steps for name, info in samplers.samplers.items()},
+        min_steps=samplers.min_steps,
         device="",
         dtype="",
-        capabilities=capabilities,
+        capabilities=_expected_capabilities(model, pipeline_class),
         loras=(*model.registry.files, *(() if model.on_this_machine else loras)),
         lora_folders=tuple(map(str, model.registry.folders)),
         default_lora=model.registry.default,
         max_loras=model.engine.max_loras,
-        schedules=dict.fromkeys(samplers, SCHEDULE_NAMES),
+        schedules={name: info.schedules for name, info in samplers.samplers.items()},
     )
+
+
+def _expected_capabilities(model: CheckedModel, pipeline_class: str) -> frozenset[Capability]:
+    if (spec := PIPELINES.get(pipeline_class)) is not None:
+        has_refiner = model.entry.refiner or model.engine.refiner
+        return frozenset(spec.capabilities) | frozenset[Capability](["enable_refiner"] if has_refiner else [])
+    arguments = call_arguments(pipeline_class) if pipeline_class else []
+    every: tuple[Capability, ...] = get_args(Capability)
+    return frozenset() if arguments and "negative_prompt" not in arguments else frozenset(every)
 
 
 def _body(options: dict[str, Any], output: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from hypergen.errors import ModelError
+from hypergen.sampler_names import unknown_scheduler
 
 # A diffusers scheduler: both SchedulerMixin and ConfigMixin, which its stubs cannot express.
 Scheduler = Any
@@ -190,11 +191,7 @@ class SchedulerFactory:
             if sampler is not None:
                 find_sampler(sampler, self.samplers)
         except KeyError:
-            known = ", ".join(self.samplers)
-            raise ModelError(
-                f"Unknown scheduler '{sampler}'; this model has {known}, some of them with a schedule "
-                "after the name, such as _karras."
-            ) from None
+            raise ModelError(unknown_scheduler(str(sampler), self.samplers)) from None
         self._default = sampler
 
     @property

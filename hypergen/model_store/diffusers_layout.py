@@ -67,7 +67,7 @@ def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
     Raises:
         ModelError: the file is missing, damaged or names custom code.
     """
-    index = _read_json(pipeline_file, model, PIPELINE_FILE)
+    index = read_json(pipeline_file, model, PIPELINE_FILE)
     if not isinstance(index.get("_class_name"), str):
         raise ModelError(
             f"{model}: _class_name in {PIPELINE_FILE} must be a class name, not {index.get('_class_name')!r}."
@@ -96,7 +96,7 @@ def read_components(pipeline_file: Path, model: str) -> dict[str, str]:
 
 
 def pipeline_class_of(folder: Path, model: str) -> str:
-    return str(_read_json(folder / PIPELINE_FILE, model, PIPELINE_FILE).get("_class_name"))
+    return str(read_json(folder / PIPELINE_FILE, model, PIPELINE_FILE).get("_class_name"))
 
 
 def require_pipeline(model: str, pipelines: Collection[str] | None, pipeline_file: Path) -> None:
@@ -259,7 +259,7 @@ def check_component(model: Path, name: str, class_name: str) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         return
-    _read_json(folder / "config.json", str(model), f"{name}/config.json")
+    read_json(folder / "config.json", str(model), f"{name}/config.json")
     indices = [file for file in sorted(folder.iterdir()) if _INDEX.fullmatch(file.name)]
     if not indices and all(_SHARD.search(file.name) for file in weights):
         raise ModelError(f"{model}: {name} has shards of weights without their safetensors.index.json.")
@@ -271,7 +271,7 @@ def check_component(model: Path, name: str, class_name: str) -> None:
 
 def _check_shards(model: Path, index: Path) -> None:
     name = f"{index.parent.name}/{index.name}"
-    weight_map = _read_json(index, str(model), name).get("weight_map")
+    weight_map = read_json(index, str(model), name).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelError(f"{model}: {name} has no weight_map.")
     for shard in sorted({str(shard) for shard in weight_map.values()}):
@@ -279,7 +279,8 @@ def _check_shards(model: Path, index: Path) -> None:
             raise ModelError(f"{model}: {name} names '{shard}', but its folder has no such file.")
 
 
-def _read_json(file: Path, model: str, name: str) -> dict[str, Any]:
+def read_json(file: Path, model: str, name: str) -> dict[str, Any]:
+    """A file of a model; `name` is the file's in messages."""
     try:
         content = json.loads(file.read_bytes())
     except OSError:

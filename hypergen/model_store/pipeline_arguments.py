@@ -39,11 +39,12 @@ def image_argument(pipeline_class: str) -> str | None:
     """The input image, video or sound that a pipeline class needs; None: it generates from a prompt."""
     if pipeline_class in _OPTIONAL:
         return None
-    arguments = _call_arguments(pipeline_class)
+    arguments = call_arguments(pipeline_class)
     return next((name for name in _INPUTS if name in arguments), None)
 
 
-def _call_arguments(pipeline_class: str) -> list[str]:
+def call_arguments(pipeline_class: str) -> list[str]:
+    """The arguments by which a pipeline class generates; empty: it has those of another class."""
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None
     assert spec.origin is not None
