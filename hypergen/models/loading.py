@@ -16,9 +16,15 @@ import torch
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
-from hypergen.model_families import FAMILIES, PIPELINES, FamilySetting, FamilySpec, servable
+from hypergen.model_families import PIPELINES, servable
 from hypergen.model_store.checkpoint_file import options_of
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
+from hypergen.model_store.setting_checks import (
+    check_device_settings,
+    check_family_settings,
+    flag_of,
+    ignored_settings,
+)
 from hypergen.models import attention
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
 from hypergen.models.family import Family
@@ -30,16 +36,6 @@ from hypergen.models.single_file_loading import load_networks
 from hypergen.served_model_config import ModelOptions
 
 logger = logging.getLogger(__name__)
-
-# Settings that only apply to models with step-level batching.
-_STEP_LEVEL = ("compile",)
-_FAMILY_SETTINGS: tuple[FamilySetting, ...] = (
-    "refiner",
-    "controlnet",
-    "embedding",
-    "prompt_weighting",
-    "lora",
-)
 
 
 def load(path: Path, settings: EngineSettings) -> Family:
@@ -77,13 +73,13 @@ def load_any(
     pipeline_class, family = import_family(path)
     spec = family.spec if family else None
     name = spec.name if spec else pipeline_class.__name__
-    _check_family_settings(settings, spec, name)
-    for setting in _ignored_settings(settings, spec):
-        _refuse(f"{_flag(setting)} is not supported for {name}.", alone)
+    check_family_settings(settings, spec, name)
+    for setting in ignored_settings(settings, spec):
+        _refuse(f"{flag_of(setting)} is not supported for {name}.", alone)
     model_card = _read_model_card(path)
     model_card["defaults"] = {**model_card.get("defaults", {}), **(defaults or {})}
     device = choose_device(settings)
-    check_device_settings(settings, device)
+    check_device_settings(settings, device.type)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
     options = options_of(path, options or ModelOptions())
@@ -123,24 +119,6 @@ def _set_attention_backend(pipeline: Any, backend: str, name: str, alone: bool) 
         "other transformers with diffusers' attention backends.",
         alone,
     )
-
-
-def _check_family_settings(settings: EngineSettings, spec: FamilySpec | None, name: str) -> None:
-    for setting in _FAMILY_SETTINGS:
-        if getattr(settings, setting) and (spec is None or setting not in spec.settings):
-            families = ", ".join(sorted(s.name for s in FAMILIES.values() if setting in s.settings))
-            raise ModelError(f"{_flag(setting)} is only supported for {families} models; this is {name}.")
-
-
-def _ignored_settings(settings: EngineSettings, spec: FamilySpec | None) -> list[str]:
-    """Settings that were changed but do not apply to a model."""
-    ignored = [*(() if spec else _STEP_LEVEL), *(() if spec and "lora" in spec.settings else ("lora_dir",))]
-    fields = EngineSettings.model_fields
-    return [name for name in ignored if getattr(settings, name) != fields[name].get_default()]
-
-
-def _flag(setting: str) -> str:
-    return f"--{setting.replace('_', '-')}"
 
 
 def expected_bytes(path: Path, settings: EngineSettings) -> int:
@@ -263,24 +241,6 @@ def choose_device(settings: EngineSettings) -> torch.device:
 def _device(name: str) -> torch.device:
     """With its index, as in `tensor.device`; an engine process sees one accelerator."""
     return torch.device(name) if name == "cpu" else torch.device(name, 0)
-
-
-def check_device_settings(settings: EngineSettings, device: torch.device) -> None:
-    """Refuse settings that a device does not support.
-
-    Raises:
-        ModelError: names the setting.
-    """
-    if settings.offload != "off" and device.type != "cuda":
-        raise ModelError(
-            f"--offload needs a CUDA device, whose memory is its own; this model runs on {device.type}."
-        )
-    if device.type != "mps":
-        return
-    if settings.compile != "off":
-        raise ModelError("--compile needs a CUDA device or a CPU; this model runs on mps.")
-    if settings.quantization == "fp8":
-        raise ModelError("--quantization fp8 needs a CUDA device or a CPU: mps has no float8; use int8.")
 
 
 def choose_dtype(

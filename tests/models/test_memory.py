@@ -18,6 +18,7 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.offload import ModelOffloader, device_of
 from hypergen.engine.postprocess import to_pixels
 from hypergen.errors import HyperGenError
+from hypergen.model_store.setting_checks import check_device_settings
 from hypergen.model_store.store import EMBEDDED_FOLDER
 from hypergen.models import loading
 from hypergen.models.memory import apply_memory_settings, enable_vae_tiling
@@ -89,8 +90,8 @@ def test_unsupported_memory_settings_are_errors_at_startup(
 )
 def test_unsupported_settings_on_mps_are_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(HyperGenError, match=message):
-        loading.check_device_settings(make_settings(**settings), torch.device("mps", 0))
-    loading.check_device_settings(make_settings(**settings), torch.device("cuda", 0))
+        check_device_settings(make_settings(**settings), "mps")
+    check_device_settings(make_settings(**settings), "cuda")
 
 
 @pytest.mark.parametrize(("has_bfloat16", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
