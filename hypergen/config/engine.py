@@ -207,6 +207,13 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("needs --compile on")
         return sizes
 
+    @field_validator("offload")
+    @classmethod
+    def _check_offload(cls, offload: Any, info: ValidationInfo) -> Any:
+        if offload != "off" and info.data.get("compile") == "on":
+            raise ValueError("cannot be combined with --compile on")
+        return offload
+
     @field_validator("c2pa_key")
     @classmethod
     def _check_c2pa(cls, key: Path | None, info: ValidationInfo) -> Path | None:
