@@ -19,7 +19,7 @@ from hypergen.model_info import Capability
 REFINER_PIPELINE = "StableDiffusionXLImg2ImgPipeline"
 
 # Engine settings that a family may support.
-FamilySetting = Literal["controlnet", "embedding", "lora", "prompt_weighting", "refiner"]
+FamilySetting = Literal["attention", "controlnet", "embedding", "lora", "prompt_weighting", "refiner"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ _SPECS = (
         "hypergen.models.flux:Flux",
         ("FluxPipeline", "FluxFillPipeline"),
         ("prompt_2", "negative_prompt", "true_cfg_scale"),
-        settings=("lora",),
+        settings=("attention", "lora"),
         single_file=SingleFile(
             marks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.to_q.weight"),
             first_layers=("img_in.weight", "x_embedder.weight"),

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, Settings
 from hypergen.engine_client.accelerators import has_gpu
 from hypergen.errors import ConfigurationError, ModelError
@@ -16,10 +17,12 @@ from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.attention_kernels import provide_attention_kernel
 from hypergen.model_store.diffusers_layout import check_component
+from hypergen.model_store.entries import StoredModel
 from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
 from hypergen.model_store.model_check import refuse_unusable, refuse_unusable_network
 from hypergen.model_store.safety_checkers import find_safety_checker
+from hypergen.model_store.setting_checks import check_refiner
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
 
@@ -27,11 +30,19 @@ _EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 def find_models(
-    settings: Settings, report_progress: Callable[[str], None] | None = None
+    settings: Settings,
+    report_progress: Callable[[str], None] | None = None,
+    *,
+    check_files: Callable[[Path], None] | None = None,
+    check_stored: bool = False,
 ) -> tuple[ServedModel, ...]:
     """All models of the settings, imported into the store if necessary; the first is the default.
 
     The kernel of an attention backend is fetched too.
+
+    Args:
+        check_files: further checks of a model's folder before it is added to the store.
+        check_stored: also check what needs torch and takes seconds, of models that are in the store already.
 
     Raises:
         ConfigurationError: see `entries_of`.
@@ -42,6 +53,7 @@ def find_models(
     own = [settings_of(entry, settings.engine) for entry in entries]
     models: list[ServedModel] = []
     for entry, engine in zip(entries, own, strict=True):
+        checks = argument_checks(entry, engine, alone=len(entries) == 1, more=check_files)
         stored = store.get_or_import(
             entry.source,
             revision=entry.revision,
@@ -49,15 +61,12 @@ def find_models(
             single_file_config=entry.single_file_config,
             options=entry.options,
             pipelines=servable(),
-            check_files=partial(refuse_unusable, options=entry.options),
+            check_files=checks.before_import,
             report_progress=report_progress,
         )
-        refiner = store.get_or_import_refiner(
-            entry.refiner or engine.refiner,
-            prefer_fp16=prefers_fp16(engine),
-            check_files=refuse_unusable,
-            report_progress=report_progress,
-        )
+        if not checks.is_done:
+            checks.without_torch(stored.path)
+        refiner = _find_refiner(entry.refiner or engine.refiner, stored.path, engine, report_progress)
         checker = find_safety_checker(engine.safety_checker, report_progress)
         engine = engine.model_copy(update={"safety_checker": checker})
         # Engines use folders, not the store or the hub.
@@ -67,6 +76,10 @@ def find_models(
         if refiner:
             engine = engine.model_copy(update={"refiner": str(refiner.path)})
         open_registry(engine, stored.path)  # reports missing files now, not in the engine
+        options = entry.options.model_copy(update={"vae": find_vae(entry.vae, stored.path)})
+        checks = replace(checks, options=options, engine=engine)
+        if check_stored and not checks.is_done and checks.needs_torch(stored.path):
+            checks.with_torch(stored.path)
         models.append(
             ServedModel(
                 id=id_of(entry),
@@ -75,10 +88,44 @@ def find_models(
                 path=stored.path,
                 settings=engine,
                 defaults=entry.defaults.model_dump(exclude_none=True),
-                options=entry.options.model_copy(update={"vae": find_vae(entry.vae, stored.path)}),
+                options=options,
             )
         )
     return _with_store_names(models)
+
+
+def argument_checks(
+    entry: ModelEntry,
+    engine: EngineSettings,
+    *,
+    alone: bool,
+    more: Callable[[Path], None] | None = None,
+) -> ArgumentChecks:
+    """
+    Args:
+        engine: from `settings_of`.
+        alone, more: see `ArgumentChecks`.
+    """
+    engine = engine.model_copy(update={"refiner": entry.refiner or engine.refiner})
+    return ArgumentChecks(id_of(entry), entry.options, engine, alone, more)
+
+
+def _find_refiner(
+    given: str | None,
+    base: Path,
+    engine: EngineSettings,
+    report_progress: Callable[[str], None] | None,
+) -> StoredModel | None:
+    def check(folder: Path) -> None:
+        check_refiner(folder, base, str(given))
+        refuse_unusable(folder)
+
+    refiner = store.get_or_import_refiner(
+        given, prefer_fp16=prefers_fp16(engine), check_files=check, report_progress=report_progress
+    )
+    if refiner is not None:
+        check_refiner(refiner.path, base, str(given))
+    return refiner
 
 
 def prefers_fp16(engine: EngineSettings) -> bool:

@@ -14,7 +14,6 @@ from hypergen.config import ServerSettings, Settings
 from hypergen.errors import ModelError
 from hypergen.load_settings import load_settings, read_file
 from hypergen.model_store.diffusers_layout import pipeline_class_of
-from hypergen.model_store.model_check import refuse_unusable
 from hypergen.model_store.sources import EMBEDDED_FOLDER
 from hypergen.served_model_config import ModelEntry
 
@@ -65,7 +64,7 @@ def _describe(model: CheckedModel) -> Iterator[Row]:
     if model.folder is not None:
         if model.folder.resolve() != EMBEDDED_FOLDER:
             try:
-                refuse_unusable(model.folder, entry.options)
+                model.checks.with_torch(model.folder)
             except ModelError as error:
                 raise ModelError(f"{entry.source}: {error}") from None
         yield "pipeline", pipeline_class_of(model.folder, model.name)

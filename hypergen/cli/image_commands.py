@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,14 @@ def generate(
     given = {"prompt": prompt, **options}
     fields |= {name: value for name, value in given.items() if value is not None}
     try:
-        check_request(settings, check_models(settings)[0], fields, output)
-        found = find_models(settings, _print)[0]
+        checked = check_models(settings)[0]
+
+        def check_folder(folder: Path) -> None:
+            check_request(settings, replace(checked, folder=folder), fields, output)
+
+        check_request(settings, checked, fields, output)
+        found = find_models(settings, _print, check_files=check_folder, check_stored=True)[0]
+        check_request(settings, checked.found_in(found.path), fields, output)
         for file, seed in generate_files(settings, found, fields, output):
             _print(f"{file} (seed {seed})")
     except RequestError as error:

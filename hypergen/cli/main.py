@@ -80,7 +80,7 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     if port != settings.server.port:
         flags["port"] = port
         settings = load_settings(config, os.environ, {**flags, "models": models})
-    found = find_models(settings, logger.info)
+    found = find_models(settings, logger.info, check_stored=True)
     host = settings.server.host
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("No API key is set and %s can be reached from outside this machine.", host)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hypergen import optional_packages
+from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, ServerSettings, Settings
 from hypergen.errors import ConfigurationError
 from hypergen.images.content_credentials import load_credentials
 from hypergen.images.storage import open_storage
 from hypergen.model_families import servable
 from hypergen.model_store import store
+from hypergen.model_store.diffusers_layout import PIPELINE_FILE
 from hypergen.model_store.entries import store_folder
 from hypergen.model_store.hub import HUB_ID, split_revision
 from hypergen.model_store.lora_files import LoraRegistry, open_registry
 from hypergen.model_store.safety_checkers import find_safety_checker
-from hypergen.resolve_models import entries_of, find_vae, id_of, settings_of
+from hypergen.model_store.setting_checks import check_refiner
+from hypergen.resolve_models import argument_checks, entries_of, find_vae, id_of, settings_of
 from hypergen.served_model_config import ModelEntry
 
 
@@ -37,6 +40,12 @@ class CheckedModel:
     engine: EngineSettings
     folder: Path | None
     registry: LoraRegistry
+    checks: ArgumentChecks
+
+    def found_in(self, folder: Path) -> CheckedModel:
+        """The same model, imported."""
+        registry = open_registry(self.engine, folder)
+        return replace(self, folder=folder, on_this_machine=True, registry=registry)
 
 
 def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
@@ -54,16 +63,23 @@ def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
     entries = entries_of(settings)
     # With the paths as given, for the messages.
     open_registry(settings.engine, None)
-    return tuple(_check_model(entry, settings.engine) for entry in entries)
+    return tuple(_check_model(entry, settings.engine, alone=len(entries) == 1) for entry in entries)
 
 
-def _check_model(entry: ModelEntry, engine: EngineSettings) -> CheckedModel:
+def _check_model(entry: ModelEntry, engine: EngineSettings, *, alone: bool) -> CheckedModel:
     own = settings_of(entry, engine)
     folder = store.check_source(
         entry.source, single_file_config=entry.single_file_config, pipelines=servable()
     )
-    if refiner := entry.refiner or engine.refiner:
-        store.check_source(refiner)
+    checks = argument_checks(entry, own, alone=alone)
+    refiner = entry.refiner or engine.refiner
+    refiner_folder = store.check_source(refiner) if refiner else None
+    if folder is not None:
+        checks.without_torch(folder)
+    if refiner and refiner_folder is not None:
+        store.require_refiner(refiner, refiner_folder / PIPELINE_FILE)
+        if folder is not None:
+            check_refiner(refiner_folder, folder, refiner)
     if entry.vae is not None and not is_on_the_hub(entry.vae):
         find_vae(entry.vae)
     return CheckedModel(
@@ -73,6 +89,7 @@ def _check_model(entry: ModelEntry, engine: EngineSettings) -> CheckedModel:
         folder=folder,
         on_this_machine=folder is not None or not is_on_the_hub(str(entry.source)),
         registry=open_registry(own, folder),
+        checks=checks,
     )
 
 

@@ -48,10 +48,33 @@ def find_accelerators(settings: EngineSettings) -> list[Accelerator]:
     return [found.get(device, Accelerator(device)) for device in settings.devices]
 
 
+def find_device(settings: EngineSettings) -> DeviceType | None:
+    """The type of the engines' devices; None: only torch can tell.
+
+    Raises:
+        ConfigurationError: the installed torch does not support the device of the settings.
+    """
+    wanted = settings.device_type
+    has_cuda = _torch_has_cuda()
+    if wanted == "cpu" or (wanted is None and not has_cuda and not _is_apple()):
+        return "cpu"
+    if wanted is None and _is_apple():
+        return "mps"
+    if (wanted == "mps" and not _is_apple()) or (wanted == "cuda" and not has_cuda):
+        given = f"--devices {','.join(settings.devices)}" if settings.devices else f"--device {wanted}"
+        raise ConfigurationError(f"{given}: this machine's torch has no {wanted}.")
+    if wanted == "mps":
+        return "mps"
+    return "cuda" if _visible_gpus(wanted) else None
+
+
 def has_gpu(device: DeviceType | None) -> bool:
     """Whether engines with devices of this type run on a GPU; None: the first available type."""
-    is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    return device == "mps" or (device is None and is_apple) or bool(_visible_gpus(device))
+    return device == "mps" or (device is None and _is_apple()) or bool(_visible_gpus(device))
+
+
+def _is_apple() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 def _visible_gpus(device: DeviceType | None) -> list[str]:

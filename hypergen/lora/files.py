@@ -49,14 +49,24 @@ def read_file(path: Path, max_bytes: float) -> bytes:
 
 
 def families_of(pipeline: Any) -> frozenset[str]:
-    """The names of the pipeline's model in LoRA files; several if its size is none of a published model."""
-    spec = PIPELINES.get(type(pipeline).__name__)
+    """`families_by_width` of a pipeline."""
+    unet = getattr(pipeline, "unet", None)
+    return families_by_width(type(pipeline).__name__, unet and unet.config.cross_attention_dim)
+
+
+def families_by_width(pipeline_class: str, text_width: int | None) -> frozenset[str]:
+    """The names of a model in LoRA files; several if its size is none of a published model.
+
+    Args:
+        text_width: of the prompt embeddings, of UNets.
+    """
+    spec = PIPELINES.get(pipeline_class)
     if spec is None:
         return frozenset()
     widths = spec.lora_text_widths
     if not widths:
         return frozenset({spec.name})
-    known = widths.get(pipeline.unet.config.cross_attention_dim)
+    known = None if text_width is None else widths.get(text_width)
     return frozenset(widths.values() if known is None else {known})
 
 

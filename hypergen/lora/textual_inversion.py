@@ -54,14 +54,23 @@ def embedding_widths(pipeline: Any) -> dict[str, int]:
 
 
 def load_embeddings(pipeline: Any, settings: EngineSettings) -> Embeddings:
-    """The textual inversions of the server.
+    """The textual inversions of the server, see `read_embeddings`."""
+    return read_embeddings(settings.embedding, embedding_widths(pipeline), families_of(pipeline))
+
+
+def read_embeddings(
+    files: Mapping[str, str], widths: Mapping[str, int], families: frozenset[str]
+) -> Embeddings:
+    """The textual inversions in files: name in prompts -> file.
+
+    Args:
+        widths, families: see `read_embedding`.
 
     Raises:
         ModelError: a file is damaged, or is not a textual inversion for this model.
     """
-    widths, families = embedding_widths(pipeline), families_of(pipeline)
     found: dict[str, Mapping[str, Tensor]] = {}
-    for name, file in settings.embedding.items():
+    for name, file in files.items():
         try:
             found[name] = read_embedding(Path(file), widths, families)
         except IncompatibleLoraError as error:

@@ -54,11 +54,11 @@ def samplers_of(folder: Path, options: ModelOptions) -> ModelSamplers:
         return ModelSamplers({}, 1)
     name = options.scheduler
     options = options_of(folder, options)
-    published = read_components(folder / PIPELINE_FILE, model).get("scheduler", "")
+    published = _scheduler_class(folder)
     samplers, min_steps = SAMPLERS, 1
     if published.startswith("FlowMatch"):
         samplers = FLOW_SAMPLERS
-    elif published.startswith("EDM") or is_edm_checkpoint(folder):
+    elif is_edm_model(folder):
         samplers = EDM_SAMPLERS
     else:
         min_steps = _min_steps(published, options)
@@ -69,6 +69,15 @@ def samplers_of(folder: Path, options: ModelOptions) -> ModelSamplers:
     if (default := find_info(samplers, name)) is None:
         raise ModelError(unknown_scheduler(name, samplers))
     return ModelSamplers(samplers, default.min_steps)
+
+
+def is_edm_model(folder: Path) -> bool:
+    """Whether a model has EDM's preconditioning, by its scheduler or its checkpoint file."""
+    return _scheduler_class(folder).startswith("EDM") or is_edm_checkpoint(folder)
+
+
+def _scheduler_class(folder: Path) -> str:
+    return read_components(folder / PIPELINE_FILE, str(folder)).get("scheduler", "")
 
 
 def _min_steps(published: str, options: ModelOptions) -> int:
@@ -120,9 +129,9 @@ def check_options(folder: Path, options: ModelOptions) -> None:
             "diffusers pipeline."
         )
     samplers_of(folder, options)
-    if options.clip_skip is None:
+    if (clip_skip := options_of(folder, options).clip_skip) is None:
         return
     if (layers := clip_layers(folder)) is None:
         raise ModelError(f"clip_skip does not apply to models of {spec.name if spec else pipeline_class}.")
-    if options.clip_skip > layers:
+    if clip_skip > layers:
         raise ModelError(too_many_layers(layers))

@@ -9,8 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.served_model_config import ModelOptions
+
+# Settings that may not fit a model or a device, see `hypergen.models.check_arguments`.
+_CHECKED = {
+    "attention",
+    "compile",
+    "controlnet",
+    "device",
+    "devices",
+    "embedding",
+    "offload",
+    "quantization",
+    "vae_tiling",
+}
 
 
 @dataclass(frozen=True)
@@ -26,27 +40,33 @@ class Report:
     ignored: Mapping[str, str]
 
 
-def check_in_process(folder: Path, options: ModelOptions | None = None) -> Report:
+def check_in_process(
+    folder: Path, options: ModelOptions | None = None, settings: EngineSettings | None = None
+) -> Report:
     """Check a folder in diffusers' layout, which may have a single-file checkpoint; takes some seconds.
 
     Components without weights are not checked: their weights may not be downloaded yet.
 
     Args:
-        options: of its served-model file.
+        options: of its served-model file; its VAE is a path.
+        settings: of the engine; ControlNets of the hub are not checked.
 
     Raises:
         ModelError: the check itself failed.
     """
     given = (options or ModelOptions()).model_dump_json(exclude_none=True)
-    return _run("hypergen.models.check_model", str(folder), given)
+    chosen = settings.model_dump_json(include=_CHECKED, exclude_defaults=True) if settings else "{}"
+    return _run("hypergen.models.check_model", str(folder), given, chosen)
 
 
-def refuse_unusable(folder: Path, options: ModelOptions | None = None) -> None:
+def refuse_unusable(
+    folder: Path, options: ModelOptions | None = None, settings: EngineSettings | None = None
+) -> None:
     """
     Raises:
         ModelError: the model cannot be loaded.
     """
-    if fault := check_in_process(folder, options).fault:
+    if fault := check_in_process(folder, options, settings).fault:
         raise ModelError(fault)
 
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
-from hypergen.model_families import FAMILIES, FamilySetting, FamilySpec
+from hypergen.model_families import FAMILIES, PIPELINES, FamilySetting, FamilySpec
+from hypergen.model_store.diffusers_layout import (
+    PIPELINE_FILE,
+    check_folder,
+    pipeline_class_of,
+    read_components,
+    read_json,
+)
+from hypergen.model_store.model_arguments import is_edm_model
 
 # Settings that only apply to models with step-level batching.
 _STEP_LEVEL = ("compile",)
@@ -17,21 +27,71 @@ _FAMILY_SETTINGS: tuple[FamilySetting, ...] = (
 )
 
 
-def check_family_settings(settings: EngineSettings, spec: FamilySpec | None, name: str) -> None:
+def check_settings(
+    folder: Path, settings: EngineSettings, device_type: str | None, *, alone: bool = True
+) -> None:
+    """
+    Args:
+        device_type: None: not known.
+        alone: it is the only served model: settings that do not apply to it are errors.
+
+    Raises:
+        ModelError: names the setting.
+    """
+    pipeline_class = pipeline_class_of(folder, str(folder))
+    spec = PIPELINES.get(pipeline_class)
+    name = spec.name if spec else pipeline_class
     for setting in _FAMILY_SETTINGS:
         if getattr(settings, setting) and (spec is None or setting not in spec.settings):
             families = ", ".join(sorted(s.name for s in FAMILIES.values() if setting in s.settings))
-            raise ModelError(f"{flag_of(setting)} is only supported for {families} models; this is {name}.")
+            raise ModelError(f"{_flag(setting)} is only supported for {families} models; this is {name}.")
+    if settings.refiner and is_edm_model(folder):
+        raise ModelError("--refiner is not supported for models with an EDM scheduler.")
+    components = read_components(folder / PIPELINE_FILE, str(folder))
+    if settings.quantization != "off" and components.keys().isdisjoint(("unet", "transformer")):
+        raise ModelError("--quantization is only supported for models with a UNet or a transformer.")
+    if alone:
+        for message in ignored_settings(settings, spec, name):
+            raise ModelError(message)
+        if settings.attention and spec is not None and "attention" not in spec.settings:
+            raise ModelError(no_attention_backends(name))
+    if device_type is not None:
+        check_device_settings(settings, device_type)
 
 
-def ignored_settings(settings: EngineSettings, spec: FamilySpec | None) -> list[str]:
-    """Settings that were changed but do not apply to a model."""
+def ignored_settings(settings: EngineSettings, spec: FamilySpec | None, name: str) -> list[str]:
+    """Messages about settings that were changed but do not apply to a model."""
     ignored = [*(() if spec else _STEP_LEVEL), *(() if spec and "lora" in spec.settings else ("lora_dir",))]
     fields = EngineSettings.model_fields
-    return [name for name in ignored if getattr(settings, name) != fields[name].get_default()]
+    changed = [setting for setting in ignored if getattr(settings, setting) != fields[setting].get_default()]
+    return [f"{_flag(setting)} is not supported for {name}." for setting in changed]
 
 
-def flag_of(setting: str) -> str:
+def no_attention_backends(name: str) -> str:
+    return (
+        f"--attention is not supported for {name}, whose attention is always torch's; it is for FLUX and "
+        "other transformers with diffusers' attention backends."
+    )
+
+
+def check_refiner(refiner: Path, base: Path, given: str) -> None:
+    """
+    Args:
+        given: the refiner as in the settings.
+
+    Raises:
+        ModelError: it is not a refiner of the model in `base`.
+    """
+    check_folder(refiner)
+    name = "unet/config.json"
+    widths = [read_json(folder / name, given, name).get("cross_attention_dim") for folder in (refiner, base)]
+    if widths[0] == widths[1]:
+        raise ModelError(
+            f"{given} is not a refiner of this model: its prompt embeddings have the same width."
+        )
+
+
+def _flag(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
 
 

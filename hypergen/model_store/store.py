@@ -154,22 +154,21 @@ def get_or_import_refiner(
         ModelError: also if it is not a refiner; for a hub model, before its weights are downloaded.
     """
 
-    def check(pipeline_file: Path) -> None:
-        found = pipeline_class_of(pipeline_file.parent, str(refiner))
-        if found != REFINER_PIPELINE:
-            raise ModelError(
-                f"{refiner} is not a refiner: it must be a {REFINER_PIPELINE}, and is a {found}."
-            )
-
     if refiner is None:
         return None
     how = _Import(
-        check_pipeline=check,
+        check_pipeline=partial(require_refiner, refiner),
         check_files=check_files or _ignore,
         report_progress=report_progress or _ignore,
         prefer_fp16=prefer_fp16,
     )
     return _resolve(refiner, how)
+
+
+def require_refiner(refiner: str, pipeline_file: Path) -> None:
+    found = pipeline_class_of(pipeline_file.parent, refiner)
+    if found != REFINER_PIPELINE:
+        raise ModelError(f"{refiner} is not a refiner: it must be a {REFINER_PIPELINE}, and is a {found}.")
 
 
 def _resolve(given: str | None, how: _Import) -> StoredModel:

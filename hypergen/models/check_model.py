@@ -1,4 +1,5 @@
-"""Check a model folder without reading its weights: `python -m hypergen.models.check_model FOLDER OPTIONS`.
+"""Check a model folder without reading its weights:
+`python -m hypergen.models.check_model FOLDER OPTIONS SETTINGS`.
 
 The HTTP process, which does not import torch, runs it before it downloads the weights of a model, and before
 it adds the model to the store. Prints one line of JSON: see `Report`.
@@ -16,25 +17,24 @@ import diffusers
 from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
+from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.model_families import PIPELINES, REFINER_PIPELINE, FamilySpec
 from hypergen.model_store.checkpoint_file import is_edm_checkpoint, options_of
 from hypergen.model_store.diffusers_layout import CHECKPOINT, components_in_checkpoint, pipeline_class_of
 from hypergen.model_store.model_check import Report
+from hypergen.models.check_arguments import check_arguments
 from hypergen.models.diffusers_pipeline import require_text_to_image
 from hypergen.models.folder_accounting import account_for_folder
 from hypergen.models.model_options import check_configurations, with_options
-from hypergen.models.networks import component_classes, empty_network
+from hypergen.models.networks import DAMAGED, component_classes, empty_network, one_line
 from hypergen.models.single_file_loading import account_for, changed_channels
 from hypergen.models.tensor_accounting import Account
 from hypergen.served_model_config import ModelOptions
 
-# What loading configurations and vocabularies raises for damaged files.
-DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 
-
-def check_model(path: Path, options: ModelOptions) -> Report:
-    """What loading the model would refuse, apart from settings.
+def check_model(path: Path, options: ModelOptions, settings: EngineSettings) -> Report:
+    """What loading the model would refuse.
 
     Args:
         options: of its served-model file.
@@ -48,15 +48,12 @@ def check_model(path: Path, options: ModelOptions) -> Report:
             if account.fault:
                 raise ModelError(account.fault)
         _check_configurations(path, options)
+        check_arguments(path, options, settings)
     except ModelError as error:
         return Report(str(error), ignored)
     except DAMAGED as error:
         return Report(one_line(error), ignored)
     return Report(None, ignored)
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _check_configurations(path: Path, options: ModelOptions) -> None:
@@ -90,4 +87,5 @@ def _check_family(
 
 if __name__ == "__main__":
     given = ModelOptions.model_validate_json(sys.argv[2])
-    print(json.dumps(asdict(check_model(Path(sys.argv[1]), given))))
+    chosen = EngineSettings.model_validate_json(sys.argv[3])
+    print(json.dumps(asdict(check_model(Path(sys.argv[1]), given, chosen))))

@@ -16,10 +16,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from hypergen.conditioning.controlnet import difference_to_unet
 from hypergen.errors import ModelError
 from hypergen.model_store.model_check import Report
-from hypergen.models.check_model import DAMAGED, one_line
 from hypergen.models.folder_accounting import account_for_component
 from hypergen.models.model_options import check_vae_channels
-from hypergen.models.networks import empty_network
+from hypergen.models.networks import DAMAGED, empty_network, one_line
 
 _CLASSES: dict[str, Any] = {
     network.__name__: network for network in (AutoencoderKL, ControlNetModel, StableDiffusionSafetyChecker)

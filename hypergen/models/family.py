@@ -19,7 +19,6 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SchedulerFactory, takes_generator
-from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import LoraManager
 from hypergen.model_families import FamilySpec
@@ -93,22 +92,13 @@ class Family(ABC):
         return None
 
     def set_options(self, options: ModelOptions) -> None:
-        """Apply the options for requests that do not choose themselves.
-
-        Raises:
-            ModelError: the model does not have the sampler or the layer of CLIP.
-        """
+        """Apply the options for requests that choose none; `check_options` has checked them."""
         self.schedulers.set_default(options.scheduler)
         if options.clip_skip is None:
             return
-        if "clip_skip" not in self.spec.capabilities:
-            raise ModelError(f"clip_skip does not apply to models of {self.spec.name}.")
-        try:
-            with torch.inference_mode():
-                for encoder in self.clip_encoders:
-                    encoder.set_clip_skip(options.clip_skip)
-        except InvalidRequestError as error:
-            raise ModelError(error.message) from None
+        with torch.inference_mode():
+            for encoder in self.clip_encoders:
+                encoder.set_clip_skip(options.clip_skip)
 
     @property
     def device(self) -> torch.device:

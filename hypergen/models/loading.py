@@ -19,11 +19,12 @@ from hypergen.errors import ModelError
 from hypergen.model_families import PIPELINES, servable
 from hypergen.model_store.checkpoint_file import options_of
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
+from hypergen.model_store.model_arguments import check_options
 from hypergen.model_store.setting_checks import (
-    check_device_settings,
-    check_family_settings,
-    flag_of,
+    check_refiner,
+    check_settings,
     ignored_settings,
+    no_attention_backends,
 )
 from hypergen.models import attention
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
@@ -73,13 +74,15 @@ def load_any(
     pipeline_class, family = import_family(path)
     spec = family.spec if family else None
     name = spec.name if spec else pipeline_class.__name__
-    check_family_settings(settings, spec, name)
-    for setting in ignored_settings(settings, spec):
-        _refuse(f"{flag_of(setting)} is not supported for {name}.", alone)
+    device = choose_device(settings)
+    check_settings(path, settings, device.type, alone=alone)
+    for message in ignored_settings(settings, spec, name):  # they may be for another of several models
+        logger.warning("%s", message)
+    check_options(path, options or ModelOptions())
+    if settings.refiner:
+        check_refiner(Path(settings.refiner), path, settings.refiner)
     model_card = _read_model_card(path)
     model_card["defaults"] = {**model_card.get("defaults", {}), **(defaults or {})}
-    device = choose_device(settings)
-    check_device_settings(settings, device.type)
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
     options = options_of(path, options or ModelOptions())
@@ -90,7 +93,8 @@ def load_any(
         check_configurations(path, spec, pipeline.scheduler, type(pipeline.vae))
     pipeline = apply_memory_settings(pipeline, settings, device)
     if settings.attention is not None:
-        _set_attention_backend(pipeline, settings.attention, name, alone)
+        denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        use_attention_backend(denoiser, settings.attention, name, alone=alone)
     if family is None:
         return DiffusersPipeline(pipeline, model_card)
     model = family(pipeline, model_card, settings)
@@ -102,23 +106,21 @@ def load_any(
     return model
 
 
-def _refuse(message: str, alone: bool) -> None:
-    """Refuse a setting, unless it may be for another of several served models."""
-    if alone:
-        raise ModelError(message)
-    logger.warning("%s", message)
+def use_attention_backend(denoiser: Any, backend: str, name: str, *, alone: bool = True) -> None:
+    """
+    Args:
+        denoiser: None: the pipeline has none.
+        alone: see `load_any`.
 
-
-def _set_attention_backend(pipeline: Any, backend: str, name: str, alone: bool) -> None:
-    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    Raises:
+        ModelError: the denoiser has no backends, or not this one.
+    """
     if denoiser is not None and attention.supports_attention_backends(denoiser):
         attention.set_attention_backend(denoiser, backend)
-        return
-    _refuse(
-        f"--attention is not supported for {name}, whose attention is always torch's; it is for FLUX and "
-        "other transformers with diffusers' attention backends.",
-        alone,
-    )
+    elif alone:
+        raise ModelError(no_attention_backends(name))
+    else:
+        logger.warning("%s", no_attention_backends(name))
 
 
 def expected_bytes(path: Path, settings: EngineSettings) -> int:

@@ -42,16 +42,12 @@ def apply_memory_settings(
         ModelError: a setting needs another device or a missing library.
     """
     if settings.quantization != "off":
-        denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        if denoiser is None:
-            raise ModelError("--quantization is only supported for models with a UNet or a transformer.")
+        denoiser: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         quantize(denoiser, settings.quantization, device)
     if settings.vae_tiling != "off":
         _apply_tiling(pipeline)
     if settings.offload == "off":
         return pipeline.to(device)
-    if settings.compile != "off":
-        raise ModelError("--offload and --compile cannot be combined.")
     offloader = offloader or ModelOffloader(device)
     for network in pipeline.components.values():
         if isinstance(network, nn.Module):
@@ -114,6 +110,14 @@ def _apply_tiling(pipeline: Any) -> None:
     vae = getattr(pipeline, "vae", None)
     if vae is None:  # a refiner uses the VAE of its base model
         return
+    check_tiling(vae)
+    enable_vae_tiling(vae)
+
+
+def check_tiling(vae: Any) -> None:
+    """
+    Raises:
+        ModelError: a VAE has no tiles.
+    """
     if not hasattr(vae, "tile_latent_min_size"):
         raise ModelError(f"--vae-tiling is not supported for this model's {type(vae).__name__}.")
-    enable_vae_tiling(vae)

@@ -136,12 +136,10 @@ def check_vae_channels(source: Path, path: Path) -> None:
         raise ModelError(f"The VAE is for another model: its latents have {its} channels instead of {ours}.")
 
 
-def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
-    """Another VAE for the model in `path`.
-
+def check_vae(source: Path, path: Path) -> None:
+    """
     Args:
-        source: a folder with config.json, or a .safetensors file in the layout of diffusers or of the
-            original code.
+        source: another VAE for the model in `path`, see `load_vae`.
 
     Raises:
         ModelError: its tensors do not fit; names the first one.
@@ -150,7 +148,7 @@ def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
         check_vae_channels(source, path)
         if fault := account_for_component(source, AutoencoderKL, "vae").fault:
             raise ModelError(f"{source}: {fault}")
-        return AutoencoderKL.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=True)
+        return
     network = empty_network(path / "vae", AutoencoderKL)
     header: dict[str, Any] = json.loads(safetensors_header(source, str(source.parent), source.name))
     header.pop(METADATA, None)
@@ -161,7 +159,23 @@ def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
         fault = str(error)
     if fault:
         raise ModelError(f"{source.name} is not a VAE for this model: {fault}")
+
+
+def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
+    """Another VAE for the model in `path`.
+
+    Args:
+        source: a folder with config.json, or a .safetensors file in the layout of diffusers or of the
+            original code.
+
+    Raises:
+        ModelError: see `check_vae`.
+    """
+    check_vae(source, path)
+    if source.is_dir():
+        return AutoencoderKL.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=True)
+    network = empty_network(path / "vae", AutoencoderKL)
     with safe_open(source, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in header}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     assign_weights(network, convert(network, tensors, "", dtype), dtype)
     return network

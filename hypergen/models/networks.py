@@ -17,6 +17,12 @@ from hypergen.model_store.diffusers_layout import PIPELINE_FILE
 
 # transformers 5 has removed it, and older models name it. Only the safety checker needs it.
 OLD_FEATURE_EXTRACTOR = ["transformers", "CLIPFeatureExtractor"]
+# What loading configurations and vocabularies raises for damaged files.
+DAMAGED = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def empty_network(folder: Path, component_class: Any, **changes: Any) -> nn.Module:

@@ -14,10 +14,8 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoiserSwitch, DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of, offloader_of
 from hypergen.denoising.schedulers import SchedulerFactory
-from hypergen.errors import ModelError
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.textual_inversion import Embeddings
-from hypergen.model_store.diffusers_layout import check_folder
 from hypergen.models.family import PromptEmbeds
 from hypergen.models.loading import load_pipeline
 from hypergen.models.memory import apply_memory_settings, direct_device
@@ -39,11 +37,10 @@ class Refiner:
         embeddings: textual inversions of the base model, whose second text encoder is the refiner's.
 
     Raises:
-        ModelError: the folder has no refiner for this model.
+        ModelError: it cannot be loaded.
     """
 
     def __init__(self, folder: Path, unet: Any, settings: EngineSettings, embeddings: Embeddings) -> None:
-        check_folder(folder)
         device = device_of(unet)
         pipeline = load_pipeline(
             StableDiffusionXLImg2ImgPipeline,
@@ -55,10 +52,6 @@ class Refiner:
         apply_memory_settings(pipeline, settings, device, offloader_of(unet))
         self.unet: Any = pipeline.unet
         self.modules: tuple[nn.Module, ...] = (pipeline.unet, pipeline.text_encoder_2)
-        if self.unet.config.cross_attention_dim == unet.config.cross_attention_dim:
-            raise ModelError(
-                f"{folder} is not a refiner of this model: its prompt embeddings have the same width."
-            )
         self._requires_aesthetics_score: bool = pipeline.config.requires_aesthetics_score
         self._force_zeros: bool = pipeline.config.force_zeros_for_empty_prompt
         encode = ClipEncoder(

@@ -16,8 +16,7 @@ from hypergen.conditioning.inpaint import InpaintModel
 from hypergen.conditioning.latent_space import LatentSpace
 from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
-from hypergen.denoising.schedulers import SchedulerFactory, is_edm
-from hypergen.errors import ModelError
+from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.textual_inversion import load_embeddings
 from hypergen.model_families import FAMILIES
@@ -68,8 +67,6 @@ class StableDiffusionXL(Family):
                 cached(pipeline.tokenizer_2, "text_encoder_2"),
             )
         self.clip_encoders = self.encoders
-        if settings.refiner and is_edm(pipeline.scheduler):
-            raise ModelError("--refiner is not supported for models with an EDM scheduler.")
         self.refiner = None
         if settings.refiner:
             self.refiner = Refiner(Path(settings.refiner), self.denoiser, settings, embeddings)

@@ -39,3 +39,20 @@ def hypergen(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @pytest.fixture(autouse=True)
 def _checks_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     check_in_this_process(monkeypatch)
+
+
+def entries(folder: Path) -> set[Path]:
+    """All files and folders, except for the locks of imports."""
+    return {path for path in folder.rglob("*") if path.name != "hypergen" and path.suffix != ".lock"}
+
+
+def refuse(hypergen: Run, home: Path, arguments: list[str], words: str) -> None:
+    work = Path.cwd()
+    before = entries(home), entries(work)
+    status, error = hypergen(*arguments)
+    assert status == 1
+    lines = [line for line in error.splitlines() if "Importing " not in line]  # a line of progress
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    assert words in lines[0]
+    assert (entries(home), entries(work)) == before

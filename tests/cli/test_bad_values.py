@@ -9,16 +9,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hypergen.model_store.diffusers_layout import PIPELINE_FILE
-from tests.cli.conftest import Run
-from tests.support.checkpoint_layouts import with_fields
-from tests.support.full_pipelines import save_pixart
-from tests.support.small_models import save_flux, save_playground, save_sd
+from tests.cli.conftest import Run, refuse
 
 FILES = {
     "text.txt": "not a model\n",
@@ -120,21 +115,6 @@ def _files(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(folder)
 
 
-def entries(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
-
-
-def refuse(hypergen: Run, home: Path, arguments: list[str], words: str) -> None:
-    work = Path.cwd()
-    before = entries(home), entries(work)
-    status, error = hypergen(*arguments)
-    assert status == 1
-    assert error.startswith("Error: ")
-    assert error.count("\n") == 1
-    assert words in error
-    assert (entries(home), entries(work)) == before
-
-
 @pytest.mark.parametrize("arguments", SERVE)
 def test_serve_refuses_a_setting(hypergen: Run, home: Path, arguments: str) -> None:
     refuse(hypergen, home, ["serve", "./sd", *arguments.split()], SERVE[arguments])
@@ -153,29 +133,6 @@ def test_a_model_is_refused(hypergen: Run, home: Path, command: str, model: str)
 def test_generate_refuses_an_option(hypergen: Run, home: Path, arguments: str) -> None:
     given = ["generate", "cat", "-m", "./sd", "-o", "cat.png", *arguments.split()]
     refuse(hypergen, home, given, GENERATE[arguments])
-
-
-SCHEDULER = "scheduler/scheduler_config.json"
-ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-SINGLESTEP = with_fields(save_sd, PIPELINE_FILE, scheduler=["diffusers", "DPMSolverSinglestepScheduler"])
-# What generate refuses by a model's configurations: how the model is made, options, words of the message.
-GENERATE_FOR: tuple[tuple[Callable[[Path], Path], str, str], ...] = (
-    (save_flux, "--sampler dpmpp_2m", "--sampler 'dpmpp_2m' is unknown; available samplers: euler, heun."),
-    (save_flux, "--sampler heun_karras", "--sampler: heun has no schedule 'karras'; available: none."),
-    (save_sd, "--sampler ddim_karras", "--sampler: ddim has no schedule 'karras'; available: sgm_uniform, "),
-    (save_playground, "--sampler heun", "--sampler 'heun' is unknown; available samplers: dpmpp_2m, "),
-    (with_fields(save_sd, SCHEDULER, **ZERO_SNR), "--sampler heun", "--sampler 'heun' is unknown; "),
-    (SINGLESTEP, "--steps 1", "--steps must be at least 2 with the default sampler (given: 1)."),
-    (save_pixart, "--sampler euler", "--sampler 'euler' is unknown; available samplers: none."),
-)
-
-
-@pytest.mark.parametrize(("save", "options", "words"), GENERATE_FOR, ids=[case[1] for case in GENERATE_FOR])
-def test_generate_refuses_what_the_model_lacks(
-    hypergen: Run, home: Path, save: Callable[[Path], Path], options: str, words: str
-) -> None:
-    save(Path("model"))
-    refuse(hypergen, home, ["generate", "cat", "-m", "./model", "-o", "cat.png", *options.split()], words)
 
 
 @pytest.mark.parametrize(

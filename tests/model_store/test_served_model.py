@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from hypergen.errors import ConfigurationError, HyperGenError
 from hypergen.load_settings import load_settings
@@ -24,7 +25,7 @@ def _write(folder: Path, text: str, name: str = "model.yaml") -> Path:
 
 def test_a_served_model_file_sets_all_properties_of_a_model(tmp_path: Path, sd_folder: Path) -> None:
     shutil.copy(LORA, tmp_path / "logo.safetensors")
-    (tmp_path / "ink.pt").touch()
+    torch.save(torch.zeros(1, 32), tmp_path / "ink.pt")
     file = _write(
         tmp_path,
         f"source: {sd_folder}\nname: owner/small\naliases: [SD1.5, small]\n"
@@ -85,7 +86,7 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
             "no such .safetensors or .pt or .bin file: /nowhere.pt",
         ),
         (["hypergen-tiny", {"name": "b"}], {"embedding": ("ink=/ink.pt",)}, "'embedding' applies to one"),
-        ([{"refiner": "/nowhere"}], {}, "No such folder: /nowhere"),
+        ([{"refiner": "/nowhere"}], {}, "--refiner is only supported for sdxl models; this is sd."),
     ],
 )
 def test_errors_are_one_line(models: list[object], flags: dict[str, object], message: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.model_store import model_check
 from hypergen.model_store.model_check import Report
@@ -19,9 +20,12 @@ from hypergen.models.check_model import check_model
 from hypergen.served_model_config import ModelOptions
 
 
-def refuse_unusable(folder: Path, options: ModelOptions | None = None) -> None:
+def refuse_unusable(
+    folder: Path, options: ModelOptions | None = None, settings: EngineSettings | None = None
+) -> None:
     """As `hypergen.model_store.model_check.refuse_unusable`."""
-    if fault := check_model(folder, options or ModelOptions()).fault:
+    settings = settings or EngineSettings.model_validate({})
+    if fault := check_model(folder, options or ModelOptions(), settings).fault:
         raise ModelError(fault)
 
 
