@@ -72,7 +72,8 @@ def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
     for scheduler_class in classes:
         known = inspect.signature(scheduler_class.__init__).parameters
         if all(name in known for name in changes):
-            return scheduler_class.from_config(config)
+            # As arguments: from_config drops changes of fields that the model's file leaves out.
+            return scheduler_class.from_config(scheduler.config, **changes)
     raise ModelError(f"{type(scheduler).__name__} has no {_option(next(iter(changes)))}.")
 
 

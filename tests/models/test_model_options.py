@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from safetensors.torch import save_file
 
+from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.model_families import servable
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE, require_pipeline
+from hypergen.model_store.model_arguments import samplers_of
 from hypergen.models import loading
+from hypergen.models.model_options import with_options
 from hypergen.request import GenerationRequest
 from hypergen.resolve_models import find_vae
 from hypergen.served_model_config import ModelEntry, ModelOptions, read_entries
@@ -179,3 +190,30 @@ def test_pipelines_that_need_an_image_are_refused_by_their_index(name: str, tmp_
     assert "needs 'image'" in error_message(require_pipeline, "a/b", servable(), file)
     file.write_text('{"_class_name": "FluxKontextPipeline"}')
     require_pipeline("a/b", servable(), file)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prediction_type": "v_prediction", "zero_terminal_snr": True},
+        {"timestep_spacing": "trailing"},
+        {"scheduler": "dpmpp_sde_karras"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "published", [DDIMScheduler, DPMSolverSinglestepScheduler, EulerDiscreteScheduler, PNDMScheduler]
+)
+def test_samplers_found_without_torch_are_those_of_the_model(
+    published: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", published.__name__]}
+    (tmp_path / PIPELINE_FILE).write_text(json.dumps(index))
+    published().save_pretrained(tmp_path / "scheduler")
+    given = ModelOptions.model_validate(options)
+    factory = SchedulerFactory(with_options(published(), given, is_edm_model=False))
+    factory.set_default(given.scheduler)
+    found = samplers_of(tmp_path, given)
+    assert found.samplers.keys() == factory.samplers.keys()
+    assert found.min_steps == factory.min_steps
