@@ -51,8 +51,8 @@ def check_settings(
     if settings.quantization != "off" and components.keys().isdisjoint(("unet", "transformer")):
         raise ModelError("--quantization is only supported for models with a UNet or a transformer.")
     if alone:
-        for message in ignored_settings(settings, spec, name):
-            raise ModelError(message)
+        if messages := ignored_settings(settings, spec, name):
+            raise ModelError(messages[0])
         if settings.attention and spec is not None and "attention" not in spec.settings:
             raise ModelError(no_attention_backends(name))
     if device_type is not None:

@@ -14,10 +14,13 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 
 from hypergen.engine.model_loader import Loader
 from hypergen.errors import ConfigurationError, ModelError
+from hypergen.model_families import PIPELINES
 from hypergen.model_store.attention_kernels import provide_attention_kernel
-from hypergen.models import loading
+from hypergen.model_store.diffusers_layout import pipeline_class_of
+from hypergen.models import attention, loading
+from hypergen.models.networks import component_classes, empty_network
 from tests.support.full_pipelines import save_pixart
-from tests.support.small_models import save_flux, save_sd, save_sd3
+from tests.support.small_models import save_flux, save_sd, save_sd3, save_sdxl
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, served_model
 
 
@@ -53,6 +56,15 @@ def test_a_transformer_uses_the_backend(flux_folder: Path, monkeypatch: pytest.M
     latents = _latents(flux_folder, attention="_native_math")
     assert calls
     assert np.linalg.norm(latents - expected) <= 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("save", [save_flux, save_sd, save_sd3, save_sdxl])
+def test_the_families_with_backends_are_known_without_torch(save: Any, tmp_path: Path) -> None:
+    classes = dict(component_classes(save(tmp_path)))
+    name = "unet" if "unet" in classes else "transformer"
+    supported = attention.supports_attention_backends(empty_network(tmp_path / name, classes[name]))
+    spec = PIPELINES[pipeline_class_of(tmp_path, "model")]
+    assert supported == ("attention" in spec.settings)
 
 
 @pytest.mark.parametrize(
