@@ -87,6 +87,16 @@ def refuse_unusable_network(folder: Path, class_name: str, model: Path | None = 
         raise ModelError(fault)
 
 
+def fault_of_loras(model: Path, max_mb: float, files: Mapping[str, Path]) -> str | None:
+    """Why a LoRA cannot be applied to the model in a folder; None: all can.
+
+    Args:
+        files: name of a request -> file.
+    """
+    pairs = [f"{name}={file}" for name, file in files.items()]
+    return _run("hypergen.models.check_loras", str(model), str(max_mb * 1e6), *pairs).fault
+
+
 def _run(module: str, *arguments: str) -> Report:
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from hypergen.config import EngineSettings
 from hypergen.errors import ModelError
 from hypergen.lora.files import families_by_width
 from hypergen.lora.textual_inversion import read_embeddings
-from hypergen.model_families import REFINER_PIPELINE
+from hypergen.model_families import PIPELINES, REFINER_PIPELINE
 from hypergen.model_store.diffusers_layout import pipeline_class_of
 from hypergen.model_store.setting_checks import check_device_settings
 from hypergen.models.check_network import check_network
@@ -57,13 +57,19 @@ def check_arguments(path: Path, options: ModelOptions, settings: EngineSettings)
 def _check_embeddings(
     path: Path, pipeline_class: str, classes: dict[str, Any], settings: EngineSettings
 ) -> None:
+    unet: Any = empty_network(path / "unet", classes["unet"])
+    families = families_by_width(pipeline_class, unet.config.cross_attention_dim)
+    read_embeddings(settings.embedding, text_widths(path, classes), families)
+
+
+def text_widths(path: Path, classes: dict[str, Any]) -> dict[str, int]:
+    """As `embedding_widths` of a pipeline: text encoder -> width of its token embeddings."""
+    spec = PIPELINES.get(pipeline_class_of(path, str(path)))
+    if spec is None or "embedding" not in spec.settings:
+        return {}
     encoders: dict[str, Any] = {
         name: empty_network(path / name, classes[name])
         for name in ("text_encoder", "text_encoder_2")
         if name in classes
     }
-    widths = {name: encoder.get_input_embeddings().embedding_dim for name, encoder in encoders.items()}
-    unet: Any = empty_network(path / "unet", classes["unet"])
-    read_embeddings(
-        settings.embedding, widths, families_by_width(pipeline_class, unet.config.cross_attention_dim)
-    )
+    return {name: encoder.get_input_embeddings().embedding_dim for name, encoder in encoders.items()}

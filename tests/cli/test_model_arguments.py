@@ -15,6 +15,7 @@ from hypergen.model_store.diffusers_layout import PIPELINE_FILE
 from tests.cli.conftest import Run, refuse
 from tests.support.checkpoint_layouts import with_fields
 from tests.support.full_pipelines import save_pixart
+from tests.support.lora_files import ATTENTION, save_lora
 from tests.support.original_layout import save_original
 from tests.support.small_models import (
     save_flux,
@@ -169,6 +170,16 @@ def test_serve_refuses_it_for_a_model_of_the_store(
     arguments = save_model(case)
     assert hypergen("import", "./model")[0] == 0
     refuse(hypergen, home, ["serve", *arguments], case[3])
+
+
+def test_generate_refuses_a_lora_for_another_model(hypergen: Run, home: Path) -> None:
+    pipeline: Any = DiffusionPipeline.from_pretrained(save_sdxl(Path("sdxl")))
+    save_lora(Path("style.safetensors"), pipeline, rank=4, targets=ATTENTION, seed=1)
+    save_sd(Path("model"))
+    given = ["generate", "cat", "-m", "./model", "-o", "cat.png", "--lora", "style.safetensors"]
+    refuse(hypergen, home, given, "The LoRA 'style' ")
+    assert hypergen("import", "./model")[0] == 0
+    refuse(hypergen, home, given, "The LoRA 'style' ")
 
 
 def test_generate_refuses_what_a_checkpoint_file_lacks(hypergen: Run, home: Path) -> None:
