@@ -43,8 +43,8 @@ export async function get(path) {
 
 /** JSON of a body whose `seed` may be text, because a seed can exceed JavaScript's exact integers. */
 export function toJson({ seed, ...body }, indent) {
-  const json = JSON.stringify({ ...body, ...(seed !== undefined && { seed: "SEED" }) }, null, indent);
-  return json.replace('"SEED"', () => String(seed));
+  if (seed === undefined) return JSON.stringify(body, null, indent);
+  return JSON.stringify({ seed: "SEED", ...body }, null, indent).replace('"SEED"', seed);
 }
 
 /** POST a body, and yield the events of the answer as objects with `type`. */

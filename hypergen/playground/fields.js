@@ -75,6 +75,6 @@ export function toBody({ settings, models }) {
 /** Settings from those of an image, so that "use these settings" generates it again. */
 export function toSettings(found, seed) {
   const isKnown = ([name, value]) => name in EMPTY && name !== "n" && value !== undefined && value !== null;
-  const fixed = seed === undefined || seed === null ? {} : { seed: String(seed), seedMode: "fixed" };
+  const fixed = /^\d+$/.test(seed) && { seed: String(seed), seedMode: "fixed" };
   return { ...EMPTY, ...Object.fromEntries(Object.entries(found).filter(isKnown)), ...fixed };
 }

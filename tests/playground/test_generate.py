@@ -190,6 +190,17 @@ def test_seeds_are_fixed_or_count_up(page: Page) -> None:
     expect(finished(page)).to_have_accessible_name(re.compile("seed 9007199254740993$"))
 
 
+def test_every_prompt_is_sent_as_it_is(page: Page) -> None:
+    for seed in ("", "7"):
+        page.get_by_role("textbox", name="Seed").fill(seed)
+        with page.expect_request("**/v1/images/generations") as sent:
+            generate(page, "SEED")
+        body = sent.value.post_data_json
+        assert body is not None
+        assert (body["prompt"], body.get("seed")) == ("SEED", int(seed) if seed else None)
+    expect(finished(page)).to_have_count(2)
+
+
 def test_the_page_asks_for_the_key(open_page: Callable[..., Page], playground: LiveServer) -> None:
     page = open_page(key=None)
     dialog = page.get_by_role("dialog", name="API key")

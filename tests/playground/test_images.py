@@ -147,6 +147,12 @@ def test_settings_of_a_dropped_file_are_read(page: Page, playground: LiveServer,
         expect(page.get_by_role("slider", name="Weight of Pixel_Art")).to_have_value("0.8")
 
 
+def test_a_seed_of_a_file_is_a_number(page: Page) -> None:
+    drop(page, "file.png", png(parameters="a red circle\nSteps: 7, Seed: exit(1), Size: 128x96"))
+    expect(page.get_by_role("spinbutton", name="Steps")).to_have_value("7")
+    expect(page.get_by_role("radio", name="Random")).to_be_checked()
+
+
 def test_a_file_without_settings_can_be_the_input_image(page: Page) -> None:
     drop(page, "plain.png", png())
     page.get_by_role("button", name="Use as input").click()
