@@ -1,5 +1,5 @@
 // The page: its frame, its shortcuts, and what is dropped or pasted onto it.
-import { html, render, useState } from "./vendor/preact-htm.js";
+import { html, render } from "./vendor/preact-htm.js";
 import { key, setKey } from "./api.js";
 import { CodeDialog } from "./code.js";
 import { Edit, setSource } from "./edit.js";
@@ -55,7 +55,6 @@ function Notice({ message, action, run }) {
 }
 
 function KeyDialog() {
-  const [isWrong] = useState(Boolean(key()));
   const save = (event) => {
     event.preventDefault();
     setKey(new FormData(event.target).get("key").trim());
@@ -65,7 +64,7 @@ function KeyDialog() {
   return html`<${Dialog} title=${text.key.title} className="small" onClose=${() => update({ asksKey: false })}>
     <form onSubmit=${save}>
       <p>${text.key.hint}</p>
-      ${isWrong && html`<p class="error" role="alert">${text.errors.key}</p>`}
+      ${app.needsKey && key() && html`<p class="error" role="alert">${text.errors.key}</p>`}
       <label>${text.key.label}<input name="key" type="password" autocomplete="off" autofocus /></label>
       <button class="primary">${text.key.save}</button>
     </form>

@@ -212,6 +212,10 @@ def test_the_page_asks_for_the_key(open_page: Callable[..., Page], playground: L
     expect(dialog).to_have_count(0)
     generate(page)
     expect(finished(page)).to_have_count(1)
+    page.get_by_role("button", name="Key").click()
+    expect(dialog).to_be_visible()
+    expect(dialog.get_by_role("alert")).to_have_count(0)  # this key is accepted
+    page.keyboard.press("Escape")
     assert KEY not in page.url
     assert KEY not in page.evaluate("JSON.stringify(localStorage)")
 
