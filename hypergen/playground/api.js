@@ -3,11 +3,10 @@ import { createParser } from "./vendor/eventsource-parser.js";
 import { text } from "./text.js";
 
 const KEY = "hypergen.key"; // of sessionStorage: this tab alone, and never in an address
-const base = new URL(".", location.href);
 
 export const key = () => sessionStorage.getItem(KEY) ?? "";
 export const setKey = (value) => sessionStorage.setItem(KEY, value);
-export const address = () => base.href.replace(/\/$/, "");
+export const address = () => new URL(".", location.href).href.replace(/\/$/, "");
 
 /** An error of the server or of the connection; an answer's has `status`, maybe `param` and `retryAfter` in seconds. */
 export const apiError = (message, details) => Object.assign(new Error(message), details);
@@ -20,26 +19,22 @@ async function toError(response) {
   return apiError(status === 401 ? text.errors.key : message, { status, param, retryAfter });
 }
 
-/** The result of an action that reads from the network, where an error is a lost connection. */
-async function network(action, message) {
-  try {
-    return await action();
-  } catch (error) {
-    throw error.name === "AbortError" ? error : apiError(message);
-  }
-}
+/** Handles an error of the network, which is a lost connection unless the request was cancelled. */
+const lost = (message) => (error) => {
+  throw error.name === "AbortError" ? error : apiError(message);
+};
 
-function send(path, options) {
+async function send(path, options) {
   const headers = { "content-type": "application/json", ...(key() && { Authorization: `Bearer ${key()}` }) };
-  return network(() => fetch(new URL(path, base), { ...options, headers, cache: "no-store" }), text.errors.unreachable);
+  const sent = fetch(path, { ...options, headers, cache: "no-store" });
+  const response = await sent.catch(lost(text.errors.unreachable));
+  // /health answers 503 with a body, too.
+  if (!response.ok && !(path === "health" && response.status === 503)) throw await toError(response);
+  return response;
 }
 
-/** GET as JSON; `/health` answers 503 with a body, too. */
-export async function get(path) {
-  const response = await send(path);
-  if (!response.ok && !(path === "health" && response.status === 503)) throw await toError(response);
-  return response.json();
-}
+/** GET as JSON. */
+export const get = async (path) => (await send(path)).json();
 
 /** JSON of a body whose `seed` may be text, because a seed can exceed JavaScript's exact integers. */
 export function toJson({ seed, ...body }, indent) {
@@ -50,12 +45,11 @@ export function toJson({ seed, ...body }, indent) {
 /** POST a body, and yield the events of the answer as objects with `type`. */
 export async function* stream(path, body, signal) {
   const response = await send(path, { method: "POST", body: toJson(body), signal });
-  if (!response.ok) throw await toError(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const events = [];
   const parser = createParser({ onEvent: ({ data }) => events.push(JSON.parse(data)) });
   while (true) {
-    const { done, value } = await network(() => reader.read(), text.errors.lost);
+    const { done, value } = await reader.read().catch(lost(text.errors.lost));
     if (done) return;
     parser.feed(value);
     for (const event of events.splice(0)) {
