@@ -1,7 +1,7 @@
 // A grid of images over two axes: each cell is one request, and the grid can be saved as one image.
 import { html, useState } from "./vendor/preact-htm.js";
-import { modelOf } from "./fields.js";
-import { checkPrompt, requestOfForm } from "./form.js";
+import { modelOf, toBody } from "./fields.js";
+import { checkPrompt } from "./form.js";
 import { ImageButton, Preview } from "./gallery.js";
 import { cancelAll, generate } from "./requests.js";
 import { app, setSettings, update } from "./state.js";
@@ -12,39 +12,32 @@ import { Select } from "./ui.js";
 const MOST_CELLS = 100;
 const AT_ONCE = 4; // so that others are served, too
 const NUMERIC = ["num_inference_steps", "guidance_scale", "lora"];
-// What may change, and values to start with if the model has none of its own.
-const SUGGESTED = {
-  seed: "1, 2, 3",
-  num_inference_steps: "2, 4, 8, 16, 32",
-  guidance_scale: "1, 2, 4, 7, 12",
-  sampler: "",
-  scheduler: "karras, exponential",
-  words: "",
-};
 const { grid: texts } = text;
 const NONE = { kind: "none", values: "" };
 
 const split = (values) => values.split(",").map((value) => value.trim()).filter(Boolean);
 
-/** What may change with this model: [kind, its name] each. */
-export function axisKinds() {
-  const kinds = ["none", ...Object.keys(SUGGESTED)];
-  if (modelOf(app).loras.length) kinds.push("lora");
-  if (app.models.length > 1) kinds.push("model");
-  return kinds.map((kind) => [kind, texts.kinds[kind] ?? text.fields[kind]]);
+/** What may change with this model, and values to start with: kind -> values. */
+function suggestions() {
+  const { samplers, schedules, loras } = modelOf(app);
+  const lora = loras.find((name) => name in app.settings.loras) ?? loras[0];
+  const list = (names) => names.slice(0, 8).join(", ");
+  return {
+    none: "",
+    seed: "1, 2, 3",
+    num_inference_steps: "2, 4, 8, 16, 32",
+    guidance_scale: "1, 2, 4, 7, 12",
+    sampler: list(samplers),
+    scheduler: list(schedules[app.settings.sampler] ?? ["karras", "exponential"]),
+    words: "",
+    ...(lora && { lora: `${lora} 0, 0.5, 1` }),
+    ...(app.models.length > 1 && { model: list(app.models.map(({ id }) => id)) }),
+  };
 }
 
-/** Values of an axis to start with. */
-function suggest(kind, ownLora = modelOf(app).loras[0]) {
-  const { samplers, schedules } = modelOf(app);
-  const own = {
-    sampler: samplers,
-    scheduler: schedules[app.settings.sampler],
-    model: app.models.map(({ id }) => id),
-    lora: [`${ownLora} 0`, "0.5", "1"],
-  };
-  return own[kind]?.slice(0, 8).join(", ") ?? SUGGESTED[kind] ?? "";
-}
+/** What may change with this model: [kind, its name] each. */
+export const axisKinds = () =>
+  Object.keys(suggestions()).map((kind) => [kind, texts.kinds[kind] ?? text.fields[kind]]);
 
 /** The values of an axis as [label, change of a body]; throws an Error with a sentence. */
 function readAxis({ kind, values }, body) {
@@ -70,19 +63,20 @@ function readAxis({ kind, values }, body) {
 /** A grid with the settings of an image, one of which changes. */
 export function startGrid(kind, settings) {
   setSettings({ ...settings, n: 1, rows: NONE });
-  setSettings({ columns: { kind, values: suggest(kind, Object.keys(settings.loras)[0]) } });
+  setSettings({ columns: { kind, values: suggestions()[kind] ?? "" } });
   update({ tab: "grid", viewed: null, grid: null });
 }
 
 /** Fill a grid; throws an Error with a sentence if an axis cannot be read. */
 async function run(columns, rows) {
   if (!checkPrompt()) return;
-  const form = requestOfForm().body;
+  const form = toBody(app);
   // The same noise in every cell, unless the seed is an axis.
   const body = { ...form, n: undefined, seed: form.seed ?? String(crypto.getRandomValues(new Uint32Array(1))[0]) };
   const [across, down] = [readAxis(columns, body), readAxis(rows, body)];
   if (across.length * down.length > MOST_CELLS) throw new Error(texts.tooMany(MOST_CELLS));
-  const cells = down.map(([, ofRow]) => across.map(([, ofColumn]) => ({ body: ofColumn(ofRow(body)), image: null, error: null })));
+  const toCell = (ofRow, ofColumn) => ({ body: ofColumn(ofRow(body)), image: null, error: null });
+  const cells = down.map(([, ofRow]) => across.map(([, ofColumn]) => toCell(ofRow, ofColumn)));
   const grid = { cells, across: across.map(([label]) => label), down: down.map(([label]) => label) };
   update({ grid });
   const left = cells.flat();
@@ -105,7 +99,7 @@ async function work(left, grid) {
 
 export function Grid() {
   const { grid, requests, settings } = app;
-  const { columns = { kind: "seed", values: SUGGESTED.seed }, rows = NONE } = settings;
+  const { columns = { kind: "seed", values: suggestions().seed }, rows = NONE } = settings;
   const [error, setError] = useState(null);
   const start = (event) => {
     event.preventDefault();
@@ -127,12 +121,14 @@ export function Grid() {
 }
 
 function Axis({ label, axis: { kind, values }, onChange }) {
-  const choose = (other) => onChange({ kind: other, values: suggest(other) });
+  const suggested = suggestions();
+  const choose = (other) => onChange({ kind: other, values: suggested[other] });
+  const enter = ({ target }) => onChange({ kind, values: target.value });
   return html`<fieldset><legend>${label}</legend>
     <${Select} aria-label=${label} value=${kind} options=${axisKinds()} onChange=${choose} />
     ${kind !== "none" &&
-    html`<input aria-label=${`${label}: ${texts.values}`} value=${values} placeholder=${suggest(kind) || texts.words}
-      onInput=${(event) => onChange({ kind, values: event.target.value })} />`}
+    html`<input aria-label=${`${label}: ${texts.values}`} value=${values}
+      placeholder=${suggested[kind] || texts.words} onInput=${enter} />`}
   </fieldset>`;
 }
 
@@ -155,9 +151,8 @@ function Cell({ cell: { image, error, body } }) {
 
 /** The grid with its labels as one PNG. */
 async function save({ cells, across, down }) {
-  const rows = await Promise.all(cells.map((row) => Promise.all(row.map(({ image }) => image && createImageBitmap(image.blob)))));
-  const all = rows.flat().filter(Boolean);
-  const most = (side) => Math.max(64, ...all.map((image) => image[side]));
+  const images = await Promise.all(cells.flat().map(({ image }) => image && createImageBitmap(image.blob)));
+  const most = (side) => Math.max(64, ...images.map((image) => image?.[side] ?? 0));
   const [width, height] = [most("width"), most("height")];
   const size = Math.max(12, Math.round(width / 16));
   const font = `${size}px system-ui, sans-serif`;
@@ -173,6 +168,8 @@ async function save({ cells, across, down }) {
   Object.assign(context, { fillStyle: "#18181b", font, textBaseline: "middle" });
   across.forEach((label, column) => context.fillText(label, x(column), top / 2, width));
   down.forEach((label, row) => context.fillText(label, gap, y(row) + height / 2));
-  rows.forEach((row, index) => row.forEach((image, column) => image && context.drawImage(image, x(column), y(index))));
+  for (const [index, image] of images.entries()) {
+    if (image) context.drawImage(image, x(index % across.length), y(Math.floor(index / across.length)));
+  }
   context.canvas.toBlob((blob) => download(blob, "hypergen-grid.png"));
 }
