@@ -33,7 +33,7 @@ export function Edit() {
 }
 
 function Sides({ source }) {
-  const running = app.requests.find((request) => request.edit?.source === source.blob);
+  const running = app.requests.find((request) => request.edit?.blob === source.blob);
   const image = app.images.find((other) => other.source === source.blob);
   const result = image ? html`<${Tile} key=${image.id} image=${image} />` : html`<li class="empty">${edit.noResult}</li>`;
   return html`<div class="sides">

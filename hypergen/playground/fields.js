@@ -49,7 +49,7 @@ export function sizesOf(model, maxSide = 2048) {
 }
 
 /** The body of POST /v1/images/generations, with what is not the default and what the model has. */
-export function toBody({ settings, models }) {
+export function toBody({ settings, models, tab, source }) {
   const model = modelOf({ settings, models });
   const body = { prompt: settings.prompt };
   const add = (name, toValue = (value) => value) => {
@@ -69,6 +69,7 @@ export function toBody({ settings, models }) {
     add("control_preprocessor");
     for (const name of Object.keys(CONTROL_NUMBERS)) add(name, Number);
   }
+  if (tab === "edit" && source) add("strength", Number);
   return body;
 }
 

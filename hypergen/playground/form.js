@@ -10,13 +10,7 @@ import { Field, FileButton, IconButton, Segments, Select, Slider, inputOf } from
 const { fields } = text;
 
 /** The request in the form: { body, edit } as `generate` takes them. */
-export function requestOfForm() {
-  const { settings, source, tab } = app;
-  const body = toBody(app);
-  if (tab !== "edit" || !source) return { body, edit: null };
-  if (settings.strength !== "") body.strength = Number(settings.strength);
-  return { body, edit: { source: source.blob, mask: source.mask } };
-}
+export const requestOfForm = () => ({ body: toBody(app), edit: app.tab === "edit" ? app.source : null });
 
 /** Whether there is a prompt; says so at the prompt if not. */
 export function checkPrompt() {

@@ -22,7 +22,7 @@ const remove = (request) => update({ requests: app.requests.filter((other) => ot
 /**
  * Send a body, and resolve to its images; null if it was cancelled.
  * After a 429 it waits as long as the server says, and tries again.
- * @param edit { source, mask } of an edit; null: a generation.
+ * @param edit { blob, mask } of an edit; null: a generation.
  * @param quiet the caller shows the error: it is thrown, and no failed request is kept.
  */
 export async function generate(body, edit = null, quiet = false) {
@@ -82,7 +82,7 @@ async function run(request, signal) {
   const started = performance.now();
   change(request, { state: "sent" });
   const streamed = { ...body, ...STREAMED };
-  if (edit) streamed.images = [{ image_url: await toDataUrl(edit.source) }];
+  if (edit) streamed.images = [{ image_url: await toDataUrl(edit.blob) }];
   if (edit?.mask) streamed.mask = { image_url: await toDataUrl(await edit.mask) };
   const images = [];
   for await (const event of stream(edit ? "v1/images/edits" : "v1/images/generations", streamed, signal)) {
@@ -114,7 +114,7 @@ async function keep(event, { body, edit }, ms) {
     size: event.size,
     understood: event.revised_prompt, // only if the model knows no word of the prompt
     ms,
-    source: edit?.source ?? null,
+    source: edit?.blob ?? null,
   };
   update({ images: [image, ...app.images], announcement: text.gallery.newImage(body.prompt) });
   await saveImage(image).catch(() => notify(text.errors.storage));
