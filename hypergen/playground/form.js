@@ -1,7 +1,7 @@
 // The settings of the next request. Shows the fields that the chosen model has, with the server's ranges and defaults.
 import { html, useState } from "./vendor/preact-htm.js";
 import { EMBEDDED_MODEL, EMPTY, FALLBACK_SIZE, has, modelOf, rangeOf, sizesOf, toBody } from "./fields.js";
-import { generate } from "./requests.js";
+import { generate, showAtField } from "./requests.js";
 import { app, notify, setSettings, update } from "./state.js";
 import { toDataUrl } from "./store.js";
 import { text } from "./text.js";
@@ -14,10 +14,9 @@ export const requestOfForm = () => ({ body: toBody(app), edit: app.tab === "edit
 
 /** Whether there is a prompt; says so at the prompt if not. */
 export function checkPrompt() {
-  if (app.settings.prompt.trim()) return true;
-  update({ errors: { ...app.errors, prompt: text.needsPrompt } });
-  document.getElementById("f-prompt")?.focus();
-  return false;
+  const isGiven = app.settings.prompt.trim() !== "";
+  if (!isGiven) showAtField({ param: "prompt", message: text.needsPrompt });
+  return isGiven;
 }
 
 export function submit() {

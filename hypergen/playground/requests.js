@@ -36,7 +36,7 @@ export async function generate(body, edit = null, quiet = false) {
   } catch (error) {
     const isCancelled = error.name === "AbortError";
     if (error.status === 401) update({ needsKey: true, asksKey: true });
-    if (isCancelled || quiet || (error.param && showAtField(error))) remove(request);
+    if (isCancelled || quiet || showAtField(error)) remove(request);
     else change(request, { state: "failed", error: error.message });
     if (quiet && !isCancelled) throw error;
     return null;
@@ -44,7 +44,7 @@ export async function generate(body, edit = null, quiet = false) {
 }
 
 /** Show an error at its field, if the form has it. */
-function showAtField({ param, message }) {
+export function showAtField({ param, message }) {
   const field = { lora_path: "loras", images: "image" }[param] ?? param;
   const element = document.querySelector(`[data-field="${field}"]`);
   if (!element) return false;
