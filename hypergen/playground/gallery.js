@@ -48,22 +48,23 @@ export function ImageButton({ image, onClick = () => update({ viewed: image.id }
 }
 
 /** An image while it forms. */
-export function Preview({ tile }) {
-  return html`<div class="open">${tile?.preview ? html`<img src=${tile.preview} alt="" />` : html`<span class="waiting"></span>`}</div>`;
+export function Preview({ src }) {
+  const image = src ? html`<img src=${src} alt="" />` : html`<span class="waiting"></span>`;
+  return html`<div class="open">${image}</div>`;
 }
 
 /** The images of one request while they form; its state in words, and what to do about it. */
 export function Running({ request, most = Infinity }) {
-  const { state, tiles, step, steps } = request;
+  const { state, previews, step, steps } = request;
   const isFailed = state === "failed";
   const controls = () => html`<div class="state">
     <p role=${isFailed ? "alert" : undefined}>${isFailed && html`<strong>${text.failed}. </strong>`}${text.progress[state](request)}</p>
     ${isFailed && html`<button type="button" onClick=${() => retry(request)}>${text.retry}</button>`}
     <button type="button" onClick=${() => cancel(request)}>${isFailed ? text.dismiss : text.cancel}</button>
   </div>`;
-  return tiles.slice(0, isFailed || state === "waiting" ? 1 : most).map(
-    (tile, index) => html`<li class=${`tile running ${state}`} key=${index}>
-      <${Preview} tile=${tile} />
+  return previews.slice(0, isFailed || state === "waiting" ? 1 : most).map(
+    (src, index) => html`<li class=${`tile running ${state}`} key=${index}>
+      <${Preview} src=${src} />
       ${index === 0 && controls()}
       ${state === "running" && steps && html`<progress aria-label=${request.body.prompt} max=${steps} value=${step ?? 0}></progress>`}
     </li>`,

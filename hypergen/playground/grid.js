@@ -146,7 +146,7 @@ function Table({ grid }) {
 function Cell({ cell: { image, error, body } }) {
   if (image) return html`<${ImageButton} image=${image} />`;
   if (error) return html`<p class="open error" role="alert">${error}</p>`;
-  return html`<${Preview} tile=${app.requests.find((request) => request.body === body)?.tiles[0]} />`;
+  return html`<${Preview} src=${app.requests.find((request) => request.body === body)?.previews[0]} />`;
 }
 
 /** The grid with its labels as one PNG. */

@@ -26,8 +26,8 @@ const remove = (request) => update({ requests: app.requests.filter((other) => ot
  * @param quiet the caller shows the error: it is thrown, and no failed request is kept.
  */
 export async function generate(body, edit = null, quiet = false) {
-  const tiles = Array.from({ length: body.n ?? 1 }, () => ({}));
-  const request = { id: ++lastId, body, edit, tiles, state: "sent", controller: new AbortController() };
+  const previews = Array.from({ length: body.n ?? 1 });
+  const request = { id: ++lastId, body, edit, previews, state: "sent", controller: new AbortController() };
   update({ requests: [request, ...app.requests] });
   try {
     const images = await attempts(request, request.controller.signal);
@@ -78,7 +78,7 @@ async function attempts(request, signal) {
 
 async function run(request, signal) {
   signal.throwIfAborted();
-  const { body, edit, tiles } = request;
+  const { body, edit, previews } = request;
   const started = performance.now();
   change(request, { state: "sent" });
   const streamed = { ...body, ...STREAMED };
@@ -91,12 +91,12 @@ async function run(request, signal) {
       change(request, { state: position === undefined ? "running" : "queued", position, step, steps, seconds });
       continue;
     }
-    tiles[index] = { preview: `data:image/${event.output_format};base64,${event.b64_json}` };
+    previews[index] = `data:image/${event.output_format};base64,${event.b64_json}`;
     update({});
     if (type.endsWith(".completed")) images[index] = await keep(event, request, Math.round(performance.now() - started));
   }
   // The stream ends early without an error if a proxy or the server closed it.
-  if (images.filter(Boolean).length < tiles.length) throw apiError(text.errors.lost);
+  if (images.filter(Boolean).length < previews.length) throw apiError(text.errors.lost);
   return images;
 }
 
