@@ -37,8 +37,7 @@ const set = (name) => (value) => setSettings({ [name]: value });
 const typed = (name) => (event) => setSettings({ [name]: event.target.value });
 
 function prompt(name, rows, hint) {
-  if (!has(modelOf(app), name)) return null;
-  return html`<${Field} name=${name}>
+  return has(modelOf(app), name) && html`<${Field} name=${name}>
     <textarea ...${inputOf(name)} rows=${rows} placeholder=${hint} value=${app.settings[name]} onInput=${typed(name)}></textarea>
   <//>`;
 }
@@ -52,6 +51,13 @@ function range(name, step, fallback = modelOf(app).defaults[name] ?? "") {
     value=${value} placeholder=${fallback} onInput=${typed(name)} />`;
   return html`<${Field} name=${name} hint=${number}>
     <${Slider} label=${fields[name]} ...${limits} value=${value === "" ? fallback || limits.min : value} onChange=${set(name)} />
+  <//>`;
+}
+
+function checkbox(name) {
+  const change = ({ target }) => setSettings({ [name]: target.checked });
+  return has(modelOf(app), name) && html`<${Field} name=${name}>
+    <input ...${inputOf(name)} type="checkbox" checked=${app.settings[name]} onChange=${change} />
   <//>`;
 }
 
@@ -108,24 +114,25 @@ function Examples() {
 function Size({ model }) {
   const { settings, tab, health } = app;
   const own = model.defaults.size;
-  const sizes = sizesOf(model, health?.limits?.max_side);
   const [isCustom, setCustom] = useState(false);
-  const isListed = settings.size === "" || sizes.some(([size]) => size === settings.size);
-  const shown = isCustom || !isListed ? "custom" : settings.size;
   const sides = (settings.size || own || FALLBACK_SIZE).split("x");
   const fallback = own ? text.sizeOption(own, text.modelDefault) : text.modelDefault;
+  const most = health?.limits?.max_side;
+  const sizes = sizesOf(model, most).filter(([size]) => size !== own || settings.size === own);
   const options = [
     ["", tab === "edit" ? text.inputSize : fallback],
-    ...sizes.filter(([size]) => size !== own || shown === size).map(([size, ratio]) => [size, text.sizeOption(size, ratio)]),
+    ...sizes.map(([size, ratio]) => [size, text.sizeOption(size, ratio)]),
     ["custom", text.customSize],
   ];
+  const isListed = options.some(([size]) => size === settings.size);
+  const shown = isListed && !isCustom ? settings.size : "custom";
   const choose = (size) => {
     setCustom(size === "custom");
     setSettings({ size: size === "custom" ? sides.join("x") : size });
   };
   const side = (name, index) => {
     const enter = ({ target }) => (setCustom(true), setSettings({ size: sides.with(index, target.value).join("x") }));
-    return html`<input class="number" type="number" step="8" min="64" max=${health?.limits?.max_side}
+    return html`<input class="number" type="number" step="8" min="64" max=${most}
       aria-label=${fields[name]} value=${sides[index]} onInput=${enter} />`;
   };
   return html`<${Field} name="size">
@@ -194,18 +201,9 @@ function ControlNet({ model }) {
 }
 
 function More() {
-  const name = "enable_refiner";
-  const refiner = () => html`<${Field} name=${name}>
-    <input ...${inputOf(name)} type="checkbox" checked=${app.settings[name]} onChange=${({ target }) => set(name)(target.checked)} />
-  <//>`;
-  const shown = [
-    prompt("prompt_2", 2),
-    prompt("negative_prompt_2", 2),
-    range("true_cfg_scale", 0.5),
-    range("clip_skip", 1),
-    has(modelOf(app), name) && refiner(),
-  ].filter(Boolean);
-  return shown.length > 0 && html`<details><summary>${text.more}</summary>${shown}</details>`;
+  const prompts = [prompt("prompt_2", 2), prompt("negative_prompt_2", 2)];
+  const shown = [...prompts, range("true_cfg_scale", 0.5), range("clip_skip", 1), checkbox("enable_refiner")];
+  return shown.some(Boolean) && html`<details><summary>${text.more}</summary>${shown}</details>`;
 }
 
 /** Put settings into the form, and say so. */
