@@ -15,6 +15,7 @@ const HYPERBOLIC = {
   control_image: "controlnet_image", control_model: "controlnet_name",
 };
 const KEY_NAME = "HYPERGEN_API_KEY";
+const LANGUAGES = { curl: openaiCurl, python, node, hyperbolic };
 
 const quoted = (value) => `'${value.replaceAll("'", `'\\''`)}'`;
 const lines = (all, spaces) => all.join("\n").replaceAll(/^/gm, " ".repeat(spaces));
@@ -87,18 +88,13 @@ function hyperbolic({ size, model, ...body }, edit) {
   return curlJson("image/generation", { model_name: model ?? id, ...renamed, ...sides, ...(edit && { image: "BASE64" }) });
 }
 
-const LANGUAGES = { curl: openaiCurl, python, node, hyperbolic };
-
 export function CodeDialog() {
   const [language, setLanguage] = useState("curl");
   const { body, edit } = requestOfForm();
   if (body.control_image) body.control_image = "BASE64";
   const code = LANGUAGES[language](body, edit);
-  const copy = async () => {
-    await navigator.clipboard.writeText(code);
-    notify(text.codeDialog.copied);
-  };
   const languages = Object.entries(text.codeDialog.languages);
+  const copy = () => navigator.clipboard.writeText(code).then(() => notify(text.codeDialog.copied));
   return html`<${Dialog} title=${text.codeDialog.title} className="code" onClose=${() => update({ asksCode: false })}>
     <div class="toolbar">
       <${Segments} name="language" label=${text.code} value=${language} options=${languages} onChange=${setLanguage} />

@@ -69,10 +69,8 @@ function MaskEditor({ source }) {
   const switchEraser = () => change({ erase: !brush.erase });
   const onKeyDown = keyHandler(move, {
     " ": () => (dot(cursor), keep()),
-    "[": resize(0.8), "]": resize(1.25),
-    e: switchEraser,
-    i: act("invert"),
-    "ctrl z": act("undo"),
+    "[": resize(0.8), "]": resize(1.25), e: switchEraser,
+    i: act("invert"), "ctrl z": act("undo"),
   });
   const follow = ({ offsetX, offsetY, pointerId }) => {
     const { clientWidth, clientHeight } = canvas.current;

@@ -31,10 +31,8 @@ const LORA = /\s*<lora:([^:>]+):([\d.]+)[^>]*>/g;
 function ofA1111(infotext) {
   const lines = infotext.trim().split("\n");
   const hasValues = /\bSteps: \d/.test(lines.at(-1));
-  const values = {};
-  for (const [, name, quoted, plain] of (hasValues ? lines.pop() : "").matchAll(A1111_VALUE)) {
-    values[name.trim()] = quoted ? JSON.parse(quoted) : plain.trim();
-  }
+  const toEntry = ([, name, quoted, plain]) => [name.trim(), quoted ? JSON.parse(quoted) : plain.trim()];
+  const values = Object.fromEntries([...(hasValues ? lines.pop() : "").matchAll(A1111_VALUE)].map(toEntry));
   const [prompt, negative = ""] = lines.join("\n").split(/^Negative prompt: ?/m);
   const loras = [...prompt.matchAll(LORA)].map(([, name, weight]) => [name, Number(weight)]);
   const schedule = values["Schedule type"];

@@ -12,10 +12,8 @@ export function Field({ name, children, hint }) {
   </div>`;
 }
 
-export function FieldError({ name }) {
-  const error = app.errors[name];
-  return error && html`<p class="error" id=${`e-${name}`} role="alert">${error}</p>`;
-}
+export const FieldError = ({ name }) =>
+  app.errors[name] && html`<p class="error" id=${`e-${name}`} role="alert">${app.errors[name]}</p>`;
 
 /** Attributes of the input in a `Field`. */
 export const inputOf = (name) => ({
@@ -25,7 +23,7 @@ export const inputOf = (name) => ({
 });
 
 export function Slider({ label, onChange, ...limits }) {
-  const change = (event) => onChange(Number(event.target.value));
+  const change = ({ target }) => onChange(target.valueAsNumber);
   return html`<input class="slider" type="range" aria-label=${label} ...${limits} onInput=${change} />`;
 }
 
@@ -38,18 +36,14 @@ export function Select({ value = "", options, onChange, ...attributes }) {
 
 /** The same, as radio buttons that look like one control. */
 export function Segments({ name, label, value, options, onChange }) {
-  return html`<div class="segments" role="radiogroup" aria-label=${label}>
-    ${options.map(
-      ([option, shown]) => html`<label>
-        <input type="radio" name=${name} checked=${option === value} onChange=${() => onChange(option)} />${shown}
-      </label>`,
-    )}
-  </div>`;
+  const radio = ([option, shown]) => html`<label>
+    <input type="radio" name=${name} checked=${option === value} onChange=${() => onChange(option)} />${shown}
+  </label>`;
+  return html`<div class="segments" role="radiogroup" aria-label=${label}>${options.map(radio)}</div>`;
 }
 
-export function IconButton({ label, children, ...attributes }) {
-  return html`<button type="button" class="icon" aria-label=${label} title=${label} ...${attributes}>${children}</button>`;
-}
+export const IconButton = ({ label, children, ...rest }) =>
+  html`<button type="button" class="icon" aria-label=${label} title=${label} ...${rest}>${children}</button>`;
 
 /** A handler of keys: name of a key ("ctrl z" with Ctrl or Cmd) -> action; `move(x, y)` is the action of the arrows. */
 export function keyHandler(move, actions) {
@@ -81,7 +75,7 @@ export function Dialog({ title, className = "", children, ...events }) {
 export function FileButton({ label, onFile, id }) {
   const choose = ({ target }) => {
     if (target.files.length) onFile(target.files[0]);
-    target.value = "";
+    target.value = ""; // so that the same file can be chosen again
   };
   return html`<label class="button file">${label}
     <input id=${id} type="file" accept="image/png,image/jpeg,image/webp" onChange=${choose} />
