@@ -46,9 +46,10 @@ class Replay:
         seed: int,
         device: str,
         render_scenes: Callable[[list[Scene], int, int], Tensor] = render,
+        new_scene: Callable[[random.Random], Scene] = training_scene,
     ):
         self.vae, self.tokenizer, self.text_encoder, self.device = vae, tokenizer, text_encoder, device
-        self.render_scenes = render_scenes
+        self.render_scenes, self.new_scene = render_scenes, new_scene
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.pools: dict[tuple[int, int], list[Sample]] = defaultdict(list)
 
@@ -65,7 +66,7 @@ class Replay:
         """Add newly rendered scenes to a pool; in a full pool they replace random samples."""
         if not count:
             return
-        scenes = [training_scene(self.rng) for _ in range(count)]
+        scenes = [self.new_scene(self.rng) for _ in range(count)]
         texts = [with_unknown_word(random_caption(scene, self.rng).text, self.rng) for scene in scenes]
         possible = [possible_scenes(scene) for scene in scenes]
         images = self.render_scenes(list(chain.from_iterable(possible)), 8 * height, 8 * width).to(

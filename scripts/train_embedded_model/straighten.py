@@ -4,6 +4,9 @@ The predictions with and without the prompt bend contours by less than a pixel, 
 multiplies the difference. So this stage trains the guided prediction, at the timesteps at which noisy
 latents still show the object, and mostly at its contour. They are blended with latents that the UNet has
 generated, so that it learns to straighten its own contours.
+
+In the first steps of sampling, and in all steps of a short sampling, the UNet keeps its predictions: they are
+compared with those of the finished model, on noisy latents that the finished model itself sampled from noise.
 """
 
 # diffusers and transformers leave out of their annotations what these calls rely on.
@@ -13,10 +16,12 @@ import copy
 import random
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import torch
@@ -27,35 +32,44 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .assemble import edit_json
 from .continuing import unpack_model
-from .denoising import add_noise, over_latents, random_row
+from .contours import GATES
+from .denoising import LEAST_BLENDED_TIMESTEP, add_noise, over_latents, random_row
 from .muon import muon_and_adamw, set_learning_rates
-from .pipeline import GUIDANCE_SCALE, load_text_encoder, load_vae, new_scheduler
+from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, load_text_encoder, load_vae, new_scheduler
 from .progress import Run, rising_then_falling
 from .replay import Replay, Sample
+from .scenes import OVERLAPPING, Scene, single, training_scene
+from .score import FEW_STEPS, FEW_STEPS_GUIDANCE
 from .threads import step_together
 from .unet import load_unet
 
 SEED = 6
-STEPS = 1000
+STEPS = 4000
 LEARNING_RATE = 2e-4
 LATENTS_PER_SHARE = 2 * 32 * 32
 SHAPES = {(32, 32): 0.7, (16, 16): 0.1, **dict.fromkeys([(16, 24), (24, 16), (24, 32), (32, 24)], 0.05)}
+MEASURED_SHARE = 0.5  # of the scenes; the others are any training scenes
 # Below `SHOWN` the object is visible in noisy latents; from there on, the UNet is kept as it was.
-LEAST_TIMESTEP, SHOWN = 40, 650
-KEPT_SHARE = 0.3
+LEAST_TIMESTEP, SHOWN = 40, 600
+KEPT_SHARE, KEPT_WEIGHT = 0.4, 3.0
+KEPT_STEPS = ((FEW_STEPS, FEW_STEPS_GUIDANCE, 0), (NUM_INFERENCE_STEPS, GUIDANCE_SCALE, SHOWN))
 FULL_WEIGHT = 0.3  # sigma squared, at about timestep 200
 LATE_TIMESTEPS = 1.4  # exponent; above 1, more of the last steps, where contours are decided
 LEAST_EDGE, MOST_EDGE = 0.25, 8  # of the weight of a position, before it is divided by the mean
 CAPACITY, FRESH = 1000, 0.1  # samples of each shape, for each thread; share of steps with new samples
 BENDING_TIMESTEPS = range(599, 0, -100)
+GHOST_SHARE, MOST_GHOST = 0.3, 0.4  # of the noisy latents; share of the object elsewhere in them
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Bent:
-    """Latents of a rendered image, those that the UNet made of them, and the prompt embeddings."""
+    """Latents of a rendered image, those that the UNet made of them, and those of another position."""
 
     latents: Tensor
     bent: Tensor
+    elsewhere: Tensor
     prompt_embeds: Tensor
 
 
@@ -69,6 +83,30 @@ def contour_weights(latents: Tensor) -> Tensor:
     return weights / weights.mean((2, 3), keepdim=True)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Noisy latents that the finished model sampled, and its velocities there, with guidance and without."""
+
+    noisy_latents: Tensor
+    timestep: Tensor
+    guided: Tensor
+    cond: Tensor
+    prompt_embeds: Tensor
+
+
+def measured_scene(rng: random.Random) -> Scene:
+    """A single solid object of a shape whose contours are measured, without held-out combinations."""
+    while True:
+        scene = single(rng, OVERLAPPING)
+        (kind,) = scene.kinds
+        if kind.shape in GATES and kind.style == "solid" and not scene.held_out:
+            return scene
+
+
+def any_scene(rng: random.Random) -> Scene:
+    return measured_scene(rng) if rng.random() < MEASURED_SHARE else training_scene(rng)
+
+
 class Share:
     """One thread's share of every batch, and the UNet before and after its changes."""
 
@@ -76,40 +114,38 @@ class Share:
         self.unet, self.before, self.replay = unet, before, replay
         self.alphas_cumprod = new_scheduler().alphas_cumprod
         self.no_prompt = replay.embed([""])
-        self.pools: dict[tuple[int, int], list[Bent]] = defaultdict(list)
+        self.bent: dict[tuple[int, int], list[Bent]] = defaultdict(list)
+        self.sampled: dict[tuple[int, int], list[Sampled]] = defaultdict(list)
 
     def loss(self, size: int, height: int, width: int, keep: bool) -> Tensor:
         """The error of the guided and of the conditional velocity or, with `keep`, how much they changed."""
+        if keep:
+            return KEPT_WEIGHT * self.change(size, height, width)
         generator = self.replay.generator
-        samples = self.batch(size, height, width)
-        latents, bent, prompt_embeds = (
-            torch.stack(values)
-            for values in zip(
-                *((each.latents, each.bent, each.prompt_embeds) for each in samples), strict=True
-            )
-        )
+        samples = self.choose(self.bent[height, width], self.bend, size, height, width)
+        latents, bent, elsewhere, prompt_embeds = stack_fields(samples)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        low, high, exponent = (SHOWN, 1000, 1) if keep else (LEAST_TIMESTEP, SHOWN, LATE_TIMESTEPS)
-        shares = torch.rand(size, generator=generator) ** exponent
-        timesteps = (low + (high - low) * shares).long()
+        shares = torch.rand(size, generator=generator) ** LATE_TIMESTEPS
+        timesteps = (LEAST_TIMESTEP + (SHOWN - LEAST_TIMESTEP) * shares).long()
         alpha_squared = over_latents(self.alphas_cumprod[timesteps]).to(latents)
         blends = over_latents(torch.rand(size, generator=generator)).to(latents)
-        displacement = torch.zeros_like(latents) if keep else blends * (bent - latents)
+        has_ghost = torch.rand(size, generator=generator) < GHOST_SHARE
+        has_ghost &= timesteps >= LEAST_BLENDED_TIMESTEP
+        ghosts = over_latents(MOST_GHOST * torch.rand(size, generator=generator) * has_ghost).to(latents)
+        displacement = blends * (bent - latents) + ghosts * (elsewhere - latents)
         noisy_latents, velocity = add_noise(latents, displacement, noise, alpha_squared)
-        targets = (velocity, velocity)
-        if keep:
-            with torch.no_grad():
-                targets = self.predict(self.before, noisy_latents, timesteps, prompt_embeds)
         # A wrong velocity moves the predicted latents by sigma times as much.
-        weight = ((1 - alpha_squared) / FULL_WEIGHT).clamp_max(1)
-        if not keep:
-            weight = weight * contour_weights(latents)
+        weight = ((1 - alpha_squared) / FULL_WEIGHT).clamp_max(1) * contour_weights(latents)
         predictions = self.predict(self.unet, noisy_latents, timesteps, prompt_embeds)
-        errors = [
-            (weight * (prediction - target).square()).mean()
-            for prediction, target in zip(predictions, targets, strict=True)
-        ]
+        errors = [(weight * (prediction - velocity).square()).mean() for prediction in predictions]
         return torch.stack(errors).mean()
+
+    def change(self, size: int, height: int, width: int) -> Tensor:
+        """How much the velocities changed on noisy latents that the finished model sampled."""
+        samples = self.choose(self.sampled[height, width], self.sample, size, height, width)
+        noisy_latents, timesteps, *targets, prompt_embeds = stack_fields(samples)
+        predictions = self.predict(self.unet, noisy_latents, timesteps, prompt_embeds)
+        return torch.stack(list(map(functional.mse_loss, predictions, targets))).mean()
 
     def predict(
         self, unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor
@@ -120,11 +156,12 @@ class Share:
         uncond, cond = unet(noisy_latents.repeat(2, 1, 1, 1), timesteps, both).sample.chunk(2)
         return torch.lerp(uncond, cond, GUIDANCE_SCALE), cond
 
-    def batch(self, size: int, height: int, width: int) -> list[Bent]:
+    def choose(
+        self, pool: list[T], make: Callable[[list[Sample]], list[T]], size: int, height: int, width: int
+    ) -> list[T]:
         """Random samples of a pool; a part of it is replaced by new ones."""
-        pool = self.pools[height, width]
-        if len(pool) < 4 * size or self.replay.rng.random() < FRESH:
-            pool += self.bend(self.replay.batch(size, height, width))
+        while len(pool) < 4 * size or self.replay.rng.random() < FRESH:
+            pool += make(self.replay.batch(size, height, width))
             del pool[:-CAPACITY]
         return self.replay.rng.sample(pool, size)
 
@@ -132,7 +169,9 @@ class Share:
     def bend(self, samples: list[Sample]) -> list[Bent]:
         """Denoise noisy latents in a few guided steps; objects stay where they are but get other contours."""
         generator = self.replay.generator
-        latents = torch.stack([random_row(sample.latents, generator) for sample in samples])
+        latents, elsewhere = (
+            torch.stack([random_row(sample.latents, generator) for sample in samples]) for _ in range(2)
+        )
         prompt_embeds = torch.stack([sample.prompt_embeds for sample in samples]).float()
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         predicted = latents
@@ -142,7 +181,28 @@ class Share:
             velocity, _ = self.predict(self.unet, noisy_latents, torch.tensor(timestep), prompt_embeds)
             predicted = alpha * noisy_latents - sigma * velocity
             noise = sigma * noisy_latents + alpha * velocity
-        return list(map(Bent, latents, predicted, prompt_embeds))
+        return list(map(Bent, latents, predicted, elsewhere, prompt_embeds))
+
+    @torch.no_grad()
+    def sample(self, samples: list[Sample]) -> list[Sampled]:
+        """Sample from noise with the finished model, as a request would."""
+        prompt_embeds = torch.stack([sample.prompt_embeds for sample in samples]).float()
+        shape = len(samples), *samples[0].latents.shape[1:]
+        found: list[Sampled] = []
+        for steps, guidance_scale, last_timestep in KEPT_STEPS:
+            scheduler = new_scheduler()
+            scheduler.set_timesteps(steps)
+            latents = torch.randn(shape, generator=self.replay.generator).to(prompt_embeds)
+            for timestep in scheduler.timesteps[scheduler.timesteps >= last_timestep]:
+                guided, cond = self.predict(self.before, latents, timestep, prompt_embeds)
+                found += map(Sampled, latents, timestep.expand(len(samples)), guided, cond, prompt_embeds)
+                velocity = cond + (guided - cond) * (guidance_scale - 1) / (GUIDANCE_SCALE - 1)
+                latents = scheduler.step(velocity, int(timestep), latents).prev_sample
+        return found
+
+
+def stack_fields(samples: Sequence[Bent] | Sequence[Sampled]) -> tuple[Tensor, ...]:
+    return tuple(map(torch.stack, zip(*(vars(each).values() for each in samples), strict=True)))
 
 
 def straighten(folder: Path, steps: int, device: str, threads: int) -> None:
@@ -161,16 +221,19 @@ def straighten(folder: Path, steps: int, device: str, threads: int) -> None:
     shares = []
     for _ in range(threads):
         tokenizer = copy.deepcopy(tokenizer)  # tokenizers are not thread-safe
-        replay = Replay(vae, tokenizer, text_encoder.to(device), rng.getrandbits(32), device)
+        replay = Replay(
+            vae, tokenizer, text_encoder.to(device), rng.getrandbits(32), device, new_scene=any_scene
+        )
         shares.append(Share(unet, before, replay))
     torch.set_num_threads(1)
     with workers:
         for step in run:
             set_learning_rates(optimizers, rising_then_falling(step, steps, warmup=20, flat=0.3))
             ((height, width),) = rng.choices(list(SHAPES), list(SHAPES.values()))
-            keep = rng.random() < KEPT_SHARE
             size = LATENTS_PER_SHARE // (height * width)
-            compute_losses = [partial(share.loss, size, height, width, keep) for share in shares]
+            compute_losses = [
+                partial(share.loss, size, height, width, rng.random() < KEPT_SHARE) for share in shares
+            ]
             run.report(step_together(workers, compute_losses, unet, optimizers, max_norm=1.0))
             average.update_parameters(unet)
 

@@ -1,6 +1,7 @@
 """The stage that straightens contours, on the shipped model."""
 
 import copy
+import random
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from scripts.train_embedded_model.continuing import unpack_model
+from scripts.train_embedded_model.contours import GATES
 from scripts.train_embedded_model.pipeline import GUIDANCE_SCALE, load_text_encoder, load_vae
 from scripts.train_embedded_model.replay import Replay
-from scripts.train_embedded_model.straighten import SHOWN, Share, contour_weights
+from scripts.train_embedded_model.straighten import SHOWN, Share, any_scene, contour_weights
 from scripts.train_embedded_model.unet import load_unet
 
 EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
@@ -36,6 +38,26 @@ def test_bent_latents_show_the_same_scene(share: Share) -> None:
 
 def test_an_unchanged_unet_is_kept(share: Share) -> None:
     assert share.loss(4, 8, 8, keep=True).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_unet_is_kept_on_what_it_sampled_from_noise(share: Share) -> None:
+    sampled = share.sample(share.replay.batch(2, 8, 8))
+    timesteps = {int(each.timestep) for each in sampled}
+    assert {999, 749, 499, 249} < timesteps  # all of a short sampling
+    assert {timestep for timestep in timesteps if timestep < SHOWN} == {499, 249}
+    assert len(sampled) == 2 * (4 + 8)  # of twenty steps those from SHOWN on
+    assert all(each.noisy_latents.shape == (4, 8, 8) for each in sampled)
+
+
+def test_a_half_of_the_scenes_has_measured_shapes() -> None:
+    rng = random.Random(0)
+    scenes = [any_scene(rng) for _ in range(400)]
+    assert not any(scene.held_out for scene in scenes)
+    measured = sum(
+        len(scene.things) == 1 and scene.kinds[0].shape in GATES and scene.kinds[0].style == "solid"
+        for scene in scenes
+    )
+    assert 0.5 <= measured / len(scenes) < 0.75
 
 
 def test_contours_count_more_than_areas() -> None:
