@@ -12,8 +12,9 @@ from hypergen.engine_client.accelerators import find_device
 from hypergen.errors import ModelError
 from hypergen.model_families import PIPELINES
 from hypergen.model_store.diffusers_layout import pipeline_class_of
+from hypergen.model_store.lora_files import open_registry
 from hypergen.model_store.model_arguments import check_options
-from hypergen.model_store.model_check import refuse_unusable
+from hypergen.model_store.model_check import fault_of_loras, refuse_unusable
 from hypergen.model_store.setting_checks import check_settings
 from hypergen.served_model_config import ModelOptions
 
@@ -66,6 +67,14 @@ class ArgumentChecks:
         # With several models, it may be for another one.
         engine = self.engine if self.alone else self.engine.model_copy(update={"attention": None})
         refuse_unusable(folder, options, engine)
+        default = self._default_lora(folder)
+        if default and (fault := fault_of_loras(folder, engine.max_lora_mb, default)):
+            raise ModelError(fault)
+
+    def _default_lora(self, folder: Path) -> dict[str, Path]:
+        """The LoRA that is loaded with the model, if any: its name and file."""
+        registry = open_registry(self.engine, folder)
+        return {} if registry.default is None else {registry.default: registry.files[registry.default]}
 
     def needs_torch(self, folder: Path) -> bool:
         """Whether `without_torch` leaves settings that may not fit the model."""
@@ -79,6 +88,7 @@ class ArgumentChecks:
             or options.timestep_spacing
             or engine.controlnet
             or engine.embedding
+            or self._default_lora(folder)
             or (self.alone and engine.attention)
             or (is_pipeline and engine.vae_tiling != "off")
             or (any(of_device) and find_device(engine) is None)

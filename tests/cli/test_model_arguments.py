@@ -172,14 +172,19 @@ def test_serve_refuses_it_for_a_model_of_the_store(
     refuse(hypergen, home, ["serve", *arguments], case[3])
 
 
-def test_generate_refuses_a_lora_for_another_model(hypergen: Run, home: Path) -> None:
+def test_a_lora_for_another_model_is_refused(hypergen: Run, home: Path) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(save_sdxl(Path("sdxl")))
     save_lora(Path("style.safetensors"), pipeline, rank=4, targets=ATTENTION, seed=1)
     save_sd(Path("model"))
-    given = ["generate", "cat", "-m", "./model", "-o", "cat.png", "--lora", "style.safetensors"]
-    refuse(hypergen, home, given, "The LoRA 'style' ")
+    commands = (
+        ["generate", "cat", "-m", "./model", "-o", "cat.png", "--lora", "style.safetensors"],
+        ["serve", "./model", "--lora", "style.safetensors"],
+    )
+    for command in commands:
+        refuse(hypergen, home, command, "The LoRA 'style' ")
     assert hypergen("import", "./model")[0] == 0
-    refuse(hypergen, home, given, "The LoRA 'style' ")
+    for command in commands:
+        refuse(hypergen, home, command, "The LoRA 'style' ")
 
 
 def test_generate_refuses_what_a_checkpoint_file_lacks(hypergen: Run, home: Path) -> None:
