@@ -202,10 +202,8 @@ def test_the_results_are_written_as_markdown(on_fake_cuda: dict[str, Any]) -> No
 
 def test_rows_whose_bits_depend_on_their_number_are_found() -> None:
     family: Any = family_of(RANDOM_WEIGHTS["small"].pipeline(), 64, make_settings())
-    forward = family.forward
-    family.forward = lambda latents, *args, **kwargs: (
-        forward(latents, *args, **kwargs) * (1.001 if len(latents) > 4 else 1)
-    )
+    # Not the UNet: on some CPUs its own bits depend on the number of rows.
+    family.forward = lambda latents, *args, **kwargs: latents.tanh() * (1.001 if len(latents) > 4 else 1)
     shape = measure_rows(family, ShapeProfiles(family, make_settings()), 64, 2)
     assert (shape.bucket, shape.verdict) == (2, "exact")
     assert [entry.equal_alone for entry in shape.row_counts] == [True, True, True, False, False]
