@@ -50,11 +50,11 @@ def samplers_of(folder: Path, options: ModelOptions) -> ModelSamplers:
         ModelError: a file is damaged, or the model lacks the sampler of the options.
     """
     model = str(folder)
+    published = _scheduler_class(folder)
     if pipeline_class_of(folder, model) not in PIPELINES:
-        return ModelSamplers({}, 1)
+        return ModelSamplers({}, _min_steps(published, ModelOptions()))
     name = options.scheduler
     options = options_of(folder, options)
-    published = _scheduler_class(folder)
     samplers, min_steps = SAMPLERS, 1
     if published.startswith("FlowMatch"):
         samplers = FLOW_SAMPLERS

@@ -48,6 +48,11 @@ GENERATE_FOR: tuple[tuple[Callable[[Path], Path], str, str], ...] = (
     (with_fields(save_sd, SCHEDULER, **ZERO_SNR), "--sampler heun", "--sampler 'heun' is unknown; "),
     (SINGLESTEP, "--steps 1", "--steps must be at least 2 with the default sampler (given: 1)."),
     (save_pixart, "--sampler euler", "--sampler 'euler' is unknown; available samplers: none."),
+    (
+        with_fields(save_pixart, PIPELINE_FILE, scheduler=["diffusers", "DPMSolverSinglestepScheduler"]),
+        "--device cpu --steps 1",
+        "--steps must be at least 2 with the default sampler (given: 1).",
+    ),
 )
 
 
