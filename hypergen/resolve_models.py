@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, Settings
 from hypergen.engine_client.accelerators import has_gpu
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import ConfigurationError
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.attention_kernels import provide_attention_kernel
-from hypergen.model_store.diffusers_layout import check_component
+from hypergen.model_store.components import (
+    download_controlnets,
+    find_controlnets,
+    find_embeddings,
+    find_vae,
+)
 from hypergen.model_store.entries import StoredModel
-from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.lora_files import open_registry, with_absolute_path
-from hypergen.model_store.model_check import refuse_unusable, refuse_unusable_network
+from hypergen.model_store.model_check import refuse_unusable
 from hypergen.model_store.safety_checkers import find_safety_checker
 from hypergen.model_store.setting_checks import check_refiner
 from hypergen.served_model import ServedModel
 from hypergen.served_model_config import ModelEntry
-
-_EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 def find_models(
@@ -224,30 +224,6 @@ def _with_store_names(models: list[ServedModel]) -> tuple[ServedModel, ...]:
     )
 
 
-def find_vae(given: str | None, model: Path | None = None) -> str | None:
-    """The absolute path of a VAE: a folder, a .safetensors file, or a hub model, which is downloaded.
-
-    Args:
-        model: the folder of the model that it is for.
-
-    Raises:
-        ModelError: it does not exist, has no safetensors weights, or is a hub model that cannot be used.
-    """
-    if given is None:
-        return None
-    path = Path(os.path.expanduser(given)).resolve()
-    if path.is_file() and path.suffix == ".safetensors":
-        return str(path)
-    source, revision = split_revision(given)
-    if not path.is_dir() and HUB_ID.fullmatch(source):
-        check = partial(refuse_unusable_network, class_name="AutoencoderKL", model=model)
-        path = download_network(source, revision, check)
-    if not path.is_dir():
-        raise ModelError(f"vae: no such folder or .safetensors file: {given}")
-    check_component(path.parent, path.name, "AutoencoderKL")
-    return str(path)
-
-
 def _refuse_equal_names(entries: tuple[ModelEntry, ...]) -> None:
     taken: set[str] = set()
     for entry in entries:
@@ -257,68 +233,3 @@ def _refuse_equal_names(entries: tuple[ModelEntry, ...]) -> None:
                 f"Two models have the name '{sorted(names & taken)[0]}'; change one of them."
             )
         taken |= names
-
-
-def find_controlnets(sources: Mapping[str, str]) -> dict[str, str]:
-    """The same sources with absolute folders. Hub ids, with or without @REVISION, are unchanged.
-
-    Raises:
-        ModelError: a folder does not exist, or is not a complete ControlNet with safetensors weights.
-    """
-    found: dict[str, str] = {}
-    for name, source in sources.items():
-        path = Path(os.path.expanduser(source)).resolve()
-        if path.is_dir():
-            check_component(path.parent, path.name, "ControlNetModel")
-            found[name] = str(path)
-        elif HUB_ID.fullmatch(split_revision(source)[0]):
-            found[name] = source
-        else:
-            raise ModelError(f"ControlNet '{name}': no such folder: {source}")
-    return found
-
-
-def download_controlnets(
-    sources: Mapping[str, str], model: Path, report_progress: Callable[[str], None] | None
-) -> dict[str, str]:
-    """The folders of the ControlNets of a model, downloaded if necessary.
-
-    Args:
-        sources: from `find_controlnets`.
-
-    Raises:
-        ModelError: one cannot be downloaded, or is for another model.
-    """
-    folders: dict[str, str] = {}
-    check = partial(refuse_unusable_network, class_name="ControlNetModel", model=model)
-    for name, source in sources.items():
-        if os.path.isabs(source):
-            folders[name] = source
-            continue
-        if report_progress is not None:
-            report_progress(f"Looking for {source} in the hub's cache and on the hub")
-        try:
-            folders[name] = str(download_network(*split_revision(source), check))
-        except ModelError as error:
-            raise ModelError(f"ControlNet '{name}' ({source}): {error}") from None
-    return folders
-
-
-def find_embeddings(files: Mapping[str, str]) -> dict[str, str]:
-    """The same files of textual inversions with absolute paths.
-
-    Raises:
-        ConfigurationError: a file does not exist or has another extension, or a name differs from another one
-            by case alone.
-    """
-    found: dict[str, str] = {}
-    for name, given in files.items():
-        path = Path(given).expanduser().absolute()
-        if path.suffix not in _EMBEDDING_SUFFIXES or not path.is_file():
-            raise ConfigurationError(
-                f"Textual inversion '{name}': no such {' or '.join(_EMBEDDING_SUFFIXES)} file: {given}"
-            )
-        if name.casefold() in map(str.casefold, found):
-            raise ConfigurationError(f"Two textual inversions have the name '{name}'; change one of them.")
-        found[name] = str(path)
-    return found

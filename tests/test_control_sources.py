@@ -8,7 +8,7 @@ import pytest
 from diffusers import ControlNetModel
 
 from hypergen.errors import ModelError
-from hypergen.resolve_models import find_controlnets
+from hypergen.model_store.components import find_controlnets
 
 
 @pytest.fixture(scope="module")

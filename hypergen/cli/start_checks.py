@@ -15,13 +15,14 @@ from hypergen.images.content_credentials import load_credentials
 from hypergen.images.storage import open_storage
 from hypergen.model_families import servable
 from hypergen.model_store import store
+from hypergen.model_store.components import find_vae
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE
 from hypergen.model_store.entries import store_folder
 from hypergen.model_store.hub import HUB_ID, split_revision
 from hypergen.model_store.lora_files import LoraRegistry, open_registry
 from hypergen.model_store.safety_checkers import find_safety_checker
 from hypergen.model_store.setting_checks import check_refiner
-from hypergen.resolve_models import argument_checks, entries_of, find_vae, id_of, settings_of
+from hypergen.resolve_models import argument_checks, entries_of, id_of, settings_of
 from hypergen.served_model_config import ModelEntry
 
 

@@ -22,8 +22,9 @@ from safetensors.torch import save_file as save_torch_file
 from hypergen.config import EngineSettings
 from hypergen.model_families import servable
 from hypergen.model_store import store
+from hypergen.model_store.components import download_controlnets, find_vae
 from hypergen.model_store.safety_checkers import find_safety_checker
-from hypergen.resolve_models import download_controlnets, find_vae, prefers_fp16
+from hypergen.resolve_models import prefers_fp16
 from tests.models.test_safety_checker import save_checker
 from tests.support.checkpoint_layouts import LAYOUTS
 from tests.support.model_check import refuse_unusable

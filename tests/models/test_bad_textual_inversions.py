@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.model_store.components import find_embeddings
 from hypergen.models import loading
-from hypergen.resolve_models import find_embeddings
 from tests.support.lora_files import save_lora
 from tests.support.small_models import save_flux, save_sdxl
 from tests.support.sync_engine import make_settings

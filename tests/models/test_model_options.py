@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 
 from hypergen.denoising.schedulers import SchedulerFactory
 from hypergen.model_families import servable
+from hypergen.model_store.components import find_vae
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE, require_pipeline
 from hypergen.model_store.model_arguments import samplers_of
 from hypergen.models import loading
 from hypergen.models.model_options import with_options
 from hypergen.request import GenerationRequest
-from hypergen.resolve_models import find_vae
 from hypergen.served_model_config import ModelEntry, ModelOptions, read_entries
 from tests.support.checkpoint_layouts import with_fields
 from tests.support.compare_with_diffusers import assert_same, common_arguments
