@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hypergen.config import EngineSettings
 from hypergen.engine_client.accelerators import find_device
-from hypergen.errors import ModelError
+from hypergen.errors import InvalidRequestError, ModelError
 from hypergen.model_families import PIPELINES
 from hypergen.model_store.diffusers_layout import pipeline_class_of
-from hypergen.model_store.lora_files import open_registry
+from hypergen.model_store.lora_files import open_registry, split_name
 from hypergen.model_store.model_arguments import check_options
 from hypergen.model_store.model_check import fault_of_loras, refuse_unusable
-from hypergen.model_store.setting_checks import check_settings
+from hypergen.model_store.setting_checks import check_settings, may_take_attention
 from hypergen.served_model_config import ModelOptions
 
 
@@ -29,6 +30,7 @@ class ArgumentChecks:
         engine: with the refiner of the model.
         alone: it is the only served model.
         more: further checks of its folder, before it is imported.
+        loras: names of those of a request, beside those of the settings.
 
     Attributes:
         is_done: the model was imported, and checked then.
@@ -39,6 +41,7 @@ class ArgumentChecks:
     engine: EngineSettings
     alone: bool
     more: Callable[[Path], None] | None = None
+    loras: Collection[str] = ()
     is_done: bool = False
 
     def before_import(self, folder: Path) -> None:
@@ -64,17 +67,30 @@ class ArgumentChecks:
         """The rest, in a process that takes seconds."""
         vae = os.path.expanduser(self.options.vae or "")
         options = self.options.model_copy(update={"vae": vae if os.path.exists(vae) else None})
-        # With several models, it may be for another one.
-        engine = self.engine if self.alone else self.engine.model_copy(update={"attention": None})
+        engine = self.engine
+        if not self._takes_attention(folder):
+            engine = engine.model_copy(update={"attention": None})
         refuse_unusable(folder, options, engine)
-        default = self._default_lora(folder)
-        if default and (fault := fault_of_loras(folder, engine.max_lora_mb, default)):
+        loras = self._lora_files(folder)
+        if loras and (fault := fault_of_loras(folder, engine.max_lora_mb, loras)):
             raise ModelError(fault)
 
-    def _default_lora(self, folder: Path) -> dict[str, Path]:
-        """The LoRA that is loaded with the model, if any: its name and file."""
+    def _lora_files(self, folder: Path) -> dict[str, Path]:
+        """The LoRAs that are named, except for the model's own: name -> file. Others of `--lora-dir` are read
+        when a request uses them.
+        """
         registry = open_registry(self.engine, folder)
-        return {} if registry.default is None else {registry.default: registry.files[registry.default]}
+        names = [split_name(given)[0] or registry.default for given in self.engine.lora]
+        files: dict[str, Path] = {}
+        for name in filter(None, (*names, *self.loras)):
+            with suppress(InvalidRequestError):  # the model may have it, once it is downloaded
+                files[name] = registry.path_of(name)
+        return {name: file for name, file in files.items() if not file.is_relative_to(folder)}
+
+    def _takes_attention(self, folder: Path) -> bool:
+        """Whether a wrong `--attention` is an error; with several models, it may be for another one."""
+        is_known = pipeline_class_of(folder, self.name) in PIPELINES
+        return self.alone or (is_known and may_take_attention(folder))
 
     def needs_torch(self, folder: Path) -> bool:
         """Whether `without_torch` leaves settings that may not fit the model."""
@@ -88,8 +104,8 @@ class ArgumentChecks:
             or options.timestep_spacing
             or engine.controlnet
             or engine.embedding
-            or self._default_lora(folder)
-            or (self.alone and engine.attention)
+            or self._lora_files(folder)
+            or (engine.attention and self._takes_attention(folder))
             or (is_pipeline and engine.vae_tiling != "off")
             or (any(of_device) and find_device(engine) is None)
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, Settings
 from hypergen.engine_client.accelerators import has_gpu
-from hypergen.errors import ConfigurationError
+from hypergen.errors import ConfigurationError, HyperGenError
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.attention_kernels import provide_attention_kernel
@@ -34,14 +34,17 @@ def find_models(
     report_progress: Callable[[str], None] | None = None,
     *,
     check_files: Callable[[Path], None] | None = None,
+    loras: Collection[str] = (),
     check_stored: bool = False,
 ) -> tuple[ServedModel, ...]:
     """All models of the settings, imported into the store if necessary; the first is the default.
 
-    The kernel of an attention backend is fetched too.
+    The kernel of an attention backend is fetched too. If a model is refused, none stays that was not in the
+    store before.
 
     Args:
         check_files: further checks of a model's folder before it is added to the store.
+        loras: names of those of a request, which are checked too.
         check_stored: also check what needs torch and takes seconds, of models that are in the store already.
 
     Raises:
@@ -50,48 +53,74 @@ def find_models(
     """
     provide_attention_kernel(settings.engine.attention, report_progress)
     entries = entries_of(settings)
-    own = [settings_of(entry, settings.engine) for entry in entries]
+    before = {stored.tag for stored in store.list_models()}
+    found: list[str] = []
     models: list[ServedModel] = []
-    for entry, engine in zip(entries, own, strict=True):
-        checks = argument_checks(entry, engine, alone=len(entries) == 1, more=check_files)
-        stored = store.get_or_import(
-            entry.source,
-            revision=entry.revision,
-            prefer_fp16=prefers_fp16(engine),
-            single_file_config=entry.single_file_config,
-            options=entry.options,
-            pipelines=servable(),
-            check_files=checks.before_import,
-            report_progress=report_progress,
-        )
-        if not checks.is_done:
-            checks.without_torch(stored.path)
-        refiner = _find_refiner(entry.refiner or engine.refiner, stored.path, engine, report_progress)
-        checker = find_safety_checker(engine.safety_checker, report_progress)
-        engine = engine.model_copy(update={"safety_checker": checker})
-        # Engines use folders, not the store or the hub.
-        engine = engine.model_copy(
-            update={"controlnet": download_controlnets(engine.controlnet, stored.path, report_progress)}
-        )
-        if refiner:
-            engine = engine.model_copy(update={"refiner": str(refiner.path)})
-        open_registry(engine, stored.path)  # reports missing files now, not in the engine
-        options = entry.options.model_copy(update={"vae": find_vae(entry.vae, stored.path)})
-        checks = replace(checks, options=options, engine=engine)
-        if check_stored and not checks.is_done and checks.needs_torch(stored.path):
-            checks.with_torch(stored.path)
-        models.append(
-            ServedModel(
-                id=id_of(entry),
-                aliases=entry.aliases,
-                tags=(stored.tag, *([refiner.tag] if refiner else [])),
-                path=stored.path,
-                settings=engine,
-                defaults=entry.defaults.model_dump(exclude_none=True),
-                options=options,
-            )
-        )
+    try:
+        for entry in entries:
+            engine = settings_of(entry, settings.engine)
+            checks = argument_checks(entry, engine, alone=len(entries) == 1, more=check_files, loras=loras)
+            models.append(_find_model(entry, checks, found, report_progress, check_stored=check_stored))
+    except HyperGenError:
+        for tag in set(found) - before:
+            store.remove_entry(tag)
+        raise
     return _with_store_names(models)
+
+
+def _find_model(
+    entry: ModelEntry,
+    checks: ArgumentChecks,
+    found: list[str],
+    report_progress: Callable[[str], None] | None,
+    *,
+    check_stored: bool,
+) -> ServedModel:
+    """
+    Args:
+        found: the tags of the model and its refiner are added.
+    """
+    engine = checks.engine
+    stored = store.get_or_import(
+        entry.source,
+        revision=entry.revision,
+        prefer_fp16=prefers_fp16(engine),
+        single_file_config=entry.single_file_config,
+        options=entry.options,
+        pipelines=servable(),
+        check_files=checks.before_import,
+        report_progress=report_progress,
+    )
+    found.append(stored.tag)
+    if not checks.is_done:
+        checks.without_torch(stored.path)
+    refiner = _find_refiner(engine, stored.path, report_progress)
+    if refiner:
+        found.append(refiner.tag)
+    checker = find_safety_checker(engine.safety_checker, report_progress)
+    # Engines use folders, not the store or the hub.
+    folders = download_controlnets(engine.controlnet, stored.path, report_progress)
+    engine = engine.model_copy(
+        update={
+            "safety_checker": checker,
+            "controlnet": folders,
+            "refiner": str(refiner.path) if refiner else None,
+        }
+    )
+    open_registry(engine, stored.path)  # reports missing files now, not in the engine
+    options = entry.options.model_copy(update={"vae": find_vae(entry.vae, stored.path)})
+    checks = replace(checks, options=options, engine=engine)
+    if check_stored and not checks.is_done and checks.needs_torch(stored.path):
+        checks.with_torch(stored.path)
+    return ServedModel(
+        id=id_of(entry),
+        aliases=entry.aliases,
+        tags=(stored.tag, *([refiner.tag] if refiner else [])),
+        path=stored.path,
+        settings=engine,
+        defaults=entry.defaults.model_dump(exclude_none=True),
+        options=options,
+    )
 
 
 def argument_checks(
@@ -100,22 +129,22 @@ def argument_checks(
     *,
     alone: bool,
     more: Callable[[Path], None] | None = None,
+    loras: Collection[str] = (),
 ) -> ArgumentChecks:
     """
     Args:
         engine: from `settings_of`.
-        alone, more: see `ArgumentChecks`.
+        alone, more, loras: see `ArgumentChecks`.
     """
     engine = engine.model_copy(update={"refiner": entry.refiner or engine.refiner})
-    return ArgumentChecks(id_of(entry), entry.options, engine, alone, more)
+    return ArgumentChecks(id_of(entry), entry.options, engine, alone, more, loras)
 
 
 def _find_refiner(
-    given: str | None,
-    base: Path,
-    engine: EngineSettings,
-    report_progress: Callable[[str], None] | None,
+    engine: EngineSettings, base: Path, report_progress: Callable[[str], None] | None
 ) -> StoredModel | None:
+    given = engine.refiner
+
     def check(folder: Path) -> None:
         check_refiner(folder, base, str(given))
         refuse_unusable(folder)

@@ -178,11 +178,16 @@ def test_serve_refuses_a_model_that_cannot_be_loaded(tmp_path: Path, sd_folder: 
     assert "odd" not in hypergen(tmp_path, "models").stdout
 
 
-def test_serve_refuses_a_schedule_that_the_sampler_lacks(tmp_path: Path, sd_folder: Path) -> None:
-    file = tmp_path / "model.yaml"
-    file.write_text(f"source: {sd_folder}\nscheduler: lcm_karras\n")
-    result = hypergen(tmp_path, "serve", str(file), "--port", str(free_port()))
-    assert_one_line_error(result, "line 2", "lcm_karras")
+def test_serve_exits_when_the_first_load_fails(tmp_path: Path, sd_folder: Path) -> None:
+    """Networks of a model in the store are not compared with their weights before the load."""
+    tag = hypergen(tmp_path, "import", str(sd_folder)).stdout.strip()
+    config = tmp_path / "models" / tag.replace(":", "/") / "unet/config.json"
+    text = config.read_text()
+    damaged = text.replace('"cross_attention_dim": 32', '"cross_attention_dim": 64')
+    assert damaged != text
+    config.write_text(damaged)
+    result = hypergen(tmp_path, "serve", tag, "--port", str(free_port()))
+    assert_one_line_error(result, "could not be loaded", "needs [64, 64]")
 
 
 def test_a_relative_key_file_is_resolved(tmp_path: Path, sd_folder: Path) -> None:

@@ -28,7 +28,6 @@ from hypergen.model_info import Capability, ModelDefaults, ModelInfo
 from hypergen.model_store.diffusers_layout import pipeline_class_of
 from hypergen.model_store.lora_files import name_of
 from hypergen.model_store.model_arguments import ModelSamplers, clip_layers, samplers_of, too_many_layers
-from hypergen.model_store.model_check import fault_of_loras
 from hypergen.model_store.pipeline_arguments import call_arguments
 from hypergen.sampler_names import SAMPLERS
 from hypergen.served_model import ServedModel
@@ -101,19 +100,6 @@ def check_request(settings: Settings, model: CheckedModel, options: dict[str, An
     layers = None if model.folder is None else clip_layers(model.folder)
     if layers is not None and request.clip_skip is not None and request.clip_skip > layers:
         raise InvalidRequestError(too_many_layers(layers), param="clip_skip")
-
-
-def check_loras(model: CheckedModel, names: Iterable[str]) -> None:
-    """Check LoRAs that are not the model's own before it is loaded, in a process that takes seconds.
-
-    Raises:
-        InvalidRequestError: one cannot be applied.
-    """
-    assert model.folder is not None
-    files = {name: model.registry.path_of(name) for name in names}
-    files = {name: file for name, file in files.items() if not file.is_relative_to(model.folder)}
-    if files and (fault := fault_of_loras(model.folder, model.engine.max_lora_mb, files)):
-        raise InvalidRequestError(fault, param="loras")
 
 
 def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:

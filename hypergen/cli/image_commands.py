@@ -95,7 +95,7 @@ def generate(
     **options: Any,
 ) -> None:
     """Generate images for PROMPT, or again with the settings of a file, without a server."""
-    from hypergen.cli.generate import check_loras, check_request, generate_files, with_lora_files
+    from hypergen.cli.generate import check_request, generate_files, with_lora_files
     from hypergen.cli.start_checks import check_models
     from hypergen.resolve_models import find_models
 
@@ -111,22 +111,14 @@ def generate(
     fields |= {name: value for name, value in given.items() if value is not None}
     try:
         checked = check_models(settings)[0]
-        given_loras = fields.get("loras") or {}
-        with_loras: set[Path] = set()  # folders of models that were checked with the LoRAs
 
         def check_folder(folder: Path) -> None:
-            model = replace(checked, folder=folder)
-            check_request(settings, model, fields, output)
-            if model.on_this_machine:
-                check_loras(model, given_loras)
-                with_loras.add(folder)
+            check_request(settings, replace(checked, folder=folder), fields, output)
 
         check_request(settings, checked, fields, output)
-        found = find_models(settings, _print, check_files=check_folder, check_stored=True)[0]
-        stored = checked.found_in(found.path)
-        check_request(settings, stored, fields, output)
-        if not with_loras:
-            check_loras(stored, given_loras)
+        loras = fields.get("loras") or ()
+        found = find_models(settings, _print, check_files=check_folder, loras=loras, check_stored=True)[0]
+        check_request(settings, checked.found_in(found.path), fields, output)
         for file, seed in generate_files(settings, found, fields, output):
             _print(f"{file} (seed {seed})")
     except RequestError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hypergen import optional_packages
 from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, ServerSettings, Settings
-from hypergen.errors import ConfigurationError
+from hypergen.errors import ConfigurationError, ModelError
 from hypergen.images.content_credentials import load_credentials
 from hypergen.images.storage import open_storage
 from hypergen.model_families import servable
@@ -21,7 +21,7 @@ from hypergen.model_store.entries import store_folder
 from hypergen.model_store.hub import HUB_ID, split_revision
 from hypergen.model_store.lora_files import LoraRegistry, open_registry
 from hypergen.model_store.safety_checkers import find_safety_checker
-from hypergen.model_store.setting_checks import check_refiner
+from hypergen.model_store.setting_checks import check_refiner, may_take_attention, no_attention_backends
 from hypergen.resolve_models import argument_checks, entries_of, id_of, settings_of
 from hypergen.served_model_config import ModelEntry
 
@@ -64,7 +64,11 @@ def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
     entries = entries_of(settings)
     # With the paths as given, for the messages.
     open_registry(settings.engine, None)
-    return tuple(_check_model(entry, settings.engine, alone=len(entries) == 1) for entry in entries)
+    models = tuple(_check_model(entry, settings.engine, alone=len(entries) == 1) for entry in entries)
+    may_take = [model.folder is None or may_take_attention(model.folder) for model in models]
+    if settings.engine.attention and not any(may_take):
+        raise ModelError(no_attention_backends(", ".join(model.name for model in models)))
+    return models
 
 
 def _check_model(entry: ModelEntry, engine: EngineSettings, *, alone: bool) -> CheckedModel:

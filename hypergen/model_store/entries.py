@@ -190,7 +190,7 @@ def remove_entry(tag: str) -> None:
 
 @contextmanager
 def import_lock(name: str, report_progress: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock for imports of this model; waits for another process that holds it."""
+    """Hold the lock for imports of this model, a file that does not stay. Waits for other processes."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(state_folder() / f"{name}.lock")
@@ -202,6 +202,8 @@ def import_lock(name: str, report_progress: Callable[[str], None]) -> Iterator[N
     try:
         yield
     finally:
+        # While it is held: who waits for it finds that it is gone, and makes a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

@@ -53,7 +53,7 @@ def check_settings(
     if alone:
         if messages := ignored_settings(settings, spec, name):
             raise ModelError(messages[0])
-        if settings.attention and spec is not None and "attention" not in spec.settings:
+        if settings.attention and not may_take_attention(folder):
             raise ModelError(no_attention_backends(name))
     if device_type is not None:
         check_device_settings(settings, device_type)
@@ -65,6 +65,12 @@ def ignored_settings(settings: EngineSettings, spec: FamilySpec | None, name: st
     fields = EngineSettings.model_fields
     changed = [setting for setting in ignored if getattr(settings, setting) != fields[setting].get_default()]
     return [f"{_flag(setting)} is not supported for {name}." for setting in changed]
+
+
+def may_take_attention(folder: Path) -> bool:
+    """Whether `--attention` may apply to a model; of full pipelines only their networks tell."""
+    spec = PIPELINES.get(pipeline_class_of(folder, str(folder)))
+    return spec is None or "attention" in spec.settings
 
 
 def no_attention_backends(name: str) -> str:

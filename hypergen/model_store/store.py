@@ -271,9 +271,13 @@ def _import(
         with import_lock(name, how.report_progress):
             with suppress(ModelError):
                 return open_entry(tag)
-            how.report_progress(f"Importing {source} as {tag}")
+
+            def check(staged: Path) -> None:
+                how.check_files(staged)
+                how.report_progress(f"Importing {source} as {tag}")
+
             metadata = {"source": source, "origin": str(folder), **metadata}
-            write_entry(tag, folder, selection, metadata, how.check_files)
+            write_entry(tag, folder, selection, metadata, check)
     except OSError as error:
         raise ModelError(f"{source} cannot be imported: {error}") from error
     return open_entry(tag)

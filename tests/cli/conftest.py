@@ -42,17 +42,21 @@ def _checks_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def entries(folder: Path) -> set[Path]:
-    """All files and folders, except for the locks of imports."""
-    return {path for path in folder.rglob("*") if path.name != "hypergen" and path.suffix != ".lock"}
+    """All files and folders, except for the folder of the locks of imports."""
+    return {path for path in folder.rglob("*") if path.name != "hypergen"}
 
 
-def refuse(hypergen: Run, home: Path, arguments: list[str], words: str) -> None:
+def refuse(hypergen: Run, home: Path, arguments: list[str], words: str, *, progress: int = 0) -> None:
+    """
+    Args:
+        progress: lines before the error's one.
+    """
     work = Path.cwd()
     before = entries(home), entries(work)
     status, error = hypergen(*arguments)
     assert status == 1
-    lines = [line for line in error.splitlines() if "Importing " not in line]  # a line of progress
-    assert len(lines) == 1
-    assert lines[0].startswith("Error: ")
-    assert words in lines[0]
+    lines = error.splitlines()
+    assert len(lines) == progress + 1
+    assert lines[-1].startswith("Error: ")
+    assert words in lines[-1]
     assert (entries(home), entries(work)) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -180,16 +181,45 @@ def test_serve_refuses_it_for_a_model_of_the_store(
 def test_a_lora_for_another_model_is_refused(hypergen: Run, home: Path) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(save_sdxl(Path("sdxl")))
     save_lora(Path("style.safetensors"), pipeline, rank=4, targets=ATTENTION, seed=1)
+    Path("folder").mkdir()
+    os.link("style.safetensors", "folder/other.safetensors")
     save_sd(Path("model"))
+    Path("model.yaml").write_text("source: ./model\nname: small\nloras: {offered: ./style.safetensors}\n")
     commands = (
-        ["generate", "cat", "-m", "./model", "-o", "cat.png", "--lora", "style.safetensors"],
-        ["serve", "./model", "--lora", "style.safetensors"],
+        ("generate cat -m ./model -o cat.png --lora style.safetensors", "style"),
+        ("generate cat -m ./model -o cat.png --lora-dir ./folder --lora other", "other"),
+        ("serve ./model --lora style.safetensors", "style"),
+        ("serve ./model --lora offered=style.safetensors", "offered"),
+        ("serve model.yaml", "offered"),
     )
-    for command in commands:
-        refuse(hypergen, home, command, "The LoRA 'style' ")
+    for command, name in commands:
+        refuse(hypergen, home, command.split(), f"The LoRA '{name}' is for another model")
     assert hypergen("import", "./model")[0] == 0
-    for command in commands:
-        refuse(hypergen, home, command, "The LoRA 'style' ")
+    for command, name in commands:
+        refuse(hypergen, home, command.split(), f"The LoRA '{name}' is for another model")
+
+
+def test_models_imported_before_a_refused_one_do_not_stay(hypergen: Run, home: Path) -> None:
+    save_sd(Path("model"))
+    save_flux(Path("flux"))
+    Path("flux.yaml").write_text("source: ./flux\nprediction_type: v_prediction\n")
+    words = "The option prediction_type does not apply to flow match"
+    refuse(hypergen, home, ["serve", "./model", "flux.yaml"], words, progress=1)
+    assert hypergen("import", "./model")[0] == 0
+    refuse(hypergen, home, ["serve", "./model", "flux.yaml"], words)
+
+
+def test_an_attention_backend_that_no_model_can_use_is_refused(hypergen: Run, home: Path) -> None:
+    save_sd(Path("model"))
+    save_flux(Path("flux"))
+    Path("other.yaml").write_text("source: ./model\nname: other\n")
+    unused = ["serve", "./model", "other.yaml", "--attention", "native"]
+    refuse(
+        hypergen, home, unused, "--attention is not supported for ./model, other, whose attention is always"
+    )
+    assert hypergen("import", "./model")[0] == 0
+    unknown = ["serve", "./model", "./flux", "--attention", "nosuch"]
+    refuse(hypergen, home, unknown, "--attention nosuch is unknown to diffusers")
 
 
 def test_generate_refuses_what_a_checkpoint_file_lacks(hypergen: Run, home: Path) -> None:
