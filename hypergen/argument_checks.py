@@ -63,17 +63,30 @@ class ArgumentChecks:
             raise ModelError(f"{self.name}: {error}") from None
         check_settings(folder, self.engine, find_device(self.engine), alone=self.alone)
 
-    def with_torch(self, folder: Path) -> None:
-        """The rest, in a process that takes seconds."""
+    def with_torch(self, folder: Path, *, is_stored: bool = False) -> None:
+        """The rest, in processes that take seconds.
+
+        Args:
+            is_stored: the model itself was checked when it was imported.
+        """
+        try:
+            if not is_stored or self._needs_torch(folder):
+                self._check_networks(folder)
+            loras = self._lora_files(folder)
+            if loras and (fault := fault_of_loras(folder, self.engine.max_lora_mb, loras)):
+                raise ModelError(fault)
+        except ModelError as error:
+            if self.alone:
+                raise
+            raise ModelError(f"{self.name}: {error}") from None
+
+    def _check_networks(self, folder: Path) -> None:
         vae = os.path.expanduser(self.options.vae or "")
         options = self.options.model_copy(update={"vae": vae if os.path.exists(vae) else None})
         engine = self.engine
         if not self._takes_attention(folder):
             engine = engine.model_copy(update={"attention": None})
         refuse_unusable(folder, options, engine)
-        loras = self._lora_files(folder)
-        if loras and (fault := fault_of_loras(folder, engine.max_lora_mb, loras)):
-            raise ModelError(fault)
 
     def _lora_files(self, folder: Path) -> dict[str, Path]:
         """The LoRAs that are named, except for the model's own: name -> file. Others of `--lora-dir` are read
@@ -92,8 +105,8 @@ class ArgumentChecks:
         is_known = pipeline_class_of(folder, self.name) in PIPELINES
         return self.alone or (is_known and may_take_attention(folder))
 
-    def needs_torch(self, folder: Path) -> bool:
-        """Whether `without_torch` leaves settings that may not fit the model."""
+    def _needs_torch(self, folder: Path) -> bool:
+        """Whether there are settings that may not fit the model's networks."""
         options, engine = self.options, self.engine
         is_pipeline = pipeline_class_of(folder, self.name) not in PIPELINES
         of_device = engine.device_type, engine.offload != "off"
@@ -104,7 +117,6 @@ class ArgumentChecks:
             or options.timestep_spacing
             or engine.controlnet
             or engine.embedding
-            or self._lora_files(folder)
             or (engine.attention and self._takes_attention(folder))
             or (is_pipeline and engine.vae_tiling != "off")
             or (any(of_device) and find_device(engine) is None)

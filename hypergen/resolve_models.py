@@ -110,8 +110,8 @@ def _find_model(
     open_registry(engine, stored.path)  # reports missing files now, not in the engine
     options = entry.options.model_copy(update={"vae": find_vae(entry.vae, stored.path)})
     checks = replace(checks, options=options, engine=engine)
-    if check_stored and not checks.is_done and checks.needs_torch(stored.path):
-        checks.with_torch(stored.path)
+    if check_stored and not checks.is_done:
+        checks.with_torch(stored.path, is_stored=True)
     return ServedModel(
         id=id_of(entry),
         aliases=entry.aliases,

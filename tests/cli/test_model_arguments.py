@@ -202,8 +202,8 @@ def test_a_lora_for_another_model_is_refused(hypergen: Run, home: Path) -> None:
 def test_models_imported_before_a_refused_one_do_not_stay(hypergen: Run, home: Path) -> None:
     save_sd(Path("model"))
     save_flux(Path("flux"))
-    Path("flux.yaml").write_text("source: ./flux\nprediction_type: v_prediction\n")
-    words = "The option prediction_type does not apply to flow match"
+    Path("flux.yaml").write_text("source: ./flux\nname: flow\nprediction_type: v_prediction\n")
+    words = "flow: The option prediction_type does not apply to flow match"
     refuse(hypergen, home, ["serve", "./model", "flux.yaml"], words, progress=1)
     assert hypergen("import", "./model")[0] == 0
     refuse(hypergen, home, ["serve", "./model", "flux.yaml"], words)
@@ -219,7 +219,7 @@ def test_an_attention_backend_that_no_model_can_use_is_refused(hypergen: Run, ho
     )
     assert hypergen("import", "./model")[0] == 0
     unknown = ["serve", "./model", "./flux", "--attention", "nosuch"]
-    refuse(hypergen, home, unknown, "--attention nosuch is unknown to diffusers")
+    refuse(hypergen, home, unknown, "./flux: --attention nosuch is unknown to diffusers")
 
 
 def test_generate_refuses_what_a_checkpoint_file_lacks(hypergen: Run, home: Path) -> None:
