@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+import click
 from PIL import Image
 from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
@@ -113,7 +114,9 @@ def make_grid(page: Page) -> None:
     save(page, "grid")
 
 
+@click.command()
 def main() -> None:
+    """Start a server and make the images in docs/playground."""
     FOLDER.mkdir(exist_ok=True)
     program = shutil.which("chromium")
     with (

@@ -13,6 +13,7 @@ import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
+import click
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -52,5 +53,11 @@ def make_requirements() -> str:
     return HEADER + "".join(f"{pin}\n" for name, pin in pins.items() if name in packages)
 
 
-if __name__ == "__main__":
+@click.command()
+def main() -> None:
+    """Write requirements.txt: what a Bento installs, with the versions of constraints.txt."""
     FILE.write_text(make_requirements(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
