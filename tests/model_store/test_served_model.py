@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from hypergen.errors import ConfigurationError, HyperGenError
 from hypergen.load_settings import load_settings
 from hypergen.resolve_models import find_models, resolved_entries
 from hypergen.served_model_config import as_json
-
-EMBEDDED = Path(__file__).parents[2] / "hypergen" / "embedded"
-LORA = EMBEDDED / "loras" / "Logo.safetensors"
+from tests.support.lora_files import ATTENTION, save_lora
 
 
 def _write(folder: Path, text: str, name: str = "model.yaml") -> Path:
@@ -24,7 +22,8 @@ def _write(folder: Path, text: str, name: str = "model.yaml") -> Path:
 
 
 def test_a_served_model_file_sets_all_properties_of_a_model(tmp_path: Path, sd_folder: Path) -> None:
-    shutil.copy(LORA, tmp_path / "logo.safetensors")
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    save_lora(tmp_path / "logo.safetensors", pipeline, rank=4, targets=ATTENTION, seed=1)
     torch.save(torch.zeros(1, 32), tmp_path / "ink.pt")
     file = _write(
         tmp_path,
