@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, Settings
 from hypergen.engine_client.accelerators import has_gpu
-from hypergen.errors import ConfigurationError, HyperGenError
+from hypergen.errors import ConfigurationError, HyperGenError, ModelError
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.attention_kernels import provide_attention_kernel
@@ -63,7 +64,8 @@ def find_models(
             models.append(_find_model(entry, checks, found, report_progress, check_stored=check_stored))
     except HyperGenError:
         for tag in set(found) - before:
-            store.remove_entry(tag)
+            with suppress(ModelError):  # it must not hide why the model was refused
+                store.remove_entry(tag)
         raise
     return _with_store_names(models)
 
