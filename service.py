@@ -32,20 +32,20 @@ from hypergen.bentoml_integration.listen_check import check_port_of_bentoml_serv
 from hypergen.engine_client.accelerators import find_accelerators
 from hypergen.engine_client.pool import EnginePool
 from hypergen.images.storage import open_storage
-from hypergen.load_settings import load_settings
+from hypergen.load_settings import load_named_settings
 from hypergen.process_lifecycle import drain_on_sigterm, leave_with_parent
 from hypergen.resolve_models import find_models, resolved_entries
 
 logger = logging.getLogger("hypergen.service")
 with errors_in_one_line():
     arguments = read_arguments()
-    settings = load_settings(environment=os.environ, arguments=arguments.settings)
+    settings, names = load_named_settings(environment=os.environ, arguments=arguments.settings)
 # Uvicorn reads it; its own default trusts every process of this machine.
 os.environ["FORWARDED_ALLOW_IPS"] = ",".join(settings.server.trusted_proxy)
 log_setup.export(settings.server.log_format, settings.server.log_level)
 server_logs.use_our_form()
 metrics_folder.use_own_folder()
-with errors_in_one_line():
+with errors_in_one_line(), names.in_messages(settings):
     keys = ApiKeys(settings.server)
     models = find_models(settings)
     pool = EnginePool(settings)
@@ -87,6 +87,7 @@ class HyperGen:
         """Called once, by `bentoml serve` before it starts the process of the HTTP half."""
         with errors_in_one_line():
             check_port_of_bentoml_serve()
+        with errors_in_one_line(), names.in_messages(settings):
             find_accelerators(settings.engine)  # reports missing devices
             open_storage(settings.server).check()
             check_shared_store(settings.server)

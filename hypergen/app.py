@@ -46,7 +46,7 @@ def create_app(settings: Settings, pool: EnginePool, models: Sequence[ServedMode
     It starts nothing, because the parent process, a build and the worker all call it.
 
     Raises:
-        ConfigurationError: the storage needs a package that is not installed.
+        SettingError: the storage needs a package that is not installed.
     """
     storage = open_storage(settings.server)
     jobs, shared_answers = _create_stores(settings, pool, storage)
@@ -106,10 +106,10 @@ def check_shared_store(server: ServerSettings) -> None:
     """Connect to Redis once, before the server starts; nothing if jobs are in memory.
 
     Raises:
-        ConfigurationError: it cannot be used, or its package is missing.
+        SettingError: it cannot be used, or its package is missing.
     """
     if server.jobs is not None:
-        optional_packages.require("redis", "--jobs")
+        optional_packages.require("redis", "jobs")
         from hypergen.api.redis_jobs.connection import check_redis
 
         check_redis(server.jobs)
@@ -122,7 +122,7 @@ def _create_stores(
     server = settings.server
     if server.jobs is None:
         return MemoryJobs(pool, storage, server.url_lifetime_s, server.max_jobs), None
-    optional_packages.require("redis", "--jobs")
+    optional_packages.require("redis", "jobs")
     from hypergen.api.redis_jobs.connection import connect
     from hypergen.api.redis_jobs.redis_answers import RedisAnswers
     from hypergen.api.redis_jobs.redis_jobs import RedisJobs

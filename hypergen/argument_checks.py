@@ -15,7 +15,7 @@ from hypergen.model_families import PIPELINES
 from hypergen.model_store.diffusers_layout import pipeline_class_of
 from hypergen.model_store.lora_files import open_registry, split_name
 from hypergen.model_store.model_arguments import check_options
-from hypergen.model_store.model_check import fault_of_loras, refuse_unusable
+from hypergen.model_store.model_check import refuse_unusable, refuse_unusable_loras
 from hypergen.model_store.setting_checks import check_settings, may_take_attention
 from hypergen.served_model_config import ModelOptions
 
@@ -57,10 +57,7 @@ class ArgumentChecks:
 
     def without_torch(self, folder: Path) -> None:
         """What configurations tell, in milliseconds."""
-        try:
-            check_options(folder, self.options)
-        except ModelError as error:
-            raise ModelError(f"{self.name}: {error}") from None
+        check_options(folder, self.options)
         check_settings(folder, self.engine, find_device(self.engine), alone=self.alone)
 
     def with_torch(self, folder: Path, *, is_stored: bool = False) -> None:
@@ -73,8 +70,8 @@ class ArgumentChecks:
             if not is_stored or self._needs_torch(folder):
                 self._check_networks(folder)
             loras = self._lora_files(folder)
-            if loras and (fault := fault_of_loras(folder, self.engine.max_lora_mb, loras)):
-                raise ModelError(fault)
+            if loras:
+                refuse_unusable_loras(folder, self.engine.max_lora_mb, loras)
         except ModelError as error:
             if self.alone:
                 raise

@@ -2,6 +2,7 @@
 
     HyperGenError
     ├── ConfigurationError          a setting is invalid; the server does not start
+    │   └── SettingError            one that does not fit the model, the device or this machine
     ├── ModelError                  a model is missing, damaged or not supported
     └── RequestError                sent to the client, with the parameter that caused it
         ├── InvalidRequestError
@@ -26,6 +27,9 @@ neither side unpickles exceptions of libraries.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class HyperGenError(Exception):
     """Base of everything that HyperGen raises on purpose."""
@@ -33,6 +37,56 @@ class HyperGenError(Exception):
 
 class ConfigurationError(HyperGenError):
     """A setting, flag or configuration file is invalid."""
+
+
+class SettingError(ConfigurationError):
+    """A setting does not fit the model, the device or this machine.
+
+    Raised where the value is used, which does not know who gave it. `SettingNames` puts the name before the
+    reason as the user wrote it: a flag, a variable, or the line of a file.
+
+    Args:
+        setting: name of the field in the settings, such as `refiner`.
+        reason: the rest of the sentence, one line; it may begin with the value, or with a colon.
+        item: of a setting with named values, such as `controlnet`: the name of the one.
+
+    Attributes:
+        model: index of the model that it was given for, or with; None: for all.
+    """
+
+    def __init__(self, setting: str, reason: str, *, item: str | None = None) -> None:
+        self.setting = setting
+        self.reason = reason
+        self.item = item
+        self.model: int | None = None
+        super().__init__(self.named(setting))
+
+    def named(self, name: str) -> str:
+        """The message with the setting's name as its user wrote it."""
+        return f"{name}{self.reason}" if self.reason.startswith(":") else f"{name} {self.reason}"
+
+
+@contextmanager
+def of_model(index: int) -> Generator[None]:
+    """Say of the settings that do not fit which model they are of, by its index."""
+    try:
+        yield
+    except SettingError as error:
+        error.model = index
+        raise
+
+
+@contextmanager
+def of_setting(setting: str, value: object = "", *, item: str | None = None) -> Generator[None]:
+    """Say of a `ModelError` which setting it is about.
+
+    Raises:
+        SettingError: instead of the error.
+    """
+    try:
+        yield
+    except ModelError as error:
+        raise SettingError(setting, f"{value}: {error}", item=item) from None
 
 
 class ModelError(HyperGenError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from hypergen.errors import ConfigurationError
+from hypergen.errors import SettingError
 
 # Module -> what `pip install` takes, and the extra of a clone that has it.
 _PACKAGES = {
@@ -17,16 +17,17 @@ _PACKAGES = {
 }
 
 
-def require(module: str, setting: str) -> None:
+def require(module: str, setting: str, value: str = "") -> None:
     """
     Args:
-        setting: what needs the package, as the user wrote it.
+        setting: what needs the package; with `value` if some values do not.
 
     Raises:
-        ConfigurationError: the package is not installed.
+        SettingError: the package is not installed.
     """
     if find_spec(module) is not None:
         return
     requirement, extra = _PACKAGES[module]
     in_a_clone = f", or in a clone pip install -e '.[{extra}]'" if extra else ""
-    raise ConfigurationError(f"{setting} needs the package {module}: pip install {requirement}{in_a_clone}.")
+    needs = f"{value} needs" if value else "needs"
+    raise SettingError(setting, f"{needs} the package {module}: pip install {requirement}{in_a_clone}.")

@@ -11,7 +11,7 @@ from typing import Any
 from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, Settings
 from hypergen.engine_client.accelerators import has_gpu
-from hypergen.errors import ConfigurationError, HyperGenError, ModelError
+from hypergen.errors import ConfigurationError, HyperGenError, ModelError, SettingError, of_model, of_setting
 from hypergen.model_families import servable
 from hypergen.model_store import store
 from hypergen.model_store.attention_kernels import provide_attention_kernel
@@ -50,7 +50,8 @@ def find_models(
 
     Raises:
         ConfigurationError: see `entries_of`.
-        ModelError: a model or the kernel cannot be found, read or served.
+        ModelError: a model cannot be found, read or served.
+        SettingError: it cannot be served with these settings, or a file of them cannot be found.
     """
     provide_attention_kernel(settings.engine.attention, report_progress)
     entries = entries_of(settings)
@@ -58,10 +59,13 @@ def find_models(
     found: list[str] = []
     models: list[ServedModel] = []
     try:
-        for entry in entries:
-            engine = settings_of(entry, settings.engine)
-            checks = argument_checks(entry, engine, alone=len(entries) == 1, more=check_files, loras=loras)
-            models.append(_find_model(entry, checks, found, report_progress, check_stored=check_stored))
+        for index, entry in enumerate(entries):
+            with of_model(index):
+                engine = settings_of(entry, settings.engine)
+                checks = argument_checks(
+                    entry, engine, alone=len(entries) == 1, more=check_files, loras=loras
+                )
+                models.append(_find_model(entry, checks, found, report_progress, check_stored=check_stored))
     except HyperGenError:
         for tag in set(found) - before:
             with suppress(ModelError):  # it must not hide why the model was refused
@@ -149,11 +153,13 @@ def _find_refiner(
 
     def check(folder: Path) -> None:
         check_refiner(folder, base, str(given))
-        refuse_unusable(folder)
+        with of_setting("refiner", str(given)):
+            refuse_unusable(folder)
 
-    refiner = store.get_or_import_refiner(
-        given, prefer_fp16=prefers_fp16(engine), check_files=check, report_progress=report_progress
-    )
+    with of_setting("refiner"):
+        refiner = store.get_or_import_refiner(
+            given, prefer_fp16=prefers_fp16(engine), check_files=check, report_progress=report_progress
+        )
     if refiner is not None:
         check_refiner(refiner.path, base, str(given))
     return refiner
@@ -205,25 +211,26 @@ def entries_of(settings: Settings) -> tuple[ModelEntry, ...]:
     """The entry of each model, with the flags for a single model merged in.
 
     Raises:
-        ConfigurationError: a flag for a single model is ambiguous, because several are served, or two models
-            have the same name.
+        SettingError: one for a single model is ambiguous, because several are served.
+        ConfigurationError: two models have the same name.
     """
     entries = settings.models or (ModelEntry(),)
-    of_entry = {
-        "name": settings.served_model_name,
-        "revision": settings.revision,
-        "single_file_config": settings.single_file_config,
-    }
-    changes = {name: value for name, value in of_entry.items() if value}
     if len(entries) == 1:
-        return (entries[0].model_copy(update=changes),)
-    engine = settings.engine
-    of_engine = {name: getattr(engine, name) for name in ("lora", "controlnet", "embedding", "refiner")}
-    given = [*changes, *(name for name, value in of_engine.items() if value)]
-    if given:
-        raise ConfigurationError(
-            f"'{given[0]}' applies to one model, but several are served; put it into a served-model file."
-        )
+        of_entry = {
+            "name": settings.served_model_name,
+            "revision": settings.revision,
+            "single_file_config": settings.single_file_config,
+        }
+        return (entries[0].model_copy(update={name: value for name, value in of_entry.items() if value}),)
+    for section, settings_of_one in (
+        (settings, ("served_model_name", "revision", "single_file_config")),
+        (settings.engine, ("lora", "controlnet", "embedding", "refiner")),
+    ):
+        for name in settings_of_one:
+            if getattr(section, name):
+                raise SettingError(
+                    name, "applies to one model, but several are served; put it into a served-model file."
+                )
     _refuse_equal_names(entries)
     return entries
 

@@ -72,8 +72,8 @@ def find_info(samplers: Mapping[str, SamplerInfo], name: str) -> SamplerInfo | N
 def unknown_scheduler(name: str, samplers: Mapping[str, object]) -> str:
     known = ", ".join(samplers)
     return (
-        f"Unknown scheduler '{name}'; this model has {known}, some of them with a schedule after the name, "
-        "such as _karras."
+        f"must be one of {known}, not '{name}'; some of them can have a schedule after the name, such as "
+        "_karras."
     )
 
 

@@ -146,7 +146,7 @@ def test_invalid_arguments_are_rejected(arguments: list[str]) -> None:
 
 def test_a_plot_without_matplotlib_is_rejected_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigurationError, match="--plot needs the package matplotlib: pip"):
+    with pytest.raises(ConfigurationError, match="plot needs the package matplotlib: pip"):
         run("http://x", "--plot", "a.png")
 
 

@@ -153,9 +153,7 @@ def test_a_port_in_use_ends_bentoml_serve_with_one_line(
     done = serve_that_ends(bento, tmp_path, "--port", port)
     assert done.returncode == 1
     *before, error = done.stderr.splitlines()
-    assert (
-        error == f"Error: Cannot listen on 127.0.0.1:{port}: Address already in use. Choose another --port."
-    )
+    assert error == f"Error: port {port} cannot be used on 127.0.0.1: Address already in use."
     assert all(" INFO Service loaded " in line for line in before)
 
 

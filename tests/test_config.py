@@ -9,10 +9,11 @@ import pytest
 from hypergen.config import Settings
 from hypergen.engine_client.environment import engine_environment
 from hypergen.errors import ConfigurationError
-from hypergen.load_settings import environment_of, fields, load_settings, option_name
+from hypergen.load_settings import environment_of, load_settings
 from hypergen.model_store.components import find_controlnets
 from hypergen.model_store.entries import state_folder
 from hypergen.model_store.hub import HUB_ID
+from hypergen.setting_names import fields, option_name
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from diffusers import ControlNetModel
 
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.model_store.components import find_controlnets
 
 
@@ -30,9 +30,9 @@ def test_folders_become_absolute_paths_and_hub_ids_are_unchanged(
 
 
 def test_the_error_names_a_missing_or_damaged_folder(folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"ControlNet 'edges': no such folder: ./nowhere"):
+    with pytest.raises(SettingError, match=r"controlnet 'edges': no such folder: ./nowhere"):
         find_controlnets({"edges": "./nowhere"})
     weights = folder / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=r"edges/diffusion_pytorch_model.safetensors is damaged"):
+    with pytest.raises(SettingError, match=r"edges/diffusion_pytorch_model.safetensors is damaged"):
         find_controlnets({"edges": str(folder)})

@@ -21,7 +21,7 @@ def test_the_port_is_the_one_of_the_command_else_bentomls(
         monkeypatch.setitem(BentoMLContainer.api_server_config.http.get(), "host", host)
         monkeypatch.setitem(BentoMLContainer.api_server_config.http.get(), "port", 0 if is_given else port)
         context.params = {"host": None, "port": port if is_given else None}
-        with pytest.raises(ConfigurationError, match=f"Cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(ConfigurationError, match=f"port {port} cannot be used on 127.0.0.1"):
             check_port_of_bentoml_serve()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError
 
 from hypergen.config import ServerSettings
-from hypergen.errors import ConfigurationError
+from hypergen.errors import ConfigurationError, SettingError
 from hypergen.request import ApiKey, Priority
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _read(file: Path) -> dict[bytes, ApiKey]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"The key file {file} cannot be read: {error}.") from None
+        raise SettingError("api_key_file", f"{file} cannot be read: {error}.") from None
     keys: dict[bytes, ApiKey] = {}
     for number, digest, key in _parse(file, lines):
         if digest in keys:
@@ -97,7 +97,7 @@ def _read(file: Path) -> dict[bytes, ApiKey]:
             raise _invalid(file, number, f"gives '{key.name}' other limits than an earlier line")
         keys[digest] = key
     if not keys:
-        raise ConfigurationError(f"The key file {file} has no key.")
+        raise SettingError("api_key_file", f"{file} has no key.")
     return keys
 
 

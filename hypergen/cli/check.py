@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from hypergen.api.api_keys import ApiKeys
 from hypergen.cli.start_checks import CheckedModel, check_certificate, check_models, check_storage
 from hypergen.config import ServerSettings, Settings
-from hypergen.errors import ModelError
-from hypergen.load_settings import load_settings, read_file
+from hypergen.errors import ModelError, of_model
+from hypergen.load_settings import load_named_settings, read_file
 from hypergen.model_store.diffusers_layout import pipeline_class_of
 from hypergen.model_store.sources import EMBEDDED_FOLDER
 from hypergen.served_model_config import ModelEntry
@@ -28,18 +28,24 @@ def check(file: Path, environment: Mapping[str, str]) -> Iterator[Row]:
         ConfigurationError: a setting of the file or of the environment is wrong.
         ModelError: a model does not exist or cannot be served.
     """
+    if _is_served_model(file):
+        settings, names = load_named_settings(None, environment, {"models": (str(file),)})
+    else:
+        settings, names = load_named_settings(file, environment)
+    with names.in_messages(settings):
+        yield from _check(settings)
+
+
+def _check(settings: Settings) -> Iterator[Row]:
     from hypergen.app import check_shared_store  # its packages would slow down every other command
 
-    if _is_served_model(file):
-        settings = load_settings(None, environment, {"models": (str(file),)})
-    else:
-        settings = load_settings(file, environment)
     keys = ApiKeys(settings.server)
     check_certificate(settings.server)
     check_shared_store(settings.server)
     check_storage(settings.server)
-    for model in check_models(settings):
-        yield from _describe(model)
+    for index, model in enumerate(check_models(settings)):
+        with of_model(index):
+            yield from _describe(model)
     if settings.server.storage:
         yield "storage", settings.server.storage
     yield "address", _address(settings.server)

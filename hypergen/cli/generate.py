@@ -99,7 +99,7 @@ def check_request(settings: Settings, model: CheckedModel, options: dict[str, An
     request = openai_images.to_request(body, info, settings.server, uuid.uuid4().hex).generation
     layers = None if model.folder is None else clip_layers(model.folder)
     if layers is not None and request.clip_skip is not None and request.clip_skip > layers:
-        raise InvalidRequestError(too_many_layers(layers), param="clip_skip")
+        raise InvalidRequestError(f"'clip_skip' {too_many_layers(layers)}", param="clip_skip")
 
 
 def _expected_info(model: CheckedModel, loras: Iterable[str]) -> ModelInfo:

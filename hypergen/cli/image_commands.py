@@ -15,7 +15,7 @@ import click
 from hypergen.cli.grouped_help import GenerateCommand
 from hypergen.cli.setting_options import CONFIG, setting_options
 from hypergen.errors import ConfigurationError, RequestError
-from hypergen.load_settings import load_settings
+from hypergen.load_settings import load_named_settings
 
 _print = partial(click.echo, err=True)
 
@@ -104,21 +104,23 @@ def generate(
     own_model, fields = repeated_fields(source, output) if source else (None, {})
     model: str | None = options.pop("model") or own_model
     flags = {name: options.pop(name) for name in _LOCAL_SETTINGS}
-    settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
+    settings, names = load_named_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
     if loras:
+        names = replace(names, given_as={**names.given_as, "lora": "--lora"})
         settings, options["loras"] = with_lora_files(settings, loras)
     given = {"prompt": prompt, **options}
     fields |= {name: value for name, value in given.items() if value is not None}
     try:
-        checked = check_models(settings)[0]
+        with names.in_messages(settings):
+            checked = check_models(settings)[0]
 
-        def check_folder(folder: Path) -> None:
-            check_request(settings, replace(checked, folder=folder), fields, output)
+            def check_folder(folder: Path) -> None:
+                check_request(settings, replace(checked, folder=folder), fields, output)
 
-        check_request(settings, checked, fields, output)
-        loras = fields.get("loras") or ()
-        found = find_models(settings, _print, check_files=check_folder, loras=loras, check_stored=True)[0]
-        check_request(settings, checked.found_in(found.path), fields, output)
+            check_request(settings, checked, fields, output)
+            loras = fields.get("loras") or ()
+            found = find_models(settings, _print, check_files=check_folder, loras=loras, check_stored=True)[0]
+            check_request(settings, checked.found_in(found.path), fields, output)
         for file, seed in generate_files(settings, found, fields, output):
             _print(f"{file} (seed {seed})")
     except RequestError as error:

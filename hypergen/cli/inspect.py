@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 from hypergen.lora.summary import summarise
 from hypergen.model_families import REFINER_PIPELINE, servable
 from hypergen.model_store import single_file, store
@@ -135,7 +135,7 @@ def _find_configuration(given: str, checkpoint: Checkpoint, configuration: str |
     if configuration is None:
         return single_file.find_configuration(given, checkpoint, store.local_folder)
     if (folder := store.local_folder(configuration)) is None:
-        raise ModelError(f"--single-file-config {configuration} is not on this machine.")
+        raise SettingError("single_file_config", f"{configuration} is not on this machine.")
     return folder
 
 

@@ -31,8 +31,9 @@ from hypergen.cli.model_commands import (
     remove_models,
 )
 from hypergen.cli.setting_options import CONFIG, setting_options
-from hypergen.errors import ConfigurationError, HyperGenError, ModelError
-from hypergen.load_settings import environment_of, load_settings
+from hypergen.errors import ConfigurationError, HyperGenError, ModelError, SettingError, of_model
+from hypergen.load_settings import environment_of, load_named_settings, load_settings
+from hypergen.setting_names import flag_of
 
 logger = logging.getLogger("hypergen.cli")
 
@@ -67,30 +68,31 @@ def serve(models: tuple[str, ...], config: Path | None, reload: bool, **flags: A
     from hypergen.resolve_models import find_models, resolved_entries, resolved_flags
     from hypergen.served_model_config import as_json
 
-    settings = load_settings(config, os.environ, {**flags, "models": models})
-    keys = ApiKeys(settings.server)
-    check_certificate(settings.server)
-    check_shared_store(settings.server)
-    check_storage(settings.server)
-    find_accelerators(settings.engine)  # reports missing devices
-    check_models(settings)
-    port = check_port(settings.server.host, settings.server.port)
-    log_setup.export(settings.server.log_format, settings.server.log_level)
-    log_setup.configure("serve")
-    if port != settings.server.port:
-        flags["port"] = port
-        settings = load_settings(config, os.environ, {**flags, "models": models})
-    found = find_models(settings, logger.info, check_stored=True)
-    host = settings.server.host
-    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
-        logger.warning("No API key is set and %s can be reached from outside this machine.", host)
+    settings, names = load_named_settings(config, os.environ, {**flags, "models": models})
+    with names.in_messages(settings):
+        keys = ApiKeys(settings.server)
+        check_certificate(settings.server)
+        check_shared_store(settings.server)
+        check_storage(settings.server)
+        find_accelerators(settings.engine)  # reports missing devices
+        check_models(settings)
+        port = check_port(settings.server.host, settings.server.port)
+        log_setup.export(settings.server.log_format, settings.server.log_level)
+        log_setup.configure("serve")
+        if port != settings.server.port:
+            flags["port"] = port
+            settings = load_settings(config, os.environ, {**flags, "models": models})
+        found = find_models(settings, logger.info, check_stored=True)
+        host = settings.server.host
+        if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+            logger.warning("No API key is set and %s can be reached from outside this machine.", host)
+        flags |= resolved_flags(settings.engine)
+        flags["models"] = as_json(resolved_entries(settings, found))
     # The service loads the settings from its environment, so that no secret is on its command line. It runs
     # in its own folder, so models and paths are resolved here.
     for name in ("api_key_file", "ssl_certfile", "ssl_keyfile"):
         if file := getattr(settings.server, name):
             flags[name] = file.resolve()
-    flags["models"] = as_json(resolved_entries(settings, found))
-    flags |= resolved_flags(settings.engine)
     environment = environment_of(flags)
     file = config or os.environ.get("HYPERGEN_CONFIG")
     if file:
@@ -112,25 +114,29 @@ def loras(model: str | None, config: Path | None, **flags: Any) -> None:
     from hypergen.model_store.lora_files import open_registry
     from hypergen.resolve_models import entries_of, settings_of
 
-    settings = load_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
-    entries = entries_of(settings)
-    for entry in entries:
-        if len(entries) > 1:
-            click.echo(f"{entry.name or entry.source or store.EMBEDDED_NAME}:")
-        registry = open_registry(settings_of(entry, settings.engine), store.local_folder(entry.source))
-        rows = [("NAME", "MODEL", "LAYOUT", "RANK", "SIZE")]
-        for name, path in sorted(registry.files.items()):
-            shown = f"{name} (default)" if name == registry.default else name
-            try:
-                lora = summarise(path)
-            except ModelError as error:
-                rows.append((shown, "-", str(error), "-", "-"))
-                continue
-            ranks = ",".join(map(str, lora.ranks))
-            rows.append((shown, lora.model, lora.layout, ranks, f"{lora.size_bytes / 1e6:.1f} MB"))
-        unfilled = (name for name, file in sorted(entry.loras.items()) if not file)
-        rows += [(name, "-", "no file yet, not offered", "-", "-") for name in unfilled]
-        print_table(rows)
+    settings, names = load_named_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
+    with names.in_messages(settings):
+        entries = entries_of(settings)
+        for index, entry in enumerate(entries):
+            if len(entries) > 1:
+                click.echo(f"{entry.name or entry.source or store.EMBEDDED_NAME}:")
+            with of_model(index):
+                registry = open_registry(
+                    settings_of(entry, settings.engine), store.local_folder(entry.source)
+                )
+            rows = [("NAME", "MODEL", "LAYOUT", "RANK", "SIZE")]
+            for name, path in sorted(registry.files.items()):
+                shown = f"{name} (default)" if name == registry.default else name
+                try:
+                    lora = summarise(path)
+                except ModelError as error:
+                    rows.append((shown, "-", str(error), "-", "-"))
+                    continue
+                ranks = ",".join(map(str, lora.ranks))
+                rows.append((shown, lora.model, lora.layout, ranks, f"{lora.size_bytes / 1e6:.1f} MB"))
+            unfilled = (name for name, file in sorted(entry.loras.items()) if not file)
+            rows += [(name, "-", "no file yet, not offered", "-", "-") for name in unfilled]
+            print_table(rows)
 
 
 def _comma_separated(item: click.ParamType) -> Callable[..., tuple[Any, ...]]:
@@ -209,7 +215,7 @@ def bench(
     if prompt and prompts:
         raise ConfigurationError("--prompt and --prompts cannot be combined.")
     if plot:
-        optional_packages.require("matplotlib", "--plot")
+        optional_packages.require("matplotlib", "plot")
     texts = [prompt or "a red circle on a blue background"]
     if prompts:
         texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -243,7 +249,8 @@ def run() -> None:
     try:
         main()
     except HyperGenError as error:
-        _print(f"Error: {error}")
+        is_setting = isinstance(error, SettingError)  # without a file of settings, it was a flag
+        _print(f"Error: {error.named(flag_of(error.setting)) if is_setting else error}")
         sys.exit(1)
 
 

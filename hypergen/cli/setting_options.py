@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from hypergen.load_settings import fields, option_name
+from hypergen.setting_names import fields, flag_of
 
 Command = Callable[..., None]
 CONFIG = click.option(
@@ -47,8 +47,8 @@ def _none_if_absent(_context: click.Context, _parameter: click.Parameter, value:
 
 
 def _declaration(name: str, field: FieldInfo) -> list[str]:
-    flag = option_name(name).replace("_", "-")
-    return [f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}", name]
+    flag = flag_of(name)
+    return [f"{flag}/--no-{flag.removeprefix('--')}" if field.annotation is bool else flag, name]
 
 
 def _type(field: FieldInfo) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hypergen import optional_packages
 from hypergen.argument_checks import ArgumentChecks
 from hypergen.config import EngineSettings, ServerSettings, Settings
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import SettingError, of_model, of_setting
 from hypergen.images.content_credentials import load_credentials
 from hypergen.images.storage import open_storage
 from hypergen.model_families import servable
@@ -60,29 +60,35 @@ def check_models(settings: Settings) -> tuple[CheckedModel, ...]:
     load_credentials(settings.engine)
     find_safety_checker(settings.engine.safety_checker, download=False)
     if settings.engine.quantization != "off":
-        optional_packages.require("torchao", f"--quantization {settings.engine.quantization}")
+        optional_packages.require("torchao", "quantization", settings.engine.quantization)
     entries = entries_of(settings)
     # With the paths as given, for the messages.
     open_registry(settings.engine, None)
-    models = tuple(_check_model(entry, settings.engine, alone=len(entries) == 1) for entry in entries)
+    models: list[CheckedModel] = []
+    for index, entry in enumerate(entries):
+        with of_model(index):
+            models.append(_check_model(entry, settings.engine, alone=len(entries) == 1))
     may_take = [model.folder is None or may_take_attention(model.folder) for model in models]
     if settings.engine.attention and not any(may_take):
-        raise ModelError(no_attention_backends(", ".join(model.name for model in models)))
-    return models
+        raise SettingError("attention", no_attention_backends(", ".join(model.name for model in models)))
+    return tuple(models)
 
 
 def _check_model(entry: ModelEntry, engine: EngineSettings, *, alone: bool) -> CheckedModel:
     own = settings_of(entry, engine)
-    folder = store.check_source(
-        entry.source, single_file_config=entry.single_file_config, pipelines=servable()
-    )
+    with of_setting("source"):
+        folder = store.check_source(
+            entry.source, single_file_config=entry.single_file_config, pipelines=servable()
+        )
     checks = argument_checks(entry, own, alone=alone)
     refiner = entry.refiner or engine.refiner
-    refiner_folder = store.check_source(refiner) if refiner else None
+    with of_setting("refiner"):
+        refiner_folder = store.check_source(refiner) if refiner else None
     if folder is not None:
         checks.without_torch(folder)
     if refiner and refiner_folder is not None:
-        store.require_refiner(refiner, refiner_folder / PIPELINE_FILE)
+        with of_setting("refiner"):
+            store.require_refiner(refiner, refiner_folder / PIPELINE_FILE)
         if folder is not None:
             check_refiner(refiner_folder, folder, refiner)
     if entry.vae is not None and not is_on_the_hub(entry.vae):
@@ -108,7 +114,7 @@ def is_on_the_hub(source: str) -> bool:
 def check_storage(server: ServerSettings) -> None:
     """
     Raises:
-        ConfigurationError: `url` results cannot be stored.
+        SettingError: `url` results cannot be stored.
     """
     open_storage(server).check()
 
@@ -116,21 +122,22 @@ def check_storage(server: ServerSettings) -> None:
 def check_certificate(server: ServerSettings) -> None:
     """
     Raises:
-        ConfigurationError: the TLS certificate or its key cannot be used.
+        SettingError: the TLS certificate or its key cannot be used.
     """
     certificate, key = server.ssl_certfile, server.ssl_keyfile
     if certificate is None or key is None:
         return
-    for option, file in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+    for setting, file in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
         try:
             file.read_bytes()
         except OSError as error:
-            raise ConfigurationError(f"{option} {file} cannot be read: {error.strerror}.") from None
+            raise SettingError(setting, f"{file} cannot be read: {error.strerror}.") from None
     try:
         # With a password, because otherwise OpenSSL asks for one on the terminal.
         ssl.create_default_context().load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, ValueError) as error:
-        raise ConfigurationError(
-            f"--ssl-certfile {certificate} and --ssl-keyfile {key} must be a certificate and its key in PEM, "
-            f"without a password: {getattr(error, 'reason', None) or error}."
+        raise SettingError(
+            "ssl_certfile",
+            f"{certificate} and the key {key} must be a certificate and its key in PEM, without a password: "
+            f"{getattr(error, 'reason', None) or error}.",
         ) from None

@@ -18,7 +18,7 @@ from hypergen.conditioning.controlnet_preprocessors import canny
 from hypergen.conditioning.image_tensors import to_unit
 from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.denoising.offload import device_of
-from hypergen.errors import InvalidRequestError, ModelError
+from hypergen.errors import InvalidRequestError, SettingError
 from hypergen.images.geometry import resize_to_generation_size
 from hypergen.request import ControlInput
 
@@ -50,7 +50,7 @@ def load(folders: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dt
         folders: name for requests -> folder.
 
     Raises:
-        ModelError: one cannot be loaded, or is for another UNet.
+        SettingError: one cannot be loaded, or is for another UNet.
     """
     controlnets: dict[str, Any] = {}
     device = device_of(unet)
@@ -68,13 +68,15 @@ def load(folders: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dt
             logger.exception("Loading the ControlNet %s failed.", name)
             # Without the path: /health is public.
             reason = " ".join(str(error).replace(folder, "it").split())
-            raise ModelError(f"ControlNet '{name}': {type(error).__name__}: {reason[:300]}") from None
+            reason = f"'{name}': {type(error).__name__}: {reason[:300]}"
+            raise SettingError("controlnet", reason, item=name) from None
         network, info = loaded
         for key in ("missing_keys", "unexpected_keys"):  # diffusers only warns
             if names := sorted(info[key]):
-                raise ModelError(f"ControlNet '{name}': {key.replace('_keys', '')} tensor '{names[0]}'.")
+                reason = f"'{name}': {key.replace('_keys', '')} tensor '{names[0]}'."
+                raise SettingError("controlnet", reason, item=name)
         if difference := difference_to_unet(network.config, unet.config):
-            raise ModelError(f"ControlNet '{name}': {difference}")
+            raise SettingError("controlnet", f"'{name}': {difference}", item=name)
         controlnets[name] = network.to(device).eval()
     return controlnets
 

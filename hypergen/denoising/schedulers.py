@@ -34,7 +34,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.sampler_names import unknown_scheduler
 
 # A diffusers scheduler: both SchedulerMixin and ConfigMixin, which its stubs cannot express.
@@ -185,13 +185,13 @@ class SchedulerFactory:
         """The sampler of requests that name none, see `find_sampler`; None: the model's own.
 
         Raises:
-            ModelError: unknown sampler.
+            SettingError: unknown sampler.
         """
         try:
             if sampler is not None:
                 find_sampler(sampler, self.samplers)
         except KeyError:
-            raise ModelError(unknown_scheduler(str(sampler), self.samplers)) from None
+            raise SettingError("scheduler", unknown_scheduler(str(sampler), self.samplers)) from None
         self._default = sampler
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from hypergen.denoising.denoising_state import ModelInputs
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.models.cfg import ForwardInputs, map_rows
 from hypergen.models.family import Family
 
@@ -65,7 +65,7 @@ class CompiledForward:
             size: for the log.
 
         Raises:
-            ModelError: torch.compile failed.
+            SettingError: torch.compile failed.
         """
         if _shape_of(arguments) in self._shapes:
             return
@@ -82,7 +82,7 @@ class CompiledForward:
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             logger.exception("torch.compile failed for %s.", size)
             reason = " ".join(str(error).split())
-            raise ModelError(f"--compile on: torch.compile failed for {size}: {reason[:300]}") from None
+            raise SettingError("compile", f"on: torch.compile failed for {size}: {reason[:300]}") from None
         self._shapes.add(_shape_of(arguments))
         logger.info("Compiled %s for %d rows in %.1f s.", size, len(arguments[0]), time.monotonic() - started)
 

@@ -171,7 +171,7 @@ class Engine:
         """Compile, probe the default size and generate an image in two steps, so that "ready" is tested.
 
         Raises:
-            ModelError: torch.compile failed.
+            SettingError: torch.compile failed.
             GenerationError: the model cannot generate an image.
         """
         request = warm_up_request(self.family.model_info(self.model_id))

@@ -18,7 +18,7 @@ from hypergen.engine.loading_progress import log_progress
 from hypergen.engine.model_slot import LoadedModel
 from hypergen.engine.pipeline_engine import PipelineEngine
 from hypergen.engine.postprocess import Report
-from hypergen.errors import HyperGenError, ModelError
+from hypergen.errors import HyperGenError, SettingError
 from hypergen.events import ForwardPass
 from hypergen.models import loading
 from hypergen.models.diffusers_pipeline import DiffusersPipeline
@@ -62,7 +62,8 @@ class Loader:
 
         Raises:
             ConfigurationError: the certificate for images cannot sign.
-            ModelError: the model cannot be loaded, or its attention backend failed.
+            ModelError: the model cannot be loaded.
+            SettingError: it cannot be loaded with its settings, or its attention backend failed.
             GenerationError: the warm-up image cannot be generated.
         """
         ImageWriter(model.id, model.settings)  # reports its faults before the weights are loaded
@@ -95,10 +96,10 @@ class Loader:
         except Exception as error:
             if model.settings.attention is None or isinstance(error, HyperGenError):
                 raise
-            logger.exception("The warm-up with --attention %s failed.", model.settings.attention)
+            logger.exception("The warm-up with attention %s failed.", model.settings.attention)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ModelError(
-                f"The warm-up with --attention {model.settings.attention} failed: {reason[:300]}"
+            raise SettingError(
+                "attention", f"{model.settings.attention} failed in the warm-up: {reason[:300]}"
             ) from None
         self.seconds["warm-up"] += time.monotonic() - started
         # Offloaded networks are in main memory already; compiled code may have its own references to weights.

@@ -32,7 +32,7 @@ from hypergen.engine.model_slot import LoadedModel, ModelEngine, ModelSlot
 from hypergen.engine.postprocess import Report
 from hypergen.engine.request_errors import as_request_error, free_cached_memory, is_out_of_memory
 from hypergen.engine.request_queue import RequestQueue
-from hypergen.errors import GenerationError, ModelError
+from hypergen.errors import ConfigurationError, GenerationError, ModelError
 from hypergen.events import EngineStatus
 from hypergen.model_info import ModelInfo
 from hypergen.request import GenerationRequest
@@ -197,7 +197,7 @@ class ModelManager:
                 logger.exception(
                     "Model %s could not be loaded again; failing requests %s.", slot.model.id, ids
                 )
-                if isinstance(error, ModelError):
+                if isinstance(error, (ModelError, ConfigurationError)):
                     error = GenerationError(
                         "The model could not be loaded again; see the server's log for details."
                     )

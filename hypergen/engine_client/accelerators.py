@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hypergen.config import EngineSettings
 from hypergen.device_names import DeviceType
-from hypergen.errors import ConfigurationError
+from hypergen.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def find_accelerators(settings: EngineSettings) -> list[Accelerator]:
     """Those of `--devices`, else every visible GPU, else a single one that the engine chooses.
 
     Raises:
-        ConfigurationError: this machine lacks one of the devices.
+        SettingError: this machine lacks one of the devices.
     """
     gpus = _visible_gpus(settings.device_type)
     found = {
@@ -44,7 +44,7 @@ def find_accelerators(settings: EngineSettings) -> list[Accelerator]:
     for device in settings.devices:
         if device.startswith("cuda") and device not in found:
             present = f"cuda:0 to cuda:{len(gpus) - 1}" if gpus else "no GPU"
-            raise ConfigurationError(f"--devices {device}: no such device; this machine has {present}.")
+            raise SettingError("devices", f"{device}: no such device; this machine has {present}.")
     return [found.get(device, Accelerator(device)) for device in settings.devices]
 
 
@@ -52,7 +52,7 @@ def find_device(settings: EngineSettings) -> DeviceType | None:
     """The type of the engines' devices; None: only torch can tell.
 
     Raises:
-        ConfigurationError: the installed torch does not support the device of the settings.
+        SettingError: the installed torch does not support the device of the settings.
     """
     wanted = settings.device_type
     has_cuda = _torch_has_cuda()
@@ -61,8 +61,8 @@ def find_device(settings: EngineSettings) -> DeviceType | None:
     if wanted is None and _is_apple():
         return "mps"
     if (wanted == "mps" and not _is_apple()) or (wanted == "cuda" and not has_cuda):
-        given = f"--devices {','.join(settings.devices)}" if settings.devices else f"--device {wanted}"
-        raise ConfigurationError(f"{given}: this machine's torch has no {wanted}.")
+        given = ("devices", ",".join(settings.devices)) if settings.devices else ("device", wanted)
+        raise SettingError(given[0], f"{given[1]}: this machine's torch has no {wanted}.")
     if wanted == "mps":
         return "mps"
     return "cuda" if _visible_gpus(wanted) else None

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hypergen import __version__, optional_packages
 from hypergen.config import EngineSettings
-from hypergen.errors import ConfigurationError
+from hypergen.errors import SettingError
 
 _SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 # A thumbnail would be larger than most images. The rest needs the network.
@@ -65,12 +65,12 @@ def load_credentials(settings: EngineSettings) -> ContentCredentials | None:
     """The operator's certificate and key, tested by signing a small image; None without them.
 
     Raises:
-        ConfigurationError: the package is missing, a file cannot be read, the key is not the certificate's,
+        SettingError: the package is missing, a file cannot be read, the key is not the certificate's,
             or the certificate is not fit for C2PA, for example because it is self-signed.
     """
     if settings.c2pa_certificate is None or settings.c2pa_key is None:
         return None
-    optional_packages.require("c2pa", "--c2pa-certificate")
+    optional_packages.require("c2pa", "c2pa_certificate")
     credentials = _read(settings.c2pa_certificate, settings.c2pa_key)
     file = BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
@@ -78,8 +78,8 @@ def load_credentials(settings: EngineSettings) -> ContentCredentials | None:
         credentials.sign(file.getvalue(), "image/png", composite=False)
     except Exception as error:  # c2pa has a class for each reason
         reason = " ".join(str(error).split())
-        raise ConfigurationError(
-            f"--c2pa-certificate {settings.c2pa_certificate} cannot sign: {reason}."
+        raise SettingError(
+            "c2pa_certificate", f"{settings.c2pa_certificate} cannot sign: {reason}."
         ) from None
     return credentials
 
@@ -96,27 +96,25 @@ def _read(certificate: Path, key: Path) -> ContentCredentials:
     )
 
     texts: list[bytes] = []
-    for option, file in (("--c2pa-certificate", certificate), ("--c2pa-key", key)):
+    for setting, file in (("c2pa_certificate", certificate), ("c2pa_key", key)):
         try:
             texts.append(file.read_bytes())
         except OSError as error:
-            raise ConfigurationError(f"{option} {file} cannot be read: {error.strerror}.") from None
+            raise SettingError(setting, f"{file} cannot be read: {error.strerror}.") from None
     try:
         leaf = x509.load_pem_x509_certificates(texts[0])[0]
     except ValueError:
-        raise ConfigurationError(f"--c2pa-certificate {certificate} has no certificate in PEM.") from None
+        raise SettingError("c2pa_certificate", f"{certificate} has no certificate in PEM.") from None
     try:
         private = load_pem_private_key(texts[1], None)
     except (TypeError, ValueError):
-        raise ConfigurationError(
-            f"--c2pa-key {key} must be a private key in PEM, without a password."
-        ) from None
+        raise SettingError("c2pa_key", f"{key} must be a private key in PEM, without a password.") from None
 
     def public_bytes(public: Any) -> bytes:
         return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
     if public_bytes(leaf.public_key()) != public_bytes(private.public_key()):
-        raise ConfigurationError(f"--c2pa-key {key} is not the key of {certificate}'s first certificate.")
+        raise SettingError("c2pa_key", f"{key} is not the key of {certificate}'s first certificate.")
     pkcs8 = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return ContentCredentials(texts[0], pkcs8, _algorithm(private, key))
 
@@ -133,4 +131,4 @@ def _algorithm(private: Any, key: Path) -> str:
         case ed25519.Ed25519PrivateKey():
             return "ed25519"
         case _:
-            raise ConfigurationError(f"--c2pa-key {key} must be an ECDSA, RSA or Ed25519 key.")
+            raise SettingError("c2pa_key", f"{key} must be an ECDSA, RSA or Ed25519 key.")

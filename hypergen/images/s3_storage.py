@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from hypergen.errors import ConfigurationError, UnavailableError
+from hypergen.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -81,9 +81,10 @@ class S3Storage:
             return
         except (BaseError, OSError, ValueError) as error:
             reason = explain(error)
-        raise ConfigurationError(
-            f"--storage {self._address} cannot be written and read: {reason}. Credentials, region and "
-            "endpoint come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL."
+        raise SettingError(
+            "storage",
+            f"{self._address} cannot be written and read: {reason}. Credentials, region and endpoint come "
+            "from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL.",
         )
 
     def refuse_while_away(self) -> None:

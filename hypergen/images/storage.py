@@ -19,7 +19,7 @@ class ImageStorage(Protocol):
         """Check before the server starts that images can be stored. It may take seconds.
 
         Raises:
-            ConfigurationError: they cannot. The message is one line.
+            SettingError: they cannot. The reason is one line.
         """
         ...
 
@@ -76,11 +76,11 @@ def open_storage(server: ServerSettings) -> ImageStorage:
     """The storage of the settings. It is neither created nor reached before its first use.
 
     Raises:
-        ConfigurationError: it needs a package that is not installed.
+        SettingError: it needs a package that is not installed.
     """
     if server.storage is None:
         return FolderStorage(server.url_lifetime_s, int(server.url_storage_mb * 1e6))
-    optional_packages.require("obstore", f"--storage {server.storage}")
+    optional_packages.require("obstore", "storage", server.storage)
     from hypergen.images.s3_storage import S3Storage
 
     return S3Storage(server.storage, server.url_lifetime_s, server.storage_public_url)

@@ -26,7 +26,7 @@ from torch.nn import functional
 from hypergen import log_setup
 from hypergen.cache_lookups import count_lookup
 from hypergen.config import EngineSettings
-from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.errors import InvalidRequestError, SettingError
 from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
 from hypergen.lora.factors import IncompatibleLoraError
@@ -58,8 +58,8 @@ class LoraManager:
         pipeline: of diffusers; forward hooks on its layers do nothing in batches without a LoRA.
 
     Raises:
-        ConfigurationError: a LoRA file is missing, or LoRAs cannot be combined with another setting.
-        ModelError: the server's default LoRA does not match this model.
+        SettingError: a LoRA file is missing, the server's default LoRA does not match this model, or LoRAs
+            cannot be combined with another setting.
     """
 
     def __init__(self, pipeline: Any, settings: EngineSettings) -> None:
@@ -87,14 +87,14 @@ class LoraManager:
             try:
                 self.load(((self.registry.default, 1.0),))
             except InvalidRequestError as error:
-                raise ModelError(error.message) from None
+                raise SettingError("lora", error.message) from None
 
     def _open_registry(self) -> LoraRegistry:
         settings = self._settings
         if not self._possible:
             if settings.lora or settings.lora_dir:
                 reason = self._reason or f"by {type(self._pipeline).__name__}"
-                raise ConfigurationError(f"LoRAs are not supported {reason}.")
+                raise SettingError("lora" if settings.lora else "lora_dir", f"is not supported {reason}.")
             return LoraRegistry()
         folder = self._pipeline.config.get("_name_or_path")
         return open_registry(settings, Path(folder) if folder else None)

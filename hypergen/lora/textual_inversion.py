@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.lora.factors import IncompatibleLoraError, Parts
 from hypergen.lora.files import check_base_model, families_of, read_file, read_safetensors
 from hypergen.model_families import PIPELINES
@@ -67,14 +67,14 @@ def read_embeddings(
         widths, families: see `read_embedding`.
 
     Raises:
-        ModelError: a file is damaged, or is not a textual inversion for this model.
+        SettingError: a file is damaged, or is not a textual inversion for this model.
     """
     found: dict[str, Mapping[str, Tensor]] = {}
     for name, file in files.items():
         try:
             found[name] = read_embedding(Path(file), widths, families)
         except IncompatibleLoraError as error:
-            raise ModelError(f"The textual inversion '{name}' {error}.") from None
+            raise SettingError("embedding", f"'{name}' {error}.", item=name) from None
     return found
 
 

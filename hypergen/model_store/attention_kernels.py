@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from hypergen import optional_packages
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 
 # Of the package `kernels`: the folders of kernels on this machine.
 _VARIABLE = "LOCAL_KERNELS"
@@ -22,14 +22,13 @@ def provide_attention_kernel(
     Does nothing where LOCAL_KERNELS is set, by the user or by a parent process.
 
     Raises:
-        ConfigurationError: the package `kernels` is missing.
-        ModelError: the kernel cannot be fetched.
+        SettingError: the kernel cannot be fetched, or the package `kernels` is missing.
     """
     if backend is None or not backend.endswith("_hub") or os.environ.get(_VARIABLE):
         return
-    optional_packages.require("kernels", f"--attention {backend}")
+    optional_packages.require("kernels", "attention", backend)
     if report_progress is not None:
-        report_progress(f"Fetching the kernel of --attention {backend}")
+        report_progress(f"Fetching the kernel of the attention backend {backend}")
     # In a process of its own: it imports torch.
     command = [sys.executable, "-P", "-m", "hypergen.models.attention", backend]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -37,5 +36,5 @@ def provide_attention_kernel(
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
     if done.returncode or not lines:
         reason = lines[-1] if lines else f"exit code {done.returncode}"
-        raise ModelError(f"The kernel of --attention {backend} cannot be fetched: {reason}")
+        raise SettingError("attention", f"{backend} needs a kernel that cannot be fetched: {reason}")
     os.environ[_VARIABLE] = lines[-1]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import SettingError, of_setting
 from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_network, split_revision
 from hypergen.model_store.model_check import refuse_unusable_network
@@ -22,10 +22,15 @@ def find_vae(given: str | None, model: Path | None = None) -> str | None:
         model: the folder of the model that it is for.
 
     Raises:
-        ModelError: it does not exist, has no safetensors weights, or is a hub model that cannot be used.
+        SettingError: it does not exist, has no safetensors weights, or is a hub model that cannot be used.
     """
     if given is None:
         return None
+    with of_setting("vae"):
+        return _find_vae(given, model)
+
+
+def _find_vae(given: str, model: Path | None) -> str:
     path = Path(os.path.expanduser(given)).resolve()
     if path.is_file() and path.suffix == ".safetensors":
         return str(path)
@@ -34,7 +39,7 @@ def find_vae(given: str | None, model: Path | None = None) -> str | None:
         check = partial(refuse_unusable_network, class_name="AutoencoderKL", model=model)
         path = download_network(source, revision, check)
     if not path.is_dir():
-        raise ModelError(f"vae: no such folder or .safetensors file: {given}")
+        raise SettingError("vae", f"{given}: no such folder or .safetensors file.")
     check_component(path.parent, path.name, "AutoencoderKL")
     return str(path)
 
@@ -43,18 +48,19 @@ def find_controlnets(sources: Mapping[str, str]) -> dict[str, str]:
     """The same sources with absolute folders. Hub ids, with or without @REVISION, are unchanged.
 
     Raises:
-        ModelError: a folder does not exist, or is not a complete ControlNet with safetensors weights.
+        SettingError: a folder does not exist, or is not a complete ControlNet with safetensors weights.
     """
     found: dict[str, str] = {}
     for name, source in sources.items():
         path = Path(os.path.expanduser(source)).resolve()
         if path.is_dir():
-            check_component(path.parent, path.name, "ControlNetModel")
+            with of_setting("controlnet", f"'{name}'", item=name):
+                check_component(path.parent, path.name, "ControlNetModel")
             found[name] = str(path)
         elif HUB_ID.fullmatch(split_revision(source)[0]):
             found[name] = source
         else:
-            raise ModelError(f"ControlNet '{name}': no such folder: {source}")
+            raise SettingError("controlnet", f"'{name}': no such folder: {source}", item=name)
     return found
 
 
@@ -67,7 +73,7 @@ def download_controlnets(
         sources: from `find_controlnets`.
 
     Raises:
-        ModelError: one cannot be downloaded, or is for another model.
+        SettingError: one cannot be downloaded, or is for another model.
     """
     folders: dict[str, str] = {}
     check = partial(refuse_unusable_network, class_name="ControlNetModel", model=model)
@@ -77,10 +83,8 @@ def download_controlnets(
             continue
         if report_progress is not None:
             report_progress(f"Looking for {source} in the hub's cache and on the hub")
-        try:
+        with of_setting("controlnet", f"'{name}' ({source})", item=name):
             folders[name] = str(download_network(*split_revision(source), check))
-        except ModelError as error:
-            raise ModelError(f"ControlNet '{name}' ({source}): {error}") from None
     return folders
 
 
@@ -88,17 +92,16 @@ def find_embeddings(files: Mapping[str, str]) -> dict[str, str]:
     """The same files of textual inversions with absolute paths.
 
     Raises:
-        ConfigurationError: a file does not exist or has another extension, or a name differs from another one
+        SettingError: a file does not exist or has another extension, or a name differs from another one
             by case alone.
     """
     found: dict[str, str] = {}
     for name, given in files.items():
         path = Path(given).expanduser().absolute()
         if path.suffix not in _EMBEDDING_SUFFIXES or not path.is_file():
-            raise ConfigurationError(
-                f"Textual inversion '{name}': no such {' or '.join(_EMBEDDING_SUFFIXES)} file: {given}"
-            )
+            suffixes = " or ".join(_EMBEDDING_SUFFIXES)
+            raise SettingError("embedding", f"'{name}': no such {suffixes} file: {given}", item=name)
         if name.casefold() in map(str.casefold, found):
-            raise ConfigurationError(f"Two textual inversions have the name '{name}'; change one of them.")
+            raise SettingError("embedding", f"has the name '{name}' twice; change one of them.", item=name)
         found[name] = str(path)
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ConfigurationError, InvalidRequestError
+from hypergen.errors import InvalidRequestError, SettingError
 from hypergen.model_store.diffusers_layout import LORAS
 
 logger = logging.getLogger(__name__)
@@ -59,31 +59,32 @@ def open_registry(settings: EngineSettings, model_folder: Path | None) -> LoraRe
     """Collect the LoRAs of the settings and of the model.
 
     Raises:
-        ConfigurationError: a file or folder does not exist, or two LoRAs have the same name.
+        SettingError: a file or folder does not exist, or two LoRAs have the same name.
     """
-    for given in (*settings.lora, *map(str, settings.lora_dir)):
-        if os.pathsep in given:  # the separator of a list in the environment
-            raise ConfigurationError(f"The path of a LoRA must not contain '{os.pathsep}': {given}.")
+    for setting in ("lora", "lora_dir"):
+        for given in map(str, getattr(settings, setting)):
+            if os.pathsep in given:  # the separator of a list in the environment
+                raise SettingError(setting, f"{given}: the path must not contain '{os.pathsep}'.")
     files: dict[str, Path] = {}
     default: str | None = None
     for given in settings.lora:
         name, path = split_name(given)
         if name is None:
             if default is not None:
-                raise ConfigurationError("Only one LoRA can have no name; it is the server's default.")
+                raise SettingError("lora", f"{given}: only one LoRA can have no name; it is the default.")
             default = name = path.stem
         if not _NAME.fullmatch(name):
-            raise ConfigurationError(f"'{name}' is not a valid LoRA name; use --lora NAME={path}.")
+            raise SettingError("lora", f"'{name}' is not a valid name; use NAME={path}.", item=name)
         if path.is_dir():
             path = path / _PEFT_WEIGHTS
         if path.suffix != SUFFIX or not path.is_file():
-            raise ConfigurationError(f"--lora {given}: no such {SUFFIX} file.")
+            raise SettingError("lora", f"{given}: no such {SUFFIX} file.", item=name)
         _add(files, name, path)
     folders: list[Path] = []
     for given_folder in settings.lora_dir:
         folder = given_folder.expanduser()
         if not folder.is_dir():
-            raise ConfigurationError(f"--lora-dir {folder}: no such folder.")
+            raise SettingError("lora_dir", f"{folder}: no such folder.")
         folders.append(folder.resolve())
         for name, path in _scan(folders[-1]).items():
             if _inside(path, (folders[-1],)):
@@ -162,5 +163,5 @@ def _scan(folder: Path) -> dict[str, Path]:
 
 def _add(files: dict[str, Path], name: str, path: Path) -> None:
     if name in files and files[name].resolve() != path.resolve():
-        raise ConfigurationError(f"Two LoRAs have the name {name}: {files[name]} and {path}.")
+        raise SettingError("lora", f"has two with the name {name}: {files[name]} and {path}.", item=name)
     files[name] = path

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.model_families import PIPELINES
 from hypergen.model_store.checkpoint_file import is_edm_checkpoint, options_of
 from hypergen.model_store.diffusers_layout import (
@@ -47,7 +47,8 @@ def samplers_of(folder: Path, options: ModelOptions) -> ModelSamplers:
         options: of its served-model file.
 
     Raises:
-        ModelError: a file is damaged, or the model lacks the sampler of the options.
+        ModelError: a file is damaged.
+        SettingError: the model lacks the sampler of the options.
     """
     model = str(folder)
     published = _scheduler_class(folder)
@@ -67,7 +68,7 @@ def samplers_of(folder: Path, options: ModelOptions) -> ModelSamplers:
     if name is None:
         return ModelSamplers(samplers, min_steps)
     if (default := find_info(samplers, name)) is None:
-        raise ModelError(unknown_scheduler(name, samplers))
+        raise SettingError("scheduler", unknown_scheduler(name, samplers))
     return ModelSamplers(samplers, default.min_steps)
 
 
@@ -110,7 +111,7 @@ def clip_layers(folder: Path) -> int | None:
 
 
 def too_many_layers(layers: int) -> str:
-    return f"'clip_skip' must be at most {layers}, the number of layers of this model's text encoder."
+    return f"must be at most {layers}, the number of layers of this model's text encoder."
 
 
 def check_options(folder: Path, options: ModelOptions) -> None:
@@ -119,19 +120,19 @@ def check_options(folder: Path, options: ModelOptions) -> None:
         options: of its served-model file.
 
     Raises:
-        ModelError: the model lacks the sampler or the layer of CLIP.
+        SettingError: the model lacks the sampler or the layer of CLIP.
     """
     pipeline_class = pipeline_class_of(folder, str(folder))
     spec = PIPELINES.get(pipeline_class)
     if spec is None and options.scheduler is not None:
-        raise ModelError(
-            f"scheduler '{options.scheduler}' does not apply to a {pipeline_class}, which runs as a full "
-            "diffusers pipeline."
+        raise SettingError(
+            "scheduler", f"does not apply to a {pipeline_class}, which runs as a full diffusers pipeline."
         )
     samplers_of(folder, options)
     if (clip_skip := options_of(folder, options).clip_skip) is None:
         return
     if (layers := clip_layers(folder)) is None:
-        raise ModelError(f"clip_skip does not apply to models of {spec.name if spec else pipeline_class}.")
+        name = spec.name if spec else pipeline_class
+        raise SettingError("clip_skip", f"does not apply to models of {name}.")
     if clip_skip > layers:
-        raise ModelError(too_many_layers(layers))
+        raise SettingError("clip_skip", too_many_layers(layers))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 from hypergen.served_model_config import ModelOptions
 
 # Settings that may not fit a model or a device, see `hypergen.models.check_arguments`.
@@ -34,10 +34,24 @@ class Report:
     Attributes:
         fault: the first things that do not fit, in one line; None: the model can be loaded.
         ignored: name of a tensor that changes nothing -> why.
+        setting, item: of a `SettingError`, whose reason is the fault.
     """
 
     fault: str | None
     ignored: Mapping[str, str]
+    setting: str | None = None
+    item: str | None = None
+
+    def refuse(self) -> None:
+        """
+        Raises:
+            ModelError: there is a fault.
+            SettingError: it is one of the settings.
+        """
+        if self.fault and self.setting:
+            raise SettingError(self.setting, self.fault, item=self.item)
+        if self.fault:
+            raise ModelError(self.fault)
 
 
 def check_in_process(
@@ -65,9 +79,9 @@ def refuse_unusable(
     """
     Raises:
         ModelError: the model cannot be loaded.
+        SettingError: it cannot be loaded with these options or settings.
     """
-    if fault := check_in_process(folder, options, settings).fault:
-        raise ModelError(fault)
+    check_in_process(folder, options, settings).refuse()
 
 
 def refuse_unusable_network(folder: Path, class_name: str, model: Path | None = None) -> None:
@@ -80,21 +94,21 @@ def refuse_unusable_network(folder: Path, class_name: str, model: Path | None = 
     Raises:
         ModelError: it cannot be loaded.
     """
-    fault = _run(
-        "hypergen.models.check_network", class_name, str(folder), *([str(model)] if model else [])
-    ).fault
-    if fault:
-        raise ModelError(fault)
+    arguments = [class_name, str(folder), *([str(model)] if model else [])]
+    _run("hypergen.models.check_network", *arguments).refuse()
 
 
-def fault_of_loras(model: Path, max_mb: float, files: Mapping[str, Path]) -> str | None:
-    """Why a LoRA cannot be applied to the model in a folder; None: all can.
-
+def refuse_unusable_loras(model: Path, max_mb: float, files: Mapping[str, Path]) -> None:
+    """
     Args:
+        model: its folder.
         files: name of a request -> file.
+
+    Raises:
+        SettingError: a LoRA cannot be applied to the model.
     """
     pairs = [f"{name}={file}" for name, file in files.items()]
-    return _run("hypergen.models.check_loras", str(model), str(max_mb * 1e6), *pairs).fault
+    _run("hypergen.models.check_loras", str(model), str(max_mb * 1e6), *pairs).refuse()
 
 
 def _run(module: str, *arguments: str) -> Report:

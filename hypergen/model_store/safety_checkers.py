@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import SettingError, of_setting
 from hypergen.model_store.diffusers_layout import check_component
 from hypergen.model_store.hub import HUB_ID, download_safety_checker, split_revision
 from hypergen.model_store.model_check import refuse_unusable_network
@@ -33,8 +33,7 @@ def find_safety_checker(
         download: False: return a hub id as it is.
 
     Raises:
-        ConfigurationError: there is no such module.
-        ModelError: the folder is not complete, or cannot be downloaded.
+        SettingError: there is no such module, the folder is not complete, or cannot be downloaded.
     """
     if given is None:
         return None
@@ -49,11 +48,13 @@ def find_safety_checker(
         if report_progress is not None:
             report_progress(f"Looking for {given} in the hub's cache and on the hub")
         check = partial(refuse_unusable_network, class_name=_CLASS)
-        path = download_safety_checker(repo, revision, check)
+        with of_setting("safety_checker", given):
+            path = download_safety_checker(repo, revision, check)
     if not path.is_dir():
-        raise ModelError(f"--safety-checker: no such folder, hub id or module:function: {given}")
+        raise SettingError("safety_checker", f"{given}: no such folder, hub id or module:function.")
     network, _ = folders_of(path)
-    check_component(network.parent, network.name, _CLASS)
+    with of_setting("safety_checker", given):
+        check_component(network.parent, network.name, _CLASS)
     return str(path)
 
 
@@ -61,13 +62,15 @@ def folders_of(path: Path) -> tuple[Path, Path]:
     """The folders of the network and of its image processor: both `path`, or parts of a model in `path`.
 
     Raises:
-        ModelError: one of them is missing.
+        SettingError: one of them is missing.
     """
     network = path / "safety_checker" if (path / "safety_checker").is_dir() else path
     for processor in (network, network.parent / "feature_extractor"):
         if (processor / PROCESSOR_FILE).is_file():
             return network, processor
-    raise ModelError(f"--safety-checker {path} has no {PROCESSOR_FILE}, nor has a folder feature_extractor.")
+    raise SettingError(
+        "safety_checker", f"{path} has no {PROCESSOR_FILE}, nor has a folder feature_extractor."
+    )
 
 
 def _check_module(given: str, module: str) -> None:
@@ -77,8 +80,9 @@ def _check_module(given: str, module: str) -> None:
         found = False
     except Exception as error:  # whatever the operator's package raises at its import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigurationError(f"--safety-checker {given} cannot be imported: {reason[:300]}.") from None
+        raise SettingError("safety_checker", f"{given} cannot be imported: {reason[:300]}.") from None
     if not found:
-        raise ConfigurationError(
-            f"--safety-checker {given}: no module {module}; install it, or name its folder in PYTHONPATH."
+        raise SettingError(
+            "safety_checker",
+            f"{given}: no module {module}; install it, or name its folder in PYTHONPATH.",
         )

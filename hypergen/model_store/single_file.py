@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 from hypergen.model_store.checkpoint_detection import Checkpoint, read_checkpoint
 from hypergen.model_store.diffusers_layout import (
     CHECKPOINT,
@@ -85,7 +85,7 @@ def select(
     if folder is None:
         source = configuration or checkpoint.usual_source(given, options)
         if not HUB_ID.fullmatch(source):
-            raise ModelError(f"No such folder, hub id or store tag for --single-file-config: {source}")
+            raise SettingError("single_file_config", f"{source}: no such folder, hub id or store tag.")
         folder = (None if configuration else find_local_folder(source)) or _cached_folder(source, checkpoint)
         if folder is None:
             report_progress(f"Looking up {source} on the hub")

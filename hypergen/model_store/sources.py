@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 from hypergen.model_store import single_file
 from hypergen.model_store.checkpoint_detection import read_checkpoint
 from hypergen.model_store.diffusers_layout import (
@@ -64,7 +64,8 @@ def kind_of(given: str | None, single_file_config: str | None) -> Literal["folde
     """What a model is given by.
 
     Raises:
-        ModelError: there is no such model, or it is no checkpoint that could have a configuration.
+        ModelError: there is no such model.
+        SettingError: it is no checkpoint that could have a configuration.
     """
     path = os.path.expanduser(given or "")  # Path.expanduser raises for unknown users
     is_checkpoint = given is not None and given.endswith(single_file.SUFFIX)
@@ -89,5 +90,5 @@ def kind_of(given: str | None, single_file_config: str | None) -> Literal["folde
     raise ModelError(unknown_model(given))
 
 
-def _only_checkpoints(given: str | None) -> ModelError:
-    return ModelError(f"--single-file-config is only for single-file checkpoints; {given} is not one.")
+def _only_checkpoints(given: str | None) -> SettingError:
+    return SettingError("single_file_config", f"is only for single-file checkpoints; {given} is not one.")

@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 
 
 def supports_attention_backends(denoiser: nn.Module) -> bool:
@@ -31,15 +31,15 @@ def set_attention_backend(denoiser: Any, backend: str) -> None:
     """Let a denoiser use a backend, whose kernel must be on this machine.
 
     Raises:
-        ModelError: unknown backend, or its package or kernel is missing.
+        SettingError: unknown backend, or its package or kernel is missing.
     """
     names = sorted(name.value for name in AttentionBackendName)
     if backend not in names:
-        raise ModelError(f"--attention {backend} is unknown to diffusers; it has {', '.join(names)}.")
+        raise SettingError("attention", f"{backend} is unknown to diffusers; it has {', '.join(names)}.")
     try:
         denoiser.set_attention_backend(backend)
     except Exception as error:  # of the backend's package, which may be any
-        raise ModelError(f"--attention {backend} cannot be used: {_one_line(error)}") from None
+        raise SettingError("attention", f"{backend} cannot be used: {_one_line(error)}") from None
 
 
 def fetch_kernel(backend: str) -> str:

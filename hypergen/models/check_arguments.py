@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError, of_setting
 from hypergen.lora.files import families_by_width
 from hypergen.lora.textual_inversion import read_embeddings
 from hypergen.model_families import PIPELINES, REFINER_PIPELINE
@@ -28,7 +28,7 @@ def check_arguments(path: Path, options: ModelOptions, settings: EngineSettings)
         settings: ControlNets that are not on this machine are not checked.
 
     Raises:
-        ModelError: names the setting.
+        SettingError: one does not fit.
     """
     pipeline_class = pipeline_class_of(path, str(path))
     if pipeline_class == REFINER_PIPELINE:  # it has the settings of its base model
@@ -36,14 +36,12 @@ def check_arguments(path: Path, options: ModelOptions, settings: EngineSettings)
     check_device_settings(settings, choose_device(settings).type)
     classes = dict(component_classes(path))
     if options.vae is not None:
-        try:
+        with of_setting("vae"):
             check_vae(Path(options.vae), path)
-        except ModelError as error:
-            raise ModelError(f"vae {options.vae}: {error}") from None
     for name, folder in settings.controlnet.items():
         fault = check_network("ControlNetModel", Path(folder), path).fault if os.path.isabs(folder) else None
         if fault:
-            raise ModelError(f"ControlNet '{name}' ({folder}): {fault}")
+            raise SettingError("controlnet", f"'{name}' ({folder}): {fault}", item=name)
     if settings.embedding:
         _check_embeddings(path, pipeline_class, classes, settings)
     denoiser = next((name for name in ("unet", "transformer") if name in classes), None)

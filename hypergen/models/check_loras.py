@@ -1,7 +1,7 @@
 """Check LoRA files for a model whose weights are not loaded:
 `python -m hypergen.models.check_loras MODEL MAX_BYTES NAME=FILE...`.
 
-`hypergen generate` runs it before it loads the model. Prints one line of JSON: see `Report`.
+It runs before the model is loaded. Prints one line of JSON: see `Report`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_loras(model: Path, max_bytes: float, files: Mapping[str, Path]) -> Rep
         try:
             read_lora(file, names, families, widths, max_bytes)
         except IncompatibleLoraError as error:
-            return Report(f"The LoRA '{name}' {error}.", {})
+            return Report(f"'{name}' {error}.", {}, "lora", name)
     return Report(None, {})
 
 

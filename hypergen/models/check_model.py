@@ -18,7 +18,7 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 from hypergen.model_families import PIPELINES, REFINER_PIPELINE, FamilySpec
 from hypergen.model_store.checkpoint_file import is_edm_checkpoint, options_of
 from hypergen.model_store.diffusers_layout import CHECKPOINT, components_in_checkpoint, pipeline_class_of
@@ -49,6 +49,8 @@ def check_model(path: Path, options: ModelOptions, settings: EngineSettings) -> 
                 raise ModelError(account.fault)
         _check_configurations(path, options)
         check_arguments(path, options, settings)
+    except SettingError as error:
+        return Report(error.reason, ignored, error.setting, error.item)
     except ModelError as error:
         return Report(str(error), ignored)
     except DAMAGED as error:

@@ -15,7 +15,7 @@ import torch
 
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 from hypergen.model_families import PIPELINES, servable
 from hypergen.model_store.checkpoint_file import options_of
 from hypergen.model_store.diffusers_layout import CHECKPOINT, LORAS, safetensors_header
@@ -69,15 +69,16 @@ def load_any(
         alone: it is the only served model: settings that do not apply to it are errors, otherwise warnings.
 
     Raises:
-        ModelError: unsupported pipeline or settings, or the files do not match.
+        ModelError: unsupported pipeline, or the files do not match.
+        SettingError: a setting does not apply to it.
     """
     pipeline_class, family = import_family(path)
     spec = family.spec if family else None
     name = spec.name if spec else pipeline_class.__name__
     device = choose_device(settings)
     check_settings(path, settings, device.type, alone=alone)
-    for message in ignored_settings(settings, spec, name):  # they may be for another of several models
-        logger.warning("%s", message)
+    for setting in ignored_settings(settings, spec):  # they may be for another of several models
+        logger.warning("%s is not supported for %s.", setting, name)
     check_options(path, options or ModelOptions())
     if settings.refiner:
         check_refiner(Path(settings.refiner), path, settings.refiner)
@@ -113,14 +114,14 @@ def use_attention_backend(denoiser: Any, backend: str, name: str, *, alone: bool
         alone: see `load_any`.
 
     Raises:
-        ModelError: the denoiser has no backends, or not this one.
+        SettingError: the denoiser has no backends, or not this one.
     """
     if denoiser is not None and attention.supports_attention_backends(denoiser):
         attention.set_attention_backend(denoiser, backend)
     elif alone:
-        raise ModelError(no_attention_backends(name))
+        raise SettingError("attention", no_attention_backends(name))
     else:
-        logger.warning("%s", no_attention_backends(name))
+        logger.warning("attention %s", no_attention_backends(name))
 
 
 def expected_bytes(path: Path, settings: EngineSettings) -> int:
@@ -228,7 +229,7 @@ def choose_device(settings: EngineSettings) -> torch.device:
     """The device of the settings, or the best one of this machine.
 
     Raises:
-        ModelError: this machine does not have the device of the settings.
+        SettingError: this machine does not have the device of the settings.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     wanted = settings.device_type
@@ -236,7 +237,8 @@ def choose_device(settings: EngineSettings) -> torch.device:
         return _device(next(name for name, present in available.items() if present))
     if not available[wanted]:
         names = ", ".join(name for name, present in available.items() if present)
-        raise ModelError(f"Device {wanted} is not available; this machine has {names}.")
+        setting = "devices" if settings.devices else "device"
+        raise SettingError(setting, f"{wanted}: not available; this machine has {names}.")
     return _device(wanted)
 
 

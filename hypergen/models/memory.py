@@ -13,7 +13,7 @@ from hypergen import optional_packages
 from hypergen.config import EngineSettings
 from hypergen.config.values import Quantization
 from hypergen.denoising.offload import ModelOffloader
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 
 # Of a forward pass with these latents: leaves memory for decoding them.
 LeaveRoom = Callable[[Tensor], AbstractContextManager[object]]
@@ -59,9 +59,9 @@ def quantize(denoiser: nn.Module, mode: Quantization, device: torch.device) -> N
     """Quantize the weights of linear layers to 8 bits; activations keep their dtype.
 
     Raises:
-        ConfigurationError: torchao is not installed.
+        SettingError: torchao is not installed.
     """
-    optional_packages.require("torchao", f"--quantization {mode}")
+    optional_packages.require("torchao", "quantization", mode)
     from torchao.quantization import (  # pyright: ignore[reportMissingImports]  an extra
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,
@@ -117,7 +117,7 @@ def _apply_tiling(pipeline: Any) -> None:
 def check_tiling(vae: Any) -> None:
     """
     Raises:
-        ModelError: a VAE has no tiles.
+        SettingError: a VAE has no tiles.
     """
     if not hasattr(vae, "tile_latent_min_size"):
-        raise ModelError(f"--vae-tiling is not supported for this model's {type(vae).__name__}.")
+        raise SettingError("vae_tiling", f"is not supported for this model's {type(vae).__name__}.")

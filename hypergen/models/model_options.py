@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, EDMDPMSolverMultistepScheduler, EulerDiscre
 from safetensors import safe_open
 
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, ignored_field, is_edm
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 from hypergen.model_families import FamilySpec
 from hypergen.model_store.checkpoint_detection import METADATA
 from hypergen.model_store.diffusers_layout import PIPELINE_FILE, safetensors_header
@@ -30,7 +30,7 @@ def apply_options(pipeline: Any, path: Path, options: ModelOptions) -> None:
     """Change the configurations of a pipeline's scheduler and VAE.
 
     Raises:
-        ModelError: the scheduler does not support an option.
+        SettingError: the scheduler does not support an option.
     """
     statistics = edm_statistics(path)
     if statistics:
@@ -46,7 +46,7 @@ def with_options(scheduler: Any, options: ModelOptions, *, is_edm_model: bool) -
         is_edm_model: the checkpoint file says so.
 
     Raises:
-        ModelError: the scheduler does not support an option.
+        SettingError: the scheduler does not support an option.
     """
     changes: dict[str, Any] = {}
     if options.prediction_type is not None:
@@ -64,17 +64,21 @@ def with_options(scheduler: Any, options: ModelOptions, *, is_edm_model: bool) -
 
 def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
     if isinstance(scheduler, _FLOW):
-        raise ModelError(f"The option {_option(next(iter(changes)))} does not apply to flow matching models.")
+        raise SettingError(_option(next(iter(changes))), "does not apply to flow matching models.")
     config = {**scheduler.config, **changes}
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
-        raise ModelError("zero_terminal_snr needs prediction_type v_prediction: noise alone tells nothing.")
+        if "rescale_betas_zero_snr" not in changes:
+            raise SettingError("prediction_type", "must be v_prediction for a model with zero terminal SNR.")
+        raise SettingError(
+            "zero_terminal_snr", "needs prediction_type v_prediction: noise alone tells nothing."
+        )
     classes = [type(scheduler)] if is_edm(scheduler) else [type(scheduler), EulerDiscreteScheduler]
     for scheduler_class in classes:
         known = inspect.signature(scheduler_class.__init__).parameters
         if all(name in known for name in changes):
             # As arguments: from_config drops changes of fields that the model's file leaves out.
             return scheduler_class.from_config(scheduler.config, **changes)
-    raise ModelError(f"{type(scheduler).__name__} has no {_option(next(iter(changes)))}.")
+    raise SettingError(_option(next(iter(changes))), f"does not apply to {type(scheduler).__name__}.")
 
 
 def _option(field: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hypergen.errors import ConfigurationError, ContentPolicyError, GenerationError, ModelError
+from hypergen.errors import ContentPolicyError, GenerationError, ModelError, SettingError
 from hypergen.model_store.safety_checkers import folders_of, split_function
 from hypergen.models.folder_accounting import account_for_component
 
@@ -50,14 +50,14 @@ def load_safety_checker(source: str) -> SafetyChecker:
         source: from `find_safety_checker`.
 
     Raises:
-        ConfigurationError: it cannot be loaded.
+        SettingError: it cannot be loaded.
     """
     function = split_function(source)
     try:
         check = _function(*function) if function else _network(Path(source))
     except Exception as error:  # whatever the operator's module raises
         reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(".")
-        raise ConfigurationError(f"--safety-checker {source} cannot be loaded: {reason[:300]}.") from None
+        raise SettingError("safety_checker", f"{source} cannot be loaded: {reason[:300]}.") from None
     return SafetyChecker(check)
 
 

@@ -231,10 +231,13 @@ def test_a_storage_that_cannot_be_used_is_refused_at_the_start(
         variables.setenv(name, value)
     settings = tmp_path / "settings.yaml"
     settings.write_text(f"server: {{storage: {address}}}")
-    for command in (["serve", "--storage", address], ["check", str(settings)]):
+    for command, name in (
+        (["serve", "--storage", address], "--storage"),
+        (["check", str(settings)], f"{settings}, line 1: server.storage"),
+    ):
         error = CliRunner().invoke(main, command).exception
         assert isinstance(error, ConfigurationError)
-        assert str(error).startswith(f"--storage {address} cannot be written and read: {reason}")
+        assert str(error).startswith(f"{name} {address} cannot be written and read: {reason}")
         assert "\n" not in str(error)
 
 
@@ -253,5 +256,5 @@ def test_bentoml_serve_ends_with_one_line_without_the_bucket(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: --storage s3://nothing cannot be written and read: ")
+    assert done.stderr.startswith("Error: HYPERGEN_STORAGE s3://nothing cannot be written and read: ")
     assert done.stderr.count("\n") == 1

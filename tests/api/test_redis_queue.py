@@ -291,6 +291,6 @@ def test_a_redis_that_cannot_be_used_is_an_error_at_start(tmp_path_factory: pyte
             with pytest.raises(ConfigurationError, match=reason) as caught:
                 check_redis(url)
             message = str(caught.value)
-            assert message.startswith(f"--jobs {without_password(url)}")
+            assert message.startswith(f"jobs {without_password(url)}")
             assert "secret" not in message
             assert "\n" not in message

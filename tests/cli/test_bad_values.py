@@ -43,7 +43,7 @@ SERVE = {
     "--ssl-certfile text.txt --ssl-keyfile text.txt": "must be a certificate and its key",
     "--ssl-certfile text.txt": "must be given together",
     "--c2pa-certificate text.txt": "c2pa_key': certificate and key must be given together.",
-    "--safety-checker nosuch": "--safety-checker: no such folder, hub id or module:function: nosuch",
+    "--safety-checker nosuch": "--safety-checker nosuch: no such folder, hub id or module:function",
     "--safety-checker ./empty": "empty has no preprocessor_config.json",
     "--safety-checker nosuch:check": "--safety-checker nosuch:check: no module nosuch",
     "--jobs http://127.0.0.1:6379": "--jobs: must be redis://HOST:PORT/DATABASE",
@@ -63,7 +63,7 @@ SERVE = {
     "--devices cuda:0,cpu": "--devices: must be devices of one type",
     "--device cpu --devices cuda:0": "--devices: must be of the type that --device has, cpu",
     "--devices cuda:99": "--devices cuda:99: no such device; this machine has",
-    "--host 203.0.113.7": "Cannot listen on 203.0.113.7",
+    "--host 203.0.113.7": "--host 203.0.113.7 cannot be used: ",
     "--config nosuch": "nosuch cannot be read",
     "--config bare.yaml": "bare.yaml, line 1: Unknown setting 'port'; did you mean server.port?",
     "--config section.yaml": "section.yaml, line 3: Unknown setting 'server.prot'; did you mean server.port",
@@ -170,7 +170,9 @@ def test_a_port_in_use_is_refused(hypergen: Run, home: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        refuse(hypergen, home, ["serve", "./sd", "--port", port], f"127.0.0.1:{port}")
+        refuse(
+            hypergen, home, ["serve", "./sd", "--port", port], f"--port {port} cannot be used on 127.0.0.1"
+        )
 
 
 @pytest.mark.parametrize("option", [["--steps", "x"], ["--setps", "4"], ["--size"]])

@@ -69,8 +69,11 @@ def test_a_model_of_the_hub_is_not_looked_up(hypergen: Run) -> None:
         ),
         ("models: []\nprot: 1\n", "f.yaml, line 2: Unknown setting 'prot'; did you mean server.port"),
         ("server:\n  port: -1\n", "f.yaml, line 2: Setting 'server.port': "),
-        ("models: [./nosuch]\n", "No such folder: ./nosuch"),
-        ("models: [hypergen-tiny]\nserver: {api_key_file: nosuch}\n", "The key file nosuch cannot be read"),
+        ("models: [./nosuch]\n", "f.yaml, line 1: No such folder: ./nosuch"),
+        (
+            "models: [hypergen-tiny]\nserver: {api_key_file: nosuch}\n",
+            "f.yaml, line 2: server.api_key_file nosuch cannot be read",
+        ),
     ],
 )
 def test_a_fault_is_one_line_with_its_place(hypergen: Run, text: str, words: str) -> None:

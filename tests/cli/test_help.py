@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from hypergen.cli.grouped_help import OTHER, USUAL, GroupedCommand
 from hypergen.cli.main import main
-from hypergen.load_settings import fields
+from hypergen.setting_names import fields
 
 
 @pytest.mark.parametrize("name", ["serve", "generate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -111,7 +112,7 @@ FOR_MODEL: tuple[tuple[Callable[[Path], Path], str, str, str], ...] = (
         "--controlnet edges=./controlnet",
         "--controlnet is only supported for sd, sdxl models; ",
     ),
-    (save_with_controlnet, "", "--controlnet edges=./controlnet", "ControlNet 'edges' ("),
+    (save_with_controlnet, "", "--controlnet edges=./controlnet", "--controlnet 'edges' ("),
     (
         save_sd3,
         "",
@@ -129,21 +130,21 @@ FOR_MODEL: tuple[tuple[Callable[[Path], Path], str, str, str], ...] = (
         "--attention is not supported for sd, whose attention is always torch's",
     ),
     (save_flux, "", "--attention nosuch", "--attention nosuch is unknown to diffusers; it has "),
-    (save_flux, "scheduler: dpmpp_2m", "", "small: Unknown scheduler 'dpmpp_2m'; this model has euler, heun"),
+    (save_flux, "scheduler: dpmpp_2m", "", "model.yaml, line 3: scheduler must be one of euler, heun"),
     (
         ZERO_SNR_SD,
         "scheduler: heun_karras",
         "",
-        "small: Unknown scheduler 'heun_karras'; this model has ddim",
+        "model.yaml, line 3: scheduler must be one of ddim",
     ),
-    (save_pixart, "scheduler: euler", "", "small: scheduler 'euler' does not apply to a PixArtSigmaPipeline"),
-    (save_flux, "clip_skip: 2", "", "small: clip_skip does not apply to models of flux."),
-    (save_sd, "clip_skip: 12", "", "small: 'clip_skip' must be at most "),
+    (save_pixart, "scheduler: euler", "", "line 3: scheduler does not apply to a PixArtSigmaPipeline"),
+    (save_flux, "clip_skip: 2", "", "line 3: clip_skip does not apply to models of flux."),
+    (save_sd, "clip_skip: 12", "", "line 3: clip_skip must be at most "),
     (
         save_flux,
         "prediction_type: v_prediction",
         "",
-        "The option prediction_type does not apply to flow match",
+        "model.yaml, line 3: prediction_type does not apply to flow",
     ),
     (save_sd, "zero_terminal_snr: true", "", "zero_terminal_snr needs prediction_type v_prediction"),
     (save_sd, "vae: ./vae.safetensors", "", "vae.safetensors is not a VAE for this model: "),
@@ -178,6 +179,75 @@ def test_serve_refuses_it_for_a_model_of_the_store(
     refuse(hypergen, home, ["serve", *arguments], case[3])
 
 
+# How the file settings.yaml begins, and the words about it. The model is Stable Diffusion.
+OF_FILES: tuple[tuple[str, str], ...] = (
+    (
+        "models: ./model\nengine:\n  device: cpu\n  offload: model\n",
+        "line 4: engine.offload needs a CUDA device",
+    ),
+    ("models: ./model\nengine: {refiner: ./model}\n", "line 2: engine.refiner is only supported for sdxl"),
+    ("models: [{source: ./model,\n  clip_skip: 12}]\n", "line 2: models.0.clip_skip must be at most "),
+    (
+        "models:\n- ./model\n- {source: ./model, name: b, refiner: ./model}\n",
+        "line 3: models.1.refiner is only supported for sdxl",
+    ),
+    ("models: [./model, model.yaml]\n", "model.yaml, line 5: loras x="),
+    (
+        "engine:\n  lora: [nosuch.safetensors]\n",
+        "line 2: engine.lora nosuch.safetensors: no such .safetensors",
+    ),
+    (
+        "models: [./model]\nengine:\n  embedding:\n    a: cat.pt\n",
+        "line 4: engine.embedding 'a' is for another m",
+    ),
+    ("models:\n- ./model\n- ./nosuch\n", "settings.yaml, line 3: No such folder: ./nosuch"),
+    (
+        "served_model_name: x\nmodels: [./model, hypergen-tiny]\n",
+        "line 1: served_model_name applies to one model",
+    ),
+    (
+        "server:\n  ssl_keyfile: a.pem\n  ssl_certfile: a.pem\n",
+        "line 3: server.ssl_certfile a.pem cannot be read",
+    ),
+    (
+        "server:\n  port: 0\n  jobs: redis://127.0.0.1:9/0\n",
+        "line 3: server.jobs redis://127.0.0.1:9/0 ca",
+    ),
+    (
+        "server:\n  host: 127.0.0.1\n  port: {port}\n",
+        "line 3: server.port {port} cannot be used on 127.0.0.1",
+    ),
+)
+
+
+@pytest.mark.parametrize(("text", "words"), OF_FILES, ids=[case[1] for case in OF_FILES])
+def test_messages_name_the_line_of_a_file(hypergen: Run, home: Path, text: str, words: str) -> None:
+    save_sd(Path("model"))
+    Path("model.yaml").write_text("# a comment\nsource: ./model\nname: b\nloras:\n  x: nosuch.safetensors\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        Path("settings.yaml").write_text(text.replace("{port}", port))
+        refuse(hypergen, home, ["serve", "--config", "settings.yaml"], words.replace("{port}", port))
+
+
+def test_messages_name_variables_and_flags(
+    hypergen: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_sd(Path("model"))
+    Path("settings.yaml").write_text("engine: {refiner: ./other}\n")
+    monkeypatch.setenv("HYPERGEN_CONFIG", "settings.yaml")
+    monkeypatch.setenv("HYPERGEN_REFINER", "./model")
+    refuse(hypergen, home, ["serve", "./model"], "Error: HYPERGEN_REFINER is only supported for sdxl models")
+    refuse(
+        hypergen, home, ["serve", "./model", "--refiner", "./model"], "Error: --refiner is only supported for"
+    )
+    monkeypatch.delenv("HYPERGEN_REFINER")
+    monkeypatch.setenv("HYPERGEN_MODELS", '[{"source": "./model", "clip_skip": 12}]')
+    refuse(hypergen, home, ["serve"], "Error: settings.yaml, line 1: engine.refiner: No such folder: ./other")
+    monkeypatch.delenv("HYPERGEN_CONFIG")
+    refuse(hypergen, home, ["serve"], "Error: HYPERGEN_MODELS: models.0.clip_skip must be at most ")
+
+
 def test_a_lora_for_another_model_is_refused(hypergen: Run, home: Path) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(save_sdxl(Path("sdxl")))
     save_lora(Path("style.safetensors"), pipeline, rank=4, targets=ATTENTION, seed=1)
@@ -193,17 +263,17 @@ def test_a_lora_for_another_model_is_refused(hypergen: Run, home: Path) -> None:
         ("serve model.yaml", "offered"),
     )
     for command, name in commands:
-        refuse(hypergen, home, command.split(), f"The LoRA '{name}' is for another model")
+        refuse(hypergen, home, command.split(), f"'{name}' is for another model")
     assert hypergen("import", "./model")[0] == 0
     for command, name in commands:
-        refuse(hypergen, home, command.split(), f"The LoRA '{name}' is for another model")
+        refuse(hypergen, home, command.split(), f"'{name}' is for another model")
 
 
 def test_models_imported_before_a_refused_one_do_not_stay(hypergen: Run, home: Path) -> None:
     save_sd(Path("model"))
     save_flux(Path("flux"))
     Path("flux.yaml").write_text("source: ./flux\nname: flow\nprediction_type: v_prediction\n")
-    words = "flow: The option prediction_type does not apply to flow match"
+    words = "flux.yaml, line 3: prediction_type does not apply to flow"
     refuse(hypergen, home, ["serve", "./model", "flux.yaml"], words, progress=1)
     assert hypergen("import", "./model")[0] == 0
     refuse(hypergen, home, ["serve", "./model", "flux.yaml"], words)

@@ -17,7 +17,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from hypergen.engine.scheduler import batch_key
-from hypergen.errors import InvalidRequestError, ModelError
+from hypergen.errors import InvalidRequestError, SettingError
 from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest
 from tests.support.diffusers_edits import (
@@ -217,7 +217,7 @@ def test_a_controlnet_for_another_unet_is_an_error(
         "cross_attention_dim",
     )
     ControlNetModel(**{name: config[name] for name in names}).save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match="'wide': It is for another model: its cross_attention_dim is 64"):
+    with pytest.raises(SettingError, match="'wide': It is for another model: its cross_attention_dim is 64"):
         loading.load(sd_folder, make_settings(controlnet={"wide": str(tmp_path / "other")}))
 
 
@@ -234,7 +234,7 @@ def test_every_tensor_of_a_controlnet_is_accounted_for(
         tensors |= {"conv_in.bias": bias, "surplus": bias.clone()}
     save_file(tensors, file, {"format": "pt"})
     name = "conv_in.bias" if change == "missing" else "surplus"
-    with pytest.raises(ModelError, match=f"ControlNet 'edges': {change} tensor '{name}'"):
+    with pytest.raises(SettingError, match=f"controlnet 'edges': {change} tensor '{name}'"):
         loading.load(sd_folder, make_settings(controlnet={"edges": str(folder)}))
 
 
@@ -242,7 +242,7 @@ def test_the_error_for_a_folder_without_a_controlnet_is_one_line_without_its_pat
     sd_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"^ControlNet 'edges': ") as raised:
+    with pytest.raises(SettingError, match=r"^controlnet 'edges': ") as raised:
         loading.load(sd_folder, make_settings(controlnet={"edges": str(tmp_path)}))
     assert str(tmp_path) not in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.model_loader import Loader
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.models import loading
 from hypergen.request import ControlInput, GenerationRequest
 from tests.conditioning.test_controlnet import random_controlnet
@@ -266,7 +266,7 @@ def test_a_failing_compiler_is_an_error_at_start(
 
     compile_module: Callable[..., None] = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: compile_module(self, backend=fail, **kw))
-    with pytest.raises(ModelError, match=r"--compile on: torch.compile failed for 64x64: .*no compiler"):
+    with pytest.raises(SettingError, match=r"compile on: torch.compile failed for 64x64: .*no compiler"):
         _engine(minimal_folder)
 
 

@@ -166,7 +166,7 @@ async def test_a_server_without_its_devices_says_so_in_its_status() -> None:
     try:
         status = pool.status()
         assert (status.state, status.engines) == ("failed", ())
-        assert "--devices cuda:99: no such device" in (status.reason or "")
+        assert "devices cuda:99: no such device" in (status.reason or "")
     finally:
         await pool.stop()
 
@@ -184,7 +184,7 @@ def test_every_visible_gpu_or_those_of_the_setting_get_an_engine(monkeypatch: py
     assert _devices(devices=["cuda:1", "cuda:0"], device="cuda") == [second, first]
     assert _devices(devices="cpu, cpu") == [Accelerator("cpu")] * 2
     assert _devices(device="cpu") == [Accelerator()]
-    with pytest.raises(ConfigurationError, match=r"--devices cuda:2: no such device; .* cuda:0 to cuda:1"):
+    with pytest.raises(ConfigurationError, match=r"devices cuda:2: no such device; .* cuda:0 to cuda:1"):
         _devices(devices="cuda:0,cuda:2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigurationError, match="this machine has no GPU"):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import ConfigurationError, SettingError
 from hypergen.lora.manager import LoraManager, lora_context
 from tests.support.lora_files import random_lora
 from tests.support.lora_networks import flux, noise, run_flux, run_sdxl, sdxl
@@ -105,5 +105,5 @@ def test_unsupported_combinations_with_loras_are_an_error(tmp_path: Path) -> Non
 def test_a_lora_of_another_family_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "flux.safetensors"
     save_file(_flux_peft(flux()), file)
-    with pytest.raises(ModelError, match=r"'flux' cannot be applied: 'transformer\..*no such layer"):
+    with pytest.raises(SettingError, match=r"'flux' cannot be applied: 'transformer\..*no such layer"):
         LoraManager(sdxl(), make_settings(lora=[str(file)]))

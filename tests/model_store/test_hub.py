@@ -373,7 +373,7 @@ def test_a_network_for_another_model_is_not_downloaded(hub: Hub, tmp_path: Path)
     config["cross_attention_dim"] *= 2
     (model / "unet/config.json").write_text(json.dumps(config))
     message = error_message(download_controlnets, {"edges": "owner/model"}, model, None)
-    assert "ControlNet 'edges' (owner/model): It is for another model: its cross_attention_dim" in message
+    assert "controlnet 'edges' (owner/model): It is for another model: its cross_attention_dim" in message
     assert hub.downloaded() == {"config.json"}
     del hub.files[WEIGHTS]
     assert f"owner/model on the hub has no {WEIGHTS}" in error_message(find_vae, "owner/model", model)

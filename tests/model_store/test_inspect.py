@@ -82,7 +82,7 @@ def test_a_file_without_its_configuration_is_described_without_a_download(tmp_pa
     assert result.exit_code == 0, result.exception
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5, which is not on this machine" in result.output
     result = CliRunner().invoke(main, ["inspect", str(file), "--single-file-config", "no/such"])
-    assert "--single-file-config no/such is not on this machine" in str(result.exception)
+    assert "single_file_config no/such is not on this machine" in str(result.exception)
 
 
 def test_a_folder_is_checked(tmp_path: Path) -> None:

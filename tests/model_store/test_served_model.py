@@ -73,8 +73,8 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
             {},
             "'x'",
         ),
-        (["hypergen-tiny", {"name": "b"}], {"refiner": "/there"}, "'refiner' applies to one model"),
-        (["hypergen-tiny", {"name": "b"}], {"served_model_name": "c"}, "'name' applies to one"),
+        (["hypergen-tiny", {"name": "b"}], {"refiner": "/there"}, "refiner applies to one model"),
+        (["hypergen-tiny", {"name": "b"}], {"served_model_name": "c"}, "served_model_name applies to one"),
         (["/nowhere.yaml"], {}, "/nowhere.yaml cannot be read: No such file"),
         ([{"sorce": "x"}], {}, "Unknown setting 'models.0.sorce'"),
         ([{"defaults": {"width": 65}}], {}, "models.0.defaults.width"),
@@ -84,8 +84,8 @@ def test_a_configuration_file_lists_models(tmp_path: Path, sd_folder: Path) -> N
             {},
             "no such .safetensors or .pt or .bin file: /nowhere.pt",
         ),
-        (["hypergen-tiny", {"name": "b"}], {"embedding": ("ink=/ink.pt",)}, "'embedding' applies to one"),
-        ([{"refiner": "/nowhere"}], {}, "--refiner is only supported for sdxl models; this is sd."),
+        (["hypergen-tiny", {"name": "b"}], {"embedding": ("ink=/ink.pt",)}, "embedding applies to one"),
+        ([{"refiner": "/nowhere"}], {}, "refiner is only supported for sdxl models; this is sd."),
     ],
 )
 def test_errors_are_one_line(models: list[object], flags: dict[str, object], message: str) -> None:

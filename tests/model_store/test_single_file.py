@@ -151,7 +151,7 @@ def test_the_error_for_a_missing_configuration_says_how_to_give_one(sd_folder: P
     assert "--single-file-config" in text
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in text
     assert "HF_HUB_OFFLINE" in text
-    assert "No such folder" in error_message(store.get_or_import, str(file), single_file_config="none at all")
+    assert "no such folder" in error_message(store.get_or_import, str(file), single_file_config="none at all")
     (tmp_path / "empty").mkdir()
     assert "model_index.json is missing" in error_message(
         store.get_or_import, str(file), single_file_config=str(tmp_path / "empty")

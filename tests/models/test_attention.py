@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from hypergen.engine.model_loader import Loader
-from hypergen.errors import ConfigurationError, ModelError
+from hypergen.errors import SettingError
 from hypergen.model_families import PIPELINES
 from hypergen.model_store.attention_kernels import provide_attention_kernel
 from hypergen.model_store.diffusers_layout import pipeline_class_of
@@ -70,33 +70,33 @@ def test_the_families_with_backends_are_known_without_torch(save: Any, tmp_path:
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("flash_5", "--attention flash_5 is unknown to diffusers; it has .*_flash_3_hub.* sage_hub"),
-        ("sage", "--attention sage cannot be used: .*install `sageattention"),
-        ("_flash_3_hub", "--attention _flash_3_hub cannot be used: .*pip install kernels"),
+        ("flash_5", "attention flash_5 is unknown to diffusers; it has .*_flash_3_hub.* sage_hub"),
+        ("sage", "attention sage cannot be used: .*install `sageattention"),
+        ("_flash_3_hub", "attention _flash_3_hub cannot be used: .*pip install kernels"),
     ],
 )
 def test_missing_backends_are_errors(flux_folder: Path, backend: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(SettingError, match=message):
         loading.load(flux_folder, make_settings(attention=backend))
 
 
 @pytest.mark.parametrize("save", [save_sd, save_sd3, save_pixart])
 def test_models_without_backends_are_refused(tmp_path: Path, save: Any) -> None:
     folder, settings = save(tmp_path), make_settings(attention="native")
-    with pytest.raises(ModelError, match=r"--attention is not supported for .*; it is for FLUX and other"):
+    with pytest.raises(SettingError, match=r"attention is not supported for .*; it is for FLUX and other"):
         loading.load_any(folder, settings)
     assert loading.load_any(folder, settings, alone=False)  # the setting may be for another model
 
 
 def test_a_backend_that_fails_in_the_warm_up_is_an_error_at_start(flux_folder: Path) -> None:
     load = Loader(lambda _id, _event: None, alone=True)
-    with pytest.raises(ModelError, match="The warm-up with --attention _native_cudnn failed: RuntimeError"):
+    with pytest.raises(SettingError, match="attention _native_cudnn failed in the warm-up: RuntimeError"):
         load(served_model(flux_folder, attention="_native_cudnn"), lambda: None)
 
 
 def test_kernels_of_the_hub_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    with pytest.raises(ConfigurationError, match=r"^--attention sage_hub needs the package kernels: pip"):
+    with pytest.raises(SettingError, match=r"^attention sage_hub needs the package kernels: pip"):
         provide_attention_kernel("sage_hub")
 
 
@@ -136,13 +136,13 @@ def test_a_kernel_is_fetched_once_for_the_engines(hub: Path, monkeypatch: pytest
         os.environ["LOCAL_KERNELS"] == f"SageAttention/sage-attention={hub / 'SageAttention/sage-attention'}"
     )
     provide_attention_kernel("sage_hub", reports.append)
-    assert reports == ["Fetching the kernel of --attention sage_hub"]
+    assert reports == ["Fetching the kernel of the attention backend sage_hub"]
 
 
 @pytest.mark.parametrize("backend", ["_flash_3_hub", "unknown_hub"])
 def test_a_kernel_that_cannot_be_fetched_is_one_line(hub: Path, backend: str) -> None:
     with pytest.raises(
-        ModelError, match=f"^The kernel of --attention {backend} cannot be fetched: "
+        SettingError, match=f"^attention {backend} needs a kernel that cannot be fetched: "
     ) as error:
         provide_attention_kernel(backend)
     assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ConfigurationError, InvalidRequestError, ModelError
+from hypergen.errors import InvalidRequestError, SettingError
 from hypergen.model_store.components import find_embeddings
 from hypergen.models import loading
 from tests.support.lora_files import save_lora
@@ -48,16 +48,16 @@ def test_a_file_that_does_not_fit_is_a_start_error(
 ) -> None:
     file = tmp_path / "style.safetensors"
     save_file(state, file)
-    with pytest.raises(ModelError, match=message) as refused:
+    with pytest.raises(SettingError, match=message) as refused:
         loading.load(sd_folder, make_settings(embedding={"style": str(file)}))
-    assert str(refused.value).startswith("The textual inversion 'style' ")
+    assert str(refused.value).startswith("embedding 'style' ")
     assert "\n" not in str(refused.value)
 
 
 def test_metadata_of_another_model_are_a_start_error(sd_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     save_file({"emb_params": _vectors(1)}, file, {"modelspec.architecture": "flux-1-dev/textual-inversion"})
-    with pytest.raises(ModelError, match=r"modelspec\.architecture is 'flux-1-dev"):
+    with pytest.raises(SettingError, match=r"modelspec\.architecture is 'flux-1-dev"):
         loading.load(sd_folder, make_settings(embedding={"style": str(file)}))
 
 
@@ -79,14 +79,14 @@ def test_a_pickle_that_is_not_wholly_understood_is_a_start_error(
     sd_folder: Path, tmp_path: Path, content: Any, message: str
 ) -> None:
     torch.save(content, tmp_path / "style.pt")
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(SettingError, match=message):
         loading.load(sd_folder, make_settings(embedding={"style": str(tmp_path / "style.pt")}))
 
 
 def test_a_damaged_file_is_a_start_error(sd_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     file.write_bytes(b"\0" * 100)
-    with pytest.raises(ModelError, match="'style' is damaged"):
+    with pytest.raises(SettingError, match="'style' is damaged"):
         loading.load(sd_folder, make_settings(embedding={"style": str(file)}))
 
 
@@ -99,7 +99,7 @@ def test_sdxl_needs_vectors_for_both_encoders(tmp_path: Path) -> None:
     }
     for message, state in cases.items():
         save_file(state, file)
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(SettingError, match=message):
             loading.load(folder, make_settings(embedding={"style": str(file)}))
 
 
@@ -118,7 +118,7 @@ def test_a_bundled_embedding_that_does_not_fit_is_an_error(sd_folder: Path, tmp_
 def test_other_families_refuse_the_setting(tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     save_file({"emb_params": _vectors(1)}, file)
-    with pytest.raises(ModelError, match="--embedding is only supported for sd, sdxl models"):
+    with pytest.raises(SettingError, match="embedding is only supported for sd, sdxl models"):
         loading.load(save_flux(tmp_path / "model"), make_settings(embedding={"style": str(file)}))
 
 
@@ -127,7 +127,7 @@ def test_missing_files_and_equal_names_are_found_before_the_engine_starts(tmp_pa
     save_file({"emb_params": _vectors(1)}, file)
     settings = EngineSettings.model_validate({"embedding": [f"style={file}"]})
     assert find_embeddings(settings.embedding) == {"style": str(file)}
-    with pytest.raises(ConfigurationError, match=r"'b': no such \.safetensors or \.pt or \.bin file"):
+    with pytest.raises(SettingError, match=r"'b': no such \.safetensors or \.pt or \.bin file"):
         find_embeddings({"b": str(tmp_path / "missing.safetensors")})
-    with pytest.raises(ConfigurationError, match="Two textual inversions have the name 'Style'"):
+    with pytest.raises(SettingError, match="has the name 'Style' twice"):
         find_embeddings({"style": str(file), "Style": str(file)})

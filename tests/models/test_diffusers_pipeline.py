@@ -18,7 +18,7 @@ from PIL import Image
 from hypergen.api.validation import read_sampler
 from hypergen.engine.model_loader import Loader
 from hypergen.engine.pipeline_engine import PipelineEngine
-from hypergen.errors import InvalidRequestError, ModelError, RequestError
+from hypergen.errors import InvalidRequestError, ModelError, RequestError, SettingError
 from hypergen.events import Event, ImageFinished, Progress
 from hypergen.model_families import PIPELINES, servable
 from hypergen.models import loading
@@ -182,8 +182,8 @@ def test_the_minimum_steps_of_a_pipeline_are_in_its_model_info(
     ids=str,
 )
 def test_step_level_settings_are_errors_for_full_pipelines(folder: Path, settings: dict[str, Any]) -> None:
-    flag = next(iter(settings)).replace("_", "-")
-    with pytest.raises(ModelError, match=f"--{flag} is not supported for "):
+    (setting,) = settings
+    with pytest.raises(SettingError, match=f"{setting} is not supported for "):
         loading.load_any(folder, make_settings(**settings))
     # With several models the settings may be for others.
     assert loading.load_any(folder, make_settings(**settings), alone=False)
@@ -191,5 +191,5 @@ def test_step_level_settings_are_errors_for_full_pipelines(folder: Path, setting
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_loras_are_an_error_for_models_without_lora_support(folder: Path, alone: bool) -> None:
-    with pytest.raises(ModelError, match="--lora is only supported for flux, sd, sdxl models; this is "):
+    with pytest.raises(SettingError, match="lora is only supported for flux, sd, sdxl models; this is "):
         loading.load_any(folder, make_settings(lora=("style=style.safetensors",)), alone=alone)

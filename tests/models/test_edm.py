@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 
 from hypergen.denoising.schedulers import EDM_SAMPLERS
 from hypergen.engine.previews import pred_original_sample
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.models import loading
 from hypergen.models.family import Family
 from tests.support.compare_with_diffusers import (
@@ -84,5 +84,5 @@ def test_previews_show_the_clean_latents(family: Family) -> None:
 
 def test_a_refiner_is_refused(folder: Path, tmp_path: Path) -> None:
     refiner = save_refiner(tmp_path / "refiner", folder)
-    with pytest.raises(ModelError, match="--refiner is not supported for models with an EDM scheduler"):
+    with pytest.raises(SettingError, match="refiner is not supported for models with an EDM scheduler"):
         loading.load(folder, make_settings(refiner=str(refiner)))

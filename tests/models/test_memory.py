@@ -63,10 +63,10 @@ def test_tiling_applies_to_images_larger_than_a_tile(sd_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"offload": "model"}, "--offload needs a CUDA device.* runs on cpu"),
+        ({"offload": "model"}, "offload needs a CUDA device.* runs on cpu"),
         pytest.param(
             {"quantization": "int8"},
-            "--quantization int8 needs the package torchao: pip install 'torchao>=0.18', or in",
+            "quantization int8 needs the package torchao: pip install 'torchao>=0.18', or in",
             marks=pytest.mark.skipif(
                 importlib.util.find_spec("torchao") is not None, reason="torchao is installed"
             ),
@@ -83,9 +83,9 @@ def test_unsupported_memory_settings_are_errors_at_startup(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"offload": "model"}, "--offload needs a CUDA device.* runs on mps"),
-        ({"compile": "on"}, "--compile needs a CUDA device or a CPU.* runs on mps"),
-        ({"quantization": "fp8"}, "--quantization fp8 needs .* mps has no float8; use int8"),
+        ({"offload": "model"}, "offload needs a CUDA device.* runs on mps"),
+        ({"compile": "on"}, "compile needs a CUDA device or a CPU.* runs on mps"),
+        ({"quantization": "fp8"}, "quantization fp8 needs .* mps has no float8; use int8"),
     ],
 )
 def test_unsupported_settings_on_mps_are_errors(settings: dict[str, Any], message: str) -> None:

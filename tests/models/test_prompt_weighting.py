@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.models import loading
 from hypergen.models.text_encoders.prompt_tokens import chunk_tokens
 from hypergen.models.text_encoders.prompt_weighting import parse_weights, token_weights
@@ -164,6 +164,6 @@ def test_models_with_several_encoders_apply_weights_in_clip(save: Any, tmp_path:
 
 def test_models_without_clip_token_embeddings_reject_the_setting(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match="--prompt-weighting is only supported for sd, sd3, sdxl models; this is flux"
+        SettingError, match="prompt_weighting is only supported for sd, sd3, sdxl models; this is flux"
     ):
         loading.load(save_flux(tmp_path / "flux"), make_settings(prompt_weighting=True))

@@ -11,7 +11,7 @@ import pytest
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
 from hypergen.denoising.schedulers import SAMPLERS, find_sampler
-from hypergen.errors import ModelError
+from hypergen.errors import SettingError
 from hypergen.models import loading
 from hypergen.models.family import Family
 from hypergen.request import ControlInput, GenerationRequest
@@ -107,11 +107,11 @@ def test_controlnet_works_on_the_base_model_with_a_refiner(base: Path, refiner: 
 
 
 def test_invalid_refiners_are_errors_at_startup(base: Path, refiner: Path, sd_folder: Path) -> None:
-    with pytest.raises(ModelError, match="not a refiner of this model"):
+    with pytest.raises(SettingError, match="not a refiner of this model"):
         loading.load(base, make_settings(refiner=str(base)))
-    with pytest.raises(ModelError, match="--refiner is only supported for sdxl models; this is sd"):
+    with pytest.raises(SettingError, match="refiner is only supported for sdxl models; this is sd"):
         loading.load(sd_folder, make_settings(refiner=str(refiner)))
-    with pytest.raises(ModelError, match="No such folder"):
+    with pytest.raises(SettingError, match="No such folder"):
         loading.load(base, make_settings(refiner=str(base / "missing")))
 
 

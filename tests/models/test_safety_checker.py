@@ -14,7 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig
 
-from hypergen.errors import ConfigurationError, ContentPolicyError, GenerationError, HyperGenError, ModelError
+from hypergen.errors import (
+    ConfigurationError,
+    ContentPolicyError,
+    GenerationError,
+    HyperGenError,
+    SettingError,
+)
 from hypergen.model_store.safety_checkers import find_safety_checker
 from hypergen.models import loading
 from hypergen.models.safety_checker import load_safety_checker
@@ -79,7 +85,7 @@ def test_without_a_verdict_the_image_is_not_sent(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ("nosuch", ModelError, "no such folder, hub id or module:function: nosuch"),
+        ("nosuch", SettingError, "nosuch: no such folder, hub id or module:function"),
         ("nosuch.module:check", ConfigurationError, "no module nosuch.module"),
         (f"{_MODULE}_x:check", ConfigurationError, f"no module {_MODULE}_x"),
     ],
@@ -96,11 +102,11 @@ def test_what_is_no_function_is_refused_by_the_engine(name: str) -> None:
 
 
 def test_an_incomplete_folder_is_refused(tmp_path: Path, refusing: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no preprocessor_config.json"):
+    with pytest.raises(SettingError, match=r"has no preprocessor_config.json"):
         find_safety_checker(str(tmp_path))
     shutil.copytree(refusing, tmp_path / "damaged")
     (tmp_path / "damaged/model.safetensors").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"model.safetensors"):
+    with pytest.raises(SettingError, match=r"model.safetensors"):
         find_safety_checker(str(tmp_path / "damaged"))
 
 

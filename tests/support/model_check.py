@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from hypergen.config import EngineSettings
-from hypergen.errors import ModelError
 from hypergen.model_store import model_check
 from hypergen.model_store.model_check import Report
 from hypergen.models.check_model import check_model
@@ -25,8 +24,7 @@ def refuse_unusable(
 ) -> None:
     """As `hypergen.model_store.model_check.refuse_unusable`."""
     settings = settings or EngineSettings.model_validate({})
-    if fault := check_model(folder, options or ModelOptions(), settings).fault:
-        raise ModelError(fault)
+    check_model(folder, options or ModelOptions(), settings).refuse()
 
 
 def check_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

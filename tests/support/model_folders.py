@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hypergen.errors import ModelError
+from hypergen.errors import ModelError, SettingError
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -48,8 +48,8 @@ def files_of(folder: Path) -> set[str]:
 
 
 def error_message(function: Any, *arguments: Any, **options: Any) -> str:
-    """The one-line message of the ModelError that a call raises."""
-    with pytest.raises(ModelError) as raised:
+    """The one-line message of the error that a call raises."""
+    with pytest.raises((ModelError, SettingError)) as raised:
         function(*arguments, **options)
     assert "\n" not in str(raised.value)
     return str(raised.value)

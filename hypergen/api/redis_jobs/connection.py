@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.retry import Retry as BlockingRetry
 
-from hypergen.errors import ConfigurationError, UnavailableError
+from hypergen.errors import SettingError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ def check_redis(url: str) -> None:
     """Connect once, before the server starts.
 
     Raises:
-        ConfigurationError: it cannot be reached, refuses the password, or is older than Redis 6.2.
+        SettingError: it cannot be reached, refuses the password, or is older than Redis 6.2.
     """
-    where = f"--jobs {without_password(url)}"
+    where = without_password(url)
     try:
         client = BlockingRedis.from_url(  # pyright: ignore[reportUnknownMemberType]  the same
             _redis_scheme(url),
@@ -76,11 +76,11 @@ def check_redis(url: str) -> None:
         with client:
             answer = str(client.eval("return redis.pcall('XAUTOCLAIM').err", 0))
     except AuthenticationError as error:
-        raise ConfigurationError(f"{where}: the name or password is wrong: {_reason(error)}.") from None
+        raise SettingError("jobs", f"{where}: the name or password is wrong: {_reason(error)}.") from None
     except (RedisError, OSError, ValueError) as error:
-        raise ConfigurationError(f"{where} cannot be used: {_reason(error)}.") from None
+        raise SettingError("jobs", f"{where} cannot be used: {_reason(error)}.") from None
     if "nknown" in answer:  # without arguments, other versions answer that their number is wrong
-        raise ConfigurationError(f"{where} is too old: it must be Redis 6.2 or newer, or Valkey.")
+        raise SettingError("jobs", f"{where} is too old: it must be Redis 6.2 or newer, or Valkey.")
 
 
 def without_password(url: str) -> str:
