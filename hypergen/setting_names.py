@@ -69,12 +69,14 @@ class SettingNames:
         file: of the settings.
         in_file: fields that it has.
         models: the setting of this name, whose entries may be files of their own.
+        flag_loras: names of LoRAs that a flag gave, beside those of the file.
     """
 
     given_as: Mapping[str, str]
     file: Path | None
     in_file: frozenset[str]
     models: Any
+    flag_loras: frozenset[str] = frozenset()
 
     @contextmanager
     def in_messages(self, settings: Settings) -> Generator[None]:
@@ -121,7 +123,10 @@ class SettingNames:
                 return f"{found.place}{error.reason.removeprefix(': ')}"
         elif error.setting not in sections:  # what a model's own file states
             found = _Found("", error.setting)
-        elif error.setting not in (*self.given_as, *self.in_file):  # the default does not fit
+        elif (
+            error.setting not in (*self.given_as, *self.in_file)  # the default does not fit
+            or (error.setting == "lora" and error.item in self.flag_loras)
+        ):
             found = _Found("", error.setting, flag_of(error.setting))
         else:
             section = sections[error.setting]

@@ -106,8 +106,8 @@ def generate(
     flags = {name: options.pop(name) for name in _LOCAL_SETTINGS}
     settings, names = load_named_settings(config, os.environ, {**flags, "models": (model,) if model else ()})
     if loras:
-        names = replace(names, given_as={**names.given_as, "lora": "--lora"})
         settings, options["loras"] = with_lora_files(settings, loras)
+        names = replace(names, flag_loras=frozenset(options["loras"]))
     given = {"prompt": prompt, **options}
     fields |= {name: value for name, value in given.items() if value is not None}
     try:

@@ -255,6 +255,16 @@ def test_a_lora_for_another_model_is_refused(hypergen: Run, home: Path) -> None:
     os.link("style.safetensors", "folder/other.safetensors")
     save_sd(Path("model"))
     Path("model.yaml").write_text("source: ./model\nname: small\nloras: {offered: ./style.safetensors}\n")
+    sd: Any = DiffusionPipeline.from_pretrained("model")
+    save_lora(Path("good.safetensors"), sd, rank=4, targets=ATTENTION, seed=1)
+    Path("wrong.yaml").write_text("engine:\n  lora: [offered=style.safetensors]\n")
+    Path("right.yaml").write_text("engine:\n  lora: [offered=good.safetensors]\n")
+    for file, lora, words in (
+        ("wrong.yaml", "good.safetensors", "wrong.yaml, line 2: engine.lora 'offered' is for another model"),
+        ("right.yaml", "style.safetensors", "Error: --lora 'style' is for another model"),
+    ):
+        given = f"generate cat -m ./model -o cat.png --config {file} --lora {lora}"
+        refuse(hypergen, home, given.split(), words)
     commands = (
         ("generate cat -m ./model -o cat.png --lora style.safetensors", "style"),
         ("generate cat -m ./model -o cat.png --lora-dir ./folder --lora other", "other"),
