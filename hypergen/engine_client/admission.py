@@ -243,7 +243,7 @@ class Admission:
         self._rates.check(key, n)
         unfinished = sum(ticket.api_key.name == key.name for ticket in self._tickets)
         if key.max_requests is not None and unfinished >= key.max_requests:
-            raise self._refusal(f"This key has {key.max_requests} requests at once, which are unfinished.")
+            raise self._refusal(f"This key's limit of unfinished requests is {key.max_requests}.")
 
     def _refuse_if_full(self, key: ApiKey, input_image_bytes: int) -> None:
         held = sum(ticket.input_image_bytes for ticket in self._tickets)

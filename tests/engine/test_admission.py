@@ -377,7 +377,7 @@ async def test_free_slots_go_to_the_key_with_the_fewest() -> None:
 async def test_a_key_has_a_number_of_requests_at_once() -> None:
     admission, key = _admission(8), ApiKey("small", max_requests=2)
     first, _ = admission.enter(1.0, api_key=key), admission.enter(1.0, api_key=key)
-    with pytest.raises(QueueFullError, match="2 requests at once") as refusal:
+    with pytest.raises(QueueFullError, match="limit of unfinished requests is 2") as refusal:
         admission.enter(1.0, api_key=key)
     assert refusal.value.retry_after_s
     admission.enter(1.0)

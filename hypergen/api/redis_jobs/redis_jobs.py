@@ -155,7 +155,7 @@ class RedisJobs(JobStore):
     def _refusal(self, outcome: Submitted, api_key: ApiKey, seconds: int) -> QueueFullError:
         match outcome:
             case "key_full":
-                message = f"This key has {api_key.max_requests} requests at once, which are unfinished."
+                message = f"This key's limit of unfinished requests is {api_key.max_requests}."
             case "key_rate":
                 message = f"This key has {api_key.images_per_minute} images per minute."
                 return QueueFullError(f"{message} Try again in {seconds} s.", retry_after_s=seconds)
