@@ -8,12 +8,14 @@ import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
+from . import contours
 from .captions import plain_caption
 from .pipeline import generate
 from .progress import image_grid
 from .score import held_out_scenes, score
 
 PROMPTS = {"single": 10, "group": 6}
+CIRCLES = 12
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -39,13 +41,15 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 @click.option("--steps", type=int, default=20, show_default=True)
 @click.option("--samples", type=Path, help="file for a grid of all images, one row per sampler")
 def main(model: Path, size: int, steps: int, samples: Path | None) -> None:
-    """Score every sampler, configured from the model's own scheduler."""
+    """Score every sampler with the model's own configuration, and count its round circles at 256x256."""
     scenes = held_out_scenes(PROMPTS)
+    circles = [plain_caption(scene) for scene in contours.held_out_scenes("circle", CIRCLES)]
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     config = pipeline.scheduler.config
     rows = []
     print(
-        "| sampler | background | object colour | single, everything | group, count |\n|---|---|---|---|---|"
+        "| sampler | background | object colour | single, everything | group, count | round circles |\n"
+        "|---|---|---|---|---|---|"
     )
     for name, (scheduler, options) in SAMPLERS.items():
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(config, **options)
@@ -53,7 +57,10 @@ def main(model: Path, size: int, steps: int, samples: Path | None) -> None:
         images = generate(pipeline, prompts, size, size, num_inference_steps=steps)
         table = score(scenes, images)
         values = (table[row] for row in ("background", "object colour", "single, everything", "group, count"))
-        print(f"| {name} |" + "".join(f" {value:.2f} |" for value in values), flush=True)
+        large = generate(pipeline, circles, contours.SIDE, contours.SIDE, num_inference_steps=steps)
+        is_round = [contours.is_within(contours.measure("circle", image)) for image in large]
+        figures = "".join(f" {value:.2f} |" for value in values)
+        print(f"| {name} |{figures} {sum(is_round)} of {CIRCLES} |", flush=True)
         rows.append(images)
     if samples:
         image_grid(torch.cat(rows), len(scenes)).save(samples)
