@@ -174,7 +174,7 @@ def test_a_model_that_cannot_be_reloaded_fails_only_its_own_requests(
 ) -> None:
     folder = save_sdxl(tmp_path / "xl")
     large = ServedModel(id="xl", path=folder, settings=make_settings())
-    inline = InlineManager([models[0], large], 1.5)
+    inline = InlineManager([models[0], large], 2)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-100])
