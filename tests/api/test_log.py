@@ -133,7 +133,7 @@ def test_all_lines_of_all_processes_have_one_form(server: LiveServer) -> None:
     model = server.health()["model"]
     assert parts == {"serve", "http", f"engine {model}"}
     messages = [match[4] for match in matches if match]
-    for start in ("Starting production HTTP BentoServer", "Importing ", f"Loading {model}: 0.00"):
+    for start in ("Starting production HTTP BentoServer", f"Loading {model}: 0.00"):
         assert len([message for message in messages if message.startswith(start)]) == 1, start
     (loaded,) = [message for message in messages if message.startswith(f"Loaded {model} in ")]
     assert loaded.endswith(" GB on cpu.")
