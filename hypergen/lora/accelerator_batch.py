@@ -6,8 +6,7 @@ on the LoRAs of other rows, and a round takes as long with many LoRAs as with on
 launches a round, and three more gather the factors of all rounds; where all rows have the same single LoRA,
 it takes three in all.
 
-Convolutions larger than 1 x 1 cannot differ by row. There each LoRA of the batch runs over all rows, scaled
-by 0 in those that do not have it.
+A convolution larger than 1 x 1 runs as a grouped one, with a group for each row.
 
 Rows with a LoRA that is more than a product, such as DoRA, run alone.
 """
@@ -22,14 +21,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from hypergen.lora.batched_lora import Loras, add_norm, add_row, has_window, project_down
+from hypergen.lora.batched_lora import Loras, add_norm, add_row, has_window
 from hypergen.lora.weights import LayerWeights, Lora
 
 # LoRAs of a row in the first round, and in each of the next ones. Most rows have one.
 _FIRST, _NEXT = 1, 3
-# Elements, at least 256 bytes: kernels are also chosen by the alignment of their inputs.
-_ALIGNMENT = 256
 
 
 class RowWeights(NamedTuple):
@@ -39,14 +37,10 @@ class RowWeights(NamedTuple):
         positions: int64, shape (n,): for each round, row and LoRA of the round; after the last LoRA where a
             row has fewer.
         weights: float32, shape (n,).
-        of_loras: float32, shape (LoRAs, rows); 0 where a row does not have the LoRA.
-        without: where `of_loras` is 0; None: nowhere.
     """
 
     positions: Tensor
     weights: Tensor
-    of_loras: Tensor
-    without: Tensor | None = None
 
 
 def loras_of(rows: Sequence[Loras]) -> list[Lora]:
@@ -99,14 +93,9 @@ class AcceleratorLoraBatch:
     def _upload(self, device: torch.device) -> RowWeights:
         position = {lora: i for i, lora in enumerate(self.loras)}
         entries = [(position[own[0]], own[1]) if own else (len(self.loras), 0.0) for own in self._entries()]
-        by_lora = [
-            [sum(weight for lora, weight in own if lora is each) for own in self._rows] for each in self.loras
-        ]
         positions = _copy(torch.tensor([p for p, _ in entries], dtype=torch.int64), device)
         weights = _copy(torch.tensor([weight for _, weight in entries], dtype=torch.float32), device)
-        of_loras = _copy(torch.tensor(by_lora, dtype=torch.float32), device)
-        without = None if all(map(all, by_lora)) else of_loras == 0
-        return RowWeights(positions, weights, of_loras, without)
+        return RowWeights(positions, weights)
 
     def _entries(self) -> Iterator[tuple[Lora, float] | None]:
         """The LoRAs of the rows that do not run alone, round by round; None where a row has fewer."""
@@ -132,15 +121,10 @@ class AcceleratorLoraBatch:
         if x.shape[0] != len(self._rows):
             raise RuntimeError(f"{name} has {x.shape[0]} input rows, but the batch has {len(self._rows)}.")
         factors = {i: lora.layers[name] for i, lora in enumerate(self.loras) if name in lora.layers}
-        plain = {i: each for i, each in factors.items() if each.is_plain}
-        if has_window(layer):
-            self._add_convolutions(layer, plain, x, output)
-        else:
-            self._add_products(layer, plain, x, output)
+        self._add_products(layer, {i: each for i, each in factors.items() if each.is_plain}, x, output)
         for row in self._alone:
             for lora, weight in self._rows[row]:
-                own = lora.layers.get(name)
-                if own is not None and not (own.is_plain and has_window(layer)):
+                if (own := lora.layers.get(name)) is not None:
                     add_row(layer, own, row, weight, x, output)
                 if (norm := lora.norms.get(name)) is not None:
                     add_norm(layer, norm, row, weight, x, output)
@@ -152,38 +136,44 @@ class AcceleratorLoraBatch:
         for position, each in factors.items():
             by_rank[each.rank][position] = each
         rows = len(self._rows)
+        if has_window(layer):
+            x = x.contiguous()  # a copy if it is channels last
         for batch in by_rank.values():
             if self._shared:
                 _add_products(layer, *self._share(batch[0]), x, output)
                 continue
-            joint, width = self._gather(batch)
+            down, up = self._gather(batch)
             start = 0
             for count in self._rounds:
                 end = start + rows * count
-                own = joint[start:end].unflatten(0, (rows, count)).flatten(1, 2)
-                _add_products(layer, own[..., :width], own[..., width:], x, output)
+                own_down, own_up = (
+                    each[start:end].unflatten(0, (rows, count)).flatten(1, 2) for each in (down, up)
+                )
+                _add_products(layer, own_down, own_up, x, output)
                 start = end
 
-    def _gather(self, batch: Mapping[int, LayerWeights]) -> tuple[Tensor, int]:
-        """Joint factors, scaled: shape (n, rank, in + out), in the order of `RowWeights.positions`; and `in`.
+    def _gather(self, batch: Mapping[int, LayerWeights]) -> tuple[Tensor, Tensor]:
+        """Factors in the order of `RowWeights.positions`, `down` scaled.
 
-        Zeros where there is no LoRA of this rank.
+        Zeros where there is no LoRA of this rank. Shapes (n, rank, in), or (n, rank, in * kh * kw), and
+        (n, rank, out).
         """
-        width = next(iter(batch.values())).down.shape[1]
         joint = {position: each.joint for position, each in batch.items() if each.joint is not None}
         zeros = self._zeros_like(next(iter(joint.values())))
         of_loras = torch.stack([joint.get(position, zeros) for position in range(len(self.loras) + 1)])
         gathered = of_loras.index_select(0, self.weights.positions)
-        gathered[..., width:].mul_(self.weights.weights.view(-1, 1, 1))
-        return gathered, width
+        width = next(iter(batch.values())).width
+        return self._scaled(gathered[..., :width]), gathered[..., width:]
 
     def _share(self, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         """The factors of a LoRA that all rows have, with the strides of gathered ones."""
         assert weights.joint is not None
-        rows, (rank, width) = len(self._rows), weights.down.shape
-        up = weights.joint.new_empty(rows, *weights.joint.shape)[..., width:]
-        torch.mul(weights.up.T, self.weights.weights.view(-1, 1, 1), out=up)
-        return weights.down.expand(rows, rank, width), up
+        down, up = weights.joint[:, : weights.width], weights.joint[:, weights.width :]
+        return self._scaled(down), up.expand(len(self._rows), *up.shape)
+
+    def _scaled(self, down: Tensor) -> Tensor:
+        weights = self.weights.weights.view(-1, 1, 1)
+        return torch.mul(down, weights, out=down.new_empty(len(weights), *down.shape[-2:]))
 
     def _zeros_like(self, factor: Tensor) -> Tensor:
         key = factor.shape, factor.dtype
@@ -191,56 +181,38 @@ class AcceleratorLoraBatch:
             self._zeros[key] = torch.zeros_like(factor)
         return self._zeros[key]
 
-    def _add_convolutions(
-        self, layer: nn.Module, factors: Mapping[int, LayerWeights], x: Tensor, output: Tensor
-    ) -> None:
-        by_rank: defaultdict[int, list[int]] = defaultdict(list)
-        for position, each in factors.items():
-            by_rank[each.rank].append(position)
-        for positions in by_rank.values():
-            hidden = self._weighted_convolutions(layer, {i: factors[i] for i in positions}, x)
-            for i, product in zip(positions, hidden, strict=True):
-                up = factors[i].up.expand(len(self._rows), -1, -1)
-                output.view(*output.shape[:2], -1).baddbmm_(up, product.flatten(2))
-
-    def _weighted_convolutions(
-        self, layer: nn.Module, factors: Mapping[int, LayerWeights], x: Tensor
-    ) -> Tensor:
-        """`down(x)` times the weights of the rows, for LoRAs of one rank, shape (LoRAs, rows, rank, h, w)."""
-        hidden = None
-        for i, (position, each) in enumerate(factors.items()):
-            product = project_down(layer, each, x)
-            if hidden is None:
-                hidden = _aligned(len(factors), product)
-            torch.mul(product, self.weights.of_loras[position].view(-1, 1, 1, 1), out=hidden[i])
-        assert hidden is not None
-        # 0 times infinity would be NaN, of a row that does not have the LoRA.
-        if (without := self.weights.without) is None:
-            return hidden
-        if len(factors) == len(self.loras):
-            return hidden.masked_fill_(without[..., None, None, None], 0)
-        for position, product in zip(factors, hidden, strict=True):
-            product.masked_fill_(without[position].view(-1, 1, 1, 1), 0)
-        return hidden
-
 
 def _add_products(layer: nn.Module, down: Tensor, up: Tensor, x: Tensor, output: Tensor) -> None:
     """Add each row's product with its factors.
 
     Args:
-        down: shape (rows, n, in).
+        down: shape (rows, n, in), or (rows, n, in * kh * kw), contiguous.
         up: shape (rows, n, out).
     """
     rows = len(down)
     if isinstance(layer, nn.Conv2d):
-        hidden = torch.bmm(down, x.flatten(2))
+        hidden = _convolve(layer, down, x) if has_window(layer) else torch.bmm(down, x.flatten(2))
         output.view(rows, up.shape[2], -1).baddbmm_(up.transpose(1, 2), hidden)
     else:
         hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), down.transpose(1, 2))
         output.view(rows, -1, up.shape[2]).baddbmm_(hidden, up)
 
 
-def _aligned(count: int, like: Tensor) -> Tensor:
-    """Memory for `count` tensors, at addresses that are aligned whatever their count."""
-    padded = math.ceil(like.numel() / _ALIGNMENT) * _ALIGNMENT
-    return like.new_empty(count, padded)[:, : like.numel()].unflatten(1, like.shape)
+def _convolve(layer: nn.Conv2d, down: Tensor, x: Tensor) -> Tensor:
+    """The layer's convolution with other weights for each row, shape (rows, n, pixels).
+
+    Args:
+        down: shape (rows, n, in * kh * kw).
+        x: contiguous.
+    """
+    rows, _, height, width = x.shape
+    weight = down.view(-1, layer.in_channels, *layer.kernel_size)
+    hidden = functional.conv2d(
+        x.view(1, -1, height, width),
+        weight,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=rows,
+    )
+    return hidden.view(rows, down.shape[1], -1)

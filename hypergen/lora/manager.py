@@ -185,11 +185,12 @@ class LoraManager:
     def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
         """Pad to the maximum rank with zeros: LoRAs of other ranks in the batch then change no shape."""
         missing = self._settings.max_lora_rank - weights.rank
-        if missing <= 0 or weights.down.dim() > 2 or not weights.is_plain:
+        runs_alone = weights.down.dim() > 2 and self._pipeline.device.type == "cpu"
+        if missing <= 0 or runs_alone or not weights.is_plain:
             return weights
         return replace(
             weights,
-            down=functional.pad(weights.down, (0, 0, 0, missing)),
+            down=functional.pad(weights.down, (*[0] * (2 * weights.down.dim() - 1), missing)),
             up=functional.pad(weights.up, (0, missing)),
         )
 

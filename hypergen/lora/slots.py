@@ -26,10 +26,11 @@ _Weights = TypeVar("_Weights")
 
 
 def joined(weights: LayerWeights) -> LayerWeights:
-    """The factors of a matrix product in one tensor, so that one kernel gathers both for all rows."""
-    if weights.down.dim() > 2 or not weights.is_plain:
+    """The factors of a product in one tensor, so that one kernel gathers both for all rows."""
+    if not weights.is_plain:
         return weights
-    return LayerWeights.of_joint(torch.cat([weights.down, weights.up.T], dim=1), weights.down.shape[1])
+    joint = torch.cat([weights.down.flatten(1), weights.up.T], dim=1)
+    return LayerWeights.of_joint(joint, tuple(weights.down.shape))
 
 
 def pack(content: LoraFile, name: str) -> Lora:
@@ -72,7 +73,7 @@ def _views(layers: dict[str, LayerWeights], memory: Tensor) -> dict[str, LayerWe
     def views(like: LayerWeights) -> LayerWeights:
         if like.joint is None:
             return LayerWeights(view(like.down), view(like.up))
-        return LayerWeights.of_joint(view(like.joint), like.down.shape[1])
+        return LayerWeights.of_joint(view(like.joint), tuple(like.down.shape))
 
     return {layer: views(weights) for layer, weights in layers.items()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -44,7 +45,7 @@ class LayerWeights:
         bias: shape (out,).
         magnitude: only of DoRA, shape (out,), or (in,) if `magnitude_of_inputs`; Liu et al. 2024,
             https://arxiv.org/abs/2402.09353.
-        joint: on an accelerator, the memory of both factors of a matrix product, shape (rank, in + out).
+        joint: on an accelerator, the memory of both factors of a product, shape (rank, in * kh * kw + out).
     """
 
     down: Tensor
@@ -55,16 +56,22 @@ class LayerWeights:
     joint: Tensor | None = None
 
     @classmethod
-    def of_joint(cls, joint: Tensor, width: int) -> LayerWeights:
+    def of_joint(cls, joint: Tensor, shape: tuple[int, ...]) -> LayerWeights:
         """
         Args:
-            width: `in`.
+            shape: of `down`, (rank, in) or (rank, in, kh, kw).
         """
-        return cls(joint[:, :width], joint[:, width:].T, joint=joint)
+        width = math.prod(shape[1:])
+        return cls(joint[:, :width].unflatten(1, shape[1:]), joint[:, width:].T, joint=joint)
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Of `joint`, that of `down`: in, or in * kh * kw."""
+        return self.down[0].numel()
 
     @property
     def is_plain(self) -> bool:
