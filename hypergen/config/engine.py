@@ -145,12 +145,13 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         32,
         ge=1,
         le=256,
-        description="LoRAs up to this rank are padded to it and batched; larger ones run separately. Another "
-        "value changes the last bits of images with LoRAs",
+        description="LoRAs up to this rank are padded to it and batched; larger ones are padded to 4 or 16 "
+        "times it on a GPU, and run separately on a CPU. Another value changes the last bits of images with "
+        "LoRAs",
     )
     max_lora_mb: float = Field(2048, gt=0, allow_inf_nan=False, description="largest LoRA file, in MB")
     lora_cache_mb: float = Field(
-        1024,
+        2048,
         ge=0,
         allow_inf_nan=False,
         description="memory of an engine for loaded LoRAs, in MB; the least recently used are evicted first",

@@ -87,6 +87,7 @@ class DenoisingState:
         scheduler: this image's own copy; multistep schedulers keep a history.
         is_stochastic: the scheduler samples noise in its steps.
         loras: from the family's `LoraManager`, with their weights, in the order in which they are summed.
+        lora_sizes: see `accelerator_batch.product_sizes`.
         batch_key_extra: anything else that the rows of a batch must share, such as a ControlNet; see
             `BatchKey`.
         controlnet_scales: per step, shape (steps, 1, 1, 1); 0 outside the ControlNet's window.
@@ -112,6 +113,7 @@ class DenoisingState:
     scheduler: Any
     is_stochastic: bool
     loras: tuple[tuple[Any, float], ...] = ()
+    lora_sizes: frozenset[int] = frozenset()
     batch_key_extra: tuple[Hashable, ...] = ()
     controlnet_scales: Tensor | None = None
     after_step: Callable[[DenoisingState], Tensor] | None = None
@@ -183,6 +185,7 @@ class DenoisingState:
             self.positive, self.negative = switch.positive, switch.negative
             self.scheduler, self.batch_key_extra = switch.scheduler, switch.batch_key_extra
             self.controlnet_scales = None
+            self.loras, self.lora_sizes = (), frozenset()  # only the first denoiser has them
 
     def with_each_denoiser(self) -> Iterator[DenoisingState]:
         """This state, and the state after the switch to the next denoiser."""

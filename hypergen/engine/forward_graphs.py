@@ -56,13 +56,13 @@ class ForwardGraphs:
             if slots is None:
                 with manager.applied(batch):
                     return self._family.forward(latents, timesteps, inputs, batch_key_extra=batch_key_extra)
-            tensors |= {_LORA + name: tensor for name, tensor in batch.weights._asdict().items()}
+            tensors |= {_LORA + name: tensor for name, tensor in batch.row_loras.weights._asdict().items()}
             key = *key, batch.structure, tuple(slot.number for slot in slots)
 
         def forward(given: Inputs) -> Tensor:
             own = None
             if isinstance(batch, AcceleratorLoraBatch):
-                static = {name: given[_LORA + name] for name in RowWeights._fields if _LORA + name in given}
+                static = {name: given[_LORA + name] for name in RowWeights._fields}
                 own = batch.with_slots(slots, RowWeights(**static))
             with nullcontext() if manager is None else manager.applied(own):
                 return self._family.forward(

@@ -3,7 +3,7 @@ priority."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.fair_share import FairShare
+
+# Sizes of LoRA products in a batch; each takes kernel launches in every layer, see lora/accelerator_batch.py.
+_MAX_LORA_SIZES = 2
 
 
 class BatchKey(NamedTuple):
@@ -182,15 +185,25 @@ class RunningImages:
         self, key: BatchKey, priorities: _Priorities, free_rows: int, max_batch_size: int
     ) -> list[DenoisingState]:
         batch: list[DenoisingState] = []
+        sizes: frozenset[int] = frozenset()
         for state in self._groups[key].in_order(priorities):
             if len(batch) == max_batch_size or free_rows <= 0:
                 break
             fits = state.rows <= free_rows or not batch
             alone = state.must_run_alone or (batch and batch[0].must_run_alone)
-            if fits and not (batch and alone):
+            all_sizes = sizes | state.lora_sizes
+            few_sizes = len(all_sizes) <= _MAX_LORA_SIZES or _have_same_loras(state, batch)
+            if fits and few_sizes and not (batch and alone):
                 batch.append(state)
+                sizes = all_sizes
                 free_rows -= state.rows
         return batch
+
+
+def _have_same_loras(state: DenoisingState, batch: Sequence[DenoisingState]) -> bool:
+    """Whether all images of which LoRA products run have the same LoRAs."""
+    loras = [{lora for lora, _ in each.loras} for each in (state, *batch) if each.lora_sizes]
+    return all(own == loras[0] for own in loras)
 
 
 class _Priorities(NamedTuple):

@@ -27,14 +27,14 @@ from hypergen import log_setup
 from hypergen.cache_lookups import count_lookup
 from hypergen.config import EngineSettings
 from hypergen.errors import InvalidRequestError, SettingError
-from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights
+from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowLoras
 from hypergen.lora.batched_lora import BatchSizeProbe, LoraBatch, Loras
 from hypergen.lora.factors import IncompatibleLoraError
 from hypergen.lora.files import families_of
 from hypergen.lora.layer_names import LayerNames
 from hypergen.lora.slots import LoraSlots, joined, pack
 from hypergen.lora.textual_inversion import embedding_widths
-from hypergen.lora.weights import LayerWeights, Lora, read_lora
+from hypergen.lora.weights import LayerWeights, Lora, in_text_encoder, read_lora
 from hypergen.model_info import Capability
 from hypergen.model_store.lora_files import LoraRegistry, open_registry, peft_config_file
 
@@ -75,7 +75,7 @@ class LoraManager:
         # Of the current forward pass; None: no row has a LoRA.
         self.batch: LoraBatch | AcceleratorLoraBatch | None = None
         # Of the latest batch: they change only when images join or leave.
-        self._row_weights: tuple[Hashable, RowWeights] | None = None
+        self._row_loras: tuple[Hashable, RowLoras] | None = None
         self._zeros: dict[Hashable, Tensor] = {}  # factors of the rows without a LoRA, by shape and dtype
         self._loading_threads = _loading_threads()
         self._hooked: set[str] = set()  # layer names
@@ -132,7 +132,7 @@ class LoraManager:
         self._loading_threads.shutdown()
         self._loading_threads = _loading_threads()
         self.slots.clear()
-        self._row_weights = None
+        self._row_loras = None
         self._zeros.clear()
         with self._lock:
             self._cache.clear()
@@ -173,9 +173,14 @@ class LoraManager:
     def _read(self, path: Path, name: str) -> Lora:
         families, widths = families_of(self._pipeline), embedding_widths(self._pipeline)
         content = read_lora(path, self._layer_names, families, widths, self._settings.max_lora_mb * 1e6)
-        layers = {layer: self._pad_rank(factors) for layer, factors in content.layers.items()}
-        if self._pipeline.device.type != "cpu":
-            layers = {layer: joined(factors) for layer, factors in layers.items()}
+        if self._pipeline.device.type == "cpu":
+            layers = {layer: self._pad_rank(factors) for layer, factors in content.layers.items()}
+        else:
+            rank = self._settings.max_lora_rank
+            layers = {
+                layer: factors if in_text_encoder(layer) else joined(factors, rank)
+                for layer, factors in content.layers.items()
+            }
         return pack(replace(content, layers=layers), name)
 
     @functools.cached_property
@@ -185,12 +190,11 @@ class LoraManager:
     def _pad_rank(self, weights: LayerWeights) -> LayerWeights:
         """Pad to the maximum rank with zeros: LoRAs of other ranks in the batch then change no shape."""
         missing = self._settings.max_lora_rank - weights.rank
-        runs_alone = weights.down.dim() > 2 and self._pipeline.device.type == "cpu"
-        if missing <= 0 or runs_alone or not weights.is_plain:
+        if missing <= 0 or weights.down.dim() > 2 or not weights.is_plain:
             return weights
         return replace(
             weights,
-            down=functional.pad(weights.down, (*[0] * (2 * weights.down.dim() - 1), missing)),
+            down=functional.pad(weights.down, (0, 0, 0, missing)),
             up=functional.pad(weights.up, (0, missing)),
         )
 
@@ -223,9 +227,9 @@ class LoraManager:
         if device.type == "cpu":
             return LoraBatch(rows, self._batch_sizes)
         key = tuple(loras_key(own) for own in rows)
-        known = None if self._row_weights is None or self._row_weights[0] != key else self._row_weights[1]
+        known = None if self._row_loras is None or self._row_loras[0] != key else self._row_loras[1]
         batch = AcceleratorLoraBatch(rows, device, self._zeros, known)
-        self._row_weights = key, batch.weights
+        self._row_loras = key, batch.row_loras
         return batch
 
     @contextmanager

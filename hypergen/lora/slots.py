@@ -16,21 +16,40 @@ from typing import TypeVar
 import torch
 from cachetools import LRUCache
 from torch import Tensor
+from torch.nn import functional
 
-from hypergen.lora.weights import LayerWeights, Lora, LoraFile
+from hypergen.lora.weights import LayerWeights, Lora, LoraFile, in_text_encoder
 
 # Bytes: as if each factor had been allocated alone, because kernels are also chosen by alignment.
 _ALIGNMENT = 512
+# Of products, in segments.
+_SIZES = (1, 4, 16)
 
 _Weights = TypeVar("_Weights")
 
 
-def joined(weights: LayerWeights) -> LayerWeights:
-    """The factors of a product in one tensor, so that one kernel gathers both for all rows."""
+def product_size(segments: int) -> int:
+    """The size of a product for LoRAs with so many segments together.
+
+    There are few sizes, because each size of a batch takes launches. The largest products, of full matrices
+    and many LoRAs, are not padded.
+    """
+    return next((size for size in _SIZES if size >= segments), segments)
+
+
+def joined(weights: LayerWeights, segment_rank: int) -> LayerWeights:
+    """The factors of a product in one tensor, in segments, so that one kernel gathers those of all rows.
+
+    They are padded with zeros to the size of the product of a row that has this LoRA alone.
+    """
     if not weights.is_plain:
         return weights
+    segments = math.ceil(weights.rank / segment_rank)
+    size = product_size(segments)
     joint = torch.cat([weights.down.flatten(1), weights.up.T], dim=1)
-    return LayerWeights.of_joint(joint, tuple(weights.down.shape))
+    joint = functional.pad(joint, (0, 0, 0, size * segment_rank - weights.rank))
+    inputs = tuple(weights.down.shape[1:])
+    return LayerWeights.of_joint(joint.unflatten(0, (size, segment_rank)), inputs, segments)
 
 
 def pack(content: LoraFile, name: str) -> Lora:
@@ -44,13 +63,13 @@ def pack(content: LoraFile, name: str) -> Lora:
     for layer, weights in packed.items():
         for target, source in zip(_tensors(weights), _tensors(own[layer]), strict=True):
             target.copy_(source)
-    shapes = [(layer, w.down.shape, w.up.shape, w.joint is None, w.down.dtype) for layer, w in own.items()]
+    shapes = [(layer, w.down.shape, w.up.shape, w.segment_count, w.down.dtype) for layer, w in own.items()]
     layout = hashlib.sha256(repr(shapes).encode()).digest()
     return Lora(replace(content, layers={**content.layers, **packed}), name, memory, layout)
 
 
 def _of_denoiser(layers: Mapping[str, _Weights]) -> dict[str, _Weights]:
-    return {layer: layers[layer] for layer in sorted(layers) if not layer.startswith("text_encoder")}
+    return {layer: layers[layer] for layer in sorted(layers) if not in_text_encoder(layer)}
 
 
 def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:
@@ -73,7 +92,7 @@ def _views(layers: dict[str, LayerWeights], memory: Tensor) -> dict[str, LayerWe
     def views(like: LayerWeights) -> LayerWeights:
         if like.joint is None:
             return LayerWeights(view(like.down), view(like.up))
-        return LayerWeights.of_joint(view(like.joint), tuple(like.down.shape))
+        return LayerWeights.of_joint(view(like.joint), tuple(like.down.shape[1:]), like.segment_count)
 
     return {layer: views(weights) for layer, weights in layers.items()}
 

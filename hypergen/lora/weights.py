@@ -45,7 +45,9 @@ class LayerWeights:
         bias: shape (out,).
         magnitude: only of DoRA, shape (out,), or (in,) if `magnitude_of_inputs`; Liu et al. 2024,
             https://arxiv.org/abs/2402.09353.
-        joint: on an accelerator, the memory of both factors of a product, shape (rank, in * kh * kw + out).
+        joint: on an accelerator, the memory of both factors of a product, shape
+            (padded segments, rank of a segment, in * kh * kw + out), see `slots.joined`.
+        segments: of `joint`, without the padding.
     """
 
     down: Tensor
@@ -54,19 +56,25 @@ class LayerWeights:
     magnitude_of_inputs: bool = False
     bias: Tensor | None = None
     joint: Tensor | None = None
+    segments: Tensor | None = None
 
     @classmethod
-    def of_joint(cls, joint: Tensor, shape: tuple[int, ...]) -> LayerWeights:
+    def of_joint(cls, joint: Tensor, inputs: tuple[int, ...], segment_count: int) -> LayerWeights:
         """
         Args:
-            shape: of `down`, (rank, in) or (rank, in, kh, kw).
+            inputs: shape of a row of `down`, (in,) or (in, kh, kw).
         """
-        width = math.prod(shape[1:])
-        return cls(joint[:, :width].unflatten(1, shape[1:]), joint[:, width:].T, joint=joint)
+        factors, width = joint.flatten(0, 1), math.prod(inputs)
+        down, up = factors[:, :width].unflatten(1, inputs), factors[:, width:].T
+        return cls(down, up, joint=joint, segments=joint[:segment_count])
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    @property
+    def segment_count(self) -> int:
+        return 0 if self.segments is None else len(self.segments)
 
     @property
     def width(self) -> int:
@@ -110,6 +118,10 @@ class LoraFile:
     embeddings: Embeddings = field(default_factory=dict[str, Parts])
 
 
+def in_text_encoder(layer: str) -> bool:
+    return layer.startswith("text_encoder")
+
+
 class Lora:
     """A loaded LoRA; denoising states that use it keep it in memory.
 
@@ -130,9 +142,9 @@ class Lora:
         self.layout = layout
         self.hooked = False
         self.number = next(self._numbers)  # unique, for cache keys
-        in_text_encoder = [layer.startswith("text_encoder") for layer in (*self.layers, *self.norms)]
-        self.changes_text_encoder = bool(self.embeddings) or any(in_text_encoder)
-        self.changes_denoiser = not all(in_text_encoder)
+        of_text = [in_text_encoder(layer) for layer in (*self.layers, *self.norms)]
+        self.changes_text_encoder = bool(self.embeddings) or any(of_text)
+        self.changes_denoiser = not all(of_text)
         self.is_plain = not self.norms and all(weights.is_plain for weights in self.layers.values())
         weights = *self.layers.values(), *self.norms.values()
         tensors = [tensor for layer in weights for tensor in layer.tensors]

@@ -19,6 +19,7 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.denoising.schedulers import SchedulerFactory, takes_generator
+from hypergen.lora.accelerator_batch import product_sizes
 from hypergen.lora.batched_lora import Loras
 from hypergen.lora.manager import LoraManager
 from hypergen.model_families import FamilySpec
@@ -213,6 +214,7 @@ class Family(ABC):
             scheduler=scheduler,
             is_stochastic=takes_generator(scheduler),
             loras=loras,
+            lora_sizes=product_sizes(loras),
             batch_key_extra=control.batch_key_extra,
             controlnet_scales=control.controlnet_scales,
             after_step=initial.after_step,

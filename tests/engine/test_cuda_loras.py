@@ -34,6 +34,8 @@ def lora_files(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     save_lora(folder / "everything.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=2)
     save_lora(folder / "another.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=4)
     save_lora(folder / "third.safetensors", pipeline, rank=8, targets=EVERYTHING, seed=5)
+    save_lora(folder / "larger.safetensors", pipeline, rank=40, targets=EVERYTHING, seed=6)
+    save_lora(folder / "largest.safetensors", pipeline, rank=150, targets=EVERYTHING, seed=7)
     save_lora(folder / "dora.safetensors", pipeline, rank=8, targets=ATTENTION, seed=3, use_dora=True)
     return folder
 
@@ -46,6 +48,9 @@ _LORAS: list[tuple[tuple[str, float], ...]] = [
     (("attention", -0.3), ("everything", 0.5)),
     (("another", 0.4), ("attention", 0.2), ("dora", 0.6), ("everything", 0.5)),
     (("dora", 0.8),),
+    (("larger", 0.6),),
+    (("largest", 0.5),),
+    (("everything", 0.2), ("largest", -0.3)),
 ]
 
 
@@ -57,10 +62,10 @@ def test_loras_of_other_rows_do_not_change_an_image(
     ]
     batched = make_engine(sd_folder, "cuda", lora_dir=(lora_files,))
     batched.probe_shapes(requests[0])
-    loaded = load_loras(batched, "attention", "everything", "another", "dora")
+    loaded = load_loras(batched, "attention", "everything", "another", "dora", "larger", "largest")
     batched.run(*requests)
     assert not batched.errors
-    assert len(loaded) == 4
+    assert len(loaded) == 6
     cpu = make_engine(sd_folder, "cpu", lora_dir=(lora_files,))
     cpu.run(*requests)
     alone = make_engine(sd_folder, "cuda", lora_dir=(lora_files,))
@@ -73,39 +78,37 @@ def test_loras_of_other_rows_do_not_change_an_image(
 
 
 _ONE, _OTHER, _THIRD = ("everything", 0.7), ("another", -0.5), ("third", 0.2)
-_SMALL = ("attention", 0.5)
+_SMALL, _LARGER, _LARGEST = ("attention", 0.5), ("larger", 0.4), ("largest", 0.3)
+# The LoRAs of each row, and the launches for each layer.
+_LAUNCHES: dict[str, tuple[list[Any], int]] = {
+    "one LoRA": ([(_ONE,)] * 4, 3),
+    "a row without": ([(_ONE,)] * 3 + [()], 5),
+    "two LoRAs": ([(_ONE,)] * 2 + [(_OTHER,)] * 2, 5),
+    "three LoRAs": ([(_ONE,), (_OTHER,), (_THIRD,), ()], 5),
+    "two in each row": ([(_ONE, _OTHER)] * 4, 5),
+    "up to two in a row": ([(_ONE, _OTHER), (_OTHER, _THIRD), (_THIRD,), ()], 7),
+    "up to four in a row": ([(_ONE, _OTHER, _THIRD, _SMALL)] + [(_THIRD,)] * 3, 7),
+    "one of a larger rank": ([(_LARGER,)] * 4, 3),
+    "two ranks": ([(_LARGER,), (_ONE,), (_OTHER, _THIRD), ()], 7),
+    "two ranks in a row": ([(_LARGER, _ONE), (_LARGEST,), (_LARGEST, _THIRD), ()], 7),
+}
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    ("rows", "launches"),
+    ("case", "memory_format"),
     [
-        ([(_ONE,)] * 4, 3),
-        ([(_ONE,)] * 3 + [()], 5),
-        ([(_ONE,)] * 2 + [(_OTHER,)] * 2, 5),
-        ([(_ONE,), (_OTHER,), (_THIRD,), ()], 5),
-        ([(_ONE, _OTHER)] * 4, 7),
-        ([(_ONE, _OTHER), (_OTHER, _THIRD), (_THIRD,), ()], 7),
-        ([(_ONE, _OTHER, _THIRD, _SMALL)] + [(_THIRD,)] * 3, 7),
-    ],
-    ids=[
-        "one LoRA",
-        "a row without",
-        "two LoRAs",
-        "three LoRAs",
-        "two in each row",
-        "up to two in a row",
-        "up to four in a row",
+        *((case, torch.contiguous_format) for case in _LAUNCHES),
+        *((case, torch.channels_last) for case in ("one LoRA", "up to four in a row")),
     ],
 )
 def test_launches_of_loras_for_each_layer(
     sd_folder: Path,
     device: FakeCuda,
     lora_files: Path,
-    rows: list[Any],
-    launches: int,
+    case: str,
     memory_format: torch.memory_format,
 ) -> None:
+    rows, launches = _LAUNCHES[case]
     family = loading.load(sd_folder, make_settings(device="cuda", lora_dir=(lora_files,)))
     family.denoiser.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
     step = AcceleratorStep(family, graphs=False)
@@ -128,6 +131,9 @@ def test_launches_of_loras_for_each_layer(
     # A convolution's input that is channels last, as all but the first one's, is copied.
     copies = convolutions - 1 if memory_format is torch.channels_last else 0
     assert added == launches * len(layers) + copies
+    with torch.inference_mode():  # layers that have a hook, but no LoRA
+        added = count([(_SMALL,)] * 4) - count([()] * 4)
+    assert added == 3 * sum(name.endswith(ATTENTION) for name in lora.layers if name.startswith("unet"))
     step.close()
 
 

@@ -76,6 +76,27 @@ def test_an_image_that_must_run_alone_runs_alone(family: Family) -> None:
     assert batch_key(alone).shared == batch_key(other).shared
 
 
+def test_a_batch_has_lora_products_of_at_most_two_sizes(family: Family) -> None:
+    sizes: list[set[int]] = [{1}, {4}, {16}, set(), {1, 4}, {1}]
+    images = [_state(family, seed=i, num_inference_steps=1) for i in range(len(sizes))]
+    for image, own in zip(images, sizes, strict=True):
+        image.lora_sizes = frozenset(own)
+        image.loras = ((object(), 1.0),) if own else ()
+    assert _batch(images, _FLAT) == [images[i] for i in (0, 1, 3, 4)]
+    assert _batch(images[2:], _FLAT) == [images[2], images[3], images[5]]
+
+
+def test_images_with_the_same_loras_share_a_batch_whatever_their_ranks(family: Family) -> None:
+    lora = object()
+    images = [_state(family, seed=i) for i in range(4)]
+    for image, weight in zip(images[:3], (1.0, 0.5, 0.2), strict=True):
+        image.lora_sizes = frozenset({1, 4, 16})
+        image.loras = ((lora, weight),)
+    assert _batch(images, _FLAT) == images
+    images[1].loras = ((object(), 1.0),)
+    assert _batch(images, _FLAT) == [images[0], images[2], images[3]]
+
+
 def test_less_remaining_work_goes_first_unless_aging_outweighs_it(family: Family) -> None:
     long, short = _state(family, num_inference_steps=20), _state(family, num_inference_steps=3)
     assert _batch([long, short], _LINEAR) == [short]

@@ -13,6 +13,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hypergen.lora.accelerator_batch import AcceleratorLoraBatch
+from hypergen.lora.batched_lora import Loras, add_row
+from hypergen.lora.slots import joined
+from hypergen.lora.weights import LayerWeights, Lora, LoraFile
 from hypergen.request import GenerationRequest
 from tests.support.compare_devices import assert_close, load_loras, make_engine, pixels
 from tests.support.fake_cuda import fake_cuda
@@ -131,3 +135,27 @@ def test_an_image_is_that_of_the_cpu_in_a_batch_with_others(
         assert batched.images[request.id][0].shared_forwards
         assert alone.data(request) == batched.data(request), request.loras
         assert_close(batched, cpu, request)
+
+
+def test_factors_of_a_convolution_that_are_too_large_are_gathered_in_parts() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 32, 3, stride=2, padding=1)
+    down, up = torch.randn(4096, 64, 3, 3) / 100, torch.randn(32, 4096) / 100
+    large = Lora(LoraFile({"layer": joined(LayerWeights(down, up), 32)}), "large")
+    small = Lora(LoraFile({"layer": joined(LayerWeights(down[:8], up[:, :8]), 32)}), "small")
+    row_bytes = (down.numel() + up.numel()) * 4
+    rows: list[Loras] = [((large, 0.5),), (), ((small, -1.0),), ((large, 1.0), (small, 1.0))] * 8
+    assert len(rows) * row_bytes > 2**28
+    x = torch.randn(len(rows), 64, 6, 6)
+    expected = layer(x).detach()
+    output = expected.clone()
+    with torch.inference_mode():
+        for row, own in enumerate(rows):
+            for lora, weight in own:
+                add_row(layer, lora.layers["layer"], row, weight, x, expected)
+        for batch in (rows, rows[:1] * len(rows)):
+            result = output.clone()
+            AcceleratorLoraBatch(batch, torch.device("cpu"), {}).add(layer, "layer", x, result)
+            for row, own in enumerate(batch):
+                if own == rows[row]:
+                    torch.testing.assert_close(result[row], expected[row], rtol=1e-4, atol=1e-4)
