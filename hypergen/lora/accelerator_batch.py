@@ -1,10 +1,10 @@
 """Batched LoRA on an accelerator, where kernels change with the shapes of products.
 
 A LoRA's factors are divided into segments of rank `--max-lora-rank`. A product adds all LoRAs of a row to a
-layer's output; it has 1, 4 or 16 segments, so no shape depends on the LoRAs of other rows. Each size that a
-batch has runs over all its rows, with zeros in those of other sizes: two kernel launches, and three more
-gather the factors of all sizes. With two sizes, the most that the scheduler puts into a batch, it is seven
-launches a layer; where all rows have the same single LoRA, it is three.
+layer's output; it has 1, 4, 16 or more segments, so no shape depends on the LoRAs of other rows. Each size
+that a batch has runs over all its rows, with zeros in those of other sizes: two kernel launches, and three
+more gather the factors of all sizes. With two sizes, the most that the scheduler puts into a batch, it is
+seven launches a layer; where all rows have the same single LoRA, it is three.
 
 A convolution larger than 1 x 1 runs as a grouped one, with a group for each row.
 

@@ -198,7 +198,7 @@ def add_norm(layer: nn.Module, norm: NormWeights, row: int, weight: float, x: Te
     output[row : row + 1] += weight * _normalized(layer, norm, x[row : row + 1])
 
 
-def project_down(layer: nn.Module, weights: LayerWeights, x: Tensor) -> Tensor:
+def _project_down(layer: nn.Module, weights: LayerWeights, x: Tensor) -> Tensor:
     x = x.to(weights.down.dtype)
     if isinstance(layer, nn.Conv2d):
         down = weights.down if weights.down.dim() == 4 else weights.down[:, :, None, None]
@@ -207,7 +207,7 @@ def project_down(layer: nn.Module, weights: LayerWeights, x: Tensor) -> Tensor:
 
 
 def _row_product(layer: nn.Module, weights: LayerWeights, row: Tensor) -> Tensor:
-    hidden = project_down(layer, weights, row)
+    hidden = _project_down(layer, weights, row)
     if isinstance(layer, nn.Conv2d):
         return functional.conv2d(hidden, weights.up[:, :, None, None])
     return functional.linear(hidden, weights.up)
