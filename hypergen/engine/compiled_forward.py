@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from itertools import chain
 from typing import Any
 
@@ -29,18 +29,21 @@ class CompiledForward:
     """Replaces a family's `forward`: compiled for the shapes given to `compile`, eager for all others.
 
     The compiled network is a copy of the denoiser with the same weights. So what changes the layers of the
-    eager one, such as the hooks of LoRAs, neither reaches compiled code nor lets it be compiled again.
+    eager one, such as the hooks of LoRAs, neither reaches compiled code nor lets it be compiled again. If a
+    request can have a LoRA, only the copy of a UNet is channels last, because the convolutions of LoRAs need
+    contiguous inputs. It then has its own weights of convolutions.
     """
 
     def __init__(self, family: Family) -> None:
         self._forward = family.forward
         self._shapes: set[Hashable] = set()
         network: Any = family.denoiser
-        if isinstance(network, UNet2DConditionModel) and family.device.type == "cuda":
-            # cuDNN's convolutions need it. Inductor would reorder the weights in each forward pass.
-            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
+        # cuDNN's convolutions need it. Inductor would reorder the weights in each forward pass.
+        channels_last = isinstance(network, UNet2DConditionModel) and family.device.type == "cuda"
+        if channels_last and not (family.lora_manager and family.lora_manager.has_loras):
+            network.to(memory_format=torch.channels_last)
         self._compiled = copy.copy(family)
-        self._compiled.denoiser = copy_with_shared_weights(network)
+        self._compiled.denoiser = _copy(network, _channels_last if channels_last else lambda weight: weight)
         compile_network(self._compiled.denoiser)
         _replace_forward(family, self)
 
@@ -104,9 +107,16 @@ def compile_network(network: Any) -> None:
         network.compile(dynamic=False)
 
 
-def copy_with_shared_weights(network: nn.Module) -> Any:
+def _copy(network: nn.Module, layout_of: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a network that shares the weights that `layout_of` returns as they are."""
     weights = chain(network.parameters(), network.buffers())
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in weights})
+    return copy.deepcopy(network, {id(tensor): layout_of(tensor) for tensor in weights})
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    if tensor.dim() != 4 or tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return nn.Parameter(tensor.to(memory_format=torch.channels_last), requires_grad=False)
 
 
 def _shape_of(arguments: ForwardInputs) -> Hashable:

@@ -103,6 +103,11 @@ class LoraManager:
     def capabilities(self) -> frozenset[Capability]:
         return frozenset({"loras"}) if self._possible else frozenset()
 
+    @property
+    def has_loras(self) -> bool:
+        """Whether a request can have a LoRA; folders may get some later."""
+        return bool(self.registry.files or self.registry.folders)
+
     def info_fields(self) -> dict[str, Any]:
         """The LoRA fields of `ModelInfo`."""
         return {
