@@ -230,13 +230,14 @@ class AcceleratorStep:
 
     def _sample_noise(self, state: DenoisingState) -> Tensor:
         """On the CPU, as diffusers samples it, so that a seed means the same on every device."""
-        return torch.randn(state.latents.shape, generator=state.generator, dtype=self._family.denoiser.dtype)
+        noise = torch.randn(state.latents.shape, generator=state.generator, dtype=self._family.denoiser.dtype)
+        return noise.pin_memory() if self._device.type == "cuda" else noise
 
     def _upload_noise(self, states: Sequence[DenoisingState]) -> dict[DenoisingState, Tensor]:
-        if not states:
-            return {}
-        sampled = torch.cat([self._noise[state].result() for state in states])
-        return dict(zip(states, self._to_device(sampled).split(1), strict=True))
+        return {
+            state: self._noise[state].result().to(self._device, non_blocking=self._device.type == "cuda")
+            for state in states
+        }
 
     def _stack(self, rows: Sequence[DenoisingState], inputs: list[ModelInputs]) -> ModelInputs:
         """The model inputs of a batch; those of the last batch again, if it has the same rows."""
