@@ -97,7 +97,8 @@ class CostCurve:
         """The cost of a row in the most efficient batch; 0 before the first measurement."""
         if not self.seconds:
             return 0.0
-        rows = min(self.seconds, key=lambda rows: abs(rows - self.efficient_rows()))
+        efficient = self.efficient_rows()
+        rows = min(self.seconds, key=lambda rows: abs(rows - efficient))
         return self.seconds[rows] / rows
 
 
