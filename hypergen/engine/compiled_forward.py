@@ -44,7 +44,8 @@ class CompiledForward:
             network.to(memory_format=torch.channels_last)
         self._compiled = copy.copy(family)
         self._compiled.denoiser = _copy(network, _channels_last if channels_last else lambda weight: weight)
-        compile_network(self._compiled.denoiser)
+        self.network: nn.Module = self._compiled.denoiser
+        compile_network(self.network)
         _replace_forward(family, self)
 
     def __call__(

@@ -92,6 +92,8 @@ class Engine:
         if compiled is None and family.device.type == "cpu":  # compiled code shares the original weights
             use_reordered_weights(family)
         self.family = family
+        # Beside those of the family, with weights of their own.
+        self.more_networks = () if compiled is None else (compiled.network,)
         self._device = family.device  # where it runs, also while its weights are elsewhere
         self.model_id = model_id
         self.settings = settings

@@ -28,7 +28,7 @@ from hypergen.served_model import ServedModel
 logger = logging.getLogger(__name__)
 
 # Settings by which forward passes get other bits or costs.
-_SETTINGS_OF_BITS = ("attention", "compile", "max_batch_size", "offload", "quantization")
+_SETTINGS_OF_BITS = ("attention", "compile", "cuda_graphs", "max_batch_size", "offload", "quantization")
 
 
 class Loader:
@@ -78,7 +78,7 @@ class Loader:
             "Loaded %s in %.1f s: %.3g GB on %s.",
             model.id,
             weights_s,
-            loading.weight_bytes(loaded) / 1e9,
+            loading.weight_bytes(loaded.modules) / 1e9,
             loaded.device,
         )
         started = time.monotonic()
@@ -108,7 +108,8 @@ class Loader:
         )
         movable = loaded.modules if is_movable else ()
         # After the warm-up: it reorders weights on a CPU.
-        size_bytes = loading.weight_bytes(loaded)
+        more = engine.more_networks if isinstance(engine, Engine) else ()
+        size_bytes = loading.weight_bytes((*loaded.modules, *more))
         return LoadedModel(engine, loaded.model_info(model.id), size_bytes, movable)
 
     def _buckets(self, model: ServedModel, family: Family) -> BucketStore | None:

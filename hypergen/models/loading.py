@@ -6,12 +6,13 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
 from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
@@ -147,9 +148,9 @@ def _count_weights(folder: Path) -> int:
     return total
 
 
-def weight_bytes(model: Family | DiffusersPipeline) -> int:
-    """Bytes of all networks of a loaded model, with refiner and ControlNets."""
-    tensors = [t for module in model.modules for t in (*module.parameters(), *module.buffers())]
+def weight_bytes(networks: Iterable[nn.Module]) -> int:
+    """Bytes of the weights; those that networks share count once."""
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     return sum({id(tensor): _bytes(tensor) for tensor in tensors}.values())
 
 
