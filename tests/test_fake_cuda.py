@@ -129,6 +129,17 @@ def test_a_graph_computes_when_it_is_replayed(device: FakeCuda) -> None:
             assert torch.equal(y.cpu(), (layer(x).view(-1) * 2).cpu())
 
 
+def test_waits_are_counted_after_a_capture(device: FakeCuda) -> None:
+    x = torch.ones(4, device=CUDA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        y = x * 2
+    graph.replay()
+    device.reset()
+    y.sum().item()
+    assert [entry.partition(" @ ")[0] for entry in device.waits] == ["item"]
+
+
 def test_nothing_waits_while_a_graph_is_captured(device: FakeCuda) -> None:
     x = torch.zeros(2, 4, device=CUDA)
     with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="capturing"):

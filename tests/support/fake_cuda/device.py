@@ -89,6 +89,7 @@ class FakeCuda:
         self.copied_bytes: Counter[str] = Counter()
         self.cpu_operations = 0
         self.launched = 0
+        self.replayed = 0  # graphs
         self.fails: Callable[[int], bool] = lambda _bytes: False
         self.pinning_fails: Callable[[int], bool] = lambda _bytes: False
         self.out_of_memory: Callable[[], Exception] = lambda: torch.OutOfMemoryError(
@@ -157,7 +158,8 @@ class FakeCuda:
         raise RuntimeError(f"Race: {what} uses a tensor that another stream may still be writing; {place()}")
 
     def written(self, memory: Memory, stream: FakeStream) -> None:
-        stream.count += 1
+        if self.capturing is None or self.capturing.stream is not stream:  # a capture runs nothing
+            stream.count += 1
         self.streams.add(stream)
         memory.stream, memory.at = stream, stream.count
 
