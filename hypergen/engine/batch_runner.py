@@ -12,6 +12,7 @@ from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import DenoisingState, advance_each
 from hypergen.engine.accelerator_step import AcceleratorStep
 from hypergen.engine.batch_invariance.shape_profiles import ShapeProfiles
+from hypergen.engine.forward_graphs import uses_graphs
 from hypergen.engine.forward_timer import ForwardTimer
 from hypergen.engine.request_errors import free_cached_memory, is_out_of_memory
 from hypergen.engine.scheduler import batch_key
@@ -59,9 +60,7 @@ class BatchRunner:
         self._timer = ForwardTimer(family.device, clock)
         self._accelerator = None
         if family.device.type != "cpu":
-            # Offloaded networks have no fixed addresses.
-            graphs = family.device.type == "cuda" and settings.cuda_graphs and settings.offload == "off"
-            self._accelerator = AcceleratorStep(family, graphs=graphs)
+            self._accelerator = AcceleratorStep(family, graphs=uses_graphs(family, settings))
 
     def free_memory(self) -> None:
         """See `Engine.free_memory`."""

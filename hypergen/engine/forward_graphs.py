@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from hypergen.config import EngineSettings
 from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.engine.cuda_graphs import CudaGraphs, Inputs
 from hypergen.lora.accelerator_batch import AcceleratorLoraBatch, RowWeights
@@ -19,15 +20,23 @@ from hypergen.models.family import Family
 _LORA = "lora_"
 
 
+def uses_graphs(family: Family, settings: EngineSettings) -> bool:
+    """Whether forward passes run as CUDA graphs; offloaded networks have no fixed addresses."""
+    return family.device.type == "cuda" and settings.cuda_graphs and settings.offload == "off"
+
+
 class ForwardGraphs:
     """Runs forward passes as CUDA graphs, one for each shape, row count, ControlNet and layout of LoRAs.
 
     The output is overwritten by the next forward pass. Belongs to the engine's thread.
+
+    Args:
+        what: runs, for the log.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, what: str = "The forward pass") -> None:
         self._family = family
-        self._graphs: CudaGraphs[Tensor] = CudaGraphs("The forward pass")
+        self._graphs: CudaGraphs[Tensor] = CudaGraphs(what)
 
     def clear(self) -> None:
         """Free the memory of all graphs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ from hypergen.request import ControlInput, GenerationRequest
 from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.compare_devices import assert_close, input_image, make_engine
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.fake_cuda.active import current
+from tests.support.fake_cuda.graphs import FakeGraph
+from tests.support.samplers import ALL_FLOW_NAMES, SOME_NAMES
 from tests.support.small_models import (
     save_flux,
+    save_playground,
     save_refiner,
     save_sd,
     save_sd3,
@@ -29,10 +33,17 @@ from tests.support.small_models import (
 )
 from tests.support.sync_engine import InlineEngine, make_request, make_settings, served_model
 
-_SAVE = {"sd": save_sd, "sdxl": save_sdxl, "flux": save_flux, "sd3": save_sd3}
+_SAVE = {
+    "sd": save_sd,
+    "sdxl": save_sdxl,
+    "flux": save_flux,
+    "sd3": save_sd3,
+    "playground": save_playground,
+}
+_EDM_SAMPLERS = ("dpmpp_2m", "dpmpp_2m_sde", "euler")
 
 
-@pytest.fixture(scope="module", params=_SAVE)
+@pytest.fixture(scope="module", params=["sd", "sdxl", "flux", "sd3"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = with_default_side(_SAVE[request.param](tmp_path_factory.mktemp("cuda") / request.param), 128)
     # What libraries import at a first load must not see the fake device.
@@ -63,6 +74,24 @@ def test_images_are_those_of_the_cpu(folder: Path) -> None:
     _assert_equal(folder, engine, *requests)
 
 
+@pytest.mark.parametrize(
+    ("family", "samplers"), [("sd", SOME_NAMES), ("sd3", ALL_FLOW_NAMES), ("playground", _EDM_SAMPLERS)]
+)
+def test_all_samplers_give_the_images_of_the_cpu(
+    tmp_path: Path, family: str, samplers: Collection[str]
+) -> None:
+    folder = _SAVE[family](tmp_path / family)
+    requests = [
+        make_request(seed=seed, num_inference_steps=4, sampler=name) for seed, name in enumerate(samplers)
+    ]
+    loading.load(folder, make_settings())
+    with fake_cuda():
+        engine = make_engine(folder, "cuda")
+        engine.run(*requests)
+        assert not engine.errors
+    _assert_equal(folder, engine, *requests)
+
+
 # Kernels whose bits change with the row count, as those of GPUs do: the row counts with equal bits.
 _KERNELS: dict[str, Callable[[int], int]] = {
     "1 | 2 or more": lambda rows: min(rows, 2),
@@ -73,22 +102,37 @@ _KERNELS: dict[str, Callable[[int], int]] = {
 
 
 class _PretendedKernels:
-    """Lets forward passes give other bits for other row counts, and cost what they should."""
+    """Lets forward passes give other bits for other row counts, and cost what they should.
 
-    def __init__(self, family: Any, kernel: Callable[[int], int], cost: Callable[[int], float]) -> None:
-        self.now = 0.0
+    Args:
+        cost: of an eager forward pass.
+        replay_cost: of a graph.
+    """
+
+    def __init__(
+        self,
+        family: Any,
+        kernel: Callable[[int], int],
+        cost: Callable[[int], float],
+        replay_cost: Callable[[int], float],
+    ) -> None:
         self.row_counts: list[int] = []
-        self._forward, self._kernel, self._cost = family.forward, kernel, cost
+        self._now = 0.0
+        self._graphs: dict[FakeGraph, float] = {}
+        self._forward, self._kernel, self._cost, self._replay_cost = family.forward, kernel, cost, replay_cost
         family.forward = self
 
     def __call__(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = len(latents)
         self.row_counts.append(rows)
-        self.now += self._cost(rows)
+        if (graph := current().capturing) is None:
+            self._now += self._cost(rows)
+        else:
+            self._graphs[graph] = self._replay_cost(rows)
         return self._forward(latents, *args, **kwargs) * (1 + 1e-3 * self._kernel(rows))
 
     def clock(self) -> float:
-        return self.now
+        return self._now + sum(graph.replays * seconds for graph, seconds in self._graphs.items())
 
 
 def _pretending(
@@ -96,10 +140,11 @@ def _pretending(
     kernel: Callable[[int], int],
     cost: Callable[[int], float],
     buckets: BucketStore | None = None,
+    replay_cost: Callable[[int], float] | None = None,
     **settings: Any,
 ) -> tuple[InlineEngine, _PretendedKernels]:
     family = loading.load(folder, make_settings(device="cuda", **settings))
-    kernels = _PretendedKernels(family, kernel, cost)
+    kernels = _PretendedKernels(family, kernel, cost, replay_cost or cost)
     engine = InlineEngine(family, clock=kernels.clock, buckets=buckets, device="cuda", **settings)
     engine.engine.warm_up()
     return engine, kernels
@@ -123,8 +168,9 @@ def test_batches_are_shared_and_bit_exact_whatever_the_kernels(
         assert status.row_counts == {"64x64": (16,), "128x128": (16,)}
         assert (status.image_steps - before.image_steps) / (status.forwards - before.forwards) >= 4
         assert set(kernels.row_counts[-4:]) == {16}
-        alone.generate(requests[3])
-        assert alone.data(requests[3]) == batched.data(requests[3])
+        for request in requests if seeded else requests[3:4]:
+            alone.generate(request)
+            assert alone.data(request) == batched.data(request)
     for engine in (batched, alone):
         engine.engine.close()
 
@@ -145,10 +191,25 @@ def test_the_bucket_is_as_large_as_costs_little_more(
     assert engine.engine.status().row_counts == {"128x128": (bucket,)}
 
 
+@pytest.mark.parametrize(("graphs", "bucket"), [(True, 4), (False, 16)])
+def test_the_bucket_has_the_costs_of_the_passes_that_serve(
+    sd_folder: Path, device: FakeCuda, graphs: bool, bucket: int
+) -> None:
+    """Eager forward passes of a small model cost the launches, whatever the rows; graphs do not."""
+    engine, _ = _pretending(
+        sd_folder,
+        lambda _rows: 0,
+        lambda _rows: 0.02,
+        replay_cost=lambda rows: 0.004 if rows <= 4 else 0.001 * rows,
+        cuda_graphs=graphs,
+    )
+    assert engine.engine.status().row_counts == {"128x128": (bucket,)}
+
+
 def test_a_bucket_is_not_chosen_again(sd_folder: Path, device: FakeCuda, tmp_path: Path) -> None:
     def start(cost: Callable[[int], float]) -> dict[str, tuple[int, ...]]:
         family = loading.load(sd_folder, make_settings(device="cuda"))
-        kernels = _PretendedKernels(family, lambda _rows: 0, cost)
+        kernels = _PretendedKernels(family, lambda _rows: 0, cost, cost)
         buckets = BucketStore(tmp_path / "buckets.json", {})
         engine = InlineEngine(family, clock=kernels.clock, buckets=buckets, device="cuda")
         engine.engine.warm_up()
@@ -194,10 +255,12 @@ def test_a_batch_that_is_out_of_memory_gets_a_smaller_bucket(
     assert kernels.row_counts[-1] == 8
 
 
-def test_fast_mode_pads_nothing(sd_folder: Path, device: FakeCuda) -> None:
-    engine, kernels = _pretending(sd_folder, lambda _rows: 0, lambda _rows: 0.02, determinism="fast")
+def test_fast_mode_pads_nothing_and_says_that_bits_differ(sd_folder: Path, device: FakeCuda) -> None:
+    engine, kernels = _pretending(sd_folder, lambda rows: rows, lambda _rows: 0.02, determinism="fast")
     engine.run(make_request())
-    assert engine.engine.status().row_counts == {}
+    status = engine.engine.status()
+    assert status.row_counts == {}
+    assert status.determinism["128x128"] == "close"
     assert kernels.row_counts[-1] == 2
 
 
@@ -208,12 +271,14 @@ def test_a_shape_runs_as_a_graph_from_its_second_forward_pass_on(
     with caplog.at_level("INFO", "hypergen.engine.cuda_graphs"):
         engine = make_engine(sd_folder, "cuda")
         engine.engine.warm_up()
-        assert caplog.text.count("runs as a CUDA graph") == 2  # forward pass and decoding of the default size
+        # Forward pass and decoding of the default size; four row counts were measured before.
+        assert caplog.text.count("runs as a CUDA graph") == 2 + 4
+        assert caplog.text.count("A measured forward pass") == 4
         engine.run(*requests)
         assert caplog.text.count("The forward pass of latents 16x4x8x8 runs as a CUDA graph") == 1
     graphs = [entry for entry in device.launches if entry.startswith("graph ")]
-    # All but the first forward pass and the first decode of each shape.
-    assert sum(device.launches[entry] for entry in graphs) == (1 + 4) + (1 + 2)
+    # All but the first forward pass and the first decode of each shape, and two of each measured row count.
+    assert sum(device.launches[entry] for entry in graphs) == (1 + 4) + (1 + 2) + 2 * (4 + 4)
     eager = make_engine(sd_folder, "cuda", cuda_graphs=False)
     eager.run(*requests)
     for request in requests:

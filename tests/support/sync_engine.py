@@ -23,6 +23,7 @@ from hypergen.models.cfg import denoise
 from hypergen.models.family import Family
 from hypergen.request import GenerationRequest
 from hypergen.served_model import ServedModel
+from tests.support.fake_cuda import active
 
 _numbers = itertools.count()
 
@@ -57,7 +58,7 @@ _forwards: WeakKeyDictionary[nn.Module, list[None]] = WeakKeyDictionary()
 
 
 def forward_clock(family: Family) -> Callable[[], float]:
-    """A clock that advances by `FORWARD_S` with each forward pass of the denoiser.
+    """A clock that advances by `FORWARD_S` with each forward pass of the denoiser, and each run of a graph.
 
     So every forward pass takes the same time, larger batches are more efficient, and batches do not depend on
     the load of the machine.
@@ -67,7 +68,7 @@ def forward_clock(family: Family) -> Callable[[], float]:
         forwards = _forwards[denoiser] = []
         denoiser.register_forward_pre_hook(lambda *_: forwards.append(None))
     forwards = _forwards[denoiser]
-    return lambda: FORWARD_S * len(forwards)
+    return lambda: FORWARD_S * (len(forwards) + active.replays())
 
 
 class InlineEngine:

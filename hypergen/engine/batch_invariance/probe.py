@@ -27,6 +27,7 @@ from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.layers import make_layers_invariant, make_linears_invariant
 from hypergen.engine.compiled_forward import CompiledForward
+from hypergen.engine.forward_graphs import ForwardGraphs
 from hypergen.engine.request_errors import is_out_of_memory
 from hypergen.engine.scheduler import BatchKey, batch_key
 from hypergen.events import Verdict
@@ -72,6 +73,7 @@ class BatchInvariance:
     Args:
         enabled: False probes and reports, but replaces no layer (`--determinism fast`).
         compiled: the family's `forward`, if shapes are compiled.
+        graphs: whether forward passes run as CUDA graphs.
         max_rows: rows of the largest batch.
         rows_per_image: of an image with the model's default parameters: 2 with guidance.
         buckets: chosen earlier.
@@ -89,6 +91,7 @@ class BatchInvariance:
         *,
         enabled: bool,
         compiled: CompiledForward | None = None,
+        graphs: bool = False,
         max_rows: int,
         rows_per_image: int = 2,
         buckets: BucketStore | None = None,
@@ -99,6 +102,7 @@ class BatchInvariance:
         self._family = family
         self._enabled = enabled
         self._compiled = compiled
+        self._graphs = graphs
         self.compiled_shapes: set[BatchKey] = set()
         self._max_rows = max_rows
         self._budget_s = budget_s
@@ -139,7 +143,8 @@ class BatchInvariance:
         """Choose the row count of all batches of a shape, or in fast mode measure the row counts.
 
         Clocks choose once: the bucket is kept in a file. Forward passes are measured before the shape is
-        compiled.
+        compiled, and as CUDA graphs if they run so: the third run is the first replay. Eager ones of a small
+        model cost the launches, which are the same for all row counts.
         """
         shape = batch_key(state).shared
         has_bucket = self.has_bucket(shape)
@@ -150,17 +155,28 @@ class BatchInvariance:
         chosen = self._buckets.get(str(shape)) if has_bucket else None
         counts = [count for count in _BUCKETS if own <= count <= (chosen or largest)]
         seconds: dict[int, float] = {}
+        expected: Tensor | None = None  # the output of the last row count
         for count in [chosen] if chosen else counts:
             batch = map_rows(inputs, itemgetter(slice(count)))
+            graphs = ForwardGraphs(self._family, "A measured forward pass") if self._graphs else None
             try:
                 times: list[float] = []
                 for _ in range(3):
-                    times.append(self._timed_forward(batch, batch_key_extra)[1])
+                    output, spent_s = self._timed_forward(batch, batch_key_extra, graphs)
+                    times.append(spent_s)
                     yield
                 seconds[count] = min(times[1:])  # the first forward pass of a shape also prepares kernels
+                if not has_bucket:
+                    output, _ = self._timed_forward(batch, batch_key_extra)
+                    if expected is not None and not torch.equal(output[: len(expected)], expected):
+                        probe.differing.add(count)
+                    expected = output
             except Exception as error:
                 if count == own or not is_out_of_memory(error):
                     raise
+            finally:
+                if graphs is not None:
+                    graphs.clear()
             if count not in seconds:
                 if not chosen:
                     break
@@ -172,7 +188,7 @@ class BatchInvariance:
             if not has_bucket and count > own and _MIN_SPEEDUP * seconds[count] > 2 * seconds[count // 2]:
                 break
         if not has_bucket:
-            probe.seconds = seconds
+            probe.seconds, probe.verdict = seconds, "close" if probe.differing else "exact"
             return
         bucket = chosen or self._buckets.put(
             str(shape), max(count for count in seconds if seconds[count] <= _MAX_BUCKET_COST * seconds[own])
@@ -266,11 +282,15 @@ class BatchInvariance:
             yield
 
     def _timed_forward(
-        self, inputs: ForwardInputs, batch_key_extra: tuple[Hashable, ...]
+        self,
+        inputs: ForwardInputs,
+        batch_key_extra: tuple[Hashable, ...],
+        graphs: ForwardGraphs | None = None,
     ) -> tuple[Tensor, float]:
+        forward = self._family.forward if graphs is None else graphs.forward
         started = self._clock()
         with self._leave_room(inputs[0]):
-            output = self._family.forward(*inputs, batch_key_extra=batch_key_extra)
+            output = forward(*inputs, batch_key_extra=batch_key_extra)
         synchronize(output)
         return output, self._clock() - started
 

@@ -13,6 +13,7 @@ from hypergen.denoising.denoising_state import DenoisingState
 from hypergen.engine.batch_invariance.bucket_store import BucketStore
 from hypergen.engine.batch_invariance.probe import BatchInvariance, Probe
 from hypergen.engine.compiled_forward import CompiledForward
+from hypergen.engine.forward_graphs import uses_graphs
 from hypergen.engine.scheduler import BatchKey, CostCurve, batch_key
 from hypergen.engine.warmup import rows_per_image
 from hypergen.events import Verdict
@@ -55,6 +56,7 @@ class ShapeProfiles:
             family,
             enabled=self._strict,
             compiled=compiled,
+            graphs=uses_graphs(family, settings),
             max_rows=self._max_rows,
             rows_per_image=rows_per_image(family),
             buckets=buckets,

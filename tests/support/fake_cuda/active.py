@@ -16,6 +16,11 @@ def current() -> FakeCuda:
     return _devices[-1]
 
 
+def replays() -> int:
+    """How often graphs ran; 0 without a device."""
+    return _devices[-1].replayed if _devices else 0
+
+
 def enter(device: FakeCuda) -> None:
     assert not _devices, "one fake device at a time"
     _devices.append(device)

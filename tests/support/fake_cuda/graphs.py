@@ -55,6 +55,7 @@ class FakeGraph:
     def replay(self) -> None:
         device = current()
         self.replays += 1
+        device.replayed += 1
         device.count("launches", "graph")
         stream = current_stream()
         for memory in self.shared:
