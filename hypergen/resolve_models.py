@@ -105,7 +105,9 @@ def _find_model(
         found.append(refiner.tag)
     checker = find_safety_checker(engine.safety_checker, report_progress)
     # Engines use folders, not the store or the hub.
-    folders = download_controlnets(engine.controlnet, stored.path, report_progress)
+    folders = download_controlnets(
+        engine.controlnet, stored.path, report_progress, prefer_fp16=prefers_fp16(engine)
+    )
     engine = engine.model_copy(
         update={
             "safety_checker": checker,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from hypergen.denoising.denoising_state import ModelInputs
 from hypergen.denoising.offload import device_of
 from hypergen.errors import InvalidRequestError, SettingError
 from hypergen.images.geometry import resize_to_generation_size
+from hypergen.model_store.diffusers_layout import variant_of
 from hypergen.request import ControlInput
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def load(folders: Mapping[str, str], unet: UNet2DConditionModel, dtype: torch.dt
             loaded: Any = ControlNetModel.from_pretrained(
                 folder,
                 torch_dtype=dtype,
+                variant=variant_of(Path(folder)),
                 use_safetensors=True,
                 local_files_only=True,
                 device_map=device if device.type == "cuda" else None,

@@ -65,12 +65,17 @@ def find_controlnets(sources: Mapping[str, str]) -> dict[str, str]:
 
 
 def download_controlnets(
-    sources: Mapping[str, str], model: Path, report_progress: Callable[[str], None] | None
+    sources: Mapping[str, str],
+    model: Path,
+    report_progress: Callable[[str], None] | None,
+    *,
+    prefer_fp16: bool = False,
 ) -> dict[str, str]:
     """The folders of the ControlNets of a model, downloaded if necessary.
 
     Args:
         sources: from `find_controlnets`.
+        prefer_fp16: see `download_network`.
 
     Raises:
         SettingError: one cannot be downloaded, or is for another model.
@@ -84,7 +89,8 @@ def download_controlnets(
         if report_progress is not None:
             report_progress(f"Looking for {source} in the hub's cache and on the hub")
         with of_setting("controlnet", f"'{name}' ({source})", item=name):
-            folders[name] = str(download_network(*split_revision(source), check))
+            folder = download_network(*split_revision(source), check, prefer_fp16=prefer_fp16)
+            folders[name] = str(folder)
     return folders
 
 

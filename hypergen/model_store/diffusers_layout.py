@@ -151,6 +151,12 @@ def require_weights(model: str, component: str, class_name: str, names: Iterable
     raise ModelError(f"{model}: {component} has {has}.")
 
 
+def variant_of(folder: Path) -> str | None:
+    """diffusers' name of the weights in a network's folder: "fp16" if there are no others."""
+    names = [file.name for file in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
+
+
 def select_in_folder(folder: Path, *, prefer_fp16: bool) -> Selection:
     """`select_files` for a local folder, with the model's LoRAs."""
     components = read_components(folder / PIPELINE_FILE, str(folder))

@@ -22,6 +22,7 @@ from hypergen.model_store.diffusers_layout import (
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 TIMEOUT_S = 10
+_WEIGHTS, _FP16_WEIGHTS = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
 # Raises a ModelError if a folder, whose weights may be headers alone, cannot be used.
 Check = Callable[[Path], None]
 
@@ -144,41 +145,57 @@ def cached_folders(repo: str) -> list[Path]:
     return [file.parent for file in sorted(found, key=lambda file: str(file) != main)]
 
 
-def download_network(repo: str, revision: str | None, check: Check) -> Path:
+def download_network(repo: str, revision: str | None, check: Check, *, prefer_fp16: bool = False) -> Path:
     """The folder of one network that is a hub model of its own, such as a VAE or a ControlNet; from the hub's
     cache if it is there.
 
     Args:
         check: called before the weights are downloaded.
+        prefer_fp16: download the fp16 variant of the weights if there is one; see `variant_of`.
     """
-    return _download_files(repo, revision, ["config.json", "diffusion_pytorch_model.safetensors"], check)
+    plain = Selection({"config.json": "config.json", _WEIGHTS: _WEIGHTS}, "none")
+    fp16 = Selection({"config.json": "config.json", _WEIGHTS: _FP16_WEIGHTS}, "taken")
+    return _download_files(repo, revision, [fp16, plain] if prefer_fp16 else [plain], check)
 
 
 def download_safety_checker(repo: str, revision: str | None, check: Check) -> Path:
     """The same for a content filter, with its image processor."""
     files = ["config.json", "preprocessor_config.json", "model.safetensors"]
-    return _download_files(repo, revision, files, check)
+    return _download_files(repo, revision, [Selection({name: name for name in files}, "none")], check)
 
 
-def _download_files(repo: str, revision: str | None, files: list[str], check: Check) -> Path:
-    from huggingface_hub import snapshot_download
+def _download_files(repo: str, revision: str | None, selections: list[Selection], check: Check) -> Path:
+    """
+    Args:
+        selections: which differ in their weights, the preferred ones first; any in the cache is enough.
+    """
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with suppress(LocalEntryNotFoundError):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
-        if all((folder / name).is_file() for name in files):
-            return folder
-    selection = Selection({name: name for name in files}, "none")
-    configurations = selection.without_weights()
+    for selection in selections:
+        files = list(selection.files.values())
+        with suppress(LocalEntryNotFoundError):
+            folder = Path(
+                snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True)
+            )
+            if all((folder / name).is_file() for name in files):
+                return folder
+    configurations = selections[0].without_weights()
     with _one_line_errors(repo, revision):
         # By revision, so that the cache knows its commit.
         patterns = list(configurations.files)
         folder = Path(
             snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_S)
         )
-    for name in configurations.files:
-        if not (folder / name).is_file():
-            raise ModelError(f"{repo} on the hub has no {name}.")
+        for name in configurations.files:
+            if not (folder / name).is_file():
+                raise ModelError(f"{repo} on the hub has no {name}.")
+        *preferred, selection = selections
+        for other in preferred:
+            weights = [name for name in other.files.values() if name not in configurations.files]
+            if all(HfApi().file_exists(repo, name, revision=folder.name) for name in weights):
+                selection = other
+                break
     model = HubModel(repo, commit=folder.name, selection=selection, size_bytes=0)
     with linked(folder, configurations) as headers:
         write_headers(model, selection, headers)

@@ -15,7 +15,7 @@ from hypergen.denoising.schedulers import FLOW_SAMPLERS, ignored_field, is_edm
 from hypergen.errors import ModelError, SettingError
 from hypergen.model_families import FamilySpec
 from hypergen.model_store.checkpoint_detection import METADATA
-from hypergen.model_store.diffusers_layout import PIPELINE_FILE, safetensors_header
+from hypergen.model_store.diffusers_layout import PIPELINE_FILE, safetensors_header, variant_of
 from hypergen.models.checkpoint_conversion import convert
 from hypergen.models.folder_accounting import account_for_component
 from hypergen.models.networks import assign_weights, empty_network
@@ -178,7 +178,9 @@ def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
     """
     check_vae(source, path)
     if source.is_dir():
-        return AutoencoderKL.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=True)
+        return AutoencoderKL.from_pretrained(
+            source, dtype=dtype, variant=variant_of(source), use_safetensors=True, local_files_only=True
+        )
     network = empty_network(path / "vae", AutoencoderKL)
     with safe_open(source, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict

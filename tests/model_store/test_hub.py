@@ -14,11 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
 
+from hypergen.conditioning import controlnet
 from hypergen.config import EngineSettings
 from hypergen.model_families import servable
 from hypergen.model_store import store
@@ -361,6 +363,31 @@ def test_a_network_is_compared_before_its_weights_are_downloaded(hub: Hub, tmp_p
     assert (found / file.name).read_bytes() == good
     hub.requested.clear()
     assert find(model) == found
+    assert hub.requested == []
+
+
+@pytest.mark.parametrize("has_fp16", [True, False])
+def test_a_controlnet_is_downloaded_in_half_precision_if_that_is_enough(
+    hub: Hub, tmp_path: Path, has_fp16: bool
+):
+    model = save_sd(tmp_path / "model")
+    _save_controlnet(model, tmp_path / "network")
+    files = {name: (tmp_path / "network" / name).read_bytes() for name in files_of(tmp_path / "network")}
+    weights, fp16_weights = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+    if has_fp16:
+        tensors = load_file(tmp_path / "network" / weights)
+        halved = {name: tensor.half() for name, tensor in tensors.items()}
+        save_torch_file(halved, tmp_path / fp16_weights, {"format": "pt"})
+        files[fp16_weights] = (tmp_path / fp16_weights).read_bytes()
+    hub.files = files
+    found = download_controlnets({"edges": "owner/model"}, model, None, prefer_fp16=True)
+    taken = fp16_weights if has_fp16 else weights
+    folder = Path(found["edges"])
+    assert {file.name for file in folder.iterdir()} == {"config.json", taken}
+    unet = cast(Any, UNet2DConditionModel.from_pretrained(model / "unet"))
+    assert set(controlnet.load(found, unet, torch.float16)) == {"edges"}
+    hub.requested.clear()
+    assert download_controlnets({"edges": "owner/model"}, model, None, prefer_fp16=True) == found
     assert hub.requested == []
 
 
