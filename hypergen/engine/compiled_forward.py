@@ -41,7 +41,7 @@ class CompiledForward:
         # cuDNN's convolutions need it. Inductor would reorder the weights in each forward pass.
         channels_last = isinstance(network, UNet2DConditionModel) and family.device.type == "cuda"
         if channels_last and not (family.lora_manager and family.lora_manager.has_loras):
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
         self._compiled = copy.copy(family)
         self._compiled.denoiser = _copy(network, _channels_last if channels_last else lambda weight: weight)
         self.network: nn.Module = self._compiled.denoiser
