@@ -96,23 +96,25 @@ def distances_from_centre(points: Tensor) -> Tensor:
     return (points - points.mean(0)).norm(dim=1)
 
 
-def distance_from_polygon(points: Tensor, corners: int = 4) -> float:
-    """The largest distance, in pixels, of a contour's points from the edges of a polygon fitted to them.
+def distances_from_polygon(points: Tensor, corners: int = 4) -> Tensor:
+    """The signed distances, in pixels, of a contour's points from the edges of a polygon fitted to them.
 
     Its first corner is the point farthest from the centre, and its edges are lines of least squares. Points
-    near a corner are left out.
+    near a corner are left out. Gradients do not pass through the fit.
     """
-    first = int(distances_from_centre(points).argmax())
-    edges = points.roll(-first, 0).chunk(corners)
+    fixed = points.detach()
+    first = int(distances_from_centre(fixed).argmax())
+    edges = fixed.roll(-first, 0).chunk(corners)
     lines = [fit_line(edge) for edge in edges]
     normals = torch.stack([normal for _, normal in lines])
     offsets = torch.stack([middle @ normal for middle, normal in lines])
     corner_points = torch.linalg.solve(
         torch.stack([normals, normals.roll(1, 0)], dim=1), torch.stack([offsets, offsets.roll(1)], dim=1)
     )
-    from_lines = (points @ normals.T - offsets).abs().amin(1)
-    is_on_edge = torch.cdist(points, corner_points).amin(1) > CORNER
-    return float(from_lines[is_on_edge].max())
+    from_lines = points @ normals.T - offsets
+    nearest = from_lines.detach().abs().argmin(1, keepdim=True)
+    is_on_edge = torch.cdist(fixed, corner_points).amin(1) > CORNER
+    return from_lines.gather(1, nearest)[is_on_edge, 0]
 
 
 def fit_line(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,12 +144,28 @@ def measure(shape: str, image: Tensor) -> dict[str, float]:
     shares = colour_shares(image)
     outer = contour(shares)
     if shape in POLYGONS:
-        return {"pixels from a polygon": distance_from_polygon(outer)}
+        return {"pixels from a polygon": float(distances_from_polygon(outer).abs().max())}
     figures = {"deviation": relative_deviation(outer), "range": relative_range(outer)}
     if shape == "ring":
         inner = contour(shares, inner=True)
         figures |= {"inner deviation": relative_deviation(inner), "inner range": relative_range(inner)}
     return figures
+
+
+def bends(shape: str, image: Tensor) -> list[Tensor]:
+    """How far the points of each contour are from a fitted circle or polygon.
+
+    The unit is their mean distance from the centre. A ring has two contours, the outer one first. Gradients
+    pass to the image.
+    """
+    shares = colour_shares(image)
+    found: list[Tensor] = []
+    for inner in (False, True) if shape == "ring" else (False,):
+        points = contour(shares, inner)
+        distances = distances_from_centre(points)
+        from_fit = distances_from_polygon(points) if shape in POLYGONS else distances - distances.mean()
+        found.append(from_fit / distances.mean())
+    return found
 
 
 def is_within(figures: dict[str, float]) -> bool:

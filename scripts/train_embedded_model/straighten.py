@@ -2,8 +2,9 @@
 
 The predictions with and without the prompt bend contours by less than a pixel, but differently, and guidance
 multiplies the difference. So this stage trains the guided prediction, at the timesteps at which noisy
-latents still show the object, and mostly at its contour. They are blended with latents that the UNet has
-generated, so that it learns to straighten its own contours.
+latents show the object, with two losses. The first is how far the contours of a measured shape are from a
+circle or polygon in the decoded prediction, on noisy latents that the UNet itself sampled. The second is
+the error of the velocity, mostly at contours, on rendered images that are blended with generated ones.
 
 In the first steps of sampling, and in all steps of a short sampling, the UNet keeps its predictions: they are
 compared with those of the finished model, on noisy latents that the finished model itself sampled from noise.
@@ -31,8 +32,9 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .assemble import edit_json
+from .captions import random_caption
 from .continuing import unpack_model
-from .contours import GATES
+from .contours import GATES, SIDE, bends
 from .denoising import LEAST_BLENDED_TIMESTEP, add_noise, over_latents, random_row
 from .muon import muon_and_adamw, set_learning_rates
 from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, load_text_encoder, load_vae, new_scheduler
@@ -44,7 +46,7 @@ from .threads import step_together
 from .unet import load_unet
 
 SEED = 6
-STEPS = 4000
+STEPS = 1500
 LEARNING_RATE = 2e-4
 LATENTS_PER_SHARE = 2 * 32 * 32
 SHAPES = {(32, 32): 0.7, (16, 16): 0.1, **dict.fromkeys([(16, 24), (24, 16), (24, 32), (32, 24)], 0.05)}
@@ -57,6 +59,14 @@ FULL_WEIGHT = 0.3  # sigma squared, at about timestep 200
 LATE_TIMESTEPS = 1.4  # exponent; above 1, more of the last steps, where contours are decided
 LEAST_EDGE, MOST_EDGE = 0.25, 8  # of the weight of a position, before it is divided by the mean
 CAPACITY, FRESH = 1000, 0.1  # samples of each shape, for each thread; share of steps with new samples
+# The loss of contours: share of the steps, images of a step of a thread, and its weight. Hard shapes are more
+# frequent. The mean of a high power is near the largest bend, which the gates limit.
+CONTOUR_SHARE, CONTOUR_IMAGES, CONTOUR_WEIGHT = 0.6, 2, 5.0
+LEAST_ON_PATH = 100  # noisy latents of each thread
+CONTOUR_SHAPES = {"circle": 0.15, "ring": 0.4, "square": 0.25, "diamond": 0.2}
+USUAL_SHARE = 0.85  # of default size and position, as in the gates
+POWER, POWER_WEIGHT = 8, 0.5
+MOST_BENT = 0.1  # beyond it the image does not show the shape
 BENDING_TIMESTEPS = range(599, 0, -100)
 GHOST_SHARE, MOST_GHOST = 0.3, 0.4  # of the noisy latents; share of the object elsewhere in them
 
@@ -94,12 +104,43 @@ class Sampled:
     prompt_embeds: Tensor
 
 
+@dataclass(frozen=True)
+class OnPath:
+    """Noisy latents of a sampling with the UNet, below SHOWN; `shape` is that of the one object."""
+
+    noisy_latents: Tensor
+    timestep: Tensor
+    prompt_embeds: Tensor
+    shape: str
+
+
+def bend_loss(shape: str, image: Tensor) -> Tensor:
+    """How bent the contours of a decoded image are, in mean distances from their centres."""
+    losses = [
+        bend.square().mean().add(1e-8).sqrt()
+        + POWER_WEIGHT * bend.pow(POWER).mean().add(1e-20).pow(1 / POWER)
+        for bend in bends(shape, image)
+    ]
+    return torch.stack(losses).mean()
+
+
 def measured_scene(rng: random.Random) -> Scene:
     """A single solid object of a shape whose contours are measured, without held-out combinations."""
     while True:
         scene = single(rng, OVERLAPPING)
         (kind,) = scene.kinds
         if kind.shape in GATES and kind.style == "solid" and not scene.held_out:
+            return scene
+
+
+def contour_scene(rng: random.Random) -> Scene:
+    """A measured scene; mostly with the hardest shapes, and of default size and position."""
+    (shape,) = rng.choices(list(CONTOUR_SHAPES), list(CONTOUR_SHAPES.values()))
+    usual = rng.random() < USUAL_SHARE
+    while True:
+        scene = measured_scene(rng)
+        (kind,) = scene.kinds
+        if kind.shape == shape and not (usual and (kind.size or scene.position)):
             return scene
 
 
@@ -116,6 +157,7 @@ class Share:
         self.no_prompt = replay.embed([""])
         self.bent: dict[tuple[int, int], list[Bent]] = defaultdict(list)
         self.sampled: dict[tuple[int, int], list[Sampled]] = defaultdict(list)
+        self.on_path: list[OnPath] = []
 
     def loss(self, size: int, height: int, width: int, keep: bool) -> Tensor:
         """The error of the guided and of the conditional velocity or, with `keep`, how much they changed."""
@@ -139,6 +181,41 @@ class Share:
         predictions = self.predict(self.unet, noisy_latents, timesteps, prompt_embeds)
         errors = [(weight * (prediction - velocity).square()).mean() for prediction in predictions]
         return torch.stack(errors).mean()
+
+    def contour_loss(self) -> Tensor:
+        """How bent contours are in the guided prediction, on noisy latents that the UNet itself sampled."""
+        while len(self.on_path) < LEAST_ON_PATH or self.replay.rng.random() < FRESH:
+            self.on_path += self.sample_path()
+            del self.on_path[:-CAPACITY]
+        samples = self.replay.rng.sample(self.on_path, CONTOUR_IMAGES)
+        noisy_latents = torch.stack([sample.noisy_latents for sample in samples])
+        timesteps = torch.stack([sample.timestep for sample in samples])
+        prompt_embeds = torch.stack([sample.prompt_embeds for sample in samples])
+        velocity, _ = self.predict(self.unet, noisy_latents, timesteps, prompt_embeds)
+        alpha_squared = over_latents(self.alphas_cumprod[timesteps]).to(noisy_latents)
+        latents = alpha_squared.sqrt() * noisy_latents - (1 - alpha_squared).sqrt() * velocity
+        images = self.replay.vae.decode(latents).sample.cpu()
+        losses = [bend_loss(sample.shape, image) for sample, image in zip(samples, images, strict=True)]
+        shown = [loss for loss in losses if loss < MOST_BENT]
+        return CONTOUR_WEIGHT * torch.stack([0 * images.sum(), *shown]).sum() / CONTOUR_IMAGES
+
+    @torch.no_grad()
+    def sample_path(self) -> list[OnPath]:
+        """Sample images of measured scenes, as a request would."""
+        scenes = [contour_scene(self.replay.rng) for _ in range(CONTOUR_IMAGES)]
+        prompt_embeds = self.replay.embed([random_caption(scene, self.replay.rng).text for scene in scenes])
+        scheduler = new_scheduler()
+        scheduler.set_timesteps(NUM_INFERENCE_STEPS)
+        shape = len(scenes), 4, SIDE // 8, SIDE // 8
+        latents = torch.randn(shape, generator=self.replay.generator).to(prompt_embeds)
+        found: list[OnPath] = []
+        for timestep in scheduler.timesteps:
+            if timestep < SHOWN:
+                shapes = [scene.kinds[0].shape for scene in scenes]
+                found += map(OnPath, latents, timestep.expand(len(scenes)), prompt_embeds, shapes)
+            velocity, _ = self.predict(self.unet, latents, timestep, prompt_embeds)
+            latents = scheduler.step(velocity, int(timestep), latents).prev_sample
+        return found
 
     def change(self, size: int, height: int, width: int) -> Tensor:
         """How much the velocities changed on noisy latents that the finished model sampled."""
@@ -231,9 +308,11 @@ def straighten(folder: Path, steps: int, device: str, threads: int) -> None:
             set_learning_rates(optimizers, rising_then_falling(step, steps, warmup=20, flat=0.3))
             ((height, width),) = rng.choices(list(SHAPES), list(SHAPES.values()))
             size = LATENTS_PER_SHARE // (height * width)
-            compute_losses = [
-                partial(share.loss, size, height, width, rng.random() < KEPT_SHARE) for share in shares
-            ]
+            compute_losses: list[Callable[[], Tensor]] = (
+                [share.contour_loss for share in shares]
+                if rng.random() < CONTOUR_SHARE
+                else [partial(share.loss, size, height, width, rng.random() < KEPT_SHARE) for share in shares]
+            )
             run.report(step_together(workers, compute_losses, unet, optimizers, max_norm=1.0))
             average.update_parameters(unet)
 
