@@ -19,6 +19,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -195,8 +196,12 @@ class Share:
         alpha_squared = over_latents(self.alphas_cumprod[timesteps]).to(noisy_latents)
         latents = alpha_squared.sqrt() * noisy_latents - (1 - alpha_squared).sqrt() * velocity
         images = self.replay.vae.decode(latents).sample.cpu()
-        losses = [bend_loss(sample.shape, image) for sample, image in zip(samples, images, strict=True)]
-        shown = [loss for loss in losses if loss < MOST_BENT]
+        shown: list[Tensor] = []
+        for sample, image in zip(samples, images, strict=True):
+            with suppress(IndexError, torch.linalg.LinAlgError):  # no object, or no polygon
+                loss = bend_loss(sample.shape, image)
+                if loss < MOST_BENT:
+                    shown.append(loss)
         return CONTOUR_WEIGHT * torch.stack([0 * images.sum(), *shown]).sum() / CONTOUR_IMAGES
 
     @torch.no_grad()
