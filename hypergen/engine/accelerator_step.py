@@ -8,15 +8,16 @@ that no bit of an image depends on the others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs, advance_each
 from hypergen.denoising.linear_steps import (
@@ -43,6 +44,28 @@ class _SchedulerKey(NamedTuple):
     config: str
     timesteps: tuple[float, ...]
     first: int
+
+
+class _SampledAhead(TorchFunctionMode):
+    """Gives a scheduler, where it samples noise from a generator, the noise that was sampled ahead.
+
+    Else it would sample on the CPU and wait for the copy to the device.
+    """
+
+    def __init__(self, generator: torch.Generator, take: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._generator = generator
+        self._take: Callable[[], Tensor] | None = take
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        take, is_noise = self._take, func is torch.randn and kwargs.get("generator") is self._generator
+        if not is_noise or take is None:
+            return func(*args, **kwargs)
+        self._take = None  # the next noise of the same step, if any, is sampled here
+        return take().to(kwargs.get("dtype"))
 
 
 class AcceleratorStep:
@@ -154,9 +177,23 @@ class AcceleratorStep:
                     yield state, error
                 else:
                     yield state, None
-        yield from advance_each(
-            (state, prediction.to(state.latents.dtype)) for state, prediction in pairs if state.linear is None
-        )
+        for state, prediction in pairs:
+            if state.linear is None:
+                yield from self._advance_alone(state, prediction)
+
+    def _advance_alone(
+        self, state: DenoisingState, prediction: Tensor
+    ) -> list[tuple[DenoisingState, Exception | None]]:
+        """A step that is no linear form, by diffusers' scheduler, with the noise that was sampled ahead."""
+        with _SampledAhead(state.generator, partial(self._take_noise, state)):
+            advanced = list(advance_each([(state, prediction.to(state.latents.dtype))]))
+        self._attach(state)
+        return advanced
+
+    def _take_noise(self, state: DenoisingState) -> Tensor:
+        noise = self._upload_noise([state])[state]
+        del self._noise[state]
+        return noise
 
     def _apply(self, state: DenoisingState, latents: Tensor, history: list[Tensor]) -> None:
         self._noise.pop(state, None)
@@ -223,14 +260,14 @@ class AcceleratorStep:
         if state.linear is None or state.linear.scheduler is not state.scheduler:
             steps, first = self._steps_of(state.scheduler, state.step_index), state.step_index
             state.linear = None if steps is None else LinearSampler(state.scheduler, steps, first, [])
-        if state.linear is None or state in self._noise:
-            return
-        if state.linear.step_at(state.step_index).samples_noise:
+        # Noise that a step did not take is that of the next one.
+        if state not in self._noise and _samples_noise(state):
             self._noise[state] = self._noise_thread.submit(self._sample_noise, state)
 
     def _sample_noise(self, state: DenoisingState) -> Tensor:
         """On the CPU, as diffusers samples it, so that a seed means the same on every device."""
-        noise = torch.randn(state.latents.shape, generator=state.generator, dtype=self._family.denoiser.dtype)
+        dtype = self._family.denoiser.dtype if state.linear else torch.float32
+        noise = torch.randn(state.latents.shape, generator=state.generator, dtype=dtype)
         return noise.pin_memory() if self._device.type == "cuda" else noise
 
     def _upload_noise(self, states: Sequence[DenoisingState]) -> dict[DenoisingState, Tensor]:
@@ -278,6 +315,11 @@ class AcceleratorStep:
 
 def _column(numbers: Tensor) -> Tensor:
     return numbers.reshape(-1, 1, 1, 1)
+
+
+def _samples_noise(state: DenoisingState) -> bool:
+    """Whether an image's step may sample noise; of schedulers that are not linear, only that it could."""
+    return state.linear.step_at(state.step_index).samples_noise if state.linear else state.is_stochastic
 
 
 def _timestep(state: DenoisingState) -> float:

@@ -23,6 +23,7 @@ from tests.support.fake_cuda.active import current
 from tests.support.fake_cuda.graphs import FakeGraph
 from tests.support.samplers import ALL_FLOW_NAMES, SOME_NAMES
 from tests.support.small_models import (
+    save_clipping,
     save_flux,
     save_playground,
     save_refiner,
@@ -39,7 +40,9 @@ _SAVE = {
     "flux": save_flux,
     "sd3": save_sd3,
     "playground": save_playground,
+    "clipping": save_clipping,
 }
+_CLIPPING_SAMPLERS = ("ddim", "ddpm", "lcm")
 _EDM_SAMPLERS = ("dpmpp_2m", "dpmpp_2m_sde", "euler")
 
 
@@ -75,7 +78,13 @@ def test_images_are_those_of_the_cpu(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "samplers"), [("sd", SOME_NAMES), ("sd3", ALL_FLOW_NAMES), ("playground", _EDM_SAMPLERS)]
+    ("family", "samplers"),
+    [
+        ("sd", SOME_NAMES),
+        ("sd3", ALL_FLOW_NAMES),
+        ("playground", _EDM_SAMPLERS),
+        ("clipping", _CLIPPING_SAMPLERS),
+    ],
 )
 def test_all_samplers_give_the_images_of_the_cpu(
     tmp_path: Path, family: str, samplers: Collection[str]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,15 @@ import torch
 from hypergen.models import loading
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.samplers import ALL_FLOW_NAMES, SOME_NAMES
-from tests.support.small_models import save_sd, save_sd3
+from tests.support.small_models import save_clipping, save_sd, save_sd3
 from tests.support.sync_engine import InlineEngine, make_request, make_settings
 
 _IMAGES = 8
-_SAVE = {"sd": save_sd, "sd3": save_sd3}
+_SAVE: dict[str, Callable[[Path], Path]] = {
+    "sd": save_sd,
+    "clipping": save_clipping,
+    "sd3": save_sd3,
+}
 
 
 class _Outside:
@@ -102,3 +107,10 @@ def test_flow_samplers_wait_for_nothing(engine: _Engine, sampler: str) -> None:
     launches, waits = engine.steady_steps(sampler)
     assert not waits
     assert launches <= 24
+
+
+@pytest.mark.parametrize("engine", ["clipping"], indirect=True)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm"])
+def test_steps_that_clip_wait_for_nothing(engine: _Engine, sampler: str) -> None:
+    _, waits = engine.steady_steps(sampler)
+    assert not waits

@@ -112,6 +112,15 @@ EDM_LATENTS: dict[str, Any] = {
 }
 
 
+def save_clipping(folder: Path) -> Path:
+    """An SDXL model whose scheduler clips samples; diffusers turns that off for Stable Diffusion."""
+    save_sdxl(folder)
+    config_file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"_class_name": "DDIMScheduler", "clip_sample": True}))
+    return folder
+
+
 def save_playground(folder: Path) -> Path:
     """A small SDXL in the layout of Playground 2.5: EDM, and a VAE with statistics of its latents."""
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(save_sdxl(folder))
