@@ -88,8 +88,9 @@ def load_any(
     half_dtype = family.half_dtype if family else torch.bfloat16
     dtype = choose_dtype(settings, device, model_card, half_dtype)
     options = options_of(path, options or ModelOptions())
-    replaced = {"vae": load_vae(Path(options.vae), path, dtype)} if options.vae else {}
-    pipeline = load_pipeline(pipeline_class, path, dtype, direct_device(settings, device), replaced=replaced)
+    direct = direct_device(settings, device)
+    replaced = {"vae": load_vae(Path(options.vae), path, dtype, direct)} if options.vae else {}
+    pipeline = load_pipeline(pipeline_class, path, dtype, direct, replaced=replaced)
     apply_options(pipeline, path, options)
     if spec is not None:
         check_configurations(path, spec, pipeline.scheduler, type(pipeline.vae))
@@ -177,8 +178,8 @@ def load_pipeline(
     """Load a diffusers pipeline.
 
     Args:
-        device: where to load the weights, tensor by tensor; None: the CPU. Those of single-file checkpoints,
-            and of pipelines that diffusers cannot load so, are on the CPU in any case.
+        device: where to load the weights, tensor by tensor; None: the CPU. Those of folders with pipelines
+            that diffusers cannot load so are on the CPU in any case.
         without: components to skip.
         replaced: components that come from elsewhere.
 
@@ -195,7 +196,7 @@ def load_pipeline(
     try:
         given: dict[str, Any] = {**left_out, **(replaced or {})}
         if (path / CHECKPOINT).is_file():
-            given |= load_networks(path, dtype, given)
+            given |= load_networks(path, dtype, given, device)
         if fault := account_for_folder(path, given).fault:
             raise ModelError(fault)
         return pipeline_class.from_pretrained(

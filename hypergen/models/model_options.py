@@ -166,12 +166,13 @@ def check_vae(source: Path, path: Path) -> None:
         raise ModelError(f"{source.name} is not a VAE for this model: {fault}")
 
 
-def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
+def load_vae(source: Path, path: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
     """Another VAE for the model in `path`.
 
     Args:
         source: a folder with config.json, or a .safetensors file in the layout of diffusers or of the
             original code.
+        device: where to load the weights, tensor by tensor; None: the CPU.
 
     Raises:
         ModelError: see `check_vae`.
@@ -179,10 +180,15 @@ def load_vae(source: Path, path: Path, dtype: torch.dtype) -> Any:
     check_vae(source, path)
     if source.is_dir():
         return AutoencoderKL.from_pretrained(
-            source, dtype=dtype, variant=variant_of(source), use_safetensors=True, local_files_only=True
+            source,
+            dtype=dtype,
+            device_map=device and device.type,
+            variant=variant_of(source),
+            use_safetensors=True,
+            local_files_only=True,
         )
     network = empty_network(path / "vae", AutoencoderKL)
     with safe_open(source, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    assign_weights(network, convert(network, tensors, "", dtype), dtype)
+    assign_weights(network, convert(network, tensors, "", dtype), dtype, device)
     return network

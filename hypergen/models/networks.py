@@ -60,8 +60,13 @@ def component_classes(path: Path) -> Iterator[tuple[str, Any]]:
                 yield name, component_class
 
 
-def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Give a network its weights, in a dtype."""
+def assign_weights(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
+    """Give a network its weights, in a dtype, and move it to a device, tensor by tensor; None: the CPU."""
     expected = network.state_dict()
     in_float32: Any = (
         (getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
@@ -72,8 +77,10 @@ def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], dtype: tor
         weight = tensors[name]
         if weight.is_floating_point():
             weight = weight.to(torch.float32 if is_kept else dtype)
-        weights[name] = weight.contiguous()
+        weights[name] = weight.contiguous().to(device=device)
     network.load_state_dict(weights, assign=True)
     if hasattr(network, "tie_weights"):
         network.tie_weights()  # pyright: ignore[reportCallIssue]  a method of transformers' classes
     network.requires_grad_(False)
+    if device is not None:
+        network.to(device)  # buffers that no file has

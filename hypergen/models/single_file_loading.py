@@ -24,12 +24,15 @@ from hypergen.models.tensor_accounting import Account, take_account, traced
 logger = logging.getLogger(__name__)
 
 
-def load_networks(path: Path, dtype: torch.dtype, skipped: Mapping[str, Any]) -> dict[str, Any]:
-    """The networks of a checkpoint, on the CPU; None for optional text encoders that are nowhere.
+def load_networks(
+    path: Path, dtype: torch.dtype, skipped: Mapping[str, Any], device: torch.device | None = None
+) -> dict[str, Any]:
+    """The networks of a checkpoint; None for optional text encoders that are nowhere.
 
     Args:
         path: a folder in diffusers' layout; its `checkpoint.safetensors` has the weights.
         skipped: components that are not loaded.
+        device: where to load the weights, tensor by tensor; None: the CPU.
 
     Raises:
         ModelError: file and configuration do not match; names the first tensor.
@@ -44,7 +47,8 @@ def load_networks(path: Path, dtype: torch.dtype, skipped: Mapping[str, Any]) ->
     with safe_open(path / CHECKPOINT, framework="pt") as file:
         for component, network in networks.items():
             tensors = {name: file.get_tensor(name) for name in checkpoint.components[component]}
-            assign_weights(network, convert(network, tensors, _prefix(checkpoint, component), dtype), dtype)
+            weights = convert(network, tensors, _prefix(checkpoint, component), dtype)
+            assign_weights(network, weights, dtype, device)
     return {**networks, **_left_out_encoders(path, checkpoint, skipped)}
 
 

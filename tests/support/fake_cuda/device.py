@@ -271,7 +271,7 @@ class FakeCuda:
         if not isinstance(source, FakeTensor):
             if not is_cuda(target):
                 self.cpu_operations += 1
-                return aten._to_copy.default(source, device=torch.device("cpu"), **kwargs)
+                return aten._to_copy.default(source, device=target or source.device, **kwargs)
             data = aten._to_copy.default(source, **kwargs)
             made = self.allocate(data.clone() if data is source else data)
             self._host_to_device(source, made, non_blocking)
