@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from hypergen.engine.batch_invariance.layers import make_layers_invariant, make_linears_invariant
 from hypergen.engine.reordered_weights import reorder_weights
@@ -32,6 +33,16 @@ _TOKENS, _WIDTH = 77, 768
 # (pixels, compared with) -> largest ratio of the engine's time.
 _LIMITS = {(256, "stock"): 0.75, (256, "OpenVINO"): 1.15, (512, "stock"): 1.02}
 
+_OURS = "HyperGen"
+# Kind of operation -> parts of the names of torch's operators.
+_KINDS = {
+    "convolutions": ("conv",),
+    "linear layers": ("linear", "addmm", "aten::mm"),
+    "attention": ("scaled_dot_product",),
+    "normalization": ("norm",),
+}
+_OTHER = "other"  # activations, sums, copies
+
 # Latents, timesteps and prompt embeddings.
 Inputs = tuple[Tensor, Tensor, Tensor]
 Forward = Callable[[Inputs], object]
@@ -39,11 +50,16 @@ Forward = Callable[[Inputs], object]
 
 @dataclass(frozen=True)
 class ForwardTimes:
-    """Seconds of forward passes of 2 rows, with all cores, in rounds of one each."""
+    """Seconds of forward passes of 2 rows, with all cores, in rounds of one each.
+
+    Attributes:
+        shares: of the time, for each kind of operation in `_KINDS`, in one more pass; of HyperGen only.
+    """
 
     side: int
     runtime: str
     seconds: tuple[float, ...]
+    shares: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def median_s(self) -> float:
@@ -71,11 +87,12 @@ def measure(unet: Mapping[str, Any], sides: tuple[int, ...] = SIDES) -> list[For
             make_layers_invariant(reordered, lambda row=one_row: _run(reordered, row), _ROWS)
             forwards: dict[str, Forward] = {
                 "stock": partial(_run, stock),
-                "HyperGen": partial(_run, reordered),
+                _OURS: partial(_run, reordered),
             }
             if find_spec("openvino"):
                 forwards["OpenVINO"] = _openvino(stock, inputs)
-            times += _interleaved(side, forwards, inputs)
+            shares = _shares(partial(_run, reordered), inputs)
+            times += _interleaved(side, forwards, inputs, shares)
     return times
 
 
@@ -87,7 +104,7 @@ def gates_of(times: list[ForwardTimes]) -> tuple[list[Gate], list[str]]:
     for (side, other), limit in _LIMITS.items():
         what = f"SD 1.5, {side}x{side}, {_ROWS} rows: seconds of a forward pass over {other}'s"
         if (side, other) in seconds:
-            gates.append(Gate(what, seconds[side, "HyperGen"] / seconds[side, other], limit, at_most=True))
+            gates.append(Gate(what, seconds[side, _OURS] / seconds[side, other], limit, at_most=True))
         else:
             unmeasured.append(f"{what} (pip install {other.lower()})")
     return gates, unmeasured
@@ -102,6 +119,28 @@ def print_times(console: Console, times: list[ForwardTimes]) -> None:
         size = f"{entry.side}x{entry.side}"
         table.add_row(size, entry.runtime, *(f"{figure:.3f}" for figure in figures))
     console.print(table)
+    table = Table(title="Where HyperGen's time goes", title_justify="left")
+    for column in ("size", *_KINDS, _OTHER):
+        table.add_column(column)
+    for entry in times:
+        if entry.shares:
+            size = f"{entry.side}x{entry.side}"
+            table.add_row(size, *(f"{entry.shares[kind]:.0%}" for kind in (*_KINDS, _OTHER)))
+    console.print(table)
+
+
+def _shares(forward: Forward, inputs: Inputs) -> dict[str, float]:
+    """The share of each kind of operation in the time of a forward pass."""
+    forward(inputs)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        forward(inputs)
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(times.values())
+    shares = {
+        kind: sum(time for name, time in times.items() if any(part in name for part in parts)) / total
+        for kind, parts in _KINDS.items()
+    }
+    return {**shares, _OTHER: 1 - sum(shares.values())}
 
 
 def _inputs(unet: nn.Module, side: int) -> Inputs:
@@ -135,7 +174,9 @@ def _openvino(unet: nn.Module, inputs: Inputs) -> Forward:
     return lambda given: compiled([tensor.numpy() for tensor in given])
 
 
-def _interleaved(side: int, forwards: Mapping[str, Forward], inputs: Inputs) -> list[ForwardTimes]:
+def _interleaved(
+    side: int, forwards: Mapping[str, Forward], inputs: Inputs, shares: dict[str, float]
+) -> list[ForwardTimes]:
     """Each round runs all, in rotating order, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in forwards}
     names = list(forwards)
@@ -145,7 +186,10 @@ def _interleaved(side: int, forwards: Mapping[str, Forward], inputs: Inputs) -> 
             forwards[name](inputs)
             if number:
                 seconds[name].append(time.perf_counter() - started)
-    return [ForwardTimes(side, name, tuple(values)) for name, values in seconds.items()]
+    return [
+        ForwardTimes(side, name, tuple(values), shares if name == _OURS else {})
+        for name, values in seconds.items()
+    ]
 
 
 def save(output: Path, environment: dict[str, Any], times: list[ForwardTimes]) -> None:

@@ -30,6 +30,9 @@ def test_each_runtime_is_measured_and_compared() -> None:
     times = cpu.measure(_SMALL, sides=(64,))
     assert {(entry.side, entry.runtime) for entry in times} >= {(64, "stock"), (64, "HyperGen")}
     assert all(second > 0 for entry in times for second in entry.seconds)
+    (shares,) = [entry.shares for entry in times if entry.shares]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(0 < share < 1 for share in shares.values())
 
 
 def test_gates_compare_medians_and_name_what_is_missing() -> None:
