@@ -27,7 +27,7 @@ from rich.progress import (
 
 from hypergen.config import EngineSettings
 from hypergen.errors import ConfigurationError, HyperGenError
-from scripts.bench import cpu, gates, http, on_device, report
+from scripts.bench import cpu, gates, http, on_device, report, scheduling
 from scripts.bench.alone import same_bytes_alone, single_request_ratio
 from scripts.bench.device import MEASUREMENTS
 from scripts.bench.figures import Run
@@ -123,7 +123,10 @@ _BATCH = 8
     help="only measure single requests against diffusers",
 )
 @click.option(
-    "--cpu", "cpu_forward", is_flag=True, help="only measure a forward pass of SD 1.5 on all cores of a CPU"
+    "--cpu",
+    "cpu_forward",
+    is_flag=True,
+    help="only measure a forward pass of SD 1.5 on all cores of a CPU, and the choice of a batch",
 )
 @click.option("--http", "over_http", is_flag=True, help="only measure the overhead of HTTP")
 @click.option(
@@ -176,6 +179,7 @@ def main(
         cpu.print_times(console, times)
         cpu.save(output, environment, times)
         gate_results, unmeasured = cpu.gates_of(times)
+        gate_results.append(scheduling.gate())
         report.print_gates(console, gate_results)
         _exit(console, gate_results, unmeasured)
     if over_http:

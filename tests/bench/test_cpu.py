@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.bench import cpu
+from scripts.bench import cpu, scheduling
 
 _SMALL: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -48,3 +48,9 @@ def test_gates_compare_medians_and_name_what_is_missing() -> None:
         (1.1, 1.02, False),
     ]
     assert [line.endswith("over OpenVINO's (pip install openvino)") for line in unmeasured] == [True]
+
+
+def test_the_choice_of_a_batch_is_measured() -> None:
+    gate = scheduling.gate(images=20)
+    assert gate.measured > 0
+    assert (gate.limit, gate.at_most) == (0.2, True)
