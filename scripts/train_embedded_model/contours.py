@@ -37,9 +37,15 @@ END_OF_EDGE = 0.15  # share of an edge's points at either end that is left out w
 
 
 def colour_shares(image: Tensor) -> Tensor:
-    """Each pixel's position between the colours of the background (0) and of the one object (1)."""
+    """Each pixel's position between the colours of the background (0) and of the one object (1).
+
+    Raises:
+        ValueError: the image does not show an object.
+    """
     from_background = image - background_of(image)[:, None, None]
     region = from_background.norm(dim=0) > LEAST_CONTRAST
+    if not region.any():
+        raise ValueError("The image does not show an object.")
     colour = from_background[:, region].median(dim=1).values
     return torch.einsum("chw,c->hw", from_background, colour) / colour.square().sum()
 
@@ -150,22 +156,6 @@ def measure(shape: str, image: Tensor) -> dict[str, float]:
         inner = contour(shares, inner=True)
         figures |= {"inner deviation": relative_deviation(inner), "inner range": relative_range(inner)}
     return figures
-
-
-def bends(shape: str, image: Tensor) -> list[Tensor]:
-    """How far the points of each contour are from a fitted circle or polygon.
-
-    The unit is their mean distance from the centre. A ring has two contours, the outer one first. Gradients
-    pass to the image.
-    """
-    shares = colour_shares(image)
-    found: list[Tensor] = []
-    for inner in (False, True) if shape == "ring" else (False,):
-        points = contour(shares, inner)
-        distances = distances_from_centre(points)
-        from_fit = distances_from_polygon(points) if shape in POLYGONS else distances - distances.mean()
-        found.append(from_fit / distances.mean())
-    return found
 
 
 def is_within(figures: dict[str, float]) -> bool:

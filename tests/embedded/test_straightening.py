@@ -11,14 +11,11 @@ from torch import Tensor
 from scripts.train_embedded_model.continuing import unpack_model
 from scripts.train_embedded_model.contours import GATES
 from scripts.train_embedded_model.pipeline import GUIDANCE_SCALE, load_text_encoder, load_vae
-from scripts.train_embedded_model.render import render
 from scripts.train_embedded_model.replay import Replay
-from scripts.train_embedded_model.scenes import Kind, Scene, Thing
 from scripts.train_embedded_model.straighten import (
     SHOWN,
     Share,
     any_scene,
-    bend_loss,
     contour_scene,
     contour_weights,
 )
@@ -99,20 +96,6 @@ def test_the_trained_prediction_has_the_usual_guidance(share: Share) -> None:
     assert torch.allclose(guided, uncond + GUIDANCE_SCALE * (cond - uncond), atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", GATES)
-def test_the_loss_of_contours_leads_to_straight_ones(shape: str) -> None:
-    kind = Kind(shape, "red")
-    straight = render([Scene("blue", (kind,), (Thing(kind, 0.5, 0.5, 0.28, 0.0),))], 256, 256)[0]
-    pixels = torch.arange(256)
-    wave = (3 * (pixels / 12).sin()).round().long()
-    bent = straight.gather(2, (pixels + wave[:, None]).clamp(0, 255).expand_as(straight))
-    image = bent.clone().requires_grad_()
-    loss = bend_loss(shape, image)
-    assert loss > 3 * bend_loss(shape, straight)
-    (gradient,) = torch.autograd.grad(loss, image)
-    assert bend_loss(shape, bent - 0.2 * gradient / gradient.abs().max()) < loss
-
-
 def test_the_loss_of_contours_has_gradients_where_the_unet_sampled(share: Share) -> None:
     loss = share.contour_loss()
     assert 0 < loss < 1
@@ -127,5 +110,5 @@ def test_most_scenes_of_the_loss_of_contours_are_as_in_the_gates() -> None:
     scenes = [contour_scene(rng) for _ in range(400)]
     assert not any(scene.held_out for scene in scenes)
     rings = sum(scene.kinds[0].shape == "ring" for scene in scenes)
-    assert 0.3 < rings / len(scenes) < 0.5
+    assert 0.25 < rings / len(scenes) < 0.45
     assert sum(not scene.kinds[0].size and not scene.position for scene in scenes) > 0.8 * len(scenes)
