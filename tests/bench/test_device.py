@@ -110,38 +110,44 @@ def _tables(markdown: str) -> dict[str, list[list[str]]]:
     return tables
 
 
-def _run_on_fake_cuda(folder: Path, name: str, *options: str) -> dict[str, Any]:
-    """The command on the fake GPU, with a torch that cannot compile."""
+def _run_on_fake_cuda(folder: Path, name: str, *options: str, compiles: bool = False) -> dict[str, Any]:
+    """The command on the fake GPU, where torch cannot compile or, with `compiles`, compiled code is eager."""
     model = RANDOM_WEIGHTS[name]
     # What libraries import at a first use must not see the fake device.
     pipeline = model.pipeline()
     stock(pipeline, model.side, 1, compiled=False).run([Job(0, 0, 1, 5.0)], 0)
     family_of(pipeline, model.side, make_settings())
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("This torch cannot compile.\nSecond line.")
+    def compile_module(*_: Any, **__: Any) -> None:
+        if not compiles:
+            raise RuntimeError("This torch cannot compile.\nSecond line.")
 
     with pytest.MonkeyPatch.context() as patches, warnings.catch_warnings(), fake_cuda():
         # Of diffusers, which warns about itself with SDXL's VAE.
         warnings.filterwarnings("ignore", "`upcast_vae`", FutureWarning)
-        patches.setattr(torch.nn.Module, "compile", refuse)
+        patches.setattr(torch.nn.Module, "compile", compile_module)
         patches.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
         return _run(folder, name, "--device", "cuda", *options)
 
 
-@pytest.fixture(scope="module", params=["tiny-sd", "tiny-flux"])
+_COMPILED = "tiny-flux"
+
+
+@pytest.fixture(scope="module", params=["tiny-sd", _COMPILED])
 def on_fake_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The whole command, for a model with two rows for an image and for one with one."""
-    return _run_on_fake_cuda(tmp_path_factory.mktemp(request.param), request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    return _run_on_fake_cuda(folder, request.param, compiles=request.param == _COMPILED)
 
 
 def test_everything_is_measured_in_order_on_a_gpu(on_fake_cuda: dict[str, Any]) -> None:
     assert list(on_fake_cuda["seconds"]) == list(MEASUREMENTS)
-    assert [speed["way"] for speed in on_fake_cuda["speeds"]] == ["stock", "default", "graphs-off", "fast"]
-    assert len(on_fake_cuda["runs"]) == 2
+    ways, compiled = ["stock", "default", "graphs-off", "fast"], ["compile", "stock-compiled"]
     # An error does not end the run.
-    reason = "RuntimeError: This torch cannot compile."
-    assert on_fake_cuda["left_out"] == {"compile": reason, "stock-compiled": reason}
+    reason, is_compiled = "RuntimeError: This torch cannot compile.", on_fake_cuda["model"] == _COMPILED
+    assert on_fake_cuda["left_out"] == ({} if is_compiled else dict.fromkeys(compiled, reason))
+    assert [speed["way"] for speed in on_fake_cuda["speeds"]] == ways + compiled * is_compiled
+    assert len(on_fake_cuda["runs"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -185,6 +191,7 @@ def test_each_row_count_has_its_bits_and_times(on_fake_cuda: dict[str, Any]) -> 
 
 def test_the_results_are_written_as_markdown(on_fake_cuda: dict[str, Any]) -> None:
     text, side = on_fake_cuda["markdown"], on_fake_cuda["side"]
+    is_compiled = on_fake_cuda["model"] == _COMPILED
     tables = _tables(text)
     assert list(tables) == [f"{side}x{side}", "rows", "load"]
     assert [row[0] for row in tables[f"{side}x{side}"]] == [
@@ -192,11 +199,13 @@ def test_the_results_are_written_as_markdown(on_fake_cuda: dict[str, Any]) -> No
         "HyperGen",
         "HyperGen, `--no-cuda-graphs`",
         "HyperGen, `--determinism fast`",
+        *(["HyperGen, `--compile on`", "diffusers, compiled"] if is_compiled else []),
     ]
     assert [row[0] for row in tables["rows"]] == ["1", "2", "4", "8", "16"]
     assert [row[:2] for row in tables["load"]] == [["1.5", "sequential"], ["1.5", "step"]]
     assert "2 of 2 images have the same bytes as alone" in text
-    assert "- Not measured: compile: RuntimeError: This torch cannot compile.\n" in text
+    reason = "- Not measured: compile: RuntimeError: This torch cannot compile.\n"
+    assert (reason in text) == (not is_compiled)
     for part in ("    python -m scripts.bench", "Fake GPU", "torch 2", "diffusers 0", "UTC"):
         assert part in text
 
