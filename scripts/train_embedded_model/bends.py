@@ -1,4 +1,6 @@
-"""How bent the contours of a decoded image are, with gradients: the loss of contours of `straighten`."""
+"""How far a decoded image of one object is from a rendered one, with gradients: a loss of `straighten`."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,20 +13,55 @@ from .contours import (
     distances_from_centre,
     distances_from_polygon,
 )
-from .render import DISTANCES
+from .render import DISTANCES, render
+from .scenes import Scene, Thing
 
 # Of the shapes in render.py, in radii.
 CORNERS = {
     "square": ((0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)),
     "diamond": ((0.68, 0.0), (-0.68, 0.0), (0.0, 1.0), (0.0, -1.0)),
 }
-RADIUS = 1.3  # of a square or diamond, in mean distances of its contour from its centre
+RADIUS = 1.3  # of a square or diamond, in mean distances of its contour from its centre; about
+ROUND_RADIUS = 1 / 0.92  # of a circle or ring
+# Other geometries are no fit: shares of the shorter side, and radians.
+LEAST_RADIUS, MOST_RADIUS, MOST_ANGLE = 0.12, 0.43, 0.3
 FIT_STEPS = 10
 # Of the fitted position and radius, in pixels, and angle: differences for derivatives, and largest steps.
 DIFFERENCES, MOST_STEPS = (0.01, 0.01, 0.01, 1e-4), (8.0, 8.0, 8.0, 0.1)
 FAR = 0.15  # in mean distances: such a contour is of another shape, and a polygon fitted to it says nothing
 # The mean of a high power is near the largest bend, which the gates limit.
 POWER, POWER_WEIGHT = 8, 0.5
+
+
+def image_loss(scene: Scene, image: Tensor) -> Tensor:
+    """The mean difference from the rendered image of the scene, with the object where it is in the image.
+
+    Args:
+        scene: of one object.
+        image: float, shape (3, H, W), in -1..1.
+
+    Raises:
+        ValueError: the image does not show the object.
+    """
+    (kind,) = scene.kinds
+    height, width = image.shape[1:]
+    with torch.no_grad():
+        x, y, radius, angle = geometry_of(kind.shape, contour(colour_shares(image)))
+        radius /= min(height, width)
+        if not LEAST_RADIUS < radius < MOST_RADIUS or abs(angle) > MOST_ANGLE:
+            raise ValueError("The image does not show the object.")
+        thing = Thing(kind, x / width, y / height, radius, angle)
+        rendered = render([replace(scene, things=(thing,))], height, width)[0]
+    return (image - rendered).abs().mean()
+
+
+def geometry_of(shape: str, points: Tensor) -> list[float]:
+    """Centre x and y and radius in pixels, and angle in radians, of the shape of a contour."""
+    if not points.isfinite().all():
+        raise ValueError("The image does not show an object.")
+    if shape in POLYGONS:
+        return fit_shape(shape, points).tolist()
+    return [*points.mean(0).tolist(), ROUND_RADIUS * float(distances_from_centre(points).mean()), 0.0]
 
 
 def bend_loss(shape: str, image: Tensor) -> Tensor:

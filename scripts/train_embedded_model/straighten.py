@@ -2,9 +2,10 @@
 
 The predictions with and without the prompt bend contours by less than a pixel, but differently, and guidance
 multiplies the difference. So this stage trains the guided prediction, at the timesteps at which noisy
-latents show the object, with two losses. The first is how far the contours of a measured shape are from that
-shape in the decoded prediction (bends.py), on noisy latents that the UNet itself sampled. The second is
-the error of the velocity, mostly at contours, on rendered images that are blended with generated ones.
+latents show the object, with two losses. The first is how far the decoded prediction of a measured shape is
+from a rendered image, and its contours from that shape (bends.py), on noisy latents that the UNet itself
+sampled. The second is the error of the velocity, mostly at contours, on rendered images that are blended with
+generated ones.
 
 In the first steps of sampling, and in all steps of a short sampling, the UNet keeps its predictions: they are
 compared with those of the finished model, on noisy latents that the finished model itself sampled from noise.
@@ -33,7 +34,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .assemble import edit_json
-from .bends import bend_loss
+from .bends import bend_loss, image_loss
 from .captions import random_caption
 from .continuing import unpack_model
 from .contours import GATES, SIDE
@@ -55,7 +56,7 @@ SHAPES = {(32, 32): 0.7, (16, 16): 0.1, **dict.fromkeys([(16, 24), (24, 16), (24
 MEASURED_SHARE = 0.5  # of the scenes; the others are any training scenes
 # Below `SHOWN` the object is visible in noisy latents; from there on, the UNet is kept as it was.
 LEAST_TIMESTEP, SHOWN = 40, 600
-KEPT_SHARE, KEPT_WEIGHT = 0.6, 3.0
+KEPT_SHARE, KEPT_WEIGHT = 0.85, 3.0
 KEPT_STEPS = ((FEW_STEPS, FEW_STEPS_GUIDANCE, 0), (NUM_INFERENCE_STEPS, GUIDANCE_SCALE, SHOWN))
 FULL_WEIGHT = 0.3  # sigma squared, at about timestep 200
 LATE_TIMESTEPS = 1.4  # exponent; above 1, more of the last steps, where contours are decided
@@ -63,9 +64,10 @@ LEAST_EDGE, MOST_EDGE = 0.25, 8  # of the weight of a position, before it is div
 CAPACITY, FRESH = 1000, 0.1  # samples of each shape, for each thread; share of steps with new samples
 # The loss of contours: share of the steps, images of a step of a thread, and its weight. Hard shapes are more
 # frequent.
-CONTOUR_SHARE, CONTOUR_IMAGES, CONTOUR_WEIGHT = 0.55, 2, 5.0
-LEAST_ON_PATH = 100  # noisy latents of each thread
-CONTOUR_SHAPES = {"circle": 0.1, "ring": 0.33, "square": 0.22, "diamond": 0.35}
+CONTOUR_SHARE, CONTOUR_IMAGES, CONTOUR_WEIGHT = 0.58, 2, 5.0
+# Noisy latents of each thread, and the share of its steps with new ones: they are of nearly the present UNet.
+LEAST_ON_PATH, MOST_ON_PATH, FRESH_PATH = 100, 260, 0.2
+CONTOUR_SHAPES = {"circle": 0.1, "ring": 0.35, "square": 0.27, "diamond": 0.28}
 USUAL_SHARE = 0.85  # of default size and position, as in the gates
 MOST_BENT = 0.4  # beyond it the image does not show the shape
 BENDING_TIMESTEPS = range(599, 0, -100)
@@ -107,12 +109,12 @@ class Sampled:
 
 @dataclass(frozen=True)
 class OnPath:
-    """Noisy latents of a sampling with the UNet, below SHOWN; `shape` is that of the one object."""
+    """Noisy latents of a sampling with the UNet, below SHOWN, of a scene with one object."""
 
     noisy_latents: Tensor
     timestep: Tensor
     prompt_embeds: Tensor
-    shape: str
+    scene: Scene
 
 
 def measured_scene(rng: random.Random) -> Scene:
@@ -133,6 +135,14 @@ def contour_scene(rng: random.Random) -> Scene:
         (kind,) = scene.kinds
         if kind.shape == shape and not (usual and (kind.size or scene.position)):
             return scene
+
+
+def full_caption(scene: Scene, rng: random.Random) -> str:
+    """A caption that says all that the image shows."""
+    while True:
+        caption = random_caption(scene, rng)
+        if all(caption.values.get(field) for field in ("shape1", "colour1", "background")):
+            return caption.text
 
 
 def any_scene(rng: random.Random) -> Scene:
@@ -174,10 +184,12 @@ class Share:
         return torch.stack(errors).mean()
 
     def contour_loss(self) -> Tensor:
-        """How bent contours are in the guided prediction, on noisy latents that the UNet itself sampled."""
-        while len(self.on_path) < LEAST_ON_PATH or self.replay.rng.random() < FRESH:
+        """How far the decoded guided prediction is from a rendered image, and its contours from the shape's,
+        on noisy latents that the UNet itself sampled.
+        """
+        while len(self.on_path) < LEAST_ON_PATH or self.replay.rng.random() < FRESH_PATH:
             self.on_path += self.sample_path()
-            del self.on_path[:-CAPACITY]
+            del self.on_path[:-MOST_ON_PATH]
         samples = self.replay.rng.sample(self.on_path, CONTOUR_IMAGES)
         noisy_latents = torch.stack([sample.noisy_latents for sample in samples])
         timesteps = torch.stack([sample.timestep for sample in samples])
@@ -186,19 +198,20 @@ class Share:
         alpha_squared = over_latents(self.alphas_cumprod[timesteps]).to(noisy_latents)
         latents = alpha_squared.sqrt() * noisy_latents - (1 - alpha_squared).sqrt() * velocity
         images = self.replay.vae.decode(latents).sample.cpu()
-        shown: list[Tensor] = []
+        losses = [0 * images.sum()]
         for sample, image in zip(samples, images, strict=True):
             with suppress(ValueError, torch.linalg.LinAlgError):  # no object, or no polygon
-                loss = bend_loss(sample.shape, image)
-                if loss < MOST_BENT:
-                    shown.append(loss)
-        return CONTOUR_WEIGHT * torch.stack([0 * images.sum(), *shown]).sum() / CONTOUR_IMAGES
+                losses.append(image_loss(sample.scene, image))
+                bent = bend_loss(sample.scene.kinds[0].shape, image)
+                if bent < MOST_BENT:
+                    losses.append(bent)
+        return CONTOUR_WEIGHT * torch.stack(losses).sum() / CONTOUR_IMAGES
 
     @torch.no_grad()
     def sample_path(self) -> list[OnPath]:
         """Sample images of measured scenes, as a request would."""
         scenes = [contour_scene(self.replay.rng) for _ in range(CONTOUR_IMAGES)]
-        prompt_embeds = self.replay.embed([random_caption(scene, self.replay.rng).text for scene in scenes])
+        prompt_embeds = self.replay.embed([full_caption(scene, self.replay.rng) for scene in scenes])
         scheduler = new_scheduler()
         scheduler.set_timesteps(NUM_INFERENCE_STEPS)
         shape = len(scenes), 4, SIDE // 8, SIDE // 8
@@ -206,8 +219,7 @@ class Share:
         found: list[OnPath] = []
         for timestep in scheduler.timesteps:
             if timestep < SHOWN:
-                shapes = [scene.kinds[0].shape for scene in scenes]
-                found += map(OnPath, latents, timestep.expand(len(scenes)), prompt_embeds, shapes)
+                found += map(OnPath, latents, timestep.expand(len(scenes)), prompt_embeds, scenes)
             velocity, _ = self.predict(self.unet, latents, timestep, prompt_embeds)
             latents = scheduler.step(velocity, int(timestep), latents).prev_sample
         return found

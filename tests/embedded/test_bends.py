@@ -1,20 +1,25 @@
 """The loss of contours: small for rendered shapes, larger for bent ones, with gradients to straight ones."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from scripts.train_embedded_model.bends import bend_loss, fit_shape
+from scripts.train_embedded_model.bends import bend_loss, fit_shape, image_loss
 from scripts.train_embedded_model.contours import GATES, POLYGONS, colour_shares, contour
 from scripts.train_embedded_model.render import render
 from scripts.train_embedded_model.scenes import Kind, Scene, Thing
 
 
-def _rendered(shape: str, thing: tuple[float, float, float, float] = (0.5, 0.5, 0.28, 0.0)) -> Tensor:
+def _scene(shape: str, thing: tuple[float, float, float, float] = (0.5, 0.5, 0.28, 0.0)) -> Scene:
     kind = Kind(shape, "red")
-    return render([Scene("blue", (kind,), (Thing(kind, *thing),))], 256, 256)[0]
+    return Scene("blue", (kind,), (Thing(kind, *thing),))
+
+
+def _rendered(*scene: Any) -> Tensor:
+    return render([_scene(*scene)], 256, 256)[0]
 
 
 @pytest.mark.parametrize("shape", GATES)
@@ -57,3 +62,13 @@ def _columns_sheared_by(angle: float) -> Tensor:
 def test_an_image_without_an_object_has_no_loss(shape: str) -> None:
     with pytest.raises(ValueError, match="does not show an object"):
         bend_loss(shape, torch.zeros(3, 256, 256))
+
+
+@pytest.mark.parametrize("shape", GATES)
+def test_the_image_may_have_the_object_anywhere_but_in_its_colours(shape: str) -> None:
+    image = _rendered(shape, (0.42, 0.57, 0.25, 0.05 if shape in POLYGONS else 0.0))
+    assert image_loss(_scene(shape), image) < 0.002
+    faded = image.clone().requires_grad_()
+    loss = image_loss(_scene(shape), 0.9 * faded)
+    assert loss > 0.02
+    assert torch.autograd.grad(loss, faded)[0].abs().max() > 0

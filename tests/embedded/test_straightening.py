@@ -102,7 +102,7 @@ def test_the_loss_of_contours_has_gradients_where_the_unet_sampled(share: Share)
     loss.backward()
     assert all(parameter.grad is not None for parameter in share.unet.parameters())
     assert {int(sample.timestep) for sample in share.on_path} == {*range(49, SHOWN, 50)}
-    assert {sample.shape for sample in share.on_path} <= set(GATES)
+    assert {sample.scene.kinds[0].shape for sample in share.on_path} <= set(GATES)
 
 
 def test_most_scenes_of_the_loss_of_contours_are_as_in_the_gates() -> None:
