@@ -208,6 +208,7 @@ class Engine:
 
     def close(self) -> None:
         """Wait until all images are encoded. No step may follow."""
+        self.shape_profiles.pause_probes()
         self._postprocessor.shutdown()
         self._runner.close()
 

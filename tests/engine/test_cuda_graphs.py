@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypergen.request import ControlInput, GenerationRequest, InputImage
 from tests.conditioning.test_controlnet import random_controlnet
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.lora_files import EVERYTHING, save_lora
-from tests.support.sync_engine import InlineEngine, make_request, make_settings
+from tests.support.sync_engine import InlineEngine, make_request, make_settings, prepare_image
 
 _STEPS = 4
 
@@ -293,3 +294,27 @@ def test_graphs_give_their_memory_back_when_it_is_needed(sd_folder: Path, device
     assert graphs.data(large) == eager.data(large)
     buckets = [each.engine.status().row_counts["96x96"] for each in (graphs, eager)]
     assert buckets[0] == buckets[1]  # no smaller one, and so the same bits
+
+
+def test_a_stopped_probe_frees_its_memory(sd_folder: Path) -> None:
+    """Of a cancelled request at once, and of an engine that is not closed as garbage, without an error."""
+    loading.load(sd_folder, make_settings())  # what libraries import must not see the fake device
+    with fake_cuda() as device:
+        engine = _engine(sd_folder).engine
+        states = [prepare_image(engine.family, _request(1, width=side, height=side)) for side in (64, 96)]
+        gc.collect()
+        before = len(device.graphs), device.allocated
+        cancelled = engine.shape_profiles.probe_minimum(states[0])
+        while len(device.graphs) == before[0]:
+            next(cancelled)
+        assert device.allocated > before[1]
+        gc.disable()
+        cancelled.close()
+        after = len(device.graphs), device.allocated
+        gc.enable()
+        assert after == before
+        unfinished = engine.shape_profiles.probe_minimum(states[1])
+        while len(device.graphs) == before[0]:
+            next(unfinished)
+    del engine, states, unfinished
+    gc.collect()

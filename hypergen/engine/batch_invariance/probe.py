@@ -66,6 +66,10 @@ class Probe:
     replaced_layers: int = 0
     usable: bool = False
 
+    def stop(self) -> None:
+        """Free the tensors of the forward passes at once: the generator and the probe refer to each other."""
+        self.forwards = iter(())
+
 
 class BatchInvariance:
     """Replaces layers of one denoiser and probes each generation size before its first image.
@@ -175,8 +179,7 @@ class BatchInvariance:
                 if count == own or not is_out_of_memory(error):
                     raise
             finally:
-                if graphs is not None:
-                    graphs.clear()
+                graphs = None  # frees their memory, also where a stopped probe is collected as garbage
             if count not in seconds:
                 if not chosen:
                     break

@@ -119,6 +119,9 @@ class ShapeProfiles:
                 if probe.usable:
                     break
                 yield
+        except BaseException:  # also GeneratorExit, of a cancelled request
+            probe.stop()
+            raise
         finally:
             self._probing.discard(key)
         self._probes[key] = probe
@@ -152,7 +155,7 @@ class ShapeProfiles:
         """Stop a probe and free its tensors."""
         self._unfinished.pop(key, None)
         self._paused.discard(key)
-        self._probes[key].forwards = iter(())
+        self._probes[key].stop()
 
     def next_pending_probe(self, running: Collection[DenoisingState]) -> BatchKey | None:
         """A shape whose unfinished probe should continue now.
