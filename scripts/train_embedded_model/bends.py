@@ -1,4 +1,4 @@
-"""How far a decoded image of one object is from a rendered one, with gradients: a loss of `straighten`."""
+"""How far a decoded image of one object is from a rendered one, with gradients: losses of `straighten`."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from .contours import (
     distances_from_centre,
     distances_from_polygon,
 )
-from .render import DISTANCES, render
+from .render import DISTANCES, in_radii, render
 from .scenes import Scene, Thing
 
 # Of the shapes in render.py, in radii.
@@ -33,8 +33,12 @@ FAR = 0.15  # in mean distances: such a contour is of another shape, and a polyg
 POWER, POWER_WEIGHT = 8, 0.5
 
 
-def image_loss(scene: Scene, image: Tensor) -> Tensor:
-    """The mean difference from the rendered image of the scene, with the object where it is in the image.
+def shape_losses(scene: Scene, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean difference from the rendered image of a scene, with the object where it is in the image, and
+    how bent its contours are, in mean distances from their centres.
+
+    Both contours of a ring are compared with circles, and the contour of a square or diamond with that shape,
+    and with the polygon of the gates if it is near one.
 
     Args:
         scene: of one object.
@@ -44,75 +48,61 @@ def image_loss(scene: Scene, image: Tensor) -> Tensor:
         ValueError: the image does not show the object.
     """
     (kind,) = scene.kinds
-    height, width = image.shape[1:]
+    shares = colour_shares(image)
+    contours = [contour(shares, inner) for inner in ((False, True) if kind.shape == "ring" else (False,))]
+    if not all(points.isfinite().all() for points in contours):
+        raise ValueError("The image does not show the object.")
     with torch.no_grad():
-        x, y, radius, angle = geometry_of(kind.shape, contour(colour_shares(image)))
-        radius /= min(height, width)
-        if not LEAST_RADIUS < radius < MOST_RADIUS or abs(angle) > MOST_ANGLE:
-            raise ValueError("The image does not show the object.")
-        thing = Thing(kind, x / width, y / height, radius, angle)
-        rendered = render([replace(scene, things=(thing,))], height, width)[0]
-    return (image - rendered).abs().mean()
+        geometry = geometry_of(kind.shape, contours[0])
+        rendered = render([at_geometry(scene, geometry, *image.shape[1:])], *image.shape[1:])[0]
+    bends = [bend for points in contours for bend in bends_of(kind.shape, points, geometry)]
+    return (image - rendered).abs().mean(), torch.stack(list(map(bend_loss, bends))).mean()
 
 
-def geometry_of(shape: str, points: Tensor) -> list[float]:
+def geometry_of(shape: str, points: Tensor) -> Tensor:
     """Centre x and y and radius in pixels, and angle in radians, of the shape of a contour."""
-    if not points.isfinite().all():
-        raise ValueError("The image does not show an object.")
     if shape in POLYGONS:
-        return fit_shape(shape, points).tolist()
-    return [*points.mean(0).tolist(), ROUND_RADIUS * float(distances_from_centre(points).mean()), 0.0]
+        return fit_shape(shape, points)
+    radius = ROUND_RADIUS * distances_from_centre(points).mean()
+    return torch.stack([*points.mean(0), radius, torch.zeros_like(radius)])
 
 
-def bend_loss(shape: str, image: Tensor) -> Tensor:
-    """How bent the contours of an image of one object are, in mean distances from their centres.
-
-    Args:
-        image: float, shape (3, H, W), in -1..1.
+def at_geometry(scene: Scene, geometry: Tensor, height: int, width: int) -> Scene:
+    """The scene with its object there.
 
     Raises:
-        ValueError: the image does not show an object.
+        ValueError: no object is so large, small or turned.
     """
-    losses = [
-        bend.square().mean().add(1e-8).sqrt()
-        + POWER_WEIGHT * bend.pow(POWER).mean().add(1e-20).pow(1 / POWER)
-        for bend in bends(shape, image)
-    ]
-    return torch.stack(losses).mean()
+    x, y, radius, angle = geometry.tolist()
+    radius /= min(height, width)
+    if not LEAST_RADIUS < radius < MOST_RADIUS or abs(angle) > MOST_ANGLE:
+        raise ValueError("The image does not show the object.")
+    return replace(scene, things=(Thing(scene.kinds[0], x / width, y / height, radius, angle),))
 
 
-def bends(shape: str, image: Tensor) -> list[Tensor]:
-    """How far a contour's points are from what they should be on, one tensor for each comparison.
+def bends_of(shape: str, points: Tensor, geometry: Tensor) -> list[Tensor]:
+    """How far a contour's points are from what they should be on, in mean distances from their centre."""
+    distances = distances_from_centre(points)
+    mean = distances.mean()
+    if shape not in POLYGONS:
+        return [(distances - mean) / mean]
+    from_shape = distances_from_shape(shape, points, geometry) / mean
+    from_polygon = distances_from_polygon(points) / mean
+    return [from_shape, from_polygon] if from_polygon.abs().max() < FAR else [from_shape]
 
-    The unit is their mean distance from the centre. Both contours of a ring are compared with circles, and
-    the contour of a square or diamond with that shape, and with the polygon of the gates if it is near one.
-    Gradients pass to the image.
+
+def bend_loss(bend: Tensor) -> Tensor:
+    largest = bend.pow(POWER).mean().add(1e-20).pow(1 / POWER)
+    return bend.square().mean().add(1e-8).sqrt() + POWER_WEIGHT * largest
+
+
+def distances_from_shape(shape: str, points: Tensor, geometry: Tensor) -> Tensor:
+    """The signed distances, in pixels, of a contour's points from the edges of a square or diamond.
+
+    Points near a corner are left out.
     """
-    shares = colour_shares(image)
-    found: list[Tensor] = []
-    for inner in (False, True) if shape == "ring" else (False,):
-        points = contour(shares, inner)
-        if not points.isfinite().all():
-            raise ValueError("The image does not show an object.")
-        distances = distances_from_centre(points)
-        mean = distances.mean()
-        if shape not in POLYGONS:
-            found.append((distances - mean) / mean)
-            continue
-        found.append(distances_from_shape(shape, points) / mean)
-        from_polygon = distances_from_polygon(points) / mean
-        if from_polygon.abs().max() < FAR:
-            found.append(from_polygon)
-    return found
-
-
-def distances_from_shape(shape: str, points: Tensor) -> Tensor:
-    """The signed distances, in pixels, of a contour's points from the edges of a square or diamond fitted to
-    them. Points near a corner are left out. Gradients do not pass through the fit.
-    """
-    geometry = fit_shape(shape, points.detach())
     corners = torch.tensor(CORNERS[shape])
-    x, y = in_radii(points.detach(), geometry)
+    x, y = as_coordinates(points.detach(), geometry)
     from_corners = torch.cdist(torch.stack([x, y], dim=1), corners).amin(1) * geometry[2]
     return signed_distances(shape, points, geometry)[from_corners > CORNER]
 
@@ -137,12 +127,10 @@ def fit_shape(shape: str, points: Tensor) -> Tensor:
 
 
 def signed_distances(shape: str, points: Tensor, geometry: Tensor) -> Tensor:
-    return DISTANCES[shape](*in_radii(points, geometry)) * geometry[2]
+    return DISTANCES[shape](*as_coordinates(points, geometry)) * geometry[2]
 
 
-def in_radii(points: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
+def as_coordinates(points: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
     """Points (x, y) in pixels, as coordinates of a shape in render.py."""
-    centre_x, centre_y, radius, angle = geometry
-    x, y = (points - torch.stack([centre_x, centre_y])).unbind(1)
-    turned_x, turned_y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    return turned_x / radius, turned_y / radius
+    x, y = (points - geometry[:2]).unbind(1)
+    return in_radii(x, y, geometry[2], geometry[3])

@@ -109,9 +109,7 @@ def render_things(
     centre_x, centre_y, radius, angle = geometry[:, :, None, None].unbind(1)
     radius = radius * shorter_side
     x, y = x - centre_x, y - centre_y
-    turned_x = (x * angle.cos() + y * angle.sin()) / radius
-    turned_y = (y * angle.cos() - x * angle.sin()) / radius
-    distance = DISTANCES[shape](turned_x, turned_y) * radius
+    distance = DISTANCES[shape](*in_radii(x, y, radius, angle)) * radius
     if style == "outlined":
         half_width = (radius * 0.1).clamp(shorter_side / 80, shorter_side / 25)
         distance = (distance + half_width).abs() - half_width
@@ -122,6 +120,11 @@ def render_things(
     # The second colour of a texture is white, except on white.
     second = torch.stack([PALETTE["black" if thing.kind.colour == "white" else "white"] for thing in things])
     return mask, torch.lerp(colour, second[:, :, None, None], texture(style, x, y, radius)[:, None])
+
+
+def in_radii(x: Tensor, y: Tensor, radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels from a thing's centre, as coordinates of its shape."""
+    return (x * angle.cos() + y * angle.sin()) / radius, (y * angle.cos() - x * angle.sin()) / radius
 
 
 def texture(style: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 The predictions with and without the prompt bend contours by less than a pixel, but differently, and guidance
 multiplies the difference. So this stage trains the guided prediction, at the timesteps at which noisy
-latents show the object, with two losses. The first is how far the decoded prediction of a measured shape is
-from a rendered image, and its contours from that shape (bends.py), on noisy latents that the UNet itself
-sampled. The second is the error of the velocity, mostly at contours, on rendered images that are blended with
-generated ones.
+latents show the object: how far the decoded prediction of a measured shape is from a rendered image, and its
+contours from that shape (bends.py), on noisy latents that the UNet itself sampled.
 
 In the first steps of sampling, and in all steps of a short sampling, the UNet keeps its predictions: they are
 compared with those of the finished model, on noisy latents that the finished model itself sampled from noise.
@@ -15,16 +13,16 @@ compared with those of the finished model, on noisy latents that the finished mo
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import copy
+import operator
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import click
 import torch
@@ -34,16 +32,16 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .assemble import edit_json
-from .bends import bend_loss, image_loss
+from .bends import shape_losses
 from .captions import random_caption
 from .continuing import unpack_model
 from .contours import GATES, SIDE
-from .denoising import LEAST_BLENDED_TIMESTEP, add_noise, over_latents, random_row
+from .denoising import over_latents
 from .muon import muon_and_adamw, set_learning_rates
 from .pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, load_text_encoder, load_vae, new_scheduler
 from .progress import Run, rising_then_falling
 from .replay import Replay, Sample
-from .scenes import OVERLAPPING, Scene, single, training_scene
+from .scenes import COLOURS, OVERLAPPING, Scene, single, training_scene
 from .score import FEW_STEPS, FEW_STEPS_GUIDANCE
 from .threads import step_together
 from .unet import load_unet
@@ -55,45 +53,22 @@ LATENTS_PER_SHARE = 2 * 32 * 32
 SHAPES = {(32, 32): 0.7, (16, 16): 0.1, **dict.fromkeys([(16, 24), (24, 16), (24, 32), (32, 24)], 0.05)}
 MEASURED_SHARE = 0.5  # of the scenes; the others are any training scenes
 # Below `SHOWN` the object is visible in noisy latents; from there on, the UNet is kept as it was.
-LEAST_TIMESTEP, SHOWN = 40, 600
-KEPT_SHARE, KEPT_WEIGHT = 0.85, 3.0
-KEPT_STEPS = ((FEW_STEPS, FEW_STEPS_GUIDANCE, 0), (NUM_INFERENCE_STEPS, GUIDANCE_SCALE, SHOWN))
-FULL_WEIGHT = 0.3  # sigma squared, at about timestep 200
-LATE_TIMESTEPS = 1.4  # exponent; above 1, more of the last steps, where contours are decided
-LEAST_EDGE, MOST_EDGE = 0.25, 8  # of the weight of a position, before it is divided by the mean
+SHOWN = 600
+KEPT_WEIGHT = 3.0
+# Steps, guidance and last timestep of the samplings whose predictions are kept.
+KEPT_FEW, KEPT_USUAL = (FEW_STEPS, FEW_STEPS_GUIDANCE, 0), (NUM_INFERENCE_STEPS, GUIDANCE_SCALE, SHOWN)
+KEPT_STEPS = (KEPT_FEW, KEPT_FEW, KEPT_USUAL)
 CAPACITY, FRESH = 1000, 0.1  # samples of each shape, for each thread; share of steps with new samples
 # The loss of contours: share of the steps, images of a step of a thread, and its weight. Hard shapes are more
 # frequent.
-CONTOUR_SHARE, CONTOUR_IMAGES, CONTOUR_WEIGHT = 0.58, 2, 5.0
+CONTOUR_SHARE, CONTOUR_IMAGES, CONTOUR_WEIGHT = 0.55, 2, 5.0
 # Noisy latents of each thread, and the share of its steps with new ones: they are of nearly the present UNet.
 LEAST_ON_PATH, MOST_ON_PATH, FRESH_PATH = 100, 260, 0.2
-CONTOUR_SHAPES = {"circle": 0.1, "ring": 0.35, "square": 0.27, "diamond": 0.28}
+CONTOUR_SHAPES = {"circle": 0.08, "ring": 0.52, "square": 0.2, "diamond": 0.2}
 USUAL_SHARE = 0.85  # of default size and position, as in the gates
+# Scenes with less difference in brightness, in 0..255, are the hardest; the others are rarer, by the ratio.
+LOW_CONTRAST, BRIGHTNESS = 40, (0.299, 0.587, 0.114)  # of red, green and blue
 MOST_BENT = 0.4  # beyond it the image does not show the shape
-BENDING_TIMESTEPS = range(599, 0, -100)
-GHOST_SHARE, MOST_GHOST = 0.3, 0.4  # of the noisy latents; share of the object elsewhere in them
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Bent:
-    """Latents of a rendered image, those that the UNet made of them, and those of another position."""
-
-    latents: Tensor
-    bent: Tensor
-    elsewhere: Tensor
-    prompt_embeds: Tensor
-
-
-def contour_weights(latents: Tensor) -> Tensor:
-    """How much each position counts, shape (B, 1, height, width), mean 1: most where latents change."""
-    across = functional.pad(latents.diff(dim=3), (0, 1))
-    down = functional.pad(latents.diff(dim=2), (0, 0, 0, 1))
-    change = (across.square() + down.square()).sum(1, keepdim=True).sqrt()
-    change = functional.avg_pool2d(functional.pad(change, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    weights = LEAST_EDGE + (change / change.mean((2, 3), keepdim=True).clamp_min(1e-6)).clamp_max(MOST_EDGE)
-    return weights / weights.mean((2, 3), keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -127,14 +102,21 @@ def measured_scene(rng: random.Random) -> Scene:
 
 
 def contour_scene(rng: random.Random) -> Scene:
-    """A measured scene; mostly with the hardest shapes, and of default size and position."""
+    """A measured scene; mostly with the hardest shapes and colours, and of default size and position."""
     (shape,) = rng.choices(list(CONTOUR_SHAPES), list(CONTOUR_SHAPES.values()))
     usual = rng.random() < USUAL_SHARE
     while True:
         scene = measured_scene(rng)
         (kind,) = scene.kinds
+        contrast = abs(brightness(kind.colour) - brightness(scene.background))
+        if rng.random() * max(contrast, LOW_CONTRAST) > LOW_CONTRAST:
+            continue
         if kind.shape == shape and not (usual and (kind.size or scene.position)):
             return scene
+
+
+def brightness(colour: str) -> float:
+    return sum(map(operator.mul, BRIGHTNESS, COLOURS[colour]))
 
 
 def full_caption(scene: Scene, rng: random.Random) -> str:
@@ -156,32 +138,8 @@ class Share:
         self.unet, self.before, self.replay = unet, before, replay
         self.alphas_cumprod = new_scheduler().alphas_cumprod
         self.no_prompt = replay.embed([""])
-        self.bent: dict[tuple[int, int], list[Bent]] = defaultdict(list)
         self.sampled: dict[tuple[int, int], list[Sampled]] = defaultdict(list)
         self.on_path: list[OnPath] = []
-
-    def loss(self, size: int, height: int, width: int, keep: bool) -> Tensor:
-        """The error of the guided and of the conditional velocity or, with `keep`, how much they changed."""
-        if keep:
-            return KEPT_WEIGHT * self.change(size, height, width)
-        generator = self.replay.generator
-        samples = self.choose(self.bent[height, width], self.bend, size, height, width)
-        latents, bent, elsewhere, prompt_embeds = stack_fields(samples)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        shares = torch.rand(size, generator=generator) ** LATE_TIMESTEPS
-        timesteps = (LEAST_TIMESTEP + (SHOWN - LEAST_TIMESTEP) * shares).long()
-        alpha_squared = over_latents(self.alphas_cumprod[timesteps]).to(latents)
-        blends = over_latents(torch.rand(size, generator=generator)).to(latents)
-        has_ghost = torch.rand(size, generator=generator) < GHOST_SHARE
-        has_ghost &= timesteps >= LEAST_BLENDED_TIMESTEP
-        ghosts = over_latents(MOST_GHOST * torch.rand(size, generator=generator) * has_ghost).to(latents)
-        displacement = blends * (bent - latents) + ghosts * (elsewhere - latents)
-        noisy_latents, velocity = add_noise(latents, displacement, noise, alpha_squared)
-        # A wrong velocity moves the predicted latents by sigma times as much.
-        weight = ((1 - alpha_squared) / FULL_WEIGHT).clamp_max(1) * contour_weights(latents)
-        predictions = self.predict(self.unet, noisy_latents, timesteps, prompt_embeds)
-        errors = [(weight * (prediction - velocity).square()).mean() for prediction in predictions]
-        return torch.stack(errors).mean()
 
     def contour_loss(self) -> Tensor:
         """How far the decoded guided prediction is from a rendered image, and its contours from the shape's,
@@ -201,10 +159,8 @@ class Share:
         losses = [0 * images.sum()]
         for sample, image in zip(samples, images, strict=True):
             with suppress(ValueError, torch.linalg.LinAlgError):  # no object, or no polygon
-                losses.append(image_loss(sample.scene, image))
-                bent = bend_loss(sample.scene.kinds[0].shape, image)
-                if bent < MOST_BENT:
-                    losses.append(bent)
+                difference, bend = shape_losses(sample.scene, image)
+                losses += [difference, bend] if bend < MOST_BENT else [difference]
         return CONTOUR_WEIGHT * torch.stack(losses).sum() / CONTOUR_IMAGES
 
     @torch.no_grad()
@@ -224,12 +180,16 @@ class Share:
             latents = scheduler.step(velocity, int(timestep), latents).prev_sample
         return found
 
-    def change(self, size: int, height: int, width: int) -> Tensor:
+    def kept_loss(self, size: int, height: int, width: int) -> Tensor:
         """How much the velocities changed on noisy latents that the finished model sampled."""
-        samples = self.choose(self.sampled[height, width], self.sample, size, height, width)
-        noisy_latents, timesteps, *targets, prompt_embeds = stack_fields(samples)
+        pool, rng = self.sampled[height, width], self.replay.rng
+        while len(pool) < 4 * size or rng.random() < FRESH:
+            pool += self.sample(self.replay.batch(size, height, width))
+            del pool[:-CAPACITY]
+        samples = [list(vars(sample).values()) for sample in rng.sample(pool, size)]
+        noisy_latents, timesteps, *targets, prompt_embeds = map(torch.stack, zip(*samples, strict=True))
         predictions = self.predict(self.unet, noisy_latents, timesteps, prompt_embeds)
-        return torch.stack(list(map(functional.mse_loss, predictions, targets))).mean()
+        return KEPT_WEIGHT * torch.stack(list(map(functional.mse_loss, predictions, targets))).mean()
 
     def predict(
         self, unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor
@@ -239,33 +199,6 @@ class Share:
         timesteps = timesteps.to(noisy_latents.device).expand(len(noisy_latents)).repeat(2)
         uncond, cond = unet(noisy_latents.repeat(2, 1, 1, 1), timesteps, both).sample.chunk(2)
         return torch.lerp(uncond, cond, GUIDANCE_SCALE), cond
-
-    def choose(
-        self, pool: list[T], make: Callable[[list[Sample]], list[T]], size: int, height: int, width: int
-    ) -> list[T]:
-        """Random samples of a pool; a part of it is replaced by new ones."""
-        while len(pool) < 4 * size or self.replay.rng.random() < FRESH:
-            pool += make(self.replay.batch(size, height, width))
-            del pool[:-CAPACITY]
-        return self.replay.rng.sample(pool, size)
-
-    @torch.no_grad()
-    def bend(self, samples: list[Sample]) -> list[Bent]:
-        """Denoise noisy latents in a few guided steps; objects stay where they are but get other contours."""
-        generator = self.replay.generator
-        latents, elsewhere = (
-            torch.stack([random_row(sample.latents, generator) for sample in samples]) for _ in range(2)
-        )
-        prompt_embeds = torch.stack([sample.prompt_embeds for sample in samples]).float()
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        predicted = latents
-        for timestep in BENDING_TIMESTEPS:
-            alpha, sigma = self.alphas_cumprod[timestep].sqrt(), (1 - self.alphas_cumprod[timestep]).sqrt()
-            noisy_latents = alpha * predicted + sigma * noise
-            velocity, _ = self.predict(self.unet, noisy_latents, torch.tensor(timestep), prompt_embeds)
-            predicted = alpha * noisy_latents - sigma * velocity
-            noise = sigma * noisy_latents + alpha * velocity
-        return list(map(Bent, latents, predicted, elsewhere, prompt_embeds))
 
     @torch.no_grad()
     def sample(self, samples: list[Sample]) -> list[Sampled]:
@@ -283,10 +216,6 @@ class Share:
                 velocity = cond + (guided - cond) * (guidance_scale - 1) / (GUIDANCE_SCALE - 1)
                 latents = scheduler.step(velocity, int(timestep), latents).prev_sample
         return found
-
-
-def stack_fields(samples: Sequence[Bent] | Sequence[Sampled]) -> tuple[Tensor, ...]:
-    return tuple(map(torch.stack, zip(*(vars(each).values() for each in samples), strict=True)))
 
 
 def straighten(folder: Path, steps: int, device: str, threads: int) -> None:
@@ -318,7 +247,7 @@ def straighten(folder: Path, steps: int, device: str, threads: int) -> None:
             compute_losses: list[Callable[[], Tensor]] = (
                 [share.contour_loss for share in shares]
                 if rng.random() < CONTOUR_SHARE
-                else [partial(share.loss, size, height, width, rng.random() < KEPT_SHARE) for share in shares]
+                else [partial(share.kept_loss, size, height, width) for share in shares]
             )
             run.report(step_together(workers, compute_losses, unet, optimizers, max_norm=1.0))
             average.update_parameters(unet)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.train_embedded_model.bends import bend_loss, fit_shape, image_loss
+from scripts.train_embedded_model.bends import fit_shape, shape_losses
 from scripts.train_embedded_model.contours import GATES, POLYGONS, colour_shares, contour
 from scripts.train_embedded_model.render import render
 from scripts.train_embedded_model.scenes import Kind, Scene, Thing
@@ -22,6 +22,10 @@ def _rendered(*scene: Any) -> Tensor:
     return render([_scene(*scene)], 256, 256)[0]
 
 
+def _bend(shape: str, image: Tensor) -> Tensor:
+    return shape_losses(_scene(shape), image)[1]
+
+
 @pytest.mark.parametrize("shape", GATES)
 def test_the_loss_leads_to_straight_contours(shape: str) -> None:
     straight = _rendered(shape)
@@ -29,10 +33,10 @@ def test_the_loss_leads_to_straight_contours(shape: str) -> None:
     wave = (3 * (pixels / 12).sin()).round().long()
     bent = straight.gather(2, (pixels + wave[:, None]).clamp(0, 255).expand_as(straight))
     image = bent.clone().requires_grad_()
-    loss = bend_loss(shape, image)
-    assert loss > 3 * bend_loss(shape, straight)
+    loss = _bend(shape, image)
+    assert loss > 3 * _bend(shape, straight)
     (gradient,) = torch.autograd.grad(loss, image)
-    assert bend_loss(shape, bent - 0.2 * gradient / gradient.abs().max()) < loss
+    assert _bend(shape, bent - 0.2 * gradient / gradient.abs().max()) < loss
 
 
 @pytest.mark.parametrize("shape", POLYGONS)
@@ -49,7 +53,7 @@ def test_a_polygon_of_another_shape_is_bent(shape: str) -> None:
     """A parallelogram: its edges are straight, so the gates alone would not see it."""
     straight = _rendered(shape)
     sheared = straight.gather(2, _columns_sheared_by(0.2).expand_as(straight))
-    assert bend_loss(shape, sheared) > 3 * bend_loss(shape, straight)
+    assert _bend(shape, sheared) > 3 * _bend(shape, straight)
 
 
 def _columns_sheared_by(angle: float) -> Tensor:
@@ -61,14 +65,14 @@ def _columns_sheared_by(angle: float) -> Tensor:
 @pytest.mark.parametrize("shape", GATES)
 def test_an_image_without_an_object_has_no_loss(shape: str) -> None:
     with pytest.raises(ValueError, match="does not show an object"):
-        bend_loss(shape, torch.zeros(3, 256, 256))
+        shape_losses(_scene(shape), torch.zeros(3, 256, 256))
 
 
 @pytest.mark.parametrize("shape", GATES)
 def test_the_image_may_have_the_object_anywhere_but_in_its_colours(shape: str) -> None:
     image = _rendered(shape, (0.42, 0.57, 0.25, 0.05 if shape in POLYGONS else 0.0))
-    assert image_loss(_scene(shape), image) < 0.002
+    assert shape_losses(_scene(shape), image)[0] < 0.002
     faded = image.clone().requires_grad_()
-    loss = image_loss(_scene(shape), 0.9 * faded)
+    loss, _ = shape_losses(_scene(shape), 0.9 * faded)
     assert loss > 0.02
     assert torch.autograd.grad(loss, faded)[0].abs().max() > 0
