@@ -28,7 +28,7 @@ PROMPTS = (
     "a green square to the left of a white heart on a purple background",
     "a black diamond on a yellow background",
     "an orange moon on a blue background",
-    "four white rings on a brown background",
+    "a cyan square on a yellow background",
     "a red circle on a blue background",
 )
 TIMEOUT_MS = 120_000

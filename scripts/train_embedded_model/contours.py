@@ -176,7 +176,8 @@ def main(model: Path, images: int, samples: Path | None) -> None:
         measured = [measure(shape, image) for image in generated]
         within = f"{sum(is_within(figures) for figures in measured)} of {images}"
         for name in measured[0]:
-            values = torch.tensor([figures[name] for figures in measured])
+            # A ring without an inner contour has no figures of it.
+            values = torch.tensor([figures[name] for figures in measured]).nan_to_num(math.inf)
             print(
                 f"| {shape} | {name} | {values.median():.4f} | {values.max():.4f} | {LIMITS[name]} "
                 f"| {within} | {gate} of {IMAGES} |",

@@ -47,7 +47,7 @@ from .threads import step_together
 from .unet import load_unet
 
 SEED = 6
-STEPS = 1500
+STEPS = 2500
 LEARNING_RATE = 2e-4
 LATENTS_PER_SHARE = 2 * 32 * 32
 SHAPES = {(32, 32): 0.7, (16, 16): 0.1, **dict.fromkeys([(16, 24), (24, 16), (24, 32), (32, 24)], 0.05)}
@@ -64,7 +64,7 @@ CAPACITY, FRESH = 1000, 0.1  # samples of each shape, for each thread; share of 
 CONTOUR_SHARE, CONTOUR_IMAGES, CONTOUR_WEIGHT = 0.55, 2, 5.0
 # Noisy latents of each thread, and the share of its steps with new ones: they are of nearly the present UNet.
 LEAST_ON_PATH, MOST_ON_PATH, FRESH_PATH = 100, 260, 0.2
-CONTOUR_SHAPES = {"circle": 0.08, "ring": 0.52, "square": 0.2, "diamond": 0.2}
+CONTOUR_SHAPES = {"circle": 0.08, "ring": 0.4, "square": 0.24, "diamond": 0.28}
 USUAL_SHARE = 0.85  # of default size and position, as in the gates
 # Scenes with less difference in brightness, in 0..255, are the hardest; the others are rarer, by the ratio.
 LOW_CONTRAST, BRIGHTNESS = 40, (0.299, 0.587, 0.114)  # of red, green and blue

@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.utils import logging as diffusers_logging
 
 from hypergen.model_info import Vocabulary
+from scripts.train_embedded_model import contours
 from scripts.train_embedded_model.captions import POSITION_PHRASES, SYNONYMS, noun_phrase, plain_caption
 from scripts.train_embedded_model.features import colours, generate_as_served, mean_difference
 from scripts.train_embedded_model.pipeline import generate, new_scheduler
@@ -98,10 +99,17 @@ def test_it_generates_held_out_combinations(pipeline: StableDiffusionPipeline) -
 
 
 def test_a_few_steps_are_enough(pipeline: StableDiffusionPipeline) -> None:
-    scenes = held_out_scenes({"single": 45})
+    scenes = held_out_scenes({"single": 90})
     prompts = [plain_caption(scene) for scene in scenes]
     images = generate(pipeline, prompts, 128, 128, num_inference_steps=4, guidance_scale=2)
     assert score(scenes, images)["single, everything"] >= 0.85
+
+
+@pytest.mark.parametrize("shape", contours.GATES)
+def test_contours_are_round_and_straight(pipeline: StableDiffusionPipeline, shape: str) -> None:
+    prompts = [plain_caption(scene) for scene in contours.held_out_scenes(shape, 12)]
+    images = generate(pipeline, prompts, contours.SIDE, contours.SIDE)
+    assert sum(contours.is_within(contours.measure(shape, image)) for image in images) >= 10
 
 
 @pytest.mark.parametrize(("height", "width"), [(160, 96), (256, 192)])
