@@ -309,7 +309,7 @@ def test_a_stopped_probe_frees_its_memory(sd_folder: Path) -> None:
             next(cancelled)
         assert device.allocated > before[1]
         gc.disable()
-        cancelled.close()
+        del cancelled
         after = len(device.graphs), device.allocated
         gc.enable()
         assert after == before
