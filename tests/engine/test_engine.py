@@ -336,7 +336,7 @@ def test_the_warm_up_generates_the_default_size(inline: MakeEngine) -> None:
 def test_a_request_of_a_new_size_does_not_wait_for_the_probe_of_large_batches(inline: MakeEngine) -> None:
     engine = inline(max_batch_size=8)
     request = make_request(num_inference_steps=3)
-    engine.run(request)
+    engine.generate(request)
     assert engine.data(request)
     assert engine.step() == 0
     while engine.step() == 0:
