@@ -6,8 +6,7 @@ original ones, which `weight.to_dense()` restores exactly; so they need no more 
 channels-last, the format of these kernels.
 
 The rule which layers are replaced depends only on the layer and the processor. Bits would differ after a
-restart if a clock chose. Measured on x86 with AVX-512: from 32x32 to 64x64 latents, no convolution or linear
-layer of SD 1.5 is slower so (`python -m scripts.bench --cpu`).
+restart if a clock chose. `python -m scripts.bench --cpu` measures SD 1.5 so, against diffusers as it is.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from torch.nn import functional
 
 from hypergen.models.family import Family
 
-# Output sides from this size on need one layout; a larger one costs time only.
-_LARGE_SIDE = 16
-# Of a typical batch, for the choice of a layout; it is the same for all batches of two and more rows.
-_ROWS, _LINEAR_ROWS = 4, 256
+# Of a typical batch, for the choice of a linear layer's layout, which fits every other one.
+_LINEAR_ROWS = 256
+# Input shapes of which a convolution keeps the layout; more would be found again.
+_MAX_SHAPES = 100
 # Uninitialized bytes between two fields of oneDNN's memory descriptor.
 _PADDING = slice(108, 112)
 
@@ -80,8 +79,10 @@ def _replace_forward(module: Any, forward: Callable[..., Tensor]) -> None:
 class _ReorderedConvolution:
     """The forward of a convolution; its output is channels-last.
 
-    A few layers need another layout for small outputs. The bits are the same with any, because a kernel that
-    needs another one converts it, slowly, in each forward pass. So the layout follows the size of the input.
+    oneDNN chooses a kernel, and with it a layout of the weights, by the size of the input, its rows and the
+    number of threads; without AVX-512 in no simple way. Weights in another layout would be converted in each
+    forward pass, which can take longer than the convolution. So they are in the layout for one row of the
+    last size, and a batch that needs another one is computed row by row, which takes the same time.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -96,25 +97,35 @@ class _ReorderedConvolution:
         self._layouts: dict[tuple[int, ...], bytes] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        sides = tuple(
-            min(_LARGE_SIDE, side // stride)
-            for side, stride in zip(x.shape[2:], self._layer.stride, strict=True)
-        )
-        if not self._layout or self._layouts.get(sides) != self._layout:
-            self._reorder_for(x.shape, sides)
+        one_row = (1, *x.shape[1:])
+        layout = self._layout_for(one_row)
+        if self._layout_for(tuple(x.shape)) != layout:
+            return torch.cat([self(row) for row in x.split(1)])
+        if self._layout != layout:
+            self._use(self._reorder_for(one_row), layout)
         output: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, self._layer.weight, self._layer.bias, *self._geometry, "none", [], ""
         )
         return output
 
-    def _reorder_for(self, shape: torch.Size, sides: tuple[int, ...]) -> None:
+    def _layout_for(self, shape: tuple[int, ...]) -> bytes:
+        if shape not in self._layouts:
+            reordered = self._reorder_for(shape)
+            if len(self._layouts) == _MAX_SHAPES:
+                self._layouts.clear()
+            self._layouts[shape] = _layout(reordered)
+            if not self._layout:
+                self._use(reordered, self._layouts[shape])
+        return self._layouts[shape]
+
+    def _reorder_for(self, shape: tuple[int, ...]) -> Tensor:
         weight = self._layer.weight.detach()
         dense = weight.to_dense() if weight.is_mkldnn else weight
-        reordered = torch.ops.mkldnn._reorder_convolution_weight(dense, *self._geometry, [_ROWS, *shape[1:]])
-        self._layouts[sides] = _layout(reordered)
-        if self._layouts[sides] != self._layout:
-            self._layer.weight = nn.Parameter(reordered, requires_grad=False)
-            self._layout = self._layouts[sides]
+        return torch.ops.mkldnn._reorder_convolution_weight(dense, *self._geometry, list(shape))
+
+    def _use(self, reordered: Tensor, layout: bytes) -> None:
+        self._layer.weight = nn.Parameter(reordered, requires_grad=False)
+        self._layout = layout
 
 
 def _layout(weight: Tensor) -> bytes:

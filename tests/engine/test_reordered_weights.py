@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -98,6 +98,41 @@ def test_reordered_weights_replace_the_original_ones() -> None:
             original.dtype,
             original.device,
         )
+
+
+# SD 1.5's layers with the most irregular layouts: without AVX-512 they depend on rows, size and threads.
+@pytest.mark.parametrize(("inputs", "outputs", "side"), [(320, 320, 32), (640, 640, 32), (640, 320, 24)])
+def test_no_forward_pass_reorders_the_weights_of_a_convolution_again(
+    capfd: pytest.CaptureFixture[str], inputs: int, outputs: int, side: int
+) -> None:
+    layer = nn.Conv2d(inputs, outputs, 3, padding=1)
+    reorder_weights(layer)
+    batches = [
+        _latents(inputs, side)[:count].contiguous(memory_format=torch.channels_last) for count in (1, 2, 3, 8)
+    ]
+    assert "reorder" in _primitives(capfd, lambda: [layer(batch) for batch in batches])
+    assert _primitives(capfd, lambda: [layer(batch) for batch in batches]) == {"convolution"}
+
+
+def test_no_forward_pass_reorders_the_weights_of_a_linear_layer_again(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    layer = nn.Linear(640, 640)
+    assert "reorder" in _primitives(capfd, lambda: reorder_weights(layer))
+    for rows, tokens in ((1, 1), (2, 1), (1, 77), (2, 77), (2, 1024), (8, 256)):
+        x = torch.randn(rows, tokens, 640)
+        assert _primitives(capfd, lambda x=x: layer(x)) == {"inner_product"}
+
+
+def _primitives(capfd: pytest.CaptureFixture[str], run: Callable[[], object]) -> set[str]:
+    """The kinds of oneDNN's primitives that run."""
+    capfd.readouterr()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        run()
+    lines = capfd.readouterr().out.splitlines()
+    return {
+        line.split(",primitive,exec,cpu,")[1].split(",")[0] for line in lines if ",primitive,exec," in line
+    }
 
 
 def test_layers_of_another_dtype_or_padding_are_unchanged() -> None:
