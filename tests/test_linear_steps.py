@@ -8,11 +8,18 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
-from hypergen.denoising.linear_steps import apply_step, linear_steps, next_history
+from hypergen.denoising.linear_steps import Clip, apply_step, linear_steps
 from hypergen.denoising.schedulers import (
     FlowSchedulerFactory,
     SchedulerFactory,
@@ -25,15 +32,15 @@ _SHAPE = (1, 4, 8, 8)
 
 def _published(**changes: Any) -> Any:
     """As Stable Diffusion's."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        **changes,
-    )
+    config: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**{**config, **changes})
 
 
 def _errors(scheduler: Any, begin: int = 0) -> list[float]:
@@ -53,9 +60,7 @@ def _errors(scheduler: Any, begin: int = 0) -> list[float]:
         prediction = torch.randn(_SHAPE, generator=source)
         theirs = scheduler.step(prediction, timestep, theirs, return_dict=False, **noise)[0]
         sample = torch.randn(_SHAPE, generator=ours_generator) if step.samples_noise else torch.zeros(_SHAPE)
-        terms = [ours, prediction, sample, *history]
-        outputs = apply_step(step, terms)
-        ours, history = outputs[0], next_history(step, terms, outputs)
+        ours, history = apply_step(step, [ours, prediction, sample, *history])
         errors.append(float((ours - theirs).abs().max() / theirs.abs().max()))
     assert torch.equal(ours_generator.get_state(), theirs_generator.get_state())
     return errors
@@ -84,10 +89,39 @@ def test_flow_matching_is_linear(sampler: str) -> None:
     assert max(_errors(factory.make(sampler, 12))) < 1e-4
 
 
-def test_schedulers_that_clip_are_not_linear() -> None:
-    scheduler = DDIMScheduler(clip_sample=True)
-    scheduler.set_timesteps(4)
-    assert linear_steps(scheduler) is None
+# The schedulers that diffusers lets clip the predicted clean latents.
+_CLIPPING: dict[str, set[type]] = {
+    "clip_sample": {DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, LCMScheduler},
+    "thresholding": {
+        DDIMScheduler,
+        DDPMScheduler,
+        DEISMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        LCMScheduler,
+        UniPCMultistepScheduler,
+    },
+}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", _CLIPPING)
+@pytest.mark.parametrize("sampler", SOME_NAMES)
+def test_clipped_latents_are_one_term_more(sampler: str, kind: str, prediction: str) -> None:
+    limits = {"clip_sample_range": 0.7, "sample_max_value": 2.0}
+    published = _published(prediction_type=prediction, **limits, **{kind: True})
+    scheduler = SchedulerFactory(published).make(sampler, 12)
+    clips = [step.clipped is not None for step in linear_steps(scheduler) or ()]
+    assert max(_errors(scheduler)) < 1e-4
+    assert set(clips) == {type(scheduler) in _CLIPPING[kind]}
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.995, 1.0])
+def test_dynamic_thresholding_clips_each_image_at_its_own_quantile(ratio: float) -> None:
+    scheduler = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=2.5)
+    latents = torch.randn((5, *_SHAPE[1:])) * torch.tensor([0.1, 1, 2, 3, 1]).reshape(-1, 1, 1, 1)
+    clipped = Clip(2.5, ratio).apply(latents)
+    torch.testing.assert_close(clipped, scheduler._threshold_sample(latents), rtol=1e-6, atol=0)
 
 
 def test_few_terms_are_enough() -> None:

@@ -8,20 +8,21 @@ that no bit of an image depends on the others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hypergen.denoising.denoising_state import DenoisingState, ModelInputs, advance_each
 from hypergen.denoising.linear_steps import (
     LATENTS,
+    Clip,
+    LinearForms,
     LinearSampler,
     LinearStep,
     linear_steps,
@@ -44,28 +45,6 @@ class _SchedulerKey(NamedTuple):
     config: str
     timesteps: tuple[float, ...]
     first: int
-
-
-class _SampledAhead(TorchFunctionMode):
-    """Gives a scheduler, where it samples noise from a generator, the noise that was sampled ahead.
-
-    Else it would sample on the CPU and wait for the copy to the device.
-    """
-
-    def __init__(self, generator: torch.Generator, take: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self._generator = generator
-        self._take: Callable[[], Tensor] | None = take
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        take, is_noise = self._take, func is torch.randn and kwargs.get("generator") is self._generator
-        if not is_noise or take is None:
-            return func(*args, **kwargs)
-        self._take = None  # the next noise of the same step, if any, is sampled here
-        return take().to(kwargs.get("dtype"))
 
 
 class AcceleratorStep:
@@ -177,23 +156,11 @@ class AcceleratorStep:
                     yield state, error
                 else:
                     yield state, None
+        # A model's own scheduler whose steps are no linear forms; no sampler in requests is such.
         for state, prediction in pairs:
             if state.linear is None:
-                yield from self._advance_alone(state, prediction)
-
-    def _advance_alone(
-        self, state: DenoisingState, prediction: Tensor
-    ) -> list[tuple[DenoisingState, Exception | None]]:
-        """A step that is no linear form, by diffusers' scheduler, with the noise that was sampled ahead."""
-        with _SampledAhead(state.generator, partial(self._take_noise, state)):
-            advanced = list(advance_each([(state, prediction.to(state.latents.dtype))]))
-        self._attach(state)
-        return advanced
-
-    def _take_noise(self, state: DenoisingState) -> Tensor:
-        noise = self._upload_noise([state])[state]
-        del self._noise[state]
-        return noise
+                yield from advance_each([(state, prediction.to(state.latents.dtype))])
+                self._attach(state)
 
     def _apply(self, state: DenoisingState, latents: Tensor, history: list[Tensor]) -> None:
         self._noise.pop(state, None)
@@ -218,40 +185,56 @@ class AcceleratorStep:
             [state.latents, prediction, noise.get(state, state.latents), *sampler.history]
             for (state, prediction), sampler in zip(pairs, samplers, strict=True)
         ]
-        outputs = self._sum_of_products(steps, terms)
-        return [
-            (new[0], next_history(step, row, new))
-            for step, row, new in zip(steps, terms, outputs, strict=True)
-        ]
+        self._add_clipped_terms(steps, terms)
+        outputs = self._sums_of_products(steps, terms)
+        advanced: list[tuple[Tensor, list[Tensor]]] = []
+        for step, row, image in zip(steps, terms, outputs, strict=True):
+            new = [image[k][None] for k in range(len(step.coefficients))]
+            advanced.append((new[0], next_history(step, row, new)))
+        return advanced
 
-    def _sum_of_products(self, steps: list[LinearStep], terms: list[list[Tensor]]) -> list[list[Tensor]]:
-        """The outputs of each image's step, float32; one product over the batch for each term."""
-        most_terms = max(len(step.inputs) for step in steps)
-        most_outputs = max(len(step.coefficients) for step in steps)
+    def _add_clipped_terms(self, steps: list[LinearStep], terms: list[list[Tensor]]) -> None:
+        """Append the clipped latents of images whose steps clip."""
+        by_clip: dict[Clip, list[tuple[LinearForms, list[Tensor]]]] = {}
+        for step, row in zip(steps, terms, strict=True):
+            if step.clipped is not None:
+                forms, clip = step.clipped
+                by_clip.setdefault(clip, []).append((forms, row))
+        for clip, images in by_clip.items():
+            rows = [row for _, row in images]
+            latents = self._sums_of_products([forms for forms, _ in images], rows)[:, 0]
+            for row, clipped in zip(rows, clip.apply(latents).split(1), strict=True):
+                row.append(clipped)
+
+    def _sums_of_products(self, forms: Sequence[LinearForms], terms: list[list[Tensor]]) -> Tensor:
+        """The outputs of each image's forms, shape (images, outputs, C, h, w), float32.
+
+        One product over the batch for each term. An image with fewer outputs than others has more that say
+        nothing.
+        """
+        most_terms = max(len(form.inputs) for form in forms)
+        most_outputs = max(len(form.coefficients) for form in forms)
         # An image with fewer terms or outputs than others gets zeros, times its own latents.
         coefficients = self._upload(
             [
                 factor
-                for step in steps
-                for row in (*step.coefficients, *[()] * (most_outputs - len(step.coefficients)))
+                for form in forms
+                for row in (*form.coefficients, *[()] * (most_outputs - len(form.coefficients)))
                 for factor in (*row, *[0.0] * (most_terms - len(row)))
             ]
-        ).reshape(len(steps), most_outputs, most_terms, 1, 1, 1)
+        ).reshape(len(forms), most_outputs, most_terms, 1, 1, 1)
         stacked = torch.cat(
             [
-                row[step.inputs[k]] if k < len(step.inputs) else row[LATENTS]
+                row[form.inputs[k]] if k < len(form.inputs) else row[LATENTS]
                 for k in range(most_terms)
-                for step, row in zip(steps, terms, strict=True)
+                for form, row in zip(forms, terms, strict=True)
             ]
         ).float()
-        columns = stacked.reshape(most_terms, len(steps), 1, *stacked.shape[1:])
+        columns = stacked.reshape(most_terms, len(forms), 1, *stacked.shape[1:])
         total = columns[0] * coefficients[:, :, 0]
         for k in range(1, most_terms):
             total = torch.addcmul(total, columns[k], coefficients[:, :, k])
-        return [
-            [images[row][None] for row in range(len(step.coefficients))]
-            for images, step in zip(total, steps, strict=True)
-        ]
+        return total
 
     def _attach(self, state: DenoisingState) -> None:
         """Give an image the linear steps of its scheduler, and let its next noise be sampled in a thread."""
@@ -260,13 +243,16 @@ class AcceleratorStep:
         if state.linear is None or state.linear.scheduler is not state.scheduler:
             steps, first = self._steps_of(state.scheduler, state.step_index), state.step_index
             state.linear = None if steps is None else LinearSampler(state.scheduler, steps, first, [])
-        # Noise that a step did not take is that of the next one.
-        if state not in self._noise and _samples_noise(state):
+        if (
+            state not in self._noise
+            and state.linear is not None
+            and state.linear.step_at(state.step_index).samples_noise
+        ):
             self._noise[state] = self._noise_thread.submit(self._sample_noise, state)
 
     def _sample_noise(self, state: DenoisingState) -> Tensor:
         """On the CPU, as diffusers samples it, so that a seed means the same on every device."""
-        dtype = self._family.denoiser.dtype if state.linear else torch.float32
+        dtype = self._family.denoiser.dtype
         noise = torch.randn(state.latents.shape, generator=state.generator, dtype=dtype)
         return noise.pin_memory() if self._device.type == "cuda" else noise
 
@@ -315,11 +301,6 @@ class AcceleratorStep:
 
 def _column(numbers: Tensor) -> Tensor:
     return numbers.reshape(-1, 1, 1, 1)
-
-
-def _samples_noise(state: DenoisingState) -> bool:
-    """Whether an image's step may sample noise; of schedulers that are not linear, only that it could."""
-    return state.linear.step_at(state.step_index).samples_noise if state.linear else state.is_stochastic
 
 
 def _timestep(state: DenoisingState) -> float:

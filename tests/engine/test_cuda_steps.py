@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from hypergen.models import loading
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.samplers import ALL_FLOW_NAMES, SOME_NAMES
-from tests.support.small_models import save_clipping, save_sd, save_sd3
+from tests.support.small_models import CLIPPING, save_sd, save_sd3, save_with_scheduler
 from tests.support.sync_engine import InlineEngine, make_request, make_settings
 
 _IMAGES = 8
 _SAVE: dict[str, Callable[[Path], Path]] = {
     "sd": save_sd,
-    "clipping": save_clipping,
+    **{name: partial(save_with_scheduler, scheduler=scheduler) for name, scheduler in CLIPPING.items()},
     "sd3": save_sd3,
 }
 
@@ -92,13 +93,18 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         engine.engine.engine.close()
 
 
-@pytest.mark.parametrize("engine", ["sd"], indirect=True)
+@pytest.mark.parametrize(
+    ("engine", "most_launches"),
+    [("sd", 2 * _IMAGES), ("clip_sample", 2 * _IMAGES), ("thresholding", 24)],
+    indirect=["engine"],
+)
 @pytest.mark.parametrize("sampler", [None, *SOME_NAMES])
-def test_the_host_waits_for_nothing_in_a_step(engine: _Engine, sampler: str | None) -> None:
+def test_the_host_waits_for_nothing_in_a_step(
+    engine: _Engine, most_launches: int, sampler: str | None
+) -> None:
     launches, waits = engine.steady_steps(sampler)
     assert not waits
-    few = {"euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "lcm"}
-    assert launches <= (24 if sampler in few else 2 * _IMAGES)
+    assert launches <= most_launches
 
 
 @pytest.mark.parametrize("engine", ["sd3"], indirect=True)
@@ -106,11 +112,4 @@ def test_the_host_waits_for_nothing_in_a_step(engine: _Engine, sampler: str | No
 def test_flow_samplers_wait_for_nothing(engine: _Engine, sampler: str) -> None:
     launches, waits = engine.steady_steps(sampler)
     assert not waits
-    assert launches <= 24
-
-
-@pytest.mark.parametrize("engine", ["clipping"], indirect=True)
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm"])
-def test_steps_that_clip_wait_for_nothing(engine: _Engine, sampler: str) -> None:
-    _, waits = engine.steady_steps(sampler)
-    assert not waits
+    assert launches <= 2 * _IMAGES

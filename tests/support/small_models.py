@@ -112,13 +112,18 @@ EDM_LATENTS: dict[str, Any] = {
 }
 
 
-def save_clipping(folder: Path) -> Path:
-    """An SDXL model whose scheduler clips samples; diffusers turns that off for Stable Diffusion."""
+def save_with_scheduler(folder: Path, scheduler: Any) -> Path:
+    """An SDXL model with a scheduler of its own."""
     save_sdxl(folder)
-    config_file = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps(config | {"_class_name": "DDIMScheduler", "clip_sample": True}))
+    scheduler.save_pretrained(folder / "scheduler")
     return folder
+
+
+# Schedulers that clip the predicted clean latents; diffusers turns that off for Stable Diffusion.
+CLIPPING: dict[str, DDIMScheduler] = {
+    "clip_sample": DDIMScheduler(clip_sample=True, **_XL_SCHEDULE),
+    "thresholding": DDIMScheduler(thresholding=True, clip_sample=False, **_XL_SCHEDULE),
+}
 
 
 def save_playground(folder: Path) -> Path:
