@@ -25,22 +25,14 @@ from hypergen.denoising.schedulers import (
     SchedulerFactory,
     takes_generator,
 )
-from tests.support.samplers import ALL_FLOW_NAMES, ALL_NAMES, SOME_NAMES
+from tests.support.samplers import ALL_FLOW_NAMES, ALL_NAMES, SOME_NAMES, STABLE_DIFFUSION
 
 _SHAPE = (1, 4, 8, 8)
 
 
 def _published(**changes: Any) -> Any:
     """As Stable Diffusion's."""
-    config: dict[str, Any] = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }
-    return DDIMScheduler(**{**config, **changes})
+    return DDIMScheduler(**{**STABLE_DIFFUSION, **changes})
 
 
 def _errors(scheduler: Any, begin: int = 0) -> list[float]:

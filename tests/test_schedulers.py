@@ -24,28 +24,20 @@ from hypergen.denoising.schedulers import (
     ignored_field,
     takes_generator,
 )
-from tests.support.samplers import ALL_NAMES, WITH_SCHEDULES
+from tests.support.samplers import ALL_NAMES, STABLE_DIFFUSION, WITH_SCHEDULES
 
-_STABLE_DIFFUSION: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 _PUBLISHED = {
-    "epsilon": DDIMScheduler(prediction_type="epsilon", **_STABLE_DIFFUSION),
+    "epsilon": DDIMScheduler(prediction_type="epsilon", **STABLE_DIFFUSION),
     "epsilon, trailing": DDIMScheduler(
-        prediction_type="epsilon", timestep_spacing="trailing", **_STABLE_DIFFUSION
+        prediction_type="epsilon", timestep_spacing="trailing", **STABLE_DIFFUSION
     ),
-    "v_prediction": DDIMScheduler(prediction_type="v_prediction", **_STABLE_DIFFUSION),
+    "v_prediction": DDIMScheduler(prediction_type="v_prediction", **STABLE_DIFFUSION),
     # Zero terminal SNR excludes noise prediction: it would divide by zero.
     "v_prediction, zero terminal snr": DDIMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
-        **_STABLE_DIFFUSION,
+        **STABLE_DIFFUSION,
     ),
 }
 _NAMES: list[str | None] = [None, *ALL_NAMES]

@@ -1,8 +1,20 @@
-"""Names of samplers with and without schedules, for tests over all of them."""
+"""Names of samplers with and without schedules, for tests over all of them, and what they are made from."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypergen.denoising.schedulers import FLOW_SAMPLERS, SAMPLERS
+
+# The configuration of Stable Diffusion's scheduler.
+STABLE_DIFFUSION: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 WITH_SCHEDULES = [(name, schedule) for name, sampler in SAMPLERS.items() for schedule in sampler.schedules]
 ALL_NAMES = [*SAMPLERS, *(f"{name}_{schedule}" for name, schedule in WITH_SCHEDULES)]
